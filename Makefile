@@ -1,0 +1,44 @@
+# make demo   the quickstart, from nothing to a converted model and its report
+# make test   everything that CI runs, from nothing
+# make check  the same checks in the environment that is already there
+
+PYTHON ?= python3
+OUT ?= runs/quickstart
+
+BIN := .venv/bin
+# One pin, written in the [dev] extra: pip then never fetches a second build of torch.
+TORCH := $(shell grep -o 'torch==[0-9.]*' pyproject.toml)
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test check format
+
+demo: .venv/.installed-demo
+	$(BIN)/vmla run recipes/quickstart.toml -o $(OUT)
+
+test: .venv/.installed-dev
+	$(MAKE) check
+
+# Two test workers, so one thread of torch each: more would only compete.
+check:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+format:
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+# A stamp is newer than the pyproject.toml that it installed; the interpreter only has to be there.
+.venv/.installed-demo: pyproject.toml | $(BIN)/python
+	$(PIP_INSTALL) -e ".[demo]" "$(TORCH)"
+	touch $@
+
+# The [dev] extra contains [demo], so both are done.
+.venv/.installed-dev: pyproject.toml | $(BIN)/python
+	$(PIP_INSTALL) -e ".[dev]"
+	touch $@ .venv/.installed-demo

@@ -1,0 +1,1 @@
+"""Programs that produce the evidence: `python -m evals.NAME ... --out rows.jsonl`."""

@@ -1,0 +1,226 @@
+"""Configs: round trips, and what is refused, with the key and the next thing to try."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmla_convert import config
+from vmla_convert.config import (
+    CachePolicy,
+    ConvertConfig,
+    DataConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    Geometry,
+    MLAConfig,
+    ModelConfig,
+    RecoverConfig,
+    SamplerConfig,
+    SweepConfig,
+    TeacherConfig,
+    TrainingConfig,
+    from_dict,
+    to_dict,
+)
+from vmla_convert.errors import ConfigError
+
+GEOMETRY = Geometry(dim=48, ffn_dim=96, num_heads=4, num_layers=2, in_dim=4, out_dim=4)
+DENSE = ModelConfig(
+    geometry=GEOMETRY,
+    latent_size=(8, 12),
+    chunk_frames=2,
+    cache=CachePolicy(window_frames=8, sink_frames=2, positions="relative"),
+    sampler=SamplerConfig(),
+)
+CONVERTED = dataclasses.replace(
+    DENSE, mla=MLAConfig(kv_lora_rank=(8, 10), rope_pairs=((0, 1, 1), ()), init="spectral")
+)
+
+EVERY_CONFIG: list[Any] = [
+    GEOMETRY,
+    DENSE.cache,
+    SamplerConfig(denoising_step_list=(1000, 500), shift=3.0, renoise=False),
+    CONVERTED.mla,
+    DENSE,
+    CONVERTED,
+    DataConfig(source="clips.safetensors", sink_gap=3),
+    ConvertConfig(),
+    ConvertConfig(kv_lora_rank=16, qk_rope_head_dim=8),
+    TrainingConfig(mixed_precision="bf16"),
+    RecoverConfig(training=TrainingConfig(steps=7)),
+    TeacherConfig(model=DENSE, training=TrainingConfig()),
+    EvaluateConfig(clips=3),
+    GenerateConfig(prompts=("1",)),
+    SweepConfig(kv_lora_ranks=(8, 16)),
+]
+
+
+def as_dict(value: Any, **changes: Any) -> dict[str, Any]:
+    return {**to_dict(value), **changes}
+
+
+def test_every_config_class_is_in_the_list_above() -> None:
+    classes = {
+        value
+        for value in vars(config).values()
+        if isinstance(value, type) and dataclasses.is_dataclass(value)
+    }
+    assert classes
+    assert {type(value) for value in EVERY_CONFIG} == classes
+
+
+@pytest.mark.parametrize("value", EVERY_CONFIG, ids=lambda value: type(value).__name__)
+def test_round_trip_through_json(value: Any) -> None:
+    data = json.loads(json.dumps(to_dict(value)))
+    assert from_dict(type(value), data) == value
+
+
+@given(
+    heads=st.integers(1, 16),
+    half_head=st.integers(3, 64),
+    patch=st.tuples(st.integers(1, 2), st.integers(1, 4), st.integers(1, 4)),
+    eps=st.floats(1e-9, 1e-3),
+)
+def test_any_good_geometry_survives(
+    heads: int, half_head: int, patch: tuple[int, int, int], eps: float
+) -> None:
+    geometry = dataclasses.replace(
+        GEOMETRY, dim=2 * half_head * heads, num_heads=heads, patch_size=patch, eps=eps
+    )
+    assert geometry.head_dim == 2 * half_head
+    assert from_dict(Geometry, json.loads(json.dumps(to_dict(geometry)))) == geometry
+
+
+@given(
+    ranks=st.lists(st.integers(1, 4096), min_size=1, max_size=40).map(tuple),
+    pairs=st.lists(st.lists(st.integers(0, 63)).map(tuple), min_size=1).map(tuple),
+)
+def test_any_ranks_and_pairs_survive(
+    ranks: tuple[int, ...], pairs: tuple[tuple[int, ...], ...]
+) -> None:
+    mla = MLAConfig(kv_lora_rank=ranks, rope_pairs=pairs, init="calibrated")
+    assert from_dict(MLAConfig, json.loads(json.dumps(to_dict(mla)))) == mla
+
+
+def test_none_is_left_out_and_comes_back() -> None:
+    assert "mla" not in to_dict(DENSE)
+    assert "kv_lora_rank" not in to_dict(ConvertConfig())
+    assert from_dict(ConvertConfig, {"kv_lora_rank": None}) == ConvertConfig()
+
+
+def test_an_int_is_a_float_but_not_the_other_way() -> None:
+    lr = from_dict(TrainingConfig, {"lr": 1}).lr
+    assert type(lr) is float
+    with pytest.raises(ConfigError, match=r"'steps' must be int, not 1\.5"):
+        from_dict(TrainingConfig, {"steps": 1.5})
+
+
+def test_a_misspelt_key_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="unknown key 'stepz'") as caught:
+        from_dict(TrainingConfig, {"stepz": 3})
+    assert caught.value.hint == "did you mean 'steps'?"
+
+
+def test_a_key_like_no_other_lists_all() -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_dict(EvaluateConfig, {"xyzzy": 3})
+    assert caught.value.hint == "known: clips, data"
+
+
+def test_nested_keys_are_named_with_their_path() -> None:
+    data = as_dict(RecoverConfig(), training={"batchsize": 2})
+    with pytest.raises(ConfigError, match=r"unknown key 'recover\.training\.batchsize'") as caught:
+        from_dict(RecoverConfig, data, "recover")
+    assert caught.value.hint == "did you mean 'batch_size'?"
+
+
+@pytest.mark.parametrize(
+    ("cls", "data", "message"),
+    [
+        (TrainingConfig, {"steps": "3"}, r"'steps' must be int, not '3'"),
+        (TrainingConfig, {"steps": True}, r"'steps' must be int, not True"),
+        (TrainingConfig, {"compile": 1}, r"'compile' must be bool, not 1"),
+        (TrainingConfig, {"lr": "fast"}, r"'lr' must be float, not 'fast'"),
+        (ConvertConfig, {"kv_lora_rank": "8"}, r"'kv_lora_rank' must be int, not '8'"),
+        (ConvertConfig, {"data": 3}, r"'data' must be a table, not 3"),
+        (ConvertConfig, {"init": None}, r"'init' must be str, not None"),
+        (GenerateConfig, {"prompts": "3"}, r"'prompts' must be a list, not '3'"),
+        (GenerateConfig, {"prompts": ["3", 7]}, r"'prompts\[1\]' must be str, not 7"),
+        (DataConfig, [], r"'DataConfig' must be a table, not \[\]"),
+    ],
+)
+def test_wrong_types_are_named(cls: type[Any], data: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_dict(cls, data)
+
+
+@pytest.mark.parametrize("size", [[8], [8, 12, 3], []])
+def test_a_tuple_of_fixed_length_keeps_it(size: list[int]) -> None:
+    with pytest.raises(ConfigError, match=f"'latent_size' must have 2 items, not {len(size)}"):
+        from_dict(ModelConfig, as_dict(DENSE, latent_size=size))
+
+
+def test_an_item_deep_in_nested_tuples_is_named() -> None:
+    data = as_dict(CONVERTED.mla, rope_pairs=[[0, 1], [2, "x"]])
+    with pytest.raises(ConfigError, match=r"'mla\.rope_pairs\[1\]\[1\]' must be int, not 'x'"):
+        from_dict(ModelConfig, as_dict(DENSE, mla=data))
+
+
+@pytest.mark.parametrize("key", ["dim", "in_dim"])
+def test_a_missing_key_is_named(key: str) -> None:
+    data = to_dict(GEOMETRY)
+    del data[key]
+    with pytest.raises(ConfigError, match=rf"missing key 'geometry\.{key}'"):
+        from_dict(ModelConfig, as_dict(DENSE, geometry=data))
+
+
+def test_a_choice_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="'positions' is 'relativ'") as caught:
+        from_dict(CachePolicy, {"window_frames": 4, "positions": "relativ"})
+    assert caught.value.hint == "did you mean 'relative'?"
+
+
+@pytest.mark.parametrize(
+    ("dim", "heads", "message"),
+    [
+        (50, 4, "does not split into 4 heads"),
+        (20, 4, "heads of even width"),
+        (16, 4, "too small for 3D RoPE"),
+    ],
+)
+def test_a_geometry_that_cannot_be(dim: int, heads: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(GEOMETRY, dim=dim, num_heads=heads)
+
+
+@pytest.mark.parametrize(("window", "sink"), [(4, 4), (4, 5), (4, -1), (0, 0)])
+def test_a_sink_must_fit_its_window(window: int, sink: int) -> None:
+    with pytest.raises(ConfigError, match="does not fit a window"):
+        CachePolicy(window_frames=window, sink_frames=sink)
+
+
+def test_a_window_must_hold_a_chunk_beside_its_sink() -> None:
+    with pytest.raises(ConfigError, match="has no room for a chunk of 3"):
+        dataclasses.replace(DENSE, chunk_frames=3, cache=CachePolicy(4, sink_frames=2))
+
+
+def test_cache_sizes_by_hand() -> None:
+    # dense: a key and a value of 48; layer 0: 8 + 2·3 + 1 = 15, layer 1: 10 + 0 + 1 = 11
+    assert DENSE.cache_scalars_per_token() == 96
+    assert CONVERTED.cache_scalars_per_token() == 13
+    assert DENSE.cache_cut() == 0
+    assert CONVERTED.cache_cut() == pytest.approx(1 - 13 / 96)
+    # 8×12 latents in 2×2 patches are 24 tokens; two layers, two bytes
+    assert CONVERTED.tokens_per_frame == 24
+    assert CONVERTED.cache_bytes(frames=5, batch=3) == 3 * 5 * 24 * (15 + 11) * 2
+
+
+def test_configs_do_not_change() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        GEOMETRY.dim = 3  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,340 @@
+"""The report says the right setting, shows every figure, and leaves out what was not measured."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from vmla_convert.errors import MissingExtraError, VmlaError
+from vmla_convert.pipelines.report import decisive_table, write_report
+from vmla_convert.pipelines.report.plots import draw_plots, spread_apart
+from vmla_convert.results import Row, append_rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+pytest.importorskip("matplotlib")
+
+DENSE_LOSS, DENSE_SCALARS = 0.04, 256
+VOID_TAGS = {"meta", "img", "br", "link", "hr"}
+
+
+def dense_rows() -> list[Row]:
+    return [
+        Row("flow_loss", DENSE_LOSS, "mse", "dense"),
+        Row("flow_loss_other_past", 0.4, "mse", "dense"),
+        Row("cache_scalars_per_token", DENSE_SCALARS, "scalars", "dense"),
+    ]
+
+
+def point_rows(
+    init: str, rank: int, rope: int, errors: Sequence[float], excess: Sequence[float], seed: int = 0
+) -> list[Row]:
+    """A sweep point measured at steps 0, 10, 20, … of recovery."""
+    fields: dict[str, Any] = {
+        "run": f"{init}-{rank}+{rope}",
+        "seed": seed,
+        "init": init,
+        "kv_lora_rank": rank,
+        "qk_rope_head_dim": rope,
+    }
+    scalars = rank + rope + 1
+    rows = [
+        Row("cache_scalars_per_token", scalars, "scalars", **fields),
+        Row("cache_cut", 1 - scalars / DENSE_SCALARS, "share", **fields),
+        Row("convert_seconds", 1.5, "s", **fields),
+    ]
+    for i, (error, share) in enumerate(zip(errors, excess, strict=True)):
+        loss = DENSE_LOSS * (1 + share)
+        rows.append(Row("velocity_error", error, "share", step=10 * i, **fields))
+        rows.append(Row("flow_loss", loss, "mse", step=10 * i, **fields))
+    return rows
+
+
+def sweep_rows() -> list[Row]:
+    """At 13 scalars nothing meets 15 %; at 25 two splits do, 16+8 with the smaller error."""
+    return [
+        *dense_rows(),
+        *point_rows("calibrated", 8, 4, [0.09, 0.04, 0.03], [2.1, 0.9, 0.41]),
+        *point_rows("calibrated", 16, 8, [0.02, 0.009, 0.006], [0.6, 0.2, 0.12]),
+        *point_rows("calibrated", 20, 4, [0.03, 0.01, 0.007], [0.7, 0.2, 0.11]),
+        *point_rows("calibrated", 32, 16, [0.01, 0.004, 0.002], [0.3, 0.1, 0.02]),
+        *point_rows("random", 16, 8, [0.66, 0.4, 0.28], [16.4, 9.0, 7.0]),
+    ]
+
+
+def spectra_rows() -> list[Row]:
+    rows: list[Row] = []
+    for layer in range(4):
+        for run, rank, energy in (("weights", 116, 0.4), ("weights_x_activations", 20, 0.9)):
+            rows.append(Row("effective_rank_99", rank + layer, "directions", run, layer=layer))
+            rows.append(Row("energy_at_rank", energy, "share", run, layer=layer, kv_lora_rank=16))
+    return rows
+
+
+def rollout_rows() -> list[Row]:
+    return [
+        Row("background_psnr", psnr - segment, "dB", run, segment=segment)
+        for run, psnr in (("dense", 27.0), ("converted", 26.0))
+        for segment in range(3)
+    ]
+
+
+def report_on(folder: Path, rows: Iterable[Row]) -> dict[str, Path]:
+    append_rows(folder / "rows.jsonl", rows)
+    return {path.name: path for path in write_report(folder)}
+
+
+class Page(HTMLParser):
+    """Collects cells and links of a page, and checks that its tags balance."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open_tags: list[str] = []
+        self.texts: list[str] = []
+        self.references: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open_tags == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.references += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in VOID_TAGS:
+            self.open_tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open_tags.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_recommends_the_most_accurate_point_of_the_largest_cut_within_the_bound(
+    tmp_path: Path,
+) -> None:
+    markdown = report_on(tmp_path, sweep_rows())["report.md"].read_text()
+    assert "Use calibrated with kv_lora_rank 16 and qk_rope_head_dim 8." in markdown
+    assert "cuts the cache by 90.2 %" in markdown
+    assert "velocity_error 0.006 after 20 steps of recovery" in markdown
+    assert "flow loss +12 % against the dense model (bound: +15 %)" in markdown
+    assert "**calibrated** | **16** | **8**" in markdown
+
+
+def test_a_looser_bound_allows_a_larger_cut(tmp_path: Path) -> None:
+    append_rows(tmp_path / "rows.jsonl", sweep_rows())
+    write_report(tmp_path, flow_loss_bound=0.5)
+    markdown = (tmp_path / "report.md").read_text()
+    assert "Use calibrated with kv_lora_rank 8 and qk_rope_head_dim 4." in markdown
+
+
+def test_says_so_when_no_setting_meets_the_bound(tmp_path: Path) -> None:
+    rows = [
+        *dense_rows(),
+        *point_rows("calibrated", 8, 4, [0.09, 0.03], [2.1, 0.41]),
+        *point_rows("random", 8, 4, [0.7, 0.3], [18.0, 7.0]),
+    ]
+    markdown = report_on(tmp_path, rows)["report.md"].read_text()
+    assert "No setting stays within 15 % of the dense model's flow loss." in markdown
+    assert "The most accurate is calibrated with kv_lora_rank 8" in markdown
+
+
+def test_does_not_claim_a_bound_that_was_not_measured(tmp_path: Path) -> None:
+    rows = [r for r in sweep_rows() if r.metric != "flow_loss"]
+    markdown = report_on(tmp_path, rows)["report.md"].read_text()
+    assert "The most accurate is calibrated with kv_lora_rank 32" in markdown
+    assert "no row tells its flow loss" in markdown
+
+
+def test_table_starts_with_dense_and_is_sorted_by_size_then_error() -> None:
+    table = decisive_table(sweep_rows())
+    assert table[0][:5] == [
+        "init",
+        "kv_lora_rank",
+        "qk_rope_head_dim",
+        "scalars/token",
+        "cache cut",
+    ]
+    assert table[1] == ["dense", "–", "–", "256", "0 %", "0", "–", "+0 %", "–"]
+    assert [line[:3] for line in table[2:]] == [
+        ["calibrated", "8", "4"],
+        ["calibrated", "16", "8"],
+        ["calibrated", "20", "4"],
+        ["random", "16", "8"],
+        ["calibrated", "32", "16"],
+    ]
+    assert table[3] == [
+        "calibrated", "16", "8", "25", "90.2 %", "0.02", "0.006", "+60 %", "+12 %"
+    ]  # fmt: skip
+
+
+def test_table_takes_medians_over_seeds_and_shows_divergence() -> None:
+    errors = (0.02, 0.05, 0.03)
+    seeds = [
+        row
+        for seed, error in enumerate(errors)
+        for row in point_rows("calibrated", 16, 8, [error, math.nan], [0.2, 0.1], seed)
+    ]
+    (line,) = decisive_table(seeds)[1:]
+    assert line[5:7] == ["0.03", "diverged"]
+
+
+def test_table_of_a_point_without_recovery_leaves_those_cells_empty() -> None:
+    line = decisive_table([*dense_rows(), *point_rows("spectral", 16, 8, [0.2], [4.0])])[-1]
+    assert line[5:] == ["0.2", "–", "+400 %", "–"]
+
+
+def axes_with_data(axes: Axes) -> bool:
+    heights = [float(y) for line in axes.get_lines() for y in line.get_ydata()]  # pyright: ignore
+    return len(heights) > 0 and all(math.isfinite(height) for height in heights)
+
+
+@pytest.mark.parametrize(
+    ("rows", "names"),
+    [
+        ([*sweep_rows(), *spectra_rows(), *rollout_rows()],
+         ["quality", "recovery", "spectra", "rollout"]),
+        (sweep_rows(), ["quality", "recovery"]),
+        ([*dense_rows(), *point_rows("random", 16, 8, [0.6], [9.0])], ["quality"]),
+        (spectra_rows(), ["spectra"]),
+        (rollout_rows(), ["rollout"]),
+        (dense_rows(), []),
+        (point_rows("random", 16, 8, [math.nan, math.nan], [math.nan, math.nan]), []),
+        (point_rows("random", 16, 8, [0.6, math.nan], [9.0, math.nan]), ["quality", "recovery"]),
+    ],
+)  # fmt: skip
+def test_draws_what_the_rows_allow_and_no_empty_axes(rows: list[Row], names: list[str]) -> None:
+    figures = draw_plots(rows, bound=0.15)
+    assert list(figures) == names
+    for figure in figures.values():
+        assert figure.axes
+        for axes in figure.axes:
+            assert axes_with_data(axes)
+            assert axes.get_xlabel()
+            assert axes.get_ylabel()
+
+
+def test_labels_at_the_line_ends_do_not_overlap() -> None:
+    for figure in draw_plots([*sweep_rows(), *spectra_rows()], bound=0.15).values():
+        figure.draw_without_rendering()
+        for axes in figure.axes:
+            boxes = [t.get_window_extent() for t in axes.texts if t.get_fontweight() == "bold"]
+            assert boxes
+            for i, box in enumerate(boxes):
+                assert not any(box.overlaps(other) for other in boxes[i + 1 :])
+
+
+def test_spread_apart_keeps_order_and_gap() -> None:
+    moved = spread_apart([0.5, 0.52, 0.1, 0.51], gap=0.1)
+    assert moved == pytest.approx([0.41, 0.61, 0.1, 0.51])
+    capped = spread_apart([0.98, 0.99, 0.2], gap=0.1, top=1.0)
+    assert capped == pytest.approx([0.9, 1.0, 0.2])
+    assert all(b - a >= 0.1 - 1e-9 for a, b in pairwise(sorted(moved)))
+
+
+def test_writes_each_plot_and_removes_stale_ones(tmp_path: Path) -> None:
+    written = report_on(tmp_path, [*sweep_rows(), *spectra_rows(), *rollout_rows()])
+    expected = {"quality.png", "recovery.png", "spectra.png", "rollout.png"}
+    assert set(written) == {"report.md", "report.html", *expected}
+    assert all(path.stat().st_size > 5_000 for path in written.values() if path.suffix == ".png")
+    (tmp_path / "rows.jsonl").unlink()
+    report_on(tmp_path, spectra_rows())
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["spectra.png"]
+
+
+def test_sections_follow_their_rows(tmp_path: Path) -> None:
+    markdown = report_on(tmp_path, spectra_rows())["report.md"].read_text()
+    assert re.findall(r"^## (.*)$", markdown, re.MULTILINE) == ["Spectra", "Provenance"]
+    assert "the weights need 116 to 119 directions" in markdown
+    append_rows(tmp_path / "rows.jsonl", [*sweep_rows(), *rollout_rows()])
+    write_report(tmp_path)
+    headings = re.findall(r"^## (.*)$", (tmp_path / "report.md").read_text(), re.MULTILINE)
+    assert headings == [
+        "Answer", "Every setting", "Quality against bytes", "Recovery", "Spectra", "Rollout",
+        "Provenance",
+    ]  # fmt: skip
+
+
+def test_html_is_one_balanced_file_with_every_value(tmp_path: Path) -> None:
+    rows = [*sweep_rows(), *spectra_rows(), *rollout_rows()]
+    path = report_on(tmp_path, rows)["report.html"]
+    text = path.read_text()
+    page = Page(text)
+    assert {cell for line in decisive_table(rows) for cell in line} <= set(page.texts)
+    assert len(page.references) == 4
+    assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
+    assert not re.search("https?://", text)
+    assert "prefers-color-scheme: dark" in text
+    assert path.stat().st_size < 3_000_000
+
+
+def test_titles_and_names_are_escaped(tmp_path: Path) -> None:
+    append_rows(tmp_path / "rows.jsonl", point_rows("<b>&|", 16, 8, [0.2], [4.0]))
+    write_report(tmp_path, title="<i>A & B")
+    page = Page((tmp_path / "report.html").read_text())
+    assert {"<i>A & B", "<b>&|"} <= set(page.texts)
+    assert "| **<b>&\\|** |" in (tmp_path / "report.md").read_text()
+
+
+def test_shows_the_comparison_when_it_is_there(tmp_path: Path) -> None:
+    source = report_on(tmp_path / "other", rollout_rows())["rollout.png"]
+    (tmp_path / "compare.png").write_bytes(source.read_bytes())
+    (tmp_path / "compare.mp4").write_bytes(b"")
+    written = report_on(tmp_path, rollout_rows())
+    markdown = written["report.md"].read_text()
+    assert "](compare.png)" in markdown
+    assert "](compare.mp4)" in markdown
+    references = Page(written["report.html"].read_text()).references
+    assert len([r for r in references if r.startswith("data:")]) == 2
+    assert "compare.mp4" in references
+
+
+def test_a_large_contact_sheet_is_referred_to_not_embedded(tmp_path: Path) -> None:
+    (tmp_path / "compare.png").write_bytes(bytes(1_500_000))
+    html = report_on(tmp_path, rollout_rows())["report.html"]
+    assert "compare.png" in Page(html.read_text()).references
+    assert html.stat().st_size < 1_000_000
+
+
+@pytest.mark.parametrize("text", ['{"metric": "flow_loss"}\n', "not json\n", "[1]\n", ""])
+def test_refuses_rows_it_cannot_read(tmp_path: Path, text: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(text)
+    with pytest.raises(VmlaError):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.md").exists()
+
+
+def test_refuses_a_folder_without_rows(tmp_path: Path) -> None:
+    with pytest.raises(VmlaError, match="no rows"):
+        write_report(tmp_path)
+
+
+def test_names_the_extra_when_matplotlib_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append_rows(tmp_path / "rows.jsonl", sweep_rows())
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingExtraError) as caught:
+        write_report(tmp_path)
+    assert "plots" in caught.value.hint
+
+
+def test_runs_without_torch(tmp_path: Path) -> None:
+    append_rows(tmp_path / "rows.jsonl", sweep_rows())
+    program = (
+        "import sys; from pathlib import Path; from vmla_convert.pipelines.report import "
+        "write_report; before = 'matplotlib' in sys.modules; write_report(Path(sys.argv[1])); "
+        "print(before, 'torch' in sys.modules)"
+    )
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+    assert result.stdout.split() == ["False", "False"]

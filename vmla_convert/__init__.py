@@ -1,0 +1,43 @@
+"""Convert trained causal video diffusion transformers to a small latent KV cache.
+
+    import vmla_convert as vmla
+
+    model = vmla.load("runs/quickstart/converted")
+    for chunk in vmla.generate(model, prompt="7", frames=240):
+        ...  # clean latents, chunk by chunk
+
+The public names load on first use, so that importing the package stays quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vmla_convert.pipelines.convert import convert
+    from vmla_convert.pipelines.generate import generate
+    from vmla_convert.pipelines.inspect import inspect_checkpoint as inspect
+    from vmla_convert.pipelines.load import load
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "convert", "generate", "inspect", "load"]
+
+_LAZY = {
+    "convert": ("vmla_convert.pipelines.convert", "convert"),
+    "generate": ("vmla_convert.pipelines.generate", "generate"),
+    "inspect": ("vmla_convert.pipelines.inspect", "inspect_checkpoint"),
+    "load": ("vmla_convert.pipelines.load", "load"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _LAZY[name]
+    return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,57 @@
+"""`vmla` and `python -m vmla_convert`: run the CLI and turn what goes wrong into exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from vmla_convert.console import out
+from vmla_convert.errors import VmlaError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+
+def main(run: Callable[[], object] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        run: What to run in place of the typer app.
+
+    Returns:
+        0 when done, 2 for a mistake the user can mend, 130 when interrupted, 1 for anything else.
+    """
+    try:
+        if run is None:
+            from vmla_convert.cli import app
+
+            run = app
+        run()
+    except VmlaError as error:
+        out.fail(error)
+        return 2
+    except KeyboardInterrupt:
+        return _interrupted()
+    except SystemExit as stop:
+        # typer turns Ctrl-C into this code without a word.
+        if stop.code == INTERRUPTED:
+            return _interrupted()
+        raise
+    except Exception as error:
+        if os.environ.get("VMLA_DEBUG") == "1":
+            raise
+        # torch appends whole stack traces to its messages; the first line says it.
+        lines = str(error).strip().splitlines() or ["no message"]
+        message = f"{type(error).__name__}: {lines[0]}"
+        out.fail(VmlaError(message, "set VMLA_DEBUG=1 for the traceback"))
+        return 1
+    return 0
+
+
+def _interrupted() -> int:
+    out.say("interrupted")
+    return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""Tensor names of other layouts to native Wan names and back, by rules that are data.
+
+Nothing is permuted on the way: both layouts keep RoPE's pairs interleaved. Source of the pairs of
+names: diffusers, `scripts/convert_wan_to_diffusers.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+
+from vmla_convert.errors import CheckpointError
+
+WRAPPER_PREFIX = "model."
+WRAPPER_INFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One tensor's whole name in both layouts; `{i}` stands for the block's number."""
+
+    native: str
+    foreign: str
+
+
+_WEIGHT_AND_BIAS = (
+    ("patch_embedding", "patch_embedding"),
+    ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
+    ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
+    ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
+    ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
+    ("time_projection.1", "condition_embedder.time_proj"),
+    ("blocks.{i}.self_attn.q", "blocks.{i}.attn1.to_q"),
+    ("blocks.{i}.self_attn.k", "blocks.{i}.attn1.to_k"),
+    ("blocks.{i}.self_attn.v", "blocks.{i}.attn1.to_v"),
+    ("blocks.{i}.self_attn.o", "blocks.{i}.attn1.to_out.0"),
+    ("blocks.{i}.cross_attn.q", "blocks.{i}.attn2.to_q"),
+    ("blocks.{i}.cross_attn.k", "blocks.{i}.attn2.to_k"),
+    ("blocks.{i}.cross_attn.v", "blocks.{i}.attn2.to_v"),
+    ("blocks.{i}.cross_attn.o", "blocks.{i}.attn2.to_out.0"),
+    ("blocks.{i}.norm3", "blocks.{i}.norm2"),
+    ("blocks.{i}.ffn.0", "blocks.{i}.ffn.net.0.proj"),
+    ("blocks.{i}.ffn.2", "blocks.{i}.ffn.net.2"),
+    ("head.head", "proj_out"),
+)
+_SINGLE = (
+    ("blocks.{i}.modulation", "blocks.{i}.scale_shift_table"),
+    ("blocks.{i}.self_attn.norm_q.weight", "blocks.{i}.attn1.norm_q.weight"),
+    ("blocks.{i}.self_attn.norm_k.weight", "blocks.{i}.attn1.norm_k.weight"),
+    ("blocks.{i}.cross_attn.norm_q.weight", "blocks.{i}.attn2.norm_q.weight"),
+    ("blocks.{i}.cross_attn.norm_k.weight", "blocks.{i}.attn2.norm_k.weight"),
+    ("head.modulation", "scale_shift_table"),
+)
+_IMAGE_WEIGHT_AND_BIAS = (
+    ("img_emb.proj.0", "condition_embedder.image_embedder.norm1"),
+    ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
+    ("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
+    ("img_emb.proj.4", "condition_embedder.image_embedder.norm2"),
+    ("blocks.{i}.cross_attn.k_img", "blocks.{i}.attn2.add_k_proj"),
+    ("blocks.{i}.cross_attn.v_img", "blocks.{i}.attn2.add_v_proj"),
+)
+_IMAGE_SINGLE = (
+    ("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"),
+    ("blocks.{i}.cross_attn.norm_k_img.weight", "blocks.{i}.attn2.norm_added_k.weight"),
+)
+
+
+def _expand(
+    with_bias: tuple[tuple[str, str], ...], single: tuple[tuple[str, str], ...]
+) -> tuple[Rule, ...]:
+    pairs = [
+        Rule(f"{native}.{part}", f"{foreign}.{part}")
+        for native, foreign in with_bias
+        for part in ("weight", "bias")
+    ]
+    return (*pairs, *(Rule(native, foreign) for native, foreign in single))
+
+
+TEXT_TO_VIDEO = _expand(_WEIGHT_AND_BIAS, _SINGLE)
+IMAGE_TO_VIDEO = _expand(_IMAGE_WEIGHT_AND_BIAS, _IMAGE_SINGLE)
+DIFFUSERS_RULES = TEXT_TO_VIDEO + IMAGE_TO_VIDEO
+NATIVE_RULES = tuple(Rule(rule.native, rule.native) for rule in DIFFUSERS_RULES)
+
+
+def invert(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """The rules of the way back, to be given to `to_native` as they are."""
+    return tuple(Rule(rule.foreign, rule.native) for rule in rules)
+
+
+def strip_wrappers(names: Iterable[str]) -> dict[str, str]:
+    """Clean name to source name, without what FSDP, checkpointing, compile and wrappers put in.
+
+    The prefix `model.` goes only where every name has it.
+
+    Raises:
+        CheckpointError: Two names become one.
+    """
+    sources = list(names)
+    clean = [_without_infixes(name) for name in sources]
+    if all(name.startswith(WRAPPER_PREFIX) for name in clean):
+        clean = [name.removeprefix(WRAPPER_PREFIX) for name in clean]
+    return _unique(zip(clean, sources, strict=True))
+
+
+def to_native(names: Iterable[str], rules: tuple[Rule, ...]) -> dict[str, str]:
+    """Native name to source name.
+
+    Args:
+        names: Names in the foreign layout, wrappers already stripped.
+        rules: The layout's table.
+
+    Raises:
+        CheckpointError: Some names fit no rule, or two names fit the same native one.
+    """
+    pairs: list[tuple[str, str]] = []
+    leftovers: list[str] = []
+    for name in names:
+        native = _apply(name, rules)
+        if native is None:
+            leftovers.append(name)
+        else:
+            pairs.append((native, name))
+    if leftovers:
+        raise CheckpointError(
+            f"{len(leftovers)} tensors are not part of a Wan model: {listed(leftovers)}",
+            "merge LoRA weights and drop tensors of other modules before converting",
+        )
+    return _unique(pairs)
+
+
+def fill(template: str, block: int | str) -> str:
+    """A template's name in one block."""
+    return template.replace("{i}", str(block))
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few names in order, for messages."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
+    return ", ".join(ordered[:SHOWN]) + more
+
+
+def _without_infixes(name: str) -> str:
+    for infix in WRAPPER_INFIXES:
+        name = name.replace(infix, "")
+    return name
+
+
+def _apply(name: str, rules: tuple[Rule, ...]) -> str | None:
+    for rule in rules:
+        if match := _pattern(rule.foreign).fullmatch(name):
+            return fill(rule.native, match[1]) if match.lastindex else rule.native
+    return None
+
+
+@cache
+def _pattern(template: str) -> re.Pattern[str]:
+    # No leading zeros: the way back has to give the same name.
+    return re.compile(r"(0|[1-9][0-9]*)".join(map(re.escape, template.split("{i}"))))
+
+
+def _unique(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    named: dict[str, str] = {}
+    for target, source in pairs:
+        if target in named:
+            raise CheckpointError(
+                f"'{named[target]}' and '{source}' are both '{target}'",
+                "drop one of the two copies from the checkpoint",
+            )
+        named[target] = source
+    return named

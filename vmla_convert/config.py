@@ -1,0 +1,371 @@
+"""Every setting as a frozen dataclass; no torch, so that `vmla --help` stays quick.
+
+Letters for shapes, here and everywhere: B batch, T query tokens, S cached tokens, L tokens of any
+kind, H heads, D head dim (H·D = `dim`), R latent rank, F frames, C channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from vmla_convert.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+
+CONFIG_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Shapes of a Wan-layout video DiT, under Wan's names."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    in_dim: int
+    out_dim: int
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.num_heads < 1 or self.dim % self.num_heads or self.head_dim % 2:
+            raise ConfigError(
+                f"dim {self.dim} does not split into {self.num_heads} heads of even width"
+            )
+        if self.head_dim < 6:
+            raise ConfigError(f"head dim {self.head_dim} is too small for 3D RoPE (at least 6)")
+
+    @property
+    def head_dim(self) -> int:
+        """D: channels of one head."""
+        return self.dim // self.num_heads
+
+    @property
+    def dense_cache_scalars(self) -> int:
+        """Numbers the dense cache keeps per token and layer: a key and a value for every head."""
+        return 2 * self.dim
+
+    def tokens_per_frame(self, latent_size: tuple[int, int]) -> int:
+        """Tokens of one latent frame of (height, width)."""
+        return (latent_size[0] // self.patch_size[1]) * (latent_size[1] // self.patch_size[2])
+
+
+@dataclass(frozen=True)
+class CachePolicy:
+    """Which frames the cache keeps and where it places them.
+
+    The window counts every frame a query may see: the sink, the recent past and the chunk being
+    denoised. `relative` places the kept frames at 0, 1, 2, … with the sink first, so that a rollout
+    is not bounded by the positions seen in training; `absolute` keeps each frame's own index.
+    """
+
+    window_frames: int
+    sink_frames: int = 0
+    positions: Literal["absolute", "relative"] = "absolute"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sink_frames < self.window_frames:
+            raise ConfigError(
+                f"a sink of {self.sink_frames} frames does not fit a window of {self.window_frames}"
+            )
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """Few-step flow sampling.
+
+    Attributes:
+        denoising_step_list: Timesteps of 1000, descending, before the shift is applied.
+        shift: Timestep shift s: sigma' = s·sigma / (1 + (s − 1)·sigma).
+        renoise: True for distilled few-step models, which predict the clean chunk and add fresh
+            noise at each step (Self-Forcing); False follows the flow by Euler steps.
+    """
+
+    denoising_step_list: tuple[int, ...] = (1000, 750, 500, 250)
+    shift: float = 5.0
+    renoise: bool = True
+
+
+@dataclass(frozen=True)
+class MLAConfig:
+    """What a converted checkpoint stores per token, layer by layer (METHOD 1, the paper's layer).
+
+    Attributes:
+        kv_lora_rank: R of each layer.
+        rope_pairs: For each layer the RoPE pairs (of the D/2 of a head, in Wan's order t, h, w)
+            that the shared rope key carries. A pair may appear more than once.
+        init: How the projections were initialised.
+    """
+
+    kv_lora_rank: tuple[int, ...]
+    rope_pairs: tuple[tuple[int, ...], ...]
+    init: str
+
+    def qk_rope_head_dim(self, layer: int) -> int:
+        """Width of the shared rope key: two numbers for each pair."""
+        return 2 * len(self.rope_pairs[layer])
+
+    def cache_scalars(self, layer: int) -> int:
+        """Numbers cached per token: content latent, rope key, and the key's norm."""
+        return self.kv_lora_rank[layer] + self.qk_rope_head_dim(layer) + 1
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that `vmla_convert.load` needs to rebuild a model, dense or converted."""
+
+    geometry: Geometry
+    latent_size: tuple[int, int]
+    chunk_frames: int
+    cache: CachePolicy
+    sampler: SamplerConfig
+    codec: Literal["demo", "wan"] = "wan"
+    family: str = "wan"
+    licence: str = "unknown"
+    base_model: str = "unknown"
+    mla: MLAConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.cache.window_frames - self.cache.sink_frames < self.chunk_frames:
+            raise ConfigError(
+                f"a window of {self.cache.window_frames} frames with a sink of "
+                f"{self.cache.sink_frames} has no room for a chunk of {self.chunk_frames}"
+            )
+        if self.mla and not (
+            len(self.mla.kv_lora_rank) == len(self.mla.rope_pairs) == self.geometry.num_layers
+        ):
+            raise ConfigError(f"mla must name ranks and pairs for {self.geometry.num_layers} layers")
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Tokens of one latent frame."""
+        return self.geometry.tokens_per_frame(self.latent_size)
+
+    def cache_scalars_per_token(self) -> float:
+        """Numbers cached per token and layer, averaged over layers."""
+        if self.mla is None:
+            return float(self.geometry.dense_cache_scalars)
+        layers = range(self.geometry.num_layers)
+        return sum(self.mla.cache_scalars(layer) for layer in layers) / len(layers)
+
+    def cache_cut(self) -> float:
+        """Share of the dense cache that is gone: 1 − converted / dense."""
+        return 1.0 - self.cache_scalars_per_token() / self.geometry.dense_cache_scalars
+
+    def cache_bytes(self, frames: int, batch: int = 1, bytes_per_scalar: int = 2) -> int:
+        """Bytes of the whole cache when it holds `frames` frames."""
+        tokens = frames * self.tokens_per_frame * batch
+        scalars = self.cache_scalars_per_token() * self.geometry.num_layers
+        return round(scalars * tokens * bytes_per_scalar)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where clips come from.
+
+    Attributes:
+        source: `demo` for the moving-digits world, or a safetensors file with `latents`
+            (N, F, C, height, width) and `context` (N, text_len, text_dim).
+        frames: Latent frames of a clip.
+        sink_gap: Largest number of frames skipped after the sink in half of the training clips, so
+            that the model meets the jump which a window with a sink makes; 0 for none.
+        seed: Of the clips.
+    """
+
+    source: str = "demo"
+    frames: int = 10
+    sink_gap: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """The convert stage.
+
+    Attributes:
+        init: One of `vmla_convert.maths.factor.INITS`.
+        kv_lora_rank: R; None for an eighth of the width, the paper's share.
+        qk_rope_head_dim: Width of the shared rope key, even; None for a quarter of a head.
+        calibration_clips: Clips that `calibrated` measures the activations on.
+        data: Where they come from.
+        seed: Of random projections and of the calibration noise.
+    """
+
+    init: str = "calibrated"
+    kv_lora_rank: int | None = None
+    qk_rope_head_dim: int | None = None
+    calibration_clips: int = 48
+    data: DataConfig = field(default_factory=DataConfig)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The one training loop (pretraining and recovery).
+
+    Attributes:
+        steps: Optimiser steps.
+        batch_size: Clips per step over all processes.
+        lr: Peak learning rate; warmed up over `warmup_steps`, then decayed to zero.
+        ema: Decay of the averaged weights; 0 keeps none.
+        context_noise: Largest noise level put on the clean past in half of the clips.
+        eval_every: Steps between held-out evaluations.
+        checkpoint_every: Steps between resumable checkpoints.
+        mixed_precision: As accelerate names it.
+        seed: Of noise, data order and dropped context.
+    """
+
+    steps: int = 100
+    batch_size: int = 4
+    lr: float = 1e-3
+    warmup_steps: int = 10
+    weight_decay: float = 0.0
+    ema: float = 0.0
+    context_noise: float = 0.0
+    eval_every: int = 25
+    checkpoint_every: int = 100
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class RecoverConfig:
+    """The recover stage: layer-wise regression, then velocity distillation (METHOD 9)."""
+
+    layerwise_steps: int = 40
+    layerwise_lr: float = 1e-3
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The pretraining stage that made the demo checkpoint."""
+
+    model: ModelConfig
+    training: TrainingConfig
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Held-out measurement of a converted checkpoint against its dense source."""
+
+    clips: int = 24
+    data: DataConfig = field(default_factory=lambda: DataConfig(seed=1))
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """The generate stage: one rollout per prompt."""
+
+    prompts: tuple[str, ...] = ("3", "7")
+    frames: int = 20
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """A grid: every init at every cache size, measured at step 0 and after recovery."""
+
+    inits: tuple[str, ...] = ("random", "spectral", "calibrated")
+    kv_lora_ranks: tuple[int, ...] = (16,)
+    qk_rope_head_dims: tuple[int, ...] = (8,)
+    seeds: tuple[int, ...] = (0,)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain dicts and lists, ready for JSON or TOML; None fields are left out."""
+    return {
+        f.name: _plain(value)
+        for f in dataclasses.fields(config)
+        if (value := getattr(config, f.name)) is not None
+    }
+
+
+def from_dict(cls: type[T], data: Any, where: str = "") -> T:
+    """Build a config from parsed JSON or TOML, strictly.
+
+    Args:
+        cls: One of the dataclasses of this module.
+        data: A mapping; nested tables for nested configs.
+        where: Dotted path for messages.
+
+    Raises:
+        ConfigError: An unknown key (with the nearest known one), a missing key, or a value of the
+            wrong type.
+    """
+    if not isinstance(data, dict):
+        raise ConfigError(f"'{where or cls.__name__}' must be a table, not {data!r}")
+    table = typing.cast(dict[str, Any], data)
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(typing.cast(Any, cls))]
+    for key in table:
+        if key not in names:
+            raise ConfigError(
+                f"unknown key '{_join(where, key)}'", did_you_mean(key, names)
+            )
+    values = {k: _coerce(hints[k], v, _join(where, k)) for k, v in table.items()}
+    missing = [
+        f.name
+        for f in dataclasses.fields(typing.cast(Any, cls))
+        if f.name not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"missing key '{_join(where, missing[0])}'")
+    return cls(**values)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, tuple):
+        return [_plain(item) for item in typing.cast(tuple[Any, ...], value)]
+    return value
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    """One value to the type that the dataclass declares."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _coerce(args[0], value, where)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type[Any], hint), value, where)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"'{where}' is {value!r}", did_you_mean(str(value), map(str, args)))
+        return value
+    if origin is tuple:
+        return _coerce_tuple(args, value, where)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"'{where}' must be {hint.__name__}, not {value!r}")
+    return value
+
+
+def _coerce_tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"'{where}' must be a list, not {value!r}")
+    items = list(typing.cast(list[Any], value))
+    kinds = [args[0]] * len(items) if args[-1] is Ellipsis else list(args)
+    if len(kinds) != len(items):
+        raise ConfigError(f"'{where}' must have {len(kinds)} items, not {len(items)}")
+    return tuple(
+        _coerce(kind, item, f"{where}[{i}]")
+        for i, (kind, item) in enumerate(zip(kinds, items, strict=True))
+    )

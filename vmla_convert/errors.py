@@ -1,0 +1,49 @@
+"""The one exception family a user can meet, each with the next thing to try."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class VmlaError(Exception):
+    """A mistake the user can mend: one sentence, and a hint that names the next command.
+
+    Attributes:
+        message: What is wrong, in one sentence without a final period.
+        hint: What to try next; empty when the message says it all.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class CheckpointError(VmlaError):
+    """The source checkpoint cannot be read, recognised or mapped."""
+
+
+class ConfigError(VmlaError):
+    """A setting is misspelt, out of range, or contradicts the checkpoint."""
+
+
+class OutputError(VmlaError):
+    """The place to write to is taken or cannot be written."""
+
+
+class MissingExtraError(VmlaError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, feature: str, extra: str) -> None:
+        super().__init__(
+            f"{feature} needs packages that are not installed",
+            f'pip install "vmla-convert[{extra}]"',
+        )
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint that names the nearest known spelling, or lists all of them."""
+    known = sorted(known)
+    close = get_close_matches(name, known, n=1)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"

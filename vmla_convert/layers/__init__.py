@@ -1,0 +1,1 @@
+"""The causal video transformer: dense and latent attention, and their caches."""

@@ -1,0 +1,46 @@
+"""Rectified flow as Wan and Self-Forcing use it: x_sigma = (1 − sigma)·x0 + sigma·noise.
+
+The model predicts the velocity noise − x0; a timestep is 1000·sigma. Latents are (B, F, C, height,
+width), sigmas (B, F).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TRAIN_TIMESTEPS = 1000.0
+
+
+def per_frame(sigma: Tensor) -> Tensor:
+    """Broadcast (B, F) over the channels and pixels of latents."""
+    return sigma[:, :, None, None, None]
+
+
+def interpolate(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """The noisy latents at sigma."""
+    return clean + per_frame(sigma) * (noise - clean)
+
+
+def predict_clean(noisy: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
+    """The clean latents that a velocity at sigma points to."""
+    return noisy - per_frame(sigma) * velocity
+
+
+def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
+    """Timestep shift: s·sigma / (1 + (s − 1)·sigma)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def sampler_sigmas(denoising_step_list: tuple[int, ...], shift: float) -> Tensor:
+    """Shifted sigmas of the few steps, with the final 0 appended (steps + 1,)."""
+    steps = torch.tensor([*denoising_step_list, 0], dtype=torch.float64) / TRAIN_TIMESTEPS
+    return shift_sigma(steps, shift).float()
+
+
+def sample_training_sigma(
+    batch: int, chunks: int, chunk_frames: int, generator: torch.Generator
+) -> Tensor:
+    """One logit-normal sigma per chunk, (B, chunks · chunk_frames), leaning to the noisy side."""
+    normal = torch.randn(batch, chunks, generator=generator)
+    return torch.sigmoid(1.2 * normal + 0.3).repeat_interleave(chunk_frames, dim=1)

@@ -1,0 +1,90 @@
+"""Between prompts and pixels on one side, contexts and latents on the other.
+
+A model needs two things around it: a text encoder (prompts to context) and a video codec (latents to
+pixels). Both are small protocols; the demo's live here, in full.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vmla_convert.config import ModelConfig
+from vmla_convert.errors import ConfigError, VmlaError
+
+DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+class TextEncoder(Protocol):
+    """Prompts to the context that cross-attention reads."""
+
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
+        """(B, text_len, text_dim)."""
+        ...
+
+
+class VideoCodec(Protocol):
+    """Latents to pixels."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, F, C, height, width) to pixels (B, frames, 3, H, W) in −1 … 1."""
+        ...
+
+
+class DemoCodec:
+    """Text and video of the moving-digits world; nothing is learned.
+
+    A prompt names one digit, as a numeral or a word, and becomes a one-hot context. A latent frame
+    is the frame itself with 2x2 pixels folded into channels, so Wan's (1, 2, 2) patch applies.
+    """
+
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
+        """One-hot contexts (B, 1, 10).
+
+        Raises:
+            VmlaError: A prompt names no digit, or several.
+        """
+        return self.encode_labels(torch.tensor([_digit_in(prompt) for prompt in prompts]))
+
+    def encode_labels(self, labels: Tensor) -> Tensor:
+        """One-hot contexts (B, 1, 10) of digit labels (B,)."""
+        return F.one_hot(labels, len(DIGIT_WORDS)).float()[:, None]
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Pixels (B, F, 3, H, W) to latents (B, F, 12, H/2, W/2)."""
+        return F.pixel_unshuffle(video, 2)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, F, 12, h, w) to pixels (B, F, 3, 2h, 2w)."""
+        return F.pixel_shuffle(latents, 2)
+
+
+def open_codec(config: ModelConfig) -> DemoCodec:
+    """The codec a model names.
+
+    Raises:
+        ConfigError: It needs components that this version does not load yet.
+    """
+    if config.codec != "demo":
+        raise ConfigError(
+            "text encoder and VAE of real Wan checkpoints are not wired in yet",
+            "inspect and convert work on this checkpoint; "
+            "generate, eval and recover need the demo model",
+        )
+    return DemoCodec()
+
+
+def _digit_in(prompt: str) -> int:
+    words = re.findall(r"[a-z]+|\d", prompt.lower())
+    found = {int(w) for w in words if w.isdigit()}
+    found |= {DIGIT_WORDS.index(w) for w in words if w in DIGIT_WORDS}
+    if len(found) != 1:
+        raise VmlaError(
+            f"the prompt {prompt!r} must name one digit for the demo model",
+            'try --prompt "a bouncing seven"',
+        )
+    return found.pop()

@@ -1,0 +1,106 @@
+"""What training minimises: pure functions of a model and an example, nothing else.
+
+An example is a batch of clips as one teacher-forced pass sees it: the clean clip, which stands for
+the cache, beside the noisy clip, of which every chunk is predicted from its own clean past.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vmla_convert.config import ModelConfig
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.maths.flow import interpolate, per_frame, sample_training_sigma
+from vmla_convert.maths.masks import teacher_forcing_mask
+from vmla_convert.pipelines.data import Batch
+
+
+class Example(NamedTuple):
+    """One teacher-forced batch; every tensor starts with B.
+
+    Attributes:
+        latents: [past | noisy] clips (B, 2F, C, height, width).
+        timestep: (B, 2F); 0 for the past.
+        velocity: noise − clean (B, F, C, height, width).
+        context: Prompts (B, text_len, text_dim).
+    """
+
+    latents: Tensor
+    timestep: Tensor
+    velocity: Tensor
+    context: Tensor
+
+
+Loss = Callable[[nn.Module, Example], Tensor]
+
+
+def make_example(
+    batch: Batch, chunk_frames: int, generator: torch.Generator, context_noise: float = 0.0
+) -> Example:
+    """Put noise on a batch of clips.
+
+    Args:
+        batch: Clean clips.
+        chunk_frames: Frames that share a noise level.
+        generator: Decides all noise.
+        context_noise: Largest level of light noise on the past, in half of the clips; it makes a
+            model robust to its own small errors in a rollout.
+    """
+    clean, context = batch
+    size, frames = clean.shape[:2]
+    sigma = sample_training_sigma(size, frames // chunk_frames, chunk_frames, generator)
+    noise = torch.randn(clean.shape, generator=generator)
+    past = clean
+    if context_noise:
+        level = torch.rand(size, frames // chunk_frames, generator=generator) * context_noise
+        level *= torch.rand(size, 1, generator=generator) < 0.5
+        level = level.repeat_interleave(chunk_frames, dim=1)
+        past = (1 - per_frame(level)) * clean
+        past = past + per_frame(level) * torch.randn(clean.shape, generator=generator)
+    return Example(
+        latents=torch.cat([past, interpolate(clean, noise, sigma)], dim=1),
+        timestep=torch.cat([torch.zeros_like(sigma), 1000 * sigma], dim=1),
+        velocity=noise - clean,
+        context=context,
+    )
+
+
+def teacher_forcing_inputs(config: ModelConfig, example: Example) -> tuple[Tensor, Tensor]:
+    """Frame positions (2F,) and mask (2L, 2L) of one teacher-forced pass."""
+    frames = example.latents.shape[1] // 2
+    positions = torch.arange(frames, device=example.latents.device).repeat(2)
+    mask = teacher_forcing_mask(
+        frames, config.chunk_frames, config.tokens_per_frame, config.cache
+    )
+    return positions, mask.to(example.latents.device)
+
+
+def predicted_velocity(model: nn.Module, config: ModelConfig, example: Example) -> Tensor:
+    """Velocity of the noisy clip (B, F, C, height, width), its past read clean."""
+    positions, mask = teacher_forcing_inputs(config, example)
+    velocity = model(example.latents, example.timestep, example.context, positions, mask)
+    return velocity[:, velocity.shape[1] // 2 :].float()
+
+
+def flow_matching(config: ModelConfig) -> Loss:
+    """Mean squared error against the true velocity: pretraining."""
+
+    def loss(model: nn.Module, example: Example) -> Tensor:
+        return (predicted_velocity(model, config, example) - example.velocity).square().mean()
+
+    return loss
+
+
+def velocity_distillation(teacher: CausalWanModel) -> Loss:
+    """Mean squared error against the dense model's velocity (METHOD 9, stage 2)."""
+
+    def loss(model: nn.Module, example: Example) -> Tensor:
+        with torch.no_grad():
+            target = predicted_velocity(teacher, teacher.config, example)
+        return (predicted_velocity(model, teacher.config, example) - target).square().mean()
+
+    return loss

@@ -1,0 +1,92 @@
+"""Pretrain a dense teacher by flow matching and save it the way Self-Forcing saves its models."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vmla_convert.config import DataConfig, ModelConfig, TeacherConfig, to_dict
+from vmla_convert.errors import OutputError
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.pipelines.data import open_clips, seeded
+from vmla_convert.pipelines.losses import flow_matching, make_example
+from vmla_convert.pipelines.training import Curve, train
+from vmla_convert.progress import Progress
+
+WEIGHTS_NAME = "model.pt"
+HELD_OUT_CLIPS = 24
+
+
+def pretrain(config: TeacherConfig, out: Path, progress: Progress | None = None) -> Curve:
+    """Train from scratch into `out/checkpoint/`, resumable from `out/state/`.
+
+    Raises:
+        OutputError: The checkpoint is there already.
+    """
+    target = out / "checkpoint"
+    if target.exists():
+        raise OutputError(f"{target} exists already", "choose another -o, or remove it")
+    torch.manual_seed(config.training.seed)
+    model = CausalWanModel(config.model)
+    _initialise(model)
+    clips = open_clips(config.data, config.model.cache.sink_frames)
+    loss = flow_matching(config.model)
+    held_out = open_clips(DataConfig(config.data.source, config.data.frames, seed=1))
+    example = make_example(
+        held_out.batch(0, HELD_OUT_CLIPS, "held_out"), config.model.chunk_frames, seeded(1, 0, "eval")
+    )
+
+    @torch.no_grad()
+    def held_out_error(trained: nn.Module) -> float:
+        return loss(trained, example).item()
+
+    curve = train(
+        model,
+        loss,
+        clips,
+        config.model.chunk_frames,
+        config.training,
+        held_out_error,
+        out / "state",
+        progress,
+        "pretraining",
+    )
+    save_self_forcing(model.state_dict(), config.model, target)
+    return curve
+
+
+def save_self_forcing(state: dict[str, Tensor], config: ModelConfig, folder: Path) -> None:
+    """Write `model.pt` (bf16, key `generator_ema`, prefix `model.`) and Wan's `config.json`."""
+    partial = folder.with_name(folder.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    weights = {f"model.{name}": tensor.bfloat16() for name, tensor in state.items()}
+    torch.save({"generator_ema": weights}, partial / WEIGHTS_NAME)
+    text = json.dumps(_wan_config(config), indent=2)
+    (partial / "config.json").write_text(text + "\n")
+    os.rename(partial, folder)
+
+
+def _wan_config(config: ModelConfig) -> dict[str, Any]:
+    """Native Wan's keys, and ours for what Wan keeps elsewhere under `vmla`."""
+    geometry, rest = to_dict(config.geometry), to_dict(config)
+    del geometry["patch_size"], geometry["text_dim"], rest["geometry"], rest["family"]
+    return {"_class_name": "WanModel", "model_type": "t2v", **geometry, "vmla": rest}
+
+
+def _initialise(model: CausalWanModel) -> None:
+    """Wan's own initialisation: Xavier projections, small embeddings, a head that starts at zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(model.patch_embedding.weight.flatten(1))
+    for embedding in (model.text_embedding, model.time_embedding):
+        for layer in embedding:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+    nn.init.zeros_(model.head.head.weight)

@@ -1,0 +1,150 @@
+"""The one training loop. It knows accelerate and examples; it knows nothing of latents or teachers.
+
+Data and noise are pure functions of (seed, step), and the learning rate is one of the step, so the
+whole state of a run is its weights, its optimiser, its average and its step: a resumed run goes on
+exactly as if it had not stopped, and two processes share one batch that is the same for any number.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from vmla_convert.config import TrainingConfig
+from vmla_convert.pipelines.data import ClipSource, seeded
+from vmla_convert.pipelines.losses import Example, Loss, make_example
+from vmla_convert.progress import Progress, Silent
+
+STEP_FILE = "step.json"
+
+
+class Curve(NamedTuple):
+    """Held-out error at the steps where it was measured."""
+
+    steps: list[int]
+    errors: list[float]
+
+
+def train(
+    model: nn.Module,
+    loss: Loss,
+    clips: ClipSource,
+    chunk_frames: int,
+    config: TrainingConfig,
+    held_out_error: Callable[[nn.Module], float],
+    checkpoints: Path | None = None,
+    progress: Progress | None = None,
+    label: str = "training",
+) -> Curve:
+    """Train a model's parameters that require gradients, in place.
+
+    Args:
+        model: Trained in place; holds the averaged weights at the end when `config.ema` is set.
+        loss: Of a model and an example.
+        clips: Training clips.
+        chunk_frames: Frames that share a noise level.
+        config: Steps, batch, learning rate and the like.
+        held_out_error: Measured at step 0, every `eval_every` steps and at the end.
+        checkpoints: Folder for resumable state; a run that finds one there goes on from it.
+        progress: Where to draw.
+        label: Of the bar.
+
+    Returns:
+        The held-out error over the steps taken in this call.
+    """
+    progress = progress or Silent()
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available()
+    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(
+        trained, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
+    )
+    wrapped, optimiser = accelerator.prepare(model, optimiser)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    accelerator.register_for_checkpointing(average)
+    start = _resume(accelerator, checkpoints)
+    evaluated = average.module if config.ema else model
+    curve = Curve([], [])
+
+    def evaluate(step: int) -> None:
+        curve.steps.append(step)
+        curve.errors.append(held_out_error(evaluated))
+        progress.note(f"held-out {curve.errors[-1]:.4f}")
+
+    if start == 0:
+        evaluate(0)
+    for step in progress.track(range(start, config.steps), label, config.steps - start):
+        for group in optimiser.param_groups:
+            group["lr"] = config.lr * learning_rate_factor(step, config)
+        example = make_example(
+            clips.batch(step, config.batch_size),
+            chunk_frames,
+            seeded(config.seed, step, "noise"),
+            config.context_noise,
+        )
+        with accelerator.autocast():
+            value = loss(wrapped, _share(example, accelerator))
+        optimiser.zero_grad()
+        accelerator.backward(value)
+        accelerator.clip_grad_norm_(trained, 1.0)
+        optimiser.step()
+        if config.ema:
+            average.update_parameters(model)
+        done = step + 1
+        if done % config.eval_every == 0 or done == config.steps:
+            evaluate(done)
+        if checkpoints and (done % config.checkpoint_every == 0 or done == config.steps):
+            _save(accelerator, checkpoints, done)
+    if config.ema:
+        model.load_state_dict(average.module.state_dict())
+    return curve
+
+
+def learning_rate_factor(step: int, config: TrainingConfig) -> float:
+    """Linear warm-up, then linear decay to zero."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    return warm * (1 - step / config.steps)
+
+
+def _share(example: Example, accelerator: Accelerator) -> Example:
+    """This process's part of a batch, on its device."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+
+    def part(tensor: Tensor) -> Tensor:
+        return tensor[rank::world].to(accelerator.device)
+
+    return Example(*(part(tensor) for tensor in example))
+
+
+def _resume(accelerator: Accelerator, checkpoints: Path | None) -> int:
+    """Load the newest complete state, if any, and return its step."""
+    if checkpoints is None:
+        return 0
+    saved = sorted(p for p in checkpoints.glob("step-*") if p.suffix != ".partial")
+    if not saved:
+        return 0
+    accelerator.load_state(str(saved[-1]))
+    return json.loads((saved[-1] / STEP_FILE).read_text())["step"]
+
+
+def _save(accelerator: Accelerator, checkpoints: Path, step: int) -> None:
+    """Save beside, then rename: what has a final name is complete. Only the newest is kept."""
+    final = checkpoints / f"step-{step:08d}"
+    partial = final.with_suffix(".partial")
+    accelerator.save_state(str(partial))
+    if accelerator.is_main_process:
+        (partial / STEP_FILE).write_text(json.dumps({"step": step}))
+        older = [p for p in checkpoints.glob("step-*") if p.suffix != ".partial"]
+        partial.rename(final)
+        for folder in older:
+            shutil.rmtree(folder)
+    accelerator.wait_for_everyone()

@@ -1,0 +1,31 @@
+"""How a pipeline tells of its progress without knowing a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+
+
+class Progress(Protocol):
+    """What `console` draws; pipelines only call it."""
+
+    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+        """Yield the items, advancing a bar named `label`."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Show the latest figure beside the bar that is running."""
+        ...
+
+
+class Silent:
+    """No terminal: libraries, tests, and all processes but the first."""
+
+    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:  # noqa: ARG002
+        """Yield the items and say nothing."""
+        yield from items
+
+    def note(self, text: str) -> None:
+        """Say nothing."""

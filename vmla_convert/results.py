@@ -1,0 +1,72 @@
+"""Rows of `rows.jsonl`: the one contract between evals, sweep and report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmla_convert.errors import VmlaError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured figure.
+
+    `metric`, `value` and `unit` say what was measured; `run` names the thing measured (`dense`, a
+    converted checkpoint, a sweep point); the optional fields say under which settings. Names of
+    metrics and fields are fixed in the design, so that reports and checks can rely on them.
+    """
+
+    metric: str
+    value: float
+    unit: str
+    run: str
+    seed: int = 0
+    device: str = "cpu"
+    layer: int | None = None
+    init: str | None = None
+    kv_lora_rank: int | None = None
+    qk_rope_head_dim: int | None = None
+    current_chunk: str | None = None
+    positions: str | None = None
+    latent: str | None = None
+    step: int | None = None
+    frames: int | None = None
+    segment: int | None = None
+
+    def to_json(self) -> str:
+        """One line of JSON; fields that do not apply are left out."""
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        return json.dumps(fields)
+
+
+def append_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Append rows to a JSONL file, making it and its folder when needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(row.to_json() + "\n" for row in rows)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read a JSONL file of rows.
+
+    Raises:
+        VmlaError: The file is missing, or a line is not a row.
+    """
+    if not path.is_file():
+        raise VmlaError(
+            f"no rows at {path}", "run a sweep or an eval first: vmla sweep RECIPE -o DIR"
+        )
+    rows: list[Row] = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            row = Row(**json.loads(line))
+            if not isinstance(row.value, int | float):
+                raise TypeError(f"value {row.value!r} is not a number")
+            rows.append(row)
+        except (TypeError, ValueError) as error:
+            raise VmlaError(f"line {number} of {path} is not a row: {error}") from error
+    return rows
