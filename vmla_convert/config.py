@@ -142,7 +142,9 @@ class ModelConfig:
         if self.mla and not (
             len(self.mla.kv_lora_rank) == len(self.mla.rope_pairs) == self.geometry.num_layers
         ):
-            raise ConfigError(f"mla must name ranks and pairs for {self.geometry.num_layers} layers")
+            raise ConfigError(
+                f"mla must name ranks and pairs for {self.geometry.num_layers} layers"
+            )
 
     @property
     def tokens_per_frame(self) -> int:
@@ -265,9 +267,17 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """The generate stage: one rollout per prompt."""
+    """The generate stage: one rollout per prompt, dense beside converted.
 
-    prompts: tuple[str, ...] = ("3", "7")
+    Attributes:
+        prompts: All are scored.
+        shown: How many of them go into the video and the contact sheet.
+        frames: Latent frames of each rollout.
+        seed: Of all noise.
+    """
+
+    prompts: tuple[str, ...] = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
+    shown: int = 3
     frames: int = 20
     seed: int = 0
 
@@ -310,9 +320,7 @@ def from_dict(cls: type[T], data: Any, where: str = "") -> T:
     names = [f.name for f in dataclasses.fields(typing.cast(Any, cls))]
     for key in table:
         if key not in names:
-            raise ConfigError(
-                f"unknown key '{_join(where, key)}'", did_you_mean(key, names)
-            )
+            raise ConfigError(f"unknown key '{_join(where, key)}'", did_you_mean(key, names))
     values = {k: _coerce(hints[k], v, _join(where, k)) for k, v in table.items()}
     missing = [
         f.name

@@ -63,10 +63,8 @@ def read_rows(path: Path) -> list[Row]:
     rows: list[Row] = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
-            row = Row(**json.loads(line))
-            if not isinstance(row.value, int | float):
-                raise TypeError(f"value {row.value!r} is not a number")
-            rows.append(row)
-        except (TypeError, ValueError) as error:
+            fields = json.loads(line)
+            rows.append(Row(**fields | {"value": float(fields["value"])}))
+        except (KeyError, TypeError, ValueError) as error:
             raise VmlaError(f"line {number} of {path} is not a row: {error}") from error
     return rows

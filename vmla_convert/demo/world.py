@@ -8,7 +8,7 @@ to read its cache. Images are scikit-learn's 8x8 digits, split by image into tra
 from __future__ import annotations
 
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,7 @@ def digit_images(split: Split) -> tuple[Tensor, Tensor]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise MissingExtraError("the demo world", "demo") from error
-    digits = load_digits()
+    digits: Any = load_digits()
     part = slice(None, TRAIN_IMAGES) if split == "train" else slice(TRAIN_IMAGES, None)
     images = torch.tensor(digits.images[part], dtype=torch.float32) / 16
     return images, torch.tensor(digits.target[part])

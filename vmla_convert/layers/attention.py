@@ -99,7 +99,7 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    """Softmax attention of (B, T, H, D) queries over (B, S, H, ·) keys and values: (B, T, H·D_v)."""
+    """Softmax attention of queries (B, T, H, D) to keys and values (B, S, H, D): (B, T, H·D)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return y.transpose(1, 2).flatten(2)

@@ -28,7 +28,11 @@ class LatentSelfAttention(nn.Module):
     def __init__(self, geometry: Geometry, mla: MLAConfig, layer: int) -> None:
         super().__init__()
         dim, rank, rope = geometry.dim, mla.kv_lora_rank[layer], mla.qk_rope_head_dim(layer)
-        self.num_heads, self.head_dim, self.eps = geometry.num_heads, geometry.head_dim, geometry.eps
+        self.num_heads, self.head_dim, self.eps = (
+            geometry.num_heads,
+            geometry.head_dim,
+            geometry.eps,
+        )
         self.rope_pairs = mla.rope_pairs[layer]
         self.q, self.o = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.norm_q = WanRMSNorm(dim, eps=geometry.eps)

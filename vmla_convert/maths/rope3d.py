@@ -1,6 +1,6 @@
 """3D rotary positions in Wan's convention: interleaved pairs, split over time, height and width.
 
-Channel pairs (2f, 2f + 1) of a head are complex numbers z_f, rotated by exp(i·w_f·p), where p is the
+Channel pairs (2f, 2f + 1) of a head are complex numbers z_f, rotated by exp(i·w_f·p), with p the
 token's position along the axis that pair f belongs to (Wan 2.1, `rope_params`; theta 10⁴). Tables
 are built in float64 and used in float32.
 """

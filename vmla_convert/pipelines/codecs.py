@@ -1,7 +1,7 @@
 """Between prompts and pixels on one side, contexts and latents on the other.
 
-A model needs two things around it: a text encoder (prompts to context) and a video codec (latents to
-pixels). Both are small protocols; the demo's live here, in full.
+A model needs two things around it: a text encoder (prompts to context) and a video codec (latents
+to pixels). Both are small protocols; the demo's live here, in full.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class DemoCodec:
         Raises:
             VmlaError: A prompt names no digit, or several.
         """
-        return self.encode_labels(torch.tensor([_digit_in(prompt) for prompt in prompts]))
+        return self.encode_labels(torch.tensor([prompted_digit(prompt) for prompt in prompts]))
 
     def encode_labels(self, labels: Tensor) -> Tensor:
         """One-hot contexts (B, 1, 10) of digit labels (B,)."""
@@ -69,16 +69,29 @@ def open_codec(config: ModelConfig) -> DemoCodec:
     Raises:
         ConfigError: It needs components that this version does not load yet.
     """
-    if config.codec != "demo":
-        raise ConfigError(
-            "text encoder and VAE of real Wan checkpoints are not wired in yet",
-            "inspect and convert work on this checkpoint; "
-            "generate, eval and recover need the demo model",
-        )
+    require_demo_codec(config, "running this checkpoint")
     return DemoCodec()
 
 
-def _digit_in(prompt: str) -> int:
+def require_demo_codec(config: ModelConfig, purpose: str) -> None:
+    """Refuse what only the demo model can do in this version.
+
+    Raises:
+        ConfigError: The model's text encoder and VAE are not the demo's.
+    """
+    if config.codec != "demo":
+        raise ConfigError(
+            f"{purpose} needs Wan's text encoder and VAE, which are not wired in yet",
+            "convert takes --init spectral, or --data FILE.safetensors with latents and context",
+        )
+
+
+def prompted_digit(prompt: str) -> int:
+    """The one digit that a prompt names.
+
+    Raises:
+        VmlaError: It names none, or several.
+    """
     words = re.findall(r"[a-z]+|\d", prompt.lower())
     found = {int(w) for w in words if w.isdigit()}
     found |= {DIGIT_WORDS.index(w) for w in words if w in DIGIT_WORDS}

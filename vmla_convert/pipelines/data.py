@@ -1,4 +1,4 @@
-"""Clips to train, calibrate and measure on: a pure function of (seed, index), so resume is exact."""
+"""Clips to train, calibrate and measure on: pure functions of (seed, index), so resume is exact."""
 
 from __future__ import annotations
 

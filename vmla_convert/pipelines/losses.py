@@ -73,9 +73,7 @@ def teacher_forcing_inputs(config: ModelConfig, example: Example) -> tuple[Tenso
     """Frame positions (2F,) and mask (2L, 2L) of one teacher-forced pass."""
     frames = example.latents.shape[1] // 2
     positions = torch.arange(frames, device=example.latents.device).repeat(2)
-    mask = teacher_forcing_mask(
-        frames, config.chunk_frames, config.tokens_per_frame, config.cache
-    )
+    mask = teacher_forcing_mask(frames, config.chunk_frames, config.tokens_per_frame, config.cache)
     return positions, mask.to(example.latents.device)
 
 

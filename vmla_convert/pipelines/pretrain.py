@@ -15,15 +15,18 @@ from vmla_convert.errors import OutputError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines.data import open_clips, seeded
 from vmla_convert.pipelines.losses import flow_matching, make_example
-from vmla_convert.pipelines.training import Curve, train
+from vmla_convert.pipelines.training import train
 from vmla_convert.progress import Progress
+from vmla_convert.results import Row, append_rows
 
 WEIGHTS_NAME = "model.pt"
 HELD_OUT_CLIPS = 24
 
 
-def pretrain(config: TeacherConfig, out: Path, progress: Progress | None = None) -> Curve:
-    """Train from scratch into `out/checkpoint/`, resumable from `out/state/`.
+def pretrain(config: TeacherConfig, out: Path, progress: Progress | None = None) -> None:
+    """Train from scratch into `out/checkpoint/`; the curve goes to `out/rows.jsonl`.
+
+    An interrupted run goes on from `out/state/`.
 
     Raises:
         OutputError: The checkpoint is there already.
@@ -38,26 +41,31 @@ def pretrain(config: TeacherConfig, out: Path, progress: Progress | None = None)
     loss = flow_matching(config.model)
     held_out = open_clips(DataConfig(config.data.source, config.data.frames, seed=1))
     example = make_example(
-        held_out.batch(0, HELD_OUT_CLIPS, "held_out"), config.model.chunk_frames, seeded(1, 0, "eval")
+        held_out.batch(0, HELD_OUT_CLIPS, "held_out"),
+        config.model.chunk_frames,
+        seeded(1, 0, "eval"),
     )
 
     @torch.no_grad()
-    def held_out_error(trained: nn.Module) -> float:
-        return loss(trained, example).item()
+    def measure(trained: nn.Module, step: int) -> float:
+        value = loss(trained, example).item()
+        append_rows(
+            out / "rows.jsonl", [Row("flow_loss", value, "squared velocity", "dense", step=step)]
+        )
+        return value
 
-    curve = train(
+    train(
         model,
         loss,
         clips,
         config.model.chunk_frames,
         config.training,
-        held_out_error,
+        measure,
         out / "state",
         progress,
         "pretraining",
     )
     save_self_forcing(model.state_dict(), config.model, target)
-    return curve
 
 
 def save_self_forcing(state: dict[str, Tensor], config: ModelConfig, folder: Path) -> None:
@@ -79,7 +87,7 @@ def _wan_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _initialise(model: CausalWanModel) -> None:
-    """Wan's own initialisation: Xavier projections, small embeddings, a head that starts at zero."""
+    """As Wan does it: Xavier projections, small embeddings, a head that starts at zero."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

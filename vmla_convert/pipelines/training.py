@@ -11,7 +11,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -26,11 +25,8 @@ from vmla_convert.progress import Progress, Silent
 STEP_FILE = "step.json"
 
 
-class Curve(NamedTuple):
-    """Held-out error at the steps where it was measured."""
-
-    steps: list[int]
-    errors: list[float]
+OnEvaluate = Callable[[nn.Module, int], float]
+"""Measures a model after some steps; the figure it returns is shown beside the bar."""
 
 
 def train(
@@ -39,11 +35,11 @@ def train(
     clips: ClipSource,
     chunk_frames: int,
     config: TrainingConfig,
-    held_out_error: Callable[[nn.Module], float],
+    on_evaluate: OnEvaluate,
     checkpoints: Path | None = None,
     progress: Progress | None = None,
     label: str = "training",
-) -> Curve:
+) -> None:
     """Train a model's parameters that require gradients, in place.
 
     Args:
@@ -52,13 +48,10 @@ def train(
         clips: Training clips.
         chunk_frames: Frames that share a noise level.
         config: Steps, batch, learning rate and the like.
-        held_out_error: Measured at step 0, every `eval_every` steps and at the end.
+        on_evaluate: Called at step 0, every `eval_every` steps and at the end.
         checkpoints: Folder for resumable state; a run that finds one there goes on from it.
         progress: Where to draw.
         label: Of the bar.
-
-    Returns:
-        The held-out error over the steps taken in this call.
     """
     progress = progress or Silent()
     accelerator = Accelerator(
@@ -73,12 +66,9 @@ def train(
     accelerator.register_for_checkpointing(average)
     start = _resume(accelerator, checkpoints)
     evaluated = average.module if config.ema else model
-    curve = Curve([], [])
 
     def evaluate(step: int) -> None:
-        curve.steps.append(step)
-        curve.errors.append(held_out_error(evaluated))
-        progress.note(f"held-out {curve.errors[-1]:.4f}")
+        progress.note(f"held-out {on_evaluate(evaluated, step):.4f}")
 
     if start == 0:
         evaluate(0)
@@ -106,7 +96,6 @@ def train(
             _save(accelerator, checkpoints, done)
     if config.ema:
         model.load_state_dict(average.module.state_dict())
-    return curve
 
 
 def learning_rate_factor(step: int, config: TrainingConfig) -> float:

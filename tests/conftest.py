@@ -1,0 +1,84 @@
+"""Tiny models whose every parameter matters, shared by all tests: `from conftest import …`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vmla_convert.config import CachePolicy, Geometry, MLAConfig, ModelConfig, SamplerConfig
+from vmla_convert.layers.dit import CausalWanModel
+
+WIDE_WINDOW = CachePolicy(window_frames=64)
+TINY_GEOMETRY = Geometry(
+    dim=48,
+    ffn_dim=64,
+    num_heads=3,  # of 8 RoPE pairs: 4 for time, 2 for height, 2 for width
+    num_layers=2,
+    in_dim=4,
+    out_dim=4,
+    freq_dim=16,
+    text_dim=5,
+    text_len=3,
+)
+# Ranks and pairs differ between layers; a pair repeats; all three axes take part.
+TINY_MLA = MLAConfig(
+    kv_lora_rank=(16, 10), rope_pairs=((0, 1, 4, 6), (2, 5, 7, 0, 0)), init="random"
+)
+
+
+def tiny_config(
+    geometry: Geometry = TINY_GEOMETRY,
+    cache: CachePolicy = WIDE_WINDOW,
+    mla: MLAConfig | None = None,
+    chunk_frames: int = 2,
+    latent_size: tuple[int, int] = (4, 6),
+) -> ModelConfig:
+    """A model of two small layers over frames of 2 x 3 tokens."""
+    return ModelConfig(
+        geometry=geometry,
+        latent_size=latent_size,
+        chunk_frames=chunk_frames,
+        cache=cache,
+        sampler=SamplerConfig(),
+        mla=mla,
+    )
+
+
+def tiny_model(config: ModelConfig, seed: int = 0) -> CausalWanModel:
+    """A model with no parameter at zero or one, so that none can be ignored unnoticed."""
+    model = CausalWanModel(config)
+    randomise(model, seed)
+    return model
+
+
+def randomise(module: nn.Module, seed: int) -> None:
+    """Fill all parameters; signals keep about their size, norm gains spread around one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            vector_like = parameter.ndim in (1, 3)  # gains, biases; modulation, q_rope_map
+            scale = 0.4 if vector_like else parameter[0].numel() ** -0.5
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+            if parameter.ndim == 1 and name.endswith("weight"):
+                parameter += 1
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers that depend on the seed alone."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tiny_clip(
+    config: ModelConfig, frames: int, batch: int = 2, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Latents (B, F, C, height, width) and contexts (B, text_len, text_dim)."""
+    geometry = config.geometry
+    latents = noise(batch, frames, geometry.in_dim, *config.latent_size, seed=seed)
+    return latents, noise(batch, geometry.text_len, geometry.text_dim, seed=seed + 1)
+
+
+def chunk_timesteps(config: ModelConfig, frames: int, batch: int = 2) -> Tensor:
+    """Timesteps (B, F), one for each chunk, different in every chunk and clip."""
+    chunks = frames // config.chunk_frames
+    levels = torch.linspace(950, 30, batch * chunks).view(chunks, batch).T
+    return levels.repeat_interleave(config.chunk_frames, dim=1)

@@ -1,0 +1,59 @@
+"""The demo codec loses nothing, and prompts name exactly one digit."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import noise, tiny_config
+
+from vmla_convert.errors import ConfigError, VmlaError
+from vmla_convert.pipelines.codecs import DIGIT_WORDS, DemoCodec, open_codec
+
+CODEC = DemoCodec()
+
+
+def test_decoding_undoes_encoding() -> None:
+    video = noise(2, 3, 3, 6, 8)
+    latents = CODEC.encode(video)
+    assert latents.shape == (2, 3, 12, 3, 4)
+    assert torch.equal(CODEC.decode(latents), video)
+
+
+def test_a_latent_pixel_holds_its_own_four_pixels() -> None:
+    video = torch.zeros(1, 1, 3, 6, 8)
+    video[..., 2:4, 4:6] = 1
+    latents = CODEC.encode(video)
+    assert (latents[..., 1, 2] == 1).all()
+    assert latents.sum() == 12
+
+
+@pytest.mark.parametrize("digit", range(10))
+def test_a_digit_has_a_numeral_and_a_word(digit: int) -> None:
+    word = DIGIT_WORDS[digit]
+    prompts = [str(digit), word, f"A bouncing {word.upper()}!", f"the digit {digit}, {word}"]
+    contexts = CODEC.encode_prompts(prompts)
+    assert contexts.shape == (4, 1, 10)
+    assert (contexts.argmax(-1) == digit).all()
+    assert (contexts.sum(-1) == 1).all()
+
+
+def test_prompts_and_labels_agree() -> None:
+    assert torch.equal(
+        CODEC.encode_prompts(["seven", "0", "a 3"]), CODEC.encode_labels(torch.tensor([7, 0, 3]))
+    )
+
+
+@pytest.mark.parametrize("prompt", ["", "a cat", "3 or 4", "one and 2", "12", "seventy", "someone"])
+def test_a_prompt_without_one_digit_is_refused(prompt: str) -> None:
+    with pytest.raises(VmlaError, match="must name one digit") as caught:
+        CODEC.encode_prompts(["5", prompt])
+    assert "--prompt" in caught.value.hint
+
+
+def test_only_the_demo_codec_is_wired_in() -> None:
+    config = tiny_config()
+    assert isinstance(open_codec(dataclasses.replace(config, codec="demo")), DemoCodec)
+    with pytest.raises(ConfigError, match="not wired in"):
+        open_codec(config)

@@ -1,0 +1,325 @@
+"""The DiT against diffusers' models, and streamed generation against one masked pass."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import (
+    TINY_GEOMETRY,
+    TINY_MLA,
+    chunk_timesteps,
+    noise,
+    randomise,
+    tiny_clip,
+    tiny_config,
+    tiny_model,
+)
+from torch import Tensor, nn
+
+from vmla_convert.checkpoint.keymap import DIFFUSERS_RULES, to_native
+from vmla_convert.config import CachePolicy, MLAConfig, ModelConfig
+from vmla_convert.layers.cache import KVCache
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.maths.masks import block_causal_mask, teacher_forcing_mask
+
+KINDS = pytest.mark.parametrize("mla", [None, TINY_MLA], ids=["dense", "latent"])
+# (window, sink, chunk, frames); most evict, some in the middle of a chunk.
+WINDOWS = pytest.mark.parametrize(
+    ("window", "sink", "chunk", "frames"),
+    [(8, 0, 2, 8), (4, 0, 2, 8), (6, 2, 2, 10), (5, 1, 2, 10), (5, 2, 3, 9), (3, 2, 1, 6)],
+)
+
+
+# Parity with diffusers
+
+
+def diffusers_twin(config: ModelConfig, twin: nn.Module) -> CausalWanModel:
+    """Our model with the randomised weights of a diffusers model."""
+    randomise(twin, seed=3)
+    theirs = twin.state_dict()
+    ours = CausalWanModel(config)
+    names = to_native(theirs, DIFFUSERS_RULES)
+    ours.load_state_dict({native: theirs[name] for native, name in names.items()})
+    return ours
+
+
+def diffusers_geometry() -> dict[str, int]:
+    geometry = TINY_GEOMETRY
+    return {
+        "num_attention_heads": geometry.num_heads,
+        "attention_head_dim": geometry.head_dim,
+        "in_channels": geometry.in_dim,
+        "out_channels": geometry.out_dim,
+        "text_dim": geometry.text_dim,
+        "freq_dim": geometry.freq_dim,
+        "ffn_dim": geometry.ffn_dim,
+        "num_layers": geometry.num_layers,
+    }
+
+
+@pytest.mark.parametrize("per_frame", [False, True], ids=["one timestep", "timestep per frame"])
+@torch.no_grad()
+def test_dense_model_is_diffusers_wan(per_frame: bool) -> None:
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
+    config, frames = tiny_config(), 4
+    twin = WanTransformer3DModel(**diffusers_geometry())
+    model = diffusers_twin(config, twin)
+    latents, context = tiny_clip(config, frames)
+    if per_frame:
+        timestep = chunk_timesteps(config, frames)
+        theirs = timestep.repeat_interleave(config.tokens_per_frame, dim=1)
+    else:
+        theirs = torch.tensor([700.0, 12.0])
+        timestep = theirs[:, None].expand(2, frames)
+    expected = twin(latents.transpose(1, 2), theirs, context, return_dict=False)[0]
+    velocity = model(latents, timestep, context, torch.arange(frames))
+    torch.testing.assert_close(velocity, expected.transpose(1, 2), atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_block_causal_model_is_diffusers_skyreels() -> None:
+    from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2Transformer3DModel
+
+    config, frames = tiny_config(), 6
+    twin = SkyReelsV2Transformer3DModel(**diffusers_geometry(), num_frame_per_block=2)
+    model = diffusers_twin(config, twin)
+    latents, context = tiny_clip(config, frames)
+    timestep = torch.tensor([[0, 0, 400, 400, 999, 999], [7, 7, 800, 800, 30, 30]])
+    expected = twin(
+        latents.transpose(1, 2), timestep, context, enable_diffusion_forcing=True, return_dict=False
+    )[0]
+    mask = block_causal_mask(frames, 2, config.tokens_per_frame)
+    velocity = model(latents, timestep, context, torch.arange(frames), mask)
+    torch.testing.assert_close(velocity, expected.transpose(1, 2), atol=2e-5, rtol=0)
+
+
+# Streaming
+
+
+def stream_chunks(
+    model: CausalWanModel, latents: Tensor, timestep: Tensor, context: Tensor
+) -> Tensor:
+    """Velocities of a clip whose chunks are streamed one after the other."""
+    cache = model.new_cache(len(latents))
+    chunk = model.config.chunk_frames
+    velocities: list[Tensor] = []
+    for part, level in zip(latents.split(chunk, 1), timestep.split(chunk, 1), strict=True):
+        cache.open_chunk(chunk)
+        velocities.append(model.stream(part, level, context, cache))
+    return torch.cat(velocities, dim=1)
+
+
+def masked_velocity(
+    model: CausalWanModel,
+    latents: Tensor,
+    timestep: Tensor,
+    context: Tensor,
+    policy: CachePolicy | None,
+) -> Tensor:
+    frames, config = latents.shape[1], model.config
+    mask = block_causal_mask(frames, config.chunk_frames, config.tokens_per_frame, policy)
+    return model(latents, timestep, context, torch.arange(frames), mask)
+
+
+def with_policy(model: CausalWanModel, policy: CachePolicy) -> CausalWanModel:
+    """The same weights under another cache policy."""
+    other = CausalWanModel(dataclasses.replace(model.config, cache=policy))
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+@KINDS
+@WINDOWS
+@torch.no_grad()
+def test_streaming_equals_the_masked_pass(
+    mla: MLAConfig | None, window: int, sink: int, chunk: int, frames: int
+) -> None:
+    policy = CachePolicy(window, sink)
+    config = tiny_config(cache=policy, mla=mla, chunk_frames=chunk)
+    model = tiny_model(config)
+    latents, context = tiny_clip(config, frames)
+    timestep = chunk_timesteps(config, frames)
+    streamed = stream_chunks(model, latents, timestep, context)
+    masked = masked_velocity(model, latents, timestep, context, policy)
+    torch.testing.assert_close(streamed, masked, atol=1e-5, rtol=0)
+    if frames > window:
+        unbounded = masked_velocity(model, latents, timestep, context, None)
+        assert (unbounded - masked).abs().max() > 1e-2
+
+
+@KINDS
+@WINDOWS
+@torch.no_grad()
+def test_relative_positions_differ_only_where_a_sink_stays_behind(
+    mla: MLAConfig | None, window: int, sink: int, chunk: int, frames: int
+) -> None:
+    config = tiny_config(cache=CachePolicy(window, sink), mla=mla, chunk_frames=chunk)
+    model = tiny_model(config)
+    relative = with_policy(model, CachePolicy(window, sink, "relative"))
+    latents, context = tiny_clip(config, frames)
+    timestep = chunk_timesteps(config, frames)
+    difference = stream_chunks(model, latents, timestep, context) - stream_chunks(
+        relative, latents, timestep, context
+    )
+    before_eviction = window // chunk * chunk
+    assert difference[:, :before_eviction].abs().max() < 1e-5
+    if sink == 0:
+        assert difference.abs().max() < 1e-5
+    elif frames > window:
+        assert difference[:, before_eviction:].abs().max() > 1e-3
+
+
+@KINDS
+@torch.no_grad()
+def test_relative_positions_are_those_of_a_clip_of_the_held_frames(mla: MLAConfig | None) -> None:
+    """One layer, so that a held entry depends on its own frame only."""
+    geometry = dataclasses.replace(TINY_GEOMETRY, num_layers=1)
+    if mla is not None:
+        mla = MLAConfig(mla.kv_lora_rank[:1], mla.rope_pairs[:1], mla.init)
+    policy = CachePolicy(6, 2, "relative")
+    config = tiny_config(geometry, policy, mla)
+    model = tiny_model(config)
+    latents, context = tiny_clip(config, 10)
+    timestep = chunk_timesteps(config, 10)
+    streamed = stream_chunks(model, latents, timestep, context)[:, -2:]
+    held = [0, 1, 6, 7, 8, 9]
+    again = masked_velocity(model, latents[:, held], timestep[:, held], context, None)[:, -2:]
+    torch.testing.assert_close(streamed, again, atol=1e-5, rtol=0)
+
+
+@KINDS
+@WINDOWS
+@torch.no_grad()
+def test_teacher_forcing_is_streamed_denoising_with_a_clean_past(
+    mla: MLAConfig | None, window: int, sink: int, chunk: int, frames: int
+) -> None:
+    policy = CachePolicy(window, sink)
+    config = tiny_config(cache=policy, mla=mla, chunk_frames=chunk)
+    model = tiny_model(config)
+    clean, context = tiny_clip(config, frames)
+    noisy = clean + noise(*clean.shape, seed=5)
+    timestep = chunk_timesteps(config, frames)
+    mask = teacher_forcing_mask(frames, chunk, config.tokens_per_frame, policy)
+    forced = model(
+        torch.cat([clean, noisy], dim=1),
+        torch.cat([torch.zeros_like(timestep), timestep], dim=1),
+        context,
+        torch.arange(frames).repeat(2),
+        mask,
+    )
+    cache = model.new_cache(len(clean))
+    denoised: list[Tensor] = []
+    written: list[Tensor] = []
+    for start in range(0, frames, chunk):
+        part = slice(start, start + chunk)
+        cache.open_chunk(chunk)
+        denoised.append(model.stream(noisy[:, part], timestep[:, part], context, cache))
+        zero = torch.zeros_like(timestep[:, part])
+        written.append(model.stream(clean[:, part], zero, context, cache))
+    streamed = torch.cat(written + denoised, dim=1)
+    torch.testing.assert_close(forced, streamed, atol=1e-5, rtol=0)
+
+
+@KINDS
+@torch.no_grad()
+def test_denoising_again_overwrites_the_open_chunk(mla: MLAConfig | None) -> None:
+    config = tiny_config(cache=CachePolicy(4, 1), mla=mla)
+    model = tiny_model(config)
+    latents, context = tiny_clip(config, 8)
+    zero = torch.zeros(2, 2)
+
+    def rollout(versions: list[float]) -> list[Tensor]:
+        cache: KVCache = model.new_cache(2)
+        last: list[Tensor] = []
+        for part in latents.split(2, 1):
+            cache.open_chunk(2)
+            results = [model.stream(factor * part, zero, context, cache) for factor in versions]
+            last.append(results[-1])
+        return last
+
+    once, thrice = rollout([1.0]), rollout([-2.0, 0.5, 1.0])
+    assert all(torch.equal(a, b) for a, b in zip(once, thrice, strict=True))
+    assert not torch.allclose(rollout([0.5])[-1], once[-1], atol=1e-2)
+
+
+@KINDS
+@torch.no_grad()
+def test_clips_of_a_batch_do_not_see_each_other(mla: MLAConfig | None) -> None:
+    config = tiny_config(cache=CachePolicy(4, 1), mla=mla)
+    model = tiny_model(config)
+    latents, context = tiny_clip(config, 6, batch=3)
+    timestep = chunk_timesteps(config, 6, batch=3)
+    together = stream_chunks(model, latents, timestep, context)
+    for i in range(3):
+        one = slice(i, i + 1)
+        alone = stream_chunks(model, latents[one], timestep[one], context[one])
+        torch.testing.assert_close(together[one], alone, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_window_can_be_overridden_for_one_cache() -> None:
+    model = tiny_model(tiny_config(cache=CachePolicy(8, 1, "relative")))
+    assert model.new_cache(1, window_frames=5).policy == CachePolicy(5, 1, "relative")
+    assert model.new_cache(1).policy == model.config.cache
+
+
+# Training and walking
+
+
+@KINDS
+def test_gradient_reaches_every_parameter(mla: MLAConfig | None) -> None:
+    config = tiny_config(mla=mla)
+    model = tiny_model(config)
+    latents, context = tiny_clip(config, 4)
+    masked_velocity(
+        model, latents, chunk_timesteps(config, 4), context, config.cache
+    ).square().mean().backward()
+    idle = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is None or parameter.grad.abs().max() < 1e-7
+    ]
+    assert idle == []
+
+
+@KINDS
+@torch.no_grad()
+def test_a_walk_yields_what_each_self_attention_reads(mla: MLAConfig | None) -> None:
+    config = tiny_config(mla=mla)
+    model = tiny_model(config)
+    latents, context = tiny_clip(config, 4)
+    frames, timestep = torch.arange(4), chunk_timesteps(config, 4)
+    mask = block_causal_mask(4, 2, config.tokens_per_frame)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def note(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append((inputs[0], output))
+
+    hooks = [attention.register_forward_hook(note) for attention in model.self_attentions()]
+    model(latents, timestep, context, frames, mask)
+    for hook in hooks:
+        hook.remove()
+    steps = model.walk(latents, timestep, context, frames, mask)
+    for step, (block, (x, y)) in zip(steps, zip(model.blocks, seen, strict=True), strict=True):
+        assert step[0] is block
+        assert torch.equal(step[1], x)
+        assert torch.equal(step[2](step[0].self_attn, x), y)
+    assert len(seen) == config.geometry.num_layers
+
+
+@torch.no_grad()
+def test_a_walk_goes_on_with_the_attention_that_the_caller_put_in() -> None:
+    config = tiny_config()
+    model, other = tiny_model(config), tiny_model(config, seed=1)
+    latents, context = tiny_clip(config, 4)
+    arguments = (latents, chunk_timesteps(config, 4), context, torch.arange(4))
+    inputs = [x for _, x, _ in model.walk(*arguments)]
+    replaced: list[Tensor] = []
+    for (block, x, _), donor in zip(model.walk(*arguments), other.self_attentions(), strict=True):
+        replaced.append(x)
+        block.self_attn = donor
+    assert torch.equal(inputs[0], replaced[0])
+    assert not torch.allclose(inputs[1], replaced[1], atol=1e-2)

@@ -1,0 +1,244 @@
+"""The one loop: it learns, it leaves frozen parameters alone, and it resumes bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+import torch
+from conftest import noise, tiny_clip, tiny_config, tiny_model
+from torch import Tensor, nn
+
+from vmla_convert.config import TrainingConfig
+from vmla_convert.demo.world import Split
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.pipelines.data import Batch, seeded
+from vmla_convert.pipelines.losses import Example, flow_matching, make_example
+from vmla_convert.pipelines.training import learning_rate_factor, train
+from vmla_convert.progress import Silent
+
+T = TypeVar("T")
+Curve = list[tuple[int, float]]
+MODEL = tiny_config()
+FRAMES = 4
+LOSS = flow_matching(MODEL)
+
+
+class NumberedClips:
+    """Endless random clips."""
+
+    def batch(self, index: int, size: int, split: Split = "train") -> Batch:
+        seed = 2 * index + (split == "held_out")
+        return Batch(*tiny_clip(MODEL, FRAMES, size, seed=1000 + 2 * seed))
+
+
+class OneClip:
+    """The same clip again and again, easy to learn."""
+
+    def batch(self, index: int, size: int, split: Split = "train") -> Batch:  # noqa: ARG002
+        latents, context = tiny_clip(MODEL, FRAMES, 1)
+        return Batch(latents.expand(size, -1, -1, -1, -1), context.expand(size, -1, -1))
+
+
+class PowerCutError(Exception):
+    """The machine went away."""
+
+
+class PowerCut(Silent):
+    """Goes away after some steps."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:  # noqa: ARG002
+        for done, item in enumerate(items):
+            if done == self.after:
+                raise PowerCutError
+            yield item
+
+
+@torch.no_grad()
+def held_out_error(model: nn.Module, _step: int = 0) -> float:
+    clips = OneClip().batch(0, 8)
+    return LOSS(model, make_example(clips, 2, seeded(9, 0, "eval"))).item()
+
+
+def run(
+    config: TrainingConfig,
+    checkpoints: Path | None = None,
+    cut_after: int | None = None,
+    seed: int = 0,
+) -> tuple[CausalWanModel, Curve]:
+    """Train; the weights at the end and the held-out error at the steps where it was asked for."""
+    model, curve = tiny_model(MODEL, seed), Curve()
+    progress = None if cut_after is None else PowerCut(cut_after)
+
+    def record(evaluated: nn.Module, step: int) -> float:
+        curve.append((step, held_out_error(evaluated)))
+        return curve[-1][1]
+
+    train(model, LOSS, NumberedClips(), 2, config, record, checkpoints, progress)
+    return model, curve
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def states(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(params=[0.0, 0.7], ids=["plain", "ema"])
+def config(request: pytest.FixtureRequest) -> TrainingConfig:
+    return TrainingConfig(
+        steps=6,
+        batch_size=2,
+        lr=1e-2,
+        warmup_steps=2,
+        weight_decay=0.1,
+        ema=request.param,
+        context_noise=0.2,
+        eval_every=2,
+        checkpoint_every=2,
+        seed=4,
+    )
+
+
+@pytest.mark.parametrize("cut_after", [1, 2, 3, 5])
+def test_a_resumed_run_equals_one_that_never_stopped(
+    config: TrainingConfig, cut_after: int, tmp_path: Path
+) -> None:
+    whole, whole_curve = run(config)
+    with pytest.raises(PowerCutError):
+        run(config, tmp_path, cut_after)
+    torch.manual_seed(cut_after)  # global noise is no part of the state
+    saved = cut_after // 2 * 2
+    # A model with other weights: everything comes from the saved state.
+    resumed, curve = run(config, tmp_path, seed=1 if saved else 0)
+    assert same_weights(whole, resumed)
+    assert curve == [point for point in whole_curve if point[0] > saved or not saved]
+    assert curve[-1][0] == config.steps
+
+
+def test_a_run_that_is_interrupted_twice_still_arrives(
+    config: TrainingConfig, tmp_path: Path
+) -> None:
+    for cut_after in (3, 3):  # at step 3, then, from step 2 on, at step 5
+        with pytest.raises(PowerCutError):
+            run(config, tmp_path, cut_after)
+    assert same_weights(run(config, tmp_path)[0], run(config)[0])
+
+
+def test_a_finished_run_is_not_run_again(config: TrainingConfig, tmp_path: Path) -> None:
+    whole, _ = run(config, tmp_path)
+    again, curve = run(config, tmp_path, cut_after=0, seed=1)
+    assert same_weights(whole, again)
+    assert curve == []
+
+
+def test_training_without_checkpoints_equals_training_with_them(
+    config: TrainingConfig, tmp_path: Path
+) -> None:
+    assert same_weights(run(config)[0], run(config, tmp_path)[0])
+
+
+def test_only_the_newest_state_is_kept(config: TrainingConfig, tmp_path: Path) -> None:
+    with pytest.raises(PowerCutError):
+        run(config, tmp_path, cut_after=5)
+    assert states(tmp_path) == ["step-00000004"]
+    run(config, tmp_path)
+    assert states(tmp_path) == ["step-00000006"]
+
+
+def test_a_half_written_state_is_ignored(config: TrainingConfig, tmp_path: Path) -> None:
+    with pytest.raises(PowerCutError):
+        run(config, tmp_path, cut_after=3)
+    for step in (4, 99):  # one that is written again, one that is not
+        partial = tmp_path / f"step-{step:08d}.partial"
+        partial.mkdir()
+        (partial / "model.safetensors").write_bytes(b"half")
+    resumed, _ = run(config, tmp_path)
+    assert same_weights(resumed, run(config)[0])
+
+
+def test_the_error_is_measured_at_the_start_regularly_and_at_the_end() -> None:
+    config = TrainingConfig(steps=5, batch_size=1, eval_every=2)
+    _, curve = run(config)
+    assert [step for step, _ in curve] == [0, 2, 4, 5]
+    assert curve[0][1] == held_out_error(tiny_model(MODEL))
+
+
+def test_training_ends_with_the_average_when_there_is_one() -> None:
+    plain = TrainingConfig(steps=3, batch_size=1, lr=1e-2, warmup_steps=1)
+    averaged = TrainingConfig(steps=3, batch_size=1, lr=1e-2, warmup_steps=1, ema=0.6)
+    path: list[dict[str, Tensor]] = []
+
+    def recorded_loss(model: nn.Module, example: Example) -> Tensor:
+        path.append({n: p.detach().clone() for n, p in model.named_parameters()})
+        return LOSS(model, example)
+
+    model = tiny_model(MODEL)
+    train(model, recorded_loss, NumberedClips(), 2, plain, held_out_error)
+    final, (result, curve) = dict(model.named_parameters()), run(averaged)
+    visited = [*path[1:], {n: p.detach() for n, p in final.items()}]
+    for name, parameter in result.named_parameters():
+        # torch's average starts at the first weights it is shown, those after one step.
+        expected = visited[0][name]
+        for after in visited[1:]:
+            expected = 0.6 * expected + 0.4 * after[name]
+        torch.testing.assert_close(parameter, expected, atol=1e-6, rtol=1e-5)
+    assert curve[-1][1] == held_out_error(result)
+
+
+def test_frozen_parameters_stay_frozen() -> None:
+    model, before = tiny_model(MODEL), tiny_model(MODEL)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "self_attn" in name
+    config = TrainingConfig(steps=2, batch_size=1, lr=1e-2, weight_decay=0.5, ema=0.5)
+    train(model, LOSS, NumberedClips(), 2, config, held_out_error)
+    old = dict(before.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, old[name]) == ("self_attn" not in name), name
+
+
+def test_the_error_falls_on_an_easy_problem() -> None:
+    model = tiny_model(MODEL)
+    before = held_out_error(model)
+    config = TrainingConfig(steps=40, batch_size=4, lr=5e-3, warmup_steps=5, eval_every=40)
+    train(model, LOSS, OneClip(), 2, config, held_out_error)
+    assert held_out_error(model) < 0.6 * before
+
+
+def test_the_learning_rate_warms_up_then_falls_to_zero() -> None:
+    config = TrainingConfig(steps=100, warmup_steps=10)
+    factors = [learning_rate_factor(step, config) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[4] == pytest.approx(0.5 * 0.96)
+    assert factors[10] == pytest.approx(0.9)
+    assert factors[50] == pytest.approx(0.5)
+    assert factors[100] == 0
+    assert max(factors) == factors[9]
+    assert learning_rate_factor(0, TrainingConfig(steps=10, warmup_steps=0)) == 1
+
+
+def test_the_optimiser_follows_the_learning_rate() -> None:
+    """With AdamW and one step, no weight moves by more than its learning rate."""
+    moved: list[float] = []
+    for warmup in (1, 4):
+        model, before = tiny_model(MODEL), tiny_model(MODEL)
+        config = TrainingConfig(steps=1, batch_size=1, lr=1e-2, warmup_steps=warmup)
+        train(model, LOSS, NumberedClips(), 2, config, held_out_error)
+        pairs = zip(model.parameters(), before.parameters(), strict=True)
+        moved.append(max((a - b).abs().max().item() for a, b in pairs))
+    assert moved == pytest.approx([1e-2, 1e-2 / 4], rel=1e-2)
+
+
+def test_the_seed_decides_the_noise() -> None:
+    runs = [run(TrainingConfig(steps=2, batch_size=1, seed=seed))[0] for seed in (0, 0, 1)]
+    assert same_weights(runs[0], runs[1])
+    assert not same_weights(runs[0], runs[2])
+    assert not torch.equal(noise(3, seed=0), noise(3, seed=1))

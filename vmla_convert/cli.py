@@ -1,0 +1,356 @@
+"""`vmla`: parse, call a pipeline, print. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vmla_convert.config import (
+    ConvertConfig,
+    DataConfig,
+    EvaluateConfig,
+    RecoverConfig,
+    TrainingConfig,
+)
+from vmla_convert.console import out
+
+if TYPE_CHECKING:
+    from vmla_convert.pipelines.inspect import Inspection
+
+app = typer.Typer(
+    name="vmla",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    help="Give a pretrained causal video diffusion model a small latent KV cache.",
+    epilog="New here? [bold]vmla demo[/bold] does the whole job on the model that ships with it.",
+)
+
+Checkpoint = Annotated[
+    str,
+    typer.Argument(help="A .pt or .safetensors file, a folder of them, or 'demo'.", metavar="CKPT"),
+]
+OutFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist.")]
+Teacher = Annotated[
+    str, typer.Option(help="The dense checkpoint that the converted one came from, or 'demo'.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print data as JSON.")]
+KvLoraRank = Annotated[
+    int | None,
+    typer.Option(help="R, the content latent's width. Default: an eighth of the model's width."),
+]
+QkRopeHeadDim = Annotated[
+    int | None,
+    typer.Option(help="Width of the shared rope key, even. Default: a quarter of a head."),
+]
+Data = Annotated[
+    str, typer.Option(help="Clips: 'demo', or a safetensors file with latents and context.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a key of the recipe: --set recover.training.steps=50"),
+]
+RecipeFile = Annotated[
+    str, typer.Argument(help="A TOML file, or a name from 'vmla recipes'.", metavar="RECIPE")
+]
+
+
+@app.command()
+def inspect(
+    checkpoint: Checkpoint,
+    kv_lora_rank: KvLoraRank = None,
+    qk_rope_head_dim: QkRopeHeadDim = None,
+    json: Json = False,
+) -> None:
+    """Show what a checkpoint is, what its cache costs, and what a latent cache would cost."""
+    from vmla_convert.pipelines.inspect import inspect_checkpoint
+
+    out.json = json
+    sizes = ConvertConfig(kv_lora_rank=kv_lora_rank, qk_rope_head_dim=qk_rope_head_dim)
+    with out.progress() as progress:
+        inspection = inspect_checkpoint(checkpoint, sizes, progress)
+    if json:
+        out.data(inspection)
+    else:
+        _show_inspection(inspection)
+
+
+@app.command()
+def convert(
+    checkpoint: Checkpoint,
+    folder: OutFolder,
+    init: Annotated[str, typer.Option(help="calibrated, spectral (the paper) or random.")] = (
+        ConvertConfig.init
+    ),
+    kv_lora_rank: KvLoraRank = None,
+    qk_rope_head_dim: QkRopeHeadDim = None,
+    data: Data = DataConfig.source,
+    calibration_clips: Annotated[int, typer.Option(min=1)] = ConvertConfig.calibration_clips,
+    seed: int = ConvertConfig.seed,
+    dry_run: Annotated[bool, typer.Option(help="Show what would be written, and stop.")] = False,
+    json: Json = False,
+) -> None:
+    """Convert a dense checkpoint into a folder with a latent cache."""
+    from vmla_convert.checkpoint.families import open_checkpoint
+    from vmla_convert.pipelines import convert as pipeline
+    from vmla_convert.pipelines.load import checkpoint_path
+
+    out.json = json
+    settings = ConvertConfig(
+        init, kv_lora_rank, qk_rope_head_dim, calibration_clips, DataConfig(data), seed
+    )
+    if dry_run:
+        plan = pipeline.plan_conversion(open_checkpoint(checkpoint_path(checkpoint)), settings)
+        out.data(
+            {
+                "would write": folder,
+                "weights (bytes)": plan.nbytes,
+                "numbers cached per token and layer": plan.config.cache_scalars_per_token(),
+                "cache cut": plan.config.cache_cut(),
+            }
+        )
+        return
+    with out.progress() as progress:
+        done = pipeline.convert(checkpoint, folder, settings, progress)
+    out.data(
+        {
+            "numbers cached per token and layer": done.config.cache_scalars_per_token(),
+            "cache cut": done.config.cache_cut(),
+            "seconds": done.convert_seconds,
+        }
+    )
+    out.path("wrote", folder)
+    if not json:
+        out.say(f"next: vmla recover {folder} --teacher {checkpoint} -o {folder}-recovered")
+
+
+@app.command()
+def recover(
+    converted: Annotated[Path, typer.Argument(help="Folder from 'vmla convert'.")],
+    teacher: Teacher,
+    folder: OutFolder,
+    steps: Annotated[int, typer.Option(min=1, help="Distillation steps.")] = TrainingConfig.steps,
+    layerwise_steps: Annotated[
+        int, typer.Option(min=0, help="Steps of the layer-wise stage before.")
+    ] = RecoverConfig.layerwise_steps,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = TrainingConfig.lr,
+    batch_size: Annotated[int, typer.Option(min=1)] = TrainingConfig.batch_size,
+    data: Data = DataConfig.source,
+    seed: int = TrainingConfig.seed,
+    json: Json = False,
+) -> None:
+    """Recover quality with a short fine-tune against the dense model; resumes if interrupted."""
+    from vmla_convert.pipelines.recover import recover as run
+
+    out.json = json
+    training = TrainingConfig(steps=steps, lr=lr, batch_size=batch_size, seed=seed)
+    source = DataConfig(data)
+    config = RecoverConfig(layerwise_steps, training=training, data=source)
+    evaluation = EvaluateConfig(data=DataConfig(data, seed=1))
+    with out.progress() as progress:
+        rows = run(converted, teacher, folder, config, evaluation, progress)
+    curve = [row for row in rows if row.metric == "velocity_error"]
+    out.table(
+        "Recovery", ["step", "velocity_error"], [[str(r.step), f"{r.value:.4g}"] for r in curve]
+    )
+    out.path("wrote", folder)
+
+
+@app.command()
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[list[str], typer.Option(help="Repeat for several clips.")],
+    video: Annotated[Path, typer.Option("--out", "-o", help="An .mp4 to write.")],
+    frames: Annotated[int, typer.Option(min=1, help="Latent frames.")] = 20,
+    seed: int = 0,
+    compare: Annotated[
+        str | None, typer.Option(help="A second checkpoint, shown beside from the same noise.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Generate video from prompts, streaming through the cache; a contact sheet lands beside."""
+    from vmla_convert.pipelines.generate import check_video_path, rollout, write_clips
+    from vmla_convert.pipelines.load import load
+
+    out.json = json
+    check_video_path(video)
+    names = [checkpoint, *([compare] if compare else [])]
+    models = {_label(name): load(name) for name in names}
+    with out.progress() as progress:
+        clips = {
+            label: rollout(model, prompt, frames, seed, progress, f"generating ({label})")
+            for label, model in models.items()
+        }
+    for path in write_clips(video, clips, prompt):
+        out.path("wrote", path)
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Checkpoint,
+    teacher: Teacher,
+    clips: Annotated[int, typer.Option(min=2, help="Held-out clips.")] = EvaluateConfig.clips,
+    data: Data = DataConfig.source,
+    json: Json = False,
+) -> None:
+    """Measure a converted checkpoint against its dense source on held-out clips."""
+    from vmla_convert.pipelines.evaluate import HeldOut, dense_rows
+    from vmla_convert.pipelines.load import load
+    from vmla_convert.pipelines.recover import check_pair
+    from vmla_convert.pipelines.rows import cache_rows, error_rows
+
+    out.json = json
+    model, dense = load(checkpoint), load(teacher)
+    check_pair(model, dense)
+    held_out = HeldOut(dense, EvaluateConfig(clips, DataConfig(data, seed=1)))
+    rows = dense_rows(dense, held_out)
+    if model.config.mla is not None:
+        rows += [
+            *error_rows(held_out.measure(model), model.config, None),
+            *cache_rows(model.config),
+        ]
+    cells = [[row.run, row.metric, f"{row.value:.6g}", row.unit] for row in rows]
+    out.table("Held-out measurement", ["run", "metric", "value", "unit"], cells)
+
+
+@app.command()
+def sweep(
+    recipe: RecipeFile,
+    folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for rows and report.")],
+    overrides: Set = None,
+) -> None:
+    """Run the sweep of a recipe, and nothing else of it but the report."""
+    _run(recipe, folder, overrides, only=("sweep", "report"))
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder with rows.jsonl.", metavar="DIR")],
+    title: str = "Conversion report",
+    json: Json = False,
+) -> None:
+    """Write report.md, report.html and plots from the rows in a folder."""
+    from vmla_convert.pipelines.report import write_report
+
+    out.json = json
+    for path in write_report(folder, title):
+        out.path("wrote", path)
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for everything it writes.")],
+    overrides: Set = None,
+    dry_run: Annotated[bool, typer.Option(help="Check the recipe, show its stages, stop.")] = False,
+) -> None:
+    """Run a recipe from its first stage to its last; an interrupted run goes on where it was."""
+    from vmla_convert.recipe import STAGES, read_recipe
+
+    if dry_run:
+        parsed = read_recipe(recipe, overrides)
+        out.data({"recipe": parsed.recipe.name, "stages": parsed.stages(), "would write": folder})
+        return
+    _run(recipe, folder, overrides, only=STAGES)
+
+
+@app.command()
+def demo(
+    folder: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for everything it writes.")
+    ] = Path("runs/quickstart"),
+) -> None:
+    """Do the whole job once, in minutes, on the small model that ships with the package."""
+    run("quickstart", folder)
+
+
+recipes_app = typer.Typer(invoke_without_command=True)
+app.add_typer(recipes_app, name="recipes", help="List the recipes, or copy one to own.")
+
+
+@recipes_app.callback()
+def list_recipes(context: typer.Context) -> None:
+    """List the recipes, or copy one to own."""
+    from vmla_convert.recipe import available_recipes, read_recipe
+
+    if context.invoked_subcommand is None:
+        infos = [(name, read_recipe(path).recipe) for name, path in available_recipes().items()]
+        rows = [[name, info.description] for name, info in infos]
+        out.table("Recipes", ["name", "what it does"], rows)
+
+
+@recipes_app.command()
+def copy(
+    name: str,
+    folder: Annotated[Path, typer.Option("--out", "-o", help="Folder to copy into.")] = Path(),
+) -> None:
+    """Copy a recipe to own and edit."""
+    from vmla_convert.recipe import copy_recipe
+
+    out.path("wrote", copy_recipe(name, folder))
+
+
+def _run(recipe: str, folder: Path, overrides: list[str] | None, only: tuple[str, ...]) -> None:
+    from vmla_convert.recipe import ROWS_NAME, read_recipe, run_recipe
+
+    parsed = read_recipe(recipe, overrides)
+    with out.progress() as progress:
+        run_recipe(parsed, folder, progress, only)
+    if (folder / ROWS_NAME).exists():
+        _show_decision(folder / ROWS_NAME)
+    for path in sorted(folder.iterdir()):
+        out.path("wrote", path)
+
+
+def _show_decision(rows_file: Path) -> None:
+    from vmla_convert.pipelines.report import decisive_table
+    from vmla_convert.results import read_rows
+
+    header, *rows = decisive_table(read_rows(rows_file))
+    if rows:
+        out.table("What each setting costs and loses", header, rows)
+
+
+def _show_inspection(inspection: Inspection) -> None:
+    model, converted = inspection.model, inspection.converted
+    geometry = model.geometry
+    out.data(
+        {
+            "checkpoint": inspection.path,
+            "family": model.family,
+            "parameters": f"{inspection.parameters:,}",
+            "layers, width, heads": f"{geometry.num_layers}, {geometry.dim}, {geometry.num_heads}",
+            "tokens per frame": model.tokens_per_frame,
+            "chunk, window, sink (frames)": (
+                f"{model.chunk_frames}, {model.cache.window_frames}, {model.cache.sink_frames}"
+            ),
+            "licence": model.licence,
+            "base model": model.base_model,
+        }
+    )
+    cached = [
+        ["this checkpoint", model, inspection.window_cache_bytes],
+        ["converted", converted, inspection.converted_window_cache_bytes],
+    ]
+    out.table(
+        "KV cache",
+        ["", "numbers per token and layer", "full window, bf16 (bytes)", "cut"],
+        [
+            [name, f"{c.cache_scalars_per_token():g}", f"{nbytes:,}", f"{c.cache_cut():.1%}"]
+            for name, c, nbytes in cached[: 1 if converted is model else 2]
+        ],
+    )
+    if inspection.spectrum:
+        layers = [
+            [str(s.layer), str(s.effective_rank_99), f"{s.energy_at_rank:.1%}"]
+            for s in inspection.spectrum
+        ]
+        rank = converted.mla.kv_lora_rank[0] if converted.mla else 0
+        header = ["layer", f"99 %-energy rank of {geometry.dim}", f"energy at R = {rank}"]
+        out.table("Joint key and value weights", header, layers)
+
+
+def _label(name: str) -> str:
+    return Path(name).name or name

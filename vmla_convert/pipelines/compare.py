@@ -1,0 +1,42 @@
+"""Roll dense and converted out from the same noise, show them side by side and score both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vmla_convert.config import GenerateConfig
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.pipelines.evaluate import rollout_rows
+from vmla_convert.pipelines.generate import rollout, write_clips
+from vmla_convert.progress import Progress
+from vmla_convert.results import Row
+
+
+def compare(
+    dense: CausalWanModel,
+    converted: CausalWanModel,
+    config: GenerateConfig,
+    path: Path,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Write `path` (mp4) and a contact sheet beside it, and return the scores of both models.
+
+    Args:
+        dense: The source.
+        converted: Its conversion.
+        config: Prompts, length and seed.
+        path: Of the mp4.
+        progress: Where to draw.
+    """
+    prompts = list(config.prompts)
+    models = {"dense": dense, "converted": converted}
+    clips = {
+        name: rollout(model, prompts, config.frames, config.seed, progress, f"rolling out {name}")
+        for name, model in models.items()
+    }
+    shown = {name: video[: config.shown] for name, video in clips.items()}
+    write_clips(path, shown, prompts[: config.shown])
+    rows: list[Row] = []
+    for name, model in models.items():
+        rows += rollout_rows(clips[name], prompts, model.config, config.seed)
+    return rows

@@ -1,0 +1,125 @@
+"""Measure a converted model against its dense source, on clips that neither was fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vmla_convert.config import EvaluateConfig, ModelConfig
+from vmla_convert.demo.judge import DigitJudge, background_psnr
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.maths.factor import Evidence
+from vmla_convert.maths.spectra import (
+    activation_spectrum,
+    effective_rank,
+    energy_at_rank,
+    weight_spectrum,
+)
+from vmla_convert.pipelines.codecs import prompted_digit
+from vmla_convert.pipelines.convert import layer_weights
+from vmla_convert.pipelines.data import open_clips, seeded
+from vmla_convert.pipelines.losses import Example, make_example, predicted_velocity
+from vmla_convert.pipelines.rows import Errors, cache_rows, error_rows, row_fields
+from vmla_convert.results import Row
+
+CLIPS_AT_ONCE = 8
+SEGMENTS = 4
+
+
+class HeldOut:
+    """Held-out clips with their noise and the dense model's answers, prepared once."""
+
+    def __init__(self, teacher: CausalWanModel, config: EvaluateConfig) -> None:
+        self.config = teacher.config
+        clips = open_clips(config.data)
+        self.examples = [
+            make_example(
+                clips.batch(index, min(CLIPS_AT_ONCE, config.clips - start), "held_out"),
+                self.config.chunk_frames,
+                seeded(config.data.seed, index, "evaluation"),
+            )
+            for index, start in enumerate(range(0, config.clips, CLIPS_AT_ONCE))
+        ]
+        self.targets = [self._velocity(teacher, example) for example in self.examples]
+
+    def measure(self, model: nn.Module) -> Errors:
+        """Errors of a model; the dense model's own `velocity_error` is 0."""
+        return self._errors([self._velocity(model, example) for example in self.examples])
+
+    def measure_other_past(self, teacher: CausalWanModel) -> Errors:
+        """Errors when each clip is given the past of another: what the cache is worth."""
+        return self._errors([self._velocity(teacher, _other_past(e)) for e in self.examples])
+
+    def _errors(self, velocities: Sequence[Tensor]) -> Errors:
+        # The first chunk reads no cache.
+        first = self.config.chunk_frames
+        got = torch.cat([v[:, first:] for v in velocities])
+        target = torch.cat([v[:, first:] for v in self.targets])
+        truth = torch.cat([e.velocity[:, first:] for e in self.examples])
+        return Errors(
+            ((got - target).square().sum() / target.square().sum()).item(),
+            (got - truth).square().mean().item(),
+        )
+
+    @torch.no_grad()
+    def _velocity(self, model: nn.Module, example: Example) -> Tensor:
+        return predicted_velocity(model, self.config, example)
+
+
+def _other_past(example: Example) -> Example:
+    past, noisy = example.latents.chunk(2, dim=1)
+    return example._replace(latents=torch.cat([past.roll(1, dims=0), noisy], dim=1))
+
+
+def dense_rows(teacher: CausalWanModel, held_out: HeldOut) -> list[Row]:
+    """Rows of the dense model itself."""
+    other = held_out.measure_other_past(teacher).flow_loss
+    return [
+        *error_rows(held_out.measure(teacher), teacher.config, None),
+        Row("flow_loss_other_past", other, "squared velocity", **row_fields(teacher.config)),
+        *cache_rows(teacher.config),
+    ]
+
+
+def spectrum_rows(teacher: CausalWanModel, evidence: list[Evidence], rank: int) -> list[Row]:
+    """Rows of each layer's joint key and value spectrum, as weights and on activations."""
+    rows: list[Row] = []
+    read = teacher.state_dict().__getitem__
+    for layer, known in enumerate(evidence):
+        weights = layer_weights(read, layer, teacher.config.geometry.num_heads)
+        target = torch.cat([weights.key, weights.value])
+        spectra = {
+            "weights": weight_spectrum(target),
+            "weights_x_activations": activation_spectrum(target, known.moments.covariance),
+        }
+        for run, spectrum in spectra.items():
+            energy = energy_at_rank(spectrum, rank)
+            rows += [
+                Row("effective_rank_99", effective_rank(spectrum), "directions", run, layer=layer),
+                Row("energy_at_rank", energy, "share", run, layer=layer, kv_lora_rank=rank),
+            ]
+    return rows
+
+
+def rollout_rows(video: Tensor, prompts: list[str], config: ModelConfig, seed: int) -> list[Row]:
+    """Score a rollout (B, F, 3, H, W) of the demo model, whole and segment by segment.
+
+    `background_psnr` is against the background of the first chunk, `digit_accuracy` the share of
+    frames in which the judge reads the prompted digit.
+    """
+    labels = torch.tensor([prompted_digit(prompt) for prompt in prompts])
+    hits = (DigitJudge().read(video) == labels[:, None]).float()
+    psnr = background_psnr(video, config.chunk_frames)[:, config.chunk_frames :]
+    fields = {**row_fields(config, seed), "frames": video.shape[1]}
+    rows = [
+        Row("background_psnr", psnr.mean().item(), "dB", **fields),
+        Row("digit_accuracy", hits.mean().item(), "share of frames", **fields),
+    ]
+    for segment, part in enumerate(torch.tensor_split(psnr, SEGMENTS, dim=1)):
+        rows.append(Row("background_psnr", part.mean().item(), "dB", segment=segment, **fields))
+    for segment, part in enumerate(torch.tensor_split(hits, SEGMENTS, dim=1)):
+        value = part.mean().item()
+        rows.append(Row("digit_accuracy", value, "share of frames", segment=segment, **fields))
+    return rows

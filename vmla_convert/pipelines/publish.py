@@ -1,0 +1,56 @@
+"""What a converted folder says about itself."""
+
+from __future__ import annotations
+
+from huggingface_hub import ModelCardData
+
+from vmla_convert.config import ModelConfig
+
+
+def model_card(config: ModelConfig, source_name: str) -> str:
+    """README.md of a converted checkpoint: licence and base model are the source's, never ours.
+
+    Args:
+        config: Of the converted model.
+        source_name: File or folder name of the source checkpoint.
+    """
+    assert config.mla is not None
+    data = ModelCardData(
+        license=config.licence,
+        base_model=config.base_model if config.base_model != "unknown" else None,
+        library_name="vmla-convert",
+        tags=["vmla", "latent-kv-cache", "causal-video-diffusion"],
+    )
+    ranks, ropes = set(config.mla.kv_lora_rank), {2 * len(p) for p in config.mla.rope_pairs}
+    dense = config.geometry.dense_cache_scalars
+    return f"""---
+{data.to_yaml()}
+---
+
+# {source_name}, converted to a latent KV cache
+
+Converted by vmla-convert: each layer caches {config.cache_scalars_per_token():g} numbers per
+token instead of {dense} ({config.cache_cut():.1%} less), namely a content latent, a shared rope key and
+the key's norm.
+
+| setting | value |
+|---|---|
+| init | {config.mla.init} |
+| kv_lora_rank | {_listed(ranks)} |
+| qk_rope_head_dim | {_listed(ropes)} |
+| family of the source | {config.family} |
+| licence of the source | {config.licence} |
+| base model | {config.base_model} |
+
+```python
+import vmla_convert as vmla
+
+model = vmla.load("this folder")
+```
+
+How it was made, with the source's hash and all settings: `conversion.json`.
+"""
+
+
+def _listed(values: set[int]) -> str:
+    return ", ".join(str(value) for value in sorted(values))

@@ -1,0 +1,79 @@
+"""What pipelines measured, as rows: names of metrics and fields are the design's."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from vmla_convert.config import ModelConfig
+from vmla_convert.pipelines.convert import Conversion
+from vmla_convert.results import Row
+
+
+class Errors(NamedTuple):
+    """Held-out errors over the chunks that read a cache.
+
+    Attributes:
+        velocity_error: Squared distance to the dense velocity, relative to its square.
+        flow_loss: Mean squared distance to the true velocity.
+    """
+
+    velocity_error: float
+    flow_loss: float
+
+
+def run_name(config: ModelConfig) -> str:
+    """How rows call a model: `dense`, or its init and sizes."""
+    mla = config.mla
+    if mla is None:
+        return "dense"
+    ranks = "/".join(str(r) for r in sorted(set(mla.kv_lora_rank)))
+    ropes = "/".join(str(2 * n) for n in sorted({len(p) for p in mla.rope_pairs}))
+    return f"{mla.init}-{ranks}+{ropes}"
+
+
+def row_fields(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
+    """The fields that every row of one model shares."""
+    mla = config.mla
+    fields: dict[str, Any] = {"run": run_name(config), "seed": seed}
+    if mla is not None:
+        uniform = len(set(mla.kv_lora_rank)) == len({len(p) for p in mla.rope_pairs}) == 1
+        fields |= {
+            "init": mla.init,
+            "kv_lora_rank": mla.kv_lora_rank[0] if uniform else None,
+            "qk_rope_head_dim": mla.qk_rope_head_dim(0) if uniform else None,
+            "current_chunk": "latent",
+            "positions": "decoupled",
+            "latent": "joint",
+        }
+    return fields
+
+
+def error_rows(errors: Errors, config: ModelConfig, step: int | None, seed: int = 0) -> list[Row]:
+    """Rows of one measurement."""
+    fields = row_fields(config, seed)
+    rows = [Row("flow_loss", errors.flow_loss, "squared velocity", step=step, **fields)]
+    if config.mla is not None:
+        rows.append(Row("velocity_error", errors.velocity_error, "relative", step=step, **fields))
+    return rows
+
+
+def cache_rows(config: ModelConfig, seed: int = 0) -> list[Row]:
+    """Rows of what a token costs; bytes at two per number."""
+    fields, scalars = row_fields(config, seed), config.cache_scalars_per_token()
+    rows = [
+        Row("cache_scalars_per_token", scalars, "numbers per token and layer", **fields),
+        Row("cache_bytes_per_token", 2 * scalars, "bytes per token and layer", **fields),
+    ]
+    if config.mla is not None:
+        rows.append(Row("cache_cut", config.cache_cut(), "share of the dense cache", **fields))
+    return rows
+
+
+def conversion_rows(conversion: Conversion, seed: int = 0) -> list[Row]:
+    """Rows of what a conversion took."""
+    fields = row_fields(conversion.config, seed)
+    return [
+        Row("convert_seconds", conversion.convert_seconds, "s", **fields),
+        Row("factor_seconds", conversion.factor_seconds, "s", **fields),
+        Row("peak_rss_bytes", float(conversion.peak_rss_bytes), "bytes", **fields),
+    ]

@@ -1,0 +1,274 @@
+"""Recipes: one TOML file that says which stages to run, with which settings.
+
+Each table is a stage; stages run in the order of `STAGES`, whatever the order in the file. What a
+stage writes, later ones read: all land in one folder.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from vmla_convert.config import (
+    ConvertConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    RecoverConfig,
+    SweepConfig,
+    TeacherConfig,
+    from_dict,
+)
+from vmla_convert.errors import ConfigError, OutputError, did_you_mean
+from vmla_convert.progress import Progress, Silent
+
+ROWS_NAME = "rows.jsonl"
+STAGES = ("teacher", "convert", "recover", "sweep", "generate", "report")
+
+
+@dataclass(frozen=True)
+class RecipeInfo:
+    """What a recipe says about itself."""
+
+    name: str
+    description: str
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """The dense checkpoint: a path, or `demo`."""
+
+    checkpoint: str = "demo"
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """The report stage.
+
+    Attributes:
+        title: Of the page.
+    """
+
+    title: str = "Conversion report"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A parsed recipe; a stage that is None does not run."""
+
+    recipe: RecipeInfo
+    source: SourceConfig = field(default_factory=SourceConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    teacher: TeacherConfig | None = None
+    convert: ConvertConfig | None = None
+    recover: RecoverConfig | None = None
+    sweep: SweepConfig | None = None
+    generate: GenerateConfig | None = None
+    report: ReportConfig | None = None
+
+    def stages(self) -> list[str]:
+        """Names of the stages that will run, in order."""
+        return [stage for stage in STAGES if getattr(self, stage) is not None]
+
+
+def available_recipes() -> dict[str, Path]:
+    """Recipes by name: the repository's when there is one, else those shipped in the package."""
+    package = Path(str(files("vmla_convert")))
+    folders = (package.parent / "recipes", package / "recipes_data")
+    folder = next((f for f in folders if f.is_dir()), folders[-1])
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def copy_recipe(name: str, folder: Path) -> Path:
+    """Copy a recipe to own and edit.
+
+    Raises:
+        ConfigError: There is no such recipe.
+        OutputError: The file exists already.
+    """
+    known = available_recipes()
+    if name not in known:
+        raise ConfigError(f"no recipe named '{name}'", did_you_mean(name, known))
+    target = folder / f"{name}.toml"
+    if target.exists():
+        raise OutputError(f"{target} exists already", "remove it, or copy into another folder")
+    shutil.copy(known[name], target)
+    return target
+
+
+def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Parse a recipe file, or one of the shipped ones by name.
+
+    Args:
+        path: File, or a name that `vmla recipes` lists.
+        overrides: `stage.key=value` strings; values are TOML, bare words are strings.
+
+    Raises:
+        ConfigError: No such recipe, no valid TOML, or a wrong key or value.
+    """
+    known = available_recipes()
+    file = known.get(str(path), Path(path))
+    if not file.is_file():
+        raise ConfigError(f"no recipe at {path}", f"{did_you_mean(str(path), known)} vmla recipes")
+    try:
+        data = tomllib.loads(file.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    for override in overrides or []:
+        _apply_override(data, override)
+    return from_dict(Recipe, data)
+
+
+def run_recipe(
+    recipe: Recipe,
+    out: Path,
+    progress: Progress | None = None,
+    only: tuple[str, ...] = STAGES,
+) -> None:
+    """Run the stages of a recipe into one folder.
+
+    Stages that finished in an earlier, interrupted run of the same recipe are not repeated.
+
+    Args:
+        recipe: From `read_recipe`.
+        out: Folder for everything.
+        progress: Where to draw.
+        only: Stages to run of those that the recipe has.
+
+    Raises:
+        OutputError: The folder holds something else, or a finished run.
+        VmlaError: A stage cannot do its work.
+    """
+    _claim_folder(recipe, out)
+    for stage in recipe.stages():
+        if stage in only:
+            _RUNNERS[stage](recipe, out, progress or Silent())
+    (out / _RUNNING).unlink()
+
+
+_RUNNING = ".running"
+
+
+def _claim_folder(recipe: Recipe, out: Path) -> None:
+    """Take an empty folder, or one that this recipe left unfinished."""
+    marker = out / _RUNNING
+    if marker.is_file() and marker.read_text() == recipe.recipe.name:
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"{out} exists already", "choose another -o, or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    marker.write_text(recipe.recipe.name)
+
+
+def _run_teacher(recipe: Recipe, out: Path, progress: Progress) -> None:
+    from vmla_convert.pipelines.pretrain import pretrain
+
+    assert recipe.teacher is not None
+    if not (out / "checkpoint").exists():
+        pretrain(recipe.teacher, out, progress)
+
+
+def _run_convert(recipe: Recipe, out: Path, progress: Progress) -> None:
+    from vmla_convert.pipelines.convert import convert
+    from vmla_convert.pipelines.rows import conversion_rows
+    from vmla_convert.results import append_rows
+
+    assert recipe.convert is not None
+    folder = _step0_folder(recipe, out)
+    if folder.exists() or (out / "converted").exists():
+        return
+    conversion = convert(recipe.source.checkpoint, folder, recipe.convert, progress)
+    append_rows(out / ROWS_NAME, conversion_rows(conversion))
+
+
+def _run_recover(recipe: Recipe, out: Path, progress: Progress) -> None:
+    from vmla_convert.pipelines.recover import recover
+    from vmla_convert.results import append_rows
+
+    assert recipe.recover is not None
+    target, before = out / "converted", _step0_folder(recipe, out)
+    if target.exists():
+        return
+    rows = recover(
+        before, recipe.source.checkpoint, target, recipe.recover, recipe.evaluate, progress
+    )
+    append_rows(out / ROWS_NAME, rows)
+    shutil.rmtree(before)
+
+
+def _run_sweep(recipe: Recipe, out: Path, progress: Progress) -> None:
+    from vmla_convert.pipelines.evaluate import HeldOut
+    from vmla_convert.pipelines.load import load
+    from vmla_convert.pipelines.sweep import sweep
+
+    assert recipe.sweep is not None
+    teacher = load(recipe.source.checkpoint)
+    sweep(
+        teacher,
+        recipe.sweep,
+        recipe.convert or ConvertConfig(),
+        recipe.recover or RecoverConfig(),
+        HeldOut(teacher, recipe.evaluate),
+        out / ROWS_NAME,
+        progress,
+    )
+
+
+def _run_generate(recipe: Recipe, out: Path, progress: Progress) -> None:
+    from vmla_convert.pipelines.compare import compare
+    from vmla_convert.pipelines.load import load
+    from vmla_convert.results import append_rows
+
+    assert recipe.generate is not None
+    if not (out / "compare.png").exists():
+        models = load(recipe.source.checkpoint), load(out / "converted")
+        rows = compare(*models, recipe.generate, out / "compare.mp4", progress)
+        append_rows(out / ROWS_NAME, rows)
+
+
+def _run_report(recipe: Recipe, out: Path, progress: Progress) -> None:  # noqa: ARG001
+    from vmla_convert.pipelines.report import write_report
+
+    assert recipe.report is not None
+    write_report(out, recipe.report.title)
+
+
+_RUNNERS: dict[str, Callable[[Recipe, Path, Progress], None]] = {
+    "teacher": _run_teacher,
+    "convert": _run_convert,
+    "recover": _run_recover,
+    "sweep": _run_sweep,
+    "generate": _run_generate,
+    "report": _run_report,
+}
+
+
+def _step0_folder(recipe: Recipe, out: Path) -> Path:
+    """Where the conversion goes: its final place, unless it is still to be recovered."""
+    return out / ("converted" if recipe.recover is None else "converted-step0")
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    """Set one dotted key of the parsed file."""
+    key, found, text = override.partition("=")
+    if not found or not re.fullmatch(r"[\w.]+", key):
+        raise ConfigError(f"'{override}' is not key=value", "try --set recover.training.steps=50")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *tables, name = key.split(".")
+    table = data
+    for part in tables:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"'{key}' is not a key of the recipe", "'" + part + "' is a value")
+    table[name] = value
+
+
+assert set(_RUNNERS) == set(STAGES) <= {f.name for f in fields(Recipe)}
