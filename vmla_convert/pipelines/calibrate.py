@@ -44,7 +44,9 @@ def calibrate(
         batch = clips.batch(index, min(CLIPS_AT_ONCE, count - index * CLIPS_AT_ONCE))
         example = make_example(batch, config.chunk_frames, seeded(seed, index, "calibration"))
         fresh = _layer_moments(teacher, example)
-        moments = [merge_moments(*m) for m in zip(moments, fresh, strict=True)] or fresh
+        if moments:
+            fresh = [merge_moments(*both) for both in zip(moments, fresh, strict=True)]
+        moments = fresh
     phases = deployed_phases(teacher)
     return [Evidence(layer, phases) for layer in moments]
 

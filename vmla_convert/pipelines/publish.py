@@ -30,8 +30,8 @@ def model_card(config: ModelConfig, source_name: str) -> str:
 # {source_name}, converted to a latent KV cache
 
 Converted by vmla-convert: each layer caches {config.cache_scalars_per_token():g} numbers per
-token instead of {dense} ({config.cache_cut():.1%} less), namely a content latent, a shared rope key and
-the key's norm.
+token instead of {dense} ({config.cache_cut():.1%} less): a content latent, a shared rope key
+and the key's norm.
 
 | setting | value |
 |---|---|

@@ -1,0 +1,72 @@
+"""Score the demo teacher against its bars: does it need its past, does its rollout hold?
+
+    python -m evals.teacher --out rows.jsonl [--checkpoint demo]
+
+`flow_loss` on held-out clips, `flow_loss_other_past` with the past of another clip in the cache,
+and over free rollouts of every digit: `background_psnr` against the first chunk's background and
+`digit_accuracy` by the judge, whole and by segment. `run = "truth"` is the judge on true clips.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vmla_convert.config import DataConfig, EvaluateConfig
+from vmla_convert.console import out
+from vmla_convert.demo.judge import background_psnr, read_digits
+from vmla_convert.pipelines.data import DemoClips
+from vmla_convert.pipelines.evaluate import HeldOut, dense_rows, rollout_rows
+from vmla_convert.pipelines.generate import rollout
+from vmla_convert.pipelines.load import load
+from vmla_convert.results import Row, append_rows
+
+HELD_OUT_SEED = 2
+
+
+def main(
+    rows_file: Annotated[Path, typer.Option("--out", help="JSONL to append rows to.")],
+    checkpoint: str = "demo",
+    clips: int = 64,
+    frames: int = 20,
+    seeds: Annotated[int, typer.Option(help="Rollouts of each digit.")] = 4,
+) -> None:
+    """Measure, append the rows and print them."""
+    model = load(checkpoint)
+    held_out = HeldOut(model, EvaluateConfig(clips, DataConfig(seed=HELD_OUT_SEED)))
+    prompts = [str(digit) for digit in range(10)]
+    rows = dense_rows(model, held_out) + truth_rows(frames, clips)
+    with out.progress() as progress:
+        for seed in range(seeds):
+            video = rollout(model, prompts, frames, seed, progress, f"rolling out, seed {seed}")
+            rows += rollout_rows(video, prompts, model.config, seed)
+    append_rows(rows_file, rows)
+    show(rows)
+
+
+def truth_rows(frames: int, clips: int) -> list[Row]:
+    """The judge and the background measure on true held-out clips: their ceiling."""
+    truth = DemoClips(DataConfig(frames=frames, seed=HELD_OUT_SEED)).clips(0, clips, "held_out")
+    hits = (read_digits(truth.video) == truth.labels[:, None]).float().mean().item()
+    psnr = background_psnr(truth.video, 2)[:, 2:].mean().item()
+    return [
+        Row("digit_accuracy", hits, "share of frames", "truth", frames=frames),
+        Row("background_psnr", psnr, "dB", "truth", frames=frames),
+    ]
+
+
+def show(rows: list[Row]) -> None:
+    """The whole-rollout figures, one line each, averaged over seeds."""
+    whole = [row for row in rows if row.segment is None]
+    keys = list(dict.fromkeys((row.run, row.metric, row.unit) for row in whole))
+    cells: list[list[str]] = []
+    for run, metric, unit in keys:
+        values = [row.value for row in whole if (row.run, row.metric) == (run, metric)]
+        cells.append([run, metric, f"{sum(values) / len(values):.4g}", unit])
+    out.table("Demo teacher", ["run", "metric", "value", "unit"], cells)
+
+
+if __name__ == "__main__":
+    typer.run(main)
