@@ -94,10 +94,9 @@ def test_a_file_keeps_prompts_with_their_clips_and_cuts_them(latent_file: Path) 
     batch = LatentFile(DataConfig(str(latent_file), frames=4)).batch(0, 16)
     assert torch.equal(batch.latents[:, 0, 0, 0, 0], batch.context[:, 0, 0])
     assert batch.latents.shape == (16, 4, 4, 2, 2)
-    torch.testing.assert_close(
-        batch.latents[:, :, 0, 0, 0] - batch.context[:, :1, 0], (torch.arange(4) / 100).expand(16, 4),
-        atol=1e-4, rtol=0,
-    )  # fmt: skip
+    place = batch.latents[:, :, 0, 0, 0] - batch.context[:, :1, 0]
+    expected = torch.arange(4) / 100
+    torch.testing.assert_close(place, expected.expand(16, 4), atol=1e-4, rtol=0)
 
 
 def test_the_last_tenth_of_a_file_is_held_out(latent_file: Path) -> None:

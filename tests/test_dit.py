@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def diffusers_twin(config: ModelConfig, twin: nn.Module) -> CausalWanModel:
     return ours
 
 
-def diffusers_geometry() -> dict[str, int]:
+def diffusers_geometry() -> dict[str, Any]:
     geometry = TINY_GEOMETRY
     return {
         "num_attention_heads": geometry.num_heads,

@@ -172,12 +172,12 @@ def generate(
 ) -> None:
     """Generate video from prompts, streaming through the cache; a contact sheet lands beside."""
     from vmla_convert.pipelines.generate import check_video_path, rollout, write_clips
-    from vmla_convert.pipelines.load import load
+    from vmla_convert.pipelines.load import compute_device, load
 
     out.json = json
     check_video_path(video)
     names = [checkpoint, *([compare] if compare else [])]
-    models = {_label(name): load(name) for name in names}
+    models = {_label(name): load(name, compute_device()) for name in names}
     with out.progress() as progress:
         clips = {
             label: rollout(model, prompt, frames, seed, progress, f"generating ({label})")
@@ -197,12 +197,13 @@ def evaluate(
 ) -> None:
     """Measure a converted checkpoint against its dense source on held-out clips."""
     from vmla_convert.pipelines.evaluate import HeldOut, dense_rows
-    from vmla_convert.pipelines.load import load
+    from vmla_convert.pipelines.load import compute_device, load
     from vmla_convert.pipelines.recover import check_pair
     from vmla_convert.pipelines.rows import cache_rows, error_rows
 
     out.json = json
-    model, dense = load(checkpoint), load(teacher)
+    device = compute_device()
+    model, dense = load(checkpoint, device), load(teacher, device)
     check_pair(model, dense)
     held_out = HeldOut(dense, EvaluateConfig(clips, DataConfig(data, seed=1)))
     rows = dense_rows(dense, held_out)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,22 @@ from vmla_convert.maths.rope3d import Rotary, rotary_table, token_positions
 SelfAttention = DenseSelfAttention | LatentSelfAttention
 Attend = Callable[[SelfAttention, Tensor], Tensor]
 """How a block's self-attention sees the clip: masked in one pass, or through a cache."""
+
+
+class Embedded(NamedTuple):
+    """Inputs of the blocks.
+
+    Attributes:
+        tokens: (B, L, d).
+        time: Time embedding (B, F, d).
+        modulation: Projected time embedding (B, F, 6, d).
+        text: Embedded prompt (B, S, d).
+    """
+
+    tokens: Tensor
+    time: Tensor
+    modulation: Tensor
+    text: Tensor
 
 
 class Block(nn.Module):
@@ -125,9 +142,7 @@ class CausalWanModel(nn.Module):
         Returns:
             (B, F, C, height, width).
         """
-        x = self.embed_patches(latents)
-        time, modulation = self.embed_time(timestep)
-        text = self.text_embedding(context)
+        x, time, modulation, text = self.embed(latents, timestep, context)
         attend = masked_attention(self.rotary(frames, latents), mask)
         for block in self.blocks:
             x = block(x, modulation, text, attend)
@@ -145,9 +160,7 @@ class CausalWanModel(nn.Module):
 
         The caller may measure or replace a block's attention before asking for the next one.
         """
-        x = self.embed_patches(latents)
-        _, modulation = self.embed_time(timestep)
-        text = self.text_embedding(context)
+        x, _, modulation, text = self.embed(latents, timestep, context)
         attend = masked_attention(self.rotary(frames, latents), mask)
         for block in self.blocks:
             assert isinstance(block, Block)
@@ -159,9 +172,7 @@ class CausalWanModel(nn.Module):
 
         Arguments and result as `forward`; the frames are those of `cache.open_chunk`.
         """
-        x = self.embed_patches(latents)
-        time, modulation = self.embed_time(timestep)
-        text = self.text_embedding(context)
+        x, time, modulation, text = self.embed(latents, timestep, context)
         query_rotary = self.rotary(cache.chunk_positions(), latents)
         key_rotary = self.rotary(cache.positions(), latents)
         for layer, block in enumerate(self.blocks):
@@ -197,15 +208,13 @@ class CausalWanModel(nn.Module):
         """The self-attention of every block."""
         return [block.self_attn for block in self.blocks if isinstance(block, Block)]
 
-    def embed_patches(self, latents: Tensor) -> Tensor:
-        """Latents (B, F, C, height, width) to tokens (B, L, d)."""
-        return self.patch_embedding(latents.transpose(1, 2)).flatten(2).transpose(1, 2)
-
-    def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """Time embedding (B, F, d) and block modulation (B, F, 6, d) of timesteps (B, F)."""
+    def embed(self, latents: Tensor, timestep: Tensor, context: Tensor) -> Embedded:
+        """What the blocks start from; arguments as `forward`."""
+        x = self.patch_embedding(latents.transpose(1, 2)).flatten(2).transpose(1, 2)
         wave = sinusoids(timestep, self.config.geometry.freq_dim)
         time = self.time_embedding(wave.to(self.patch_embedding.weight.dtype))
-        return time, self.time_projection(time).unflatten(-1, (6, -1))
+        modulation = self.time_projection(time).unflatten(-1, (6, -1))
+        return Embedded(x, time, modulation, self.text_embedding(context))
 
     def rotary(self, frames: Tensor, latents: Tensor) -> Rotary:
         """Rotation of all tokens of frames at the given time positions."""

@@ -37,12 +37,13 @@ def calibrate(
         One piece of evidence for each layer.
     """
     progress = progress or Silent()
-    config = teacher.config
+    config, device = teacher.config, teacher.patch_embedding.weight.device
     moments: list[Moments] = []
     batches = range(-(-count // CLIPS_AT_ONCE))
     for index in progress.track(batches, "calibrating"):
         batch = clips.batch(index, min(CLIPS_AT_ONCE, count - index * CLIPS_AT_ONCE))
-        example = make_example(batch, config.chunk_frames, seeded(seed, index, "calibration"))
+        noise = seeded(seed, index, "calibration")
+        example = make_example(batch, config.chunk_frames, noise).to(device)
         fresh = _layer_moments(teacher, example)
         if moments:
             fresh = [merge_moments(*both) for both in zip(moments, fresh, strict=True)]
@@ -74,9 +75,10 @@ def _attention_moments(attention: torch.nn.Module, x: Tensor) -> Moments:
     raw_key = attention.k(clean)
     norm = torch.rsqrt(raw_key.float().square().mean(-1) + (attention.norm_k.eps or 0.0))
     heads = attention.num_heads
-    return measure_moments(
+    moments = measure_moments(
         inputs=clean,
         keys=split_heads(attention.norm_k(raw_key), heads),
         key_norm=norm,
         queries=split_heads(attention.norm_q(attention.q(noisy)), heads),
     )
+    return Moments(*(part.cpu() for part in moments))

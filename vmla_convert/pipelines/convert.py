@@ -28,7 +28,7 @@ from vmla_convert.maths.factor import INITS, Budget, Evidence, Factors, KVWeight
 from vmla_convert.pipelines.calibrate import calibrate
 from vmla_convert.pipelines.codecs import require_demo_codec
 from vmla_convert.pipelines.data import open_clips, seeded
-from vmla_convert.pipelines.load import build, checkpoint_path
+from vmla_convert.pipelines.load import build, checkpoint_path, compute_device
 from vmla_convert.pipelines.publish import model_card
 from vmla_convert.progress import Progress, Silent
 
@@ -286,7 +286,8 @@ def _gather_evidence(
     if config.init != "calibrated":
         return None
     clips = open_clips(config.data, checkpoint.config.cache.sink_frames)
-    return calibrate(build(checkpoint), clips, config.calibration_clips, config.seed, progress)
+    model = build(checkpoint, compute_device())
+    return calibrate(model, clips, config.calibration_clips, config.seed, progress)
 
 
 def _provenance(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vmla_convert.config import EvaluateConfig, ModelConfig
-from vmla_convert.demo.judge import DigitJudge, background_psnr
+from vmla_convert.demo.judge import background_psnr, read_digits
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.factor import Evidence
 from vmla_convert.maths.spectra import (
@@ -65,7 +65,8 @@ class HeldOut:
 
     @torch.no_grad()
     def _velocity(self, model: nn.Module, example: Example) -> Tensor:
-        return predicted_velocity(model, self.config, example)
+        device = next(model.parameters()).device
+        return predicted_velocity(model, self.config, example.to(device)).cpu()
 
 
 def _other_past(example: Example) -> Example:
@@ -110,7 +111,7 @@ def rollout_rows(video: Tensor, prompts: list[str], config: ModelConfig, seed: i
     frames in which the judge reads the prompted digit.
     """
     labels = torch.tensor([prompted_digit(prompt) for prompt in prompts])
-    hits = (DigitJudge().read(video) == labels[:, None]).float()
+    hits = (read_digits(video) == labels[:, None]).float()
     psnr = background_psnr(video, config.chunk_frames)[:, config.chunk_frames :]
     fields = {**row_fields(config, seed), "frames": video.shape[1]}
     rows = [

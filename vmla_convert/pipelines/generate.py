@@ -63,7 +63,7 @@ def rollout(
     progress = progress or Silent()
     chunks = -(-frames // model.config.chunk_frames)
     latents = list(progress.track(generate(model, prompts, frames, seed), label, chunks))
-    return open_codec(model.config).decode(torch.cat(latents, dim=1)).clamp(-1, 1)
+    return open_codec(model.config).decode(torch.cat(latents, dim=1)).float().cpu().clamp(-1, 1)
 
 
 def check_video_path(path: Path) -> None:

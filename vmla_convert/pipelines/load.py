@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
 from pathlib import Path
 
@@ -19,6 +20,13 @@ def checkpoint_path(name: str | Path) -> Path:
     if str(name) == DEMO:
         return Path(str(files("vmla_convert") / "demo" / "checkpoint"))
     return Path(name)
+
+
+def compute_device() -> torch.device:
+    """This process's GPU, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def load(

@@ -34,6 +34,10 @@ class Example(NamedTuple):
     velocity: Tensor
     context: Tensor
 
+    def to(self, device: torch.device) -> Example:
+        """The same example on a device."""
+        return Example(*(tensor.to(device) for tensor in self))
+
 
 Loss = Callable[[nn.Module, Example], Tensor]
 
@@ -98,7 +102,7 @@ def velocity_distillation(teacher: CausalWanModel) -> Loss:
 
     def loss(model: nn.Module, example: Example) -> Tensor:
         with torch.no_grad():
-            target = predicted_velocity(teacher, teacher.config, example)
+            target = predicted_velocity(teacher.to(example.latents.device), teacher.config, example)
         return (predicted_velocity(model, teacher.config, example) - target).square().mean()
 
     return loss

@@ -23,7 +23,7 @@ from vmla_convert.layers.dit import Attend, Block, CausalWanModel
 from vmla_convert.layers.mla import LatentSelfAttention
 from vmla_convert.pipelines.data import ClipSource, open_clips, seeded
 from vmla_convert.pipelines.evaluate import HeldOut, dense_rows
-from vmla_convert.pipelines.load import build, checkpoint_path, load
+from vmla_convert.pipelines.load import build, checkpoint_path, compute_device, load
 from vmla_convert.pipelines.losses import (
     make_example,
     teacher_forcing_inputs,
@@ -76,7 +76,8 @@ def recover(
         raise CheckpointError(
             f"{converted} is not a converted checkpoint", "make one first: vmla convert CKPT -o OUT"
         )
-    student, dense = build(source), load(teacher)
+    device = compute_device()
+    student, dense = build(source, device), load(teacher, device)
     check_pair(student, dense)
     held_out = HeldOut(dense, evaluation or EvaluateConfig())
     rows = [*dense_rows(dense, held_out), *cache_rows(student.config)]
@@ -93,7 +94,7 @@ def recover(
     provenance = _read_provenance(source.source.path) | {"recover": to_dict(config)}
     write_checkpoint(
         out,
-        student.state_dict(),
+        {name: tensor.cpu() for name, tensor in student.state_dict().items()},
         {
             "config.json": converted_config(student.config),
             "conversion.json": provenance,
@@ -188,7 +189,7 @@ def recover_layerwise(
     seed = config.training.seed
     example = make_example(
         clips.batch(0, LAYERWISE_CLIPS), teacher.config.chunk_frames, seeded(seed, 0, "layerwise")
-    )
+    ).to(teacher.patch_embedding.weight.device)
     positions, mask = teacher_forcing_inputs(teacher.config, example)
     layers = _latent_layers(student)
     steps = _walk(teacher, example.latents, example.timestep, example.context, positions, mask)
@@ -255,6 +256,7 @@ def _source_name(provenance: dict[str, object]) -> str:
 
 def _finish_state(state: Path, curve: Path) -> list[Row]:
     """Read the curve, then drop the state: the run is complete."""
-    rows = read_rows(curve)
+    # A resumed run measures again what came after its last checkpoint; it finds the same.
+    rows = {(row.metric, row.step): row for row in read_rows(curve)}
     shutil.rmtree(state)
-    return rows
+    return list(rows.values())

@@ -68,7 +68,8 @@ def train(
     evaluated = average.module if config.ema else model
 
     def evaluate(step: int) -> None:
-        progress.note(f"held-out {on_evaluate(evaluated, step):.4f}")
+        if accelerator.is_main_process:
+            progress.note(f"held-out {on_evaluate(evaluated, step):.4f}")
 
     if start == 0:
         evaluate(0)
@@ -109,9 +110,9 @@ def _share(example: Example, accelerator: Accelerator) -> Example:
     rank, world = accelerator.process_index, accelerator.num_processes
 
     def part(tensor: Tensor) -> Tensor:
-        return tensor[rank::world].to(accelerator.device)
+        return tensor[rank::world]
 
-    return Example(*(part(tensor) for tensor in example))
+    return Example(*(part(tensor) for tensor in example)).to(accelerator.device)
 
 
 def _resume(accelerator: Accelerator, checkpoints: Path | None) -> int:

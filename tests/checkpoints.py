@@ -1,0 +1,147 @@
+"""A tiny dense checkpoint of the demo world, its conversion, and `vmla` to run on them.
+
+Test files ask for these fixtures with `pytest_plugins = ["checkpoints"]` and import the constants.
+PYTEST_DONT_REWRITE, because they do the latter before pytest sees the former.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+from conftest import tiny_model
+
+from vmla_convert.__main__ import main
+from vmla_convert.config import (
+    CachePolicy,
+    ConvertConfig,
+    DataConfig,
+    EvaluateConfig,
+    Geometry,
+    ModelConfig,
+    RecoverConfig,
+    SamplerConfig,
+    TrainingConfig,
+)
+from vmla_convert.console import out as console
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.pipelines.convert import convert
+from vmla_convert.pipelines.load import load
+from vmla_convert.pipelines.pretrain import save_self_forcing
+from vmla_convert.progress import Silent
+from vmla_convert.results import Row
+
+T = TypeVar("T")
+
+MODEL = ModelConfig(
+    Geometry(
+        dim=48,
+        ffn_dim=64,
+        num_heads=2,
+        num_layers=2,
+        in_dim=12,
+        out_dim=12,
+        freq_dim=16,
+        text_dim=10,
+        text_len=1,
+    ),
+    latent_size=(12, 12),
+    chunk_frames=2,
+    cache=CachePolicy(window_frames=6, sink_frames=2, positions="relative"),
+    sampler=SamplerConfig((1000, 500), shift=2.0, renoise=False),
+    codec="demo",
+    family="self_forcing",
+    licence="apache-2.0",
+)
+CLIPS = DataConfig(frames=6)
+CONVERT = ConvertConfig("calibrated", 8, 4, calibration_clips=4, data=CLIPS)
+RECOVER = RecoverConfig(
+    layerwise_steps=2,
+    training=TrainingConfig(steps=4, batch_size=2, eval_every=2, checkpoint_every=2),
+    data=CLIPS,
+)
+EVALUATE = EvaluateConfig(clips=4, data=DataConfig(frames=6, seed=1))
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense checkpoint in Self-Forcing's form, every parameter random."""
+    folder = tmp_path_factory.mktemp("dense") / "checkpoint"
+    save_self_forcing(tiny_model(MODEL).state_dict(), MODEL, folder)
+    return folder
+
+
+@pytest.fixture
+def dense(teacher: Path) -> CausalWanModel:
+    return load(teacher)
+
+
+@pytest.fixture(scope="session")
+def converted(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint's conversion under `CONVERT`."""
+    folder = tmp_path_factory.mktemp("latent") / "converted"
+    convert(teacher, folder, CONVERT)
+    return folder
+
+
+class PowerCutError(Exception):
+    """The machine went away."""
+
+
+class PowerCut(Silent):
+    """Goes away before an item of the bar with a given label."""
+
+    def __init__(self, label: str, before: int) -> None:
+        self.label = label
+        self.before = before
+
+    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:  # noqa: ARG002
+        for done, item in enumerate(items):
+            if label == self.label and done == self.before:
+                raise PowerCutError
+            yield item
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command left on the terminal."""
+
+    code: int
+    out: str
+    err: str
+
+
+Vmla = Callable[..., Ran]
+
+
+@pytest.fixture
+def vmla(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Vmla:
+    """Run `vmla` with some arguments, in this process."""
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "VMLA_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(console, "json", False)
+
+    def run(*args: str | Path) -> Ran:
+        monkeypatch.setattr("sys.argv", ["vmla", *map(str, args)])
+        capsys.readouterr()
+        try:
+            code = main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0
+        return Ran(code, *capsys.readouterr())
+
+    return run
+
+
+def refused(ran: Ran) -> bool:
+    """Whether a command ended as a mistake of the user's, told with a hint and no traceback."""
+    told = "Error: " in ran.err and "hint: " in ran.err
+    return ran.code == 2 and told and "Traceback" not in ran.err and not ran.out
+
+
+def untimed(rows: Iterable[Row]) -> list[Row]:
+    """Rows without those that two runs cannot share."""
+    return [row for row in rows if not row.metric.endswith("_seconds")]

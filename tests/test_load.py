@@ -1,0 +1,106 @@
+"""Anything that is a checkpoint opens as a running model; anything damaged is refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import MODEL
+from conftest import tiny_model
+from safetensors.torch import load_file, save_file
+
+from vmla_convert.checkpoint.families import open_checkpoint
+from vmla_convert.errors import CheckpointError
+from vmla_convert.layers.mla import LatentSelfAttention
+from vmla_convert.pipelines.load import checkpoint_path, load
+
+pytest_plugins = ["checkpoints"]
+
+
+@pytest.fixture
+def copied(converted: Path, tmp_path: Path) -> Path:
+    """A conversion to damage."""
+    return shutil.copytree(converted, tmp_path / "copied")
+
+
+def test_a_dense_checkpoint_loads_with_its_own_numbers(teacher: Path) -> None:
+    model, source = load(teacher), tiny_model(MODEL).state_dict()
+    assert model.config == MODEL
+    assert model.state_dict().keys() == source.keys()
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, source[name].bfloat16().float())
+
+
+def test_a_converted_folder_loads_as_latent_layers(converted: Path) -> None:
+    attentions = load(converted).self_attentions()
+    assert len(attentions) == MODEL.geometry.num_layers
+    assert all(isinstance(attention, LatentSelfAttention) for attention in attentions)
+
+
+def test_every_tensor_of_a_converted_folder_is_used(converted: Path) -> None:
+    opened, state = open_checkpoint(converted), load(converted).state_dict()
+    assert state.keys() == opened.names.keys()
+    assert all(torch.equal(tensor, opened.read(n).float()) for n, tensor in state.items())
+
+
+@pytest.mark.parametrize("folder", ["teacher", "converted"])
+def test_a_loaded_model_is_frozen_and_evaluates(
+    folder: str, request: pytest.FixtureRequest
+) -> None:
+    model = load(request.getfixturevalue(folder))
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_dtype_is_the_one_asked_for(converted: Path) -> None:
+    model = load(converted, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_demo_is_the_checkpoint_that_ships() -> None:
+    assert checkpoint_path("demo").parts[-3:] == ("vmla_convert", "demo", "checkpoint")
+    assert checkpoint_path("demo/") != checkpoint_path("demo")
+
+
+def test_a_tensor_of_another_shape_is_named(copied: Path) -> None:
+    weights = load_file(copied / "model.safetensors")
+    name = "blocks.1.self_attn.kv_a_proj.weight"
+    weights[name] = weights[name][:-1].contiguous()
+    save_file(weights, copied / "model.safetensors")
+    with pytest.raises(CheckpointError, match=name) as caught:
+        load(copied)
+    assert caught.value.hint
+
+
+def test_a_lost_tensor_is_named(copied: Path) -> None:
+    weights = load_file(copied / "model.safetensors")
+    del weights["blocks.0.self_attn.q_rope_map"]
+    save_file(weights, copied / "model.safetensors")
+    with pytest.raises(CheckpointError, match="q_rope_map"):
+        load(copied)
+
+
+def test_a_config_that_does_not_fit_the_weights_is_refused(copied: Path) -> None:
+    file = copied / "config.json"
+    told = json.loads(file.read_text())
+    told["model"]["mla"]["kv_lora_rank"] = [8, 9]
+    file.write_text(json.dumps(told))
+    with pytest.raises(CheckpointError, match=r"blocks\.1"):
+        load(copied)
+
+
+def test_a_misspelt_config_key_is_named_with_the_right_one(copied: Path) -> None:
+    file = copied / "config.json"
+    file.write_text(file.read_text().replace('"chunk_frames"', '"chunk_frame"'))
+    with pytest.raises(CheckpointError, match="chunk_frame") as caught:
+        load(copied)
+    assert "chunk_frames" in caught.value.hint
+
+
+def test_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError):
+        load(tmp_path / "nothing")

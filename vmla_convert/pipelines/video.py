@@ -1,0 +1,187 @@
+"""Pixels to files: a clip as mp4, several as one contact sheet, two joined side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vmla_convert.errors import MissingExtraError, OutputError
+
+if TYPE_CHECKING:
+    from PIL.ImageDraw import ImageDraw
+    from PIL.ImageFont import FreeTypeFont, ImageFont
+
+# Light, as the dark clips stand out from it; the same value is the gap of `side_by_side`.
+PAPER, INK, GREY = (246, 246, 243), (28, 28, 26), (118, 118, 112)
+GAP_LEVEL = 0.9
+
+LABEL_SIZE, NUMBER_SIZE = 15, 11
+MARGIN, CELL_GAP, GROUP_GAP, LABEL_GAP = 14, 4, 14, 12
+NUMBER_LINE = NUMBER_SIZE + 5
+
+
+def write_mp4(path: Path, video: Tensor, fps: int = 8, scale: int = 8) -> None:
+    """Write a clip as H.264, each pixel enlarged to a square; parent folders are made.
+
+    Args:
+        path: Where; replaced in one step when the file is complete.
+        video: (F, 3, H, W) in −1 … 1.
+        fps: Frames per second.
+        scale: Side of the square that one pixel becomes.
+
+    Raises:
+        MissingExtraError: PyAV is not installed.
+        OutputError: The file cannot be written.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise MissingExtraError("video files", "video") from error
+    pixels = _pad_to_even(_to_bytes(video, scale))
+    with _complete_or_absent(path) as partial, av.open(str(partial), "w", format="mp4") as file:
+        stream = file.add_stream("libx264", rate=fps, options={"crf": "16"})
+        stream.height, stream.width = pixels.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for frame in pixels.numpy():
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode())
+
+
+def contact_sheet(
+    path: Path,
+    rows: list[tuple[str, Tensor]],
+    columns: int = 10,
+    scale: int = 4,
+    group: int = 2,
+) -> None:
+    """Write one PNG with evenly spaced frames of several clips, a row for each.
+
+    Args:
+        path: Where; replaced in one step when the file is complete.
+        rows: Label and clip (F, 3, H, W) in −1 … 1, top to bottom; all frames of one size.
+        columns: Frames shown of each clip, or all where there are fewer.
+        scale: Side of the square that one pixel becomes.
+        group: Rows that stand close together, such as dense and converted.
+
+    Raises:
+        MissingExtraError: Pillow is not installed.
+        OutputError: The file cannot be written.
+    """
+    try:
+        from PIL import Image, ImageDraw, ImageFont
+    except ImportError as error:
+        raise MissingExtraError("contact sheets", "video") from error
+    font, small = (ImageFont.load_default(size) for size in (LABEL_SIZE, NUMBER_SIZE))
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    widest = max(ruler.multiline_textbbox((0, 0), label, font)[2] for label, _ in rows)
+    strips = [_Strip.pick(clip, columns, scale) for _, clip in rows]
+    tops = _row_tops(strips, group)
+    left = MARGIN + round(widest) + LABEL_GAP
+    width = left + max(strip.right(len(strip.numbers)) for strip in strips) - CELL_GAP + MARGIN
+    sheet = Image.new("RGB", (width, tops[-1] + strips[-1].pixels.shape[1] + MARGIN), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, ((label, _), strip, top) in enumerate(zip(rows, strips, tops, strict=True)):
+        middle = top + strip.pixels.shape[1] / 2
+        draw.multiline_text((MARGIN, middle), label, INK, font, anchor="lm")
+        if _numbered(strips, i, group):
+            _write_numbers(draw, strip, (left, top), small)
+        for k, cell in enumerate(strip.pixels.numpy()):
+            sheet.paste(Image.fromarray(cell), (left + strip.right(k), top))
+    with _complete_or_absent(path) as partial:
+        sheet.save(partial, format="PNG", optimize=True)
+
+
+def side_by_side(left: Tensor, right: Tensor, gap: int = 2) -> Tensor:
+    """Two clips (F, 3, H, W) in −1 … 1 as one (F, 3, H, W + gap + W), a light gap between them."""
+    between = left.new_full((*left.shape[:3], gap), GAP_LEVEL)
+    return torch.cat([left, between, right], dim=3)
+
+
+class _Strip(NamedTuple):
+    """The frames of one row.
+
+    Attributes:
+        numbers: Which frames of the clip these are.
+        pixels: (columns, height, width, 3) bytes, enlarged.
+    """
+
+    numbers: list[int]
+    pixels: Tensor
+
+    @classmethod
+    def pick(cls, clip: Tensor, columns: int, scale: int) -> _Strip:
+        """Evenly spaced frames of a clip (F, 3, H, W), first and last included."""
+        frames = len(clip)
+        numbers = torch.linspace(0, frames - 1, min(columns, frames)).round().long().tolist()
+        return cls(numbers, _to_bytes(clip[numbers], scale))
+
+    def right(self, column: int) -> int:
+        """Where a column begins, from the strip's left edge."""
+        return column * (self.pixels.shape[2] + CELL_GAP)
+
+
+def _numbered(strips: list[_Strip], row: int, group: int) -> bool:
+    """A row repeats the numbers above it only where they differ, or a new group begins."""
+    return row % group == 0 or strips[row].numbers != strips[row - 1].numbers
+
+
+def _row_tops(strips: list[_Strip], group: int) -> list[int]:
+    """The y of each row's frames."""
+    tops, y = [], MARGIN
+    for i, strip in enumerate(strips):
+        if i and i % group == 0:
+            y += GROUP_GAP
+        y += NUMBER_LINE if _numbered(strips, i, group) else 0
+        tops.append(y)
+        y += strip.pixels.shape[1] + CELL_GAP
+    return tops
+
+
+def _write_numbers(
+    draw: ImageDraw, strip: _Strip, corner: tuple[int, int], font: FreeTypeFont | ImageFont
+) -> None:
+    """Each frame's number, centred above it; `corner` is the top left of the frames."""
+    left, top = corner
+    draw.text((left - LABEL_GAP, top - 4), "frame", GREY, font, anchor="rs")
+    half = strip.pixels.shape[2] / 2
+    for k, number in enumerate(strip.numbers):
+        draw.text((left + strip.right(k) + half, top - 4), str(number), GREY, font, anchor="ms")
+
+
+def _to_bytes(video: Tensor, scale: int) -> Tensor:
+    """(F, 3, H, W) in −1 … 1 to bytes (F, scale·H, scale·W, 3)."""
+    levels = ((video.detach().float().cpu().nan_to_num(nan=-1.0).clamp(-1, 1) + 1) * 127.5).round()
+    large = levels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    return large.byte().permute(0, 2, 3, 1).contiguous()
+
+
+def _pad_to_even(pixels: Tensor) -> Tensor:
+    """Repeat the last row or column of (F, H, W, 3) where a size is odd, as yuv420p halves both."""
+    height, width = pixels.shape[1:3]
+    pixels = torch.cat([pixels, pixels[:, height - height % 2 :]], dim=1)
+    return torch.cat([pixels, pixels[:, :, width - width % 2 :]], dim=2)
+
+
+@contextmanager
+def _complete_or_absent(path: Path) -> Iterator[Path]:
+    """A sibling to write into, which becomes `path` when all went well and else disappears.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        # An unwritable parent is already an error of its own.
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
