@@ -260,13 +260,6 @@ def test_clips_of_a_batch_do_not_see_each_other(mla: MLAConfig | None) -> None:
         torch.testing.assert_close(together[one], alone, atol=1e-5, rtol=0)
 
 
-@torch.no_grad()
-def test_a_window_can_be_overridden_for_one_cache() -> None:
-    model = tiny_model(tiny_config(cache=CachePolicy(8, 1, "relative")))
-    assert model.new_cache(1, window_frames=5).policy == CachePolicy(5, 1, "relative")
-    assert model.new_cache(1).policy == model.config.cache
-
-
 # Training and walking
 
 

@@ -132,7 +132,10 @@ class CheckpointWriter:
 
     def _flush(self, file: str) -> None:
         try:
-            save_file(self._open.pop(file), self._partial / file, metadata={"format": "pt"})
+            path = self._partial / file
+            save_file(self._open.pop(file), path, metadata={"format": "pt"})
+            # safetensors makes its files private; a checkpoint is as readable as its card.
+            path.chmod(0o666 & ~_umask())
         except (OSError, SafetensorError) as error:
             raise _unwritable(self._partial / file, error) from error
 
@@ -181,6 +184,13 @@ _BUG = "this is a fault of the program: please report it"
 
 def _size(spec: TensorSpec) -> int:
     return torch.Size(spec.shape).numel() * spec.dtype.itemsize
+
+
+def _umask() -> int:
+    # The mask can only be read by setting it.
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def _sync(path: Path) -> None:

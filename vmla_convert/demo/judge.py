@@ -33,9 +33,9 @@ FIELD_RIDGE = 0.05
 
 # Coverage below this is noise or the faintest edge.
 COVERED = 0.15
-# Pixels of coverage above that: the thinnest digit of the world has 35, an empty frame a few.
-LEAST_DIGIT = 10.0
-# The world's digit leaves at least 40 % of a frame free; below this, it is no digit that covers.
+# Summed coverage above that: the faintest digit of the world has 17, an empty noisy frame 2.
+LEAST_DIGIT = 6.0
+# The world's digit leaves at least half of a frame free; below this, it is no digit that covers.
 LEAST_FREE = 0.25
 
 CROP = 16
@@ -114,7 +114,7 @@ def background_psnr(video: Tensor, reference_frames: int) -> Tensor:
 
 def _displayed(video: Tensor) -> Tensor:
     """The video as a screen would show it; a diverged model's NaN is black."""
-    return video.float().nan_to_num(nan=-1.0).clamp(-1, 1)
+    return video.detach().float().nan_to_num(nan=-1.0).clamp(-1, 1)
 
 
 def _dilate(images: Tensor) -> Tensor:

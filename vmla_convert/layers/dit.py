@@ -184,19 +184,11 @@ class CausalWanModel(nn.Module):
             x = block(x, modulation, text, attend)
         return self.unpatchify(self.head(x, time), latents)
 
-    def new_cache(self, batch: int, window_frames: int | None = None) -> KVCache:
-        """An empty cache for this model under its own policy.
-
-        Args:
-            batch: B.
-            window_frames: Overrides the policy's window.
-        """
-        policy = self.config.cache
-        if window_frames is not None:
-            policy = type(policy)(window_frames, policy.sink_frames, policy.positions)
+    def new_cache(self, batch: int) -> KVCache:
+        """An empty cache for B clips, under the model's own policy."""
         weight = self.patch_embedding.weight
         return KVCache(
-            policy,
+            self.config.cache,
             [attention.entry_widths for attention in self.self_attentions()],
             batch,
             self.config.tokens_per_frame,

@@ -76,7 +76,7 @@ def recover(
         raise CheckpointError(
             f"{converted} is not a converted checkpoint", "make one first: vmla convert CKPT -o OUT"
         )
-    device = compute_device()
+    device, specs = compute_device(), source.specs()
     student, dense = build(source, device), load(teacher, device)
     check_pair(student, dense)
     held_out = HeldOut(dense, evaluation or EvaluateConfig())
@@ -94,7 +94,8 @@ def recover(
     provenance = _read_provenance(source.source.path) | {"recover": to_dict(config)}
     write_checkpoint(
         out,
-        {name: tensor.cpu() for name, tensor in student.state_dict().items()},
+        # Untouched tensors go back to their source's dtype, which is exact.
+        {name: t.to("cpu", specs[name].dtype) for name, t in student.state_dict().items()},
         {
             "config.json": converted_config(student.config),
             "conversion.json": provenance,

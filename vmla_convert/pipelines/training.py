@@ -62,13 +62,12 @@ def train(
         trained, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
     )
     wrapped, optimiser = accelerator.prepare(model, optimiser)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-    accelerator.register_for_checkpointing(average)
+    average = _average(model, config, accelerator)
     start = _resume(accelerator, checkpoints)
-    evaluated = average.module if config.ema else model
 
     def evaluate(step: int) -> None:
         if accelerator.is_main_process:
+            evaluated = model if average is None else average.module
             progress.note(f"held-out {on_evaluate(evaluated, step):.4f}")
 
     if start == 0:
@@ -76,26 +75,24 @@ def train(
     for step in progress.track(range(start, config.steps), label, config.steps - start):
         for group in optimiser.param_groups:
             group["lr"] = config.lr * learning_rate_factor(step, config)
-        example = make_example(
-            clips.batch(step, config.batch_size),
-            chunk_frames,
-            seeded(config.seed, step, "noise"),
-            config.context_noise,
-        )
+        noise = seeded(config.seed, step, "noise")
+        batch = clips.batch(step, config.batch_size)
+        example = make_example(batch, chunk_frames, noise, config.context_noise)
         with accelerator.autocast():
             value = loss(wrapped, _share(example, accelerator))
         optimiser.zero_grad()
         accelerator.backward(value)
         accelerator.clip_grad_norm_(trained, 1.0)
         optimiser.step()
-        if config.ema:
+        if average is not None:
             average.update_parameters(model)
         done = step + 1
-        if done % config.eval_every == 0 or done == config.steps:
+        last = done == config.steps
+        if last or done % config.eval_every == 0:
             evaluate(done)
-        if checkpoints and (done % config.checkpoint_every == 0 or done == config.steps):
+        if checkpoints and (last or done % config.checkpoint_every == 0):
             _save(accelerator, checkpoints, done)
-    if config.ema:
+    if average is not None:
         model.load_state_dict(average.module.state_dict())
 
 
@@ -103,6 +100,17 @@ def learning_rate_factor(step: int, config: TrainingConfig) -> float:
     """Linear warm-up, then linear decay to zero."""
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
     return warm * (1 - step / config.steps)
+
+
+def _average(
+    model: nn.Module, config: TrainingConfig, accelerator: Accelerator
+) -> AveragedModel | None:
+    """The running average that was asked for, saved and resumed with everything else."""
+    if not config.ema:
+        return None
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    accelerator.register_for_checkpointing(average)
+    return average
 
 
 def _share(example: Example, accelerator: Accelerator) -> Example:
