@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from vmla_convert.config import TrainingConfig
 from vmla_convert.demo.world import Split
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.pipelines.data import Batch, seeded
+from vmla_convert.pipelines.data import Batch, ClipSource, seeded
 from vmla_convert.pipelines.losses import Example, flow_matching, make_example
-from vmla_convert.pipelines.training import learning_rate_factor, train
+from vmla_convert.pipelines.training import Examples, clip_examples, learning_rate_factor, train
 from vmla_convert.progress import Silent
 
 T = TypeVar("T")
@@ -65,6 +65,10 @@ def held_out_error(model: nn.Module, _step: int = 0) -> float:
     return LOSS(model, make_example(clips, 2, seeded(9, 0, "eval"))).item()
 
 
+def examples(clips: ClipSource, config: TrainingConfig) -> Examples:
+    return clip_examples(clips, MODEL.chunk_frames, config)
+
+
 def run(
     config: TrainingConfig,
     checkpoints: Path | None = None,
@@ -79,7 +83,7 @@ def run(
         curve.append((step, held_out_error(evaluated)))
         return curve[-1][1]
 
-    train(model, LOSS, NumberedClips(), 2, config, record, checkpoints, progress)
+    train(model, LOSS, examples(NumberedClips(), config), config, record, checkpoints, progress)
     return model, curve
 
 
@@ -182,7 +186,7 @@ def test_training_ends_with_the_average_when_there_is_one() -> None:
         return LOSS(model, example)
 
     model = tiny_model(MODEL)
-    train(model, recorded_loss, NumberedClips(), 2, plain, held_out_error)
+    train(model, recorded_loss, examples(NumberedClips(), plain), plain, held_out_error)
     final, (result, curve) = dict(model.named_parameters()), run(averaged)
     visited = [*path[1:], {n: p.detach() for n, p in final.items()}]
     for name, parameter in result.named_parameters():
@@ -199,7 +203,7 @@ def test_frozen_parameters_stay_frozen() -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "self_attn" in name
     config = TrainingConfig(steps=2, batch_size=1, lr=1e-2, weight_decay=0.5, ema=0.5)
-    train(model, LOSS, NumberedClips(), 2, config, held_out_error)
+    train(model, LOSS, examples(NumberedClips(), config), config, held_out_error)
     old = dict(before.named_parameters())
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, old[name]) == ("self_attn" not in name), name
@@ -209,7 +213,7 @@ def test_the_error_falls_on_an_easy_problem() -> None:
     model = tiny_model(MODEL)
     before = held_out_error(model)
     config = TrainingConfig(steps=40, batch_size=4, lr=5e-3, warmup_steps=5, eval_every=40)
-    train(model, LOSS, OneClip(), 2, config, held_out_error)
+    train(model, LOSS, examples(OneClip(), config), config, held_out_error)
     assert held_out_error(model) < 0.6 * before
 
 
@@ -231,7 +235,7 @@ def test_the_optimiser_follows_the_learning_rate() -> None:
     for warmup in (1, 4):
         model, before = tiny_model(MODEL), tiny_model(MODEL)
         config = TrainingConfig(steps=1, batch_size=1, lr=1e-2, warmup_steps=warmup)
-        train(model, LOSS, NumberedClips(), 2, config, held_out_error)
+        train(model, LOSS, examples(NumberedClips(), config), config, held_out_error)
         pairs = zip(model.parameters(), before.parameters(), strict=True)
         moved.append(max((a - b).abs().max().item() for a, b in pairs))
     assert moved == pytest.approx([1e-2, 1e-2 / 4], rel=1e-2)

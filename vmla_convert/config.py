@@ -216,6 +216,10 @@ class TrainingConfig:
     Attributes:
         steps: Optimiser steps.
         batch_size: Clips per step over all processes.
+        opening_clips: Further clips per step of one chunk only; a model meets few first chunks in
+            long clips, they have no past to lean on, and short clips are cheap.
+        optimizer: `muon` (Jordan et al. 2024) trains the matrices by it and the rest by AdamW; it
+            needs fewer steps from scratch.
         lr: Peak learning rate; warmed up over `warmup_steps`, then decayed to zero.
         ema: Decay of the averaged weights; 0 keeps none.
         context_noise: Largest noise level put on the clean past in half of the clips.
@@ -227,6 +231,8 @@ class TrainingConfig:
 
     steps: int = 100
     batch_size: int = 4
+    opening_clips: int = 0
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
     warmup_steps: int = 10
     weight_decay: float = 0.0

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmla_convert.demo.world import sample_clips
+from vmla_convert.demo.world import DIGIT_SIZE, FIELD_CELLS, FIELD_MAX, FIELD_MEAN, sample_clips
 from vmla_convert.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -23,11 +23,6 @@ if TYPE_CHECKING:
 NO_DIGIT = -1
 CAP_DB = 60.0
 
-# What the world promises: backgrounds are smooth fields of 6×6 cells that stay below 0.3 in every
-# channel, around −0.4; a digit's strongest channel reaches 1.
-FIELD_CELLS = 6
-FIELD_MEAN = -0.4
-FIELD_MAX = 0.3
 # Holds the field near its mean where the digit hides a whole cell.
 FIELD_RIDGE = 0.05
 
@@ -38,7 +33,7 @@ LEAST_DIGIT = 6.0
 # The world's digit leaves at least half of a frame free; below this, it is no digit that covers.
 LEAST_FREE = 0.25
 
-CROP = 16
+CROP = DIGIT_SIZE + 2
 ORIENTATIONS = 8
 TRAIN_FRAMES = 6000
 # How unlike the truth training frames are: a generated frame is soft and a little noisy, and its

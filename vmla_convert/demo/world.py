@@ -19,7 +19,10 @@ from vmla_convert.errors import MissingExtraError
 Split = Literal["train", "held_out"]
 
 FRAME_SIZE = 24
-DIGIT_SIZE = 14
+DIGIT_SIZE = 18
+FIELD_CELLS = 4
+# Darker than any digit, whose every channel stays above −0.2.
+FIELD_MEAN, FIELD_MAX = -0.55, 0.0
 TRAIN_IMAGES = 1500
 CLASSES = 10
 
@@ -76,7 +79,7 @@ def sample_clips(
     images, labels = digit_images(split)
     index = torch.randint(len(images), (batch,), generator=generator)
     background = _background(batch, generator)
-    colour = torch.rand(batch, 3, generator=generator) * 0.9 + 0.3
+    colour = torch.rand(batch, 3, generator=generator) + 0.8
     colour = 2 * colour / colour.amax(1, keepdim=True) - 1
     if times is None:
         times = torch.arange(frames).expand(batch, frames)
@@ -88,9 +91,10 @@ def sample_clips(
 
 def _background(batch: int, generator: torch.Generator) -> Tensor:
     """A random smooth field of dark colours (B, 3, size, size)."""
-    coarse = torch.rand(batch, 3, 6, 6, generator=generator) - 0.9
+    coarse = torch.rand(batch, 3, FIELD_CELLS, FIELD_CELLS, generator=generator) - 0.5
+    coarse = 0.7 * coarse + FIELD_MEAN
     field = F.interpolate(coarse, size=(FRAME_SIZE, FRAME_SIZE), mode="bicubic")
-    return field.clamp(-1, 0.3)
+    return field.clamp(-1, FIELD_MAX)
 
 
 def _bounce(times: Tensor, generator: torch.Generator) -> Tensor:

@@ -51,8 +51,9 @@ class DemoCodec:
         return self.encode_labels(torch.tensor([prompted_digit(prompt) for prompt in prompts]))
 
     def encode_labels(self, labels: Tensor) -> Tensor:
-        """One-hot contexts (B, 1, 10) of digit labels (B,)."""
-        return F.one_hot(labels, len(DIGIT_WORDS)).float()[:, None]
+        """Contexts (B, 1, 10) of digit labels (B,): one-hot, of mean square 1 as an encoder's."""
+        classes = len(DIGIT_WORDS)
+        return classes**0.5 * F.one_hot(labels, classes).float()[:, None]
 
     def encode(self, video: Tensor) -> Tensor:
         """Pixels (B, F, 3, H, W) to latents (B, F, 12, H/2, W/2)."""

@@ -83,9 +83,14 @@ def teacher_forcing_inputs(config: ModelConfig, example: Example) -> tuple[Tenso
 
 def predicted_velocity(model: nn.Module, config: ModelConfig, example: Example) -> Tensor:
     """Velocity of the noisy clip (B, F, C, height, width), its past read clean."""
+    latents, timestep, _, context = example
+    frames = latents.shape[1] // 2
+    if frames == config.chunk_frames:
+        # A single chunk has no past to read.
+        positions = torch.arange(frames, device=latents.device)
+        return model(latents[:, frames:], timestep[:, frames:], context, positions).float()
     positions, mask = teacher_forcing_inputs(config, example)
-    velocity = model(example.latents, example.timestep, example.context, positions, mask)
-    return velocity[:, velocity.shape[1] // 2 :].float()
+    return model(latents, timestep, context, positions, mask)[:, frames:].float()
 
 
 def flow_matching(config: ModelConfig) -> Loss:

@@ -15,7 +15,7 @@ from vmla_convert.errors import OutputError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines.data import open_clips, seeded
 from vmla_convert.pipelines.losses import flow_matching, make_example
-from vmla_convert.pipelines.training import train
+from vmla_convert.pipelines.training import clip_examples, train
 from vmla_convert.progress import Progress
 from vmla_convert.results import Row, append_rows
 
@@ -37,12 +37,13 @@ def pretrain(config: TeacherConfig, out: Path, progress: Progress | None = None)
     torch.manual_seed(config.training.seed)
     model = CausalWanModel(config.model)
     _initialise(model)
+    chunk_frames = config.model.chunk_frames
     clips = open_clips(config.data, config.model.cache.sink_frames)
     loss = flow_matching(config.model)
     held_out = open_clips(DataConfig(config.data.source, config.data.frames, seed=1))
     example = make_example(
         held_out.batch(0, HELD_OUT_CLIPS, "held_out"),
-        config.model.chunk_frames,
+        chunk_frames,
         seeded(1, 0, "eval"),
     )
 
@@ -54,11 +55,12 @@ def pretrain(config: TeacherConfig, out: Path, progress: Progress | None = None)
         )
         return value
 
+    # Another seed, so that openings are not the openings of the long clips.
+    short = DataConfig(config.data.source, chunk_frames, seed=config.data.seed + 1)
     train(
         model,
         loss,
-        clips,
-        config.model.chunk_frames,
+        clip_examples(clips, chunk_frames, config.training, open_clips(short)),
         config.training,
         measure,
         out / "state",
@@ -87,14 +89,10 @@ def _wan_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _initialise(model: CausalWanModel) -> None:
-    """As Wan does it: Xavier projections, small embeddings, a head that starts at zero."""
+    """As Wan does it: Xavier projections and a head that starts at zero."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
     nn.init.xavier_uniform_(model.patch_embedding.weight.flatten(1))
-    for embedding in (model.text_embedding, model.time_embedding):
-        for layer in embedding:
-            if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, std=0.02)
     nn.init.zeros_(model.head.head.weight)

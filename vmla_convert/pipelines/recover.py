@@ -31,7 +31,7 @@ from vmla_convert.pipelines.losses import (
 )
 from vmla_convert.pipelines.publish import model_card
 from vmla_convert.pipelines.rows import Errors, cache_rows, error_rows, row_fields
-from vmla_convert.pipelines.training import learning_rate_factor, train
+from vmla_convert.pipelines.training import clip_examples, learning_rate_factor, train
 from vmla_convert.progress import Progress, Silent
 from vmla_convert.results import Row, append_rows, read_rows
 
@@ -162,8 +162,7 @@ def recover_model(
     train(
         student,
         velocity_distillation(teacher),
-        clips,
-        teacher.config.chunk_frames,
+        clip_examples(clips, teacher.config.chunk_frames, config.training),
         config.training,
         measure,
         state,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -25,6 +26,9 @@ from vmla_convert.progress import Progress, Silent
 STEP_FILE = "step.json"
 
 
+Examples = Callable[[int], Sequence[Example]]
+"""What a step trains on: a pure function of its number."""
+
 OnEvaluate = Callable[[nn.Module, int], float]
 """Measures a model after some steps; the figure it returns is shown beside the bar."""
 
@@ -32,8 +36,7 @@ OnEvaluate = Callable[[nn.Module, int], float]
 def train(
     model: nn.Module,
     loss: Loss,
-    clips: ClipSource,
-    chunk_frames: int,
+    examples: Examples,
     config: TrainingConfig,
     on_evaluate: OnEvaluate,
     checkpoints: Path | None = None,
@@ -45,9 +48,8 @@ def train(
     Args:
         model: Trained in place; holds the averaged weights at the end when `config.ema` is set.
         loss: Of a model and an example.
-        clips: Training clips.
-        chunk_frames: Frames that share a noise level.
-        config: Steps, batch, learning rate and the like.
+        examples: What each step sees; their losses are added.
+        config: Steps, learning rate and the like.
         on_evaluate: Called at step 0, every `eval_every` steps and at the end.
         checkpoints: Folder for resumable state; a run that finds one there goes on from it.
         progress: Where to draw.
@@ -58,10 +60,7 @@ def train(
         mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available()
     )
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(
-        trained, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
-    )
-    wrapped, optimiser = accelerator.prepare(model, optimiser)
+    wrapped, *optimisers = accelerator.prepare(model, *_optimisers(trained, config))
     average = _average(model, config, accelerator)
     start = _resume(accelerator, checkpoints)
 
@@ -73,17 +72,16 @@ def train(
     if start == 0:
         evaluate(0)
     for step in progress.track(range(start, config.steps), label, config.steps - start):
-        for group in optimiser.param_groups:
+        for group in chain.from_iterable(o.param_groups for o in optimisers):
             group["lr"] = config.lr * learning_rate_factor(step, config)
-        noise = seeded(config.seed, step, "noise")
-        batch = clips.batch(step, config.batch_size)
-        example = make_example(batch, chunk_frames, noise, config.context_noise)
+        shares = [_share(example, accelerator) for example in examples(step)]
         with accelerator.autocast():
-            value = loss(wrapped, _share(example, accelerator))
-        optimiser.zero_grad()
+            value = torch.stack([loss(wrapped, share) for share in shares]).sum()
+        wrapped.zero_grad()
         accelerator.backward(value)
         accelerator.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
+        for optimiser in optimisers:
+            optimiser.step()
         if average is not None:
             average.update_parameters(model)
         done = step + 1
@@ -96,10 +94,54 @@ def train(
         model.load_state_dict(average.module.state_dict())
 
 
+def clip_examples(
+    clips: ClipSource,
+    chunk_frames: int,
+    config: TrainingConfig,
+    openings: ClipSource | None = None,
+) -> Examples:
+    """Examples of training clips, and of `openings` (clips of one chunk) where the config asks.
+
+    Args:
+        clips: Training clips.
+        chunk_frames: Frames that share a noise level.
+        config: Batch sizes, context noise and seed.
+        openings: Training clips of `chunk_frames` frames.
+    """
+
+    def examples(step: int) -> list[Example]:
+        noise = seeded(config.seed, step, "noise")
+        batch = clips.batch(step, config.batch_size)
+        drawn = [make_example(batch, chunk_frames, noise, config.context_noise)]
+        if openings is not None and config.opening_clips:
+            batch = openings.batch(step, config.opening_clips)
+            drawn.append(make_example(batch, chunk_frames, noise))
+        return drawn
+
+    return examples
+
+
 def learning_rate_factor(step: int, config: TrainingConfig) -> float:
     """Linear warm-up, then linear decay to zero."""
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
     return warm * (1 - step / config.steps)
+
+
+def _optimisers(
+    parameters: list[nn.Parameter], config: TrainingConfig
+) -> list[torch.optim.Optimizer]:
+    """AdamW, for all parameters or for those that Muon, which turns matrices, cannot take."""
+    muon = config.optimizer == "muon"
+    matrices = [p for p in parameters if muon and p.ndim == 2]
+    rest = [p for p in parameters if not (muon and p.ndim == 2)]
+    settings = {"lr": config.lr, "weight_decay": config.weight_decay}
+    optimisers: list[torch.optim.Optimizer] = []
+    if rest:
+        optimisers.append(torch.optim.AdamW(rest, betas=(0.9, 0.95), **settings))
+    if matrices:
+        # Steps as large as AdamW's, so that one learning rate serves both.
+        optimisers.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings))
+    return optimisers
 
 
 def _average(

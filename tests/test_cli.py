@@ -1,0 +1,245 @@
+"""`vmla` as a user meets it: quick help, plain words, data that programs can read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+from checkpoints import Vmla, refused
+from click import Group
+
+from vmla_convert import cli
+from vmla_convert.recipe import Recipe, available_recipes
+from vmla_convert.results import Row, append_rows
+
+pytest_plugins = ["checkpoints"]
+
+COMMANDS = {"convert", "demo", "eval", "generate", "inspect", "recipes", "recover"}
+COMMANDS |= {"report", "run", "sweep"}
+
+
+def command_lines(group: Group, before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every command and group, as words."""
+    yield before
+    for name, command in group.commands.items():
+        if isinstance(command, Group):
+            yield from command_lines(command, (*before, name))
+        else:
+            yield (*before, name)
+
+
+ROOT = typer.main.get_command(cli.app)
+assert isinstance(ROOT, Group)
+LINES = list(command_lines(ROOT))
+
+
+def test_the_commands_are_those_of_the_design() -> None:
+    assert {line[0] for line in LINES if line} == COMMANDS
+
+
+@pytest.mark.parametrize("line", LINES, ids=" ".join)
+def test_every_command_has_help(line: tuple[str, ...], vmla: Vmla) -> None:
+    ran = vmla(*line, "--help")
+    assert ran.code == 0
+    assert "Usage: " in ran.out
+    assert not ran.err
+
+
+def test_no_words_at_all_show_the_help(vmla: Vmla) -> None:
+    assert "Usage: " in vmla().out
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    program = """
+import sys
+from vmla_convert.__main__ import main
+sys.argv = ["vmla", "--help"]
+try:
+    main()
+finally:
+    heavy = {"torch", "numpy", "scipy", "safetensors", "accelerate"} & set(sys.modules)
+    assert not heavy, heavy
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "convert" in ran.stdout
+
+
+def test_the_module_runs_as_the_command_does() -> None:
+    command = [sys.executable, "-m", "vmla_convert", "convert", "--help"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "--kv-lora-rank" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    "line", [("convrt",), ("convert",), ("inspect", "x", "--jsn"), ("recipes", "cpy")]
+)
+def test_misspelt_and_missing_words_end_with_2(line: tuple[str, ...], vmla: Vmla) -> None:
+    ran = vmla(*line)
+    assert (ran.code, ran.out) == (2, "")
+    assert "Usage: " in ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_convert_recover_and_eval_work_one_after_the_other(
+    teacher: Path, tmp_path: Path, vmla: Vmla
+) -> None:
+    latent, recovered = tmp_path / "latent", tmp_path / "recovered"
+    ran = vmla("convert", teacher, "-o", latent, "--calibration-clips", "2", "--kv-lora-rank", "8")
+    assert ran.code == 0
+    assert f"vmla recover {latent} --teacher {teacher}" in ran.err
+    steps = ("--steps", "1", "--layerwise-steps", "1", "--batch-size", "1")
+    ran = vmla("recover", latent, "--teacher", teacher, "-o", recovered, *steps, "--json")
+    assert ran.code == 0
+    curve, wrote = map(json.loads, ran.out.splitlines())
+    assert [line["step"] for line in curve] == ["0", "1", "2"]
+    assert all(float(line["velocity_error"]) > 0 for line in curve)
+    assert wrote == {"wrote": str(recovered)}
+    ran = vmla("eval", recovered, "--teacher", teacher, "--clips", "2", "--json")
+    assert ran.code == 0
+    (rows,) = map(json.loads, ran.out.splitlines())
+    told = {(row["run"], row["metric"]): float(row["value"]) for row in rows}
+    assert told["calibrated-8+6", "cache_scalars_per_token"] == 15
+    assert told["dense", "cache_scalars_per_token"] == 96
+    assert told["calibrated-8+6", "velocity_error"] > 0
+
+
+def test_eval_of_the_dense_model_tells_of_it_alone(teacher: Path, vmla: Vmla) -> None:
+    ran = vmla("eval", teacher, "--teacher", teacher, "--clips", "2")
+    assert ran.code == 0
+    assert "flow_loss_other_past" in ran.out
+    assert "velocity_error" not in ran.out
+
+
+def test_eval_refuses_a_converted_teacher(converted: Path, vmla: Vmla) -> None:
+    assert refused(vmla("eval", converted, "--teacher", converted))
+
+
+def test_generate_writes_a_video_and_a_sheet(converted: Path, tmp_path: Path, vmla: Vmla) -> None:
+    video = tmp_path / "clips" / "a.mp4"
+    ran = vmla("generate", converted, "--prompt", "7", "--prompt", "a two", "-o", video,
+               "--frames", "3")  # fmt: skip
+    assert ran.code == 0
+    assert {path.name for path in video.parent.iterdir()} == {"a.mp4", "a.png"}
+    assert ran.out.splitlines() == [f"wrote: {video}", f"wrote: {video.with_suffix('.png')}"]
+
+
+def frame_size(video: Path) -> tuple[int, int]:
+    import av
+
+    with av.open(str(video)) as file:
+        stream = file.streams.video[0]
+        assert len(list(file.decode(stream))) == 2
+        return stream.width, stream.height
+
+
+def test_generate_compares_from_the_same_noise(
+    teacher: Path, converted: Path, tmp_path: Path, vmla: Vmla
+) -> None:
+    alone, beside = tmp_path / "alone.mp4", tmp_path / "beside.mp4"
+    common = ("--prompt", "7", "--frames", "2")
+    assert vmla("generate", teacher, *common, "-o", alone).code == 0
+    assert vmla("generate", converted, *common, "-o", beside, "--compare", teacher).code == 0
+    (width, height), (wider, same) = frame_size(alone), frame_size(beside)
+    assert (wider > 2 * width, same) == (True, height)
+
+
+@pytest.mark.parametrize("name", ["a.gif", "taken.mp4"])
+def test_generate_refuses_a_bad_place_before_it_loads(
+    name: str, tmp_path: Path, vmla: Vmla
+) -> None:
+    (tmp_path / "taken.mp4").write_text("mine")
+    ran = vmla("generate", tmp_path / "nothing", "--prompt", "7", "-o", tmp_path / name)
+    assert refused(ran)
+    assert name in ran.err
+    assert (tmp_path / "taken.mp4").read_text() == "mine"
+
+
+@pytest.mark.parametrize("prompt", ["a cat", "1 or 2"])
+def test_generate_refuses_a_prompt_without_one_digit(
+    prompt: str, teacher: Path, tmp_path: Path, vmla: Vmla
+) -> None:
+    assert refused(vmla("generate", teacher, "--prompt", prompt, "-o", tmp_path / "a.mp4"))
+    ran = vmla("generate", teacher, "--prompt", "7", "-o", tmp_path / "a.mp4", "--frames", "0")
+    assert ran.code == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_report_is_written_from_rows(tmp_path: Path, vmla: Vmla) -> None:
+    rows = [
+        Row(metric, value, "1", "random-8+4", init="random", kv_lora_rank=8, qk_rope_head_dim=4,
+            step=0)
+        for metric, value in (("velocity_error", 0.1), ("flow_loss", 0.2))
+    ]  # fmt: skip
+    append_rows(tmp_path / "rows.jsonl", rows)
+    ran = vmla("report", tmp_path, "--title", "Mine")
+    assert ran.code == 0
+    assert f"wrote: {tmp_path / 'report.md'}" in ran.out.splitlines()
+    assert (tmp_path / "report.md").read_text().startswith("# Mine")
+
+
+def test_report_refuses_a_folder_without_rows(tmp_path: Path, vmla: Vmla) -> None:
+    assert refused(vmla("report", tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_recipes_are_listed_and_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vmla: Vmla
+) -> None:
+    ran = vmla("recipes")
+    assert ran.code == 0
+    assert all(name in ran.out for name in available_recipes())
+    monkeypatch.chdir(tmp_path)
+    ran = vmla("recipes", "copy", "quickstart")
+    assert (ran.code, ran.out) == (0, "wrote: quickstart.toml\n")
+    assert (tmp_path / "quickstart.toml").is_file()
+    assert refused(vmla("recipes", "copy", "quickstart"))
+    assert refused(ran := vmla("recipes", "copy", "quikstart"))
+    assert "quickstart" in ran.err
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, Path, object]]:
+    """The recipes that a command ran, in place of running them."""
+    calls: list[tuple[Recipe, Path, object]] = []
+
+    def record(recipe: Recipe, folder: Path, _: object, only: object) -> None:
+        calls.append((recipe, folder, only))
+        folder.mkdir()
+        (folder / "made").touch()
+
+    monkeypatch.setattr("vmla_convert.recipe.run_recipe", record)
+    return calls
+
+
+def test_demo_runs_the_quickstart(
+    tmp_path: Path, started: list[tuple[Recipe, Path, object]], vmla: Vmla
+) -> None:
+    ran = vmla("demo", "-o", tmp_path / "out")
+    assert ran.code == 0
+    ((recipe, folder, _),) = started
+    assert (recipe.recipe.name, folder) == ("quickstart", tmp_path / "out")
+    assert ran.out == f"wrote: {tmp_path / 'out' / 'made'}\n"
+
+
+def test_sweep_runs_the_sweep_and_the_report_alone(
+    tmp_path: Path, started: list[tuple[Recipe, Path, object]], vmla: Vmla
+) -> None:
+    setting = ("--set", "sweep.seeds=[5]")
+    assert vmla("sweep", "quickstart", "-o", tmp_path / "out", *setting).code == 0
+    ((recipe, _, only),) = started
+    assert recipe.sweep and recipe.sweep.seeds == (5,)
+    assert only == ("sweep", "report")
+
+
+def test_a_model_moves_with_its_folder(converted: Path, tmp_path: Path, vmla: Vmla) -> None:
+    moved = shutil.copytree(converted, tmp_path / "elsewhere")
+    told = [json.loads(vmla("inspect", path, "--json").out) for path in (converted, moved)]
+    assert told[0] | {"path": ""} == told[1] | {"path": ""}

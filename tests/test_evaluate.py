@@ -1,0 +1,184 @@
+"""What is measured: nothing lost is zero, the past counts, and rows carry the design's fields."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import CLIPS, CONVERT, EVALUATE, MODEL
+from torch import Tensor
+
+from vmla_convert.config import EvaluateConfig
+from vmla_convert.demo.world import sample_clips
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.maths.factor import Evidence
+from vmla_convert.pipelines import evaluate as pipeline
+from vmla_convert.pipelines.calibrate import calibrate
+from vmla_convert.pipelines.convert import Conversion
+from vmla_convert.pipelines.data import open_clips
+from vmla_convert.pipelines.evaluate import HeldOut, dense_rows, rollout_rows, spectrum_rows
+from vmla_convert.pipelines.load import load
+from vmla_convert.pipelines.rows import cache_rows, conversion_rows, error_rows, run_name
+from vmla_convert.results import Row
+
+pytest_plugins = ["checkpoints"]
+
+LATENT_FIELDS = {
+    "run": "calibrated-8+4",
+    "init": "calibrated",
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "current_chunk": "latent",
+    "positions": "decoupled",
+    "latent": "joint",
+}
+
+
+@pytest.fixture
+def held_out(dense: CausalWanModel) -> HeldOut:
+    return HeldOut(dense, EVALUATE)
+
+
+@pytest.fixture
+def latent(converted: Path) -> CausalWanModel:
+    return load(converted)
+
+
+@pytest.fixture
+def evidence(dense: CausalWanModel) -> list[Evidence]:
+    return calibrate(dense, open_clips(CLIPS), CONVERT.calibration_clips)
+
+
+def has_fields(row: Row, fields: dict[str, object]) -> bool:
+    return all(getattr(row, name) == value for name, value in fields.items())
+
+
+def test_the_dense_model_has_no_error_against_itself(
+    dense: CausalWanModel, held_out: HeldOut
+) -> None:
+    errors = held_out.measure(dense)
+    assert errors.velocity_error == 0
+    assert errors.flow_loss > 0
+
+
+def test_a_conversion_has_errors_of_its_own(
+    dense: CausalWanModel, latent: CausalWanModel, held_out: HeldOut
+) -> None:
+    errors = held_out.measure(latent)
+    assert errors.velocity_error > 0
+    assert errors.flow_loss != held_out.measure(dense).flow_loss
+
+
+def test_measuring_again_gives_the_same_numbers(
+    dense: CausalWanModel, latent: CausalWanModel, held_out: HeldOut
+) -> None:
+    assert HeldOut(dense, EVALUATE).measure(latent) == held_out.measure(latent)
+
+
+def test_another_past_changes_the_answer(dense: CausalWanModel, held_out: HeldOut) -> None:
+    errors = held_out.measure_other_past(dense)
+    assert errors.velocity_error > 0
+    assert errors.flow_loss != held_out.measure(dense).flow_loss
+
+
+def test_the_first_chunk_reads_no_cache_and_does_not_count(
+    dense: CausalWanModel, held_out: HeldOut
+) -> None:
+    before = held_out.measure(dense)
+    for target in held_out.targets:
+        target[:, : MODEL.chunk_frames] += 1
+    assert held_out.measure(dense) == before
+    for target in held_out.targets:
+        target[:, MODEL.chunk_frames] += 1
+    assert held_out.measure(dense).velocity_error > 0
+
+
+def test_every_clip_is_measured(dense: CausalWanModel) -> None:
+    held_out = HeldOut(dense, EvaluateConfig(clips=11, data=EVALUATE.data))
+    assert sum(len(example.velocity) for example in held_out.examples) == 11
+
+
+def test_clips_are_held_out(held_out: HeldOut) -> None:
+    trained = open_clips(EVALUATE.data).batch(0, EVALUATE.clips, "train")
+    past = held_out.examples[0].latents[:, : EVALUATE.data.frames]
+    assert past.shape == trained.latents.shape
+    assert not torch.equal(past, trained.latents)
+
+
+def test_rows_of_the_dense_model(dense: CausalWanModel, held_out: HeldOut) -> None:
+    rows = {row.metric: row for row in dense_rows(dense, held_out)}
+    assert rows.keys() == {
+        "flow_loss",
+        "flow_loss_other_past",
+        "cache_scalars_per_token",
+        "cache_bytes_per_token",
+    }
+    assert all(row.run == "dense" and row.init is None for row in rows.values())
+    assert rows["cache_scalars_per_token"].value == 96
+    assert rows["cache_bytes_per_token"].value == 192
+    assert rows["flow_loss"].value == held_out.measure(dense).flow_loss
+    assert rows["flow_loss_other_past"].value == held_out.measure_other_past(dense).flow_loss
+
+
+def test_rows_of_a_conversions_errors(latent: CausalWanModel, held_out: HeldOut) -> None:
+    errors = held_out.measure(latent)
+    rows = error_rows(errors, latent.config, step=7, seed=3)
+    assert {row.metric: row.value for row in rows} == errors._asdict()
+    assert all(has_fields(row, LATENT_FIELDS | {"step": 7, "seed": 3}) for row in rows)
+
+
+def test_rows_of_a_conversions_cache(latent: CausalWanModel) -> None:
+    rows = cache_rows(latent.config)
+    values = {row.metric: row.value for row in rows}
+    assert values == {
+        "cache_scalars_per_token": 13,
+        "cache_bytes_per_token": 26,
+        "cache_cut": pytest.approx(1 - 13 / 96),
+    }
+    assert all(has_fields(row, LATENT_FIELDS) for row in rows)
+    assert run_name(latent.config) == "calibrated-8+4"
+
+
+def test_rows_of_what_a_conversion_took(latent: CausalWanModel) -> None:
+    rows = conversion_rows(Conversion(Path("out"), latent.config, 3.0, 2.0, 1000))
+    assert [(row.metric, row.value, row.unit) for row in rows] == [
+        ("convert_seconds", 3.0, "s"),
+        ("factor_seconds", 2.0, "s"),
+        ("peak_rss_bytes", 1000.0, "bytes"),
+    ]
+    assert all(has_fields(row, LATENT_FIELDS) for row in rows)
+
+
+def test_spectra_are_told_for_every_layer_with_and_without_data(
+    dense: CausalWanModel, evidence: list[Evidence]
+) -> None:
+    rows = spectrum_rows(dense, evidence, rank=8)
+    assert {(row.metric, row.run, row.layer) for row in rows} == {
+        (metric, run, layer)
+        for metric in ("effective_rank_99", "energy_at_rank")
+        for run in ("weights", "weights_x_activations")
+        for layer in range(MODEL.geometry.num_layers)
+    }
+    energy = [row for row in rows if row.metric == "energy_at_rank"]
+    assert all(row.kv_lora_rank == 8 and 0 < row.value < 1 for row in energy)
+    ranks = [row.value for row in rows if row.metric == "effective_rank_99"]
+    assert all(8 < rank <= MODEL.geometry.dim for rank in ranks)
+
+
+def test_rollouts_are_scored_whole_and_by_segment(monkeypatch: pytest.MonkeyPatch) -> None:
+    def first_half(video: Tensor) -> Tensor:
+        """Reads the prompted 4 in the first half of the frames only."""
+        answer = torch.full(video.shape[:2], 5)
+        answer[:, : video.shape[1] // 2] = 4
+        return answer
+
+    monkeypatch.setattr(pipeline, "read_digits", first_half)
+    video = sample_clips(2, 16, torch.Generator().manual_seed(0)).video
+    rows = rollout_rows(video, ["a four", "4"], MODEL, seed=2)
+    assert all(row.run == "dense" and row.seed == 2 and row.frames == 16 for row in rows)
+    hits = {row.segment: row.value for row in rows if row.metric == "digit_accuracy"}
+    assert hits == {None: 0.5, 0: 1, 1: 1, 2: 0, 3: 0}
+    psnr = {row.segment: row.value for row in rows if row.metric == "background_psnr"}
+    assert psnr.keys() == hits.keys()
+    assert min(psnr.values()) > 30

@@ -1,0 +1,287 @@
+"""Recipes parse strictly, run all their stages into one folder, and go on after an interruption."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from checkpoints import PowerCut, PowerCutError, Vmla, refused, untimed
+
+from vmla_convert.errors import ConfigError, OutputError
+from vmla_convert.pipelines.load import load
+from vmla_convert.recipe import (
+    STAGES,
+    available_recipes,
+    copy_recipe,
+    read_recipe,
+    run_recipe,
+)
+from vmla_convert.results import Row, read_rows
+
+pytest_plugins = ["checkpoints"]
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = sorted((ROOT / "recipes").rglob("*.toml"))
+
+TINY = """
+[recipe]
+name = "tiny"
+description = "Every stage but pretraining, on a tiny checkpoint"
+
+[source]
+checkpoint = "{teacher}"
+
+[evaluate]
+clips = 4
+data = {{ frames = 6, seed = 1 }}
+
+[convert]
+kv_lora_rank = 8
+qk_rope_head_dim = 4
+calibration_clips = 4
+data = {{ frames = 6 }}
+
+[recover]
+layerwise_steps = 2
+data = {{ frames = 6 }}
+training = {{ steps = 3, batch_size = 2, eval_every = 1, checkpoint_every = 2 }}
+
+[sweep]
+inits = ["random", "calibrated"]
+kv_lora_ranks = [8]
+qk_rope_head_dims = [4]
+
+[generate]
+prompts = ["3", "seven"]
+shown = 1
+frames = 10
+
+[report]
+title = "A tiny report"
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of seconds."""
+    file = tmp_path_factory.mktemp("recipe") / "tiny.toml"
+    file.write_text(TINY.format(teacher=teacher))
+    return file
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    run_recipe(read_recipe(tiny), out)
+    return out
+
+
+def comparable(out: Path) -> list[Row]:
+    return [row for row in untimed(read_rows(out / "rows.jsonl")) if row.unit != "bytes"]
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_there_are_recipes_and_they_are_found_by_name() -> None:
+    assert SHIPPED
+    known = available_recipes()
+    assert {"quickstart", "teacher_moving_digits"} <= known.keys()
+    assert read_recipe("quickstart") == read_recipe(known["quickstart"])
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_every_recipe_parses_and_dry_runs(file: Path, tmp_path: Path, vmla: Vmla) -> None:
+    recipe = read_recipe(file)
+    assert recipe.stages()
+    assert recipe.recipe.name == file.stem
+    assert recipe.recipe.description
+    ran = vmla("run", file, "-o", tmp_path / "out", "--dry-run")
+    assert ran.code == 0
+    assert ", ".join(recipe.stages()) in ran.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_stages_run_in_their_own_order_whatever_the_file_says(tmp_path: Path) -> None:
+    text = '[report]\n[convert]\n[recipe]\nname = "x"\ndescription = "y"\n[recover]\n'
+    recipe = read_recipe(written(tmp_path / "x.toml", text))
+    assert recipe.stages() == ["convert", "recover", "report"]
+    assert recipe.source.checkpoint == "demo"
+
+
+INFO = '[recipe]\nname = "x"\ndescription = "y"\n'
+# What is wrong, and what the message or the hint must say.
+BAD_FILES = {
+    "misspelt stage": (INFO + "[conver]\n", "'conver'", "did you mean 'convert'?"),
+    "misspelt key": (INFO + "[convert]\nkv_lora_rnk = 4\n", "kv_lora_rnk", "'kv_lora_rank'?"),
+    "misspelt nested key": (
+        INFO + "[recover.training]\nstep = 4\n",
+        "'recover.training.step'",
+        "did you mean 'steps'?",
+    ),
+    "wrong type": (INFO + '[convert]\nkv_lora_rank = "4"\n', "convert.kv_lora_rank", ""),
+    "no name": ("[convert]\n", "'recipe'", ""),
+    "no TOML": ("[recipe", "not valid TOML", ""),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_refused(name: str, tmp_path: Path, vmla: Vmla) -> None:
+    text, message, hint = BAD_FILES[name]
+    file = written(tmp_path / "x.toml", text)
+    with pytest.raises(ConfigError) as caught:
+        read_recipe(file)
+    assert message in caught.value.message
+    assert hint in caught.value.hint
+    ran = vmla("run", file, "-o", tmp_path / "out")
+    assert (ran.code, ran.out) == (2, "")
+    assert caught.value.message in ran.err
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("name", ["quickstrt", "no/such/file.toml"])
+def test_a_recipe_that_is_not_there_is_refused(name: str, tmp_path: Path, vmla: Vmla) -> None:
+    assert refused(ran := vmla("run", name, "-o", tmp_path / "out"))
+    assert "quickstart" in ran.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_overrides_reach_nested_keys_lists_and_bare_strings(tiny: Path) -> None:
+    recipe = read_recipe(
+        tiny,
+        [
+            "convert.init=spectral",
+            'recipe.description="quoted"',
+            "recover.training.steps=7",
+            "recover.training.lr=1e-4",
+            "sweep.kv_lora_ranks=[2, 3]",
+        ],
+    )
+    assert recipe.convert and recipe.recover and recipe.sweep
+    assert recipe.convert.init == "spectral"
+    assert recipe.recipe.description == "quoted"
+    assert recipe.recover.training.steps == 7
+    assert recipe.recover.training.lr == 1e-4
+    assert recipe.recover.training.batch_size == 2  # as the file says
+    assert recipe.sweep.kv_lora_ranks == (2, 3)
+
+
+def test_an_override_may_add_a_stage(tmp_path: Path) -> None:
+    file = written(tmp_path / "x.toml", INFO)
+    recipe = read_recipe(file, ["recover.training.steps=7"])
+    assert recipe.recover and recipe.recover.training.steps == 7
+
+
+BAD_OVERRIDES = {
+    "no equals": ("convert.init", "key=value"),
+    "no key": ("=3", "key=value"),
+    "odd key": ("con vert=3", "key=value"),
+    "misspelt": ("convert.inti=random", "'init'"),
+    "into a value": ("convert.init.x=1", "'init' is a value"),
+    "a stage as a value": ("convert=1", "must be a table"),
+    "wrong type": ("recover.training.steps=many", "must be int"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OVERRIDES)
+def test_a_bad_override_is_refused(name: str, tiny: Path, tmp_path: Path, vmla: Vmla) -> None:
+    override, word = BAD_OVERRIDES[name]
+    with pytest.raises(ConfigError) as caught:
+        read_recipe(tiny, [override])
+    assert word in caught.value.message + caught.value.hint
+    ran = vmla("run", tiny, "-o", tmp_path / "out", "--set", override)
+    assert (ran.code, ran.out) == (2, "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_copied_recipe_is_the_same_and_never_overwrites(tmp_path: Path) -> None:
+    copied = copy_recipe("quickstart", tmp_path)
+    assert copied == tmp_path / "quickstart.toml"
+    assert copied.read_bytes() == available_recipes()["quickstart"].read_bytes()
+    copied.write_text("mine")
+    with pytest.raises(OutputError) as caught:
+        copy_recipe("quickstart", tmp_path)
+    assert caught.value.hint
+    assert copied.read_text() == "mine"
+    with pytest.raises(ConfigError) as caught:
+        copy_recipe("quikstart", tmp_path)
+    assert "quickstart" in caught.value.hint
+
+
+def test_a_run_leaves_the_model_the_rows_the_report_and_the_videos(finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} == {
+        "converted",
+        "rows.jsonl",
+        "report.md",
+        "report.html",
+        "plots",
+        "compare.mp4",
+        "compare.png",
+    }
+    mla = load(finished / "converted").config.mla
+    assert mla is not None and mla.kv_lora_rank == (8, 8)
+    assert "A tiny report" in (finished / "report.md").read_text()
+    assert "compare.png" in (finished / "report.md").read_text()
+
+
+def test_a_run_leaves_every_figure_once(finished: Path) -> None:
+    rows = read_rows(finished / "rows.jsonl")
+    keys = [(r.metric, r.run, r.seed, r.layer, r.step, r.frames, r.segment) for r in rows]
+    assert len(set(keys)) == len(keys)
+    curves = {
+        run: [row.step for row in rows if (row.metric, row.run) == ("velocity_error", run)]
+        for run in ("random-8+4", "calibrated-8+4")
+    }
+    assert set(map(tuple, curves.values())) == {(0, 2, 3, 4, 5)}
+    for metric in ("convert_seconds", "factor_seconds", "peak_rss_bytes", "recover_seconds"):
+        assert any((row.metric, row.run) == (metric, "calibrated-8+4") for row in rows)
+    scored = {row.run for row in rows if row.metric == "digit_accuracy"}
+    assert scored == {"dense", "calibrated-8+4"}
+
+
+def test_a_run_interrupted_in_every_stage_finishes_with_the_same_rows(
+    tiny: Path, finished: Path, tmp_path: Path
+) -> None:
+    out, recipe = tmp_path / "out", read_recipe(tiny)
+    for label, before in (
+        ("calibrating", 0),
+        ("factoring", 1),
+        ("layer by layer", 1),
+        ("distilling", 1),
+        ("sweep", 0),
+        ("rolling out converted", 2),
+    ):
+        with pytest.raises(PowerCutError):
+            run_recipe(recipe, out, PowerCut(label, before))
+    run_recipe(recipe, out)
+    assert comparable(out) == comparable(finished)
+    assert {path.name for path in out.iterdir()} == {path.name for path in finished.iterdir()}
+    weights = (out / "converted" / "model.safetensors").read_bytes()
+    assert weights == (finished / "converted" / "model.safetensors").read_bytes()
+
+
+def test_only_the_stages_asked_for_run(tiny: Path, tmp_path: Path) -> None:
+    run_recipe(read_recipe(tiny), tmp_path / "out", only=("convert",))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"converted-step0", "rows.jsonl"}
+
+
+def test_a_finished_run_is_refused_and_kept(tiny: Path, finished: Path, vmla: Vmla) -> None:
+    before = (finished / "rows.jsonl").read_bytes()
+    assert refused(vmla("run", tiny, "-o", finished))
+    assert (finished / "rows.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".running"])
+def test_a_folder_of_another_kind_is_refused_and_kept(
+    name: str, tiny: Path, tmp_path: Path, vmla: Vmla
+) -> None:
+    (tmp_path / name).write_text("quickstart")
+    assert refused(vmla("run", tiny, "-o", tmp_path))
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(name, "quickstart")]
+
+
+def test_all_stages_are_known() -> None:
+    assert STAGES == ("teacher", "convert", "recover", "sweep", "generate", "report")

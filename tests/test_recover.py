@@ -1,0 +1,223 @@
+"""Recovery learns, trains only what the conversion made, resumes bit for bit, or is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import (
+    CLIPS,
+    CONVERT,
+    EVALUATE,
+    MODEL,
+    RECOVER,
+    PowerCut,
+    PowerCutError,
+    Vmla,
+    refused,
+    untimed,
+)
+from conftest import tiny_model
+
+from vmla_convert.checkpoint.families import open_checkpoint
+from vmla_convert.config import RecoverConfig, TrainingConfig, to_dict
+from vmla_convert.errors import CheckpointError, OutputError
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.pipelines.convert import convert_model
+from vmla_convert.pipelines.data import open_clips, seeded
+from vmla_convert.pipelines.evaluate import HeldOut
+from vmla_convert.pipelines.load import load
+from vmla_convert.pipelines.losses import make_example, teacher_forcing_inputs
+from vmla_convert.pipelines.pretrain import save_self_forcing
+from vmla_convert.pipelines.recover import recover, recover_layerwise, recover_model
+from vmla_convert.pipelines.rows import Errors
+from vmla_convert.results import Row
+
+pytest_plugins = ["checkpoints"]
+
+# By full name, so that `k_norm_proj`, which recovery must leave alone, is none of them.
+TRAINED = {
+    f"blocks.{layer}.self_attn.{name}"
+    for layer in range(MODEL.geometry.num_layers)
+    for name in (
+        *(
+            f"{module}.{kind}"
+            for module in ("kv_a_proj", "kv_b_proj_k", "kv_b_proj_v", "k_rope_proj")
+            for kind in ("weight", "bias")
+        ),
+        "q_rope_map",
+    )
+}
+# Every step is measured, so that a resumed run meets rows which the interrupted one wrote.
+CONFIG = replace(RECOVER, training=replace(RECOVER.training, eval_every=1))
+
+
+@pytest.fixture(scope="module")
+def recovered(
+    teacher: Path, converted: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Row]]:
+    """An uninterrupted run: the folder and its rows."""
+    out = tmp_path_factory.mktemp("run") / "recovered"
+    return out, recover(converted, teacher, out, CONFIG, EVALUATE)
+
+
+@pytest.fixture
+def student(dense: CausalWanModel) -> CausalWanModel:
+    """A conversion that knows nothing yet."""
+    return convert_model(dense, replace(CONVERT, init="random"), None)
+
+
+def layer_errors(student: CausalWanModel, dense: CausalWanModel) -> list[float]:
+    """Relative squared error of each layer's output on the dense model's own held-out inputs."""
+    clips = open_clips(EVALUATE.data).batch(0, 4, "held_out")
+    example = make_example(clips, MODEL.chunk_frames, seeded(0, 0, "layers"))
+    positions, mask = teacher_forcing_inputs(MODEL, example)
+    errors: list[float] = []
+    with torch.no_grad():
+        steps = dense.walk(example.latents, example.timestep, example.context, positions, mask)
+        for latent, (block, x, attend) in zip(student.self_attentions(), steps, strict=True):
+            target = attend(block.self_attn, x)  # pyright: ignore[reportArgumentType]
+            error = (attend(latent, x) - target).square().sum() / target.square().sum()
+            errors.append(error.item())
+    return errors
+
+
+def test_recovery_takes_most_of_the_error_away(
+    student: CausalWanModel, dense: CausalWanModel
+) -> None:
+    curve: dict[int, Errors] = {}
+    training = TrainingConfig(steps=20, batch_size=4, lr=3e-3, eval_every=20)
+    config = RecoverConfig(20, 3e-3, training, CLIPS)
+    recover_model(student, dense, config, HeldOut(dense, EVALUATE), curve.__setitem__)
+    errors = [curve[step].velocity_error for step in (0, 20, 40)]
+    assert list(curve) == [0, 20, 40]
+    assert errors[2] < errors[1] < errors[0]
+    assert errors[2] < 0.5 * errors[0]
+
+
+def test_the_layerwise_stage_alone_mends_every_layer(
+    student: CausalWanModel, dense: CausalWanModel
+) -> None:
+    before = layer_errors(student, dense)
+    recover_layerwise(student, dense, open_clips(CLIPS), RecoverConfig(20, 3e-3))
+    after = layer_errors(student, dense)
+    assert all(now < 0.7 * was for now, was in zip(after, before, strict=True))
+    assert not any(parameter.requires_grad for parameter in student.parameters())
+
+
+def test_only_what_the_conversion_made_is_trained(
+    converted: Path, recovered: tuple[Path, list[Row]]
+) -> None:
+    before, after = open_checkpoint(converted), open_checkpoint(recovered[0])
+    assert before.specs() == after.specs()
+    changed = {n for n in before.names if not torch.equal(before.read(n), after.read(n))}
+    assert changed == TRAINED
+
+
+def test_the_recovered_folder_is_a_converted_one_that_says_how(
+    converted: Path, recovered: tuple[Path, list[Row]]
+) -> None:
+    out, _ = recovered
+    for name in ("config.json", "README.md"):
+        assert (out / name).read_bytes() == (converted / name).read_bytes()
+    was, now = (json.loads((f / "conversion.json").read_text()) for f in (converted, out))
+    assert now == was | {"recover": to_dict(CONFIG)}
+    assert [path.name for path in out.parent.iterdir()] == ["recovered"]
+
+
+def test_the_rows_tell_the_whole_curve(
+    dense: CausalWanModel, converted: Path, recovered: tuple[Path, list[Row]]
+) -> None:
+    out, rows = recovered
+    curve = {row.step: row.value for row in rows if row.metric == "velocity_error"}
+    assert list(curve) == [0, 2, 3, 4, 5, 6]
+    held_out = HeldOut(dense, EVALUATE)
+    assert curve[0] == held_out.measure(load(converted)).velocity_error
+    assert curve[6] == held_out.measure(load(out)).velocity_error
+    assert {row.run for row in rows} == {"dense", "calibrated-8+4"}
+    metrics = [row.metric for row in rows if row.step is None and row.run != "dense"]
+    assert sorted(metrics) == [
+        "cache_bytes_per_token",
+        "cache_cut",
+        "cache_scalars_per_token",
+        "recover_seconds",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("label", "before"), [("layer by layer", 1), ("distilling", 1), ("distilling", 3)]
+)
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
+    label: str,
+    before: int,
+    teacher: Path,
+    converted: Path,
+    recovered: tuple[Path, list[Row]],
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(PowerCutError):
+        recover(converted, teacher, out, CONFIG, EVALUATE, PowerCut(label, before))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.state"]
+    rows = recover(converted, teacher, out, CONFIG, EVALUATE)
+    assert untimed(rows) == untimed(recovered[1])
+    weights = [folder / "model.safetensors" for folder in (out, recovered[0])]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+Pair = Callable[[Path, Path, Path], tuple[Path, Path]]
+
+
+def another_model(folder: Path, _: Path, converted: Path) -> tuple[Path, Path]:
+    config = replace(MODEL, geometry=replace(MODEL.geometry, ffn_dim=32))
+    save_self_forcing(tiny_model(config).state_dict(), config, folder / "other")
+    return converted, folder / "other"
+
+
+def a_converted_teacher(_: Path, teacher: Path, converted: Path) -> tuple[Path, Path]:  # noqa: ARG001
+    return converted, converted
+
+
+def a_dense_student(_: Path, teacher: Path, converted: Path) -> tuple[Path, Path]:  # noqa: ARG001
+    return teacher, teacher
+
+
+def no_student(folder: Path, teacher: Path, _: Path) -> tuple[Path, Path]:
+    return folder / "nothing", teacher
+
+
+def no_teacher(folder: Path, _: Path, converted: Path) -> tuple[Path, Path]:
+    return converted, folder / "nothing"
+
+
+@pytest.mark.parametrize(
+    "pair", [another_model, a_converted_teacher, a_dense_student, no_student, no_teacher]
+)
+def test_a_pair_that_does_not_fit_is_refused(
+    pair: Pair, teacher: Path, converted: Path, tmp_path: Path, vmla: Vmla
+) -> None:
+    first, second = pair(tmp_path, teacher, converted)
+    before = list(tmp_path.iterdir())
+    with pytest.raises(CheckpointError) as caught:
+        recover(first, second, tmp_path / "out", CONFIG, EVALUATE)
+    assert caught.value.hint
+    assert refused(ran := vmla("recover", first, "--teacher", second, "-o", tmp_path / "out"))
+    assert caught.value.message in ran.err
+    assert list(tmp_path.iterdir()) == before
+
+
+def test_a_taken_place_is_refused_and_kept(
+    teacher: Path, converted: Path, tmp_path: Path, vmla: Vmla
+) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(OutputError) as caught:
+        recover(converted, teacher, tmp_path / "out", CONFIG, EVALUATE)
+    assert caught.value.hint
+    assert refused(vmla("recover", converted, "--teacher", teacher, "-o", tmp_path / "out"))
+    assert (tmp_path / "out").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
