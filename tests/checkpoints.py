@@ -131,7 +131,8 @@ def vmla(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
             code = main()
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 0
-        return Ran(code, *capsys.readouterr())
+        told = capsys.readouterr()
+        return Ran(code, told.out, told.err)
 
     return run
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import typer
 from checkpoints import Vmla, refused
-from click import Group
+from typer.core import TyperGroup
 
 from vmla_convert import cli
 from vmla_convert.recipe import Recipe, available_recipes
@@ -24,18 +24,18 @@ COMMANDS = {"convert", "demo", "eval", "generate", "inspect", "recipes", "recove
 COMMANDS |= {"report", "run", "sweep"}
 
 
-def command_lines(group: Group, before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+def command_lines(group: TyperGroup, before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """Every command and group, as words."""
     yield before
     for name, command in group.commands.items():
-        if isinstance(command, Group):
+        if isinstance(command, TyperGroup):
             yield from command_lines(command, (*before, name))
         else:
             yield (*before, name)
 
 
 ROOT = typer.main.get_command(cli.app)
-assert isinstance(ROOT, Group)
+assert isinstance(ROOT, TyperGroup)
 LINES = list(command_lines(ROOT))
 
 

@@ -36,7 +36,8 @@ def test_a_digit_has_a_numeral_and_a_word(digit: int) -> None:
     contexts = CODEC.encode_prompts(prompts)
     assert contexts.shape == (4, 1, 10)
     assert (contexts.argmax(-1) == digit).all()
-    assert (contexts.sum(-1) == 1).all()
+    assert (contexts.count_nonzero(dim=-1) == 1).all()
+    torch.testing.assert_close(contexts.square().mean(-1), torch.ones(4, 1))
 
 
 def test_prompts_and_labels_agree() -> None:

@@ -145,7 +145,7 @@ def test_nested_keys_are_named_with_their_path() -> None:
     [
         (TrainingConfig, {"steps": "3"}, r"'steps' must be int, not '3'"),
         (TrainingConfig, {"steps": True}, r"'steps' must be int, not True"),
-        (TrainingConfig, {"compile": 1}, r"'compile' must be bool, not 1"),
+        (SamplerConfig, {"renoise": 1}, r"'renoise' must be bool, not 1"),
         (TrainingConfig, {"lr": "fast"}, r"'lr' must be float, not 'fast'"),
         (ConvertConfig, {"kv_lora_rank": "8"}, r"'kv_lora_rank' must be int, not '8'"),
         (ConvertConfig, {"data": 3}, r"'data' must be a table, not 3"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def evidence(dense: CausalWanModel) -> list[Evidence]:
     return calibrate(dense, open_clips(CLIPS), CONVERT.calibration_clips)
 
 
-def has_fields(row: Row, fields: dict[str, object]) -> bool:
+def has_fields(row: Row, fields: Mapping[str, object]) -> bool:
     return all(getattr(row, name) == value for name, value in fields.items())
 
 

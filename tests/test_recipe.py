@@ -180,7 +180,7 @@ BAD_OVERRIDES = {
     "no key": ("=3", "key=value"),
     "odd key": ("con vert=3", "key=value"),
     "misspelt": ("convert.inti=random", "'init'"),
-    "into a value": ("convert.init.x=1", "'init' is a value"),
+    "into a value": ("convert.kv_lora_rank.x=1", "'kv_lora_rank' is a value"),
     "a stage as a value": ("convert=1", "must be a table"),
     "wrong type": ("recover.training.steps=many", "must be int"),
 }

@@ -246,3 +246,19 @@ def test_the_seed_decides_the_noise() -> None:
     assert same_weights(runs[0], runs[1])
     assert not same_weights(runs[0], runs[2])
     assert not torch.equal(noise(3, seed=0), noise(3, seed=1))
+
+
+def test_muon_turns_the_matrices_and_adamw_the_rest() -> None:
+    moved: dict[str, dict[str, Tensor]] = {}
+    for optimizer in ("adamw", "muon"):
+        model, before = tiny_model(MODEL), tiny_model(MODEL)
+        config = TrainingConfig(steps=1, batch_size=1, optimizer=optimizer, lr=1e-2, warmup_steps=1)
+        train(model, LOSS, examples(NumberedClips(), config), config, held_out_error)
+        old = dict(before.named_parameters())
+        moved[optimizer] = {n: p.detach() - old[n] for n, p in model.named_parameters()}
+    for name, step in moved["muon"].items():
+        assert torch.equal(step, moved["adamw"][name]) == (step.ndim != 2), name
+    # Muon moves all directions of a matrix alike, AdamW mostly one: compare their stable ranks.
+    name = "blocks.0.ffn.2.weight"
+    muon, adamw = (torch.linalg.svdvals(moved[o][name]).square() for o in ("muon", "adamw"))
+    assert muon.sum() / muon.max() > 3 * adamw.sum() / adamw.max()

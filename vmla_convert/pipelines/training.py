@@ -134,13 +134,18 @@ def _optimisers(
     muon = config.optimizer == "muon"
     matrices = [p for p in parameters if muon and p.ndim == 2]
     rest = [p for p in parameters if not (muon and p.ndim == 2)]
-    settings = {"lr": config.lr, "weight_decay": config.weight_decay}
     optimisers: list[torch.optim.Optimizer] = []
     if rest:
-        optimisers.append(torch.optim.AdamW(rest, betas=(0.9, 0.95), **settings))
+        optimisers.append(
+            torch.optim.AdamW(rest, config.lr, (0.9, 0.95), weight_decay=config.weight_decay)
+        )
     if matrices:
-        # Steps as large as AdamW's, so that one learning rate serves both.
-        optimisers.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings))
+        # Its steps are as large as AdamW's, so that one learning rate serves both.
+        optimisers.append(
+            torch.optim.Muon(
+                matrices, config.lr, config.weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+        )
     return optimisers
 
 
