@@ -9,11 +9,13 @@ and over free rollouts of every digit: `background_psnr` against the first chunk
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from vmla_convert.__main__ import main as run_reporting_errors
 from vmla_convert.config import DataConfig, EvaluateConfig
 from vmla_convert.console import out
 from vmla_convert.demo.judge import background_psnr, read_digits
@@ -28,16 +30,16 @@ HELD_OUT_SEED = 2
 
 def main(
     rows_file: Annotated[Path, typer.Option("--out", help="JSONL to append rows to.")],
-    checkpoint: str = "demo",
-    clips: int = 64,
-    frames: int = 20,
-    seeds: Annotated[int, typer.Option(help="Rollouts of each digit.")] = 4,
+    checkpoint: Annotated[str, typer.Option(help="The dense checkpoint, or 'demo'.")] = "demo",
+    clips: Annotated[int, typer.Option(min=2, help="Held-out clips.")] = 64,
+    frames: Annotated[int, typer.Option(min=1, help="Latent frames of each rollout.")] = 20,
+    seeds: Annotated[int, typer.Option(min=0, help="Rollouts of each digit.")] = 4,
 ) -> None:
     """Measure, append the rows and print them."""
     model = load(checkpoint)
     held_out = HeldOut(model, EvaluateConfig(clips, DataConfig(seed=HELD_OUT_SEED)))
     prompts = [str(digit) for digit in range(10)]
-    rows = dense_rows(model, held_out) + truth_rows(frames, clips)
+    rows = dense_rows(model, held_out) + truth_rows(frames, clips, model.config.chunk_frames)
     with out.progress() as progress:
         for seed in range(seeds):
             video = rollout(model, prompts, frames, seed, progress, f"rolling out, seed {seed}")
@@ -46,11 +48,11 @@ def main(
     show(rows)
 
 
-def truth_rows(frames: int, clips: int) -> list[Row]:
+def truth_rows(frames: int, clips: int, chunk_frames: int) -> list[Row]:
     """The judge and the background measure on true held-out clips: their ceiling."""
     truth = DemoClips(DataConfig(frames=frames, seed=HELD_OUT_SEED)).clips(0, clips, "held_out")
     hits = (read_digits(truth.video) == truth.labels[:, None]).float().mean().item()
-    psnr = background_psnr(truth.video, 2)[:, 2:].mean().item()
+    psnr = background_psnr(truth.video, chunk_frames)[:, chunk_frames:].nanmean().item()
     return [
         Row("digit_accuracy", hits, "share of frames", "truth", frames=frames),
         Row("background_psnr", psnr, "dB", "truth", frames=frames),
@@ -69,4 +71,4 @@ def show(rows: list[Row]) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(run_reporting_errors(lambda: typer.run(main)))

@@ -8,13 +8,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
-from checkpoints import Vmla, refused
+from checkpoints import MODEL, Vmla, refused
+from conftest import tiny_model
 from typer.core import TyperGroup
 
 from vmla_convert import cli
+from vmla_convert.pipelines.pretrain import save_self_forcing
 from vmla_convert.recipe import Recipe, available_recipes
 from vmla_convert.results import Row, append_rows
 
@@ -49,6 +52,14 @@ def test_every_command_has_help(line: tuple[str, ...], vmla: Vmla) -> None:
     assert ran.code == 0
     assert "Usage: " in ran.out
     assert not ran.err
+
+
+@pytest.mark.parametrize("line", LINES, ids=" ".join)
+def test_every_option_has_help(line: tuple[str, ...]) -> None:
+    command: Any = ROOT
+    for word in line:
+        command = command.commands[word]
+    assert not [option.name for option in command.params if not option.help]
 
 
 def test_no_words_at_all_show_the_help(vmla: Vmla) -> None:
@@ -99,13 +110,13 @@ def test_convert_recover_and_eval_work_one_after_the_other(
     ran = vmla("recover", latent, "--teacher", teacher, "-o", recovered, *steps, "--json")
     assert ran.code == 0
     curve, wrote = map(json.loads, ran.out.splitlines())
-    assert [line["step"] for line in curve] == ["0", "1", "2"]
-    assert all(float(line["velocity_error"]) > 0 for line in curve)
+    assert [line["step"] for line in curve] == [0, 1, 2]
+    assert all(line["velocity_error"] > 0 for line in curve)
     assert wrote == {"wrote": str(recovered)}
     ran = vmla("eval", recovered, "--teacher", teacher, "--clips", "2", "--json")
     assert ran.code == 0
     (rows,) = map(json.loads, ran.out.splitlines())
-    told = {(row["run"], row["metric"]): float(row["value"]) for row in rows}
+    told = {(row["run"], row["metric"]): row["value"] for row in rows}
     assert told["calibrated-8+6", "cache_scalars_per_token"] == 15
     assert told["dense", "cache_scalars_per_token"] == 96
     assert told["calibrated-8+6", "velocity_error"] > 0
@@ -116,6 +127,17 @@ def test_eval_of_the_dense_model_tells_of_it_alone(teacher: Path, vmla: Vmla) ->
     assert ran.code == 0
     assert "flow_loss_other_past" in ran.out
     assert "velocity_error" not in ran.out
+
+
+def test_eval_refuses_a_dense_model_that_is_not_the_teacher(
+    teacher: Path, tmp_path: Path, vmla: Vmla
+) -> None:
+    other = tmp_path / "other"
+    save_self_forcing(tiny_model(MODEL, seed=1).state_dict(), MODEL, other)
+    assert refused(ran := vmla("eval", other, "--teacher", teacher, "--clips", "2"))
+    assert str(other) in ran.err
+    copied = shutil.copytree(teacher, tmp_path / "copied")
+    assert vmla("eval", copied, "--teacher", teacher, "--clips", "2").code == 0
 
 
 def test_eval_refuses_a_converted_teacher(converted: Path, vmla: Vmla) -> None:
@@ -151,15 +173,34 @@ def test_generate_compares_from_the_same_noise(
     assert (wider > 2 * width, same) == (True, height)
 
 
-@pytest.mark.parametrize("name", ["a.gif", "taken.mp4"])
+def test_generate_tells_checkpoints_of_one_name_apart(
+    converted: Path, tmp_path: Path, vmla: Vmla
+) -> None:
+    other = shutil.copytree(converted, tmp_path / converted.name)
+    common = ("--prompt", "7", "--frames", "2", "-o", tmp_path / "a.mp4")
+    ran = vmla("generate", converted, *common, "--compare", other)
+    assert ran.code == 0
+    assert all(f"generating ({path})" in ran.err for path in (converted, other))
+
+
+def test_generate_refuses_to_compare_a_checkpoint_with_itself(
+    converted: Path, tmp_path: Path, vmla: Vmla
+) -> None:
+    common = ("--prompt", "7", "-o", tmp_path / "a.mp4")
+    assert refused(vmla("generate", converted, *common, "--compare", converted))
+
+
+@pytest.mark.parametrize("name", ["a.gif", "taken.mp4", "sheet.mp4"])
 def test_generate_refuses_a_bad_place_before_it_loads(
     name: str, tmp_path: Path, vmla: Vmla
 ) -> None:
-    (tmp_path / "taken.mp4").write_text("mine")
+    mine = [tmp_path / "taken.mp4", tmp_path / "sheet.png"]
+    for file in mine:
+        file.write_text("mine")
     ran = vmla("generate", tmp_path / "nothing", "--prompt", "7", "-o", tmp_path / name)
     assert refused(ran)
-    assert name in ran.err
-    assert (tmp_path / "taken.mp4").read_text() == "mine"
+    assert Path(name).stem in ran.err
+    assert all(file.read_text() == "mine" for file in mine)
 
 
 @pytest.mark.parametrize("prompt", ["a cat", "1 or 2"])

@@ -9,7 +9,7 @@ import torch
 from conftest import noise, tiny_config
 
 from vmla_convert.errors import ConfigError, VmlaError
-from vmla_convert.pipelines.codecs import DIGIT_WORDS, DemoCodec, open_codec
+from vmla_convert.pipelines.codecs import DIGIT_WORDS, DemoCodec, open_codec, require_demo_codec
 
 CODEC = DemoCodec()
 
@@ -56,5 +56,9 @@ def test_a_prompt_without_one_digit_is_refused(prompt: str) -> None:
 def test_only_the_demo_codec_is_wired_in() -> None:
     config = tiny_config()
     assert isinstance(open_codec(dataclasses.replace(config, codec="demo")), DemoCodec)
-    with pytest.raises(ConfigError, match="not wired in"):
+    with pytest.raises(ConfigError, match="not wired in") as caught:
         open_codec(config)
+    assert "vmla generate demo" in caught.value.hint
+    with pytest.raises(ConfigError, match="calibration needs") as caught:
+        require_demo_codec(config, "calibration")
+    assert "--init spectral" in caught.value.hint

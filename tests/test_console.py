@@ -46,6 +46,11 @@ CASES = {
         human="Layers\nlayer   rank\n───\n0       8\n1       [red]10\n",
         json='[{"layer": "0", "rank": "8"}, {"layer": "1", "rank": "[red]10"}]\n',
     ),
+    "table of numbers": Case(
+        lambda out: out.table("", ["step", "loss"], [[0, 0.123456789], [None, float("nan")]]),
+        human="step   loss\n───\n0      0.123457\n-      -\n",
+        json='[{"step": 0, "loss": 0.123456789}, {"step": null, "loss": null}]\n',
+    ),
     "mapping": Case(
         lambda out: out.data({"cut": 0.875, "ranks": (8, 10), "mla": None, "at": Path("a/b")}),
         human="cut    0.875\nranks  8, 10\nmla    -\nat     a/b\n",
@@ -69,7 +74,6 @@ CASES = {
         json='{"wrote": "runs/a"}\n',
     ),
     "say": Case(lambda out: out.say("reading [0] of 2"), stderr="reading [0] of 2\n"),
-    "warn": Case(lambda out: out.warn("no licence"), stderr="Warning: no licence\n"),
     "fail": Case(
         lambda out: out.fail(MissingExtraError("video", "video")),
         stderr="Error: video needs packages that are not installed\n"

@@ -304,7 +304,7 @@ def test_a_bad_setting_is_refused(name: str, teacher: Path, tmp_path: Path, vmla
 
 
 def test_calibration_without_clips_is_refused(teacher: Path, tmp_path: Path, vmla: Vmla) -> None:
-    with pytest.raises(ConfigError, match="calibration clips"):
+    with pytest.raises(ConfigError, match="calibration_clips 0"):
         convert(teacher, tmp_path / "out", replace(CONVERT, calibration_clips=0))
     ran = vmla("convert", teacher, "-o", tmp_path / "out", "--calibration-clips", "0")
     assert ran.code == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from checkpoints import CLIPS, CONVERT, EVALUATE, MODEL
 from torch import Tensor
 
-from vmla_convert.config import EvaluateConfig
+from vmla_convert.config import DataConfig, EvaluateConfig
 from vmla_convert.demo.world import sample_clips
+from vmla_convert.errors import ConfigError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.factor import Evidence
 from vmla_convert.pipelines import evaluate as pipeline
@@ -20,6 +22,7 @@ from vmla_convert.pipelines.convert import Conversion
 from vmla_convert.pipelines.data import open_clips
 from vmla_convert.pipelines.evaluate import HeldOut, dense_rows, rollout_rows, spectrum_rows
 from vmla_convert.pipelines.load import load
+from vmla_convert.pipelines.losses import Example
 from vmla_convert.pipelines.rows import cache_rows, conversion_rows, error_rows, run_name
 from vmla_convert.results import Row
 
@@ -183,3 +186,28 @@ def test_rollouts_are_scored_whole_and_by_segment(monkeypatch: pytest.MonkeyPatc
     psnr = {row.segment: row.value for row in rows if row.metric == "background_psnr"}
     assert psnr.keys() == hits.keys()
     assert min(psnr.values()) > 30
+
+
+def test_every_clip_is_given_the_past_of_another(
+    dense: CausalWanModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the ninth, which is alone in its batch of eight."""
+    held_out = HeldOut(dense, replace(EVALUATE, clips=9))
+    seen: list[Tensor] = []
+
+    def note(_: object, example: Example) -> Tensor:
+        seen.append(example.latents)
+        return example.velocity
+
+    monkeypatch.setattr(held_out, "_velocity", note)
+    held_out.measure_other_past(dense)
+    own = torch.cat([example.latents for example in held_out.examples])
+    own_past, own_noisy = own.chunk(2, dim=1)
+    past, noisy = torch.cat(seen).chunk(2, dim=1)
+    assert torch.equal(noisy, own_noisy)
+    assert torch.equal(past, own_past.roll(1, dims=0))
+
+
+def test_clips_without_a_past_are_refused(dense: CausalWanModel) -> None:
+    with pytest.raises(ConfigError, match="no chunk with a past"):
+        HeldOut(dense, EvaluateConfig(clips=2, data=DataConfig(frames=3)))

@@ -11,11 +11,12 @@ from checkpoints import MODEL
 from conftest import tiny_model
 from torch import Tensor
 
-from vmla_convert.config import SamplerConfig
+from vmla_convert.config import GenerateConfig, SamplerConfig
 from vmla_convert.errors import ConfigError, OutputError, VmlaError
 from vmla_convert.layers.cache import KVCache
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines import generate as pipeline
+from vmla_convert.pipelines.compare import compare
 from vmla_convert.pipelines.generate import check_video_path, generate, rollout, write_clips
 from vmla_convert.pipelines.load import load
 
@@ -169,8 +170,9 @@ def test_no_frames_are_refused(frames: int, dense: CausalWanModel) -> None:
 
 def test_a_video_is_refused_before_any_work_where_it_cannot_go(tmp_path: Path) -> None:
     check_video_path(tmp_path / "new.mp4")
-    (tmp_path / "old.mp4").write_text("mine")
-    for name in ("clip.gif", "clip", "old.mp4"):
+    for name in ("old.mp4", "sheet.png"):
+        (tmp_path / name).write_text("mine")
+    for name in ("clip.gif", "clip", "old.mp4", "sheet.mp4"):
         with pytest.raises(OutputError) as caught:
             check_video_path(tmp_path / name)
         assert caught.value.hint
@@ -182,3 +184,19 @@ def test_clips_land_as_video_and_sheet(dense: CausalWanModel, tmp_path: Path) ->
     assert [path.name for path in paths] == ["clip.mp4", "clip.png"]
     assert (tmp_path / "clip.mp4").read_bytes()[4:8] == b"ftyp"
     assert (tmp_path / "clip.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_a_comparison_leaves_no_files_before_it_is_scored(
+    dense: CausalWanModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    config = GenerateConfig(("7",), frames=4)
+    with monkeypatch.context() as patch:
+        patch.setattr("vmla_convert.pipelines.compare.rollout_rows", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compare(dense, dense, config, tmp_path / "a.mp4")
+    assert not list(tmp_path.iterdir())
+    assert compare(dense, dense, config, tmp_path / "a.mp4")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.mp4", "a.png"}

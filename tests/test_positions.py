@@ -170,3 +170,11 @@ def test_folding_the_phase_beats_dropping_the_rotation() -> None:
     removed = error(torch.ones_like(phases))
     assert error(phases) < removed
     assert error(phases) < error(torch.zeros_like(phases))
+
+
+@pytest.mark.parametrize("head_dim", [6, 12, 14, 32, 128])
+def test_the_papers_pairs_are_all_different_and_of_their_axis(head_dim: int) -> None:
+    for count in range(1, head_dim // 2 + 1):
+        pairs = highest_frequency_branch(head_dim, 2, count).pairs.tolist()
+        assert len(set(pairs)) == count
+        assert max(pairs) < head_dim // 2

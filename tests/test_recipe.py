@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from checkpoints import PowerCut, PowerCutError, Vmla, refused, untimed
 
-from vmla_convert.errors import ConfigError, OutputError
+from vmla_convert.errors import ConfigError, OutputError, VmlaError
 from vmla_convert.pipelines.load import load
 from vmla_convert.recipe import (
     STAGES,
     available_recipes,
+    check_recipe,
     copy_recipe,
     read_recipe,
     run_recipe,
@@ -93,13 +94,27 @@ def test_there_are_recipes_and_they_are_found_by_name() -> None:
     assert read_recipe("quickstart") == read_recipe(known["quickstart"])
 
 
+def test_an_installed_package_reads_its_own_recipes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "vmla_convert"
+    for folder in (package / "recipes_data", tmp_path / "recipes"):
+        folder.mkdir(parents=True)
+        (folder / f"of_{folder.name}.toml").touch()
+    monkeypatch.setattr("vmla_convert.recipe.files", lambda _: package)
+    assert available_recipes().keys() == {"of_recipes_data"}
+
+
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
-def test_every_recipe_parses_and_dry_runs(file: Path, tmp_path: Path, vmla: Vmla) -> None:
+def test_every_recipe_parses_and_dry_runs(
+    file: Path, teacher: Path, tmp_path: Path, vmla: Vmla
+) -> None:
     recipe = read_recipe(file)
     assert recipe.stages()
     assert recipe.recipe.name == file.stem
     assert recipe.recipe.description
-    ran = vmla("run", file, "-o", tmp_path / "out", "--dry-run")
+    source = ("--set", f"source.checkpoint={teacher}")
+    ran = vmla("run", file, "-o", tmp_path / "out", "--dry-run", *source)
     assert ran.code == 0
     assert ", ".join(recipe.stages()) in ran.out
     assert not list(tmp_path.iterdir())
@@ -197,6 +212,78 @@ def test_a_bad_override_is_refused(name: str, tiny: Path, tmp_path: Path, vmla: 
     assert not list(tmp_path.iterdir())
 
 
+# A change to the recipe of seconds, and what the message must say.
+UNFIT = {
+    "no checkpoint": ("source.checkpoint=no/such.pt", "no/such.pt"),
+    "unknown init": ("convert.init=calibratd", "'calibratd'"),
+    "rank above the width": ("convert.kv_lora_rank=1000", "1000"),
+    "unknown init in the sweep": ('sweep.inits=["random", "spectrl"]', "'spectrl'"),
+    "odd rope in the sweep": ("sweep.qk_rope_head_dims=[4, 7]", "7"),
+    "empty sweep": ("sweep.seeds=[]", "empty"),
+    "a prompt of no digit": ('generate.prompts=["3", "a cat"]', "'a cat'"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_settings_that_do_not_fit_are_refused_before_anything_is_written(
+    name: str, tiny: Path, tmp_path: Path, vmla: Vmla
+) -> None:
+    override, word = UNFIT[name]
+    ran = vmla("run", tiny, "-o", tmp_path / "out", "--set", override)
+    assert refused(ran)
+    assert word in ran.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stage", ["recover", "generate", "report"])
+def test_a_stage_without_its_input_is_refused_before_anything_is_written(
+    stage: str, teacher: Path, tmp_path: Path, vmla: Vmla
+) -> None:
+    text = f'{INFO}[source]\ncheckpoint = "{teacher}"\n[{stage}]\n'
+    file = written(tmp_path / "x.toml", text)
+    assert refused(ran := vmla("run", file, "-o", tmp_path / "out"))
+    assert f"the {stage} stage" in ran.err
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("command", ["run", "sweep"])
+def test_a_recipe_with_nothing_to_do_is_refused(command: str, tmp_path: Path, vmla: Vmla) -> None:
+    file = written(tmp_path / "x.toml", INFO + ("[convert]\n" if command == "sweep" else ""))
+    assert refused(ran := vmla(command, file, "-o", tmp_path / "out"))
+    assert "no stage to run" in ran.err
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_converted_source_is_refused(
+    tiny: Path, converted: Path, tmp_path: Path, vmla: Vmla
+) -> None:
+    for command in ("run", "sweep"):
+        override = f"source.checkpoint={converted}"
+        assert refused(ran := vmla(command, tiny, "-o", tmp_path / "out", "--set", override))
+        assert "converted already" in ran.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_the_stages_that_will_run_are_checked(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    recipe = read_recipe(tiny, ['sweep.inits=["spectrl"]', 'generate.prompts=["a cat"]'])
+    check_recipe(recipe, out, ("convert", "recover", "report"))
+    with pytest.raises(ConfigError):
+        check_recipe(recipe, out, ("sweep", "report"))
+    check_recipe(read_recipe("teacher_moving_digits"), out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_may_convert_the_teacher_that_it_trains(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    recipe = read_recipe(
+        "teacher_moving_digits", ["convert.kv_lora_rank=8", f"source.checkpoint={out}/checkpoint"]
+    )
+    check_recipe(recipe, out)
+    with pytest.raises(VmlaError):
+        check_recipe(recipe, out, ("convert",))
+
+
 def test_a_copied_recipe_is_the_same_and_never_overwrites(tmp_path: Path) -> None:
     copied = copy_recipe("quickstart", tmp_path)
     assert copied == tmp_path / "quickstart.toml"
@@ -281,6 +368,21 @@ def test_a_folder_of_another_kind_is_refused_and_kept(
     (tmp_path / name).write_text("quickstart")
     assert refused(vmla("run", tiny, "-o", tmp_path))
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(name, "quickstart")]
+
+
+def test_an_unfinished_run_goes_on_with_its_own_settings_only(
+    tiny: Path, tmp_path: Path, vmla: Vmla
+) -> None:
+    out, recipe = tmp_path / "out", read_recipe(tiny)
+    with pytest.raises(PowerCutError):
+        run_recipe(recipe, out, PowerCut("factoring", 1))
+    left = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    ran = vmla("run", tiny, "-o", out, "--set", "recover.training.steps=4")
+    assert refused(ran)
+    assert "other settings" in ran.err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == left
+    run_recipe(read_recipe(tiny), out, only=("convert",))
+    assert {path.name for path in out.iterdir()} == {"converted-step0", "rows.jsonl"}
 
 
 def test_all_stages_are_known() -> None:

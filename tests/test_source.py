@@ -50,7 +50,10 @@ CONTAINERS: dict[str, Callable[[Path], Path]] = {
     "folder of one safetensors": lambda tmp: save_safetensors(tmp / "f" / "x.safetensors").parent,
     "folder with an index": lambda tmp: shards(tmp / "f"),
     "index": lambda tmp: shards(tmp / "f") / "x.safetensors.index.json",
-    "folder of one .pt": lambda tmp: save_pickle(tmp / "f" / "x.pt").parent,
+    **{
+        f"folder of one {end}": lambda tmp, end=end: save_pickle(tmp / "f" / f"x{end}").parent
+        for end in (".pt", ".pth", ".bin", ".ckpt")
+    },
     **{
         f"flat {end}": lambda tmp, end=end: save_pickle(tmp / f"x{end}")
         for end in (".pt", ".pth", ".bin", ".ckpt")
@@ -97,11 +100,11 @@ def test_requested_key_that_is_absent_names_those_there(tmp_path: Path) -> None:
         assert "leave the key out" in caught.value.hint
 
 
-def test_unknown_nesting_asks_for_a_key(tmp_path: Path) -> None:
+def test_unknown_nesting_names_what_is_inside(tmp_path: Path) -> None:
     path = save_pickle(tmp_path / "x.pt", {"state_dict": STATE, "step": 1})
     with pytest.raises(CheckpointError, match="not tensors: state_dict, step") as caught:
         open_source(path)
-    assert "state_dict" in caught.value.hint
+    assert caught.value.hint == "save one of these alone with torch.save: state_dict"
     assert open_source(path, key="state_dict").specs().keys() == STATE.keys()
 
 

@@ -15,6 +15,7 @@ from vmla_convert.config import (
     TrainingConfig,
 )
 from vmla_convert.console import out
+from vmla_convert.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from vmla_convert.pipelines.inspect import Inspection
@@ -87,8 +88,12 @@ def convert(
     kv_lora_rank: KvLoraRank = None,
     qk_rope_head_dim: QkRopeHeadDim = None,
     data: Data = DataConfig.source,
-    calibration_clips: Annotated[int, typer.Option(min=1)] = ConvertConfig.calibration_clips,
-    seed: int = ConvertConfig.seed,
+    calibration_clips: Annotated[
+        int, typer.Option(min=1, help="Clips that 'calibrated' measures activations on.")
+    ] = ConvertConfig.calibration_clips,
+    seed: Annotated[
+        int, typer.Option(help="Of the calibration noise, or of the random init.")
+    ] = ConvertConfig.seed,
     dry_run: Annotated[bool, typer.Option(help="Show what would be written, and stop.")] = False,
     json: Json = False,
 ) -> None:
@@ -136,9 +141,13 @@ def recover(
         int, typer.Option(min=0, help="Steps of the layer-wise stage before.")
     ] = RecoverConfig.layerwise_steps,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = TrainingConfig.lr,
-    batch_size: Annotated[int, typer.Option(min=1)] = TrainingConfig.batch_size,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Clips per step, over all processes.")
+    ] = TrainingConfig.batch_size,
     data: Data = DataConfig.source,
-    seed: int = TrainingConfig.seed,
+    seed: Annotated[
+        int, typer.Option(help="Of the training noise and the order of the clips.")
+    ] = TrainingConfig.seed,
     json: Json = False,
 ) -> None:
     """Recover quality with a short fine-tune against the dense model; resumes if interrupted."""
@@ -152,9 +161,7 @@ def recover(
     with out.progress() as progress:
         rows = run(converted, teacher, folder, config, evaluation, progress)
     curve = [row for row in rows if row.metric == "velocity_error"]
-    out.table(
-        "Recovery", ["step", "velocity_error"], [[str(r.step), f"{r.value:.4g}"] for r in curve]
-    )
+    out.table("Recovery", ["step", "velocity_error"], [[row.step, row.value] for row in curve])
     out.path("wrote", folder)
 
 
@@ -164,7 +171,7 @@ def generate(
     prompt: Annotated[list[str], typer.Option(help="Repeat for several clips.")],
     video: Annotated[Path, typer.Option("--out", "-o", help="An .mp4 to write.")],
     frames: Annotated[int, typer.Option(min=1, help="Latent frames.")] = 20,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Of all noise.")] = 0,
     compare: Annotated[
         str | None, typer.Option(help="A second checkpoint, shown beside from the same noise.")
     ] = None,
@@ -177,7 +184,8 @@ def generate(
     out.json = json
     check_video_path(video)
     names = [checkpoint, *([compare] if compare else [])]
-    models = {_label(name): load(name, compute_device()) for name in names}
+    labelled = zip(_labels(names), names, strict=True)
+    models = {label: load(name, compute_device()) for label, name in labelled}
     with out.progress() as progress:
         clips = {
             label: rollout(model, prompt, frames, seed, progress, f"generating ({label})")
@@ -205,6 +213,8 @@ def evaluate(
     device = compute_device()
     model, dense = load(checkpoint, device), load(teacher, device)
     check_pair(model, dense)
+    if model.config.mla is None:
+        _check_is_teacher(checkpoint, teacher)
     held_out = HeldOut(dense, EvaluateConfig(clips, DataConfig(data, seed=1)))
     rows = dense_rows(dense, held_out)
     if model.config.mla is not None:
@@ -212,7 +222,7 @@ def evaluate(
             *error_rows(held_out.measure(model), model.config, None),
             *cache_rows(model.config),
         ]
-    cells = [[row.run, row.metric, f"{row.value:.6g}", row.unit] for row in rows]
+    cells = [[row.run, row.metric, row.value, row.unit] for row in rows]
     out.table("Held-out measurement", ["run", "metric", "value", "unit"], cells)
 
 
@@ -229,7 +239,7 @@ def sweep(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder with rows.jsonl.", metavar="DIR")],
-    title: str = "Conversion report",
+    title: Annotated[str, typer.Option(help="Heading of the report.")] = "Conversion report",
     json: Json = False,
 ) -> None:
     """Write report.md, report.html and plots from the rows in a folder."""
@@ -284,7 +294,7 @@ def list_recipes(context: typer.Context) -> None:
 
 @recipes_app.command()
 def copy(
-    name: str,
+    name: Annotated[str, typer.Argument(help="A name from 'vmla recipes'.")],
     folder: Annotated[Path, typer.Option("--out", "-o", help="Folder to copy into.")] = Path(),
 ) -> None:
     """Copy a recipe to own and edit."""
@@ -353,5 +363,24 @@ def _show_inspection(inspection: Inspection) -> None:
         out.table("Joint key and value weights", header, layers)
 
 
-def _label(name: str) -> str:
-    return Path(name).name or name
+def _labels(names: list[str]) -> list[str]:
+    """A short name for each checkpoint; the whole path where short ones would be the same."""
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            f"{names[0]} cannot be compared with itself", "give another checkpoint to --compare"
+        )
+    short = [Path(name).name for name in names]
+    return short if all(short) and len(set(short)) == len(short) else names
+
+
+def _check_is_teacher(checkpoint: str, teacher: str) -> None:
+    """Refuse a second dense model: errors against the teacher are told of converted ones only."""
+    from vmla_convert.checkpoint.source import fingerprint
+    from vmla_convert.pipelines.load import checkpoint_path
+
+    # By content, as one checkpoint may be given as a file and as its folder.
+    if fingerprint(checkpoint_path(checkpoint)) != fingerprint(checkpoint_path(teacher)):
+        raise CheckpointError(
+            f"{checkpoint} is dense, but not the teacher {teacher}",
+            "give a converted CKPT; a dense CKPT must be the teacher itself",
+        )

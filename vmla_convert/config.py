@@ -187,6 +187,10 @@ class DataConfig:
     sink_gap: int = 0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        _require(self, 1, "frames")
+        _require(self, 0, "sink_gap")
+
 
 @dataclass(frozen=True)
 class ConvertConfig:
@@ -207,6 +211,9 @@ class ConvertConfig:
     calibration_clips: int = 48
     data: DataConfig = field(default_factory=DataConfig)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self, 1, "calibration_clips")
 
 
 @dataclass(frozen=True)
@@ -239,9 +246,13 @@ class TrainingConfig:
     ema: float = 0.0
     context_noise: float = 0.0
     eval_every: int = 25
-    checkpoint_every: int = 100
+    checkpoint_every: int = 25
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self, 0, "steps", "opening_clips", "warmup_steps")
+        _require(self, 1, "batch_size", "eval_every", "checkpoint_every")
 
 
 @dataclass(frozen=True)
@@ -252,6 +263,9 @@ class RecoverConfig:
     layerwise_lr: float = 1e-3
     training: TrainingConfig = field(default_factory=TrainingConfig)
     data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        _require(self, 0, "layerwise_steps")
 
 
 @dataclass(frozen=True)
@@ -270,6 +284,9 @@ class EvaluateConfig:
     clips: int = 24
     data: DataConfig = field(default_factory=lambda: DataConfig(seed=1))
 
+    def __post_init__(self) -> None:
+        _require(self, 2, "clips")
+
 
 @dataclass(frozen=True)
 class GenerateConfig:
@@ -287,6 +304,11 @@ class GenerateConfig:
     frames: int = 20
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        _require(self, 1, "shown", "frames")
+        if not self.prompts:
+            raise ConfigError("prompts is empty", 'name at least one: prompts = ["7"]')
+
 
 @dataclass(frozen=True)
 class SweepConfig:
@@ -296,6 +318,13 @@ class SweepConfig:
     kv_lora_ranks: tuple[int, ...] = (16,)
     qk_rope_head_dims: tuple[int, ...] = (8,)
     seeds: tuple[int, ...] = (0,)
+
+
+def _require(config: Any, least: int, *names: str) -> None:
+    for name in names:
+        value: int = getattr(config, name)
+        if value < least:
+            raise ConfigError(f"{name} {value} must be at least {least}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -33,16 +33,20 @@ class Console:
     """Where a command's words go.
 
     Attributes:
-        json: Whether data is written as JSON; the CLI sets it once, before any command runs.
+        json: Whether data is written as JSON; each command sets it from its own `--json`.
     """
 
     def __init__(self, json: bool = False) -> None:
         self.json = json
 
-    def table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """Data: a table; as JSON, its rows as objects keyed by the header."""
+    def table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """Data: a table; as JSON, its rows as objects keyed by the header.
+
+        Numbers are rounded for people only, so cells had better be numbers than text.
+        """
+        cells = [[_plain(cell) for cell in row] for row in rows]
         if self.json:
-            self._write_json([dict(zip(header, row, strict=True)) for row in rows])
+            self._write_json([dict(zip(header, row, strict=True)) for row in cells])
             return
         from rich import box
         from rich.table import Table
@@ -53,8 +57,8 @@ class Console:
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for name in header:
             table.add_column(Text(name))
-        for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
+        for row in cells:
+            table.add_row(*(Text(_word(cell)) for cell in row))
         _rich(sys.stdout).print(table)
 
     def data(self, obj: Any) -> None:
@@ -81,10 +85,6 @@ class Console:
     def say(self, text: str) -> None:
         """Talk: what the command is doing."""
         _print(sys.stderr, "", text)
-
-    def warn(self, text: str) -> None:
-        """Talk: something to know about that does not stop the command."""
-        _print(sys.stderr, "Warning: ", text, style="yellow")
 
     def fail(self, error: VmlaError) -> None:
         """Talk: why the command ends here, and what to try next."""

@@ -6,6 +6,7 @@ stage writes, later ones read: all land in one folder.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import tomllib
@@ -23,6 +24,7 @@ from vmla_convert.config import (
     SweepConfig,
     TeacherConfig,
     from_dict,
+    to_dict,
 )
 from vmla_convert.errors import ConfigError, OutputError, did_you_mean
 from vmla_convert.progress import Progress, Silent
@@ -77,10 +79,11 @@ class Recipe:
 
 
 def available_recipes() -> dict[str, Path]:
-    """Recipes by name: the repository's when there is one, else those shipped in the package."""
+    """Recipes by name: those shipped in the package, or the repository's in a checkout."""
     package = Path(str(files("vmla_convert")))
-    folders = (package.parent / "recipes", package / "recipes_data")
-    folder = next((f for f in folders if f.is_dir()), folders[-1])
+    # The package's own first: beside an installed package, any project may have put a "recipes".
+    folders = (package / "recipes_data", package.parent / "recipes")
+    folder = next((f for f in folders if f.is_dir()), folders[0])
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
@@ -114,7 +117,10 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     known = available_recipes()
     file = known.get(str(path), Path(path))
     if not file.is_file():
-        raise ConfigError(f"no recipe at {path}", f"{did_you_mean(str(path), known)} vmla recipes")
+        raise ConfigError(
+            f"no recipe at {path}",
+            f"give a TOML file, or a name that 'vmla recipes' lists: {', '.join(known)}",
+        )
     try:
         data = tomllib.loads(file.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -122,6 +128,30 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     for override in overrides or []:
         _apply_override(data, override)
     return from_dict(Recipe, data)
+
+
+def check_recipe(recipe: Recipe, out: Path, only: tuple[str, ...] = STAGES) -> None:
+    """Refuse, before anything is written, what a stage would fail on later.
+
+    Args:
+        recipe: From `read_recipe`.
+        out: Folder of the run; what an interrupted run left there counts as made.
+        only: Stages that will run of those that the recipe has.
+
+    Raises:
+        ConfigError: No stage would run, one lacks its input, or a setting does not fit the source.
+        CheckpointError: The source cannot be read, or cannot be converted.
+        VmlaError: The model's text encoder cannot read a prompt.
+    """
+    stages = [stage for stage in recipe.stages() if stage in only]
+    if not stages:
+        tables = ", ".join(f"[{stage}]" for stage in only)
+        raise ConfigError(
+            f"recipe '{recipe.recipe.name}' has no stage to run", f"give it one of {tables}"
+        )
+    _check_inputs(recipe, out, stages)
+    if set(stages) - {"teacher", "report"}:
+        _check_source(recipe, out, stages)
 
 
 def run_recipe(
@@ -141,9 +171,10 @@ def run_recipe(
         only: Stages to run of those that the recipe has.
 
     Raises:
-        OutputError: The folder holds something else, or a finished run.
+        OutputError: The folder holds something else, a finished run, or one with other settings.
         VmlaError: A stage cannot do its work.
     """
+    check_recipe(recipe, out, only)
     _claim_folder(recipe, out)
     for stage in recipe.stages():
         if stage in only:
@@ -154,15 +185,70 @@ def run_recipe(
 _RUNNING = ".running"
 
 
+def _check_inputs(recipe: Recipe, out: Path, stages: list[str]) -> None:
+    """Each stage finds what it works on: left by an earlier run, or made by a stage before it."""
+    step0, final, rows = _step0_folder(recipe, out), out / "converted", out / ROWS_NAME
+    makes = {"convert": step0, "recover": final}
+    needs = {
+        "recover": ({step0, final}, "convert"),
+        "generate": ({final}, "convert"),
+        "report": ({rows}, "sweep"),
+    }
+    made = {path for path in (step0, final, rows) if path.exists()}
+    for stage in stages:
+        if stage in needs and made.isdisjoint(needs[stage][0]):
+            raise ConfigError(
+                f"the {stage} stage has nothing to work on",
+                f"add a table [{needs[stage][1]}] to the recipe",
+            )
+        made |= {rows, makes.get(stage, rows)}
+
+
+def _check_source(recipe: Recipe, out: Path, stages: list[str]) -> None:
+    """The source opens, every conversion of it can be done, and every prompt can be read."""
+    from vmla_convert.checkpoint.families import open_checkpoint
+    from vmla_convert.pipelines.codecs import open_codec
+    from vmla_convert.pipelines.convert import plan_conversion
+    from vmla_convert.pipelines.load import checkpoint_path
+
+    path = checkpoint_path(recipe.source.checkpoint)
+    if "teacher" in stages and path.resolve() == (out / "checkpoint").resolve():
+        return  # This very run will make it.
+    checkpoint = open_checkpoint(path)
+    for conversion in _conversions(recipe, stages):
+        plan_conversion(checkpoint, conversion)
+    if recipe.generate and "generate" in stages:
+        open_codec(checkpoint.config).encode_prompts(list(recipe.generate.prompts))
+
+
+def _conversions(recipe: Recipe, stages: list[str]) -> list[ConvertConfig]:
+    """Every conversion that the stages will do."""
+    from vmla_convert.pipelines.sweep import grid
+
+    shared = recipe.convert or ConvertConfig()
+    conversions = [shared] if "convert" in stages else []
+    if recipe.sweep and "sweep" in stages:
+        points = grid(recipe.sweep, shared)
+        if not points:
+            raise ConfigError("a list of the sweep is empty", "give each of them a value")
+        conversions += points
+    return conversions
+
+
 def _claim_folder(recipe: Recipe, out: Path) -> None:
     """Take an empty folder, or one that this recipe left unfinished."""
-    marker = out / _RUNNING
-    if marker.is_file() and marker.read_text() == recipe.recipe.name:
-        return
+    marker, settings = out / _RUNNING, json.dumps(to_dict(recipe), indent=2)
+    if marker.is_file():
+        if marker.read_text() == settings:
+            return
+        raise OutputError(
+            f"{out} holds an unfinished run with other settings",
+            "choose another -o, or the settings it was started with",
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} exists already", "choose another -o, or remove it")
     out.mkdir(parents=True, exist_ok=True)
-    marker.write_text(recipe.recipe.name)
+    marker.write_text(settings)
 
 
 def _run_teacher(recipe: Recipe, out: Path, progress: Progress) -> None:

@@ -173,7 +173,8 @@ def _locate(path: Path) -> Path:
 
 
 def _locate_in_folder(folder: Path) -> Path:
-    for patterns in ([f"*{INDEX_SUFFIX}"], ["*.safetensors"], ["*.pt", "*.pth"]):
+    pickles = [f"*{suffix}" for suffix in PICKLE_SUFFIXES]
+    for patterns in ([f"*{INDEX_SUFFIX}"], ["*.safetensors"], pickles):
         found = sorted(file for pattern in patterns for file in folder.glob(pattern))
         if len(found) == 1:
             return found[0]
@@ -187,7 +188,8 @@ def _locate_in_folder(folder: Path) -> Path:
         f"{folder} holds nothing that can be loaded",
         f"try {transformer}"
         if transformer.is_dir()
-        else "give a folder with one .safetensors file, an index of shards, or one .pt file",
+        else "give a folder with an index of shards, or one file that ends in .safetensors or "
+        + ", ".join(PICKLE_SUFFIXES),
     )
 
 
@@ -257,7 +259,7 @@ def _open_pickle(path: Path, file: Path, key: str | None) -> TensorSource:
             f"{file} holds entries that are not tensors: {', '.join(odd[:5])}"
             if odd
             else f"{file} is empty",
-            f"pick a state dict by its key: {', '.join(nested)}"
+            f"save one of these alone with torch.save: {', '.join(nested)}"
             if nested
             else "save the model's state dict alone with torch.save",
         )

@@ -21,7 +21,7 @@ Split = Literal["train", "held_out"]
 FRAME_SIZE = 24
 DIGIT_SIZE = 18
 FIELD_CELLS = 4
-# Darker than any digit, whose every channel stays above −0.2.
+# Darker than any digit, whose strongest channel is 1 and whose every channel is above −0.2.
 FIELD_MEAN, FIELD_MAX = -0.55, 0.0
 TRAIN_IMAGES = 1500
 CLASSES = 10

@@ -56,9 +56,12 @@ def highest_frequency_branch(head_dim: int, num_heads: int, count: int) -> RopeB
 
     VideoMLA, appendix D: 16 pairs of Wan are 6, 5, 5 over time, height, width.
     """
-    per_axis = (count - 2 * (count // 3), count // 3, count // 3)
+    sizes = axis_pairs(head_dim)
+    # Time may have too few pairs for what does not divide by three; height and width then take it.
+    across = max(count // 3, -(-(count - sizes[0]) // 2))
+    per_axis = (count - 2 * across, across, across)
     starts, start = [], 0
-    for size in axis_pairs(head_dim):
+    for size in sizes:
         starts.append(start)
         start += size
     pairs = [s + i for s, n in zip(starts, per_axis, strict=True) for i in range(n)]

@@ -1,13 +1,12 @@
 """Between prompts and pixels on one side, contexts and latents on the other.
 
 A model needs two things around it: a text encoder (prompts to context) and a video codec (latents
-to pixels). Both are small protocols; the demo's live here, in full.
+to pixels). Those of the demo live here, in full; no others are wired in yet.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,32 +17,19 @@ from vmla_convert.errors import ConfigError, VmlaError
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-
-class TextEncoder(Protocol):
-    """Prompts to the context that cross-attention reads."""
-
-    def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """(B, text_len, text_dim)."""
-        ...
-
-
-class VideoCodec(Protocol):
-    """Latents to pixels."""
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """(B, F, C, height, width) to pixels (B, frames, 3, H, W) in −1 … 1."""
-        ...
+_CONVERT_HINT = "convert takes --init spectral, or --data FILE.safetensors with latents and context"
 
 
 class DemoCodec:
     """Text and video of the moving-digits world; nothing is learned.
 
-    A prompt names one digit, as a numeral or a word, and becomes a one-hot context. A latent frame
-    is the frame itself with 2x2 pixels folded into channels, so Wan's (1, 2, 2) patch applies.
+    A prompt names one digit, as a numeral or a word, and becomes a context with one entry that is
+    not 0. A latent frame is the frame itself with 2x2 pixels folded into channels, so Wan's
+    (1, 2, 2) patch applies.
     """
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """One-hot contexts (B, 1, 10).
+        """Contexts (B, 1, 10) of the digits that the prompts name, as of `encode_labels`.
 
         Raises:
             VmlaError: A prompt names no digit, or several.
@@ -51,7 +37,10 @@ class DemoCodec:
         return self.encode_labels(torch.tensor([prompted_digit(prompt) for prompt in prompts]))
 
     def encode_labels(self, labels: Tensor) -> Tensor:
-        """Contexts (B, 1, 10) of digit labels (B,): one-hot, of mean square 1 as an encoder's."""
+        """Contexts (B, 1, 10) of digit labels (B,).
+
+        √10 at the digit and 0 elsewhere: scaled to mean square 1, as an encoder's output is.
+        """
         classes = len(DIGIT_WORDS)
         return classes**0.5 * F.one_hot(labels, classes).float()[:, None]
 
@@ -70,12 +59,25 @@ def open_codec(config: ModelConfig) -> DemoCodec:
     Raises:
         ConfigError: It needs components that this version does not load yet.
     """
-    require_demo_codec(config, "running this checkpoint")
+    require_demo_codec(
+        config,
+        "running this checkpoint",
+        "generate runs the demo and its conversions: vmla generate demo --prompt 7 -o clip.mp4",
+    )
     return DemoCodec()
 
 
-def require_demo_codec(config: ModelConfig, purpose: str) -> None:
+def require_demo_codec(
+    config: ModelConfig,
+    purpose: str,
+    hint: str = _CONVERT_HINT,
+) -> None:
     """Refuse what only the demo model can do in this version.
+
+    Args:
+        config: Of the model.
+        purpose: What was to be done, as the subject of a sentence.
+        hint: What can be done without the demo's codec; by default, the way to convert.
 
     Raises:
         ConfigError: The model's text encoder and VAE are not the demo's.
@@ -83,7 +85,7 @@ def require_demo_codec(config: ModelConfig, purpose: str) -> None:
     if config.codec != "demo":
         raise ConfigError(
             f"{purpose} needs Wan's text encoder and VAE, which are not wired in yet",
-            "convert takes --init spectral, or --data FILE.safetensors with latents and context",
+            hint,
         )
 
 

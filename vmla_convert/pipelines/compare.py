@@ -34,9 +34,10 @@ def compare(
         name: rollout(model, prompts, config.frames, config.seed, progress, f"rolling out {name}")
         for name, model in models.items()
     }
-    shown = {name: video[: config.shown] for name, video in clips.items()}
-    write_clips(path, shown, prompts[: config.shown])
     rows: list[Row] = []
     for name, model in models.items():
         rows += rollout_rows(clips[name], prompts, model.config, config.seed)
+    # Files last: a restarted recipe takes them as the sign that nothing is left to score.
+    shown = {name: video[: config.shown] for name, video in clips.items()}
+    write_clips(path, shown, prompts[: config.shown])
     return rows

@@ -216,6 +216,8 @@ def convert_model(
         factors = factor_layer(state.__getitem__, plan, config, layer, evidence)
         pairs.append(factors.rope_pairs)
         tensors |= latent_tensors(factors, state.__getitem__, layer)
+    device = teacher.patch_embedding.weight.device
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     with torch.device("meta"):
         model = CausalWanModel(with_rope_pairs(planned, pairs))
     model.load_state_dict(tensors, assign=True)
@@ -242,7 +244,8 @@ def layer_weights(read: Read, layer: int, num_heads: int) -> KVWeights:
     """Key and value weights of one dense layer, the norm's gain folded into the key; float64."""
 
     def tensor(name: str) -> Tensor:
-        return read(f"blocks.{layer}.self_attn.{name}").double()
+        # Factoring is float64 on the CPU, wherever the model lives.
+        return read(f"blocks.{layer}.self_attn.{name}").cpu().double()
 
     gain = tensor("norm_k.weight")
     return KVWeights(

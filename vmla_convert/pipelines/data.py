@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -66,12 +67,20 @@ class LatentFile:
             raise ConfigError(
                 f"no latent file at {path}", "use --data demo, or a safetensors file of latents"
             )
-        tensors = load_file(path)
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise ConfigError(f"{path} is no safetensors file: {error}") from error
         if not {"latents", "context"} <= tensors.keys():
             raise ConfigError(f"{path} has no tensors named 'latents' and 'context'")
         self.seed = config.seed
-        self.latents = tensors["latents"][:, : config.frames]
-        self.context = tensors["context"]
+        self.latents = tensors["latents"][:, : config.frames].float()
+        self.context = tensors["context"].float()
+        if len(self.latents) < 2 or len(self.latents) != len(self.context):
+            raise ConfigError(
+                f"{path} has {len(self.latents)} latents for {len(self.context)} contexts",
+                "store one context for each clip, and at least two clips",
+            )
         held_out = max(1, round(HELD_OUT_SHARE * len(self.latents)))
         self.parts: dict[Split, range] = {
             "train": range(len(self.latents) - held_out),

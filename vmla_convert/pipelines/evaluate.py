@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vmla_convert.config import EvaluateConfig, ModelConfig
 from vmla_convert.demo.judge import background_psnr, read_digits
+from vmla_convert.errors import ConfigError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.factor import Evidence
 from vmla_convert.maths.spectra import (
@@ -17,7 +18,7 @@ from vmla_convert.maths.spectra import (
     energy_at_rank,
     weight_spectrum,
 )
-from vmla_convert.pipelines.codecs import prompted_digit
+from vmla_convert.pipelines.codecs import prompted_digit, require_demo_codec
 from vmla_convert.pipelines.convert import layer_weights
 from vmla_convert.pipelines.data import open_clips, seeded
 from vmla_convert.pipelines.losses import Example, make_example, predicted_velocity
@@ -29,10 +30,21 @@ SEGMENTS = 4
 
 
 class HeldOut:
-    """Held-out clips with their noise and the dense model's answers, prepared once."""
+    """Held-out clips with their noise and the dense model's answers, prepared once.
+
+    Raises:
+        ConfigError: The clips are too short, or the model cannot read the demo world.
+    """
 
     def __init__(self, teacher: CausalWanModel, config: EvaluateConfig) -> None:
         self.config = teacher.config
+        if config.data.frames < 2 * self.config.chunk_frames:
+            raise ConfigError(
+                f"held-out clips of {config.data.frames} frames have no chunk with a past",
+                f"use at least {2 * self.config.chunk_frames} frames",
+            )
+        if config.data.source == "demo":
+            require_demo_codec(self.config, "measuring on the demo world")
         clips = open_clips(config.data)
         self.examples = [
             make_example(
@@ -50,7 +62,10 @@ class HeldOut:
 
     def measure_other_past(self, teacher: CausalWanModel) -> Errors:
         """Errors when each clip is given the past of another: what the cache is worth."""
-        return self._errors([self._velocity(teacher, _other_past(e)) for e in self.examples])
+        pasts = torch.cat([example.latents.chunk(2, dim=1)[0] for example in self.examples])
+        others = pasts.roll(1, dims=0).split([len(e.latents) for e in self.examples])
+        swapped = [_with_past(e, past) for e, past in zip(self.examples, others, strict=True)]
+        return self._errors([self._velocity(teacher, example) for example in swapped])
 
     def _errors(self, velocities: Sequence[Tensor]) -> Errors:
         # The first chunk reads no cache.
@@ -69,9 +84,9 @@ class HeldOut:
         return predicted_velocity(model, self.config, example.to(device)).cpu()
 
 
-def _other_past(example: Example) -> Example:
-    past, noisy = example.latents.chunk(2, dim=1)
-    return example._replace(latents=torch.cat([past.roll(1, dims=0), noisy], dim=1))
+def _with_past(example: Example, past: Tensor) -> Example:
+    noisy = example.latents.chunk(2, dim=1)[1]
+    return example._replace(latents=torch.cat([past, noisy], dim=1))
 
 
 def dense_rows(teacher: CausalWanModel, held_out: HeldOut) -> list[Row]:
@@ -115,11 +130,11 @@ def rollout_rows(video: Tensor, prompts: list[str], config: ModelConfig, seed: i
     psnr = background_psnr(video, config.chunk_frames)[:, config.chunk_frames :]
     fields = {**row_fields(config, seed), "frames": video.shape[1]}
     rows = [
-        Row("background_psnr", psnr.mean().item(), "dB", **fields),
+        Row("background_psnr", psnr.nanmean().item(), "dB", **fields),
         Row("digit_accuracy", hits.mean().item(), "share of frames", **fields),
     ]
     for segment, part in enumerate(torch.tensor_split(psnr, SEGMENTS, dim=1)):
-        rows.append(Row("background_psnr", part.mean().item(), "dB", segment=segment, **fields))
+        rows.append(Row("background_psnr", part.nanmean().item(), "dB", segment=segment, **fields))
     for segment, part in enumerate(torch.tensor_split(hits, SEGMENTS, dim=1)):
         value = part.mean().item()
         rows.append(Row("digit_accuracy", value, "share of frames", segment=segment, **fields))

@@ -67,15 +67,19 @@ def rollout(
 
 
 def check_video_path(path: Path) -> None:
-    """Refuse, before any work, a path that the writer would fail on.
+    """Refuse, before any work, a path that `write_clips` must not write to.
+
+    Args:
+        path: Of the mp4; the contact sheet beside it is checked too.
 
     Raises:
-        OutputError: The file exists, or is no mp4.
+        OutputError: A file exists, or the path is no mp4.
     """
     if path.suffix != ".mp4":
         raise OutputError(f"{path} does not end in .mp4", "try -o clip.mp4")
-    if path.exists():
-        raise OutputError(f"{path} exists already", "choose another -o, or remove it")
+    for file in (path, _sheet_path(path)):
+        if file.exists():
+            raise OutputError(f"{file} exists already", "choose another -o, or remove it")
 
 
 def write_clips(path: Path, clips: dict[str, Tensor], prompts: list[str]) -> list[Path]:
@@ -95,7 +99,11 @@ def write_clips(path: Path, clips: dict[str, Tensor], prompts: list[str]) -> lis
     joined = columns[0]
     for video in columns[1:]:
         joined = torch.stack([side_by_side(a, b) for a, b in zip(joined, video, strict=True)])
-    sheet = path.with_suffix(".png")
+    sheet = _sheet_path(path)
     write_mp4(path, torch.cat(list(joined), dim=-2))
     contact_sheet(sheet, rows, group=len(clips))
     return [path, sheet]
+
+
+def _sheet_path(video: Path) -> Path:
+    return video.with_suffix(".png")

@@ -55,7 +55,9 @@ def make_example(
             model robust to its own small errors in a rollout.
     """
     clean, context = batch
-    size, frames = clean.shape[:2]
+    # A clip that ends within a chunk loses its last frames.
+    frames = clean.shape[1] // chunk_frames * chunk_frames
+    size, clean = len(clean), clean[:, :frames]
     sigma = sample_training_sigma(size, frames // chunk_frames, chunk_frames, generator)
     noise = torch.randn(clean.shape, generator=generator)
     past = clean

@@ -49,10 +49,9 @@ def pretrain(config: TeacherConfig, out: Path, progress: Progress | None = None)
 
     @torch.no_grad()
     def measure(trained: nn.Module, step: int) -> float:
-        value = loss(trained, example).item()
-        append_rows(
-            out / "rows.jsonl", [Row("flow_loss", value, "squared velocity", "dense", step=step)]
-        )
+        value = loss(trained, example.to(next(trained.parameters()).device)).item()
+        row = Row("flow_loss", value, "squared velocity", "pretraining", step=step)
+        append_rows(out / "rows.jsonl", [row])
         return value
 
     # Another seed, so that openings are not the openings of the long clips.

@@ -1,6 +1,7 @@
 """Recover quality after a conversion: layer-wise regression, then velocity distillation.
 
-METHOD 9. Both stages only need clips and the dense model. Only what the conversion made is trained.
+METHOD 9, but at the noise levels of pretraining, not at the sampler's few. Both stages only need
+clips and the dense model. Only what the conversion made is trained.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
+
 from vmla_convert.config import ModelConfig
 from vmla_convert.pipelines.convert import Conversion
 from vmla_convert.results import Row
@@ -31,10 +33,15 @@ def run_name(config: ModelConfig) -> str:
     return f"{mla.init}-{ranks}+{ropes}"
 
 
+def device_name() -> str:
+    """The device that figures are measured on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
 def row_fields(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
     """The fields that every row of one model shares."""
     mla = config.mla
-    fields: dict[str, Any] = {"run": run_name(config), "seed": seed}
+    fields: dict[str, Any] = {"run": run_name(config), "seed": seed, "device": device_name()}
     if mla is not None:
         uniform = len(set(mla.kv_lora_rank)) == len({len(p) for p in mla.rope_pairs}) == 1
         fields |= {

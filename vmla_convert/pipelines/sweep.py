@@ -6,6 +6,7 @@ so an interrupted sweep goes on where it stopped, and a point that another stage
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from time import perf_counter
@@ -97,7 +98,7 @@ def measure_point(
     evidence: list[Evidence],
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Convert in memory, recover, and return all rows of one point."""
+    """Convert in memory, recover, and return all rows of one point; its seed decides both."""
     started = perf_counter()
     student = convert_model(teacher, point, evidence)
     fields = row_fields(student.config, point.seed)
@@ -110,6 +111,8 @@ def measure_point(
         rows.extend(error_rows(errors, student.config, step, point.seed))
 
     started = perf_counter()
+    training = replace(recover_config.training, seed=point.seed)
+    recover_config = replace(recover_config, training=training)
     recover_model(student, teacher, recover_config, held_out, on_step, progress=progress)
     rows.append(Row("recover_seconds", perf_counter() - started, "s", **fields))
     return rows

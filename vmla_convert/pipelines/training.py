@@ -69,8 +69,12 @@ def train(
             evaluated = model if average is None else average.module
             progress.note(f"held-out {on_evaluate(evaluated, step):.4f}")
 
-    if start == 0:
+    if start is None:
         evaluate(0)
+        # What came before this loop, a layer-wise stage for one, need not be done again.
+        if checkpoints:
+            _save(accelerator, checkpoints, 0)
+        start = 0
     for step in progress.track(range(start, config.steps), label, config.steps - start):
         for group in chain.from_iterable(o.param_groups for o in optimisers):
             group["lr"] = config.lr * learning_rate_factor(step, config)
@@ -170,13 +174,13 @@ def _share(example: Example, accelerator: Accelerator) -> Example:
     return Example(*(part(tensor) for tensor in example)).to(accelerator.device)
 
 
-def _resume(accelerator: Accelerator, checkpoints: Path | None) -> int:
-    """Load the newest complete state, if any, and return its step."""
+def _resume(accelerator: Accelerator, checkpoints: Path | None) -> int | None:
+    """Load the newest complete state and return its step; None where there is none."""
     if checkpoints is None:
-        return 0
+        return None
     saved = sorted(p for p in checkpoints.glob("step-*") if p.suffix != ".partial")
     if not saved:
-        return 0
+        return None
     accelerator.load_state(str(saved[-1]))
     return json.loads((saved[-1] / STEP_FILE).read_text())["step"]
 
