@@ -170,6 +170,19 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_unfinished_run_of_other_settings_is_refused_and_kept(
+    teacher: Path, converted: Path, tmp_path: Path
+) -> None:
+    out, state = tmp_path / "out", tmp_path / "out.state"
+    with pytest.raises(PowerCutError):
+        recover(converted, teacher, out, CONFIG, EVALUATE, PowerCut("distilling", 3))
+    kept = sorted(path.name for path in state.iterdir())
+    other = replace(CONFIG, layerwise_steps=CONFIG.layerwise_steps + 1)
+    with pytest.raises(OutputError, match="other settings"):
+        recover(converted, teacher, out, other, EVALUATE)
+    assert sorted(path.name for path in state.iterdir()) == kept
+
+
 Pair = Callable[[Path, Path, Path], tuple[Path, Path]]
 
 

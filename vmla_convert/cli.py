@@ -258,10 +258,11 @@ def run(
     dry_run: Annotated[bool, typer.Option(help="Check the recipe, show its stages, stop.")] = False,
 ) -> None:
     """Run a recipe from its first stage to its last; an interrupted run goes on where it was."""
-    from vmla_convert.recipe import STAGES, read_recipe
+    from vmla_convert.recipe import STAGES, check_recipe, read_recipe
 
     if dry_run:
         parsed = read_recipe(recipe, overrides)
+        check_recipe(parsed, folder)
         out.data({"recipe": parsed.recipe.name, "stages": parsed.stages(), "would write": folder})
         return
     _run(recipe, folder, overrides, only=STAGES)

@@ -289,11 +289,11 @@ def _run_recover(recipe: Recipe, out: Path, progress: Progress) -> None:
 
 def _run_sweep(recipe: Recipe, out: Path, progress: Progress) -> None:
     from vmla_convert.pipelines.evaluate import HeldOut
-    from vmla_convert.pipelines.load import load
+    from vmla_convert.pipelines.load import compute_device, load
     from vmla_convert.pipelines.sweep import sweep
 
     assert recipe.sweep is not None
-    teacher = load(recipe.source.checkpoint)
+    teacher = load(recipe.source.checkpoint, compute_device())
     sweep(
         teacher,
         recipe.sweep,
@@ -307,12 +307,13 @@ def _run_sweep(recipe: Recipe, out: Path, progress: Progress) -> None:
 
 def _run_generate(recipe: Recipe, out: Path, progress: Progress) -> None:
     from vmla_convert.pipelines.compare import compare
-    from vmla_convert.pipelines.load import load
+    from vmla_convert.pipelines.load import compute_device, load
     from vmla_convert.results import append_rows
 
     assert recipe.generate is not None
     if not (out / "compare.png").exists():
-        models = load(recipe.source.checkpoint), load(out / "converted")
+        device = compute_device()
+        models = load(recipe.source.checkpoint, device), load(out / "converted", device)
         rows = compare(*models, recipe.generate, out / "compare.mp4", progress)
         append_rows(out / ROWS_NAME, rows)
 

@@ -67,7 +67,7 @@ def recover(
 
     Raises:
         CheckpointError: `converted` is not converted, `teacher` is, or they do not fit.
-        OutputError: `out` is taken.
+        OutputError: `out` is taken, or an unfinished run there had other settings or inputs.
     """
     config, progress = config or RecoverConfig(), progress or Silent()
     if out.exists():
@@ -84,6 +84,8 @@ def recover(
     rows = [*dense_rows(dense, held_out), *cache_rows(student.config)]
     started = perf_counter()
     state = out.with_name(out.name + ".state")
+    provenance = _read_provenance(source.source.path)
+    _claim_state(state, {"recover": to_dict(config), "converted": provenance})
     curve = state / "curve.jsonl"
 
     def on_step(step: int, errors: Errors) -> None:
@@ -92,7 +94,7 @@ def recover(
     recover_model(student, dense, config, held_out, on_step, state, progress)
     seconds = perf_counter() - started
     rows.append(Row("recover_seconds", seconds, "s", **row_fields(student.config)))
-    provenance = _read_provenance(source.source.path) | {"recover": to_dict(config)}
+    provenance |= {"recover": to_dict(config)}
     write_checkpoint(
         out,
         # Untouched tensors go back to their source's dtype, which is exact.
@@ -253,6 +255,18 @@ def _read_provenance(folder: Path) -> dict[str, object]:
 def _source_name(provenance: dict[str, object]) -> str:
     source = provenance.get("source")
     return str(source["name"]) if isinstance(source, dict) else "a checkpoint"
+
+
+def _claim_state(state: Path, settings: dict[str, object]) -> None:
+    """Take a new folder for state, or one that a run of the same settings left unfinished."""
+    file = state / "settings.json"
+    if file.exists() and json.loads(file.read_text()) != settings:
+        raise OutputError(
+            f"{state} holds an unfinished recovery with other settings",
+            f"remove it, or use the settings in {file}",
+        )
+    state.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings))
 
 
 def _finish_state(state: Path, curve: Path) -> list[Row]:
