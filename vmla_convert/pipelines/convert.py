@@ -122,9 +122,10 @@ def convert(
                 writer.add(name, tensor)
         final = with_rope_pairs(plan.config, pairs)
         seconds, peak = perf_counter() - started, peak_rss_bytes()
+        name = Path(source).name
         writer.write_json("config.json", converted_config(final))
-        writer.write_json("conversion.json", _provenance(checkpoint, config, seconds, peak))
-        writer.write_text("README.md", model_card(final, checkpoint.source.path.name))
+        writer.write_json("conversion.json", _provenance(name, checkpoint, config, seconds, peak))
+        writer.write_text("README.md", model_card(final, name))
     return Conversion(out, final, seconds, factor_seconds, peak)
 
 
@@ -294,14 +295,13 @@ def _gather_evidence(
 
 
 def _provenance(
-    checkpoint: OpenCheckpoint, config: ConvertConfig, seconds: float, peak: int
+    name: str, checkpoint: OpenCheckpoint, config: ConvertConfig, seconds: float, peak: int
 ) -> dict[str, Any]:
     """What made the folder, for people and for later commands."""
-    path = checkpoint.source.path
     return {
         "source": {
-            "name": path.name,
-            "sha256": fingerprint(path),
+            "name": name,
+            "sha256": fingerprint(checkpoint.source.path),
             "state_key": checkpoint.source.key,
             "family": checkpoint.family,
         },
