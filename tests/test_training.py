@@ -15,7 +15,12 @@ from vmla_convert.config import TrainingConfig
 from vmla_convert.demo.world import Split
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines.data import Batch, ClipSource, seeded
-from vmla_convert.pipelines.losses import Example, flow_matching, make_example
+from vmla_convert.pipelines.losses import (
+    Example,
+    flow_matching,
+    make_example,
+    predicted_velocity,
+)
 from vmla_convert.pipelines.training import Examples, clip_examples, learning_rate_factor, train
 from vmla_convert.progress import Silent
 
@@ -32,6 +37,13 @@ class NumberedClips:
     def batch(self, index: int, size: int, split: Split = "train") -> Batch:
         seed = 2 * index + (split == "held_out")
         return Batch(*tiny_clip(MODEL, FRAMES, size, seed=1000 + 2 * seed))
+
+
+class Openings:
+    """Endless random clips of one chunk."""
+
+    def batch(self, index: int, size: int, split: Split = "train") -> Batch:  # noqa: ARG002
+        return Batch(*tiny_clip(MODEL, MODEL.chunk_frames, size, seed=5000 + index))
 
 
 class OneClip:
@@ -66,7 +78,7 @@ def held_out_error(model: nn.Module, _step: int = 0) -> float:
 
 
 def examples(clips: ClipSource, config: TrainingConfig) -> Examples:
-    return clip_examples(clips, MODEL.chunk_frames, config)
+    return clip_examples(clips, MODEL.chunk_frames, config, Openings())
 
 
 def run(
@@ -262,3 +274,28 @@ def test_muon_turns_the_matrices_and_adamw_the_rest() -> None:
     name = "blocks.0.ffn.2.weight"
     muon, adamw = (torch.linalg.svdvals(moved[o][name]).square() for o in ("muon", "adamw"))
     assert muon.sum() / muon.max() > 3 * adamw.sum() / adamw.max()
+
+
+def test_openings_are_seen_beside_the_long_clips() -> None:
+    config = TrainingConfig(batch_size=2, opening_clips=3, context_noise=0.2)
+    long, short = examples(NumberedClips(), config)(7)
+    assert long.velocity.shape[:2] == (2, FRAMES)
+    assert short.velocity.shape[:2] == (3, MODEL.chunk_frames)
+    assert len(examples(NumberedClips(), TrainingConfig())(7)) == 1
+
+
+def test_a_single_chunk_is_predicted_as_the_first_of_a_long_clip() -> None:
+    (long,) = examples(OneClip(), TrainingConfig(batch_size=1))(0)
+    first = MODEL.chunk_frames
+    past, noisy = long.latents.chunk(2, dim=1)
+    level = long.timestep.chunk(2, dim=1)[1][:, :first]
+    short = Example(
+        torch.cat([past[:, :first], noisy[:, :first]], dim=1),
+        torch.cat([torch.zeros_like(level), level], dim=1),
+        long.velocity[:, :first],
+        long.context,
+    )
+    model = tiny_model(MODEL)
+    torch.testing.assert_close(
+        predicted_velocity(model, MODEL, short), predicted_velocity(model, MODEL, long)[:, :first]
+    )

@@ -102,6 +102,11 @@ def open_clips(config: DataConfig, sink_frames: int = 0) -> ClipSource:
     return LatentFile(config)
 
 
+def open_openings(config: DataConfig, chunk_frames: int) -> ClipSource:
+    """Clips of one chunk; another seed, so that they are not the openings of the long clips."""
+    return open_clips(DataConfig(config.source, chunk_frames, seed=config.seed + 1))
+
+
 def seeded(seed: int, index: int, stream: str) -> torch.Generator:
     """An independent generator for (seed, index, stream)."""
     name = f"{seed}/{index}/{stream}".encode()

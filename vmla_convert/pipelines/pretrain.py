@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vmla_convert.config import DataConfig, ModelConfig, TeacherConfig, to_dict
 from vmla_convert.errors import OutputError
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.pipelines.data import open_clips, seeded
+from vmla_convert.pipelines.data import open_clips, open_openings, seeded
 from vmla_convert.pipelines.losses import flow_matching, make_example
 from vmla_convert.pipelines.training import clip_examples, train
 from vmla_convert.progress import Progress
@@ -54,12 +54,11 @@ def pretrain(config: TeacherConfig, out: Path, progress: Progress | None = None)
         append_rows(out / "rows.jsonl", [row])
         return value
 
-    # Another seed, so that openings are not the openings of the long clips.
-    short = DataConfig(config.data.source, chunk_frames, seed=config.data.seed + 1)
+    openings = open_openings(config.data, chunk_frames)
     train(
         model,
         loss,
-        clip_examples(clips, chunk_frames, config.training, open_clips(short)),
+        clip_examples(clips, chunk_frames, config.training, openings),
         config.training,
         measure,
         out / "state",

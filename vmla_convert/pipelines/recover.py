@@ -22,7 +22,7 @@ from vmla_convert.errors import CheckpointError, OutputError
 from vmla_convert.layers.attention import DenseSelfAttention
 from vmla_convert.layers.dit import Attend, Block, CausalWanModel
 from vmla_convert.layers.mla import LatentSelfAttention
-from vmla_convert.pipelines.data import ClipSource, open_clips, seeded
+from vmla_convert.pipelines.data import ClipSource, open_clips, open_openings, seeded
 from vmla_convert.pipelines.evaluate import HeldOut, dense_rows
 from vmla_convert.pipelines.load import build, checkpoint_path, compute_device, load
 from vmla_convert.pipelines.losses import (
@@ -147,7 +147,9 @@ def recover_model(
         progress: Where to draw.
     """
     progress = progress or Silent()
+    chunk_frames = teacher.config.chunk_frames
     clips = open_clips(config.data, teacher.config.cache.sink_frames)
+    openings = open_openings(config.data, chunk_frames)
     resumed = state is not None and any(state.glob("step-*[0-9]"))
     if not resumed:
         on_step(0, held_out.measure(student))
@@ -165,7 +167,7 @@ def recover_model(
     train(
         student,
         velocity_distillation(teacher),
-        clip_examples(clips, teacher.config.chunk_frames, config.training),
+        clip_examples(clips, chunk_frames, config.training, openings),
         config.training,
         measure,
         state,

@@ -102,9 +102,9 @@ def clip_examples(
     clips: ClipSource,
     chunk_frames: int,
     config: TrainingConfig,
-    openings: ClipSource | None = None,
+    openings: ClipSource,
 ) -> Examples:
-    """Examples of training clips, and of `openings` (clips of one chunk) where the config asks.
+    """Examples of training clips, and of `openings` where the config asks for them.
 
     Args:
         clips: Training clips.
@@ -117,7 +117,7 @@ def clip_examples(
         noise = seeded(config.seed, step, "noise")
         batch = clips.batch(step, config.batch_size)
         drawn = [make_example(batch, chunk_frames, noise, config.context_noise)]
-        if openings is not None and config.opening_clips:
+        if config.opening_clips:
             batch = openings.batch(step, config.opening_clips)
             drawn.append(make_example(batch, chunk_frames, noise))
         return drawn
