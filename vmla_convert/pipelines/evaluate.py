@@ -44,7 +44,11 @@ class HeldOut:
                 f"use at least {2 * self.config.chunk_frames} frames",
             )
         if config.data.source == "demo":
-            require_demo_codec(self.config, "measuring on the demo world")
+            require_demo_codec(
+                self.config,
+                "measuring on the demo world",
+                "name clips of the model's own: --data FILE.safetensors with latents and context",
+            )
         clips = open_clips(config.data)
         self.examples = [
             make_example(
