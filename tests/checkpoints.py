@@ -16,11 +16,13 @@ from conftest import tiny_model
 
 from vmla_convert.__main__ import main
 from vmla_convert.config import (
+    PAPER_LAYER,
     CachePolicy,
     ConvertConfig,
     DataConfig,
     EvaluateConfig,
     Geometry,
+    LayerConfig,
     ModelConfig,
     RecoverConfig,
     SamplerConfig,
@@ -28,8 +30,18 @@ from vmla_convert.config import (
 )
 from vmla_convert.console import out as console
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.pipelines.convert import convert
+from vmla_convert.maths.projections import Evidence
+from vmla_convert.pipelines import recover
+from vmla_convert.pipelines.calibrate import (
+    LayerReads,
+    calibrate,
+    deployed_phases,
+    model_blocks,
+)
+from vmla_convert.pipelines.convert import convert, layer_evidence, layer_weights
+from vmla_convert.pipelines.data import open_clips
 from vmla_convert.pipelines.load import load
+from vmla_convert.pipelines.plan import ReadWeights
 from vmla_convert.pipelines.pretrain import save_self_forcing
 from vmla_convert.progress import Silent
 from vmla_convert.results import Row
@@ -57,7 +69,12 @@ MODEL = ModelConfig(
     licence="apache-2.0",
 )
 CLIPS = DataConfig(frames=6)
-CONVERT = ConvertConfig("calibrated", 8, 4, calibration_clips=4, data=CLIPS)
+# The paper's layer at explicit sizes, which rows can name.
+CONVERT = ConvertConfig(
+    layer=PAPER_LAYER, kv_lora_rank=8, qk_rope_head_dim=4, calibration_clips=4, data=CLIPS
+)
+# What a user gets who asks for nothing: another layer, and a budget.
+BUDGETED = ConvertConfig(calibration_clips=4, data=CLIPS)
 RECOVER = RecoverConfig(
     layerwise_steps=2,
     training=TrainingConfig(steps=4, batch_size=2, eval_every=2, checkpoint_every=2),
@@ -85,6 +102,45 @@ def converted(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("latent") / "converted"
     convert(teacher, folder, CONVERT)
     return folder
+
+
+@pytest.fixture(scope="session")
+def budgeted(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint's conversion under `BUDGETED`."""
+    folder = tmp_path_factory.mktemp("latent") / "budgeted"
+    convert(teacher, folder, BUDGETED)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def measured(teacher: Path) -> list[LayerReads]:
+    """What calibration sees of the checkpoint, on the clips of `CONVERT` and `BUDGETED`."""
+    model = load(teacher)
+    return calibrate(model, model_blocks(model), open_clips(CLIPS), CONVERT.calibration_clips)
+
+
+@pytest.fixture(scope="module")
+def few_layerwise_clips() -> Iterator[None]:
+    """For files that only look at how recoveries are run, not at how well they go."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recover, "LAYERWISE_CLIPS", 4)
+        yield
+
+
+def evidence_of(
+    model: CausalWanModel, measured: list[LayerReads], layer: LayerConfig = PAPER_LAYER
+) -> list[Evidence]:
+    """What was measured of a dense model, as a layer needs it."""
+    phases, weights = deployed_phases(model.config), weights_of(model)
+    return [
+        layer_evidence(reads, weights(index), layer, phases) for index, reads in enumerate(measured)
+    ]
+
+
+def weights_of(model: CausalWanModel) -> ReadWeights:
+    """The dense weights of a model's layers, one by one."""
+    state, heads = model.state_dict(), model.config.geometry.num_heads
+    return lambda layer: layer_weights(state.__getitem__, layer, heads)
 
 
 class PowerCutError(Exception):

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
-from vmla_convert.config import CachePolicy, Geometry, MLAConfig, ModelConfig, SamplerConfig
+from vmla_convert.config import (
+    CachePolicy,
+    Geometry,
+    LayerConfig,
+    MLAConfig,
+    ModelConfig,
+    SamplerConfig,
+    SweepConfig,
+)
 from vmla_convert.layers.dit import CausalWanModel
 
 WIDE_WINDOW = CachePolicy(window_frames=64)
@@ -24,6 +34,27 @@ TINY_GEOMETRY = Geometry(
 TINY_MLA = MLAConfig(
     kv_lora_rank=(16, 10), rope_pairs=((0, 1, 4, 6), (2, 5, 7, 0, 0)), init="random"
 )
+EVERY_LAYER = SweepConfig(
+    current_chunks=("dense", "latent"),
+    positions=("decoupled", "reconstructed"),
+    latents=("joint", "split"),
+    k_norms=("stored", "latent", "rebuilt"),
+).layers()
+
+
+def layer_id(layer: LayerConfig) -> str:
+    """A layer's choices, as a test's name shows them."""
+    return "-".join(dataclasses.astuple(layer))
+
+
+def tiny_mla(layer: LayerConfig) -> MLAConfig:
+    """The sizes of TINY_MLA for any kind of layer; parts of a split latent differ."""
+    return dataclasses.replace(
+        TINY_MLA,
+        layer=layer,
+        rope_pairs=TINY_MLA.rope_pairs if layer.positions == "decoupled" else ((), ()),
+        key_ranks=(9, 4) if layer.latent == "split" else (),
+    )
 
 
 def tiny_config(
@@ -61,6 +92,8 @@ def randomise(module: nn.Module, seed: int) -> None:
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
             if parameter.ndim == 1 and name.endswith("weight"):
                 parameter += 1
+            if name.endswith("floor"):  # a mean square
+                parameter.abs_()
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -92,6 +92,25 @@ def test_update_writes_the_open_chunk_only_and_returns_a_view(
         cache.update(1, (entry(new, 5),))
 
 
+@ROLLOUTS
+def test_the_past_is_every_held_token_but_the_open_chunks(
+    rollout: tuple[int, int, list[int]], positions: str
+) -> None:
+    window, sink, chunks = rollout
+    cache, count = open_cache(window, sink, positions), 0
+    assert cache.past_tokens().tolist() == []
+    for size in chunks:
+        cache.open_chunk(size)
+        new, count = list(range(count, count + size)), count + size
+        (view,) = cache.update(1, (entry(new, 5),))
+        past = cache.past_tokens()
+        before = [f for f in frames_in(view) if f not in new]
+        assert sorted(before) == [f for f in held_frames(count, window, sink) if f < new[0]]
+        assert torch.equal(view[:, past], entry(before, 5).view(BATCH, -1, 5))
+        tokens = [t for t in range(view.shape[1]) if t not in past.tolist()]
+        assert sorted(frames_in(view[:, tokens])) == new
+
+
 def test_the_worked_example_of_the_module() -> None:
     cache = open_cache(6, 2, "relative")
     for first in (0, 2, 4, 6):
@@ -100,6 +119,10 @@ def test_the_worked_example_of_the_module() -> None:
     assert frames_in(view) == [0, 1, 6, 7, 4, 5]
     assert cache.positions().tolist() == [0, 1, 4, 5, 2, 3]
     assert cache.chunk_positions().tolist() == [4, 5]
+    slots = [0, 1, 4, 5]
+    assert cache.past_tokens().tolist() == [
+        3 * slot + token for slot in slots for token in range(3)
+    ]
 
 
 @pytest.mark.parametrize("already", [0, 1, 3])

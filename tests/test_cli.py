@@ -117,9 +117,24 @@ def test_convert_recover_and_eval_work_one_after_the_other(
     assert ran.code == 0
     (rows,) = map(json.loads, ran.out.splitlines())
     told = {(row["run"], row["metric"]): row["value"] for row in rows}
-    assert told["calibrated-8+6", "cache_scalars_per_token"] == 15
+    run = "calibrated-8+0-dense-reconstructed-joint-stored"
+    assert told[run, "cache_scalars_per_token"] == 9
     assert told["dense", "cache_scalars_per_token"] == 96
-    assert told["calibrated-8+6", "velocity_error"] > 0
+    assert told[run, "velocity_error"] > 0
+
+
+def test_convert_says_what_was_really_cut(teacher: Path, tmp_path: Path, vmla: Vmla) -> None:
+    words = ("--cut", "0.9", "--calibration-clips", "1", "--json")
+    ran = vmla("convert", teacher, "-o", tmp_path / "out", *words)
+    assert ran.code == 0
+    told, wrote = map(json.loads, ran.out.splitlines())
+    assert told["cache cut"] >= 0.9
+    assert told["numbers cached per token and layer"] <= 9.6
+    assert told["seconds"] > 0
+    assert wrote == {"wrote": str(tmp_path / "out")}
+    planned = vmla("convert", teacher, "-o", tmp_path / "new", "--dry-run", *words)
+    assert json.loads(planned.out)["cache cut"] >= 0.9
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_eval_of_the_dense_model_tells_of_it_alone(teacher: Path, vmla: Vmla) -> None:

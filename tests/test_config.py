@@ -12,14 +12,17 @@ from hypothesis import strategies as st
 
 from vmla_convert import config
 from vmla_convert.config import (
+    PAPER_LAYER,
     CachePolicy,
     ConvertConfig,
     DataConfig,
     EvaluateConfig,
     GenerateConfig,
     Geometry,
+    LayerConfig,
     MLAConfig,
     ModelConfig,
+    RankPlan,
     RecoverConfig,
     SamplerConfig,
     SweepConfig,
@@ -39,7 +42,22 @@ DENSE = ModelConfig(
     sampler=SamplerConfig(),
 )
 CONVERTED = dataclasses.replace(
-    DENSE, mla=MLAConfig(kv_lora_rank=(8, 10), rope_pairs=((0, 1, 1), ()), init="spectral")
+    DENSE, mla=MLAConfig(kv_lora_rank=(8, 10), rope_pairs=((0, 1, 1), (2,)), init="spectral")
+)
+SPLIT = MLAConfig(
+    kv_lora_rank=(8, 10),
+    rope_pairs=((), ()),
+    init="calibrated",
+    layer=LayerConfig(latent="split", k_norm="rebuilt"),
+    key_ranks=(3, 6),
+)
+# Two layers of one head with two pairs each.
+FOLDED = MLAConfig(
+    kv_lora_rank=(8, 10),
+    rope_pairs=((1,), (0,)),
+    init="calibrated",
+    layer=LayerConfig(positions="decoupled", k_norm="latent"),
+    phases=((((0.5, 1.0), (-3.1, 0.25)),), (((0.0, 0.0), (1.5, 0.125)),)),
 )
 
 EVERY_CONFIG: list[Any] = [
@@ -47,11 +65,19 @@ EVERY_CONFIG: list[Any] = [
     DENSE.cache,
     SamplerConfig(denoising_step_list=(1000, 500), shift=3.0, renoise=False),
     CONVERTED.mla,
+    SPLIT,
+    FOLDED,
+    LayerConfig(),
+    PAPER_LAYER,
+    RankPlan((8, 10), (3, 1)),
+    RankPlan((8, 10), (0, 0), (3, 6)),
     DENSE,
     CONVERTED,
+    dataclasses.replace(DENSE, mla=SPLIT),
     DataConfig(source="clips.safetensors", sink_gap=3),
     ConvertConfig(),
     ConvertConfig(kv_lora_rank=16, qk_rope_head_dim=8),
+    ConvertConfig(layer=PAPER_LAYER, plan=RankPlan((8, 10), (3, 1))),
     TrainingConfig(mixed_precision="bf16"),
     RecoverConfig(training=TrainingConfig(steps=7)),
     TeacherConfig(model=DENSE, training=TrainingConfig()),
@@ -99,7 +125,7 @@ def test_any_good_geometry_survives(
 
 @given(
     ranks=st.lists(st.integers(1, 4096), min_size=1, max_size=40).map(tuple),
-    pairs=st.lists(st.lists(st.integers(0, 63)).map(tuple), min_size=1).map(tuple),
+    pairs=st.lists(st.lists(st.integers(0, 63), min_size=1).map(tuple), min_size=1).map(tuple),
 )
 def test_any_ranks_and_pairs_survive(
     ranks: tuple[int, ...], pairs: tuple[tuple[int, ...], ...]
@@ -211,14 +237,89 @@ def test_a_window_must_hold_a_chunk_beside_its_sink() -> None:
 
 
 def test_cache_sizes_by_hand() -> None:
-    # dense: a key and a value of 48; layer 0: 8 + 2·3 + 1 = 15, layer 1: 10 + 0 + 1 = 11
+    # dense: a key and a value of 48; layer 0: 8 + 2·3 + 1 = 15, layer 1: 10 + 2·1 + 1 = 13
     assert DENSE.cache_scalars_per_token() == 96
-    assert CONVERTED.cache_scalars_per_token() == 13
+    assert CONVERTED.cache_scalars_per_token() == 14
     assert DENSE.cache_cut() == 0
-    assert CONVERTED.cache_cut() == pytest.approx(1 - 13 / 96)
+    assert CONVERTED.cache_cut() == pytest.approx(1 - 14 / 96)
     # 8×12 latents in 2×2 patches are 24 tokens; two layers, two bytes
     assert CONVERTED.tokens_per_frame == 24
-    assert CONVERTED.cache_bytes(frames=5, batch=3) == 3 * 5 * 24 * (15 + 11) * 2
+    assert CONVERTED.cache_bytes(frames=5, batch=3) == 3 * 5 * 24 * (15 + 13) * 2
+
+
+def test_a_layer_costs_a_number_more_for_a_stored_norm_only() -> None:
+    stored = dataclasses.replace(SPLIT, layer=LayerConfig(latent="split"))
+    assert [SPLIT.cache_scalars(layer) for layer in (0, 1)] == [8, 10]
+    assert [stored.cache_scalars(layer) for layer in (0, 1)] == [9, 11]
+    assert [FOLDED.cache_scalars(layer) for layer in (0, 1)] == [8 + 2, 10 + 2]
+
+
+def test_parts_of_a_split_latent_add_up_and_a_joint_one_is_read_whole() -> None:
+    assert [SPLIT.latent_parts(layer) for layer in (0, 1)] == [(3, 5), (6, 4)]
+    assert [FOLDED.latent_parts(layer) for layer in (0, 1)] == [(8, 8), (10, 10)]
+
+
+def test_a_config_from_before_layers_could_be_chosen_is_the_papers() -> None:
+    earlier = {"kv_lora_rank": [8, 10], "rope_pairs": [[0, 1, 1], [2]], "init": "spectral"}
+    mla = from_dict(ModelConfig, as_dict(DENSE, mla=earlier)).mla
+    assert mla == CONVERTED.mla
+    assert mla is not None
+    assert mla.layer == PAPER_LAYER == LayerConfig("latent", "decoupled", "joint", "stored")
+    assert mla.key_ranks == mla.phases == ()
+
+
+@pytest.mark.parametrize(
+    ("layer", "pairs", "key_ranks", "message"),
+    [
+        ({"positions": "reconstructed"}, ((0,), (1,)), (), "do not fit positions 'reconstructed'"),
+        ({"positions": "reconstructed"}, ((), (1,)), (), "do not fit positions 'reconstructed'"),
+        ({"positions": "decoupled"}, ((), ()), (), "do not fit positions 'decoupled'"),
+        ({"positions": "decoupled"}, ((0,), ()), (), "do not fit positions 'decoupled'"),
+        ({"latent": "split"}, ((), ()), (), "key_ranks do not fit a split latent"),
+        ({"latent": "split"}, ((), ()), (3,), "key_ranks do not fit a split latent"),
+        ({"latent": "joint"}, ((), ()), (3, 6), "key_ranks do not fit a joint latent"),
+    ],
+)
+def test_an_mla_that_cannot_be(
+    layer: dict[str, Any],
+    pairs: tuple[tuple[int, ...], ...],
+    key_ranks: tuple[int, ...],
+    message: str,
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        MLAConfig((8, 10), pairs, "calibrated", LayerConfig(**layer), key_ranks)
+
+
+@pytest.mark.parametrize("chunk", ["dense", "latent"])
+@pytest.mark.parametrize("latent", ["joint", "split"])
+def test_a_norm_from_the_rebuilt_key_needs_whole_keys(chunk: str, latent: str) -> None:
+    choices = {"current_chunk": chunk, "latent": latent, "k_norm": "rebuilt"}
+    assert from_dict(LayerConfig, choices).k_norm == "rebuilt"
+    with pytest.raises(ConfigError, match="k_norm 'rebuilt' needs whole keys") as caught:
+        from_dict(LayerConfig, {**choices, "positions": "decoupled"})
+    assert caught.value.hint is not None
+    assert "positions 'reconstructed'" in caught.value.hint
+
+
+def test_a_grid_leaves_out_only_layers_that_cannot_be() -> None:
+    grid = SweepConfig(
+        current_chunks=("dense", "latent"),
+        positions=("decoupled", "reconstructed"),
+        latents=("joint", "split"),
+        k_norms=("stored", "latent", "rebuilt"),
+    )
+    layers = grid.layers()
+    assert len(layers) == len(set(layers)) == 2 * 2 * 2 * 3 - 2 * 2
+    assert PAPER_LAYER in layers
+    assert LayerConfig() in layers
+
+
+@pytest.mark.parametrize(("ranks", "pairs"), [((8,), ((),)), ((8, 10, 8), ((), (), ()))])
+def test_an_mla_names_every_layer(
+    ranks: tuple[int, ...], pairs: tuple[tuple[int, ...], ...]
+) -> None:
+    with pytest.raises(ConfigError, match="ranks and pairs for 2 layers"):
+        dataclasses.replace(DENSE, mla=MLAConfig(ranks, pairs, "calibrated", LayerConfig()))
 
 
 def test_configs_do_not_change() -> None:

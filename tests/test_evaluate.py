@@ -8,19 +8,33 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import CLIPS, CONVERT, EVALUATE, MODEL
+from checkpoints import CONVERT, EVALUATE, MODEL, evidence_of
 from torch import Tensor
 
-from vmla_convert.config import DataConfig, EvaluateConfig
+from vmla_convert.config import (
+    PAPER_LAYER,
+    ConvertConfig,
+    DataConfig,
+    EvaluateConfig,
+    LayerConfig,
+    RankPlan,
+    to_dict,
+)
 from vmla_convert.demo.world import sample_clips
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.maths.factor import Evidence
+from vmla_convert.maths.spectra import effective_rank, weight_spectrum
 from vmla_convert.pipelines import evaluate as pipeline
-from vmla_convert.pipelines.calibrate import calibrate
-from vmla_convert.pipelines.convert import Conversion
+from vmla_convert.pipelines.calibrate import LayerReads
+from vmla_convert.pipelines.convert import Conversion, convert_model, planned_config
 from vmla_convert.pipelines.data import open_clips
-from vmla_convert.pipelines.evaluate import HeldOut, dense_rows, rollout_rows, spectrum_rows
+from vmla_convert.pipelines.evaluate import (
+    HeldOut,
+    dense_rows,
+    learned_spectrum_rows,
+    rollout_rows,
+    spectrum_rows,
+)
 from vmla_convert.pipelines.load import load
 from vmla_convert.pipelines.losses import Example
 from vmla_convert.pipelines.rows import cache_rows, conversion_rows, error_rows, run_name
@@ -28,14 +42,17 @@ from vmla_convert.results import Row
 
 pytest_plugins = ["checkpoints"]
 
+SPLIT = LayerConfig(latent="split")
+RUN = "calibrated-8+4-latent-decoupled-joint-stored"
 LATENT_FIELDS = {
-    "run": "calibrated-8+4",
+    "run": RUN,
     "init": "calibrated",
     "kv_lora_rank": 8,
     "qk_rope_head_dim": 4,
     "current_chunk": "latent",
     "positions": "decoupled",
     "latent": "joint",
+    "k_norm": "stored",
 }
 
 
@@ -47,11 +64,6 @@ def held_out(dense: CausalWanModel) -> HeldOut:
 @pytest.fixture
 def latent(converted: Path) -> CausalWanModel:
     return load(converted)
-
-
-@pytest.fixture
-def evidence(dense: CausalWanModel) -> list[Evidence]:
-    return calibrate(dense, open_clips(CLIPS), CONVERT.calibration_clips)
 
 
 def has_fields(row: Row, fields: Mapping[str, object]) -> bool:
@@ -141,7 +153,39 @@ def test_rows_of_a_conversions_cache(latent: CausalWanModel) -> None:
         "cache_cut": pytest.approx(1 - 13 / 96),
     }
     assert all(has_fields(row, LATENT_FIELDS) for row in rows)
-    assert run_name(latent.config) == "calibrated-8+4"
+    assert run_name(latent.config) == RUN
+
+
+def test_a_run_is_named_after_what_was_made(dense: CausalWanModel) -> None:
+    def name(layer: LayerConfig, ranks: tuple[int, ...], pairs: tuple[int, ...]) -> str:
+        plan = RankPlan(ranks, pairs, (2, 2) if layer.latent == "split" else ())
+        config = ConvertConfig("random", layer, plan=plan)
+        return run_name(planned_config(MODEL, config, plan))
+
+    assert run_name(dense.config) == "dense"
+    names = {
+        "random-9+0-dense-reconstructed-joint-stored": name(LayerConfig(), (9, 9), (0, 0)),
+        "random-9.5-dense-reconstructed-joint-stored": name(LayerConfig(), (8, 9), (0, 0)),
+        "random-9-dense-reconstructed-split-rebuilt": name(
+            LayerConfig(latent="split", k_norm="rebuilt"), (8, 10), (0, 0)
+        ),
+        # Other shares of the same size are another setting too.
+        "random-12-latent-decoupled-joint-latent": name(
+            replace(PAPER_LAYER, k_norm="latent"), (8, 6), (2, 3)
+        ),
+    }
+    assert list(names) == list(names.values())
+
+
+def test_rows_name_no_size_that_layers_do_not_share(
+    dense: CausalWanModel, measured: list[LayerReads]
+) -> None:
+    plan = RankPlan((8, 9), (0, 0))
+    config = ConvertConfig(plan=plan)
+    model = convert_model(dense, config, evidence_of(dense, measured, config.layer))
+    rows = cache_rows(model.config)
+    assert {(row.kv_lora_rank, row.qk_rope_head_dim) for row in rows} == {(None, None)}
+    assert rows[0].value == 9.5
 
 
 def test_rows_of_what_a_conversion_took(latent: CausalWanModel) -> None:
@@ -155,9 +199,9 @@ def test_rows_of_what_a_conversion_took(latent: CausalWanModel) -> None:
 
 
 def test_spectra_are_told_for_every_layer_with_and_without_data(
-    dense: CausalWanModel, evidence: list[Evidence]
+    dense: CausalWanModel, measured: list[LayerReads]
 ) -> None:
-    rows = spectrum_rows(dense, evidence, rank=8)
+    rows = spectrum_rows(dense, measured, rank=8)
     assert {(row.metric, row.run, row.layer) for row in rows} == {
         (metric, run, layer)
         for metric in ("effective_rank_99", "energy_at_rank")
@@ -168,6 +212,31 @@ def test_spectra_are_told_for_every_layer_with_and_without_data(
     assert all(row.kv_lora_rank == 8 and 0 < row.value < 1 for row in energy)
     ranks = [row.value for row in rows if row.metric == "effective_rank_99"]
     assert all(8 < rank <= MODEL.geometry.dim for rank in ranks)
+
+
+@pytest.mark.parametrize(
+    "layer", [LayerConfig(), PAPER_LAYER, SPLIT], ids=["default", "paper", "split"]
+)
+@pytest.mark.parametrize("init", ["calibrated", "random"])
+def test_every_converted_layer_tells_how_much_of_its_rank_it_fills(
+    init: str, layer: LayerConfig, dense: CausalWanModel, measured: list[LayerReads]
+) -> None:
+    config = replace(CONVERT, init=init, layer=layer, kv_lora_rank=8, qk_rope_head_dim=None)
+    model = convert_model(dense, config, evidence_of(dense, measured, layer))
+    rows = learned_spectrum_rows(model, seed=3)
+    assert [row.layer for row in rows] == [0, 1]
+    assert {row.metric for row in rows} == {"effective_rank_99"}
+    told = {"run": run_name(model.config), "init": init, "seed": 3, **to_dict(layer)}
+    assert all(has_fields(row, told) and 0 < row.value <= 8 for row in rows)
+    read = model.state_dict().__getitem__
+    for row in rows:
+        prefix = f"blocks.{row.layer}.self_attn."
+        down = read(prefix + "kv_a_proj.weight")
+        keys, values = (read(f"{prefix}kv_b_proj_{part}.weight") for part in "kv")
+        operator = torch.cat(
+            [keys @ down[: keys.shape[1]], values @ down[len(down) - values.shape[1] :]]
+        )
+        assert effective_rank(weight_spectrum(operator.double())) == row.value
 
 
 def test_rollouts_are_scored_whole_and_by_segment(monkeypatch: pytest.MonkeyPatch) -> None:

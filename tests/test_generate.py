@@ -23,7 +23,7 @@ from vmla_convert.pipelines.load import load
 pytest_plugins = ["checkpoints"]
 
 
-@pytest.fixture(params=["teacher", "converted"])
+@pytest.fixture(params=["teacher", "converted", "budgeted"])
 def model(request: pytest.FixtureRequest) -> CausalWanModel:
     return load(request.getfixturevalue(request.param))
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from checkpoints import CONVERT, MODEL, Vmla, refused
+from checkpoints import BUDGETED, CONVERT, MODEL, Vmla, refused
 
 from vmla_convert.config import ConvertConfig
 from vmla_convert.errors import CheckpointError, ConfigError
@@ -25,11 +25,21 @@ def test_a_dense_checkpoint_is_described_as_it_is(teacher: Path) -> None:
     assert told.window_cache_bytes == cache.nbytes // 2  # four bytes a number there, two here
 
 
-def test_the_foretold_cache_is_the_converted_models(teacher: Path, converted: Path) -> None:
-    told = inspect_checkpoint(teacher, CONVERT)
+@pytest.mark.parametrize("name", ["converted", "budgeted"])
+def test_the_foretold_cache_is_the_converted_models(
+    name: str, teacher: Path, request: pytest.FixtureRequest
+) -> None:
+    told = inspect_checkpoint(teacher, CONVERT if name == "converted" else BUDGETED)
     assert told.converted.cache_scalars_per_token() == 13
-    cache = load(converted).new_cache(1)
+    cache = load(request.getfixturevalue(name)).new_cache(1)
     assert told.converted_window_cache_bytes == cache.nbytes // 2
+    assert told.converted.mla
+    assert told.spectrum[0].energy_at_rank == energy(teacher, told.converted.mla.kv_lora_rank[0])
+
+
+def energy(teacher: Path, rank: int) -> float:
+    """What a rank holds of the first layer's weights."""
+    return inspect_checkpoint(teacher, ConvertConfig(kv_lora_rank=rank)).spectrum[0].energy_at_rank
 
 
 def test_every_layer_has_a_spectrum_that_more_rank_fills(teacher: Path) -> None:
@@ -48,6 +58,18 @@ def test_a_converted_folder_is_compared_with_nothing(converted: Path) -> None:
     assert told.spectrum == []
 
 
+@pytest.mark.parametrize(
+    ("option", "size", "rank"), [("--cut", 0.8, 18), ("--cache-scalars", 20, 19)]
+)
+def test_a_budget_is_shown_as_equal_shares(
+    option: str, size: float, rank: int, teacher: Path, vmla: Vmla
+) -> None:
+    ran = vmla("inspect", teacher, "--json", option, str(size))
+    assert ran.code == 0
+    mla = json.loads(ran.out)["converted"]["mla"]
+    assert (mla["kv_lora_rank"], mla["rope_pairs"]) == ([rank, rank], [[], []])
+
+
 def test_sizes_that_do_not_fit_are_refused(teacher: Path) -> None:
     with pytest.raises(ConfigError, match="kv_lora_rank 49"):
         inspect_checkpoint(teacher, ConvertConfig(kv_lora_rank=49))
@@ -59,7 +81,7 @@ def test_nothing_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_command_speaks_json(teacher: Path, vmla: Vmla) -> None:
-    ran = vmla("inspect", teacher, "--json", "--kv-lora-rank", "8", "--qk-rope-head-dim", "4")
+    ran = vmla("inspect", teacher, "--json", "--kv-lora-rank", "8")
     assert ran.code == 0
     told = json.loads(ran.out)
     assert told["model"]["geometry"]["dim"] == 48
@@ -69,10 +91,10 @@ def test_the_command_speaks_json(teacher: Path, vmla: Vmla) -> None:
 
 
 def test_the_command_shows_the_cut_and_the_spectrum(teacher: Path, vmla: Vmla) -> None:
-    ran = vmla("inspect", teacher, "--kv-lora-rank", "8", "--qk-rope-head-dim", "4")
+    ran = vmla("inspect", teacher, "--kv-lora-rank", "12")
     assert ran.code == 0
     assert "86.5%" in ran.out
-    assert "energy at R = 8" in ran.out
+    assert "energy at R = 12" in ran.out
     assert "self_forcing" in ran.out
 
 
@@ -87,4 +109,5 @@ def test_the_command_refuses_nothing_and_bad_sizes(
     teacher: Path, tmp_path: Path, vmla: Vmla
 ) -> None:
     assert refused(vmla("inspect", tmp_path / "nothing"))
-    assert refused(vmla("inspect", teacher, "--qk-rope-head-dim", "3"))
+    assert refused(vmla("inspect", teacher, "--kv-lora-rank", "49"))
+    assert refused(vmla("inspect", teacher, "--cut", "0.9", "--kv-lora-rank", "8"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,19 +36,25 @@ def test_a_dense_checkpoint_loads_with_its_own_numbers(teacher: Path) -> None:
         assert torch.equal(tensor, source[name].bfloat16().float())
 
 
-def test_a_converted_folder_loads_as_latent_layers(converted: Path) -> None:
-    attentions = load(converted).self_attentions()
+@pytest.fixture(params=["converted", "budgeted"])
+def latent(request: pytest.FixtureRequest) -> Path:
+    """A conversion to the paper's layer, and one as nobody asked."""
+    return request.getfixturevalue(request.param)
+
+
+def test_a_converted_folder_loads_as_latent_layers(latent: Path) -> None:
+    attentions = load(latent).self_attentions()
     assert len(attentions) == MODEL.geometry.num_layers
     assert all(isinstance(attention, LatentSelfAttention) for attention in attentions)
 
 
-def test_every_tensor_of_a_converted_folder_is_used(converted: Path) -> None:
-    opened, state = open_checkpoint(converted), load(converted).state_dict()
+def test_every_tensor_of_a_converted_folder_is_used(latent: Path) -> None:
+    opened, state = open_checkpoint(latent), load(latent).state_dict()
     assert state.keys() == opened.names.keys()
     assert all(torch.equal(tensor, opened.read(n).float()) for n, tensor in state.items())
 
 
-@pytest.mark.parametrize("folder", ["teacher", "converted"])
+@pytest.mark.parametrize("folder", ["teacher", "converted", "budgeted"])
 def test_a_loaded_model_is_frozen_and_evaluates(
     folder: str, request: pytest.FixtureRequest
 ) -> None:
@@ -91,6 +98,45 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(copied: Path) -> None
     file.write_text(json.dumps(told))
     with pytest.raises(CheckpointError, match=r"blocks\.1"):
         load(copied)
+
+
+def test_a_folder_that_names_no_layer_is_of_the_papers(copied: Path) -> None:
+    """As the folders were before there was a choice."""
+    file, before = copied / "config.json", load(copied)
+    told = json.loads(file.read_text())
+    for name in ("layer", "key_ranks", "phases"):
+        del told["model"]["mla"][name]
+    file.write_text(json.dumps(told))
+    after = load(copied)
+    assert before.config.mla and after.config.mla == replace(before.config.mla, phases=())
+    state = after.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in before.state_dict().items())
+
+
+@pytest.mark.parametrize(("choice", "value"), [("positions", "reconstructed"), ("latent", "split")])
+def test_a_layer_that_does_not_fit_its_sizes_is_refused(
+    choice: str, value: str, copied: Path
+) -> None:
+    file = copied / "config.json"
+    told = json.loads(file.read_text())
+    told["model"]["mla"]["layer"][choice] = value
+    file.write_text(json.dumps(told))
+    with pytest.raises(CheckpointError, match="do not fit") as caught:
+        load(copied)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(("choice", "value"), [("current_chunk", "dense"), ("k_norm", "latent")])
+def test_a_layer_that_needs_other_tensors_is_refused_by_the_name_of_one(
+    choice: str, value: str, copied: Path
+) -> None:
+    file = copied / "config.json"
+    told = json.loads(file.read_text())
+    told["model"]["mla"]["layer"][choice] = value
+    file.write_text(json.dumps(told))
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.self_attn\.k") as caught:
+        load(copied)
+    assert caught.value.hint
 
 
 def test_a_misspelt_config_key_is_named_with_the_right_one(copied: Path) -> None:

@@ -1,4 +1,4 @@
-"""The latent layer: its lossless limit (METHOD 2), its scale and norm, its cache's size."""
+"""The latent layers: their lossless limit (METHOD 2), their formulas, the size of their cache."""
 
 from __future__ import annotations
 
@@ -7,62 +7,102 @@ import dataclasses
 import pytest
 import torch
 from conftest import (
+    EVERY_LAYER,
     TINY_GEOMETRY,
     TINY_MLA,
     chunk_timesteps,
+    layer_id,
     noise,
     randomise,
     tiny_clip,
     tiny_config,
+    tiny_mla,
     tiny_model,
 )
+from reference.attention import merged_softmaxes, one_softmax
 from torch import Tensor, nn
 
-from vmla_convert.config import CachePolicy, MLAConfig
-from vmla_convert.layers.attention import DenseSelfAttention
-from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.config import PAPER_LAYER, CachePolicy, LayerConfig, MLAConfig
+from vmla_convert.layers.attention import DenseSelfAttention, Sight
+from vmla_convert.layers.dit import CausalWanModel, masked_attention
 from vmla_convert.layers.mla import LatentSelfAttention
-from vmla_convert.maths.masks import block_causal_mask
+from vmla_convert.maths.masks import block_causal_mask, teacher_forcing_mask
 from vmla_convert.maths.rope3d import Rotary, rotary_table, token_positions
 
 DIM, HEADS, HEAD_DIM = TINY_GEOMETRY.dim, TINY_GEOMETRY.num_heads, TINY_GEOMETRY.head_dim
-LAYERS = TINY_GEOMETRY.num_layers
 ALL_PAIRS = tuple(range(HEAD_DIM // 2)) * HEADS
-LOSSLESS = MLAConfig(kv_lora_rank=(DIM,) * LAYERS, rope_pairs=(ALL_PAIRS,) * LAYERS, init="exact")
+DENSE_CHUNK = [layer for layer in EVERY_LAYER if layer.current_chunk == "dense"]
+POSITION_FREE = [
+    layer
+    for layer in EVERY_LAYER
+    if layer.current_chunk == "latent" and layer.positions == "decoupled"
+]
+
+every_layer = pytest.mark.parametrize("layer", EVERY_LAYER, ids=layer_id)
+
+
+def full_size(layer: LayerConfig) -> MLAConfig:
+    """The sizes at which nothing needs to be lost."""
+    split, layers = layer.latent == "split", TINY_GEOMETRY.num_layers
+    return MLAConfig(
+        kv_lora_rank=(2 * DIM if split else DIM,) * layers,
+        rope_pairs=(ALL_PAIRS if layer.positions == "decoupled" else (),) * layers,
+        init="exact",
+        layer=layer,
+        key_ranks=(DIM,) * layers if split else (),
+    )
+
+
+@torch.no_grad()
+def lossless(
+    dense: DenseSelfAttention, layer: LayerConfig, keys_in: str = "rope"
+) -> LatentSelfAttention:
+    """The converted layer at full size; decoupled keys pass through the rope branch or the latent.
+
+    Every part of the latent is x in a basis of its own, shifted.
+    """
+    latent = LatentSelfAttention(TINY_GEOMETRY, full_size(layer), 0)
+    randomise(latent, seed=11)
+    latent.load_state_dict(dense.state_dict(), strict=False)
+    bases = latent.kv_a_proj.weight.unflatten(0, (-1, DIM))
+    bases.copy_(torch.linalg.qr(bases).Q)  # any invertible ones would do
+    basis, offset = bases[0], latent.kv_a_proj.bias[:DIM]
+    value_basis, value_offset = bases[-1], latent.kv_a_proj.bias[-DIM:]
+
+    raw_key, raw_bias, gain = dense.k.weight, dense.k.bias, dense.norm_k.weight
+    key, key_bias = gain[:, None] * raw_key, gain * raw_bias
+    value = dense.v.weight @ value_basis.mT
+    fill(latent.kv_b_proj_v, value, dense.v.bias - value @ value_offset)
+    if layer.positions == "decoupled":
+        latent.q_rope_map.zero_()
+        fill(latent.k_rope_proj, key, key_bias)
+    if layer.positions == "decoupled" and keys_in == "rope":
+        key, key_bias = torch.zeros_like(key), torch.zeros_like(key_bias)
+        for head in range(HEADS):
+            own = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+            latent.q_rope_map[head, own] = torch.eye(HEAD_DIM)
+    if layer.k_norm == "rebuilt":
+        key, key_bias = raw_key, raw_bias
+    up = key @ basis.mT
+    fill(latent.kv_b_proj_k, up, key_bias - up @ offset)
+
+    if layer.k_norm != "stored":
+        latent.k_norm_floor.zero_()
+    if layer.k_norm == "latent":
+        # The raw key as a linear map of the cached numbers; only its length is asked for.
+        rows = raw_key @ basis.mT
+        latent.k_norm_latent.weight.zero_()
+        latent.k_norm_latent.weight[:DIM, :DIM] = rows / DIM**0.5
+        latent.k_norm_latent.bias.zero_()
+        latent.k_norm_latent.bias[:DIM] = (raw_bias - rows @ offset) / DIM**0.5
+    elif layer.k_norm == "stored" and layer.current_chunk == "latent":
+        latent.k_norm_proj.load_state_dict(dense.k.state_dict())
+    return latent
 
 
 def fill(linear: nn.Linear, weight: Tensor, bias: Tensor) -> None:
     linear.weight.copy_(weight)
     linear.bias.copy_(bias)
-
-
-@torch.no_grad()
-def lossless(dense: DenseSelfAttention, keys_in: str = "rope") -> LatentSelfAttention:
-    """The converted layer at full rank; its keys pass through the rope branch or the latent."""
-    latent = LatentSelfAttention(TINY_GEOMETRY, LOSSLESS, 0)
-    randomise(latent, seed=11)
-    basis = torch.linalg.qr(latent.kv_a_proj.weight).Q  # any invertible one would do
-    latent.kv_a_proj.weight.copy_(basis)
-    for name in ("q", "o", "norm_q"):
-        getattr(latent, name).load_state_dict(getattr(dense, name).state_dict())
-    latent.k_norm_proj.load_state_dict(dense.k.state_dict())
-
-    gain = dense.norm_k.weight
-    key_weight, key_bias = gain[:, None] * dense.k.weight, gain * dense.k.bias
-    back, offset = basis.T, latent.kv_a_proj.bias
-    value = dense.v.weight @ back
-    fill(latent.kv_b_proj_v, value, dense.v.bias - value @ offset)
-    latent.q_rope_map.zero_()
-    if keys_in == "rope":
-        fill(latent.kv_b_proj_k, torch.zeros(DIM, DIM), torch.zeros(DIM))
-        fill(latent.k_rope_proj, key_weight, key_bias)
-        for head in range(HEADS):
-            own = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
-            latent.q_rope_map[head, own] = torch.eye(HEAD_DIM)
-    else:
-        key = key_weight @ back
-        fill(latent.kv_b_proj_k, key, key_bias - key @ offset)
-    return latent
 
 
 def table(frames: Tensor) -> Rotary:
@@ -76,88 +116,49 @@ def dense() -> DenseSelfAttention:
     return attention
 
 
+# At full size nothing is lost
+
+
+@every_layer
+@pytest.mark.parametrize("frames", [[0, 1, 2, 3], [5, 2, 90, 91]], ids=str)
 @torch.no_grad()
-def test_full_rank_and_all_pairs_equal_the_dense_layer(dense: DenseSelfAttention) -> None:
-    latent, x = lossless(dense), noise(2, 24, DIM)
-    mask = block_causal_mask(4, 2, 6)
-    for frames in (torch.arange(4), torch.tensor([5, 2, 90, 91])):
-        rotary = table(frames)
-        expected = dense(x, dense.project(x), rotary, rotary, mask)
-        y = latent(x, latent.project(x), rotary, rotary, mask)
-        torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
-
-
-@torch.no_grad()
-def test_full_rank_reads_more_keys_than_queries_at_other_places(dense: DenseSelfAttention) -> None:
-    latent, past, x = lossless(dense), noise(2, 18, DIM, seed=1), noise(2, 12, DIM)
-    tokens = torch.cat([past, x], dim=1)
-    query_rotary, key_rotary = table(torch.tensor([9, 10])), table(torch.tensor([4, 0, 1, 9, 10]))
-    expected = dense(x, dense.project(tokens), query_rotary, key_rotary)
-    y = latent(x, latent.project(tokens), query_rotary, key_rotary)
-    torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
-
-
-@torch.no_grad()
-def test_keys_in_the_latent_equal_the_dense_layer_without_positions(
-    dense: DenseSelfAttention,
+def test_a_full_size_layer_is_the_dense_layer_wherever_the_frames_are(
+    dense: DenseSelfAttention, layer: LayerConfig, frames: list[int]
 ) -> None:
-    latent, x = lossless(dense, keys_in="latent"), noise(2, 12, DIM)
-    nowhere = rotary_table(torch.zeros(12, 3, dtype=torch.long), HEAD_DIM)
-    somewhere = table(torch.arange(2))
-    entries = latent.project(x)
-    expected = dense(x, dense.project(x), nowhere, nowhere)
-    torch.testing.assert_close(latent(x, entries, nowhere, nowhere), expected, atol=1e-5, rtol=0)
-    # … wherever the tokens are: the content branch has no positions.
-    assert torch.equal(
-        latent(x, entries, somewhere, somewhere), latent(x, entries, nowhere, nowhere)
-    )
+    x = noise(2, 48, DIM)
+    attend = masked_attention(table(torch.tensor(2 * frames)), teacher_forcing_mask(4, 2, 6))
+    y = attend(lossless(dense, layer), x)
+    torch.testing.assert_close(y, attend(dense, x), atol=1e-5, rtol=0)
 
 
+@every_layer
 @torch.no_grad()
-def test_scores_are_those_of_the_formula() -> None:
-    """METHOD 1, one query and one key at a time, with shared, repeated and few pairs."""
-    latent = LatentSelfAttention(TINY_GEOMETRY, TINY_MLA, 1)
-    randomise(latent, seed=4)
-    x, rotary = noise(1, 12, DIM), table(torch.tensor([3, 8]))
-    pairs = TINY_MLA.rope_pairs[1]
-    raw = latent.k_norm_proj(x)[0]
-    rho = (raw.square().mean(-1) + TINY_GEOMETRY.eps).sqrt()
-    c, r = latent.kv_a_proj(x)[0], latent.k_rope_proj(x)[0]
-    queries = latent.norm_q(latent.q(x))[0].unflatten(-1, (HEADS, HEAD_DIM))
-    keys = latent.kv_b_proj_k(c).unflatten(-1, (HEADS, HEAD_DIM))
-    values = latent.kv_b_proj_v(c).unflatten(-1, (HEADS, HEAD_DIM))
-
-    def turn(channels: Tensor, token: int) -> Tensor:
-        z = torch.view_as_complex(channels.unflatten(-1, (-1, 2)).contiguous())
-        angle = torch.complex(rotary.cos[token], rotary.sin[token])[list(pairs)]
-        return torch.view_as_real(z * angle).flatten()
-
-    heads: list[Tensor] = []
-    for head in range(HEADS):
-        scores = torch.zeros(12, 12)
-        for i in range(12):
-            for j in range(12):
-                q = queries[i, head]
-                rope = turn(latent.q_rope_map[head] @ q, i) @ turn(r[j], j)
-                scores[i, j] = (q @ keys[j, head] + rope) / (rho[j] * HEAD_DIM**0.5)
-        heads.append(scores.softmax(-1) @ values[:, head])
-    expected = latent.o(torch.cat(heads, dim=-1))
-    y = latent(x, latent.project(x), rotary, rotary)[0]
+def test_a_full_size_layer_reads_slots_in_any_order_at_any_place(
+    dense: DenseSelfAttention, layer: LayerConfig
+) -> None:
+    """The chunk's two frames are in slots 1 and 2 of five, as after an eviction."""
+    latent, tokens = lossless(dense, layer), noise(2, 30, DIM)
+    x = tokens[:, 6:18]
+    past = torch.tensor([*range(6), *range(18, 30)])
+    sight = Sight(table(torch.tensor([9, 10])), table(torch.tensor([4, 9, 10, 0, 1])), past=past)
+    expected = dense(x, dense.project(tokens).cached, None, sight)
+    y = latent(x, latent.project(tokens).cached, latent.project(x).own, sight)
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
 
 
+@every_layer
 @pytest.mark.parametrize("positions", ["absolute", "relative"])
 @torch.no_grad()
-def test_a_lossless_model_rolls_out_like_its_source(positions: str) -> None:
+def test_a_full_size_model_rolls_out_like_its_source(layer: LayerConfig, positions: str) -> None:
     """With window, sink, eviction and re-indexing on."""
     assert positions in ("absolute", "relative")
     config = tiny_config(cache=CachePolicy(6, 2, positions))
     source = tiny_model(config)
-    model = CausalWanModel(dataclasses.replace(config, mla=LOSSLESS))
+    model = CausalWanModel(dataclasses.replace(config, mla=full_size(layer)))
     model.load_state_dict(source.state_dict(), strict=False)
     for block, attention in zip(model.blocks, source.self_attentions(), strict=True):
         assert isinstance(attention, DenseSelfAttention)
-        block.self_attn = lossless(attention)
+        block.self_attn = lossless(attention, layer)
     latents, context = tiny_clip(config, 10)
     timestep = chunk_timesteps(config, 10)
     caches = source.new_cache(2), model.new_cache(2)
@@ -169,23 +170,113 @@ def test_a_lossless_model_rolls_out_like_its_source(positions: str) -> None:
         torch.testing.assert_close(*velocities, atol=2e-5, rtol=0)
 
 
-def test_a_token_costs_its_latent_its_rope_key_and_one_norm() -> None:
-    attentions = tiny_model(tiny_config(mla=TINY_MLA)).self_attentions()
-    x = noise(1, 6, DIM)
-    for layer, attention in enumerate(attentions):
-        rank, pairs = TINY_MLA.kv_lora_rank[layer], TINY_MLA.rope_pairs[layer]
-        assert TINY_MLA.cache_scalars(layer) == rank + 2 * len(pairs) + 1
-        assert sum(attention.entry_widths) == TINY_MLA.cache_scalars(layer)
-        assert tuple(e.shape[-1] for e in attention.project(x)) == attention.entry_widths
+@pytest.mark.parametrize("layer", POSITION_FREE, ids=layer_id)
+@torch.no_grad()
+def test_keys_in_the_latent_are_the_dense_layers_without_positions(
+    dense: DenseSelfAttention, layer: LayerConfig
+) -> None:
+    latent, x = lossless(dense, layer, keys_in="latent"), noise(2, 12, DIM)
+    nowhere = rotary_table(torch.zeros(12, 3, dtype=torch.long), HEAD_DIM)
+    without, within = (masked_attention(t, None) for t in (nowhere, table(torch.arange(2))))
+    torch.testing.assert_close(without(latent, x), without(dense, x), atol=1e-5, rtol=0)
+    # … wherever the tokens are: the content branch has no positions.
+    assert torch.equal(within(latent, x), without(latent, x))
+
+
+# Truncated, a layer still is what its formula says
+
+
+def random_layer(layer: LayerConfig, index: int = 1) -> LatentSelfAttention:
+    attention = LatentSelfAttention(TINY_GEOMETRY, tiny_mla(layer), index)
+    randomise(attention, seed=4)
+    return attention
+
+
+@every_layer
+@torch.no_grad()
+def test_scores_are_those_of_the_formula_in_one_softmax(layer: LayerConfig) -> None:
+    """METHOD 1 and 3, with shared, repeated and few pairs."""
+    attention, x = random_layer(layer), noise(1, 16, DIM)
+    rotary = rotary_table(token_positions(torch.tensor([3, 8, 9, 11] * 2), 1, 2), HEAD_DIM)
+    mask = teacher_forcing_mask(4, 2, 2)
+    y = masked_attention(rotary, mask)(attention, x)[0]
+    expected = one_softmax(attention, tiny_mla(layer), 1, x[0], rotary, *mask)
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("layer", DENSE_CHUNK, ids=layer_id)
+@torch.no_grad()
+def test_past_and_own_chunk_are_two_attentions_merged(layer: LayerConfig) -> None:
+    attention, x = random_layer(layer, 0), noise(1, 12, DIM)
+    rotary = rotary_table(token_positions(torch.tensor([0, 1, 7, 8, 9, 10]), 1, 2), HEAD_DIM)
+    mask = block_causal_mask(6, 2, 2, CachePolicy(5, 1))
+    y = masked_attention(rotary, mask)(attention, x)[0]
+    expected = merged_softmaxes(attention, tiny_mla(layer), 0, x[0], rotary, *mask)
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
+
+
+# What is stored
+
+
+@every_layer
+@torch.no_grad()
+def test_a_token_costs_what_its_config_says(layer: LayerConfig) -> None:
+    mla = tiny_mla(layer)
+    norm = [1] if layer.k_norm == "stored" else []
+    for index, attention in enumerate(tiny_model(tiny_config(mla=mla)).self_attentions()):
+        rank, rope = mla.kv_lora_rank[index], 2 * len(mla.rope_pairs[index])
+        widths = [rank, *([rope] if rope else []), *norm]
+        assert (rope > 0) == (layer.positions == "decoupled")
+        assert attention.entry_widths == tuple(widths)
+        assert mla.cache_scalars(index) == sum(widths)
+        cached, own = attention.project(noise(2, 6, DIM))
+        assert [entry.shape for entry in cached] == [(2, 6, width) for width in widths]
+        if layer.current_chunk == "latent":
+            assert own is None
+        else:
+            assert own is not None
+            assert [entry.shape for entry in own] == [(2, 6, DIM)] * 2
+        parts = mla.latent_parts(index)
+        assert (sum(parts) == rank) if layer.latent == "split" else (parts == (rank, rank))
+
+
+def test_the_sizes_of_the_paper_layer_by_hand() -> None:
+    assert TINY_MLA.layer == PAPER_LAYER
     assert TINY_MLA.cache_scalars(0) == 16 + 8 + 1
     assert TINY_MLA.cache_scalars(1) == 10 + 10 + 1
 
 
-@pytest.mark.parametrize(("mla", "scalars"), [(None, 2 * 96), (TINY_MLA, 25 + 21)])
-def test_the_cache_is_as_large_as_the_config_says(mla: MLAConfig | None, scalars: int) -> None:
+@pytest.mark.parametrize(
+    ("mla", "scalars"),
+    [
+        (None, 2 * 96),
+        (TINY_MLA, 25 + 21),
+        *((tiny_mla(layer), None) for layer in EVERY_LAYER),
+    ],
+)
+def test_the_cache_is_as_large_as_the_config_says(
+    mla: MLAConfig | None, scalars: int | None
+) -> None:
+    if scalars is None:
+        assert mla is not None
+        scalars = 26 + 18 * bool(mla.rope_pairs[0]) + 2 * (mla.layer.k_norm == "stored")
     config = tiny_config(cache=CachePolicy(7, 2), mla=mla)
     cache = tiny_model(config).new_cache(batch=3)
     assert cache.nbytes == config.cache_bytes(frames=7, batch=3, bytes_per_scalar=4)
     assert cache.nbytes == scalars * 7 * 6 * 3 * 4
     assert config.cache_scalars_per_token() == scalars / 2
     assert config.cache_cut() == pytest.approx(1 - scalars / (2 * 96))
+
+
+def test_the_paper_layer_keeps_the_names_of_folders_converted_earlier() -> None:
+    linears = ("q", "o", "kv_a_proj", "kv_b_proj_k", "kv_b_proj_v", "k_rope_proj", "k_norm_proj")
+    expected = {f"{name}.{kind}" for name in linears for kind in ("weight", "bias")}
+    names = set(LatentSelfAttention(TINY_GEOMETRY, TINY_MLA, 0).state_dict())
+    assert names == expected | {"norm_q.weight", "q_rope_map"}
+
+
+@pytest.mark.parametrize("layer", DENSE_CHUNK, ids=layer_id)
+def test_a_layer_with_a_dense_chunk_keeps_all_of_the_dense_layer(
+    dense: DenseSelfAttention, layer: LayerConfig
+) -> None:
+    assert set(dense.state_dict()) <= set(random_layer(layer).state_dict())

@@ -3,43 +3,79 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from vmla_convert.maths.moments import Moments, as_pairs, measure_moments, merge_moments
+from vmla_convert.maths.moments import (
+    Moments,
+    as_channels,
+    as_pairs,
+    measure_moments,
+    merge_moments,
+)
+
+repeatable = settings(derandomize=True, deadline=None, max_examples=20)
 
 
-def sample(tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def tokens(count: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    return normal(tokens, 12), normal(tokens, 2, 6), normal(tokens).abs(), normal(tokens + 3, 2, 6)
+    return torch.randn(count, 12, generator=generator, dtype=torch.float64) + 2
 
 
-def test_covariance_is_that_of_the_inputs() -> None:
-    inputs, *rest = sample(50, 0)
-    moments = measure_moments(inputs, *rest)
-    torch.testing.assert_close(moments.covariance, torch.cov(inputs.mT, correction=0))
-    torch.testing.assert_close(moments.mean, inputs.mean(0))
-
-
-def test_streamed_moments_equal_moments_of_all_tokens() -> None:
-    first, second = sample(7, 1), sample(5, 2)
-    merged = merge_moments(measure_moments(*first), measure_moments(*second))
-    together = measure_moments(*(torch.cat(both) for both in zip(first, second, strict=True)))
-    for name, a, b in zip(Moments._fields, merged, together, strict=True):
+def assert_equal(moments: Moments, expected: Moments) -> None:
+    for name, a, b in zip(Moments._fields, moments, expected, strict=True):
         torch.testing.assert_close(a, b, msg=name)
 
 
-def test_key_pairs_are_hermitian_with_the_energy_of_each_head() -> None:
-    _, keys, *_ = data = sample(20, 3)
-    pairs = measure_moments(*data).key_pairs
-    torch.testing.assert_close(pairs, pairs.mH)
-    energy = keys.unflatten(-1, (-1, 2)).square().sum((0, -1))
-    torch.testing.assert_close(pairs.diagonal(dim1=-2, dim2=-1).real.mT, energy)
+def test_mean_and_covariance_are_those_of_the_inputs() -> None:
+    inputs = tokens(50)
+    moments = measure_moments(inputs)
+    assert moments.tokens == 50
+    torch.testing.assert_close(moments.mean, inputs.mean(0))
+    torch.testing.assert_close(moments.covariance, torch.cov(inputs.mT, correction=0))
+
+
+@repeatable
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5))
+def test_streamed_moments_equal_moments_of_all_tokens(counts: list[int]) -> None:
+    parts = [tokens(count, seed) for seed, count in enumerate(counts)]
+    streamed = measure_moments(parts[0])
+    for part in parts[1:]:
+        streamed = merge_moments([streamed, measure_moments(part)])
+    together = measure_moments(torch.cat(parts))
+    assert_equal(streamed, together)
+    assert_equal(merge_moments(map(measure_moments, parts)), together)
+
+
+def test_clips_and_tokens_count_alike() -> None:
+    inputs = tokens(24)
+    assert_equal(measure_moments(inputs.unflatten(0, (2, 3, 4))), measure_moments(inputs))
+
+
+def test_moments_of_single_precision_inputs_are_summed_in_double() -> None:
+    inputs = tokens(30).float()
+    assert_equal(measure_moments(inputs), measure_moments(inputs.double()))
+
+
+@repeatable
+@given(st.floats(1e-6, 1e6))
+def test_a_weight_keeps_mean_and_covariance_and_changes_the_count(weight: float) -> None:
+    moments = measure_moments(tokens(20))
+    weighted = moments.weighted(weight)
+    torch.testing.assert_close(weighted.tokens.item(), weight)
+    torch.testing.assert_close(weighted.mean, moments.mean)
+    torch.testing.assert_close(weighted.covariance, moments.covariance)
+
+
+def test_a_part_of_twice_the_weight_counts_as_if_seen_twice() -> None:
+    first, second = tokens(10, 1), tokens(10, 2)
+    merged = merge_moments([measure_moments(first).weighted(20), measure_moments(second)])
+    assert_equal(merged, measure_moments(torch.cat([first, first, second])))
 
 
 def test_pairs_are_interleaved_channels() -> None:
-    pairs = as_pairs(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+    channels = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    pairs = as_pairs(channels)
     assert pairs.tolist() == [[1 + 2j, 3 + 4j]]
+    assert torch.equal(as_channels(pairs), channels)

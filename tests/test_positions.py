@@ -3,125 +3,222 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from math import isclose
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from reference.latent import TOYS, Toy, dense_key, toy
 from torch import Tensor
 
 from vmla_convert.config import CachePolicy
-from vmla_convert.maths.moments import Moments, as_pairs, measure_moments
+from vmla_convert.maths.moments import as_pairs
 from vmla_convert.maths.positions import (
     RopeBranch,
+    branch_tail,
     expected_phases,
     highest_frequency_branch,
+    pairs_per_axis,
+    position_cost,
     principal_branch,
 )
+from vmla_convert.maths.projections import key_square
 from vmla_convert.maths.rope3d import axis_pairs, pair_frequencies, token_positions
 
-HEADS, HEAD_DIM, TOKENS = 3, 14, 400
-SOURCES = 2
+repeatable = settings(derandomize=True, deadline=None, max_examples=20)
+HEAD_DIMS = st.sampled_from((6, 8, 10, 14, 16))
 
 
-def correlated_moments(seed: int = 0) -> tuple[Tensor, Moments]:
-    """Keys whose heads are complex mixes of fewer sources, so that sharing can work."""
-    generator = torch.Generator().manual_seed(seed)
-    half = HEAD_DIM // 2
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.complex128)
-
-    sources = normal(TOKENS, SOURCES, half) * torch.tensor([1.0, 0.3])[:, None]
-    mixed = torch.einsum("nsf,hsf->nhf", sources, normal(HEADS, SOURCES, half))
-    keys = torch.view_as_real(mixed).flatten(-2)
-    queries = torch.randn(TOKENS, HEADS, HEAD_DIM, generator=generator, dtype=torch.float64)
-    queries = queries * torch.tensor([2.0, 1.0, 0.5])[:, None]
-    inputs = torch.randn(TOKENS, 4, generator=generator, dtype=torch.float64)
-    return keys, measure_moments(inputs, keys, torch.ones(TOKENS), queries)
+def square_of(toy: Toy) -> Tensor:
+    return key_square(toy.weights, toy.evidence.mean, toy.evidence.covariance)
 
 
-def no_phases() -> Tensor:
-    return torch.zeros(HEAD_DIM // 2, dtype=torch.complex128)
+def cost_of(toy: Toy) -> Tensor:
+    return position_cost(toy.evidence.query_pairs, toy.evidence.phases)
 
 
-def weighted_error(keys: Tensor, moments: Moments, branch: RopeBranch) -> float:
-    """E Σ |u_h|² |z_h − ẑ_h|² over all pairs, the norm in which the branch is optimal."""
-    z = as_pairs(keys)
+def shared_sources(seed: int) -> Toy:
+    """A toy whose heads are complex mixes of one source at each pair, and a little of their own."""
+    data = toy(3, 14, seed)
+    weights = data.weights
+    key, bias = weights.key_pairs()
+    mix = torch.randn(3, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.complex128)
+    key = mix[..., None] * key[:1] + 0.1 * key
+    raw = torch.view_as_real(key).movedim(-1, 2).flatten(0, 2) / weights.key_gain[:, None]
+    bias = torch.view_as_real(mix * bias[:1]).flatten() / weights.key_gain
+    return data._replace(weights=weights._replace(raw_key=raw, raw_key_bias=bias))
+
+
+def missed(toy: Toy, branch: RopeBranch, cost: Tensor) -> float:
+    """E of cost · |z − ẑ|² over the tokens, all heads and pairs."""
+    z = as_pairs(dense_key(toy.weights, toy.inputs))
     rebuilt = torch.zeros_like(z)
     for pair, gather, mix in zip(branch.pairs, branch.gather, branch.mix, strict=True):
         rebuilt[:, :, pair] += mix * (z[:, :, pair] @ gather)[:, None]
-    square = moments.query_square.diagonal(dim1=-2, dim2=-1) / moments.queries
-    weight = square.unflatten(-1, (-1, 2)).sum(-1)
-    return (weight * (z - rebuilt).abs().square()).sum().item() / TOKENS
+    return (cost * (z - rebuilt).abs().square()).sum().item() / len(z)
 
 
-def real_branch(moments: Moments, pair: int) -> RopeBranch:
-    """The best real mix across heads of one pair: real and imaginary parts taken as samples."""
-    square = moments.query_square.diagonal(dim1=-2, dim2=-1) / moments.queries
-    weight = square.unflatten(-1, (-1, 2)).sum(-1)[:, pair].sqrt()
-    cross = moments.key_pairs[pair].real * weight[:, None] * weight[None, :]
-    vector = torch.linalg.eigh(cross).eigenvectors[:, -1]
-    return RopeBranch(
-        torch.tensor([pair]),
-        (vector * weight)[None].to(torch.complex128),
-        (vector / weight)[None].to(torch.complex128),
-    )
-
-
-def single_head_branch(pair: int, head: int) -> RopeBranch:
-    one = torch.zeros(1, HEADS, dtype=torch.complex128)
+def one_head(pair: int, head: int, heads: int) -> RopeBranch:
+    one = torch.zeros(1, heads, dtype=torch.complex128)
     one[0, head] = 1
     return RopeBranch(torch.tensor([pair]), one, one)
 
 
-@pytest.mark.parametrize("pair", range(HEAD_DIM // 2))
-def test_complex_mix_beats_real_mix_beats_single_head(pair: int) -> None:
-    keys, moments = correlated_moments()
-    only_this = torch.ones(HEAD_DIM // 2, dtype=torch.complex128)
-    only_this[pair] = 0
-    branch = principal_branch(moments, only_this, 1)
-    assert branch.pairs.tolist() == [pair]
-    complex_error = weighted_error(keys, moments, branch)
-    real_error = weighted_error(keys, moments, real_branch(moments, pair))
-    best_head = min(
-        weighted_error(keys, moments, single_head_branch(pair, head)) for head in range(HEADS)
-    )
-    assert complex_error <= real_error * (1 + 1e-9)
-    assert real_error <= best_head * (1 + 1e-9)
+@repeatable
+@given(TOYS)
+def test_a_complex_mix_beats_a_real_one_and_that_the_best_head(toy: Toy) -> None:
+    square, heads = square_of(toy), toy.weights.num_heads
+    for pair in range(len(square)):
+        cost = torch.zeros_like(toy.evidence.query_pairs)
+        cost[:, pair] = toy.evidence.query_pairs[:, pair]
+        best = principal_branch(square, cost, 1)
+        assert best.pairs.tolist() == [pair]
+        # The best real mix sees real and imaginary parts as samples of their own.
+        real = principal_branch(square.real.to(square.dtype), cost, 1)
+        assert real.mix.imag.abs().max() < 1e-9 * real.mix.abs().max()
+        heads_alone = [missed(toy, one_head(pair, head, heads), cost) for head in range(heads)]
+        complex_error, real_error = missed(toy, best, cost), missed(toy, real, cost)
+        assert complex_error <= real_error * (1 + 1e-9) + 1e-12
+        assert real_error <= min(heads_alone) * (1 + 1e-9) + 1e-12
 
 
-def test_error_falls_with_every_rope_key_and_vanishes_with_all() -> None:
-    keys, moments = correlated_moments()
-    total = HEADS * HEAD_DIM // 2
-    errors = [
-        weighted_error(keys, moments, principal_branch(moments, no_phases(), count))
-        for count in range(1, total + 1)
-    ]
-    assert all(after <= before + 1e-9 for before, after in pairwise(errors))
-    assert errors[-1] < 1e-20 * errors[0]
+def test_a_complex_mix_captures_what_a_real_one_cannot() -> None:
+    data = shared_sources(0)
+    square, cost = square_of(data), data.evidence.query_pairs
+    best, real = (principal_branch(s, cost, 7) for s in (square, square.real.to(square.dtype)))
+    assert missed(data, best, cost) < 0.2 * missed(data, real, cost)
+
+
+@repeatable
+@given(TOYS)
+def test_the_best_keys_lose_the_tail_which_falls_to_nothing(toy: Toy) -> None:
+    """Twice the tail: the mean product of two pairs is half that of their squared lengths."""
+    square, cost = square_of(toy), cost_of(toy)
+    tail = branch_tail(square, cost)
+    assert len(tail) == toy.all_pairs + 1
+    assert (tail.diff() <= 0).all()
+    assert tail[-1] < 1e-12 * tail[0]
+    for count in range(0, toy.all_pairs + 1, 3):
+        branch = principal_branch(square, cost, count)
+        error = missed(toy, branch, cost) / 2
+        assert isclose(error, tail[count].item(), rel_tol=1e-9, abs_tol=1e-12 * tail[0].item())
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_the_best_keys_beat_two_hundred_perturbations_of_themselves(count: int) -> None:
+    data, generator = shared_sources(1), torch.Generator().manual_seed(0)
+    square, cost = square_of(data), cost_of(data)
+    branch = principal_branch(square, cost, count)
+    best = missed(data, branch, cost)
+    for size in (0.3, 0.1, 0.03, 0.01) * 50:
+        gather, mix = (
+            part * (1 + size * torch.randn(part.shape, generator=generator, dtype=part.dtype))
+            for part in branch[1:]
+        )
+        assert missed(data, RopeBranch(branch.pairs, gather, mix), cost) > best
 
 
 def test_one_budget_takes_the_largest_gains_first() -> None:
-    _, moments = correlated_moments()
-    few = principal_branch(moments, no_phases(), 3).pairs.tolist()
-    more = principal_branch(moments, no_phases(), 6).pairs.tolist()
+    data = shared_sources(0)
+    square, cost = square_of(data), cost_of(data)
+    few, more = (principal_branch(square, cost, count).pairs.tolist() for count in (3, 6))
     assert more[:3] == few
 
 
+def test_a_pair_that_heads_do_not_share_may_be_kept_more_than_once() -> None:
+    data = toy()
+    cost = torch.zeros_like(data.evidence.query_pairs)
+    cost[:, 4] = 1
+    assert principal_branch(square_of(data), cost, 3).pairs.tolist() == [4, 4, 4]
+
+
 def test_a_pair_that_keeps_its_phase_needs_no_rope_key() -> None:
-    _, moments = correlated_moments()
-    phases = torch.ones(HEAD_DIM // 2, dtype=torch.complex128)
-    phases[4] = 0
-    assert set(principal_branch(moments, phases, SOURCES).pairs.tolist()) == {4}
+    data = toy()
+    phases = torch.polar(torch.ones(3, 7), torch.linspace(0, 3, 7).expand(3, 7))
+    phases = phases.to(torch.complex128)
+    phases[:, 4] *= 0.5
+    cost = position_cost(data.evidence.query_pairs, phases)
+    assert set(principal_branch(square_of(data), cost, 3).pairs.tolist()) == {4}
+    assert branch_tail(square_of(data), cost)[3] < 1e-5 * branch_tail(square_of(data), cost)[0]
 
 
-def test_branch_commutes_with_rope() -> None:
-    keys, moments = correlated_moments()
-    branch = principal_branch(moments, no_phases(), 5)
-    turn = torch.polar(torch.ones(5, dtype=torch.float64), torch.linspace(0, 3, 5).double())
-    z = as_pairs(keys)[:, :, branch.pairs]
-    rotated_first = torch.einsum("mh,nhm->nm", branch.gather, z * turn)
-    rotated_last = torch.einsum("mh,nhm->nm", branch.gather, z) * turn
-    torch.testing.assert_close(rotated_first, rotated_last)
+def test_a_layer_that_nothing_reads_gets_a_finite_branch() -> None:
+    data = toy()
+    branch = principal_branch(square_of(data), torch.zeros(3, 7, dtype=torch.float64), 5)
+    assert all(part.isfinite().all() for part in branch)
+    assert (branch_tail(square_of(data), torch.zeros(3, 7)) < 1e-40).all()
+
+
+def windows_of(draw: st.DrawFn) -> tuple[CachePolicy, int, tuple[int, int], int]:
+    window = draw(st.integers(1, 6))
+    sink = draw(st.integers(0, window - 1))
+    chunk = draw(st.integers(1, window - sink))
+    grid = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    return CachePolicy(window, sink, "relative"), chunk, grid, draw(HEAD_DIMS)
+
+
+WINDOWS = st.composite(windows_of)()
+
+
+def rotations(policy: CachePolicy, chunk: int, grid: tuple[int, int], head_dim: int) -> Tensor:
+    """exp(i·angle) from each query of the newest chunk to each key of a full window."""
+    keys = token_positions(torch.arange(policy.window_frames), *grid).tolist()
+    queries = keys[-chunk * grid[0] * grid[1] :]
+    turning = list(zip(*(part.tolist() for part in pair_frequencies(head_dim)), strict=True))
+    angles = [[[w * (k[axis] - q[axis]) for axis, w in turning] for k in keys] for q in queries]
+    return torch.exp(1j * torch.tensor(angles, dtype=torch.float64))
+
+
+@repeatable
+@given(WINDOWS)
+def test_a_phase_is_the_mean_over_all_query_key_pairs_of_the_window(
+    drawn: tuple[CachePolicy, int, tuple[int, int], int],
+) -> None:
+    torch.testing.assert_close(expected_phases(*drawn), rotations(*drawn).mean((0, 1)))
+
+
+@repeatable
+@given(WINDOWS, st.integers(0, 99))
+def test_folding_beats_removing_and_dropping_the_rotation(
+    drawn: tuple[CachePolicy, int, tuple[int, int], int], seed: int
+) -> None:
+    """Of logits between stationary contents: what keys and queries say is independent of where.
+
+    Removing (phase 1) beats dropping the pair (phase 0) only where the phase is near enough to 1,
+    its real part at least a half; for fast pairs peers that remove it do harm.
+    """
+    turn, phases = rotations(*drawn), expected_phases(*drawn)
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(400, len(phases), generator=generator, dtype=torch.complex128)
+
+    def error(stand_in: Tensor) -> Tensor:
+        """Mean squared logit error of each pair, over places and contents and all angles."""
+        departure = (turn - stand_in).abs().square().mean((0, 1))
+        return departure * z.abs().square().mean(0) / 2
+
+    folded, removed, dropped = (
+        error(s) for s in (phases, torch.ones_like(phases), torch.zeros_like(phases))
+    )
+    assert (folded <= removed + 1e-12).all()
+    assert (folded <= dropped + 1e-12).all()
+    clear = (phases.real - 0.5).abs() > 1e-9
+    assert ((removed < dropped) == (phases.real > 0.5))[clear].all()
+
+
+def test_within_wans_window_slow_pairs_stand_still_and_fast_ones_go_around() -> None:
+    phases = expected_phases(CachePolicy(21), 3, (4, 4), 128)
+    assert phases[21] == pytest.approx(1, abs=0.02)
+    assert abs(phases[0]) < 0.2
+
+
+@repeatable
+@given(TOYS)
+def test_an_error_of_position_costs_the_variance_of_the_rotation(toy: Toy) -> None:
+    cost = cost_of(toy)
+    assert (cost >= 0).all()
+    assert (cost <= toy.evidence.query_pairs).all()
+    assert not position_cost(toy.evidence.query_pairs, torch.ones_like(toy.evidence.phases)).any()
 
 
 def test_highest_frequencies_of_wan_are_six_five_five() -> None:
@@ -131,50 +228,43 @@ def test_highest_frequencies_of_wan_are_six_five_five() -> None:
     assert branch.pairs.tolist() == expected
 
 
-@pytest.mark.parametrize("head_dim", [6, 14, 32, 48, 128])
-def test_highest_frequencies_can_take_every_pair_of_a_head(head_dim: int) -> None:
-    branch = highest_frequency_branch(head_dim, 1, head_dim // 2)
-    assert sorted(branch.pairs.tolist()) == list(range(head_dim // 2))
-    assert sum(axis_pairs(head_dim)) == head_dim // 2
-
-
-def test_phase_is_the_mean_over_all_query_key_pairs_of_the_window() -> None:
-    policy, grid = CachePolicy(window_frames=6, sink_frames=2), (2, 3)
-    phases = expected_phases(policy, 2, grid, HEAD_DIM)
-    keys = token_positions(torch.arange(6), *grid).double()
-    queries = token_positions(torch.arange(4, 6), *grid).double()
-    axes, frequencies = pair_frequencies(HEAD_DIM)
-    angles = (keys[None, :, axes] - queries[:, None, axes]) * frequencies
-    expected = torch.polar(torch.ones_like(angles), angles).mean((0, 1))
-    torch.testing.assert_close(phases, expected)
-
-
-def test_folding_the_phase_beats_dropping_the_rotation() -> None:
-    generator = torch.Generator().manual_seed(0)
-    policy, grid = CachePolicy(window_frames=8), (3, 3)
-    phases = expected_phases(policy, 2, grid, HEAD_DIM)
-    keys = token_positions(torch.arange(8), *grid).double()
-    queries = token_positions(torch.arange(6, 8), *grid).double()
-    axes, frequencies = pair_frequencies(HEAD_DIM)
-    angles = (keys[None, :, axes] - queries[:, None, axes]) * frequencies
-    turn = torch.polar(torch.ones_like(angles), angles)
-
-    def normal(tokens: int) -> Tensor:
-        return torch.randn(tokens, HEAD_DIM // 2, generator=generator, dtype=torch.complex128)
-
-    content = (normal(len(queries)).conj()[:, None] * normal(len(keys))[None]).abs()
-
-    def error(stand_in: Tensor) -> float:
-        return (content * (turn - stand_in).abs()).square().mean().item()
-
-    removed = error(torch.ones_like(phases))
-    assert error(phases) < removed
-    assert error(phases) < error(torch.zeros_like(phases))
-
-
-@pytest.mark.parametrize("head_dim", [6, 12, 14, 32, 128])
-def test_the_papers_pairs_are_all_different_and_of_their_axis(head_dim: int) -> None:
+@pytest.mark.parametrize("head_dim", [6, 8, 10, 12, 14, 16, 32, 48, 128])
+def test_the_papers_pairs_are_all_different_and_the_fastest_of_their_axis(head_dim: int) -> None:
     for count in range(1, head_dim // 2 + 1):
-        pairs = highest_frequency_branch(head_dim, 2, count).pairs.tolist()
+        branch = highest_frequency_branch(head_dim, 2, count)
+        pairs = branch.pairs.tolist()
         assert len(set(pairs)) == count
-        assert max(pairs) < head_dim // 2
+        per_axis = pairs_per_axis(head_dim, count)
+        assert sum(per_axis) == count
+        start = 0
+        for size, taken in zip(axis_pairs(head_dim), per_axis, strict=True):
+            assert [p for p in pairs if start <= p < start + size] == [*range(start, start + taken)]
+            start += size
+
+
+def test_the_papers_rope_key_is_the_mean_over_heads() -> None:
+    branch = highest_frequency_branch(14, 3, 4)
+    z = torch.randn(3, 4, dtype=torch.complex128, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(torch.einsum("mh,hm->m", branch.gather, z), z.mean(0))
+    assert (branch.mix == 1).all()
+
+
+def test_errors_fall_with_every_rope_key() -> None:
+    data = shared_sources(2)
+    square, cost = square_of(data), cost_of(data)
+    errors = [missed(data, principal_branch(square, cost, m), cost) for m in range(22)]
+    assert all(after < before for before, after in pairwise(errors))
+    assert errors[-1] < 1e-20 * errors[0]
+
+
+@repeatable
+@given(TOYS)
+def test_the_unit_of_costs_changes_no_choice(toy: Toy) -> None:
+    assume(toy.all_pairs > 3)
+    square, cost = square_of(toy), cost_of(toy)
+    few = principal_branch(square, cost, 3)
+    scaled = principal_branch(square, 1e-6 * cost, 3)
+    assert few.pairs.tolist() == scaled.pairs.tolist()
+    torch.testing.assert_close(
+        few.mix[:, :, None] * few.gather[:, None], scaled.mix[:, :, None] * scaled.gather[:, None]
+    )

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from itertools import product
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from checkpoints import PowerCut, PowerCutError, Vmla, refused, untimed
 
+from vmla_convert.checkpoint.families import open_checkpoint
+from vmla_convert.config import ConvertConfig, LayerConfig, RankPlan
 from vmla_convert.errors import ConfigError, OutputError, VmlaError
-from vmla_convert.pipelines.load import load
+from vmla_convert.maths.factor import INITS
+from vmla_convert.pipelines.load import checkpoint_path, load
+from vmla_convert.pipelines.plan import check_sizes
+from vmla_convert.pipelines.sweep import grid
 from vmla_convert.recipe import (
     STAGES,
     available_recipes,
@@ -20,10 +28,14 @@ from vmla_convert.recipe import (
 from vmla_convert.results import Row, read_rows
 
 pytest_plugins = ["checkpoints"]
+pytestmark = pytest.mark.usefixtures("few_layerwise_clips")
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "recipes").rglob("*.toml"))
 
+RANDOM, CALIBRATED = (
+    f"{init}-8+4-latent-decoupled-joint-stored" for init in ("random", "calibrated")
+)
 TINY = """
 [recipe]
 name = "tiny"
@@ -37,6 +49,7 @@ clips = 4
 data = {{ frames = 6, seed = 1 }}
 
 [convert]
+layer = {{ current_chunk = "latent", positions = "decoupled" }}
 kv_lora_rank = 8
 qk_rope_head_dim = 4
 calibration_clips = 4
@@ -49,6 +62,8 @@ training = {{ steps = 3, batch_size = 2, eval_every = 1, checkpoint_every = 2 }}
 
 [sweep]
 inits = ["random", "calibrated"]
+current_chunks = ["latent"]
+positions = ["decoupled"]
 kv_lora_ranks = [8]
 qk_rope_head_dims = [4]
 
@@ -106,18 +121,59 @@ def test_an_installed_package_reads_its_own_recipes(
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
-def test_every_recipe_parses_and_dry_runs(
-    file: Path, teacher: Path, tmp_path: Path, vmla: Vmla
-) -> None:
+def test_every_recipe_parses_and_dry_runs(file: Path, tmp_path: Path, vmla: Vmla) -> None:
     recipe = read_recipe(file)
     assert recipe.stages()
     assert recipe.recipe.name == file.stem
     assert recipe.recipe.description
-    source = ("--set", f"source.checkpoint={teacher}")
-    ran = vmla("run", file, "-o", tmp_path / "out", "--dry-run", *source)
+    cuts = recipe.sweep.cuts if recipe.sweep else ()
+    # The largest cut is the one that may not fit; a check of all points takes seconds.
+    hardest = ("--set", f"sweep.cuts=[{max(cuts)}]") if cuts else ()
+    ran = vmla("run", file, "-o", tmp_path / "out", "--dry-run", *hardest)
     assert ran.code == 0
     assert ", ".join(recipe.stages()) in ran.out
     assert not list(tmp_path.iterdir())
+
+
+def test_the_ablation_tries_every_init_on_every_layer_before_any_training() -> None:
+    recipe = read_recipe("step0_ablation")
+    assert recipe.stages() == ["sweep", "report"]
+    assert recipe.sweep is not None
+    assert set(recipe.sweep.inits) == set(INITS)
+    assert not recipe.sweep.recover
+    choices = get_type_hints(LayerConfig)
+    layers = {
+        LayerConfig(*values)
+        for values in product(*(get_args(choices[field.name]) for field in fields(LayerConfig)))
+        if values[1:] not in (("decoupled", "joint", "rebuilt"), ("decoupled", "split", "rebuilt"))
+    }
+    assert set(recipe.sweep.layers()) == layers
+    assert len(recipe.sweep.layers()) == len(layers) == 20
+    points = grid(recipe.sweep, ConvertConfig())
+    assert len(points) == len(INITS) * 20 * len(recipe.sweep.cuts)
+    assert len(recipe.sweep.cuts) >= 3
+    demo = open_checkpoint(checkpoint_path(recipe.source.checkpoint)).config
+    for point in points:
+        check_sizes(demo, point)
+
+
+def test_a_recipe_may_name_layer_budget_rule_and_plan(tmp_path: Path) -> None:
+    text = (
+        INFO
+        + """
+[convert]
+layer = { current_chunk = "latent", k_norm = "rebuilt" }
+cut = 0.9
+ranks = "energy"
+calibrate = false
+"""
+    )
+    recipe = read_recipe(written(tmp_path / "x.toml", text))
+    layer = LayerConfig("latent", "reconstructed", "joint", "rebuilt")
+    assert recipe.convert == ConvertConfig(layer=layer, cut=0.9, ranks="energy", calibrate=False)
+    overrides = ["convert.plan.kv_lora_rank=[8, 9]", "convert.plan.rope_pairs=[0, 0]"]
+    recipe = read_recipe(tmp_path / "x.toml", overrides)
+    assert recipe.convert and recipe.convert.plan == RankPlan((8, 9), (0, 0))
 
 
 def test_stages_run_in_their_own_order_whatever_the_file_says(tmp_path: Path) -> None:
@@ -136,6 +192,16 @@ BAD_FILES = {
         INFO + "[recover.training]\nstep = 4\n",
         "'recover.training.step'",
         "did you mean 'steps'?",
+    ),
+    "misspelt layer": (
+        INFO + "[convert.layer]\ncurent_chunk = 'dense'\n",
+        "'convert.layer.curent_chunk'",
+        "did you mean 'current_chunk'?",
+    ),
+    "misspelt choice": (
+        INFO + "[sweep]\nk_norms = ['stord']\n",
+        "'sweep.k_norms[0]'",
+        "did you mean 'stored'?",
     ),
     "wrong type": (INFO + '[convert]\nkv_lora_rank = "4"\n', "convert.kv_lora_rank", ""),
     "no name": ("[convert]\n", "'recipe'", ""),
@@ -220,6 +286,11 @@ UNFIT = {
     "unknown init in the sweep": ('sweep.inits=["random", "spectrl"]', "'spectrl'"),
     "odd rope in the sweep": ("sweep.qk_rope_head_dims=[4, 7]", "7"),
     "empty sweep": ("sweep.seeds=[]", "empty"),
+    "a sweep without sizes": ("sweep.kv_lora_ranks=[]", "empty"),
+    "a cut of everything in the sweep": ("sweep.cuts=[0.9, 1.0]", "cut 1"),
+    "a norm of no key": ("convert.layer.k_norm=rebuilt", "'rebuilt'"),
+    "a rope key of rebuilt ones": ("convert.layer.positions=reconstructed", "qk_rope_head_dim"),
+    "two sizes": ("convert.cut=0.9", "given twice"),
     "a prompt of no digit": ('generate.prompts=["3", "a cat"]', "'a cat'"),
 }
 
@@ -320,13 +391,16 @@ def test_a_run_leaves_every_figure_once(finished: Path) -> None:
     assert len(set(keys)) == len(keys)
     curves = {
         run: [row.step for row in rows if (row.metric, row.run) == ("velocity_error", run)]
-        for run in ("random-8+4", "calibrated-8+4")
+        for run in (RANDOM, CALIBRATED)
     }
     assert set(map(tuple, curves.values())) == {(0, 2, 3, 4, 5)}
     for metric in ("convert_seconds", "factor_seconds", "peak_rss_bytes", "recover_seconds"):
-        assert any((row.metric, row.run) == (metric, "calibrated-8+4") for row in rows)
+        assert any((row.metric, row.run) == (metric, CALIBRATED) for row in rows)
     scored = {row.run for row in rows if row.metric == "digit_accuracy"}
-    assert scored == {"dense", "calibrated-8+4"}
+    assert scored == {"dense", CALIBRATED}
+    # The sweep has the calibrated point from the stages before it.
+    spectra = {row.run for row in rows if row.metric == "effective_rank_99"}
+    assert spectra == {"weights", "weights_x_activations", RANDOM}
 
 
 def test_a_run_interrupted_in_every_stage_finishes_with_the_same_rows(

@@ -24,7 +24,13 @@ from checkpoints import (
 from conftest import tiny_model
 
 from vmla_convert.checkpoint.families import open_checkpoint
-from vmla_convert.config import RecoverConfig, TrainingConfig, to_dict
+from vmla_convert.config import (
+    ConvertConfig,
+    LayerConfig,
+    RecoverConfig,
+    TrainingConfig,
+    to_dict,
+)
 from vmla_convert.errors import CheckpointError, OutputError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines.convert import convert_model
@@ -118,6 +124,37 @@ def test_only_what_the_conversion_made_is_trained(
     assert changed == TRAINED
 
 
+LAYERS = [
+    LayerConfig(),
+    LayerConfig("dense", "decoupled", "split", "latent"),
+    LayerConfig("latent", "reconstructed", "split", "rebuilt"),
+]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=["default", "most unlike it", "rebuilt norm"])
+def test_every_layer_recovers_by_what_the_conversion_made(
+    layer: LayerConfig, dense: CausalWanModel
+) -> None:
+    student = convert_model(dense, ConvertConfig("random", layer), None)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    errors: list[float] = []
+    recover_model(
+        student,
+        dense,
+        replace(RECOVER, layerwise_steps=10, layerwise_lr=3e-3),
+        HeldOut(dense, EVALUATE),
+        lambda _, measured: errors.append(measured.velocity_error),
+    )
+    assert errors[-1] < errors[0]
+    changed = {n for n, t in student.state_dict().items() if not torch.equal(t, before[n])}
+    made = ["kv_a_proj", "kv_b_proj_k", "kv_b_proj_v"]
+    made += ["k_rope_proj"] if layer.positions == "decoupled" else []
+    made += ["k_norm_latent"] if layer.k_norm == "latent" else []
+    names = [f"{module}.{kind}" for module in made for kind in ("weight", "bias")]
+    names += ["q_rope_map"] if layer.positions == "decoupled" else []
+    assert changed == {f"blocks.{i}.self_attn.{name}" for i in (0, 1) for name in names}
+
+
 def test_the_recovered_folder_is_a_converted_one_that_says_how(
     converted: Path, recovered: tuple[Path, list[Row]]
 ) -> None:
@@ -138,7 +175,7 @@ def test_the_rows_tell_the_whole_curve(
     held_out = HeldOut(dense, EVALUATE)
     assert curve[0] == held_out.measure(load(converted)).velocity_error
     assert curve[6] == held_out.measure(load(out)).velocity_error
-    assert {row.run for row in rows} == {"dense", "calibrated-8+4"}
+    assert {row.run for row in rows} == {"dense", "calibrated-8+4-latent-decoupled-joint-stored"}
     metrics = [row.metric for row in rows if row.step is None and row.run != "dense"]
     assert sorted(metrics) == [
         "cache_bytes_per_token",

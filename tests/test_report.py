@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -37,15 +38,22 @@ def dense_rows() -> list[Row]:
 
 
 def point_rows(
-    init: str, rank: int, rope: int, errors: Sequence[float], excess: Sequence[float], seed: int = 0
+    init: str,
+    rank: int,
+    rope: int,
+    errors: Sequence[float],
+    excess: Sequence[float],
+    seed: int = 0,
+    layer: dict[str, str] | None = None,
 ) -> list[Row]:
-    """A sweep point measured at steps 0, 10, 20, … of recovery."""
+    """A sweep point measured at steps 0, 10, 20, … of recovery; `layer` names its choices."""
     fields: dict[str, Any] = {
-        "run": f"{init}-{rank}+{rope}",
+        "run": "-".join((f"{init}-{rank}+{rope}", *(layer or {}).values())),
         "seed": seed,
         "init": init,
         "kv_lora_rank": rank,
         "qk_rope_head_dim": rope,
+        **(layer or {}),
     }
     scalars = rank + rope + 1
     rows = [
@@ -58,6 +66,27 @@ def point_rows(
         rows.append(Row("velocity_error", error, "share", step=10 * i, **fields))
         rows.append(Row("flow_loss", loss, "mse", step=10 * i, **fields))
     return rows
+
+
+def divided(rows: Iterable[Row]) -> list[Row]:
+    """The rows of a point as they are when its layers share no size."""
+    return [replace(row, kv_lora_rank=None, qk_rope_head_dim=None) for row in rows]
+
+
+PAPER = {"current_chunk": "latent", "positions": "decoupled", "latent": "joint", "k_norm": "stored"}
+DEFAULT = PAPER | {"current_chunk": "dense", "positions": "reconstructed"}
+
+
+def step0_rows() -> list[Row]:
+    """Two inits and two layers, before any training."""
+    return [
+        *dense_rows(),
+        *point_rows("calibrated", 24, 0, [0.02], [0.1], layer=DEFAULT),
+        *point_rows("calibrated", 16, 8, [0.04], [0.2], layer=PAPER),
+        *point_rows("spectral", 24, 0, [0.3], [3.0], layer=DEFAULT),
+        *point_rows("spectral", 16, 8, [0.5], [6.0], layer=PAPER),
+        *divided(point_rows("calibrated", 12, 0, [0.06], [0.4], layer=DEFAULT)),
+    ]
 
 
 def sweep_rows() -> list[Row]:
@@ -126,7 +155,21 @@ def test_recommends_the_most_accurate_point_of_the_largest_cut_within_the_bound(
     assert "cuts the cache by 90.2 %" in markdown
     assert "velocity_error 0.006 after 20 steps of recovery" in markdown
     assert "flow loss +12 % against the dense model (bound: +15 %)" in markdown
-    assert "**calibrated** | **16** | **8**" in markdown
+    assert "**calibrated** | **–** | **25 (16+8)**" in markdown
+
+
+def test_recommends_a_layer_too_and_says_that_nothing_was_recovered(tmp_path: Path) -> None:
+    markdown = report_on(tmp_path, step0_rows())["report.md"].read_text()
+    assert "Use calibrated with kv_lora_rank 24 (dense reconstructed joint stored)." in markdown
+    assert "velocity_error 0.02 without recovery" in markdown
+    assert "current_chunk | dense, latent" in markdown
+    assert "k_norm | stored" in markdown
+
+
+def test_recommends_what_a_token_costs_where_layers_differ(tmp_path: Path) -> None:
+    rows = [*dense_rows(), *divided(point_rows("calibrated", 12, 0, [0.06], [0.1], layer=DEFAULT))]
+    markdown = report_on(tmp_path, rows)["report.md"].read_text()
+    assert "Use calibrated with 13 numbers per token, divided among layers" in markdown
 
 
 def test_a_looser_bound_allows_a_larger_cut(tmp_path: Path) -> None:
@@ -156,24 +199,19 @@ def test_does_not_claim_a_bound_that_was_not_measured(tmp_path: Path) -> None:
 
 def test_table_starts_with_dense_and_is_sorted_by_size_then_error() -> None:
     table = decisive_table(sweep_rows())
-    assert table[0][:5] == [
-        "init",
-        "kv_lora_rank",
-        "qk_rope_head_dim",
-        "scalars/token",
-        "cache cut",
-    ]
-    assert table[1] == ["dense", "–", "–", "256", "0 %", "0", "–", "+0 %", "–"]
+    assert table[0][:4] == ["init", "layer", "scalars/token", "cache cut"]
+    assert table[1] == ["dense", "–", "256", "0 %", "0", "–", "+0 %", "–"]
     assert [line[:3] for line in table[2:]] == [
-        ["calibrated", "8", "4"],
-        ["calibrated", "16", "8"],
-        ["calibrated", "20", "4"],
-        ["random", "16", "8"],
-        ["calibrated", "32", "16"],
+        ["calibrated", "–", "13 (8+4)"],
+        ["calibrated", "–", "25 (16+8)"],
+        ["calibrated", "–", "25 (20+4)"],
+        ["random", "–", "25 (16+8)"],
+        ["calibrated", "–", "49 (32+16)"],
     ]
     assert table[3] == [
-        "calibrated", "16", "8", "25", "90.2 %", "0.02", "0.006", "+60 %", "+12 %"
+        "calibrated", "–", "25 (16+8)", "90.2 %", "0.02", "0.006", "+60 %", "+12 %"
     ]  # fmt: skip
+    assert {len(line) for line in table} == {8}
 
 
 def test_table_takes_medians_over_seeds_and_shows_divergence() -> None:
@@ -184,12 +222,48 @@ def test_table_takes_medians_over_seeds_and_shows_divergence() -> None:
         for row in point_rows("calibrated", 16, 8, [error, math.nan], [0.2, 0.1], seed)
     ]
     (line,) = decisive_table(seeds)[1:]
-    assert line[5:7] == ["0.03", "diverged"]
+    assert line[4:6] == ["0.03", "diverged"]
 
 
-def test_table_of_a_point_without_recovery_leaves_those_cells_empty() -> None:
-    line = decisive_table([*dense_rows(), *point_rows("spectral", 16, 8, [0.2], [4.0])])[-1]
-    assert line[5:] == ["0.2", "–", "+400 %", "–"]
+def test_table_leaves_the_cells_of_a_point_without_recovery_empty() -> None:
+    line = decisive_table([*sweep_rows(), *point_rows("spectral", 64, 8, [0.2], [4.0])])[-1]
+    assert line == ["spectral", "–", "73 (64+8)", "71.5 %", "0.2", "–", "+400 %", "–"]
+
+
+def test_table_of_a_sweep_without_recovery_says_what_a_conversion_costs_and_loses() -> None:
+    table = decisive_table(step0_rows())
+    assert table == [
+        ["init", "layer", "scalars/token", "cache cut",
+         "velocity_error", "flow_loss", "flow_loss_dense", "flow loss above dense", "seconds"],
+        ["dense", "–", "256", "0 %", "0", "0.04", "0.04", "+0 %", "–"],
+        ["calibrated", "dense reconstructed joint stored", "13", "94.9 %",
+         "0.06", "0.056", "0.04", "+40 %", "1.5"],
+        ["calibrated", "dense reconstructed joint stored", "25 (24)", "90.2 %",
+         "0.02", "0.044", "0.04", "+10 %", "1.5"],
+        ["calibrated", "latent decoupled joint stored", "25 (16+8)", "90.2 %",
+         "0.04", "0.048", "0.04", "+20 %", "1.5"],
+        ["spectral", "dense reconstructed joint stored", "25 (24)", "90.2 %",
+         "0.3", "0.16", "0.04", "+300 %", "1.5"],
+        ["spectral", "latent decoupled joint stored", "25 (16+8)", "90.2 %",
+         "0.5", "0.28", "0.04", "+600 %", "1.5"],
+    ]  # fmt: skip
+
+
+def test_table_without_the_dense_model_has_no_cells_about_it() -> None:
+    rows = [row for row in step0_rows() if row.run != "dense"]
+    table = decisive_table(rows)
+    assert [line[0] for line in table[1:]] == ["calibrated"] * 3 + ["spectral"] * 2
+    assert {tuple(line[6:8]) for line in table[1:]} == {("–", "–")}
+
+
+def test_layers_of_one_init_and_size_are_points_of_their_own() -> None:
+    seeds = [
+        row
+        for seed in range(3)
+        for layer in (PAPER, DEFAULT)
+        for row in point_rows("calibrated", 16, 8, [0.1], [0.2], seed, layer)
+    ]
+    assert len(decisive_table(seeds)) == 1 + 2
 
 
 def axes_with_data(axes: Axes) -> bool:
@@ -204,6 +278,7 @@ def axes_with_data(axes: Axes) -> bool:
          ["quality", "recovery", "spectra", "rollout"]),
         (sweep_rows(), ["quality", "recovery"]),
         ([*dense_rows(), *point_rows("random", 16, 8, [0.6], [9.0])], ["quality"]),
+        (step0_rows(), ["quality"]),
         (spectra_rows(), ["spectra"]),
         (rollout_rows(), ["rollout"]),
         (dense_rows(), []),
@@ -223,7 +298,9 @@ def test_draws_what_the_rows_allow_and_no_empty_axes(rows: list[Row], names: lis
 
 
 def test_labels_at_the_line_ends_do_not_overlap() -> None:
-    for figure in draw_plots([*sweep_rows(), *spectra_rows()], bound=0.15).values():
+    rows = [*sweep_rows(), *spectra_rows()]
+    figures = [*draw_plots(rows, 0.15).values(), *draw_plots(step0_rows(), 0.15).values()]
+    for figure in figures:
         figure.draw_without_rendering()
         for axes in figure.axes:
             boxes = [t.get_window_extent() for t in axes.texts if t.get_fontweight() == "bold"]

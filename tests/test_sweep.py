@@ -3,24 +3,46 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from checkpoints import CONVERT, EVALUATE, RECOVER, PowerCut, PowerCutError, untimed
+from checkpoints import (
+    BUDGETED,
+    CONVERT,
+    EVALUATE,
+    RECOVER,
+    PowerCut,
+    PowerCutError,
+    evidence_of,
+    untimed,
+)
 
-from vmla_convert.config import SweepConfig
+from vmla_convert.config import LayerConfig, SweepConfig
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines import sweep as pipeline
+from vmla_convert.pipelines.calibrate import LayerReads
+from vmla_convert.pipelines.convert import convert_model
 from vmla_convert.pipelines.evaluate import HeldOut
+from vmla_convert.pipelines.load import load
+from vmla_convert.pipelines.rows import run_name
 from vmla_convert.pipelines.sweep import grid, sweep
 from vmla_convert.progress import Progress
 from vmla_convert.results import Row, append_rows, read_rows
 
 pytest_plugins = ["checkpoints"]
+pytestmark = pytest.mark.usefixtures("few_layerwise_clips")
 
-GRID = SweepConfig(("random", "calibrated"), (8,), (4,), (0, 1))
+PAPERS = SweepConfig(current_chunks=("latent",), positions=("decoupled",))
+GRID = replace(
+    PAPERS,
+    inits=("random", "calibrated"),
+    kv_lora_ranks=(8,),
+    qk_rope_head_dims=(4,),
+    seeds=(0, 1),
+)
 POINTS = [("random", 0), ("random", 1), ("calibrated", 0), ("calibrated", 1)]
 
 
@@ -43,8 +65,6 @@ def run(
 @pytest.fixture(scope="module")
 def whole(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Row], int]:
     """An uninterrupted sweep: its file, its rows, and how often it calibrated."""
-    from vmla_convert.pipelines.load import load
-
     dense, calibrate, calls = load(teacher), pipeline.calibrate, []
 
     def counted(*args: object) -> object:
@@ -74,6 +94,8 @@ def test_every_point_has_its_curve_its_cache_and_its_times(
     for init, seed in POINTS:
         rows = [row for row in whole[1] if (row.init, row.seed) == (init, seed)]
         assert {(row.kv_lora_rank, row.qk_rope_head_dim) for row in rows} == {(8, 4)}
+        assert {row.run for row in rows} == {f"{init}-8+4-latent-decoupled-joint-stored"}
+        assert [row.layer for row in rows if row.metric == "effective_rank_99"] == [0, 1]
         for metric in ("velocity_error", "flow_loss"):
             assert [row.step for row in rows if row.metric == metric] == [0, 2, 4, 6]
         count = Counter(row.metric for row in rows)
@@ -135,22 +157,139 @@ def test_only_what_is_new_in_a_larger_grid_is_measured(
     append_rows(file, whole[1])
     measured: list[object] = []
 
-    def noted(_: object, point: object, *rest: object) -> list[Row]:  # noqa: ARG001
+    def noted(_: object, __: object, point: object, *rest: object) -> list[Row]:  # noqa: ARG001
         measured.append(point)
         return []
 
     monkeypatch.setattr(pipeline, "measure_point", noted)
-    larger = SweepConfig(("random", "spectral"), (8, 10), (4,), (0, 1))
+    larger = replace(GRID, inits=("random", "spectral"), kv_lora_ranks=(8, 10))
     run(held_out, dense, file, larger)
     old = [point for point in grid(larger, CONVERT) if point in grid(GRID, CONVERT)]
     assert measured == [point for point in grid(larger, CONVERT) if point not in old]
     assert len(old) == 2
 
 
+ABLATION = SweepConfig(
+    inits=("calibrated", "spectral", "mha2mla"),
+    current_chunks=("dense", "latent"),
+    cuts=(0.9, 0.8),
+    recover=False,
+)
+
+
+@pytest.fixture(scope="module")
+def ablation(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    """Two layers at two cuts, before any training."""
+    dense = load(teacher)
+    file = tmp_path_factory.mktemp("ablation") / "rows.jsonl"
+    return run(HeldOut(dense, EVALUATE), dense, file, ABLATION)
+
+
+def test_two_layers_at_two_cuts_are_measured_with_every_init(ablation: list[Row]) -> None:
+    points = [(r.init, r.current_chunk) for r in ablation if r.metric == "velocity_error"]
+    cuts = [row.value for row in ablation if row.metric == "cache_cut"]
+    assert points == 2 * [
+        (init, chunk) for chunk in ABLATION.current_chunks for init in ABLATION.inits
+    ]
+    assert all(cut >= 0.9 for cut in cuts[:6])
+    assert all(0.9 > cut >= 0.8 for cut in cuts[6:])
+    assert len(cuts) == 12
+    assert len({row.run for row in ablation if row.metric == "cache_cut"}) == 12
+
+
+def test_without_recovery_only_step_0_is_measured(ablation: list[Row]) -> None:
+    measured = [row for row in ablation if row.metric in ("velocity_error", "flow_loss")]
+    assert {row.step for row in measured if row.run != "dense"} == {0}
+    assert not [row for row in ablation if row.metric == "recover_seconds"]
+    seconds = [row for row in ablation if row.metric == "convert_seconds"]
+    assert len(seconds) == 12
+    assert all(row.value > 0 for row in seconds)
+
+
+def test_a_point_is_the_conversion_that_its_settings_make(
+    ablation: list[Row], dense: CausalWanModel, measured: list[LayerReads], held_out: HeldOut
+) -> None:
+    for cut, chunk in ((0.9, "dense"), (0.8, "latent")):
+        layer = replace(LayerConfig(), current_chunk=chunk)
+        point = replace(BUDGETED, layer=layer, cut=cut)
+        student = convert_model(dense, point, evidence_of(dense, measured, layer))
+        name = run_name(student.config)
+        (told,) = [r.value for r in ablation if (r.run, r.metric) == (name, "velocity_error")]
+        assert told == pytest.approx(held_out.measure(student).velocity_error, rel=1e-4)
+
+
+def test_a_sweep_without_recovery_goes_on_where_it_was(
+    ablation: list[Row], held_out: HeldOut, dense: CausalWanModel, tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    with pytest.raises(PowerCutError):
+        run(held_out, dense, file, ABLATION, PowerCut("sweep", 5))
+    assert len([row for row in read_rows(file) if row.metric == "velocity_error"]) == 5
+    assert untimed(run(held_out, dense, file, ABLATION)) == untimed(ablation)
+    before = file.read_bytes()
+    run(held_out, dense, file, ABLATION)
+    assert file.read_bytes() == before
+
+
+def test_the_grid_has_every_layer_that_can_be_and_each_rope_where_there_is_one() -> None:
+    config = SweepConfig(
+        inits=("random",),
+        current_chunks=("dense", "latent"),
+        positions=("reconstructed", "decoupled"),
+        latents=("joint", "split"),
+        k_norms=("stored", "latent", "rebuilt"),
+        cuts=(0.8, 0.9),
+        kv_lora_ranks=(12, 8),
+        qk_rope_head_dims=(4, 6),
+        seeds=(0, 1),
+    )
+    points = grid(config, replace(BUDGETED, cut=0.5, seed=9))
+    assert len({point.layer for point in points}) == 2 * 2 * 3 + 2 * 2 * 2
+    of_cuts = [point for point in points if point.cut is not None]
+    of_ranks = [point for point in points if point.kv_lora_rank is not None]
+    assert [len(of_cuts), len(of_ranks)] == [2 * 20 * 2, 2 * (12 + 2 * 8) * 2]
+    assert len(set(points)) == len(points) == len(of_cuts) + len(of_ranks)
+    for point in of_ranks:
+        decoupled = point.layer.positions == "decoupled"
+        assert point.qk_rope_head_dim in ((4, 6) if decoupled else (None,))
+    # Smallest caches first.
+    assert [p.cut for p in of_cuts] == sorted((p.cut for p in of_cuts if p.cut), reverse=True)
+    assert [p.kv_lora_rank for p in of_ranks] == 56 * [8] + 56 * [12]
+
+
+def test_only_calibrated_points_are_divided_by_the_shared_rule() -> None:
+    shared = replace(BUDGETED, ranks="energy")
+    points = grid(SweepConfig(cuts=(0.8,)), shared)
+    assert {point.init: point.ranks for point in points} == {
+        "calibrated": "energy",
+        "random": None,
+        "spectral": None,
+    }
+
+
+def test_white_inputs_are_assumed_where_nothing_shall_be_measured(
+    dense: CausalWanModel, held_out: HeldOut, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SweepConfig(inits=("calibrated",), cuts=(0.8,), recover=False)
+    students: list[CausalWanModel] = []
+
+    def noted(student: CausalWanModel, *_: object) -> list[Row]:
+        students.append(student)
+        return []
+
+    monkeypatch.setattr(pipeline, "measure_point", noted)
+    for calibrate in (True, False):
+        shared, file = replace(BUDGETED, calibrate=calibrate), tmp_path / f"{calibrate}.jsonl"
+        sweep(dense, config, shared, RECOVER, held_out, file)
+    measured, assumed = (held_out.measure(student).velocity_error for student in students)
+    assert 0 < measured < assumed
+
+
 BAD_GRIDS = {
-    "misspelt init": (SweepConfig(("random", "spectrl"), (8,), (4,)), "spectral"),
-    "rank over width": (SweepConfig(("random",), (8, 49), (4,)), "48"),
-    "odd rope": (SweepConfig(("random",), (8,), (4, 5)), "even"),
+    "misspelt init": (replace(GRID, inits=("random", "spectrl")), "spectral"),
+    "rank over width": (replace(GRID, kv_lora_ranks=(8, 49)), "48"),
+    "odd rope": (replace(GRID, qk_rope_head_dims=(4, 5)), "even"),
+    "nothing left": (replace(GRID, cuts=(0.8, 1.0)), "cut 1"),
 }
 
 

@@ -38,13 +38,19 @@ Teacher = Annotated[
     str, typer.Option(help="The dense checkpoint that the converted one came from, or 'demo'.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print data as JSON.")]
+CacheScalars = Annotated[
+    int | None,
+    typer.Option(
+        help="Numbers a token may cost per layer, divided among layers. Default: an eighth of the "
+        "width plus a quarter of a head, 224 for Wan 1.3B (and one for a stored norm)."
+    ),
+]
+Cut = Annotated[
+    float | None, typer.Option(help="The same as a share of the dense cache to save: 0.92.")
+]
 KvLoraRank = Annotated[
     int | None,
-    typer.Option(help="R, the content latent's width. Default: an eighth of the model's width."),
-]
-QkRopeHeadDim = Annotated[
-    int | None,
-    typer.Option(help="Width of the shared rope key, even. Default: a quarter of a head."),
+    typer.Option(help="R, the content latent's width, the same for every layer, instead."),
 ]
 Data = Annotated[
     str, typer.Option(help="Clips: 'demo', or a safetensors file with latents and context.")
@@ -61,15 +67,16 @@ RecipeFile = Annotated[
 @app.command()
 def inspect(
     checkpoint: Checkpoint,
+    cache_scalars: CacheScalars = None,
+    cut: Cut = None,
     kv_lora_rank: KvLoraRank = None,
-    qk_rope_head_dim: QkRopeHeadDim = None,
     json: Json = False,
 ) -> None:
     """Show what a checkpoint is, what its cache costs, and what a latent cache would cost."""
     from vmla_convert.pipelines.inspect import inspect_checkpoint
 
     out.json = json
-    sizes = ConvertConfig(kv_lora_rank=kv_lora_rank, qk_rope_head_dim=qk_rope_head_dim)
+    sizes = ConvertConfig(cache_scalars=cache_scalars, cut=cut, kv_lora_rank=kv_lora_rank)
     with out.progress() as progress:
         inspection = inspect_checkpoint(checkpoint, sizes, progress)
     if json:
@@ -82,14 +89,61 @@ def inspect(
 def convert(
     checkpoint: Checkpoint,
     folder: OutFolder,
-    init: Annotated[str, typer.Option(help="calibrated, spectral (the paper) or random.")] = (
-        ConvertConfig.init
-    ),
+    cache_scalars: CacheScalars = None,
+    cut: Cut = None,
     kv_lora_rank: KvLoraRank = None,
-    qk_rope_head_dim: QkRopeHeadDim = None,
+    qk_rope_head_dim: Annotated[
+        int | None,
+        typer.Option(help="Width of the shared rope key, even, with --positions decoupled."),
+    ] = None,
+    ranks: Annotated[
+        str | None,
+        typer.Option(
+            help="How the numbers are divided: budget (by predicted error; the default where the "
+            "init predicts it), energy, or uniform."
+        ),
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="Sizes of an earlier conversion: its folder or conversion.json."),
+    ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            help="calibrated (the default), spectral (the paper), random; or what a converter of "
+            "language models would do: transmla, mha2mla, xecomla."
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="videomla: the paper's layer, init and shares; other options override."),
+    ] = None,
+    current_chunk: Annotated[
+        str | None,
+        typer.Option(help="dense: only the past is read from latents; latent: the chunk too."),
+    ] = None,
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            help="reconstructed: keys are rebuilt, then rotated; decoupled: a shared rope key."
+        ),
+    ] = None,
+    latent: Annotated[
+        str | None, typer.Option(help="joint: keys and values share the latent; or split.")
+    ] = None,
+    k_norm: Annotated[
+        str | None,
+        typer.Option(help="stored: one more number, exact; latent: predicted; or rebuilt."),
+    ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibration/--no-calibration", help="Measure activations, or assume white inputs."
+        ),
+    ] = ConvertConfig.calibrate,
     data: Data = DataConfig.source,
     calibration_clips: Annotated[
-        int, typer.Option(min=1, help="Clips that 'calibrated' measures activations on.")
+        int, typer.Option(min=1, help="Clips that activations are measured on.")
     ] = ConvertConfig.calibration_clips,
     seed: Annotated[
         int, typer.Option(help="Of the calibration noise, or of the random init.")
@@ -103,17 +157,40 @@ def convert(
     from vmla_convert.pipelines.load import checkpoint_path
 
     out.json = json
-    settings = ConvertConfig(
-        init, kv_lora_rank, qk_rope_head_dim, calibration_clips, DataConfig(data), seed
+    layer = {
+        "current_chunk": current_chunk,
+        "positions": positions,
+        "latent": latent,
+        "k_norm": k_norm,
+    }
+    sizes = {
+        "cache_scalars": cache_scalars,
+        "cut": cut,
+        "kv_lora_rank": kv_lora_rank,
+        "qk_rope_head_dim": qk_rope_head_dim,
+        "plan": pipeline.read_plan(plan) if plan else None,
+    }
+    settings = pipeline.convert_config(
+        preset,
+        layer,
+        sizes,
+        {
+            "init": init,
+            "ranks": ranks,
+            "calibrate": calibrate,
+            "calibration_clips": calibration_clips,
+            "data": {"source": data},
+            "seed": seed,
+        },
     )
     if dry_run:
-        plan = pipeline.plan_conversion(open_checkpoint(checkpoint_path(checkpoint)), settings)
+        planned = pipeline.plan_conversion(open_checkpoint(checkpoint_path(checkpoint)), settings)
         out.data(
             {
                 "would write": folder,
-                "weights (bytes)": plan.nbytes,
-                "numbers cached per token and layer": plan.config.cache_scalars_per_token(),
-                "cache cut": plan.config.cache_cut(),
+                "weights (bytes)": planned.nbytes,
+                "numbers cached per token and layer": planned.config.cache_scalars_per_token(),
+                "cache cut": planned.config.cache_cut(),
             }
         )
         return

@@ -7,6 +7,7 @@ kind, H heads, D head dim (H·D = `dim`), R latent rank, F frames, C channels.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import types
 import typing
 from dataclasses import dataclass, field
@@ -95,27 +96,111 @@ class SamplerConfig:
 
 
 @dataclass(frozen=True)
+class LayerConfig:
+    """The choices of a latent layer (METHOD 1 and 3).
+
+    Attributes:
+        current_chunk: `dense` keeps the source's own keys and values for the chunk being denoised,
+            which no cache holds yet, so that only the past is approximated; `latent` reads it from
+            its latents too (the paper).
+        positions: `reconstructed` rebuilds each key before RoPE and rotates it in full when it is
+            read; `decoupled` caches a small shared rope key beside a position-free latent (the
+            paper), which an absorbed kernel can read without rebuilding.
+        latent: `joint` lets keys and values read all of the latent; `split` gives each its part.
+        k_norm: Where the key norm comes from: `stored` caches it (one number, exact); `latent`
+            predicts it from what is cached; `rebuilt` takes it from the rebuilt key.
+    """
+
+    current_chunk: Literal["dense", "latent"] = "dense"
+    positions: Literal["decoupled", "reconstructed"] = "reconstructed"
+    latent: Literal["joint", "split"] = "joint"
+    k_norm: Literal["stored", "latent", "rebuilt"] = "stored"
+
+    def __post_init__(self) -> None:
+        if self.k_norm == "rebuilt" and self.positions == "decoupled":
+            raise ConfigError(
+                "k_norm 'rebuilt' needs whole keys, which decoupled positions never rebuild",
+                "use k_norm 'latent' or 'stored', or positions 'reconstructed'",
+            )
+
+
+PAPER_LAYER = LayerConfig("latent", "decoupled", "joint", "stored")
+"""VideoMLA's layer, but for the key norm, which the paper drops."""
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """What each layer may cache; saved with a conversion, and replayable.
+
+    Attributes:
+        kv_lora_rank: R of each layer.
+        rope_pairs: How many RoPE pairs each layer's rope key carries; 0 when keys are rebuilt.
+        key_ranks: Of split latents the part that keys read; empty for joint ones.
+    """
+
+    kv_lora_rank: tuple[int, ...]
+    rope_pairs: tuple[int, ...]
+    key_ranks: tuple[int, ...] = ()
+
+    def check_fits(self, layer: LayerConfig) -> None:
+        """Refuse sizes that a layer of this kind cannot have.
+
+        Raises:
+            ConfigError: Rope pairs without a rope key or the reverse, or a bad split.
+        """
+        hint = "use the sizes of a conversion to this very layer"
+        if any(bool(pairs) != (layer.positions == "decoupled") for pairs in self.rope_pairs):
+            raise ConfigError(f"rope_pairs do not fit positions '{layer.positions}'", hint)
+        parts = list(zip(self.key_ranks, self.kv_lora_rank, strict=False))
+        if len(self.key_ranks) != (len(self.kv_lora_rank) if layer.latent == "split" else 0):
+            raise ConfigError(f"key_ranks do not fit a {layer.latent} latent", hint)
+        if any(not 0 < key_rank < rank for key_rank, rank in parts):
+            raise ConfigError("a part of a split latent is empty", "give it at least 2 numbers")
+
+
+@dataclass(frozen=True)
 class MLAConfig:
-    """What a converted checkpoint stores per token, layer by layer (METHOD 1, the paper's layer).
+    """What a converted checkpoint stores per token, layer by layer.
 
     Attributes:
         kv_lora_rank: R of each layer.
         rope_pairs: For each layer the RoPE pairs (of the D/2 of a head, in Wan's order t, h, w)
-            that the shared rope key carries. A pair may appear more than once.
+            that the shared rope key carries, none when keys are rebuilt. A pair may appear more
+            than once.
         init: How the projections were initialised.
+        layer: Which latent layer it is.
+        key_ranks: Of split latents the part of R that keys read; empty for joint ones.
+        phases: For each layer and head, the angle and length of the constant that stands for each
+            RoPE pair's rotation in the content key; empty when keys are rebuilt or nothing is
+            folded. They belong to the window, the sink and the grid that were measured.
     """
 
     kv_lora_rank: tuple[int, ...]
     rope_pairs: tuple[tuple[int, ...], ...]
     init: str
+    layer: LayerConfig = PAPER_LAYER
+    key_ranks: tuple[int, ...] = ()
+    phases: tuple[tuple[tuple[tuple[float, float], ...], ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        ranks = RankPlan(self.kv_lora_rank, tuple(map(len, self.rope_pairs)), self.key_ranks)
+        ranks.check_fits(self.layer)
 
     def qk_rope_head_dim(self, layer: int) -> int:
         """Width of the shared rope key: two numbers for each pair."""
         return 2 * len(self.rope_pairs[layer])
 
+    def latent_parts(self, layer: int) -> tuple[int, int]:
+        """How much of the latent keys read, and values."""
+        rank = self.kv_lora_rank[layer]
+        if not self.key_ranks:
+            return rank, rank
+        return self.key_ranks[layer], rank - self.key_ranks[layer]
+
     def cache_scalars(self, layer: int) -> int:
-        """Numbers cached per token: content latent, rope key, and the key's norm."""
-        return self.kv_lora_rank[layer] + self.qk_rope_head_dim(layer) + 1
+        """Numbers cached per token: content latent, rope key, and the key's norm if stored."""
+        norm = self.layer.k_norm == "stored"
+        return self.kv_lora_rank[layer] + self.qk_rope_head_dim(layer) + norm
 
 
 @dataclass(frozen=True)
@@ -196,18 +281,36 @@ class DataConfig:
 class ConvertConfig:
     """The convert stage.
 
+    Sizes are given as one budget (`cache_scalars` or `cut`), as explicit ranks for every layer, or
+    as the plan of an earlier conversion; by default a token costs an eighth of the width plus a
+    quarter of a head, the paper's 192 + 32 numbers for Wan 1.3B.
+
     Attributes:
         init: One of `vmla_convert.maths.factor.INITS`.
-        kv_lora_rank: R; None for an eighth of the width, the paper's share.
-        qk_rope_head_dim: Width of the shared rope key, even; None for a quarter of a head.
-        calibration_clips: Clips that `calibrated` measures the activations on.
+        layer: Which latent layer to make.
+        cache_scalars: Numbers a token may cost per layer, averaged over layers, the stored norm
+            among them.
+        cut: The same as a share of the dense cache to save.
+        ranks: How one budget is divided, a rule of `vmla_convert.maths.ranks.RULES`; None for
+            `budget` where the init predicts its errors, else `uniform`.
+        kv_lora_rank: R of every layer.
+        qk_rope_head_dim: Width of the shared rope key of every layer, even.
+        plan: Sizes layer by layer.
+        calibrate: Measure activations; False lets `calibrated` assume white inputs.
+        calibration_clips: Clips that activations are measured on.
         data: Where they come from.
         seed: Of random projections and of the calibration noise.
     """
 
     init: str = "calibrated"
+    layer: LayerConfig = field(default_factory=LayerConfig)
+    cache_scalars: int | None = None
+    cut: float | None = None
+    ranks: Literal["uniform", "energy", "budget"] | None = None
     kv_lora_rank: int | None = None
     qk_rope_head_dim: int | None = None
+    plan: RankPlan | None = None
+    calibrate: bool = True
     calibration_clips: int = 48
     data: DataConfig = field(default_factory=DataConfig)
     seed: int = 0
@@ -312,12 +415,39 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """A grid: every init at every cache size, measured at step 0 and after recovery."""
+    """A grid: every init, layer and cache size, measured at step 0 and after recovery.
+
+    Attributes:
+        inits: Names of `vmla_convert.maths.factor.INITS`.
+        current_chunks, positions, latents, k_norms: Values of `LayerConfig`'s fields; a layer that
+            cannot be (rebuilt norm, decoupled positions) is left out.
+        cuts: Cache sizes as shares of the dense cache to save.
+        kv_lora_ranks: Cache sizes as explicit ranks, with `qk_rope_head_dims` where positions are
+            decoupled.
+        qk_rope_head_dims: See there.
+        seeds: Of conversion and recovery.
+        recover: Whether points are recovered, or only measured at step 0.
+    """
 
     inits: tuple[str, ...] = ("random", "spectral", "calibrated")
-    kv_lora_ranks: tuple[int, ...] = (16,)
-    qk_rope_head_dims: tuple[int, ...] = (8,)
+    current_chunks: tuple[Literal["dense", "latent"], ...] = ("dense",)
+    positions: tuple[Literal["decoupled", "reconstructed"], ...] = ("reconstructed",)
+    latents: tuple[Literal["joint", "split"], ...] = ("joint",)
+    k_norms: tuple[Literal["stored", "latent", "rebuilt"], ...] = ("stored",)
+    cuts: tuple[float, ...] = ()
+    kv_lora_ranks: tuple[int, ...] = ()
+    qk_rope_head_dims: tuple[int, ...] = ()
     seeds: tuple[int, ...] = (0,)
+    recover: bool = True
+
+    def layers(self) -> list[LayerConfig]:
+        """Every layer of the grid that can be."""
+        axes = itertools.product(self.current_chunks, self.positions, self.latents, self.k_norms)
+        return [
+            LayerConfig(chunk, positions, latent, norm)
+            for chunk, positions, latent, norm in axes
+            if not (norm == "rebuilt" and positions == "decoupled")
+        ]
 
 
 def _require(config: Any, least: int, *names: str) -> None:

@@ -33,6 +33,7 @@ class Row:
     current_chunk: str | None = None
     positions: str | None = None
     latent: str | None = None
+    k_norm: str | None = None
     step: int | None = None
     frames: int | None = None
     segment: int | None = None

@@ -77,6 +77,13 @@ class KVCache:
         frames = torch.tensor(self._slot_frames)
         return frames if self.policy.positions == "absolute" else frames.argsort().argsort()
 
+    def past_tokens(self) -> Tensor:
+        """Indices (P,) of the held tokens that came before the open chunk, into S."""
+        slots = [s for s in range(len(self._slot_frames)) if s not in self._chunk_slots]
+        offsets = torch.arange(self.tokens_per_frame)
+        starts = self.tokens_per_frame * torch.tensor(slots, dtype=torch.long)
+        return (starts[:, None] + offsets).flatten()
+
     def update(self, layer: int, entries: Entries) -> Entries:
         """Write the open chunk's entries (B, T, width) and return those of all held tokens.
 

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmla_convert.config import ModelConfig
-from vmla_convert.layers.attention import CrossAttention, DenseSelfAttention, Entries
+from vmla_convert.layers.attention import CrossAttention, DenseSelfAttention, Sight
 from vmla_convert.layers.cache import KVCache
 from vmla_convert.layers.mla import LatentSelfAttention
+from vmla_convert.maths.masks import Visibility
 from vmla_convert.maths.rope3d import Rotary, rotary_table, token_positions
 
 SelfAttention = DenseSelfAttention | LatentSelfAttention
@@ -128,7 +129,7 @@ class CausalWanModel(nn.Module):
         timestep: Tensor,
         context: Tensor,
         frames: Tensor,
-        mask: Tensor | None = None,
+        mask: Visibility | None = None,
     ) -> Tensor:
         """Velocity of all frames in one masked pass.
 
@@ -137,7 +138,7 @@ class CausalWanModel(nn.Module):
             timestep: (B, F), 0 to 1000.
             context: Prompt (B, text_len, text_dim).
             frames: (F,), time position of each frame; a position may repeat (teacher forcing).
-            mask: (L, L), True where a token may see another; None for all.
+            mask: Who sees whom; None when the frames are one chunk that sees all of itself.
 
         Returns:
             (B, F, C, height, width).
@@ -154,7 +155,7 @@ class CausalWanModel(nn.Module):
         timestep: Tensor,
         context: Tensor,
         frames: Tensor,
-        mask: Tensor | None = None,
+        mask: Visibility | None = None,
     ) -> Iterator[tuple[Block, Tensor, Attend]]:
         """Yield each block with the input of its self-attention, in order; as `forward` otherwise.
 
@@ -174,12 +175,17 @@ class CausalWanModel(nn.Module):
         """
         x, time, modulation, text = self.embed(latents, timestep, context)
         query_rotary = self.rotary(cache.chunk_positions(), latents)
-        key_rotary = self.rotary(cache.positions(), latents)
+        sight = Sight(
+            query_rotary,
+            key_rotary=self.rotary(cache.positions(), latents),
+            past=cache.past_tokens().to(latents.device),
+        )
         for layer, block in enumerate(self.blocks):
 
             def attend(attention: SelfAttention, x: Tensor, layer: int = layer) -> Tensor:
-                entries = cache.update(layer, attention.project(x))
-                return attention(x, entries, query_rotary, key_rotary)
+                projection = attention.project(x)
+                entries = cache.update(layer, projection.cached)
+                return attention(x, entries, projection.own, sight)
 
             x = block(x, modulation, text, attend)
         return self.unpatchify(self.head(x, time), latents)
@@ -225,12 +231,21 @@ class CausalWanModel(nn.Module):
         return grid.reshape(batch, frames, -1, height, width)
 
 
-def masked_attention(rotary: Rotary, mask: Tensor | None) -> Attend:
+def masked_attention(rotary: Rotary, mask: Visibility | None) -> Attend:
     """Self-attention in one pass, every token at its own place in one table."""
+    if mask is None:
+        nothing = torch.zeros(0, dtype=torch.long, device=rotary.cos.device)
+        sight = Sight(rotary, rotary, past=nothing)
+    else:
+        past, own = mask.seen & ~mask.own, mask.seen & mask.own
+        # Of a teacher-forced pass the noisy half is nobody's past.
+        read = past.any(0).nonzero().flatten()
+        split_mask = torch.cat([past[:, read], own], dim=1)
+        sight = Sight(rotary, rotary, mask.seen, read, split_mask)
 
     def attend(attention: SelfAttention, x: Tensor) -> Tensor:
-        entries: Entries = attention.project(x)
-        return attention(x, entries, rotary, rotary, mask)
+        projection = attention.project(x)
+        return attention(x, projection.cached, projection.own, sight)
 
     return attend
 

@@ -1,8 +1,8 @@
-"""From the key and value weights of a layer to the projections of its latent twin.
+"""From the weights of a dense layer to the projections of its latent twin.
 
-One function per init, all with one signature, collected in `INITS`. The target is the same for all:
-with u the centred input, the normed key of head h is (D_g W_k x + D_g b_k)_h / rho and the value
-(W_v x + b_v)_h, where D_g is the gain of the key norm and 1/rho is cached exactly (METHOD 3).
+One function per init, all with one signature, collected in `INITS`. `calibrated` minimises the
+error that it predicts at the model's output; `predict_errors` tells that error for every size, so
+that one budget can be divided before anything is truncated.
 """
 
 from __future__ import annotations
@@ -13,113 +13,92 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vmla_convert.errors import ConfigError
-from vmla_convert.maths.moments import Moments, as_pairs
-from vmla_convert.maths.positions import RopeBranch, highest_frequency_branch, principal_branch
+from vmla_convert.config import LayerConfig
+from vmla_convert.maths import peers
+from vmla_convert.maths.moments import Moments, merge_moments
+from vmla_convert.maths.positions import (
+    RopeBranch,
+    branch_tail,
+    highest_frequency_branch,
+    position_cost,
+    principal_branch,
+)
+from vmla_convert.maths.projections import (
+    Content,
+    Evidence,
+    Factors,
+    KVWeights,
+    LayerShape,
+    assemble,
+    gather_rope,
+    key_square,
+    real_bias,
+    real_key,
+    required,
+    subtract_rope,
+    weight_svd,
+    white_inputs,
+)
+from vmla_convert.maths.reads import ReadSums, merge_reads
+
+WINDOW_SHARE = 0.5
+# Rope branches that a budget may be split with; more pairs than these buy little.
+PAIR_COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 
 
-class KVWeights(NamedTuple):
-    """What one dense layer computes keys and values with; float64.
-
-    Attributes:
-        key: D_g W_k, (H·D, d).
-        key_bias: D_g b_k, (H·D,).
-        value: W_v, (H·D, d).
-        value_bias: b_v, (H·D,).
-        output: W_o, (d, H·D).
-        num_heads: H.
-    """
-
-    key: Tensor
-    key_bias: Tensor
-    value: Tensor
-    value_bias: Tensor
-    output: Tensor
-    num_heads: int
-
-    @property
-    def head_dim(self) -> int:
-        """D."""
-        return len(self.key) // self.num_heads
-
-
-class Budget(NamedTuple):
-    """What a token may cost: R numbers of content, and two for each rope pair."""
-
-    kv_lora_rank: int
-    rope_pairs: int
-
-
-class Evidence(NamedTuple):
-    """What calibration knows of one layer.
+class Decomposition(NamedTuple):
+    """A factorisation of every rank at once: keep the first rows and columns.
 
     Attributes:
-        moments: Of its activations.
-        phases: Expected phase of each RoPE pair in the deployed window, (D/2,) complex.
+        down: (n, d).
+        up: (rows, n).
+        energies: What each direction is worth in the metric, descending, (n,).
     """
 
-    moments: Moments
-    phases: Tensor
+    down: Tensor
+    up: Tensor
+    energies: Tensor
 
 
-class Factors(NamedTuple):
-    """Parameters of the latent layer, under its own names; float64.
-
-    Attributes:
-        kv_a_proj, kv_a_bias: (R, d), (R,).
-        kv_b_proj_k, kv_b_bias_k: (H·D, R), (H·D,).
-        kv_b_proj_v, kv_b_bias_v: (H·D, R), (H·D,).
-        k_rope_proj, k_rope_bias: (2m, d), (2m,).
-        q_rope_map: (H, 2m, D).
-        rope_pairs: m indices of RoPE pairs.
-    """
-
-    kv_a_proj: Tensor
-    kv_a_bias: Tensor
-    kv_b_proj_k: Tensor
-    kv_b_bias_k: Tensor
-    kv_b_proj_v: Tensor
-    kv_b_bias_v: Tensor
-    k_rope_proj: Tensor
-    k_rope_bias: Tensor
-    q_rope_map: Tensor
-    rope_pairs: tuple[int, ...]
-
-
-Init = Callable[[KVWeights, Budget, Evidence | None, torch.Generator], Factors]
+Init = Callable[[KVWeights, LayerShape, Evidence | None, torch.Generator], Factors]
 
 
 def random(
     weights: KVWeights,
-    budget: Budget,
+    shape: LayerShape,
     evidence: Evidence | None,  # noqa: ARG001
     generator: torch.Generator,
 ) -> Factors:
-    """Nothing taken over: the baseline that shows what an init is worth."""
-    rank, pairs, width = budget.kv_lora_rank, budget.rope_pairs, weights.key.shape[1]
-    heads, dim = weights.num_heads, weights.head_dim
+    """Nothing taken over but the norms: the baseline that shows what an init is worth."""
+    rank, width, heads = shape.kv_lora_rank, weights.key.shape[1], weights.num_heads
 
-    def normal(*shape: int, fan_in: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64) / fan_in**0.5
+    def normal(*size: int, fan_in: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64) / fan_in**0.5
 
-    branch = highest_frequency_branch(dim, heads, pairs)
-    return Factors(
-        kv_a_proj=normal(rank, width, fan_in=width),
-        kv_a_bias=torch.zeros(rank, dtype=torch.float64),
-        kv_b_proj_k=normal(heads * dim, rank, fan_in=rank),
-        kv_b_bias_k=torch.zeros(heads * dim, dtype=torch.float64),
-        kv_b_proj_v=normal(heads * dim, rank, fan_in=rank),
-        kv_b_bias_v=torch.zeros(heads * dim, dtype=torch.float64),
-        k_rope_proj=normal(2 * pairs, width, fan_in=width),
-        k_rope_bias=torch.zeros(2 * pairs, dtype=torch.float64),
-        q_rope_map=normal(heads, 2 * pairs, dim, fan_in=dim),
-        rope_pairs=tuple(branch.pairs.tolist()),
+    key_rank, value_rank = shape.parts() if shape.layer.latent == "split" else (rank, rank)
+    keys, nothing = heads * weights.head_dim, torch.zeros(rank, dtype=torch.float64)
+    content = Content(
+        normal(rank, width, fan_in=width),
+        nothing,
+        normal(keys, key_rank, fan_in=max(key_rank, 1)),
+        normal(keys, value_rank, fan_in=max(value_rank, 1)),
     )
+    rope = None
+    if shape.decoupled:
+        branch = highest_frequency_branch(weights.head_dim, heads, shape.rope_pairs)
+        rows = torch.complex(*(normal(shape.rope_pairs, width, fan_in=width) for _ in range(2)))
+        rope = gather_rope(branch, *weights.key_pairs())._replace(
+            rows=rows,
+            offsets=torch.zeros(shape.rope_pairs, dtype=torch.complex128),
+            query_map=normal(heads, 2 * shape.rope_pairs, weights.head_dim, fan_in=keys // heads),
+        )
+    zero = torch.zeros(keys, dtype=torch.float64)
+    return assemble(weights, shape, content, (zero, zero), rope, *white_inputs(width))
 
 
 def spectral(
     weights: KVWeights,
-    budget: Budget,
+    shape: LayerShape,
     evidence: Evidence | None,  # noqa: ARG001
     generator: torch.Generator,  # noqa: ARG001
 ) -> Factors:
@@ -128,82 +107,207 @@ def spectral(
     VideoMLA, appendix D.6, gives no formula; rows, gains and biases are handled as METHOD 3 and 4
     demand, which the paper leaves open.
     """
-    branch = highest_frequency_branch(weights.head_dim, weights.num_heads, budget.rope_pairs)
-    key, key_bias = _complex_key(weights)
-    rope, rope_bias = _gather(branch, key, key_bias)
-    key[:, branch.pairs], key_bias[:, branch.pairs] = 0, 0
-    stacked = torch.cat([_real_key(key), weights.value])
-    left, singular, right = torch.linalg.svd(stacked, full_matrices=False)
-    up = left[:, : budget.kv_lora_rank] * singular[: budget.kv_lora_rank]
-    down = right[: budget.kv_lora_rank]
-    no_offset = torch.zeros(len(down), dtype=down.dtype)
-    biases = (_real_key(key_bias[..., None]).squeeze(-1), weights.value_bias)
-    return _assemble(weights, branch, rope, rope_bias, down, no_offset, up, biases)
+    key, key_bias = weights.key_pairs()
+    rope = None
+    if shape.decoupled:
+        branch = highest_frequency_branch(weights.head_dim, weights.num_heads, shape.rope_pairs)
+        rope = gather_rope(branch, key, key_bias)
+        key[:, branch.pairs], key_bias[:, branch.pairs] = 0, 0
+    content = weight_svd(real_key(key), weights.value, shape)
+    biases = (real_bias(key_bias), weights.value_bias)
+    return assemble(weights, shape, content, biases, rope, *white_inputs(key.shape[-1]))
 
 
 def calibrated(
     weights: KVWeights,
-    budget: Budget,
+    shape: LayerShape,
     evidence: Evidence | None,
     generator: torch.Generator,  # noqa: ARG001
 ) -> Factors:
-    """Two-sided factorisation on centred activations, with the best shared rope keys.
+    """Two-sided factorisation on centred inputs, with the best shared rope keys.
 
     Complex PCA picks the rope keys (METHOD 5); what they leave is folded to its expected phase
-    (METHOD 6); keys weighted by the queries that read them and values by W_o are then approximated
-    together on the inputs that calibration saw (METHOD 7), means and biases exactly (METHOD 4).
+    (METHOD 6); keys and values are then approximated together, weighted by what their errors do to
+    the model's output, on the inputs that calibration saw (METHOD 7), means and biases exactly
+    (METHOD 4).
 
     Raises:
-        ConfigError: There is no calibration.
+        ConfigError: There is no evidence.
     """
-    if evidence is None:
-        raise ConfigError("the init 'calibrated' needs calibration clips", "or use --init spectral")
-    moments, phases = evidence
-    branch = principal_branch(moments, phases, budget.rope_pairs)
-    key, key_bias = _complex_key(weights)
-    rope, rope_bias = _gather(branch, key, key_bias)
-    # A pair may be carried by several rope keys, so their shares are taken off one by one.
-    for pair, mix, row, offset in zip(branch.pairs, branch.mix, rope, rope_bias, strict=True):
-        key[:, pair] -= mix[:, None] * row
-        key_bias[:, pair] -= mix * offset
-    target_key = _real_key(key * phases[:, None])
-    target_bias = _real_key((key_bias * phases)[..., None]).squeeze(-1)
-    stacked = torch.cat([target_key, weights.value])
-    down, up = two_sided(
-        stacked, _importance(weights, moments), moments.covariance, budget.kv_lora_rank
+    known = required(evidence, "calibrated")
+    key, key_bias = weights.key_pairs()
+    rope = phases = None
+    if shape.decoupled:
+        branch = _best_branch(weights, known, shape.rope_pairs)
+        rope = gather_rope(branch, key, key_bias)
+        key, key_bias = subtract_rope(branch, rope, key, key_bias)
+        phases = known.phases
+        key, key_bias = key * phases[..., None], key_bias * phases
+    target = real_key(key)
+    content = _calibrated_content(target, weights, shape, known)
+    biases = (
+        real_bias(key_bias) + target @ known.mean,
+        weights.value_bias + weights.value @ known.mean,
     )
-    mean = moments.mean
-    biases = (target_bias + target_key @ mean, weights.value_bias + weights.value @ mean)
-    return _assemble(weights, branch, rope, rope_bias, down, -down @ mean, up, biases)
+    statistics = known.mean, known.covariance
+    return assemble(weights, shape, content, biases, rope, *statistics, phases)
 
 
-INITS: dict[str, Init] = {"random": random, "spectral": spectral, "calibrated": calibrated}
+INITS: dict[str, Init] = {
+    "calibrated": calibrated,
+    "spectral": spectral,
+    "random": random,
+    "transmla": peers.transmla,
+    "mha2mla": peers.mha2mla,
+    "xecomla": peers.xecomla,
+}
+DATA_INITS = ("calibrated", "transmla", "mha2mla")
+"""Those that look at activations."""
 
 
-def two_sided(
-    target: Tensor, importance: Tensor, covariance: Tensor, rank: int
-) -> tuple[Tensor, Tensor]:
-    """Best rank-R approximation up · down of a target W in E‖S (W − Ŵ) u‖².
+class ErrorCurve(NamedTuple):
+    """Predicted error of a layer that may cache s numbers, norm aside, and how to spend them.
+
+    Attributes:
+        errors: For s = 0, 1, …; `inf` where no layer is of that size. At most (most + 1,), fewer
+            where the layer is whole before.
+        rope_pairs: Rope pairs of the best layer of each size; 0 when keys are rebuilt.
+        key_ranks: Of split latents the part that keys read at each size; empty for joint ones.
+    """
+
+    errors: Tensor
+    rope_pairs: list[int]
+    key_ranks: list[int]
+
+
+def predict_errors(
+    weights: KVWeights,
+    layer: LayerConfig,
+    evidence: Evidence | None,
+    most: int,
+    pair_counts: tuple[int, ...] = PAIR_COUNTS,
+) -> ErrorCurve:
+    """What `calibrated` would lose at every size up to `most` numbers.
+
+    The error of a size is what truncation drops and, with decoupled positions, what the rotation
+    of the pairs without a rope key departs from its expected phase, at the best number of pairs.
+
+    Raises:
+        ConfigError: There is no evidence.
+    """
+    known = required(evidence, "calibrated")
+    if layer.positions == "reconstructed":
+        tail, key_ranks = _tail(weights.key, weights, layer, known, most)
+        return ErrorCurve(tail, [0] * len(tail), key_ranks)
+    square = key_square(weights, known.mean, known.covariance)
+    lost = branch_tail(square, position_cost(known.query_pairs, known.phases))
+    errors = torch.full((most + 1,), torch.inf, dtype=torch.float64)
+    chosen, parts = [0] * (most + 1), [0] * (most + 1)
+    for pairs in pair_counts:
+        if 2 * pairs >= most or pairs >= len(lost):
+            break
+        branch = _best_branch(weights, known, pairs)
+        key, key_bias = weights.key_pairs()
+        key, _ = subtract_rope(branch, gather_rope(branch, key, key_bias), key, key_bias)
+        target = real_key(key * known.phases[..., None])
+        tail, key_ranks = _tail(target, weights, layer, known, most - 2 * pairs)
+        for rank in range(1, len(tail)):
+            error, size = tail[rank] + lost[pairs], rank + 2 * pairs
+            if error < errors[size]:
+                errors[size], chosen[size] = error, pairs
+                parts[size] = key_ranks[rank] if key_ranks else 0
+    return ErrorCurve(errors, chosen, parts if layer.latent == "split" else [])
+
+
+def join_evidence(
+    parts: list[tuple[ReadSums, Moments]], weights: KVWeights, window_phases: Tensor
+) -> Evidence:
+    """Evidence of a layer.
+
+    Args:
+        parts: Groups of reads, each with the moments of the inputs it reads; inputs count by what
+            errors in their group cost.
+        weights: The dense layer.
+        window_phases: Expected phases under uniform attention, (D/2,) complex.
+    """
+    reads = merge_reads([sums for sums, _ in parts])
+    queries = parts[0][0].queries  # the same ones read every group
+    costs = [sums.value_square.diagonal().sum().clamp_min(1e-30) for sums, _ in parts]
+    inputs = merge_moments([m.weighted(cost) for (_, m), cost in zip(parts, costs, strict=True)])
+    covariance = inputs.covariance
+    # Values were weighted by the length that each head gathered; a token's own length counts once.
+    value = weights.value.unflatten(0, (weights.num_heads, -1))
+    length = torch.einsum("hnd,de,hne->h", value, covariance, value).clamp_min(1e-30)
+    scale = length.rsqrt().repeat_interleave(weights.head_dim)
+    energy = reads.query_pairs.clamp_min(1e-30)
+    return Evidence(
+        mean=inputs.mean,
+        covariance=covariance,
+        key_metric=reads.query_square / queries,
+        turned_key_metric=reads.turned_query_square / queries,
+        value_metric=scale[:, None] * reads.value_square * scale / queries,
+        query_pairs=reads.query_pairs / queries,
+        phases=_shrunk_phases(reads.phases / energy, window_phases),
+    )
+
+
+def assume_evidence(weights: KVWeights, phases: Tensor) -> Evidence:
+    """Evidence without data: white inputs, queries as W_q makes them, values as W_o reads them.
+
+    Args:
+        weights: The dense layer.
+        phases: Expected phases under uniform attention, (D/2,) complex.
+    """
+    width, heads = weights.query.shape[1], weights.num_heads
+    raw = torch.cat([weights.query, weights.query_bias[:, None]], 1)
+    query = (raw / raw.square().sum().div(len(raw)).sqrt()).unflatten(0, (heads, -1))
+    square = query @ query.mT
+    pairs = square.diagonal(dim1=-2, dim2=-1).unflatten(-1, (-1, 2)).sum(-1)
+    value_metric = weights.output.mT @ weights.output
+    # Keys count by the energy of a value at the output, which a change of attention moves.
+    value_energy = ((weights.value @ weights.value.mT) * value_metric).sum() / heads
+    raw_key_square = weights.raw_key.square().sum() + weights.raw_key_bias.square().sum()
+    scale = value_energy / weights.head_dim / (raw_key_square / len(raw))
+    mean, covariance = white_inputs(width)
+    return Evidence(
+        mean=mean,
+        covariance=covariance,
+        key_metric=square * scale,
+        # A rotation by any angle is as likely as another: only the pairs' lengths count.
+        turned_key_metric=torch.diag_embed(pairs.repeat_interleave(2, -1) / 2) * scale,
+        value_metric=value_metric,
+        query_pairs=pairs * scale,
+        phases=phases.expand(heads, -1),
+    )
+
+
+def two_sided(target: Tensor, metric: Tensor, covariance: Tensor) -> Decomposition:
+    """Best approximations up · down of a target W in E[tr((W − Ŵ) u)ᵀ M (W − Ŵ) u], at every rank.
 
     Args:
         target: W, (n, d).
-        importance: S, (n, n).
+        metric: M, (n, n), positive semi-definite.
         covariance: C = E[u uᵀ], (d, d).
-        rank: R.
 
     Returns:
-        down (R, d) and up (n, R). With U the leading eigenvectors of S W C Wᵀ Sᵀ, down = Uᵀ S W,
-        and up = W C downᵀ Λ⁻¹ solves the least-squares problem that is left, so neither S nor C is
-        inverted. One decomposition serves every R: keep the first rows and columns.
+        With B = Wᵀ M W and V, Λ the eigenvectors of C^½ B C^½: down = Λ^-½ Vᵀ C^½ B, so that the
+        latent has covariance Λ, and up = W C downᵀ Λ⁻¹ solves the least-squares problem that is
+        left. Neither M nor C is inverted.
     """
-    weighted = importance @ target
-    values, vectors = torch.linalg.eigh(weighted @ covariance @ weighted.mT)
-    values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
-    down = vectors.mT @ weighted
-    # Directions the data never takes have no energy; they get no up-projection.
+    root = psd_sqrt(covariance)
+    weighted = root @ (target.mT @ metric @ target)
+    values, vectors = torch.linalg.eigh(weighted @ root)
+    values, vectors = values.flip(0), vectors.flip(1)
+    # Directions the data never takes have no energy; they get no projection.
     seen = values > values[0] * 1e-14
     inverse = torch.where(seen, 1 / values.where(seen, torch.ones_like(values)), 0)
-    return down, (target @ covariance @ down.mT) * inverse
+    down = inverse[:, None] * (vectors.mT @ weighted)
+    # Small energies magnify rounding: rows that should be orthonormal in C are made so.
+    mixed = torch.linalg.qr(root @ down.mT).R.mT + torch.diag((~seen).to(down.dtype))
+    down = torch.linalg.solve_triangular(mixed, down, upper=False)
+    up = (target @ covariance @ down.mT) * inverse.sqrt()
+    values = values.clamp_min(0)
+    return Decomposition(values.sqrt()[:, None] * down, up, values)
 
 
 def psd_sqrt(matrix: Tensor) -> Tensor:
@@ -212,73 +316,91 @@ def psd_sqrt(matrix: Tensor) -> Tensor:
     return (vectors * values.clamp_min(0).sqrt()[..., None, :]) @ vectors.mT
 
 
-def _importance(weights: KVWeights, moments: Moments) -> Tensor:
-    """S of METHOD 7, (2·H·D, 2·H·D): queries on the key rows, W_o on the value rows.
+def _shrunk_phases(measured: Tensor, window: Tensor) -> Tensor:
+    """Measured phases (H, D/2), drawn towards those of uniform attention (D/2,).
 
-    Keys are balanced against values by the energy of a value at the output, a first-order estimate
-    of what a logit error costs.
+    First-order weights see only keys that have attention already; a far key whose rotation kept it
+    out of sight would be let in by phases that fit the near ones.
     """
-    query_square = moments.query_square / moments.queries
-    scale = moments.key_norm / moments.tokens / weights.head_dim**0.5
-    on_keys = torch.block_diag(*(psd_sqrt(query_square) * scale))
-    output_square = weights.output.mT @ weights.output
-    spread = weights.value @ moments.covariance @ weights.value.mT
-    value_energy = (output_square * spread).sum() / weights.num_heads
-    return torch.block_diag(on_keys * value_energy.sqrt(), psd_sqrt(output_square))
+    return WINDOW_SHARE * window + (1 - WINDOW_SHARE) * measured
 
 
-def _complex_key(weights: KVWeights) -> tuple[Tensor, Tensor]:
-    """Key weight (H, D/2, d) and bias (H, D/2) by RoPE pair."""
-    key = weights.key.unflatten(0, (weights.num_heads, -1))
-    bias = weights.key_bias.unflatten(0, (weights.num_heads, -1))
-    return as_pairs(key.mT).mT.clone(), as_pairs(bias).clone()
+def _best_branch(weights: KVWeights, evidence: Evidence, count: int) -> RopeBranch:
+    cost = position_cost(evidence.query_pairs, evidence.phases)
+    return principal_branch(key_square(weights, evidence.mean, evidence.covariance), cost, count)
 
 
-def _real_key(pairs: Tensor) -> Tensor:
-    """Complex rows (H, D/2, d) back to interleaved rows (H·D, d)."""
-    return torch.view_as_real(pairs).movedim(-1, 2).flatten(0, 2)
+def _decompose(
+    target: Tensor, weights: KVWeights, layer: LayerConfig, evidence: Evidence
+) -> list[Decomposition]:
+    """Of keys and values together, or of each."""
+    metric = evidence.key_metric
+    if layer.positions == "reconstructed":
+        metric = evidence.turned_key_metric
+    key_metric = torch.block_diag(*metric)
+    if layer.latent == "split":
+        return [
+            two_sided(target, key_metric, evidence.covariance),
+            two_sided(weights.value, evidence.value_metric, evidence.covariance),
+        ]
+    stacked = torch.cat([target, weights.value])
+    both = torch.block_diag(key_metric, evidence.value_metric)
+    return [two_sided(stacked, both, evidence.covariance)]
 
 
-def _gather(branch: RopeBranch, key: Tensor, key_bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (m, d) and biases (m,) of the shared rope keys, complex."""
-    rows = torch.einsum("mh,hmd->md", branch.gather, key[:, branch.pairs])
-    return rows, torch.einsum("mh,hm->m", branch.gather, key_bias[:, branch.pairs])
-
-
-def _query_map(branch: RopeBranch, head_dim: int) -> Tensor:
-    """C (H, 2m, D): multiplies each query pair by conj(mix), written in real numbers."""
-    count, heads = branch.mix.shape
-    turn = branch.mix.conj().mT
-    blocks = torch.zeros(heads, count, 2, head_dim // 2, 2, dtype=torch.float64)
-    index = torch.arange(count)
-    blocks[:, index, 0, branch.pairs, 0] = turn.real
-    blocks[:, index, 0, branch.pairs, 1] = -turn.imag
-    blocks[:, index, 1, branch.pairs, 0] = turn.imag
-    blocks[:, index, 1, branch.pairs, 1] = turn.real
-    return blocks.flatten(3, 4).flatten(1, 2)
-
-
-def _assemble(
-    weights: KVWeights,
-    branch: RopeBranch,
-    rope: Tensor,
-    rope_bias: Tensor,
-    down: Tensor,
-    down_bias: Tensor,
-    up: Tensor,
-    biases: tuple[Tensor, Tensor],
-) -> Factors:
-    """Put a rope branch and a content factorisation together."""
-    keys = len(weights.key)
-    return Factors(
-        kv_a_proj=down,
-        kv_a_bias=down_bias,
-        kv_b_proj_k=up[:keys],
-        kv_b_bias_k=biases[0],
-        kv_b_proj_v=up[keys:],
-        kv_b_bias_v=biases[1],
-        k_rope_proj=torch.view_as_real(rope).movedim(-1, 1).flatten(0, 1),
-        k_rope_bias=torch.view_as_real(rope_bias).flatten(),
-        q_rope_map=_query_map(branch, weights.head_dim),
-        rope_pairs=tuple(branch.pairs.tolist()),
+def _calibrated_content(
+    target: Tensor, weights: KVWeights, shape: LayerShape, evidence: Evidence
+) -> Content:
+    parts, rank, keys = _decompose(target, weights, shape.layer, evidence), shape.kv_lora_rank, 0
+    if len(parts) == 1:
+        (down, up), keys = _unit_latent(parts[0], rank), len(target)
+        return Content(down, -down @ evidence.mean, up[:keys], up[keys:])
+    key, value = parts
+    key_rank, rest = shape.parts()
+    (key_down, up_key), (value_down, up_value) = (
+        _unit_latent(key, key_rank),
+        _unit_latent(value, rest),
     )
+    down = torch.cat([key_down, value_down])
+    return Content(down, -down @ evidence.mean, up_key, up_value)
+
+
+def _unit_latent(part: Decomposition, rank: int) -> tuple[Tensor, Tensor]:
+    """The first R directions in a unit in which the latent's mean square is 1.
+
+    The metric's own unit is that of a gradient, in which an optimiser's steps would be far too
+    large for one side and too small for the other.
+    """
+    size = part.energies[:rank].mean().sqrt()
+    size = torch.where(size > 0, size, torch.ones_like(size))
+    return part.down[:rank] / size, part.up[:, :rank] * size
+
+
+def _tail(
+    target: Tensor, weights: KVWeights, layer: LayerConfig, evidence: Evidence, most: int
+) -> tuple[Tensor, list[int]]:
+    """Energy that ranks 0 … most discard, (most + 1,), and of split latents the keys' part.
+
+    A latent has at least one number, each part of a split one too; smaller ranks are `inf`.
+    """
+    parts = _decompose(target, weights, layer, evidence)
+    energies = [part.energies for part in parts]
+    if len(parts) == 1:
+        tail = _discarded(energies[0])[: most + 1]
+        tail[0] = torch.inf
+        return tail, []
+    # Keys get as many directions as they have among the largest of both.
+    order = torch.cat(energies).argsort(descending=True, stable=True)
+    of_keys = [0, *(order < len(energies[0])).long().cumsum(0).tolist()][: most + 1]
+    key_ranks = [min(max(1, keys), rank - 1) for rank, keys in enumerate(of_keys)]
+    left_of_keys, left_of_values = (_discarded(part) for part in energies)
+    tail = torch.full((len(key_ranks),), torch.inf, dtype=torch.float64)
+    for rank in range(2, len(key_ranks)):
+        keys = key_ranks[rank]
+        tail[rank] = left_of_keys[keys] + left_of_values[rank - keys]
+    return tail, key_ranks
+
+
+def _discarded(energies: Tensor) -> Tensor:
+    """What the first 0, 1, … directions leave, (n + 1,)."""
+    return torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)])

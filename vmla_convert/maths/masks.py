@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from vmla_convert.config import CachePolicy
+
+
+class Visibility(NamedTuple):
+    """Who sees whom in one masked pass, both (L, L) and boolean.
+
+    Attributes:
+        seen: A query (row) may see a key (column).
+        own: The key is of the query's own chunk, so that no cache holds it yet.
+    """
+
+    seen: Tensor
+    own: Tensor
+
+    def to(self, device: torch.device) -> Visibility:
+        """The same on a device."""
+        return Visibility(self.seen.to(device), self.own.to(device))
 
 
 def visible_frames(frames: int, chunk_frames: int, policy: CachePolicy | None = None) -> Tensor:
@@ -26,15 +44,17 @@ def visible_frames(frames: int, chunk_frames: int, policy: CachePolicy | None = 
 
 def block_causal_mask(
     frames: int, chunk_frames: int, tokens_per_frame: int, policy: CachePolicy | None = None
-) -> Tensor:
-    """Token-level mask (L, L), L = frames · tokens_per_frame, for one clip in one pass."""
-    return _to_tokens(visible_frames(frames, chunk_frames, policy), tokens_per_frame)
+) -> Visibility:
+    """Who sees whom among the L = frames · tokens_per_frame tokens of one clip in one pass."""
+    chunk = torch.arange(frames) // chunk_frames
+    own = chunk[:, None] == chunk[None, :]
+    return _to_tokens(visible_frames(frames, chunk_frames, policy), own, tokens_per_frame)
 
 
 def teacher_forcing_mask(
     frames: int, chunk_frames: int, tokens_per_frame: int, policy: CachePolicy | None = None
-) -> Tensor:
-    """Token-level mask (2L, 2L) over [clean clip | noisy clip].
+) -> Visibility:
+    """Who sees whom among the 2L tokens of [clean clip | noisy clip].
 
     A clean chunk sees the clean past and itself; a noisy chunk sees the clean past and, of its own
     frames, only the noisy ones. One pass thus trains every chunk as it is met in a rollout.
@@ -45,9 +65,13 @@ def teacher_forcing_mask(
     nothing = torch.zeros_like(same)
     top = torch.cat([clean, nothing], dim=1)
     bottom = torch.cat([clean & ~same, same], dim=1)
-    return _to_tokens(torch.cat([top, bottom]), tokens_per_frame)
+    own = torch.block_diag(same, same).bool()
+    return _to_tokens(torch.cat([top, bottom]), own, tokens_per_frame)
 
 
-def _to_tokens(mask: Tensor, tokens_per_frame: int) -> Tensor:
-    mask = mask.repeat_interleave(tokens_per_frame, 0)
-    return mask.repeat_interleave(tokens_per_frame, 1)
+def _to_tokens(seen: Tensor, own: Tensor, tokens_per_frame: int) -> Visibility:
+    def repeat(mask: Tensor) -> Tensor:
+        mask = mask.repeat_interleave(tokens_per_frame, 0)
+        return mask.repeat_interleave(tokens_per_frame, 1)
+
+    return Visibility(repeat(seen), repeat(own))

@@ -25,6 +25,14 @@ class Rotary(NamedTuple):
         """The table of some pairs only, (L, len(pairs))."""
         return Rotary(self.cos[:, pairs], self.sin[:, pairs])
 
+    def at(self, tokens: Tensor) -> Rotary:
+        """The table of some tokens only, (len(tokens), pairs)."""
+        return Rotary(self.cos[tokens], self.sin[tokens])
+
+    def turns(self) -> Tensor:
+        """exp(i·angle) of every pair at every token, (L, pairs) complex."""
+        return torch.complex(self.cos, self.sin)
+
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     """How many of the D/2 pairs rotate with time, height and width (22, 21, 21 for D = 128)."""

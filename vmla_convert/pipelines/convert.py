@@ -6,9 +6,10 @@ the first byte is written.
 
 from __future__ import annotations
 
+import json
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -21,21 +22,34 @@ from vmla_convert import __version__
 from vmla_convert.checkpoint.families import OpenCheckpoint, converted_config, open_checkpoint
 from vmla_convert.checkpoint.source import TensorSpec, fingerprint
 from vmla_convert.checkpoint.writer import CheckpointWriter
-from vmla_convert.config import ConvertConfig, Geometry, MLAConfig, ModelConfig, to_dict
+from vmla_convert.config import (
+    PAPER_LAYER,
+    ConvertConfig,
+    LayerConfig,
+    MLAConfig,
+    ModelConfig,
+    RankPlan,
+    from_dict,
+    to_dict,
+)
 from vmla_convert.errors import CheckpointError, ConfigError, OutputError, did_you_mean
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.maths.factor import INITS, Budget, Evidence, Factors, KVWeights
-from vmla_convert.pipelines.calibrate import calibrate
+from vmla_convert.maths.factor import DATA_INITS, INITS, assume_evidence, join_evidence
+from vmla_convert.maths.moments import as_channels
+from vmla_convert.maths.projections import Evidence, Factors, KVWeights, LayerShape
+from vmla_convert.pipelines.calibrate import LayerReads, calibrate, deployed_phases
 from vmla_convert.pipelines.codecs import require_demo_codec
 from vmla_convert.pipelines.data import open_clips, seeded
-from vmla_convert.pipelines.load import build, checkpoint_path, compute_device
+from vmla_convert.pipelines.load import build_shell, checkpoint_path, compute_device, read_block
+from vmla_convert.pipelines.plan import check_sizes, plan_ranks, uniform_plan
 from vmla_convert.pipelines.publish import model_card
 from vmla_convert.progress import Progress, Silent
 
 Read = Callable[[str], Tensor]
 
-# The dense parameters that a converted layer no longer has.
-_DROPPED = ("k.weight", "k.bias", "v.weight", "v.bias", "norm_k.weight")
+
+PRESETS = {"videomla": ConvertConfig(init="spectral", layer=PAPER_LAYER, ranks="uniform")}
+"""The paper: its layer with the exact key norm, its init, its shares of 192 + 32 numbers."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +57,15 @@ class ConversionPlan:
     """What a conversion will do, known before any arithmetic.
 
     Attributes:
-        config: Of the converted model; its rope pairs are placeholders until layers are factored.
-        budget: Numbers per token, the same for every layer.
+        config: Of the converted model; its rope pairs and phases are placeholders until its layers
+            are factored.
+        ranks: Sizes of every layer.
         kept: Names of tensors that keep their bytes.
         specs: Every tensor that will be written, in writing order.
     """
 
     config: ModelConfig
-    budget: Budget
+    ranks: RankPlan
     kept: tuple[str, ...]
     specs: dict[str, TensorSpec]
 
@@ -92,8 +107,7 @@ def convert(
     Args:
         source: Checkpoint file or folder, or `demo`.
         out: Folder to write; it appears whole or not at all.
-        config: Init, sizes and calibration; the defaults are an eighth of the width for R, a
-            quarter of a head for the rope key, and calibration.
+        config: Init, layer, sizes and calibration.
         progress: Where to draw.
 
     Raises:
@@ -104,12 +118,22 @@ def convert(
     started = perf_counter()
     config, progress = config or ConvertConfig(), progress or Silent()
     checkpoint = open_checkpoint(checkpoint_path(source))
-    plan = plan_conversion(checkpoint, config)
+    plan_conversion(checkpoint, config)
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise OutputError(f"{out} exists already", "choose another -o, or remove it")
-    evidence = _gather_evidence(checkpoint, config, progress)
-    pairs: list[tuple[int, ...]] = []
-    factor_seconds = 0.0
+    evidence = gather_evidence(checkpoint, config, progress)
+    factor_started = perf_counter()
+    heads = checkpoint.config.geometry.num_heads
+    ranks = plan_ranks(
+        checkpoint.config,
+        config,
+        lambda layer: layer_weights(checkpoint.read, layer, heads),
+        evidence,
+        progress,
+    )
+    factor_seconds = perf_counter() - factor_started
+    plan = plan_conversion(checkpoint, config, ranks)
+    layers: list[Factors] = []
     with CheckpointWriter(out, plan.specs) as writer:
         for name in plan.kept:
             writer.add(name, checkpoint.read(name))
@@ -117,20 +141,75 @@ def convert(
             factor_started = perf_counter()
             factors = factor_layer(checkpoint.read, plan, config, layer, evidence)
             factor_seconds += perf_counter() - factor_started
-            pairs.append(factors.rope_pairs)
-            for name, tensor in latent_tensors(factors, checkpoint.read, layer).items():
+            for name, tensor in latent_tensors(
+                factors, checkpoint.read, plan.config, layer
+            ).items():
                 writer.add(name, tensor)
-        final = with_rope_pairs(plan.config, pairs)
+            layers.append(_without_weights(factors))
+        final = with_branches(plan.config, layers)
         seconds, peak = perf_counter() - started, peak_rss_bytes()
         name = Path(source).name
+        provenance = _provenance(name, checkpoint, config, ranks, seconds, peak)
         writer.write_json("config.json", converted_config(final))
-        writer.write_json("conversion.json", _provenance(name, checkpoint, config, seconds, peak))
+        writer.write_json("conversion.json", provenance)
         writer.write_text("README.md", model_card(final, name))
     return Conversion(out, final, seconds, factor_seconds, peak)
 
 
-def plan_conversion(checkpoint: OpenCheckpoint, config: ConvertConfig) -> ConversionPlan:
+def convert_config(
+    preset: str | None,
+    layer: Mapping[str, str | None],
+    sizes: Mapping[str, Any],
+    others: Mapping[str, Any],
+) -> ConvertConfig:
+    """A config from what a user typed; None means that it was left out.
+
+    Args:
+        preset: `videomla` starts from the paper's layer, init and shares.
+        layer: Fields of `LayerConfig`.
+        sizes: Cache sizes; any of them replaces all of the preset's.
+        others: Further fields of `ConvertConfig`.
+
+    Raises:
+        ConfigError: An unknown preset, or a value that its field cannot have.
+    """
+    if preset not in (None, *PRESETS):
+        raise ConfigError(f"unknown preset '{preset}'", did_you_mean(str(preset), PRESETS))
+    base = PRESETS[preset] if preset else ConvertConfig()
+    if any(size is not None for size in sizes.values()):
+        base = replace(base, kv_lora_rank=None, qk_rope_head_dim=None)
+    typed = {name: value for name, value in {**sizes, **others}.items() if value is not None}
+    plain = {name: to_dict(v) if name == "plan" else v for name, v in typed.items()}
+    chosen = {name: value for name, value in layer.items() if value is not None}
+    return from_dict(
+        ConvertConfig, {**to_dict(base), **plain, "layer": {**to_dict(base.layer), **chosen}}
+    )
+
+
+def read_plan(path: Path) -> RankPlan:
+    """The sizes that an earlier conversion chose, from its folder or its conversion.json.
+
+    Raises:
+        ConfigError: There is no plan.
+    """
+    file = path / "conversion.json" if path.is_dir() else path
+    try:
+        return from_dict(RankPlan, json.loads(file.read_text())["plan"], "plan")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} holds no plan", "give the folder of a conversion, or its conversion.json"
+        ) from error
+
+
+def plan_conversion(
+    checkpoint: OpenCheckpoint, config: ConvertConfig, ranks: RankPlan | None = None
+) -> ConversionPlan:
     """Check that a conversion can be done, and say what it will write.
+
+    Args:
+        checkpoint: The dense model.
+        config: The conversion.
+        ranks: Sizes of every layer; by default the same for all, as long as no layer is measured.
 
     Raises:
         CheckpointError: The checkpoint is converted already.
@@ -142,12 +221,11 @@ def plan_conversion(checkpoint: OpenCheckpoint, config: ConvertConfig) -> Conver
             f"{checkpoint.source.path} is converted already",
             "convert the dense checkpoint that it came from",
         )
-    if config.init not in INITS:
-        raise ConfigError(f"unknown init '{config.init}'", did_you_mean(config.init, INITS))
-    if config.init == "calibrated" and config.data.source == "demo":
+    check_sizes(dense, config)
+    if _measures(config) and config.data.source == "demo":
         require_demo_codec(dense, "calibration on the demo world")
-    budget = layer_budget(dense.geometry, config)
-    planned = planned_config(dense, config.init, budget)
+    ranks = ranks or uniform_plan(dense, config)
+    planned = planned_config(dense, config, ranks)
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in CausalWanModel(planned).state_dict().items()}
     specs = checkpoint.specs()
@@ -159,68 +237,58 @@ def plan_conversion(checkpoint: OpenCheckpoint, config: ConvertConfig) -> Conver
         for name, shape in shapes.items()
         if name not in specs
     }
-    return ConversionPlan(planned, budget, kept, written)
+    return ConversionPlan(planned, ranks, kept, written)
 
 
-def layer_budget(geometry: Geometry, config: ConvertConfig) -> Budget:
-    """Sizes asked for, or the paper's shares: an eighth of the width, a quarter of a head.
-
-    Raises:
-        ConfigError: A size is out of range for this geometry.
-    """
-    rank = geometry.dim // 8 if config.kv_lora_rank is None else config.kv_lora_rank
-    rope = config.qk_rope_head_dim
-    if rope is None:
-        rope = 2 * (geometry.head_dim // 8)
-    if not 1 <= rank <= geometry.dim:
-        raise ConfigError(
-            f"kv_lora_rank {rank} is not between 1 and the model's width {geometry.dim}",
-            f"try --kv-lora-rank {geometry.dim // 8}",
-        )
-    if rope % 2 or not 2 <= rope <= geometry.head_dim:
-        raise ConfigError(
-            f"qk_rope_head_dim {rope} is not an even number between 2 and {geometry.head_dim}",
-            f"try --qk-rope-head-dim {2 * (geometry.head_dim // 8)}",
-        )
-    return Budget(rank, rope // 2)
-
-
-def planned_config(dense: ModelConfig, init: str, budget: Budget) -> ModelConfig:
+def planned_config(dense: ModelConfig, config: ConvertConfig, ranks: RankPlan) -> ModelConfig:
     """The converted model's config, with placeholders for the rope pairs."""
-    layers = dense.geometry.num_layers
-    pairs = tuple(range(budget.rope_pairs))
-    mla = MLAConfig((budget.kv_lora_rank,) * layers, (pairs,) * layers, init)
+    pairs = tuple(tuple(range(count)) for count in ranks.rope_pairs)
+    mla = MLAConfig(ranks.kv_lora_rank, pairs, config.init, config.layer, ranks.key_ranks)
     return replace(dense, mla=mla)
 
 
-def with_rope_pairs(planned: ModelConfig, pairs: list[tuple[int, ...]]) -> ModelConfig:
-    """The planned config with the pairs that the layers chose."""
+def with_branches(planned: ModelConfig, layers: list[Factors]) -> ModelConfig:
+    """The planned config with the rope pairs and phases that the layers chose."""
     assert planned.mla is not None
-    return replace(planned, mla=replace(planned.mla, rope_pairs=tuple(pairs)))
+    pairs = tuple(tuple(f.rope.pairs.tolist()) if f.rope else () for f in layers)
+    phases = tuple(_polar(f.phases) for f in layers if f.phases is not None)
+    return replace(planned, mla=replace(planned.mla, rope_pairs=pairs, phases=phases))
 
 
 def convert_model(
     teacher: CausalWanModel, config: ConvertConfig, evidence: list[Evidence] | None
 ) -> CausalWanModel:
-    """The same conversion in memory, for sweeps; `evidence` is shared by all their points."""
-    budget = layer_budget(teacher.config.geometry, config)
-    planned = planned_config(teacher.config, config.init, budget)
+    """The same conversion in memory, for sweeps.
+
+    Args:
+        teacher: The dense model.
+        config: The conversion.
+        evidence: Of every layer, for the current chunk that the config has; None where the init
+            looks at none.
+    """
+    check_sizes(teacher.config, config)
     state = teacher.state_dict()
-    plan = ConversionPlan(planned, budget, (), {})
-    pairs: list[tuple[int, ...]] = []
-    tensors = {
-        name: tensor.clone()
-        for name, tensor in state.items()
-        if not (".self_attn." in name and name.endswith(_DROPPED))
-    }
+    heads = teacher.config.geometry.num_heads
+    ranks = plan_ranks(
+        teacher.config,
+        config,
+        lambda layer: layer_weights(state.__getitem__, layer, heads),
+        evidence,
+    )
+    planned = planned_config(teacher.config, config, ranks)
+    with torch.device("meta"):
+        expected = CausalWanModel(planned).state_dict()
+    plan = ConversionPlan(planned, ranks, (), {})
+    layers: list[Factors] = []
+    tensors = {name: tensor.clone() for name, tensor in state.items() if name in expected}
     for layer in range(planned.geometry.num_layers):
         factors = factor_layer(state.__getitem__, plan, config, layer, evidence)
-        pairs.append(factors.rope_pairs)
-        tensors |= latent_tensors(factors, state.__getitem__, layer)
+        layers.append(factors)
+        tensors |= latent_tensors(factors, state.__getitem__, planned, layer)
     device = teacher.patch_embedding.weight.device
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     with torch.device("meta"):
-        model = CausalWanModel(with_rope_pairs(planned, pairs))
+        model = CausalWanModel(with_branches(planned, layers))
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -233,9 +301,16 @@ def factor_layer(
     evidence: list[Evidence] | None,
 ) -> Factors:
     """Factor one layer under the plan."""
+    ranks = plan.ranks
+    shape = LayerShape(
+        config.layer,
+        ranks.kv_lora_rank[layer],
+        ranks.rope_pairs[layer],
+        ranks.key_ranks[layer] if ranks.key_ranks else None,
+    )
     return INITS[config.init](
         layer_weights(read, layer, plan.config.geometry.num_heads),
-        plan.budget,
+        shape,
         evidence[layer] if evidence else None,
         seeded(config.seed, layer, "init"),
     )
@@ -248,10 +323,13 @@ def layer_weights(read: Read, layer: int, num_heads: int) -> KVWeights:
         # Factoring is float64 on the CPU, wherever the model lives.
         return read(f"blocks.{layer}.self_attn.{name}").cpu().double()
 
-    gain = tensor("norm_k.weight")
+    query_gain = tensor("norm_q.weight")
     return KVWeights(
-        key=gain[:, None] * tensor("k.weight"),
-        key_bias=gain * tensor("k.bias"),
+        query=query_gain[:, None] * tensor("q.weight"),
+        query_bias=query_gain * tensor("q.bias"),
+        raw_key=tensor("k.weight"),
+        raw_key_bias=tensor("k.bias"),
+        key_gain=tensor("norm_k.weight"),
         value=tensor("v.weight"),
         value_bias=tensor("v.bias"),
         output=tensor("o.weight"),
@@ -259,9 +337,12 @@ def layer_weights(read: Read, layer: int, num_heads: int) -> KVWeights:
     )
 
 
-def latent_tensors(factors: Factors, read: Read, layer: int) -> dict[str, Tensor]:
+def latent_tensors(
+    factors: Factors, read: Read, config: ModelConfig, layer: int
+) -> dict[str, Tensor]:
     """The new parameters of one layer by full name, float32."""
-    prefix = f"blocks.{layer}.self_attn."
+    assert config.mla is not None
+    prefix, choices = f"blocks.{layer}.self_attn.", config.mla.layer
     tensors = {
         "kv_a_proj.weight": factors.kv_a_proj,
         "kv_a_proj.bias": factors.kv_a_bias,
@@ -269,12 +350,25 @@ def latent_tensors(factors: Factors, read: Read, layer: int) -> dict[str, Tensor
         "kv_b_proj_k.bias": factors.kv_b_bias_k,
         "kv_b_proj_v.weight": factors.kv_b_proj_v,
         "kv_b_proj_v.bias": factors.kv_b_bias_v,
-        "k_rope_proj.weight": factors.k_rope_proj,
-        "k_rope_proj.bias": factors.k_rope_bias,
-        "q_rope_map": factors.q_rope_map,
-        "k_norm_proj.weight": read(f"{prefix}k.weight"),
-        "k_norm_proj.bias": read(f"{prefix}k.bias"),
     }
+    if factors.rope is not None:
+        tensors |= {
+            "k_rope_proj.weight": as_channels(factors.rope.rows.mT).mT,
+            "k_rope_proj.bias": as_channels(factors.rope.offsets),
+            "q_rope_map": factors.rope.query_map,
+        }
+    if factors.norm is not None:
+        tensors["k_norm_floor"] = factors.norm.floor
+    if factors.norm is not None and choices.k_norm == "latent":
+        tensors |= {
+            "k_norm_latent.weight": factors.norm.weight,
+            "k_norm_latent.bias": factors.norm.bias,
+        }
+    if choices.current_chunk == "latent" and choices.k_norm == "stored":
+        tensors |= {
+            "k_norm_proj.weight": read(f"{prefix}k.weight"),
+            "k_norm_proj.bias": read(f"{prefix}k.bias"),
+        }
     return {prefix + name: tensor.float().contiguous() for name, tensor in tensors.items()}
 
 
@@ -284,18 +378,75 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _gather_evidence(
+def gather_evidence(
     checkpoint: OpenCheckpoint, config: ConvertConfig, progress: Progress
 ) -> list[Evidence] | None:
-    if config.init != "calibrated":
+    """What the init needs to know of every layer; the dense model is read block by block."""
+    model = checkpoint.config
+    if config.init not in DATA_INITS:
         return None
-    clips = open_clips(config.data, checkpoint.config.cache.sink_frames)
-    model = build(checkpoint, compute_device())
-    return calibrate(model, clips, config.calibration_clips, config.seed, progress)
+    layers = range(model.geometry.num_layers)
+
+    def weights(layer: int) -> KVWeights:
+        return layer_weights(checkpoint.read, layer, model.geometry.num_heads)
+
+    phases = deployed_phases(model)
+    if not config.calibrate:
+        return [assume_evidence(weights(layer), phases) for layer in layers]
+    device = compute_device()
+    measured = calibrate(
+        build_shell(checkpoint, device),
+        lambda layer: read_block(checkpoint, layer, device),
+        open_clips(config.data, model.cache.sink_frames),
+        config.calibration_clips,
+        config.seed,
+        progress,
+    )
+    return [
+        layer_evidence(measured[layer], weights(layer), config.layer, phases) for layer in layers
+    ]
+
+
+def layer_evidence(
+    measured: LayerReads, weights: KVWeights, layer: LayerConfig, phases: Tensor
+) -> Evidence:
+    """Evidence for a layer that reads its past from latents, or its own chunk too.
+
+    Args:
+        measured: Of this layer.
+        weights: Of the dense layer.
+        layer: What is made of it.
+        phases: From `deployed_phases`.
+    """
+    own = measured.own if layer.current_chunk == "latent" else []
+    return join_evidence([measured.past, *own], weights, phases)
+
+
+def _measures(config: ConvertConfig) -> bool:
+    return config.calibrate and config.init in DATA_INITS
+
+
+def _without_weights(factors: Factors) -> Factors:
+    """What the config wants of a layer whose tensors are written."""
+    none = torch.empty(0)
+    return Factors(none, none, none, none, none, none, factors.rope, None, factors.phases)
+
+
+def _polar(phases: Tensor) -> tuple[tuple[tuple[float, float], ...], ...]:
+    """Angle and length of phases (H, D/2), to four digits: they are a record, not an input."""
+    return tuple(
+        tuple((round(angle, 4), round(length, 4)) for angle, length in zip(a, b, strict=True))
+        for a, b in zip(phases.angle().tolist(), phases.abs().tolist(), strict=True)
+    )
 
 
 def _provenance(
-    name: str, checkpoint: OpenCheckpoint, config: ConvertConfig, seconds: float, peak: int
+    name: str,
+    checkpoint: OpenCheckpoint,
+    config: ConvertConfig,
+    ranks: RankPlan,
+    seconds: float,
+    peak: int,
 ) -> dict[str, Any]:
     """What made the folder, for people and for later commands."""
     return {
@@ -306,6 +457,7 @@ def _provenance(
             "family": checkpoint.family,
         },
         "convert": to_dict(config),
+        "plan": to_dict(ranks),
         "versions": {
             "vmla_convert": __version__,
             "torch": torch.__version__,

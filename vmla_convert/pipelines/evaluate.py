@@ -11,13 +11,15 @@ from vmla_convert.config import EvaluateConfig, ModelConfig
 from vmla_convert.demo.judge import background_psnr, read_digits
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.maths.factor import Evidence
+from vmla_convert.layers.mla import LatentSelfAttention
+from vmla_convert.maths.projections import KVWeights
 from vmla_convert.maths.spectra import (
     activation_spectrum,
     effective_rank,
     energy_at_rank,
     weight_spectrum,
 )
+from vmla_convert.pipelines.calibrate import LayerReads
 from vmla_convert.pipelines.codecs import prompted_digit, require_demo_codec
 from vmla_convert.pipelines.convert import layer_weights
 from vmla_convert.pipelines.data import open_clips, seeded
@@ -103,24 +105,52 @@ def dense_rows(teacher: CausalWanModel, held_out: HeldOut) -> list[Row]:
     ]
 
 
-def spectrum_rows(teacher: CausalWanModel, evidence: list[Evidence], rank: int) -> list[Row]:
-    """Rows of each layer's joint key and value spectrum, as weights and on activations."""
-    rows: list[Row] = []
+def spectrum_rows(teacher: CausalWanModel, measured: list[LayerReads], rank: int) -> list[Row]:
+    """Rows of each layer's joint key and value spectrum, as weights and on cached inputs."""
     read = teacher.state_dict().__getitem__
-    for layer, known in enumerate(evidence):
+    rows: list[Row] = []
+    for layer, reads in enumerate(measured):
         weights = layer_weights(read, layer, teacher.config.geometry.num_heads)
-        target = torch.cat([weights.key, weights.value])
-        spectra = {
-            "weights": weight_spectrum(target),
-            "weights_x_activations": activation_spectrum(target, known.moments.covariance),
-        }
-        for run, spectrum in spectra.items():
-            energy = energy_at_rank(spectrum, rank)
-            rows += [
-                Row("effective_rank_99", effective_rank(spectrum), "directions", run, layer=layer),
-                Row("energy_at_rank", energy, "share", run, layer=layer, kv_lora_rank=rank),
-            ]
+        covariance = reads.past[1].covariance
+        rows += operator_spectra(_joint(weights), covariance, layer, rank)
     return rows
+
+
+def learned_spectrum_rows(model: CausalWanModel, seed: int = 0) -> list[Row]:
+    """Rows of each converted layer's own operator, U_k A over U_v A, as weights.
+
+    VideoMLA shows that it fills its rank whatever the init (its figures 2 and 8); so it does here,
+    and tells nothing of quality.
+    """
+    fields, rows = row_fields(model.config, seed), list[Row]()
+    for layer, attention in enumerate(model.self_attentions()):
+        assert isinstance(attention, LatentSelfAttention)
+        down = attention.kv_a_proj.weight.double().cpu()
+        key = attention.kv_b_proj_k.weight.double().cpu() @ down[: attention.key_rank]
+        value = attention.kv_b_proj_v.weight.double().cpu() @ down[-attention.value_rank :]
+        rank = effective_rank(weight_spectrum(torch.cat([key, value])))
+        rows.append(Row("effective_rank_99", rank, "directions", layer=layer, **fields))
+    return rows
+
+
+def operator_spectra(target: Tensor, covariance: Tensor, layer: int, rank: int) -> list[Row]:
+    """Rows of one joint operator (n, d), alone and on inputs of a covariance (d, d)."""
+    rows: list[Row] = []
+    spectra = {
+        "weights": weight_spectrum(target),
+        "weights_x_activations": activation_spectrum(target, covariance),
+    }
+    for run, spectrum in spectra.items():
+        energy = energy_at_rank(spectrum, rank)
+        rows += [
+            Row("effective_rank_99", effective_rank(spectrum), "directions", run, layer=layer),
+            Row("energy_at_rank", energy, "share", run, layer=layer, kv_lora_rank=rank),
+        ]
+    return rows
+
+
+def _joint(weights: KVWeights) -> Tensor:
+    return torch.cat([weights.key, weights.value])
 
 
 def rollout_rows(video: Tensor, prompts: list[str], config: ModelConfig, seed: int) -> list[Row]:

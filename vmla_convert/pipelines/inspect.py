@@ -10,8 +10,9 @@ import torch
 from vmla_convert.checkpoint.families import OpenCheckpoint, open_checkpoint
 from vmla_convert.config import ConvertConfig, ModelConfig
 from vmla_convert.maths.spectra import effective_rank, energy_at_rank, weight_spectrum
-from vmla_convert.pipelines.convert import layer_budget, layer_weights, planned_config
+from vmla_convert.pipelines.convert import layer_weights, planned_config
 from vmla_convert.pipelines.load import checkpoint_path
+from vmla_convert.pipelines.plan import check_sizes, uniform_plan
 from vmla_convert.progress import Progress, Silent
 
 
@@ -73,9 +74,10 @@ def inspect_checkpoint(
     spectrum: list[LayerSpectrum] = []
     if model.mla is None:
         config = config or ConvertConfig()
-        budget = layer_budget(model.geometry, config)
-        converted = planned_config(model, config.init, budget)
-        spectrum = _spectrum(checkpoint, budget.kv_lora_rank, progress or Silent())
+        check_sizes(model, config)
+        ranks = uniform_plan(model, config)
+        converted = planned_config(model, config, ranks)
+        spectrum = _spectrum(checkpoint, ranks.kv_lora_rank[0], progress or Silent())
     frames = model.cache.window_frames
     return Inspection(
         path=str(path),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 from vmla_convert.checkpoint.families import OpenCheckpoint, open_checkpoint
 from vmla_convert.errors import CheckpointError
-from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.layers.dit import Block, CausalWanModel
 
 DEMO = "demo"
 
@@ -58,6 +59,31 @@ def build(
     state = {name: checkpoint.read(name).to(device, dtype) for name in expected}
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def build_shell(checkpoint: OpenCheckpoint, device: torch.device | str = "cpu") -> CausalWanModel:
+    """All of a dense model but its blocks, which `read_block` gives one by one."""
+    outside = {name for name in checkpoint.names if not name.startswith("blocks.")}
+    config = checkpoint.config
+    empty = replace(config, geometry=replace(config.geometry, num_layers=0))
+    with torch.device("meta"):
+        shell = CausalWanModel(empty)
+    state = {name: checkpoint.read(name).to(device, torch.float32) for name in outside}
+    shell.load_state_dict(state, assign=True)
+    shell.config = config
+    return shell.eval().requires_grad_(False)
+
+
+def read_block(checkpoint: OpenCheckpoint, layer: int, device: torch.device | str = "cpu") -> Block:
+    """One block of a dense checkpoint, in evaluation mode and frozen."""
+    with torch.device("meta"):
+        block = Block(checkpoint.config, layer)
+    state = {
+        name: checkpoint.read(f"blocks.{layer}.{name}").to(device, torch.float32)
+        for name in block.state_dict()
+    }
+    block.load_state_dict(state, assign=True)
+    return block.eval().requires_grad_(False)
 
 
 def _check_tensors(checkpoint: OpenCheckpoint, expected: dict[str, tuple[int, ...]]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vmla_convert.config import ModelConfig
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.flow import interpolate, per_frame, sample_training_sigma
-from vmla_convert.maths.masks import teacher_forcing_mask
+from vmla_convert.maths.masks import Visibility, teacher_forcing_mask
 from vmla_convert.pipelines.data import Batch
 
 
@@ -75,8 +75,8 @@ def make_example(
     )
 
 
-def teacher_forcing_inputs(config: ModelConfig, example: Example) -> tuple[Tensor, Tensor]:
-    """Frame positions (2F,) and mask (2L, 2L) of one teacher-forced pass."""
+def teacher_forcing_inputs(config: ModelConfig, example: Example) -> tuple[Tensor, Visibility]:
+    """Frame positions (2F,) and masks (2L, 2L) of one teacher-forced pass."""
     frames = example.latents.shape[1] // 2
     positions = torch.arange(frames, device=example.latents.device).repeat(2)
     mask = teacher_forcing_mask(frames, config.chunk_frames, config.tokens_per_frame, config.cache)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from huggingface_hub import ModelCardData
 
-from vmla_convert.config import ModelConfig
+from vmla_convert.config import ModelConfig, to_dict
 
 
 def model_card(config: ModelConfig, source_name: str) -> str:
@@ -21,7 +21,8 @@ def model_card(config: ModelConfig, source_name: str) -> str:
         library_name="vmla-convert",
         tags=["vmla", "latent-kv-cache", "causal-video-diffusion"],
     )
-    ranks, ropes = set(config.mla.kv_lora_rank), {2 * len(p) for p in config.mla.rope_pairs}
+    ranks = config.mla.kv_lora_rank
+    ropes = tuple(2 * len(pairs) for pairs in config.mla.rope_pairs)
     dense = config.geometry.dense_cache_scalars
     return f"""---
 {data.to_yaml()}
@@ -30,13 +31,13 @@ def model_card(config: ModelConfig, source_name: str) -> str:
 # {source_name}, converted to a latent KV cache
 
 Converted by vmla-convert: each layer caches {config.cache_scalars_per_token():g} numbers per
-token instead of {dense} ({config.cache_cut():.1%} less): a content latent, a shared rope key
-and the key's norm.
+token instead of {dense} ({config.cache_cut():.1%} less).
 
 | setting | value |
 |---|---|
 | init | {config.mla.init} |
-| kv_lora_rank | {_listed(ranks)} |
+| layer | {", ".join(f"{name} = {value}" for name, value in to_dict(config.mla.layer).items())} |
+| kv_lora_rank, layer by layer | {_listed(ranks)} |
 | qk_rope_head_dim | {_listed(ropes)} |
 | family of the source | {config.family} |
 | licence of the source | {config.licence} |
@@ -52,5 +53,6 @@ How it was made, with the source's hash and all settings: `conversion.json`.
 """
 
 
-def _listed(values: set[int]) -> str:
-    return ", ".join(str(value) for value in sorted(values))
+def _listed(values: tuple[int, ...]) -> str:
+    """One number where all layers share it."""
+    return ", ".join(map(str, values[:1] if len(set(values)) == 1 else values))

@@ -22,10 +22,12 @@ from vmla_convert.errors import CheckpointError, OutputError
 from vmla_convert.layers.attention import DenseSelfAttention
 from vmla_convert.layers.dit import Attend, Block, CausalWanModel
 from vmla_convert.layers.mla import LatentSelfAttention
+from vmla_convert.maths.masks import Visibility
 from vmla_convert.pipelines.data import ClipSource, open_clips, open_openings, seeded
 from vmla_convert.pipelines.evaluate import HeldOut, dense_rows
 from vmla_convert.pipelines.load import build, checkpoint_path, compute_device, load
 from vmla_convert.pipelines.losses import (
+    Example,
     make_example,
     teacher_forcing_inputs,
     velocity_distillation,
@@ -197,7 +199,7 @@ def recover_layerwise(
     ).to(teacher.patch_embedding.weight.device)
     positions, mask = teacher_forcing_inputs(teacher.config, example)
     layers = _latent_layers(student)
-    steps = _walk(teacher, example.latents, example.timestep, example.context, positions, mask)
+    steps = _walk(teacher, example, positions, mask)
     for layer, (block, x, attend) in zip(
         layers, progress.track(steps, "layer by layer", len(layers)), strict=True
     ):
@@ -209,13 +211,20 @@ def recover_layerwise(
 
 def new_parameters(layer: LatentSelfAttention) -> list[nn.Parameter]:
     """What a conversion made and recovery trains; query, output and norms stay the source's."""
-    modules = (layer.kv_a_proj, layer.kv_b_proj_k, layer.kv_b_proj_v, layer.k_rope_proj)
-    return [p for module in modules for p in module.parameters()] + [layer.q_rope_map]
+    parts = [layer.kv_a_proj, layer.kv_b_proj_k, layer.kv_b_proj_v]
+    parameters = [p for part in parts for p in part.parameters()]
+    if layer.rope_pairs:
+        parameters += [*layer.k_rope_proj.parameters(), layer.q_rope_map]
+    if layer.k_norm == "latent":
+        parameters += layer.k_norm_latent.parameters()
+    return parameters
 
 
-def _walk(teacher: CausalWanModel, *inputs: Tensor) -> Iterator[tuple[Block, Tensor, Attend]]:
+def _walk(
+    teacher: CausalWanModel, example: Example, positions: Tensor, mask: Visibility
+) -> Iterator[tuple[Block, Tensor, Attend]]:
     """The teacher's walk with gradients off in its own steps only, so that layers can be fitted."""
-    steps = teacher.walk(*inputs)
+    steps = teacher.walk(example.latents, example.timestep, example.context, positions, mask)
     while True:
         with torch.no_grad():
             step = next(steps, None)

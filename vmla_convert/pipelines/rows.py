@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vmla_convert.config import ModelConfig
+from vmla_convert.config import MLAConfig, ModelConfig
 from vmla_convert.pipelines.convert import Conversion
 from vmla_convert.results import Row
 
@@ -24,13 +24,16 @@ class Errors(NamedTuple):
 
 
 def run_name(config: ModelConfig) -> str:
-    """How rows call a model: `dense`, or its init and sizes."""
+    """How rows call a model: `dense`, or its init, sizes and layer."""
     mla = config.mla
     if mla is None:
         return "dense"
-    ranks = "/".join(str(r) for r in sorted(set(mla.kv_lora_rank)))
-    ropes = "/".join(str(2 * n) for n in sorted({len(p) for p in mla.rope_pairs}))
-    return f"{mla.init}-{ranks}+{ropes}"
+    rank, rope = _uniform_sizes(mla)
+    sizes = f"{config.cache_scalars_per_token():.4g}" if rank is None else f"{rank}+{rope}"
+    layer = mla.layer
+    return f"{mla.init}-{sizes}-" + "-".join(
+        (layer.current_chunk, layer.positions, layer.latent, layer.k_norm)
+    )
 
 
 def device_name() -> str:
@@ -43,16 +46,23 @@ def row_fields(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
     mla = config.mla
     fields: dict[str, Any] = {"run": run_name(config), "seed": seed, "device": device_name()}
     if mla is not None:
-        uniform = len(set(mla.kv_lora_rank)) == len({len(p) for p in mla.rope_pairs}) == 1
+        rank, rope = _uniform_sizes(mla)
         fields |= {
             "init": mla.init,
-            "kv_lora_rank": mla.kv_lora_rank[0] if uniform else None,
-            "qk_rope_head_dim": mla.qk_rope_head_dim(0) if uniform else None,
-            "current_chunk": "latent",
-            "positions": "decoupled",
-            "latent": "joint",
+            "kv_lora_rank": rank,
+            "qk_rope_head_dim": rope,
+            "current_chunk": mla.layer.current_chunk,
+            "positions": mla.layer.positions,
+            "latent": mla.layer.latent,
+            "k_norm": mla.layer.k_norm,
         }
     return fields
+
+
+def _uniform_sizes(mla: MLAConfig) -> tuple[int | None, int | None]:
+    """R and rope width where all layers share them."""
+    sizes = {(r, 2 * len(p)) for r, p in zip(mla.kv_lora_rank, mla.rope_pairs, strict=True)}
+    return sizes.pop() if len(sizes) == 1 else (None, None)
 
 
 def error_rows(errors: Errors, config: ModelConfig, step: int | None, seed: int = 0) -> list[Row]:

@@ -6,21 +6,35 @@ so an interrupted sweep goes on where it stopped, and a point that another stage
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from time import perf_counter
+from typing import Any
+
+from torch import Tensor
 
 from vmla_convert.config import ConvertConfig, RecoverConfig, SweepConfig
-from vmla_convert.errors import ConfigError, did_you_mean
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.maths.factor import INITS, Evidence
-from vmla_convert.pipelines.calibrate import calibrate
-from vmla_convert.pipelines.convert import convert_model, layer_budget
+from vmla_convert.maths.factor import DATA_INITS, assume_evidence
+from vmla_convert.maths.projections import Evidence, KVWeights
+from vmla_convert.pipelines.calibrate import (
+    LayerReads,
+    calibrate,
+    deployed_phases,
+    model_blocks,
+)
+from vmla_convert.pipelines.convert import convert_model, layer_evidence, layer_weights
 from vmla_convert.pipelines.data import open_clips
-from vmla_convert.pipelines.evaluate import HeldOut, dense_rows, spectrum_rows
+from vmla_convert.pipelines.evaluate import (
+    HeldOut,
+    dense_rows,
+    learned_spectrum_rows,
+    spectrum_rows,
+)
+from vmla_convert.pipelines.plan import check_sizes, uniform_plan
 from vmla_convert.pipelines.recover import recover_model
-from vmla_convert.pipelines.rows import Errors, cache_rows, error_rows, row_fields
+from vmla_convert.pipelines.rows import Errors, cache_rows, error_rows, row_fields, run_name
 from vmla_convert.progress import Progress, Silent
 from vmla_convert.results import Row, append_rows, read_rows
 
@@ -50,62 +64,87 @@ def sweep(
     """
     progress = progress or Silent()
     points = grid(config, convert_config)
-    check_points(teacher, points)
+    for point in points:
+        check_sizes(teacher.config, point)
     written = read_rows(rows_file) if rows_file.exists() else []
-    evidence = _evidence(teacher, convert_config, progress)
+    known = _measure(teacher, convert_config, progress)
     if not any(row.run == "dense" for row in written):
         append_rows(rows_file, dense_rows(teacher, held_out))
     if not any(row.metric == "effective_rank_99" for row in written):
-        rank = points[0].kv_lora_rank or layer_budget(teacher.config.geometry, points[0])[0]
-        append_rows(rows_file, spectrum_rows(teacher, evidence, rank))
-    done = {
-        (row.init, row.kv_lora_rank, row.qk_rope_head_dim, row.seed)
-        for row in written
-        if row.metric == "recover_seconds"
-    }
-    waiting = [
-        point
-        for point in points
-        if (point.init, point.kv_lora_rank, point.qk_rope_head_dim, point.seed) not in done
-    ]
-    for point in progress.track(waiting, "sweep"):
-        rows = measure_point(teacher, point, recover_config, held_out, evidence, progress)
+        size = uniform_plan(teacher.config, points[0]).kv_lora_rank[0]
+        append_rows(rows_file, spectrum_rows(teacher, known.measured, size))
+    last = "recover_seconds" if config.recover else "velocity_error"
+    done = {(row.run, row.seed) for row in written if row.metric == last}
+    for point in progress.track(points, "sweep"):
+        started = perf_counter()
+        student = convert_model(teacher, point, known.evidence(point))
+        seconds = perf_counter() - started
+        if (run_name(student.config), point.seed) in done:
+            continue
+        recovery = recover_config if config.recover else None
+        rows = measure_point(student, teacher, point, recovery, held_out, seconds, progress)
         append_rows(rows_file, rows)
 
 
 def grid(config: SweepConfig, shared: ConvertConfig) -> list[ConvertConfig]:
     """Every point as a conversion, smallest caches first."""
-    axes = product(config.kv_lora_ranks, config.qk_rope_head_dims, config.inits, config.seeds)
-    return [
-        ConvertConfig(init, rank, rope, shared.calibration_clips, shared.data, seed)
-        for rank, rope, init, seed in axes
-    ]
+    sizes: list[dict[str, Any]] = [{"cut": cut} for cut in sorted(config.cuts, reverse=True)]
+    sizes += [{"kv_lora_rank": rank} for rank in sorted(config.kv_lora_ranks)]
+    bare = replace(shared, cache_scalars=None, cut=None, plan=None)
+    bare = replace(bare, kv_lora_rank=None, qk_rope_head_dim=None)
+    points: list[ConvertConfig] = []
+    for size, layer, init, seed in product(sizes, config.layers(), config.inits, config.seeds):
+        ranks = shared.ranks if init == "calibrated" else None
+        point = replace(bare, init=init, layer=layer, seed=seed, ranks=ranks, **size)
+        ropes = config.qk_rope_head_dims if point.kv_lora_rank is not None else ()
+        decoupled = layer.positions == "decoupled" and ropes
+        points += (
+            [replace(point, qk_rope_head_dim=rope) for rope in ropes] if decoupled else [point]
+        )
+    return points
 
 
-def check_points(teacher: CausalWanModel, points: list[ConvertConfig]) -> None:
-    """Refuse a grid with a point that cannot be converted."""
-    for point in points:
-        if point.init not in INITS:
-            raise ConfigError(f"unknown init '{point.init}'", did_you_mean(point.init, INITS))
-        layer_budget(teacher.config.geometry, point)
+@dataclass(frozen=True)
+class _Known:
+    """What calibration measured, made into evidence for each kind of layer."""
+
+    weights: list[KVWeights]
+    measured: list[LayerReads]
+    phases: Tensor
+
+    def evidence(self, point: ConvertConfig) -> list[Evidence] | None:
+        if point.init not in DATA_INITS:
+            return None
+        if not point.calibrate:
+            return [assume_evidence(weights, self.phases) for weights in self.weights]
+        pairs = zip(self.measured, self.weights, strict=True)
+        return [
+            layer_evidence(reads, weights, point.layer, self.phases) for reads, weights in pairs
+        ]
 
 
 def measure_point(
+    student: CausalWanModel,
     teacher: CausalWanModel,
     point: ConvertConfig,
-    recover_config: RecoverConfig,
+    recover_config: RecoverConfig | None,
     held_out: HeldOut,
-    evidence: list[Evidence],
+    convert_seconds: float,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Convert in memory, recover, and return all rows of one point; its seed decides both."""
-    started = perf_counter()
-    student = convert_model(teacher, point, evidence)
+    """Recover a converted model, if wanted, and return all rows of its point.
+
+    The point's seed decides its recovery too.
+    """
     fields = row_fields(student.config, point.seed)
     rows = [
-        Row("convert_seconds", perf_counter() - started, "s", **fields),
+        Row("convert_seconds", convert_seconds, "s", **fields),
         *cache_rows(student.config, point.seed),
+        *learned_spectrum_rows(student, point.seed),
     ]
+    if recover_config is None:
+        errors = held_out.measure(student)
+        return rows + error_rows(errors, student.config, 0, point.seed)
 
     def on_step(step: int, errors: Errors) -> None:
         rows.extend(error_rows(errors, student.config, step, point.seed))
@@ -118,6 +157,18 @@ def measure_point(
     return rows
 
 
-def _evidence(teacher: CausalWanModel, config: ConvertConfig, progress: Progress) -> list[Evidence]:
-    clips = open_clips(config.data, teacher.config.cache.sink_frames)
-    return calibrate(teacher, clips, config.calibration_clips, config.seed, progress)
+def _measure(teacher: CausalWanModel, config: ConvertConfig, progress: Progress) -> _Known:
+    state, geometry = teacher.state_dict(), teacher.config.geometry
+    measured = calibrate(
+        teacher,
+        model_blocks(teacher),
+        open_clips(config.data, teacher.config.cache.sink_frames),
+        config.calibration_clips,
+        config.seed,
+        progress,
+    )
+    weights = [
+        layer_weights(state.__getitem__, layer, geometry.num_heads)
+        for layer in range(geometry.num_layers)
+    ]
+    return _Known(weights, measured, deployed_phases(teacher.config))

@@ -13,6 +13,7 @@ from vmla_convert.errors import VmlaError
 from vmla_convert.pipelines.report.pages import Section, to_html, to_markdown
 from vmla_convert.pipelines.report.plots import draw_plots
 from vmla_convert.pipelines.report.points import (
+    Point,
     Recommendation,
     decisive_table,
     format_cut,
@@ -104,10 +105,9 @@ def _answer(best: Recommendation | None, bound: float) -> str:
         return "No setting can be recommended: no point has a finite velocity_error."
     point = best.point
     limit = f"{100 * bound:g} %"
-    setting = (
-        f"{point.init} with kv_lora_rank {format_number(point.kv_lora_rank)} and "
-        f"qk_rope_head_dim {format_number(point.qk_rope_head_dim)}"
-    )
+    setting = f"{point.init} with {_sizes(point)}"
+    if point.layer:
+        setting += f" ({point.layer})"
     cut = f"cuts the cache by {format_cut(point.cut)}" if point.cut is not None else "is smaller"
     when = f"after {point.last_step} steps of recovery" if point.last_step else "without recovery"
     figures = f"It {cut} and has velocity_error {format_number(point.final_error)} {when}"
@@ -121,6 +121,15 @@ def _answer(best: Recommendation | None, bound: float) -> str:
         f"No setting stays within {limit} of the dense model's flow loss. "
         f"The most accurate is {setting}. {figures}."
     )
+
+
+def _sizes(point: Point) -> str:
+    if point.kv_lora_rank is None:
+        return f"{format_number(point.scalars)} numbers per token, divided among layers"
+    rank = f"kv_lora_rank {format_number(point.kv_lora_rank)}"
+    if not point.qk_rope_head_dim:
+        return rank
+    return f"{rank} and qk_rope_head_dim {format_number(point.qk_rope_head_dim)}"
 
 
 def _dense_notes(rows: Sequence[Row]) -> list[str]:
@@ -197,7 +206,7 @@ def _provenance_section(rows: Sequence[Row]) -> Section:
     seeds = ", ".join(str(seed) for seed in sorted({row.seed for row in rows}))
     devices = ", ".join(sorted({row.device for row in rows}))
     facts = [["fact", "value"], ["rows", str(len(rows))], ["seeds", seeds], ["devices", devices]]
-    for name in ("current_chunk", "positions", "latent"):
+    for name in ("current_chunk", "positions", "latent", "k_norm"):
         values = sorted({value for row in rows if (value := getattr(row, name)) is not None})
         if values:
             facts.append([name, ", ".join(values)])

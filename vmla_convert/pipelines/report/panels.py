@@ -6,12 +6,26 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from vmla_convert.pipelines.report.points import Point, format_number, group_medians, read_dense
+from vmla_convert.pipelines.report.points import (
+    Point,
+    format_number,
+    format_sizes,
+    group_medians,
+    read_dense,
+    size_groups,
+)
 from vmla_convert.results import Row
 
 # Okabe-Ito without its yellow, which is too pale for lines on white.
-INIT_COLOURS = {"calibrated": "#0072B2", "spectral": "#D55E00", "random": "#009E73"}
-OTHER_COLOURS = ["#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+INIT_COLOURS = {
+    "calibrated": "#0072B2",
+    "spectral": "#D55E00",
+    "random": "#009E73",
+    "transmla": "#CC79A7",
+    "mha2mla": "#E69F00",
+    "xecomla": "#56B4E9",
+}
+OTHER_COLOURS = ["#000000"]
 MARKERS = ["o", "s", "D", "^", "v", "P", "X"]
 SPECTRA_RUNS = {
     "weights": ("weights", "#D55E00", "o"),
@@ -61,11 +75,10 @@ def recovery_panels(points: Sequence[Point], bound: float) -> list[Panel]:
     """For each cache size: velocity_error, then flow loss above dense, against the step."""
     recovered = [point for point in points if point.last_step > 0]
     panels: list[Panel] = []
-    for size in sorted({point.size for point in recovered}):
-        here = [point for point in recovered if point.size == size]
+    for here in size_groups(recovered):
         where = (
-            f"{format_number(size)} scalars per token"
-            if math.isfinite(size)
+            f"{format_sizes(here)} scalars per token"
+            if math.isfinite(here[-1].size)
             else "cache of unknown size"
         )
         steps = "recovery (optimiser steps)"
@@ -114,6 +127,9 @@ def rollout_panels(rows: Sequence[Row]) -> list[Panel]:
     converted = [run for run in runs if run != "dense"]
     looks = {run: (palette[i % 6], MARKERS[i % len(MARKERS)]) for i, run in enumerate(converted)}
     looks["dense"] = ("#000000", "X")
+    # Init and sizes name a run, unless layers differ.
+    short = {run: "-".join(run.split("-")[:2]) for run in runs}
+    labels = short if len(set(short.values())) == len(runs) else {run: run for run in runs}
     panels: list[Panel] = []
     for metric, name in ROLLOUT_METRICS.items():
         measured = [row for row in segments if row.metric == metric]
@@ -121,7 +137,7 @@ def rollout_panels(rows: Sequence[Row]) -> list[Panel]:
         for run in runs:
             of_run = _last_step_rows([row for row in measured if row.run == run])
             curve = group_medians(of_run, metric, lambda row: row.segment)
-            lines += filter(None, [_line(run, *looks[run], curve)])
+            lines += filter(None, [_line(labels[run], *looks[run], curve)])
         if lines:
             ylabel = f"{name} ({measured[0].unit})"
             title = f"Rollout: {name}"

@@ -20,8 +20,10 @@ from vmla_convert.pipelines.report.points import (
     Point,
     format_cut,
     format_number,
+    format_sizes,
     read_dense,
     read_points,
+    size_groups,
 )
 from vmla_convert.results import Row
 
@@ -57,7 +59,7 @@ def draw_plots(rows: Sequence[Row], bound: float) -> dict[str, Figure]:
 
 def draw_quality(points: Sequence[Point], dense_scalars: float | None) -> Figure | None:
     """velocity_error against cache size: a stem per point from step 0 down to its last step."""
-    shown = [p for p in points if p.scalars and any(map(_drawable, _stem(p)))]
+    shown = _best_layers([p for p in points if p.scalars and any(map(_drawable, _stem(p)))])
     if not shown:
         return None
     figure = _new_figure(4.6)
@@ -155,18 +157,30 @@ def _stem(point: Point) -> tuple[float, float]:
     return point.errors.get(0, math.inf), point.final_error
 
 
+def _best_layers(points: Sequence[Point]) -> list[Point]:
+    """Of each init and size the points of its best layer; a sweep over layers has too many."""
+    best: dict[tuple[str, float], Point] = {}
+    for point in sorted(points, key=lambda point: point.final_error):
+        best.setdefault((point.init, point.size), point)
+    return [p for p in points if p.layer == best[p.init, p.size].layer]
+
+
 def _side_by_side(points: Sequence[Point]) -> list[tuple[Point, float]]:
-    """Each point with its place on the log axis, beside its neighbours of the same size."""
-    sizes = sorted({point.size for point in points})
-    groups = [sorted((p for p in points if p.size == s), key=_name) for s in sizes]
-    gaps = [math.log(b / a) for a, b in pairwise(sizes)]
+    """Each point with its place on the log axis, beside its neighbours of about the same size."""
+    groups = size_groups(points)
+    centres = [_centre(group) for group in groups]
+    gaps = [math.log(b / a) for a, b in pairwise(centres)]
     crowd = max(len(group) for group in groups)
     step = min(0.025 * (sum(gaps) or 1.0), 0.7 * min(gaps, default=1.0) / crowd)
     return [
-        (point, point.size * math.exp((i - (len(group) - 1) / 2) * step))
-        for group in groups
-        for i, point in enumerate(group)
+        (point, centre * math.exp((i - (len(group) - 1) / 2) * step))
+        for group, centre in zip(groups, centres, strict=True)
+        for i, point in enumerate(sorted(group, key=_name))
     ]
+
+
+def _centre(group: Sequence[Point]) -> float:
+    return math.sqrt(group[0].size * group[-1].size)
 
 
 def _name(point: Point) -> tuple[str, str]:
@@ -177,23 +191,23 @@ def _draw_sizes(ax: Axes, points: Sequence[Point]) -> None:
     """A log axis with a tick at each size; sizes too close to the last tick get none."""
     from matplotlib.ticker import NullLocator
 
-    cuts = {point.size: point.cut for point in points}
-    sizes = sorted(cuts)
+    groups = {_centre(group): group for group in size_groups(points)}
+    sizes = sorted(groups)
     spread = math.log(sizes[-1] / sizes[0]) or 1.0
     ticks: list[float] = []
     for size in sizes:
         if not ticks or math.log(size / ticks[-1]) >= 0.12 * spread:
             ticks.append(size)
-    labels = [
-        format_number(size)
-        if (cut := cuts[size]) is None
-        else f"{format_number(size)}\n−{format_cut(cut)}"
-        for size in ticks
-    ]
+    labels = [_size_label(groups[size]) for size in ticks]
     ax.set_xscale("log")
     ax.set_xlim(sizes[0] * math.exp(-0.15 * spread), sizes[-1] * math.exp(0.15 * spread))
     ax.set_xticks(ticks, labels)
     ax.xaxis.set_minor_locator(NullLocator())
+
+
+def _size_label(group: Sequence[Point]) -> str:
+    cut = group[-1].cut
+    return format_sizes(group) + (f"\n−{format_cut(cut)}" if cut is not None else "")
 
 
 def _finish(ax: Axes, panel: Panel) -> None:

@@ -13,18 +13,24 @@ from vmla_convert.results import Row
 
 K = TypeVar("K", bound=Hashable)
 
-TABLE_HEADER = [
-    "init",
-    "kv_lora_rank",
-    "qk_rope_head_dim",
-    "scalars/token",
-    "cache cut",
+LAYER_HEADER = ["init", "layer", "scalars/token", "cache cut"]
+RECOVERY_HEADER = [
+    *LAYER_HEADER,
     "velocity_error step 0",
     "velocity_error after recovery",
     "flow loss above dense step 0",
     "flow loss above dense after recovery",
 ]
+STEP0_HEADER = [
+    *LAYER_HEADER,
+    "velocity_error",
+    "flow_loss",
+    "flow_loss_dense",
+    "flow loss above dense",
+    "seconds",
+]
 ABSENT = "–"
+SAME_SIZE = 1.06
 
 
 @dataclass(frozen=True)
@@ -41,27 +47,38 @@ class Point:
     """One setting of the converter; medians over its seeds.
 
     Attributes:
+        run: Its name in the rows.
         init: How the projections were initialised.
-        kv_lora_rank: Rank of the content latent.
-        qk_rope_head_dim: Width of the shared rope key.
+        layer: Its choices as one phrase; empty where rows tell none.
+        kv_lora_rank: Rank of the content latent; None where layers differ.
+        qk_rope_head_dim: Width of the shared rope key; None where layers differ.
         scalars: Numbers cached per token and layer.
         cut: Share of the dense cache that is gone.
         errors: velocity_error by step of recovery.
+        flow_losses: Flow loss by step.
         losses: Flow loss above the dense model's by step, as a share of the dense model's.
+        seconds: Of the conversion.
     """
 
+    run: str
     init: str
+    layer: str
     kv_lora_rank: int | None
     qk_rope_head_dim: int | None
     scalars: float | None
     cut: float | None
     errors: dict[int, float]
+    flow_losses: dict[int, float]
     losses: dict[int, float]
+    seconds: float | None
 
     @property
     def split(self) -> str:
-        """Rank and rope width as one short name, `16+8`."""
-        return "+".join(format_number(n) for n in (self.kv_lora_rank, self.qk_rope_head_dim))
+        """Rank and rope width as one short name, `16+8`; what a token costs where layers differ."""
+        if self.kv_lora_rank is None:
+            return format_number(self.scalars)
+        sizes = (self.kv_lora_rank, self.qk_rope_head_dim or None)
+        return "+".join(format_number(n) for n in sizes if n is not None)
 
     @property
     def size(self) -> float:
@@ -127,11 +144,11 @@ def read_dense(rows: Sequence[Row]) -> Dense | None:
 def read_points(rows: Sequence[Row]) -> list[Point]:
     """Every measured setting, sorted by cache size, then by error after recovery."""
     dense = read_dense(rows)
-    groups: defaultdict[tuple[str, int | None, int | None], list[Row]] = defaultdict(list)
+    groups: defaultdict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
         if row.init is not None:
-            groups[row.init, row.kv_lora_rank, row.qk_rope_head_dim].append(row)
-    points = [_point(*key, group, dense) for key, group in groups.items()]
+            groups[row.run, row.init].append(row)
+    points = [_point(group, dense) for group in groups.values()]
     measured = [point for point in points if point.errors or point.losses]
     return sorted(measured, key=lambda point: (point.size, point.final_error))
 
@@ -158,6 +175,22 @@ def recommend(points: Sequence[Point], bound: float) -> Recommendation | None:
     return Recommendation(best, False if known else None)
 
 
+def size_groups(points: Sequence[Point]) -> list[list[Point]]:
+    """Points by size, ascending; sizes that only rounding keeps apart count as one."""
+    groups: list[list[Point]] = []
+    for point in sorted(points, key=lambda point: point.size):
+        if groups and point.size < SAME_SIZE * groups[-1][0].size:
+            groups[-1].append(point)
+        else:
+            groups.append([point])
+    return groups
+
+
+def format_sizes(group: Sequence[Point]) -> str:
+    """Numbers per token of a group of `size_groups`: one, or the least and the most."""
+    return "–".join(dict.fromkeys(format_number(p.size) for p in (group[0], group[-1])))
+
+
 def decisive_table(rows: Sequence[Row]) -> list[list[str]]:
     """The table that decides: header, the dense model, then a line per point.
 
@@ -168,12 +201,16 @@ def decisive_table(rows: Sequence[Row]) -> list[list[str]]:
         Lines of cells; the first line is the header. The dense model's line is there only when
         rows about it are.
     """
-    dense = read_dense(rows)
-    table = [TABLE_HEADER]
+    dense, points = read_dense(rows), read_points(rows)
+    recovered = any(point.last_step > 0 for point in points)
+    table = [RECOVERY_HEADER if recovered else STEP0_HEADER]
     if dense is not None:
-        scalars = format_number(dense.scalars)
-        table.append(["dense", ABSENT, ABSENT, scalars, "0 %", "0", ABSENT, "+0 %", ABSENT])
-    return table + [_cells(point) for point in read_points(rows)]
+        scalars, loss = format_number(dense.scalars), format_number(dense.flow_loss)
+        losses = ["+0 %", ABSENT] if recovered else [loss, loss, "+0 %", ABSENT]
+        errors = ["0", ABSENT] if recovered else ["0"]
+        table.append(["dense", ABSENT, scalars, "0 %", *errors, *losses])
+    cells = _recovery_cells if recovered else _step0_cells
+    return table + [cells(point, dense) for point in points]
 
 
 def format_number(value: float | None) -> str:
@@ -198,33 +235,58 @@ def format_excess(share: float | None) -> str:
     return f"{percent:+.1f} %" if abs(percent) < 10 else f"{percent:+.0f} %"
 
 
-def _point(
-    init: str, rank: int | None, rope: int | None, rows: list[Row], dense: Dense | None
-) -> Point:
+def _point(rows: list[Row], dense: Dense | None) -> Point:
+    first = rows[0]
     scalars = _median(rows, "cache_scalars_per_token")
     cut = _median(rows, "cache_cut")
     if cut is None and scalars is not None and dense is not None and dense.scalars:
         cut = 1 - scalars / dense.scalars
+    flow_losses = group_medians(rows, "flow_loss", lambda row: row.step)
     losses: dict[int, float] = {}
     if dense is not None and dense.flow_loss:
-        by_step = group_medians(rows, "flow_loss", lambda row: row.step)
-        losses = {step: loss / dense.flow_loss - 1 for step, loss in sorted(by_step.items())}
+        losses = {step: loss / dense.flow_loss - 1 for step, loss in sorted(flow_losses.items())}
     errors = group_medians(rows, "velocity_error", lambda row: row.step)
-    return Point(init, rank, rope, scalars, cut, dict(sorted(errors.items())), losses)
+    choices = (first.current_chunk, first.positions, first.latent, first.k_norm)
+    return Point(
+        run=first.run,
+        init=first.init or "",
+        layer=" ".join(choice for choice in choices if choice is not None),
+        kv_lora_rank=first.kv_lora_rank,
+        qk_rope_head_dim=first.qk_rope_head_dim,
+        scalars=scalars,
+        cut=cut,
+        errors=dict(sorted(errors.items())),
+        flow_losses=flow_losses,
+        losses=losses,
+        seconds=_median(rows, "convert_seconds"),
+    )
 
 
-def _cells(point: Point) -> list[str]:
+def _setting_cells(point: Point) -> list[str]:
+    sizes = "" if point.kv_lora_rank is None else f" ({point.split})"
+    scalars = format_number(point.scalars) + sizes
+    return [point.init, point.layer or ABSENT, scalars, format_cut(point.cut)]
+
+
+def _recovery_cells(point: Point, dense: Dense | None) -> list[str]:  # noqa: ARG001
     recovered = point.last_step > 0
     return [
-        point.init,
-        format_number(point.kv_lora_rank),
-        format_number(point.qk_rope_head_dim),
-        format_number(point.scalars),
-        format_cut(point.cut),
+        *_setting_cells(point),
         format_number(point.errors.get(0)),
         format_number(point.errors.get(point.last_step)) if recovered else ABSENT,
         format_excess(point.losses.get(0)),
         format_excess(point.final_loss) if recovered else ABSENT,
+    ]
+
+
+def _step0_cells(point: Point, dense: Dense | None) -> list[str]:
+    return [
+        *_setting_cells(point),
+        format_number(point.errors.get(0)),
+        format_number(point.flow_losses.get(0)),
+        format_number(dense.flow_loss if dense else None),
+        format_excess(point.losses.get(0)),
+        format_number(point.seconds),
     ]
 
 

@@ -1,0 +1,231 @@
+"""Calibration walks a model block by block, and sees what the whole model would show."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from checkpoints import CLIPS, CONVERT, MODEL
+from torch import Tensor, nn
+
+from vmla_convert.checkpoint.families import open_checkpoint
+from vmla_convert.layers.attention import DenseSelfAttention
+from vmla_convert.layers.dit import Block, CausalWanModel
+from vmla_convert.maths.moments import Moments, measure_moments
+from vmla_convert.maths.rope3d import axis_pairs
+from vmla_convert.pipelines import calibrate as pipeline
+from vmla_convert.pipelines.calibrate import (
+    LayerReads,
+    calibrate,
+    deployed_phases,
+    merge_layer_reads,
+    model_blocks,
+)
+from vmla_convert.pipelines.data import open_clips, seeded
+from vmla_convert.pipelines.load import build_shell, load, read_block
+from vmla_convert.pipelines.losses import make_example, teacher_forcing_inputs
+
+pytest_plugins = ["checkpoints"]
+
+SEED = 5
+LAYERS = MODEL.geometry.num_layers
+HALF = CLIPS.frames * MODEL.tokens_per_frame
+CHUNK = MODEL.chunk_frames * MODEL.tokens_per_frame
+
+
+def tensors(reads: LayerReads) -> Iterator[Tensor]:
+    """Everything that was measured of one layer."""
+    for sums, moments in (reads.past, *reads.own):
+        yield from sums
+        yield from moments
+
+
+def equal(one: list[LayerReads], other: list[LayerReads]) -> bool:
+    pairs = zip(one, other, strict=True)
+    return all(
+        torch.equal(a, b) for x, y in pairs for a, b in zip(tensors(x), tensors(y), strict=True)
+    )
+
+
+class Seen(NamedTuple):
+    """Input and output gradient of one layer's self-attention on one batch."""
+
+    x: Tensor
+    pull: Tensor
+
+
+@pytest.fixture(scope="module")
+def walked(teacher: Path) -> tuple[list[LayerReads], list[Seen]]:
+    """Three clips in batches of two and one, and what each layer was measured on, last first."""
+    model, measure, seen = load(teacher), pipeline.measure_attention, list[Seen]()
+
+    def noted(attention: DenseSelfAttention, x: Tensor, pull: Tensor, *rest: Any) -> LayerReads:
+        seen.append(Seen(x, pull))
+        return measure(attention, x, pull, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "CLIPS_AT_ONCE", 2)
+        patch.setattr(pipeline, "measure_attention", noted)
+        measured = calibrate(model, model_blocks(model), open_clips(CLIPS), 3, SEED)
+    return measured, seen
+
+
+def whole_model(model: CausalWanModel, index: int, size: int) -> list[Seen]:
+    """The same of every layer, by one pass through the whole model and autograd."""
+    example = make_example(
+        open_clips(CLIPS).batch(index, size), MODEL.chunk_frames, seeded(SEED, index, "calibration")
+    )
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+
+    def note(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        inputs.append(arguments[0].detach())
+        outputs.append(output)
+
+    for attention in model.self_attentions():
+        attention.register_forward_hook(note)
+    latents = example.latents.requires_grad_(True)
+    velocity = model(
+        latents, example.timestep, example.context, *teacher_forcing_inputs(MODEL, example)
+    )
+    direction = torch.randn(velocity.shape, generator=seeded(SEED + index, 0, "direction"))
+    # Of the noisy half, the chunks that have a past.
+    direction[:, : CLIPS.frames + MODEL.chunk_frames] = 0
+    pulls = torch.autograd.grad((velocity * direction).sum(), outputs)
+    return [Seen(x, pull) for x, pull in zip(inputs, pulls, strict=True)]
+
+
+def test_reading_blocks_from_the_checkpoint_measures_what_the_model_in_memory_shows(
+    teacher: Path, measured: list[LayerReads]
+) -> None:
+    checkpoint = open_checkpoint(teacher)
+    streamed = calibrate(
+        build_shell(checkpoint),
+        lambda layer: read_block(checkpoint, layer),
+        open_clips(CLIPS),
+        CONVERT.calibration_clips,
+    )
+    assert len(streamed) == len(measured) == LAYERS
+    for one, other in zip(streamed, measured, strict=True):
+        for a, b in zip(tensors(one), tensors(other), strict=True):
+            assert (a - b).norm() <= 1e-6 * b.norm()
+
+
+def test_the_shell_has_no_blocks_and_the_config_of_the_whole(teacher: Path) -> None:
+    checkpoint, model = open_checkpoint(teacher), load(teacher)
+    shell = build_shell(checkpoint)
+    assert shell.config == model.config
+    outside = {n: t for n, t in model.state_dict().items() if not n.startswith("blocks.")}
+    assert shell.state_dict().keys() == outside.keys()
+    assert all(torch.equal(shell.state_dict()[name], tensor) for name, tensor in outside.items())
+    for layer, block in enumerate(model.blocks):
+        read = read_block(checkpoint, layer)
+        assert not read.training and not any(p.requires_grad for p in read.parameters())
+        for name, tensor in block.state_dict().items():
+            assert torch.equal(read.state_dict()[name], tensor)
+
+
+def test_blocks_are_asked_for_there_and_back_and_two_are_never_alive(teacher: Path) -> None:
+    checkpoint = open_checkpoint(teacher)
+    asked: list[int] = []
+    given: list[weakref.ref[Block]] = []
+
+    def counted(layer: int) -> Block:
+        assert not [ref for ref in given if ref() is not None]
+        asked.append(layer)
+        block = read_block(checkpoint, layer)
+        given.append(weakref.ref(block))
+        return block
+
+    calibrate(build_shell(checkpoint), counted, open_clips(CLIPS), 1)
+    assert asked == [*range(LAYERS), *reversed(range(LAYERS))]
+    assert not [ref for ref in given if ref() is not None]
+
+
+def test_the_walk_back_finds_the_gradients_of_the_whole_model(
+    walked: tuple[list[LayerReads], list[Seen]], teacher: Path
+) -> None:
+    _, seen = walked
+    batches = [whole_model(load(teacher), index, size) for index, size in ((0, 2), (1, 1))]
+    expected = [batch[layer] for layer in reversed(range(LAYERS)) for batch in batches]
+    assert len(seen) == len(expected) == 2 * LAYERS
+    for got, wanted in zip(seen, expected, strict=True):
+        assert (got.x - wanted.x).norm() <= 1e-5 * wanted.x.norm()
+        assert (got.pull - wanted.pull).norm() <= 1e-5 * wanted.pull.norm()
+        assert wanted.pull.norm() > 0
+
+
+def test_only_errors_in_chunks_that_read_a_cache_weigh_at_the_end(
+    walked: tuple[list[LayerReads], list[Seen]],
+) -> None:
+    last, first = walked[1][0].pull, walked[1][-1].pull
+    assert not last[:, : HALF + CHUNK].any()
+    assert last[:, HALF + CHUNK :].any(-1).all()
+    # An earlier layer's clean tokens become what the last layer caches.
+    assert first[:, :HALF].any()
+
+
+def test_moments_are_of_the_clean_inputs_and_of_the_noisy_ones(
+    walked: tuple[list[LayerReads], list[Seen]],
+) -> None:
+    measured, seen = walked
+    for layer, reads in enumerate(reversed(measured)):
+        batches = [noted.x for noted in seen[2 * layer : 2 * layer + 2]]
+        clean, noisy = (
+            measure_moments(torch.cat([x[:, half] for x in batches]))
+            for half in (slice(HALF), slice(HALF, None))
+        )
+        assert_moments(reads.past[1], clean)
+        assert_moments(reads.own[0][1], clean)
+        assert_moments(reads.own[1][1], noisy)
+        assert clean.tokens == 3 * HALF
+
+
+def assert_moments(got: Moments, wanted: Moments) -> None:
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_every_group_of_keys_has_its_reads(
+    walked: tuple[list[LayerReads], list[Seen]],
+) -> None:
+    first, last = walked[0]
+    for reads in (first, last):
+        assert len(reads.own) == 2
+        for sums, _ in (reads.past, *reads.own):
+            assert sums.queries == 3 * pipeline.QUERIES_PER_CLIP
+    read = [first.past, *first.own, last.past, last.own[1]]
+    assert all(sums.value_square.any() and sums.query_square.any() for sums, _ in read)
+    # Nothing comes after the last layer that would read what its clean tokens found.
+    assert not last.own[0][0].value_square.any()
+
+
+def test_parts_merge_to_what_all_clips_show_together(
+    walked: tuple[list[LayerReads], list[Seen]],
+) -> None:
+    twice = merge_layer_reads([walked[0][0], walked[0][0]])
+    for one, two in zip(tensors(walked[0][0]), tensors(twice), strict=True):
+        assert torch.equal(2 * one, two)
+
+
+def test_the_seed_decides_what_is_measured(dense: CausalWanModel) -> None:
+    first, again, other = (
+        calibrate(dense, model_blocks(dense), open_clips(CLIPS), 1, seed) for seed in (0, 0, 1)
+    )
+    assert equal(first, again)
+    assert not equal(first, other)
+
+
+def test_phases_belong_to_the_window_that_the_model_runs_with() -> None:
+    longer = replace(MODEL, cache=replace(MODEL.cache, window_frames=12))
+    few, many = deployed_phases(MODEL), deployed_phases(longer)
+    assert few.shape == (MODEL.geometry.head_dim // 2,)
+    time, _, _ = axis_pairs(MODEL.geometry.head_dim)
+    assert (few.abs() < 1).all()
+    assert (many.abs()[:time] < few.abs()[:time]).all()
+    torch.testing.assert_close(many[time:], few[time:])

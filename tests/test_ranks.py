@@ -1,0 +1,208 @@
+"""Division of a budget: against brute force, and each rule against what it promises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vmla_convert.errors import ConfigError
+from vmla_convert.maths.ranks import RULES, Rule, budget, energy, total_error, uniform
+
+Problem = tuple[list[Tensor], int, int]
+repeatable = settings(derandomize=True, deadline=None, max_examples=60)
+
+
+def curve(*errors: float) -> Tensor:
+    return torch.tensor(errors, dtype=torch.float64)
+
+
+def tail_sums(spectrum: list[float], impossible: int) -> Tensor:
+    """Truncation errors of a spectrum, with no possible size below some."""
+    energies = sorted(spectrum, reverse=True)
+    errors = [math.fsum(energies[size:]) for size in range(len(energies) + 1)]
+    return curve(*[math.inf] * impossible, *errors[impossible:])
+
+
+def possible_sizes(errors: Tensor, step: int) -> list[int]:
+    return [size for size in range(0, len(errors), step) if errors[size].isfinite()]
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    """(curves, total, step): a few convex curves and a total that the smallest equal sizes fit."""
+    step = draw(st.integers(1, 3))
+    spectra = st.lists(st.floats(0, 100), min_size=2 * step, max_size=12)
+    impossible = st.integers(0, step)
+    curves = [tail_sums(draw(spectra), draw(impossible)) for _ in range(draw(st.integers(1, 3)))]
+    return curves, draw(st.integers(step * len(curves), 40)), step
+
+
+def least_error(curves: list[Tensor], total: int, step: int) -> float:
+    divisions = product(*(possible_sizes(errors, step) for errors in curves))
+    return min(total_error(curves, sizes) for sizes in divisions if sum(sizes) <= total)
+
+
+def greedy_by_loops(curves: list[Tensor], total: int, step: int) -> list[int]:
+    """What `budget` promises, every jump of every layer tried each time."""
+    options = [possible_sizes(errors, step) for errors in curves]
+    sizes = [option[0] for option in options]
+    while True:
+        jumps = [
+            ((errors[here] - errors[there]).item() / (there - here), layer, there)
+            for layer, (errors, here) in enumerate(zip(curves, sizes, strict=True))
+            for there in options[layer]
+            if 0 < there - here <= total - sum(sizes)
+        ]
+        gain, layer, there = max(jumps, default=(0.0, 0, 0))
+        if gain <= 0:
+            return sizes
+        sizes[layer] = there
+
+
+def shares(curves: Sequence[Tensor], sizes: Sequence[int]) -> list[float]:
+    """Kept share of energy per layer, all of it where a layer has none."""
+    wholes = [errors[errors.isfinite()][0].item() for errors in curves]
+    lost = [errors[size].item() for errors, size in zip(curves, sizes, strict=True)]
+    return [1 - error / whole if whole else 1.0 for error, whole in zip(lost, wholes, strict=True)]
+
+
+def many_layers(convex: bool, layers: int = 40, sizes: int = 512) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    falls = torch.rand(layers, sizes, generator=generator, dtype=torch.float64) ** 3
+    falls *= torch.logspace(0, 2, layers, dtype=torch.float64)[:, None]
+    falls = falls.sort(descending=True).values if convex else falls
+    return list(falls.flip(1).cumsum(1).flip(1))
+
+
+@repeatable
+@given(problems())
+def test_budget_is_optimal_on_convex_curves(problem: Problem) -> None:
+    curves, total, step = problem
+    error = total_error(curves, budget(curves, total, step))
+    assert error == pytest.approx(least_error(curves, total, step), rel=1e-9, abs=1e-9)
+
+
+@repeatable
+@given(problems())
+def test_budget_is_never_worse_than_the_other_rules_on_convex_curves(problem: Problem) -> None:
+    curves, total, step = problem
+    best = total_error(curves, budget(curves, total, step))
+    for rule in (uniform, energy):
+        assert best <= total_error(curves, rule(curves, total, step)) + 1e-9
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@repeatable
+@given(problem=problems())
+def test_sizes_are_possible_multiples_of_step_within_the_total(
+    rule: Rule, problem: Problem
+) -> None:
+    curves, total, step = problem
+    sizes = rule(curves, total, step)
+    assert sum(sizes) <= total
+    for size, errors in zip(sizes, curves, strict=True):
+        assert size in possible_sizes(errors, step)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@repeatable
+@given(problem=problems(), more=st.integers(1, 12))
+def test_error_falls_with_the_total(rule: Rule, problem: Problem, more: int) -> None:
+    curves, total, step = problem
+    error = total_error(curves, rule(curves, total, step))
+    assert total_error(curves, rule(curves, total + more, step)) <= error + 1e-9
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_room_for_everything_is_used(rule: Rule) -> None:
+    curves = [curve(9, 4, 1, 0), curve(5, 3, 2, 0)]
+    assert rule(curves, 100, 1) == [3, 3]
+
+
+@repeatable
+@given(problems())
+def test_uniform_is_the_largest_common_size_that_fits(problem: Problem) -> None:
+    curves, total, step = problem
+    size, *others = uniform(curves, total, step)
+    assert set(others) <= {size}
+    shortest = min(len(errors) for errors in curves) - 1
+    assert size + step > shortest or (size + step) * len(curves) > total
+
+
+@repeatable
+@given(problems())
+def test_energy_gives_every_layer_the_least_size_for_the_highest_share(problem: Problem) -> None:
+    curves, total, step = problem
+    options = [possible_sizes(errors, step) for errors in curves]
+    sizes = energy(curves, total, step)
+    share = min(shares(curves, sizes))
+    for layer, size in enumerate(sizes):
+        if size > options[layer][0]:
+            smaller = [*sizes[:layer], size - step, *sizes[layer + 1 :]]
+            assert shares(curves, smaller)[layer] < share
+    better = [s for s in product(*options) if min(shares(curves, s)) > share]
+    assert all(sum(s) > total for s in better)
+
+
+@pytest.mark.parametrize("total", [20, 50, 111, 240])
+def test_budget_takes_the_best_of_all_jumps_on_any_curve(total: int) -> None:
+    curves = many_layers(convex=False, layers=4, sizes=60)
+    for step in (1, 2, 5):
+        assert budget(curves, total, step) == greedy_by_loops(curves, total, step)
+
+
+def test_a_gain_that_comes_after_two_steps_is_seen() -> None:
+    late, early = curve(10, 10, 0), curve(10, 8, 6, 4)
+    assert budget([late, early], 2, 1) == [2, 0]
+    assert budget([late, early], 3, 1) == [2, 1]
+
+
+def test_a_long_jump_that_does_not_fit_leaves_room_for_short_ones() -> None:
+    late, early = curve(10, 9, 8, 0), curve(10, 8.5, 7)
+    assert budget([late, early], 2, 1) == [0, 2]
+    assert budget([late, late], 4, 1) == [3, 1]
+
+
+def test_nothing_is_bought_that_saves_nothing() -> None:
+    assert budget([curve(5, 0, 0, 0), curve(2, 2, 2)], 6, 1) == [1, 0]
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_impossible_sizes_are_passed_over(rule: Rule) -> None:
+    curves = [curve(math.inf, math.inf, 8, math.inf, 2, 1), curve(math.inf, 3, 2, 1, 0.5, 0.25)]
+    assert rule(curves, 4, 1) == ([2, 1] if rule is energy else [2, 2])
+    for total in range(4, 11):
+        assert math.isfinite(total_error(curves, rule(curves, total, 1)))
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_a_budget_below_the_smallest_sizes_is_refused(rule: Rule) -> None:
+    curves = [curve(math.inf, math.inf, 3, 1), curve(math.inf, math.inf, 2, 0)]
+    assert rule(curves, 4, 2) == [2, 2]
+    with pytest.raises(ConfigError) as caught:
+        rule(curves, 3, 2)
+    assert "3" in caught.value.message
+    assert "--cache-scalars" in caught.value.hint
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_a_step_with_no_possible_size_is_refused(rule: Rule) -> None:
+    with pytest.raises(ConfigError, match="layer 1"):
+        rule([curve(2, 1, 0), curve(math.inf, 1, 0)], 10, 3)
+
+
+def test_a_budget_for_uneven_layers_beats_equal_sizes() -> None:
+    curves = many_layers(convex=True)
+    errors = {name: total_error(curves, rule(curves, 4000, 16)) for name, rule in RULES.items()}
+    assert errors["budget"] < min(errors["uniform"], errors["energy"])
+
+
+def test_total_error_adds_up() -> None:
+    assert total_error([curve(4, 2, 1), curve(3, 0)], [1, 0]) == 5.0

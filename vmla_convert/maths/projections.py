@@ -1,0 +1,352 @@
+"""Parameters of a dense layer, of its latent twin, and how the twin is put together from parts.
+
+With x the input, the raw key of head h is (W_k x + b_k)_h. Its norm rho is one number for all
+heads and D_g the norm's gain, so the key is D_g (W_k x + b_k) / rho. 1/rho is cached, or predicted
+from what is cached (METHOD 3); everything else here is linear in x.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vmla_convert.config import LayerConfig
+from vmla_convert.errors import ConfigError
+from vmla_convert.maths.moments import as_channels, as_pairs
+from vmla_convert.maths.positions import RopeBranch
+
+
+class KVWeights(NamedTuple):
+    """What one dense layer computes queries, keys and values with; float64.
+
+    Attributes:
+        query: D_g W_q with the query norm's gain, (H·D, d).
+        query_bias: D_g b_q, (H·D,).
+        raw_key: W_k, (H·D, d).
+        raw_key_bias: b_k, (H·D,).
+        key_gain: The key norm's gain, (H·D,).
+        value: W_v, (H·D, d).
+        value_bias: b_v, (H·D,).
+        output: W_o, (d, H·D).
+        num_heads: H.
+    """
+
+    query: Tensor
+    query_bias: Tensor
+    raw_key: Tensor
+    raw_key_bias: Tensor
+    key_gain: Tensor
+    value: Tensor
+    value_bias: Tensor
+    output: Tensor
+    num_heads: int
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return len(self.raw_key) // self.num_heads
+
+    @property
+    def key(self) -> Tensor:
+        """D_g W_k, (H·D, d)."""
+        return self.key_gain[:, None] * self.raw_key
+
+    @property
+    def key_bias(self) -> Tensor:
+        """D_g b_k, (H·D,)."""
+        return self.key_gain * self.raw_key_bias
+
+    def key_pairs(self) -> tuple[Tensor, Tensor]:
+        """Key weight (H, D/2, d) and bias (H, D/2) by complex RoPE pair."""
+        key = self.key.unflatten(0, (self.num_heads, -1))
+        bias = self.key_bias.unflatten(0, (self.num_heads, -1))
+        return as_pairs(key.mT).mT.clone(), as_pairs(bias).clone()
+
+
+class LayerShape(NamedTuple):
+    """What one latent layer is to be.
+
+    Attributes:
+        layer: Its choices.
+        kv_lora_rank: R.
+        rope_pairs: Shared rope keys m; 0 when keys are rebuilt before RoPE.
+        key_rank: Of a split latent the part of R that keys read; None leaves it to the init.
+    """
+
+    layer: LayerConfig
+    kv_lora_rank: int
+    rope_pairs: int = 0
+    key_rank: int | None = None
+
+    @property
+    def decoupled(self) -> bool:
+        """Whether positions live in a rope branch."""
+        return self.layer.positions == "decoupled"
+
+    def parts(self) -> tuple[int, int]:
+        """Ranks of the key and the value part of a split latent; halves when left open."""
+        key_rank = (self.kv_lora_rank + 1) // 2 if self.key_rank is None else self.key_rank
+        return key_rank, self.kv_lora_rank - key_rank
+
+
+class Evidence(NamedTuple):
+    """What is known of one layer: its inputs, and what errors cost.
+
+    Attributes:
+        mean: Of the inputs that are cached, (d,).
+        covariance: Theirs, (d, d).
+        key_metric: Cost of an error of a position-free key, (H, D, D).
+        turned_key_metric: Cost of an error of a key before RoPE, (H, D, D).
+        value_metric: Cost of an error of all heads' values, (H·D, H·D).
+        query_pairs: Cost of an error of each RoPE pair, (H, D/2).
+        phases: Expected phase of each RoPE pair, (H, D/2) complex.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    key_metric: Tensor
+    turned_key_metric: Tensor
+    value_metric: Tensor
+    query_pairs: Tensor
+    phases: Tensor
+
+
+class Content(NamedTuple):
+    """A low-rank map x → c → keys and values; c = down x + down_bias.
+
+    Attributes:
+        down: (R, d).
+        down_bias: (R,).
+        up_key: (H·D, R of keys).
+        up_value: (H·D, R of values).
+    """
+
+    down: Tensor
+    down_bias: Tensor
+    up_key: Tensor
+    up_value: Tensor
+
+
+class RopeKeys(NamedTuple):
+    """The shared rope keys of a layer.
+
+    Attributes:
+        rows: Complex weights (m, d).
+        offsets: Complex biases (m,).
+        pairs: Which of the D/2 pairs each rotates as, (m,).
+        query_map: C (H, 2m, D).
+    """
+
+    rows: Tensor
+    offsets: Tensor
+    pairs: Tensor
+    query_map: Tensor
+
+
+class NormPredictor(NamedTuple):
+    """rho² of a token from its cached numbers: |weight · cached + bias|² + floor.
+
+    Attributes:
+        weight: (n + 1, n) for n cached numbers; empty when rho comes from the rebuilt key.
+        bias: (n + 1,).
+        floor: Mean square of what the latents dropped, (1,).
+    """
+
+    weight: Tensor
+    bias: Tensor
+    floor: Tensor
+
+
+class Factors(NamedTuple):
+    """Parameters of the latent layer, under its own names; float64.
+
+    Attributes:
+        kv_a_proj, kv_a_bias: (R, d), (R,).
+        kv_b_proj_k, kv_b_bias_k: (H·D, R of keys), (H·D,).
+        kv_b_proj_v, kv_b_bias_v: (H·D, R of values), (H·D,).
+        rope: The rope branch; None when keys are rebuilt before RoPE.
+        norm: Predicts rho; None when it is stored.
+        phases: What stands for each pair's rotation in the content key, (H, D/2) complex; None
+            when nothing is folded.
+    """
+
+    kv_a_proj: Tensor
+    kv_a_bias: Tensor
+    kv_b_proj_k: Tensor
+    kv_b_bias_k: Tensor
+    kv_b_proj_v: Tensor
+    kv_b_bias_v: Tensor
+    rope: RopeKeys | None = None
+    norm: NormPredictor | None = None
+    phases: Tensor | None = None
+
+
+def required(evidence: Evidence | None, init: str) -> Evidence:
+    """The evidence of an init that cannot do without.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if evidence is None:
+        raise ConfigError(f"the init '{init}' needs calibration clips", "or use --init spectral")
+    return evidence
+
+
+def white_inputs(width: int) -> tuple[Tensor, Tensor]:
+    """Mean (d,) and covariance (d, d) to assume of inputs that nobody measured."""
+    return torch.zeros(width, dtype=torch.float64), torch.eye(width, dtype=torch.float64)
+
+
+def key_square(weights: KVWeights, mean: Tensor, covariance: Tensor) -> Tensor:
+    """E[z zᴴ] of the key pairs over heads, (D/2, H, H); their mean counts, for it turns too."""
+    key, bias = (part.movedim(1, 0) for part in weights.key_pairs())
+    at_mean = key @ mean.to(key.dtype) + bias
+    spread = key @ covariance.to(key.dtype) @ key.mH
+    return spread + at_mean[:, :, None] * at_mean[:, None, :].conj()
+
+
+def weight_svd(key: Tensor, value: Tensor, shape: LayerShape) -> Content:
+    """SVD of key and value weights, both (H·D, d), together or apart; no data."""
+    keys, rank = len(key), shape.kv_lora_rank
+    no_offset = torch.zeros(rank, dtype=key.dtype)
+    if shape.layer.latent == "joint":
+        up, down = _truncated_svd(torch.cat([key, value]), rank)
+        return Content(down, no_offset, up[:keys], up[keys:])
+    (up_key, down_key), (up_value, down_value) = (
+        _truncated_svd(part, part_rank)
+        for part, part_rank in zip((key, value), shape.parts(), strict=True)
+    )
+    return Content(torch.cat([down_key, down_value]), no_offset, up_key, up_value)
+
+
+def _truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    left, singular, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left[:, :rank] * singular[:rank], right[:rank]
+
+
+def real_key(pairs: Tensor) -> Tensor:
+    """Complex rows (H, D/2, d) as interleaved rows (H·D, d)."""
+    return torch.view_as_real(pairs).movedim(-1, 2).flatten(0, 2)
+
+
+def real_bias(pairs: Tensor) -> Tensor:
+    """Complex biases (H, D/2) as interleaved ones (H·D,)."""
+    return as_channels(pairs).flatten()
+
+
+def gather_rope(branch: RopeBranch, key: Tensor, key_bias: Tensor) -> RopeKeys:
+    """The branch applied to key weights (H, D/2, d) and biases (H, D/2)."""
+    return RopeKeys(
+        rows=torch.einsum("mh,hmd->md", branch.gather, key[:, branch.pairs]),
+        offsets=torch.einsum("mh,hm->m", branch.gather, key_bias[:, branch.pairs]),
+        pairs=branch.pairs,
+        query_map=_query_map(branch, 2 * key.shape[1]),
+    )
+
+
+def subtract_rope(
+    branch: RopeBranch, rope: RopeKeys, key: Tensor, key_bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What the rope keys leave of key weights (H, D/2, d) and biases (H, D/2)."""
+    key, key_bias = key.clone(), key_bias.clone()
+    # A pair may be carried by several rope keys, so their shares are taken off one by one.
+    for pair, mix, row, offset in zip(
+        branch.pairs, branch.mix, rope.rows, rope.offsets, strict=True
+    ):
+        key[:, pair] -= mix[:, None] * row
+        key_bias[:, pair] -= mix * offset
+    return key, key_bias
+
+
+def assemble(
+    weights: KVWeights,
+    shape: LayerShape,
+    content: Content,
+    biases: tuple[Tensor, Tensor],
+    rope: RopeKeys | None,
+    mean: Tensor,
+    covariance: Tensor,
+    phases: Tensor | None = None,
+) -> Factors:
+    """Put content and rope branch together and see to the key norm.
+
+    Args:
+        weights: The dense layer.
+        shape: What is made of it.
+        content: Its low-rank part.
+        biases: Of the rebuilt key and value, both (H·D,).
+        rope: Its rope branch; None when keys are rebuilt before RoPE.
+        mean: Of the inputs (d,), as far as known: it shapes only a predicted norm.
+        covariance: Of the inputs (d, d), likewise.
+        phases: What was folded into the content, (H, D/2) complex.
+    """
+    factors = Factors(
+        kv_a_proj=content.down,
+        kv_a_bias=content.down_bias,
+        kv_b_proj_k=content.up_key,
+        kv_b_bias_k=biases[0],
+        kv_b_proj_v=content.up_value,
+        kv_b_bias_v=biases[1],
+        rope=rope,
+        phases=phases,
+    )
+    if shape.layer.k_norm == "latent":
+        return factors._replace(norm=predict_norm(weights, factors, mean, covariance))
+    if shape.layer.k_norm == "rebuilt":
+        return _ungained(weights, factors, mean, covariance)
+    return factors
+
+
+def predict_norm(
+    weights: KVWeights, factors: Factors, mean: Tensor, covariance: Tensor
+) -> NormPredictor:
+    """The quadratic form of METHOD 3: rho² from the best linear guess of the raw key.
+
+    What the guess misses is there on average, as the floor: without it logits would be too hot.
+    """
+    rows, offset = factors.kv_a_proj, factors.kv_a_bias
+    if factors.rope is not None:
+        rows = torch.cat([rows, as_channels(factors.rope.rows.mT).mT])
+        offset = torch.cat([offset, as_channels(factors.rope.offsets)])
+    spread = rows @ covariance @ rows.mT
+    guess = weights.raw_key @ covariance @ rows.mT @ torch.linalg.pinv(spread, hermitian=True)
+    at_mean = weights.raw_key @ mean + weights.raw_key_bias
+    constant = at_mean - guess @ (rows @ mean + offset)
+    missed = weights.raw_key - guess @ rows
+    floor = torch.einsum("nd,de,ne->", missed, covariance, missed) / len(missed)
+    # |guess·c + constant|² needs as many rows as it has columns, not H·D.
+    triangle = torch.linalg.qr(torch.cat([guess, constant[:, None]], 1) / len(missed) ** 0.5).R
+    # Near full size there are more columns than rows.
+    triangle = torch.nn.functional.pad(triangle, (0, 0, 0, triangle.shape[1] - len(triangle)))
+    return NormPredictor(triangle[:, :-1], triangle[:, -1], floor.clamp_min(0)[None])
+
+
+def _ungained(weights: KVWeights, factors: Factors, mean: Tensor, covariance: Tensor) -> Factors:
+    """Rebuild the raw key instead of the gained one, so that its own norm can be taken."""
+    gain = torch.where(weights.key_gain == 0, torch.inf, weights.key_gain)
+    up, bias = factors.kv_b_proj_k / gain[:, None], factors.kv_b_bias_k / gain
+    down = factors.kv_a_proj[: up.shape[1]]
+    missed = weights.raw_key - up @ down
+    off = weights.raw_key @ mean + weights.raw_key_bias - bias
+    off = off - up @ (down @ mean + factors.kv_a_bias[: up.shape[1]])
+    square = torch.einsum("nd,de,ne->", missed, covariance, missed) + off.square().sum()
+    floor = (square / len(missed))[None]
+    empty = floor.new_zeros(0)
+    return factors._replace(
+        kv_b_proj_k=up, kv_b_bias_k=bias, norm=NormPredictor(empty, empty, floor)
+    )
+
+
+def _query_map(branch: RopeBranch, head_dim: int) -> Tensor:
+    """C (H, 2m, D): multiplies each query pair by conj(mix), written in real numbers."""
+    count, heads = branch.mix.shape
+    turn = branch.mix.conj().mT
+    blocks = torch.zeros(heads, count, 2, head_dim // 2, 2, dtype=torch.float64)
+    index = torch.arange(count)
+    blocks[:, index, 0, branch.pairs, 0] = turn.real
+    blocks[:, index, 0, branch.pairs, 1] = -turn.imag
+    blocks[:, index, 1, branch.pairs, 0] = turn.imag
+    blocks[:, index, 1, branch.pairs, 1] = turn.real
+    return blocks.flatten(3, 4).flatten(1, 2)

@@ -1,0 +1,192 @@
+"""How much each layer may cache: sizes asked for, or one budget divided by predicted error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vmla_convert.config import ConvertConfig, LayerConfig, ModelConfig, RankPlan
+from vmla_convert.errors import ConfigError, did_you_mean
+from vmla_convert.maths.factor import INITS, predict_errors
+from vmla_convert.maths.projections import Evidence, KVWeights, LayerShape
+from vmla_convert.maths.ranks import RULES
+from vmla_convert.progress import Progress, Silent
+
+ReadWeights = Callable[[int], KVWeights]
+"""The dense weights of a layer by its index."""
+
+# The paper's 32 of 224 numbers.
+ROPE_SHARE = 1 / 7
+
+
+def check_sizes(model: ModelConfig, config: ConvertConfig) -> None:
+    """Refuse an init, a rule or sizes that do not fit the model.
+
+    Raises:
+        ConfigError: Naming the setting.
+    """
+    if config.init not in INITS:
+        raise ConfigError(f"unknown init '{config.init}'", did_you_mean(config.init, INITS))
+    named = {
+        "plan": config.plan is not None,
+        "kv_lora_rank": config.kv_lora_rank is not None or config.qk_rope_head_dim is not None,
+        "cache_scalars": config.cache_scalars is not None,
+        "cut": config.cut is not None,
+    }
+    given = [name for name, there in named.items() if there]
+    if len(given) > 1:
+        raise ConfigError(f"sizes are given twice, as {' and as '.join(given)}", "keep one of them")
+    if config.ranks in ("energy", "budget"):
+        if config.init != "calibrated":
+            raise ConfigError(
+                f"the rule '{config.ranks}' needs errors that only the init 'calibrated' predicts",
+                f"use --ranks uniform with --init {config.init}",
+            )
+        if "plan" in given or "kv_lora_rank" in given:
+            raise ConfigError(
+                f"the rule '{config.ranks}' has nothing to divide when {given[0]} is given",
+                "give --cache-scalars or --cut instead",
+            )
+    _check_explicit(model, config)
+    plan = uniform_plan(model, config)
+    _check_plan(model, plan, config.layer)
+    _check_pairs(model, plan, config.init)
+
+
+def uniform_plan(model: ModelConfig, config: ConvertConfig) -> RankPlan:
+    """The plan that was given, or the same sizes for every layer; needs no weights."""
+    if config.plan is not None:
+        return config.plan
+    geometry, layer = model.geometry, config.layer
+    decoupled = layer.positions == "decoupled"
+    if config.kv_lora_rank is not None or config.qk_rope_head_dim is not None:
+        rank = geometry.dim // 8 if config.kv_lora_rank is None else config.kv_lora_rank
+        rope = config.qk_rope_head_dim
+        rope = 2 * (geometry.head_dim // 8) if rope is None else rope
+        rope = rope if decoupled else 0
+    else:
+        size = total_numbers(model, config) // geometry.num_layers
+        pairs = min(max(1, round(ROPE_SHARE * size / 2)), geometry.head_dim // 2)
+        rope = 2 * pairs if decoupled else 0
+        rank = size - rope
+    shape = LayerShape(layer, rank, rope // 2)
+    layers = geometry.num_layers
+    key_ranks = (shape.parts()[0],) * layers if layer.latent == "split" else ()
+    return RankPlan((rank,) * layers, (rope // 2,) * layers, key_ranks)
+
+
+def plan_ranks(
+    model: ModelConfig,
+    config: ConvertConfig,
+    read_weights: ReadWeights,
+    evidence: list[Evidence] | None,
+    progress: Progress | None = None,
+) -> RankPlan:
+    """The sizes of every layer.
+
+    Args:
+        model: The dense model.
+        config: Sizes and rule.
+        read_weights: Gives the layers' weights.
+        evidence: Of every layer; `calibrated` divides a budget, and a split latent, by it.
+        progress: Where to draw.
+
+    Raises:
+        ConfigError: The budget is too small.
+    """
+    uniform = uniform_plan(model, config)
+    explicit = config.kv_lora_rank is not None or config.qk_rope_head_dim is not None
+    joint = config.layer.latent == "joint"
+    if config.init != "calibrated" or config.plan is not None or (explicit and joint):
+        return uniform
+    assert evidence is not None
+    layers = range(model.geometry.num_layers)
+    total = total_numbers(model, config)
+    if explicit:
+        total = uniform.kv_lora_rank[0] + 2 * uniform.rope_pairs[0]
+    counts = {"pair_counts": uniform.rope_pairs[:1]} if explicit else {}
+    # No layer is worth more than a few times its fair share, and spectra of all sizes cost time.
+    most = total if explicit else min(2 * model.geometry.dim, 6 * total // len(layers))
+    curves = [
+        predict_errors(read_weights(layer), config.layer, evidence[layer], most, **counts)
+        for layer in (progress or Silent()).track(layers, "predicting errors")
+    ]
+    sizes = [total] * len(layers)
+    if not explicit:
+        rule = RULES[config.ranks or "budget"]
+        sizes = rule([curve.errors for curve in curves], total, rank_step(model))
+    pairs = [curve.rope_pairs[size] for curve, size in zip(curves, sizes, strict=True)]
+    return RankPlan(
+        kv_lora_rank=tuple(s - 2 * p for s, p in zip(sizes, pairs, strict=True)),
+        rope_pairs=tuple(pairs),
+        key_ranks=()
+        if joint
+        else tuple(curve.key_ranks[size] for curve, size in zip(curves, sizes, strict=True)),
+    )
+
+
+def total_numbers(model: ModelConfig, config: ConvertConfig) -> int:
+    """Numbers that all layers together may cache per token, norms aside."""
+    geometry, stored = model.geometry, config.layer.k_norm == "stored"
+    scalars = config.cache_scalars
+    if config.cut is not None:
+        scalars = (1 - config.cut) * geometry.dense_cache_scalars
+    if scalars is None:
+        scalars = geometry.dim // 8 + 2 * (geometry.head_dim // 8) + stored
+    # A cut of 0.9 of 320 numbers leaves 32, whatever floating point makes of it.
+    return int((scalars - stored) * geometry.num_layers + 1e-6)
+
+
+def rank_step(model: ModelConfig) -> int:
+    """What ranks are rounded to: 16 for Wan 1.3B, less for narrower models."""
+    return max(1, model.geometry.dim // 96)
+
+
+def _check_explicit(model: ModelConfig, config: ConvertConfig) -> None:
+    rope, head_dim = config.qk_rope_head_dim, model.geometry.head_dim
+    if rope is not None and config.layer.positions == "reconstructed":
+        raise ConfigError(
+            "qk_rope_head_dim is given, but reconstructed positions need no rope key",
+            "drop it, or use --positions decoupled",
+        )
+    if rope is not None and (rope % 2 or not 2 <= rope <= head_dim):
+        raise ConfigError(
+            f"qk_rope_head_dim {rope} is not an even number between 2 and {head_dim}",
+            f"try --qk-rope-head-dim {2 * (head_dim // 8)}",
+        )
+    if config.cut is not None and not 0 < config.cut < 1:
+        raise ConfigError(f"cut {config.cut:g} is not between 0 and 1", "try --cut 0.92")
+
+
+def _check_plan(model: ModelConfig, plan: RankPlan, layer: LayerConfig) -> None:
+    geometry = model.geometry
+    lengths = {len(plan.kv_lora_rank), len(plan.rope_pairs)}
+    if lengths != {geometry.num_layers}:
+        raise ConfigError(
+            f"the plan has not one size for each of {geometry.num_layers} layers",
+            "use the plan of a conversion of this very model",
+        )
+    # Each part of a split latent has at least one number.
+    parts = 1 if layer.latent == "joint" else 2
+    least, most = parts, parts * geometry.dim
+    for rank in plan.kv_lora_rank:
+        if not least <= rank <= most:
+            raise ConfigError(
+                f"kv_lora_rank {rank} is not between {least} and {most}, what this model's "
+                f"{layer.latent} latent can use",
+                f"try --kv-lora-rank {geometry.dim // 8}",
+            )
+    plan.check_fits(layer)
+
+
+def _check_pairs(model: ModelConfig, plan: RankPlan, init: str) -> None:
+    """A pair of a head is one rope key at most; only some inits keep several for all heads."""
+    geometry = model.geometry
+    most = geometry.head_dim // 2
+    if init in ("calibrated", "mha2mla"):
+        most *= geometry.num_heads
+    if max(plan.rope_pairs) > most:
+        raise ConfigError(
+            f"the plan gives a layer {max(plan.rope_pairs)} rope pairs, the init '{init}' can use "
+            f"{most}",
+            "use the plan of a conversion with the same init",
+        )
