@@ -299,7 +299,7 @@ def two_sided(target: Tensor, metric: Tensor, covariance: Tensor) -> Decompositi
     values, vectors = torch.linalg.eigh(weighted @ root)
     values, vectors = values.flip(0), vectors.flip(1)
     # Directions the data never takes have no energy; they get no projection.
-    seen = values > values[0] * 1e-14
+    seen = values > values[0] * 1e-12
     inverse = torch.where(seen, 1 / values.where(seen, torch.ones_like(values)), 0)
     down = inverse[:, None] * (vectors.mT @ weighted)
     # Small energies magnify rounding: rows that should be orthonormal in C are made so.

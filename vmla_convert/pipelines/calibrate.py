@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vmla_convert.config import ModelConfig
+from vmla_convert.errors import ConfigError
 from vmla_convert.layers.attention import DenseSelfAttention, split_heads
 from vmla_convert.layers.dit import Attend, Block, CausalWanModel, SelfAttention, masked_attention
 from vmla_convert.maths.masks import Visibility
@@ -21,7 +22,7 @@ from vmla_convert.maths.moments import Moments, measure_moments, merge_moments
 from vmla_convert.maths.positions import expected_phases
 from vmla_convert.maths.reads import Reads, ReadSums, measure_reads, merge_reads
 from vmla_convert.maths.rope3d import Rotary
-from vmla_convert.pipelines.data import ClipSource, seeded
+from vmla_convert.pipelines.data import Batch, ClipSource, seeded
 from vmla_convert.pipelines.losses import Example, make_example, teacher_forcing_inputs
 from vmla_convert.progress import Progress, Silent
 
@@ -107,6 +108,7 @@ class _Walk:
         device = shell.patch_embedding.weight.device
         for index in range(-(-count // CLIPS_AT_ONCE)):
             batch = clips.batch(index, min(CLIPS_AT_ONCE, count - index * CLIPS_AT_ONCE))
+            _check_clips(shell.config, batch)
             noise = seeded(seed, index, "calibration")
             example = make_example(batch, shell.config.chunk_frames, noise).to(device)
             with torch.no_grad():
@@ -227,6 +229,22 @@ def measure_attention(
     past, own_clean, own_noisy = (merge_reads(group) for group in zip(*sums, strict=True))
     moments = measure_moments(clean), measure_moments(noisy)
     return LayerReads((past, moments[0]), [(own_clean, moments[0]), (own_noisy, moments[1])])
+
+
+def _check_clips(config: ModelConfig, batch: Batch) -> None:
+    """Clips must fit the model, and be long enough that something reads a past."""
+    frames, *size = batch.latents.shape[1:]
+    expected = [config.geometry.in_dim, *config.latent_size]
+    if size != expected:
+        raise ConfigError(
+            f"calibration clips have frames of {size}, the model takes {expected}",
+            "give latents of this model's own codec: --data FILE.safetensors",
+        )
+    if frames < 2 * config.chunk_frames:
+        raise ConfigError(
+            f"calibration clips of {frames} frames have no chunk with a past",
+            f"use at least {2 * config.chunk_frames} frames",
+        )
 
 
 def _recorded(attend: Attend, seen: list[tuple[Tensor, Tensor]]) -> Attend:

@@ -17,7 +17,9 @@ from vmla_convert.errors import ConfigError, VmlaError
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-_CONVERT_HINT = "convert takes --init spectral, or --data FILE.safetensors with latents and context"
+_CONVERT_HINT = (
+    "convert takes --no-calibration, or --data FILE.safetensors with latents and context"
+)
 
 
 class DemoCodec:

@@ -167,7 +167,7 @@ def convert_config(
     Args:
         preset: `videomla` starts from the paper's layer, init and shares.
         layer: Fields of `LayerConfig`.
-        sizes: Cache sizes; any of them replaces all of the preset's.
+        sizes: Cache sizes.
         others: Further fields of `ConvertConfig`.
 
     Raises:
@@ -176,8 +176,6 @@ def convert_config(
     if preset not in (None, *PRESETS):
         raise ConfigError(f"unknown preset '{preset}'", did_you_mean(str(preset), PRESETS))
     base = PRESETS[preset] if preset else ConvertConfig()
-    if any(size is not None for size in sizes.values()):
-        base = replace(base, kv_lora_rank=None, qk_rope_head_dim=None)
     typed = {name: value for name, value in {**sizes, **others}.items() if value is not None}
     plain = {name: to_dict(v) if name == "plan" else v for name, v in typed.items()}
     chosen = {name: value for name, value in layer.items() if value is not None}

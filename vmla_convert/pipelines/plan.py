@@ -48,7 +48,7 @@ def check_sizes(model: ModelConfig, config: ConvertConfig) -> None:
             )
     _check_explicit(model, config)
     plan = uniform_plan(model, config)
-    _check_plan(model, plan, config.layer)
+    _check_plan(model, plan, config)
     _check_pairs(model, plan, config.init)
 
 
@@ -131,9 +131,15 @@ def total_numbers(model: ModelConfig, config: ConvertConfig) -> int:
     if config.cut is not None:
         scalars = (1 - config.cut) * geometry.dense_cache_scalars
     if scalars is None:
-        scalars = geometry.dim // 8 + 2 * (geometry.head_dim // 8) + stored
+        scalars = default_scalars(model, config.layer)
     # A cut of 0.9 of 320 numbers leaves 32, whatever floating point makes of it.
     return int((scalars - stored) * geometry.num_layers + 1e-6)
+
+
+def default_scalars(model: ModelConfig, layer: LayerConfig) -> int:
+    """What a token costs by default: 224 numbers for Wan 1.3B, and one for a stored norm."""
+    geometry = model.geometry
+    return geometry.dim // 8 + 2 * (geometry.head_dim // 8) + (layer.k_norm == "stored")
 
 
 def rank_step(model: ModelConfig) -> int:
@@ -157,8 +163,8 @@ def _check_explicit(model: ModelConfig, config: ConvertConfig) -> None:
         raise ConfigError(f"cut {config.cut:g} is not between 0 and 1", "try --cut 0.92")
 
 
-def _check_plan(model: ModelConfig, plan: RankPlan, layer: LayerConfig) -> None:
-    geometry = model.geometry
+def _check_plan(model: ModelConfig, plan: RankPlan, config: ConvertConfig) -> None:
+    geometry, layer = model.geometry, config.layer
     lengths = {len(plan.kv_lora_rank), len(plan.rope_pairs)}
     if lengths != {geometry.num_layers}:
         raise ConfigError(
@@ -173,7 +179,9 @@ def _check_plan(model: ModelConfig, plan: RankPlan, layer: LayerConfig) -> None:
             raise ConfigError(
                 f"kv_lora_rank {rank} is not between {least} and {most}, what this model's "
                 f"{layer.latent} latent can use",
-                f"try --kv-lora-rank {geometry.dim // 8}",
+                f"try --kv-lora-rank {geometry.dim // 8}"
+                if config.cut is None and config.cache_scalars is None
+                else f"try --cache-scalars {default_scalars(model, config.layer)}",
             )
     plan.check_fits(layer)
 

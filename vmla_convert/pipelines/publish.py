@@ -30,7 +30,7 @@ def model_card(config: ModelConfig, source_name: str) -> str:
 
 # {source_name}, converted to a latent KV cache
 
-Converted by vmla-convert: each layer caches {config.cache_scalars_per_token():g} numbers per
+Converted by vmla-convert: each layer caches {config.cache_scalars_per_token():.4g} numbers per
 token instead of {dense} ({config.cache_cut():.1%} less).
 
 | setting | value |
