@@ -61,4 +61,4 @@ def test_only_the_demo_codec_is_wired_in() -> None:
     assert "vmla generate demo" in caught.value.hint
     with pytest.raises(ConfigError, match="calibration needs") as caught:
         require_demo_codec(config, "calibration")
-    assert "--init spectral" in caught.value.hint
+    assert "--no-calibration" in caught.value.hint

@@ -490,7 +490,7 @@ def wan(dense: CausalWanModel, tmp_path: Path) -> Path:
 def test_a_wan_checkpoint_cannot_be_calibrated_on_the_demo_world(wan: Path, tmp_path: Path) -> None:
     with pytest.raises(VmlaError) as caught:
         convert(wan, tmp_path / "out", CONVERT)
-    assert "--init spectral" in caught.value.hint
+    assert "--no-calibration" in caught.value.hint
     convert(wan, tmp_path / "out", replace(CONVERT, init="spectral"))
     assert (tmp_path / "out").is_dir()
 

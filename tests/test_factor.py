@@ -545,3 +545,18 @@ def test_reads_end_in_a_lossless_layer() -> None:
     for positions in POSITIONS:
         shape = data.full_shape(LayerConfig(positions=positions))
         assert_lossless(data, calibrated(data.weights, shape, evidence, generator()))
+
+
+def test_a_direction_that_inputs_never_take_gets_no_projection() -> None:
+    """Layer norm makes inputs exactly singular; rounding must not pass for a direction."""
+    for seed in range(8):
+        source = torch.Generator().manual_seed(seed)
+        target, root, side = (
+            torch.randn(rows, columns, generator=source, dtype=torch.float64)
+            for rows, columns in ((60, 40), (40, 40), (60, 60))
+        )
+        root = root * torch.logspace(0, -4, 40, dtype=torch.float64)[:, None]
+        root[:, -1] = -root[:, :-1].sum(1)  # the channels of every input sum to 0
+        down, up, energies = two_sided(target, side @ side.mT, root.mT @ root)
+        assert energies[-1] <= 1e-13 * energies[0]
+        assert not down[-1].any() and not up[:, -1].any()

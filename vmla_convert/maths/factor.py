@@ -296,10 +296,12 @@ def two_sided(target: Tensor, metric: Tensor, covariance: Tensor) -> Decompositi
     """
     root = psd_sqrt(covariance)
     weighted = root @ (target.mT @ metric @ target)
-    values, vectors = torch.linalg.eigh(weighted @ root)
+    # Products are symmetric but for rounding, which a direction without data would be made of.
+    product = weighted @ root
+    values, vectors = torch.linalg.eigh((product + product.mT) / 2)
     values, vectors = values.flip(0), vectors.flip(1)
     # Directions the data never takes have no energy; they get no projection.
-    seen = values > values[0] * 1e-12
+    seen = values > values[0] * _rounding(values)
     inverse = torch.where(seen, 1 / values.where(seen, torch.ones_like(values)), 0)
     down = inverse[:, None] * (vectors.mT @ weighted)
     # Small energies magnify rounding: rows that should be orthonormal in C are made so.
@@ -311,9 +313,19 @@ def two_sided(target: Tensor, metric: Tensor, covariance: Tensor) -> Decompositi
 
 
 def psd_sqrt(matrix: Tensor) -> Tensor:
-    """Symmetric square root of a positive semi-definite matrix (..., n, n)."""
+    """Symmetric square root of a positive semi-definite matrix (..., n, n).
+
+    Layer norm makes its inputs exactly singular; what rounding leaves of a direction is taken as 0.
+    """
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp_min(0).sqrt()[..., None, :]) @ vectors.mT
+    least = values.amax(-1, keepdim=True) * _rounding(values)
+    values = torch.where(values > least, values, 0)
+    return (vectors * values.sqrt()[..., None, :]) @ vectors.mT
+
+
+def _rounding(values: Tensor) -> float:
+    """Share of the largest eigenvalue below which others are rounding."""
+    return values.shape[-1] * torch.finfo(values.dtype).eps
 
 
 def _shrunk_phases(measured: Tensor, window: Tensor) -> Tensor:
