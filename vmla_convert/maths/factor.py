@@ -30,13 +30,13 @@ from vmla_convert.maths.projections import (
     KVWeights,
     LayerShape,
     assemble,
+    assemble_svd,
     gather_rope,
     key_square,
     real_bias,
     real_key,
     required,
     subtract_rope,
-    weight_svd,
     white_inputs,
 )
 from vmla_convert.maths.reads import ReadSums, merge_reads
@@ -113,9 +113,7 @@ def spectral(
         branch = highest_frequency_branch(weights.head_dim, weights.num_heads, shape.rope_pairs)
         rope = gather_rope(branch, key, key_bias)
         key[:, branch.pairs], key_bias[:, branch.pairs] = 0, 0
-    content = weight_svd(real_key(key), weights.value, shape)
-    biases = (real_bias(key_bias), weights.value_bias)
-    return assemble(weights, shape, content, biases, rope, *white_inputs(key.shape[-1]))
+    return assemble_svd(weights, shape, key, key_bias, rope)
 
 
 def calibrated(

@@ -19,13 +19,12 @@ from vmla_convert.maths.projections import (
     LayerShape,
     RopeKeys,
     assemble,
+    assemble_svd,
     gather_rope,
     key_square,
     real_bias,
     real_key,
     required,
-    weight_svd,
-    white_inputs,
 )
 from vmla_convert.maths.rope3d import axis_pairs
 
@@ -55,9 +54,7 @@ def mha2mla(
         rope = gather_rope(branch, key, key_bias)
         heads = branch.mix.abs().argmax(1)
         key[heads, branch.pairs], key_bias[heads, branch.pairs] = 0, 0
-    content = weight_svd(real_key(key), weights.value, shape)
-    biases = (real_bias(key_bias), weights.value_bias)
-    return assemble(weights, shape, content, biases, rope, *white_inputs(key.shape[-1]))
+    return assemble_svd(weights, shape, key, key_bias, rope)
 
 
 def xecomla(
@@ -75,13 +72,11 @@ def xecomla(
     rope = None
     if shape.decoupled:
         heads, last = weights.num_heads, key.shape[1]
-        pairs = torch.arange(last - min(shape.rope_pairs, last), last)
+        pairs = torch.arange(last - shape.rope_pairs, last)
         ones = torch.ones(len(pairs), heads, dtype=torch.complex128)
         rope = gather_rope(RopeBranch(pairs, ones / heads, ones), key, key_bias)
         key[:, pairs], key_bias[:, pairs] = 0, 0
-    content = weight_svd(real_key(key), weights.value, shape)
-    biases = (real_bias(key_bias), weights.value_bias)
-    return assemble(weights, shape, content, biases, rope, *white_inputs(key.shape[-1]))
+    return assemble_svd(weights, shape, key, key_bias, rope)
 
 
 def transmla(

@@ -299,6 +299,23 @@ def assemble(
     return factors
 
 
+def assemble_svd(
+    weights: KVWeights, shape: LayerShape, key: Tensor, key_bias: Tensor, rope: RopeKeys | None
+) -> Factors:
+    """A layer by SVD of its weights alone, for what rope keys left of the keys.
+
+    Args:
+        weights: The dense layer.
+        shape: What is made of it.
+        key: Complex rows (H, D/2, d) of the content.
+        key_bias: Their biases (H, D/2).
+        rope: The rope branch; None when keys are rebuilt before RoPE.
+    """
+    content = weight_svd(real_key(key), weights.value, shape)
+    biases = (real_bias(key_bias), weights.value_bias)
+    return assemble(weights, shape, content, biases, rope, *white_inputs(key.shape[-1]))
+
+
 def predict_norm(
     weights: KVWeights, factors: Factors, mean: Tensor, covariance: Tensor
 ) -> NormPredictor:

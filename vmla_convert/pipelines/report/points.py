@@ -209,8 +209,9 @@ def decisive_table(rows: Sequence[Row]) -> list[list[str]]:
         losses = ["+0 %", ABSENT] if recovered else [loss, loss, "+0 %", ABSENT]
         errors = ["0", ABSENT] if recovered else ["0"]
         table.append(["dense", ABSENT, scalars, "0 %", *errors, *losses])
-    cells = _recovery_cells if recovered else _step0_cells
-    return table + [cells(point, dense) for point in points]
+    if recovered:
+        return table + [_recovery_cells(point) for point in points]
+    return table + [_step0_cells(point, dense) for point in points]
 
 
 def format_number(value: float | None) -> str:
@@ -268,7 +269,7 @@ def _setting_cells(point: Point) -> list[str]:
     return [point.init, point.layer or ABSENT, scalars, format_cut(point.cut)]
 
 
-def _recovery_cells(point: Point, dense: Dense | None) -> list[str]:  # noqa: ARG001
+def _recovery_cells(point: Point) -> list[str]:
     recovered = point.last_step > 0
     return [
         *_setting_cells(point),
