@@ -38,9 +38,9 @@ from vmla_convert.pipelines.calibrate import (
     measure_attention,
     model_blocks,
 )
-from vmla_convert.pipelines.convert import convert_model, layer_evidence, layer_weights
 from vmla_convert.pipelines.data import open_clips
 from vmla_convert.pipelines.evaluate import HeldOut, dense_rows
+from vmla_convert.pipelines.factoring import convert_model, layer_evidence, layer_weights
 from vmla_convert.pipelines.load import load
 from vmla_convert.pipelines.rows import cache_rows, error_rows
 from vmla_convert.results import Row, append_rows
@@ -160,7 +160,8 @@ def measure(teacher: CausalWanModel) -> list[LayerReads]:
     config = ConvertConfig()
     clips = open_clips(config.data, teacher.config.cache.sink_frames)
     blocks = model_blocks(teacher)
-    return calibration.calibrate(teacher, blocks, clips, config.calibration_clips, config.seed)
+    reads = calibration.calibrate(teacher, blocks, clips, config.calibration_clips, config.seed)
+    return [reads(layer) for layer in range(teacher.config.geometry.num_layers)]
 
 
 def measure_own_output(

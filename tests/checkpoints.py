@@ -38,8 +38,9 @@ from vmla_convert.pipelines.calibrate import (
     deployed_phases,
     model_blocks,
 )
-from vmla_convert.pipelines.convert import convert, layer_evidence, layer_weights
+from vmla_convert.pipelines.convert import convert
 from vmla_convert.pipelines.data import open_clips
+from vmla_convert.pipelines.factoring import layer_evidence, layer_weights
 from vmla_convert.pipelines.load import load
 from vmla_convert.pipelines.plan import ReadWeights
 from vmla_convert.pipelines.pretrain import save_self_forcing
@@ -116,7 +117,8 @@ def budgeted(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measured(teacher: Path) -> list[LayerReads]:
     """What calibration sees of the checkpoint, on the clips of `CONVERT` and `BUDGETED`."""
     model = load(teacher)
-    return calibrate(model, model_blocks(model), open_clips(CLIPS), CONVERT.calibration_clips)
+    reads = calibrate(model, model_blocks(model), open_clips(CLIPS), CONVERT.calibration_clips)
+    return [reads(layer) for layer in range(MODEL.geometry.num_layers)]
 
 
 @pytest.fixture(scope="module")

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import pytest
 import torch
 from checkpoints import CLIPS, CONVERT, MODEL
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vmla_convert.checkpoint.families import open_checkpoint
+from vmla_convert.config import DataConfig
+from vmla_convert.errors import ConfigError
 from vmla_convert.layers.attention import DenseSelfAttention
 from vmla_convert.layers.dit import Block, CausalWanModel
 from vmla_convert.maths.moments import Moments, measure_moments
@@ -26,9 +29,10 @@ from vmla_convert.pipelines.calibrate import (
     merge_layer_reads,
     model_blocks,
 )
-from vmla_convert.pipelines.data import open_clips, seeded
+from vmla_convert.pipelines.data import Batch, ClipSource, open_clips, seeded
 from vmla_convert.pipelines.load import build_shell, load, read_block
 from vmla_convert.pipelines.losses import make_example, teacher_forcing_inputs
+from vmla_convert.pipelines.shelf import FolderShelf, MemoryShelf
 
 pytest_plugins = ["checkpoints"]
 
@@ -52,6 +56,10 @@ def equal(one: list[LayerReads], other: list[LayerReads]) -> bool:
     )
 
 
+def every(measured: Callable[[int], LayerReads]) -> list[LayerReads]:
+    return [measured(layer) for layer in range(LAYERS)]
+
+
 class Seen(NamedTuple):
     """Input and output gradient of one layer's self-attention on one batch."""
 
@@ -72,7 +80,7 @@ def walked(teacher: Path) -> tuple[list[LayerReads], list[Seen]]:
         patch.setattr(pipeline, "CLIPS_AT_ONCE", 2)
         patch.setattr(pipeline, "measure_attention", noted)
         measured = calibrate(model, model_blocks(model), open_clips(CLIPS), 3, SEED)
-    return measured, seen
+    return every(measured), seen
 
 
 def whole_model(model: CausalWanModel, index: int, size: int) -> list[Seen]:
@@ -110,8 +118,7 @@ def test_reading_blocks_from_the_checkpoint_measures_what_the_model_in_memory_sh
         open_clips(CLIPS),
         CONVERT.calibration_clips,
     )
-    assert len(streamed) == len(measured) == LAYERS
-    for one, other in zip(streamed, measured, strict=True):
+    for one, other in zip(every(streamed), measured, strict=True):
         for a, b in zip(tensors(one), tensors(other), strict=True):
             assert (a - b).norm() <= 1e-6 * b.norm()
 
@@ -215,7 +222,8 @@ def test_parts_merge_to_what_all_clips_show_together(
 
 def test_the_seed_decides_what_is_measured(dense: CausalWanModel) -> None:
     first, again, other = (
-        calibrate(dense, model_blocks(dense), open_clips(CLIPS), 1, seed) for seed in (0, 0, 1)
+        every(calibrate(dense, model_blocks(dense), open_clips(CLIPS), 1, seed))
+        for seed in (0, 0, 1)
     )
     assert equal(first, again)
     assert not equal(first, other)
@@ -229,3 +237,126 @@ def test_phases_belong_to_the_window_that_the_model_runs_with() -> None:
     assert (few.abs() < 1).all()
     assert (many.abs()[:time] < few.abs()[:time]).all()
     torch.testing.assert_close(many[time:], few[time:])
+
+
+def own_seen(reads: list[LayerReads]) -> list[int]:
+    return [len(layer.own) for layer in reads]
+
+
+def test_without_the_own_chunk_only_the_past_is_measured_and_is_the_same(
+    dense: CausalWanModel,
+) -> None:
+    both, past = (
+        every(calibrate(dense, model_blocks(dense), open_clips(CLIPS), 3, SEED, own=own))
+        for own in (True, False)
+    )
+    assert own_seen(both) == [2] * LAYERS
+    assert own_seen(past) == [0] * LAYERS
+    assert equal(past, [LayerReads(reads.past, []) for reads in both])
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_folder_gives_what_memory_gives(own: bool, dense: CausalWanModel, tmp_path: Path) -> None:
+    shelf = FolderShelf(tmp_path / "shelf", "work")
+    here, there = (
+        every(
+            calibrate(dense, model_blocks(dense), open_clips(CLIPS), 3, SEED, shelf=place, own=own)
+        )
+        for place in (None, shelf)
+    )
+    assert equal(here, there)
+    assert own_seen(here) == own_seen(there) == [2 * own] * LAYERS
+
+
+def test_what_lies_on_a_shelf_is_not_measured_again(dense: CausalWanModel, tmp_path: Path) -> None:
+    def refuse(_: int) -> NoReturn:
+        pytest.fail("a block that should not have been read")
+
+    clips = open_clips(CLIPS)
+    for shelf in (MemoryShelf(), FolderShelf(tmp_path / "shelf", "work")):
+        first = every(calibrate(dense, model_blocks(dense), clips, 2, shelf=shelf))
+        assert equal(first, every(calibrate(dense, refuse, clips, 2, shelf=shelf)))
+
+
+def batch_sizes(
+    dense: CausalWanModel, monkeypatch: pytest.MonkeyPatch, count: int, clips: ClipSource
+) -> list[int]:
+    """How many clips passed a block together."""
+    sizes: list[int] = []
+
+    def noted(_: object, batch: Batch) -> None:
+        sizes.append(len(batch.latents))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "check_clips", noted)
+        calibrate(dense, model_blocks(dense), clips, count)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sizes"),
+    [
+        (10**6, [4, 4, 1]),
+        (6 * HALF, [3, 3, 3]),
+        (6 * HALF - 1, [2, 2, 2, 2, 1]),
+        (2 * HALF, [1] * 9),
+        (1, [1] * 9),
+    ],
+)
+def test_as_many_clips_go_together_as_their_tokens_allow(
+    tokens: int, sizes: list[int], dense: CausalWanModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "CLIPS_AT_ONCE", 4)
+    monkeypatch.setattr(pipeline, "TOKENS_AT_ONCE", tokens)
+    assert batch_sizes(dense, monkeypatch, 9, open_clips(CLIPS)) == sizes
+
+
+def latents(file: Path, *shape: int) -> ClipSource:
+    """A few clips of noise of any shape."""
+    clips = torch.randn(4, *shape, generator=torch.Generator().manual_seed(3))
+    context = torch.randn(4, MODEL.geometry.text_len, MODEL.geometry.text_dim)
+    save_file({"latents": clips, "context": context}, file)
+    return open_clips(DataConfig(str(file), frames=20))
+
+
+@pytest.mark.parametrize("size", [(4, 8), (16, 12), (12, 12)])
+def test_clips_may_be_smaller_or_larger_than_the_models_own(
+    size: tuple[int, int], dense: CausalWanModel, tmp_path: Path
+) -> None:
+    clips = latents(tmp_path / "clips", 4, MODEL.geometry.in_dim, *size)
+    reads = every(calibrate(dense, model_blocks(dense), clips, 2))
+    tokens = size[0] * size[1] // 4
+    for layer in reads:
+        assert layer.past[1].tokens == 2 * 4 * tokens
+        assert all(tensor.isfinite().all() for tensor in tensors(layer))
+        assert layer.past[0].query_square.any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "word"),
+    [
+        ((4, 11, 12, 12), r"\[11, 12, 12\]"),
+        ((4, 12, 12, 11), r"\[12, 12, 11\]"),
+        ((4, 12, 9, 12), r"\[12, 9, 12\]"),
+        ((3, 12, 12, 12), "3 frames have no chunk with a past"),
+    ],
+)
+def test_clips_that_do_not_fit_are_refused_before_a_block_is_read(
+    shape: tuple[int, ...], word: str, dense: CausalWanModel, tmp_path: Path
+) -> None:
+    def refuse(_: int) -> NoReturn:
+        pytest.fail("a block that should not have been read")
+
+    shelf = FolderShelf(tmp_path / "shelf", "work")
+    with pytest.raises(ConfigError, match=word) as caught:
+        calibrate(dense, refuse, latents(tmp_path / "clips", *shape), 2, shelf=shelf)
+    assert caught.value.hint
+    assert not (tmp_path / "shelf").exists()
+
+
+def test_the_last_frames_of_no_whole_chunk_are_left_out(
+    dense: CausalWanModel, tmp_path: Path
+) -> None:
+    clips = latents(tmp_path / "clips", 5, MODEL.geometry.in_dim, 4, 4)
+    reads = every(calibrate(dense, model_blocks(dense), clips, 1))
+    assert reads[0].past[1].tokens == 4 * 4

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import typer
@@ -133,7 +133,7 @@ def test_convert_says_what_was_really_cut(teacher: Path, tmp_path: Path, vmla: V
     assert told["seconds"] > 0
     assert wrote == {"wrote": str(tmp_path / "out")}
     planned = vmla("convert", teacher, "-o", tmp_path / "new", "--dry-run", *words)
-    assert json.loads(planned.out)["cache cut"] >= 0.9
+    assert json.loads(planned.out)["cache_cut"] >= 0.9
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -299,3 +299,41 @@ def test_a_model_moves_with_its_folder(converted: Path, tmp_path: Path, vmla: Vm
     moved = shutil.copytree(converted, tmp_path / "elsewhere")
     told = [json.loads(vmla("inspect", path, "--json").out) for path in (converted, moved)]
     assert told[0] | {"path": ""} == told[1] | {"path": ""}
+
+
+@pytest.fixture
+def interrupted(
+    teacher: Path, tmp_path: Path, vmla: Vmla, monkeypatch: pytest.MonkeyPatch
+) -> tuple[str | Path, ...]:
+    """A convert in which Ctrl-C was pressed at the first layer."""
+
+    def press(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    words = ("convert", teacher, "-o", tmp_path / "out", "--init", "spectral")
+    with monkeypatch.context() as patch:
+        patch.setattr("vmla_convert.pipelines.convert.factor_layer", press)
+        ran = vmla(*words)
+    assert (ran.code, ran.out) == (130, "")
+    assert "interrupted" in ran.err
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    return words
+
+
+def test_an_interrupted_convert_goes_on_with_resume(
+    interrupted: tuple[str | Path, ...], tmp_path: Path, vmla: Vmla
+) -> None:
+    assert refused(ran := vmla(*interrupted))
+    assert "--resume" in ran.err
+    ran = vmla(*interrupted, "--resume")
+    assert ran.code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert vmla("inspect", tmp_path / "out").code == 0
+
+
+def test_resume_with_other_settings_is_refused(
+    interrupted: tuple[str | Path, ...], tmp_path: Path, vmla: Vmla
+) -> None:
+    assert refused(ran := vmla(*interrupted, "--resume", "--seed", "3"))
+    assert "another settings" in ran.err
+    assert str(tmp_path / "out.partial") in ran.err

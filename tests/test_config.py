@@ -25,10 +25,12 @@ from vmla_convert.config import (
     RankPlan,
     RecoverConfig,
     SamplerConfig,
+    SourceConfig,
     SweepConfig,
     TeacherConfig,
     TrainingConfig,
     from_dict,
+    override,
     to_dict,
 )
 from vmla_convert.errors import ConfigError
@@ -84,6 +86,8 @@ EVERY_CONFIG: list[Any] = [
     EvaluateConfig(clips=3),
     GenerateConfig(prompts=("1",)),
     SweepConfig(kv_lora_ranks=(8, 16)),
+    SourceConfig(),
+    SourceConfig("a/b@c", "m.pt", "generator", "longlive", ("chunk_frames=1",), ("l.pt:0.5",)),
 ]
 
 
@@ -204,6 +208,70 @@ def test_a_missing_key_is_named(key: str) -> None:
     del data[key]
     with pytest.raises(ConfigError, match=rf"missing key 'geometry\.{key}'"):
         from_dict(ModelConfig, as_dict(DENSE, geometry=data))
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("chunk_frames=3", ["chunk_frames"], 3),
+        ("cache.window_frames=12", ["cache", "window_frames"], 12),
+        (
+            "sampler.denoising_step_list=[1000, 500]",
+            ["sampler", "denoising_step_list"],
+            [1000, 500],
+        ),
+        ("sampler.shift=1e-1", ["sampler", "shift"], 0.1),
+        ("sampler.renoise=false", ["sampler", "renoise"], False),
+        ("licence=apache-2.0", ["licence"], "apache-2.0"),
+        ("base_model=owner/name", ["base_model"], "owner/name"),
+        ('licence="2"', ["licence"], "2"),
+        ("licence=a=b", ["licence"], "a=b"),
+        ("licence=", ["licence"], ""),
+    ],
+)
+def test_an_override_is_toml_or_a_bare_word(text: str, key: list[str], value: Any) -> None:
+    table: dict[str, Any] = {"cache": {"sink_frames": 1}}
+    override(table, text)
+    found: Any = table
+    for part in key:
+        found = found[part]
+    assert found == value
+    assert type(found) is type(value)
+    assert table["cache"]["sink_frames"] == 1
+
+
+@given(
+    path=st.lists(st.sampled_from("abc"), min_size=1, max_size=3),
+    number=st.integers(-(10**9), 10**9),
+    before=st.dictionaries(st.sampled_from("xyz"), st.integers(), max_size=3),
+)
+def test_an_override_sets_its_key_and_no_other(
+    path: list[str], number: int, before: dict[str, int]
+) -> None:
+    table: dict[str, Any] = dict(before)
+    override(table, f"{'.'.join(path)}={number}")
+    override(table, f"{'.'.join(path)}={number + 1}")
+    expected: Any = number + 1
+    for part in reversed(path):
+        expected = {part: expected}
+    assert table == {**before, **expected}
+
+
+@pytest.mark.parametrize("text", ["", "a", "=1", "a b=1", "a-b=1", "[a]=1"])
+def test_an_override_that_is_none_is_refused(text: str) -> None:
+    table: dict[str, Any] = {}
+    with pytest.raises(ConfigError, match="is not key=value") as caught:
+        override(table, text)
+    assert "--set" in caught.value.hint
+    assert not table
+
+
+def test_an_override_goes_through_no_value() -> None:
+    table: dict[str, Any] = {"chunk_frames": 3}
+    with pytest.raises(ConfigError, match=r"'chunk_frames\.x' cannot be set") as caught:
+        override(table, "chunk_frames.x=1")
+    assert "'chunk_frames' is a value" in caught.value.hint
+    assert table == {"chunk_frames": 3}
 
 
 def test_a_choice_names_the_nearest() -> None:

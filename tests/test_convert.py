@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Literal, NamedTuple, NoReturn
 
 import pytest
 import torch
@@ -27,15 +28,10 @@ from vmla_convert.maths.masks import block_causal_mask
 from vmla_convert.maths.projections import Evidence
 from vmla_convert.pipelines import convert as pipeline
 from vmla_convert.pipelines.calibrate import LayerReads, calibrate, model_blocks
-from vmla_convert.pipelines.convert import (
-    convert,
-    convert_model,
-    factor_layer,
-    plan_conversion,
-    read_plan,
-)
+from vmla_convert.pipelines.convert import convert, read_plan
 from vmla_convert.pipelines.data import open_clips
 from vmla_convert.pipelines.evaluate import HeldOut
+from vmla_convert.pipelines.factoring import convert_model, factor_layer
 from vmla_convert.pipelines.generate import generate
 from vmla_convert.pipelines.load import load
 from vmla_convert.pipelines.pretrain import save_self_forcing
@@ -92,6 +88,10 @@ def near(one: Tensor, other: Tensor, tolerance: float = 1e-5) -> bool:
     return bool((one - other).norm() <= tolerance * other.norm())
 
 
+def every(measured: Callable[[int], LayerReads]) -> list[LayerReads]:
+    return [measured(layer) for layer in range(MODEL.geometry.num_layers)]
+
+
 def velocity(model: CausalWanModel) -> Tensor:
     """What a model makes of one fixed clip, each chunk with its past."""
     latents, context = tiny_clip(MODEL, FRAMES)
@@ -120,11 +120,12 @@ def test_reloading_gives_the_model_that_is_made_in_memory(
 
 
 def test_the_factors_land_under_the_layers_own_names(
-    made: Made, teacher: Path, dense: CausalWanModel, measured: list[LayerReads]
+    made: Made, dense: CausalWanModel, measured: list[LayerReads]
 ) -> None:
     evidence = evidence_of(dense, measured, made.config.layer)
-    plan = plan_conversion(open_checkpoint(teacher), made.config, read_plan(made.folder))
-    factors = factor_layer(dense.state_dict().__getitem__, plan, made.config, 1, evidence)
+    read, plan = dense.state_dict().__getitem__, read_plan(made.folder)
+    heads = MODEL.geometry.num_heads
+    factors = factor_layer(read, plan, heads, made.config, 1, evidence.__getitem__)
     expected = {
         "kv_a_proj": (factors.kv_a_proj, factors.kv_a_bias),
         "kv_b_proj_k": (factors.kv_b_proj_k, factors.kv_b_bias_k),
@@ -255,6 +256,9 @@ def test_conversion_json_says_what_made_the_folder(teacher: Path, converted: Pat
         "sha256": hashlib.sha256((teacher / "model.pt").read_bytes()).hexdigest(),
         "state_key": "generator_ema",
         "family": "self_forcing",
+        "known_model": None,
+        "asked": {"overrides": [], "loras": []},
+        "loras": [],
     }
     assert told["convert"] == to_dict(CONVERT)
     assert told["plan"] == {"kv_lora_rank": [8, 8], "rope_pairs": [2, 2], "key_ranks": []}
@@ -285,24 +289,6 @@ def test_the_card_names_a_known_base_model(tmp_path: Path, dense: CausalWanModel
     convert(tmp_path / "dense", tmp_path / "out", replace(CONVERT, init="spectral"))
     _, front, _ = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)
     assert "base_model: Wan-AI/Wan2.1-T2V-1.3B" in front
-
-
-@pytest.mark.parametrize("moment", [0, 1])
-def test_killed_midway_it_leaves_nothing(
-    moment: int, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    factor = pipeline.factor_layer
-
-    def killed(read: pipeline.Read, plan: object, config: object, layer: int, known: object) -> ...:
-        if layer == moment:
-            assert (tmp_path / "deep" / "out.partial").is_dir()
-            raise KeyboardInterrupt
-        return factor(read, plan, config, layer, known)  # pyright: ignore
-
-    monkeypatch.setattr(pipeline, "factor_layer", killed)
-    with pytest.raises(KeyboardInterrupt):
-        convert(teacher, tmp_path / "deep" / "out", CONVERT)
-    assert not list((tmp_path / "deep").iterdir())
 
 
 # Of `calibrated` alone: `spectral` promises less error in the weights, which test_factor proves,
@@ -372,9 +358,8 @@ def test_a_dry_run_writes_nothing_and_foretells_the_size(
     ran = vmla("convert", teacher, "-o", tmp_path / "out", "--dry-run", "--json", *sizes)
     assert ran.code == 0
     told = json.loads(ran.out)
-    header = (converted / WEIGHTS).stat().st_size - told["weights (bytes)"]
-    assert 0 < header < 20_000
-    assert told["numbers cached per token and layer"] == 13
+    assert told["files"] == {WEIGHTS: (converted / WEIGHTS).stat().st_size}
+    assert told["cache_scalars_per_token"] == 13
     assert not list(tmp_path.iterdir())
 
 
@@ -536,7 +521,7 @@ def test_clips_of_ones_own_calibrate_any_checkpoint(
     convert(wan, tmp_path / "out", replace(CONVERT, data=data))
     clips = open_clips(data)
     measured = calibrate(dense, model_blocks(dense), clips, CONVERT.calibration_clips)
-    here = convert_model(dense, CONVERT, evidence_of(dense, measured))
+    here = convert_model(dense, CONVERT, evidence_of(dense, every(measured)))
     assert near(velocity(load(tmp_path / "out")), velocity(here))
     assert not near(velocity(here), velocity(load(wan)))
 
@@ -544,5 +529,121 @@ def test_clips_of_ones_own_calibrate_any_checkpoint(
 def test_the_clips_decide_what_is_kept(converted: Path, dense: CausalWanModel) -> None:
     other = replace(CLIPS, seed=7)
     measured = calibrate(dense, model_blocks(dense), open_clips(other), 4)
-    here = convert_model(dense, CONVERT, evidence_of(dense, measured))
+    here = convert_model(dense, CONVERT, evidence_of(dense, every(measured)))
     assert not near(velocity(load(converted)), velocity(here), 1e-4)
+
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+BLOCK_WEIGHT, OUTSIDE = "blocks.1.ffn.2.weight", "patch_embedding.bias"
+
+
+def edited(dense: CausalWanModel, folder: Path, dtype: torch.dtype, **numbers: float) -> Path:
+    """The same model in a dtype, the last number of some tensors replaced."""
+    state = {f"model.{name}": t.to(dtype, copy=True) for name, t in dense.state_dict().items()}
+    for name, number in numbers.items():
+        state[f"model.{name}"].view(-1)[-1] = number
+    folder.mkdir()
+    torch.save({"generator_ema": state}, folder / "model.pt")
+    save_self_forcing(dense.state_dict(), MODEL, folder / "told")
+    (folder / "told" / "config.json").rename(folder / "config.json")
+    shutil.rmtree(folder / "told")
+    return folder
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", [BLOCK_WEIGHT, OUTSIDE])
+def test_numbers_that_are_not_finite_are_refused_before_anything_is_written(
+    name: str, number: float, dtype: torch.dtype, dense: CausalWanModel, tmp_path: Path
+) -> None:
+    source = edited(dense, tmp_path / "source", dtype, **{name: number})
+    with pytest.raises(CheckpointError, match=f"'{name}' .* NaN or infinite") as caught:
+        convert(source, tmp_path / "out", BUDGETED)
+    assert caught.value.hint
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_infinities_that_cancel_are_refused(dense: CausalWanModel, tmp_path: Path) -> None:
+    with torch.no_grad():
+        dense.get_parameter(BLOCK_WEIGHT).view(-1)[0] = float("-inf")
+    source = edited(dense, tmp_path / "source", torch.float32, **{BLOCK_WEIGHT: float("inf")})
+    with pytest.raises(CheckpointError, match=BLOCK_WEIGHT):
+        convert(source, tmp_path / "out", replace(CONVERT, init="spectral"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_numbers_are_not_taken_for_infinite(
+    dtype: torch.dtype, dense: CausalWanModel, tmp_path: Path
+) -> None:
+    """Of float32 and bfloat16 two of the largest overflow when they are added."""
+    most = torch.finfo(dtype).max
+    with torch.no_grad():
+        dense.get_parameter(BLOCK_WEIGHT).view(-1)[:9] = most
+    source = edited(dense, tmp_path / "source", dtype, **{BLOCK_WEIGHT: most})
+    convert(source, tmp_path / "out", replace(CONVERT, init="spectral"))
+    kept = open_checkpoint(tmp_path / "out").read(BLOCK_WEIGHT)
+    assert (kept.flatten()[:9] == most).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_every_weight_is_written_in_the_dtype_that_was_asked_for(
+    dtype: Literal["float32", "bfloat16", "float16"],
+    stored: torch.dtype,
+    dense: CausalWanModel,
+    tmp_path: Path,
+) -> None:
+    source, config = edited(dense, tmp_path / "source", stored), replace(CONVERT, init="spectral")
+    wanted: torch.dtype = getattr(torch, dtype)
+    convert(source, tmp_path / "plain", config)
+    convert(source, tmp_path / "out", replace(config, dtype=dtype))
+    before, plain, after = map(open_checkpoint, (source, tmp_path / "plain", tmp_path / "out"))
+    assert {spec.dtype for spec in after.specs().values()} == {wanted}
+    assert {spec.dtype for spec in plain.specs().values()} == {stored, torch.float32}
+    assert after.names.keys() == plain.names.keys()
+    for name in after.names:
+        # Rounded once, from what is stored or was computed.
+        assert torch.equal(after.read(name), plain.read(name).to(wanted))
+        if name in before.names:
+            assert torch.equal(plain.read(name), before.read(name))
+    loaded = load(tmp_path / "out")
+    assert near(velocity(loaded), velocity(load(tmp_path / "plain")), 0.1)
+    told = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert told["convert"]["dtype"] == dtype
+
+
+def test_the_command_takes_a_dtype(teacher: Path, tmp_path: Path, vmla: Vmla) -> None:
+    words = ("--init", "spectral", "--dtype")
+    assert vmla("convert", teacher, "-o", tmp_path / "out", *words, "bfloat16").code == 0
+    specs = open_checkpoint(tmp_path / "out").specs().values()
+    assert {spec.dtype for spec in specs} == {torch.bfloat16}
+    assert refused(vmla("convert", teacher, "-o", tmp_path / "no", *words, "bf16"))
+
+
+@pytest.mark.parametrize("name", [BLOCK_WEIGHT, OUTSIDE])
+def test_numbers_beyond_float16_are_refused(
+    name: str, dense: CausalWanModel, tmp_path: Path
+) -> None:
+    source = edited(dense, tmp_path / "source", torch.bfloat16, **{name: 1e5})
+    config = replace(CONVERT, init="spectral", dtype="float16")
+    with pytest.raises(ConfigError, match=f"'{name}' .* float16") as caught:
+        convert(source, tmp_path / "out", config)
+    assert "bfloat16" in caught.value.hint
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_clips_that_do_not_fit_are_refused_before_the_source_is_read(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> NoReturn:
+        pytest.fail("weights that should not have been read")
+
+    for work in ("fingerprint", "check_finite"):
+        monkeypatch.setattr(pipeline, work, refuse)
+    save_file(
+        {"latents": torch.ones(3, 6, 5, 12, 12), "context": torch.ones(3, 1, 10)},
+        tmp_path / "clips",
+    )
+    config = replace(CONVERT, data=DataConfig(str(tmp_path / "clips")))
+    with pytest.raises(ConfigError, match=r"\[5, 12, 12\]"):
+        convert(teacher, tmp_path / "out", config)

@@ -26,7 +26,7 @@ from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.spectra import effective_rank, weight_spectrum
 from vmla_convert.pipelines import evaluate as pipeline
 from vmla_convert.pipelines.calibrate import LayerReads
-from vmla_convert.pipelines.convert import Conversion, convert_model, planned_config
+from vmla_convert.pipelines.convert import Conversion
 from vmla_convert.pipelines.data import open_clips
 from vmla_convert.pipelines.evaluate import (
     HeldOut,
@@ -35,6 +35,7 @@ from vmla_convert.pipelines.evaluate import (
     rollout_rows,
     spectrum_rows,
 )
+from vmla_convert.pipelines.factoring import convert_model, planned_config
 from vmla_convert.pipelines.load import load
 from vmla_convert.pipelines.losses import Example
 from vmla_convert.pipelines.rows import cache_rows, conversion_rows, error_rows, run_name

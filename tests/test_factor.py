@@ -167,6 +167,10 @@ def weighted_error(target: Tensor, metric: Tensor, covariance: Tensor, rebuilt: 
     return torch.einsum("nm,nd,de,me->", metric, gap, covariance, gap).item()
 
 
+def solved(target: Tensor, metric: Tensor, covariance: Tensor) -> Decomposition:
+    return two_sided(target, target.mT @ metric @ target, covariance)
+
+
 def truncated(whole: Decomposition, rank: int) -> Tensor:
     return whole.up[:, :rank] @ whole.down[:rank]
 
@@ -175,7 +179,7 @@ def test_two_sided_error_falls_with_rank_and_is_the_discarded_tail() -> None:
     problem = two_sided_problem()
     target, metric, covariance = problem
     energies = torch.linalg.svdvals(psd_sqrt(metric) @ target @ psd_sqrt(covariance)).square()
-    whole = two_sided(*problem)
+    whole = solved(*problem)
     torch.testing.assert_close(whole.energies, energies)
     before = torch.inf
     for rank in range(13):
@@ -187,7 +191,7 @@ def test_two_sided_error_falls_with_rank_and_is_the_discarded_tail() -> None:
 
 def test_two_sided_optimum_beats_a_thousand_perturbations_of_itself() -> None:
     problem, draw = two_sided_problem(), generator(3)
-    down, up, _ = two_sided(*problem)
+    down, up, _ = solved(*problem)
     down, up = down[:4], up[:, :4]
     best = weighted_error(*problem, up @ down)
     for trial in range(1000):
@@ -201,7 +205,7 @@ def test_two_sided_optimum_beats_a_thousand_perturbations_of_itself() -> None:
 
 def test_latents_of_two_sided_are_uncorrelated_with_its_energies_as_variances() -> None:
     target, metric, covariance = two_sided_problem()
-    down, _, energies = two_sided(target, metric, covariance)
+    down, _, energies = solved(target, metric, covariance)
     torch.testing.assert_close(down @ covariance @ down.mT, torch.diag(energies))
 
 
@@ -209,7 +213,7 @@ def test_directions_that_data_never_takes_get_no_projection() -> None:
     target, metric, covariance = two_sided_problem()
     flat = torch.diag(torch.tensor([1.0] * 5 + [0.0] * 7, dtype=torch.float64))
     covariance = flat @ covariance @ flat
-    whole = two_sided(target, metric, covariance)
+    whole = solved(target, metric, covariance)
     assert whole.energies[5:].abs().max() < 1e-9 * whole.energies[0]
     assert not whole.up[:, 5:].any()
     assert not whole.down[5:].any()
@@ -223,7 +227,7 @@ def test_nothing_to_weigh_gives_nothing_but_finite_numbers() -> None:
         (target, 0 * metric, covariance),
         (target, metric, 0 * covariance),
     ):
-        assert not any(part.any() for part in two_sided(*problem))
+        assert not any(part.any() for part in solved(*problem))
 
 
 def test_root_of_a_metric_is_symmetric_and_squares_to_it() -> None:
@@ -563,5 +567,5 @@ def test_a_direction_that_inputs_never_take_gets_no_projection() -> None:
         scales[0], scales[-1] = 100, 0
         target = target - 0.99 * (target @ basis[:, :1]) @ basis[:, :1].mT
         covariance = (basis * scales.square()) @ basis.mT
-        down, up, _ = two_sided(target, side @ side.mT, (covariance + covariance.mT) / 2)
+        down, up, _ = solved(target, side @ side.mT, (covariance + covariance.mT) / 2)
         assert not down[-1].any() and not up[:, -1].any()

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
+import torch
 from checkpoints import BUDGETED, CONVERT, MODEL, Vmla, refused
 
+from vmla_convert.checkpoint.families import OpenCheckpoint
+from vmla_convert.checkpoint.known import KNOWN, KnownModel
 from vmla_convert.config import ConvertConfig
 from vmla_convert.errors import CheckpointError, ConfigError
-from vmla_convert.pipelines.inspect import inspect_checkpoint
+from vmla_convert.pipelines.inspect import LayerSpectrum, inspect_checkpoint
 from vmla_convert.pipelines.load import load
 
 pytest_plugins = ["checkpoints"]
@@ -21,6 +26,9 @@ def test_a_dense_checkpoint_is_described_as_it_is(teacher: Path) -> None:
     assert told.path == str(teacher)
     assert told.model == MODEL
     assert told.parameters == sum(p.numel() for p in model.parameters())
+    assert (told.nbytes, told.dtypes) == (2 * told.parameters, ["bfloat16"])
+    assert (told.family, told.known_model, told.note) == ("self_forcing", None, "")
+    assert (told.unknown, told.missing) == ((), ())
     cache = model.new_cache(1)
     assert told.window_cache_bytes == cache.nbytes // 2  # four bytes a number there, two here
 
@@ -34,26 +42,37 @@ def test_the_foretold_cache_is_the_converted_models(
     cache = load(request.getfixturevalue(name)).new_cache(1)
     assert told.converted_window_cache_bytes == cache.nbytes // 2
     assert told.converted.mla
-    assert told.spectrum[0].energy_at_rank == energy(teacher, told.converted.mla.kv_lora_rank[0])
+    told = inspect_checkpoint(teacher, CONVERT if name == "converted" else BUDGETED, spectra=True)
+    assert told.converted.mla
+    assert told.spectrum == spectrum(teacher, told.converted.mla.kv_lora_rank[0])
 
 
-def energy(teacher: Path, rank: int) -> float:
-    """What a rank holds of the first layer's weights."""
-    return inspect_checkpoint(teacher, ConvertConfig(kv_lora_rank=rank)).spectrum[0].energy_at_rank
+def spectrum(teacher: Path, rank: int) -> list[LayerSpectrum]:
+    return inspect_checkpoint(teacher, ConvertConfig(kv_lora_rank=rank), spectra=True).spectrum
 
 
 def test_every_layer_has_a_spectrum_that_more_rank_fills(teacher: Path) -> None:
-    small, large = (
-        inspect_checkpoint(teacher, ConvertConfig(kv_lora_rank=rank)).spectrum for rank in (8, 40)
-    )
+    small, large = spectrum(teacher, 8), spectrum(teacher, 40)
     assert [layer.layer for layer in small] == [0, 1]
     for few, many in zip(small, large, strict=True):
         assert 0 < few.energy_at_rank < many.energy_at_rank < 1
         assert 8 < few.effective_rank_99 == many.effective_rank_99 <= MODEL.geometry.dim
 
 
+def test_spectra_are_read_only_when_asked_for(
+    teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object) -> NoReturn:
+        raise AssertionError
+
+    monkeypatch.setattr(OpenCheckpoint, "read", read)
+    assert inspect_checkpoint(teacher).spectrum == []
+    with pytest.raises(AssertionError):
+        inspect_checkpoint(teacher, spectra=True)
+
+
 def test_a_converted_folder_is_compared_with_nothing(converted: Path) -> None:
-    told = inspect_checkpoint(converted)
+    told = inspect_checkpoint(converted, spectra=True)
     assert told.converted == told.model == load(converted).config
     assert told.spectrum == []
 
@@ -80,22 +99,110 @@ def test_nothing_is_refused(tmp_path: Path) -> None:
         inspect_checkpoint(tmp_path / "nothing")
 
 
-def test_the_command_speaks_json(teacher: Path, vmla: Vmla) -> None:
+@pytest.fixture
+def damaged(teacher: Path, tmp_path: Path) -> Path:
+    """The checkpoint without two of its tensors, and with two of somebody else's."""
+    folder = shutil.copytree(teacher, tmp_path / "damaged")
+    state = torch.load(folder / "model.pt")["generator_ema"]
+    for name in GONE:
+        del state[f"model.{name}"]
+    odd = {f"model.{name}": torch.ones(2) for name in ODD}
+    torch.save({"generator_ema": state | odd}, folder / "model.pt")
+    return folder
+
+
+GONE = ("blocks.1.cross_attn.o.bias", "head.modulation")
+ODD = ("blocks.0.self_attn.q.lora_A.weight", "vae.conv.bias")
+
+
+def test_what_lacks_and_what_is_odd_is_told(damaged: Path, teacher: Path, vmla: Vmla) -> None:
+    told, whole = inspect_checkpoint(damaged), inspect_checkpoint(teacher)
+    assert (told.unknown, told.missing) == (ODD, GONE)
+    assert (told.model, told.converted) == (whole.model, whole.converted)
+    ran = vmla("inspect", damaged)
+    assert ran.code == 0
+    assert "Unknown tensors" in ran.out
+    assert "Missing tensors" in ran.out
+    assert all(name in ran.out for name in ODD + GONE)
+    assert "tensors:" not in vmla("inspect", teacher).out
+
+
+def test_what_is_not_whole_is_neither_measured_nor_converted(
+    damaged: Path, tmp_path: Path, vmla: Vmla
+) -> None:
+    for ran in (
+        vmla("inspect", damaged, "--spectra"),
+        vmla("convert", damaged, "-o", tmp_path / "out"),
+        vmla("convert", damaged, "-o", tmp_path / "out", "--dry-run"),
+    ):
+        assert refused(ran)
+        assert all(name in ran.err for name in ODD)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_speaks_json(teacher: Path, damaged: Path, vmla: Vmla) -> None:
     ran = vmla("inspect", teacher, "--json", "--kv-lora-rank", "8")
     assert ran.code == 0
     told = json.loads(ran.out)
     assert told["model"]["geometry"]["dim"] == 48
+    assert told["model"]["licence"] == MODEL.licence
     assert told["converted"]["mla"]["kv_lora_rank"] == [8, 8]
     assert told["parameters"] == inspect_checkpoint(teacher).parameters
-    assert len(told["spectrum"]) == 2
+    assert (told["family"], told["known_model"]) == ("self_forcing", None)
+    assert told["unknown"] == told["missing"] == told["spectrum"] == []
+    told = json.loads(vmla("inspect", damaged, "--json").out)
+    assert (told["unknown"], told["missing"]) == (list(ODD), list(GONE))
+    told = json.loads(vmla("inspect", teacher, "--json", "--spectra").out)
+    assert [layer["layer"] for layer in told["spectrum"]] == [0, 1]
+
+
+def test_the_command_takes_what_tensors_do_not_tell(
+    teacher: Path, monkeypatch: pytest.MonkeyPatch, vmla: Vmla
+) -> None:
+    note = "nobody knows how it was trained"
+    # The checkpoint's own config.json says the rest.
+    monkeypatch.setitem(KNOWN, "tiny", KnownModel("Tiny", ("a/b",), (48,), {}, note=note))
+    settings = ("--set", "licence=other", "--set", "cache.window_frames=8")
+    options = (teacher, "--key", "generator_ema", "--model", "tiny", *settings)
+    told = json.loads(vmla("inspect", *options, "--json").out)
+    assert (told["known_model"], told["note"]) == ("tiny", note)
+    assert told["model"]["licence"] == "other"
+    cache = {"window_frames": 8, "sink_frames": 2, "positions": "relative"}
+    assert told["model"]["cache"] == cache
+    assert told["converted"]["cache"] == cache
+    assert 3 * told["window_cache_bytes"] == 4 * inspect_checkpoint(teacher).window_cache_bytes
+    shown = vmla("inspect", *options)
+    assert shown.code == 0
+    assert all(text in shown.out for text in ("tiny", note, "2, 8, 2"))
+    assert "--model" in vmla("inspect", teacher).out
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (("--key", "generator"), "generator_ema"),
+        (("--model", "self-forcng"), "'self-forcing'"),
+        (("--model", "longlive"), "1536"),
+        (("--set", "chunk=2"), "'chunk' in --set"),
+        (("--set", "cache.window_frames=3"), "no room"),
+        (("--lora", "nothing.safetensors"), "nothing.safetensors"),
+        (("--file", "nothing.pt"), "nothing.pt"),
+    ],
+)
+def test_the_command_refuses_settings_that_do_not_fit(
+    options: tuple[str, str], word: str, teacher: Path, vmla: Vmla
+) -> None:
+    assert refused(ran := vmla("inspect", teacher, *options))
+    assert word in ran.err
 
 
 def test_the_command_shows_the_cut_and_the_spectrum(teacher: Path, vmla: Vmla) -> None:
-    ran = vmla("inspect", teacher, "--kv-lora-rank", "12")
+    ran = vmla("inspect", teacher, "--kv-lora-rank", "12", "--spectra")
     assert ran.code == 0
     assert "86.5%" in ran.out
     assert "energy at R = 12" in ran.out
     assert "self_forcing" in ran.out
+    assert "energy" not in vmla("inspect", teacher, "--kv-lora-rank", "12").out
 
 
 def test_the_command_shows_a_converted_folder(converted: Path, vmla: Vmla) -> None:

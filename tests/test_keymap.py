@@ -8,18 +8,34 @@ from hypothesis import strategies as st
 
 from vmla_convert.checkpoint.keymap import (
     DIFFUSERS_RULES,
+    FPS,
+    IMAGE_TO_VIDEO,
+    NATIVE_FPS,
     NATIVE_RULES,
     TEXT_TO_VIDEO,
     Rule,
     fill,
     invert,
     listed,
+    match_native,
+    native_twin,
     strip_wrappers,
     to_native,
 )
 from vmla_convert.errors import CheckpointError
 
-TABLES = pytest.mark.parametrize("rules", [DIFFUSERS_RULES, NATIVE_RULES, TEXT_TO_VIDEO])
+TABLES = pytest.mark.parametrize(
+    "rules",
+    [
+        DIFFUSERS_RULES,
+        NATIVE_RULES,
+        TEXT_TO_VIDEO,
+        IMAGE_TO_VIDEO,
+        DIFFUSERS_RULES + FPS,
+        NATIVE_RULES + NATIVE_FPS,
+    ],
+    ids=["diffusers", "native", "text", "image", "skyreels diffusers", "skyreels"],
+)
 
 
 @TABLES
@@ -37,6 +53,35 @@ def test_there_and_back_is_the_identity(rules: tuple[Rule, ...], blocks: set[int
     back = to_native(native, invert(rules))
     assert len(native) == len(names)
     assert {foreign: native[name] for foreign, name in back.items()} == {n: n for n in names}
+
+
+@TABLES
+def test_the_inverse_of_the_inverse_is_the_table(rules: tuple[Rule, ...]) -> None:
+    assert rules
+    assert invert(invert(rules)) == rules
+    assert invert(native_twin(rules)) == native_twin(rules)
+
+
+@TABLES
+@given(data=st.data())
+def test_names_of_a_rule_are_of_no_other(rules: tuple[Rule, ...], data: st.DataObject) -> None:
+    """So that the order of a table does not matter."""
+    rule = data.draw(st.sampled_from(rules))
+    name = fill(rule.foreign, data.draw(st.integers(0, 10**6)))
+    others = tuple(other for other in rules if other != rule)
+    assert match_native([name], others) == ({}, [name])
+    assert len(match_native([name], rules)[0]) == 1
+
+
+@given(
+    known=st.sets(st.sampled_from(DIFFUSERS_RULES + FPS), max_size=5),
+    unknown=st.sets(st.text(max_size=8), max_size=5),
+)
+def test_every_name_is_matched_or_left_over(known: set[Rule], unknown: set[str]) -> None:
+    names = {fill(rule.foreign, 3): fill(rule.native, 3) for rule in known}
+    found, leftovers = match_native([*names, *unknown], DIFFUSERS_RULES + FPS)
+    assert found == {native: foreign for foreign, native in names.items()}
+    assert set(leftovers) == unknown
 
 
 def test_norm_names_swap_as_diffusers_swaps_them() -> None:
@@ -96,6 +141,10 @@ def test_two_names_for_one_tensor_are_refused() -> None:
         "_fsdp_wrapped_module.model.blocks.0._checkpoint_wrapped_module.ffn.0.bias",
         "model._orig_mod.blocks.0.ffn.0.bias",
         "_orig_mod.blocks.0.ffn.0.bias",
+        "module.model.blocks.0.ffn.0.bias",
+        "module._orig_mod.model._fsdp_wrapped_module.blocks.0.ffn.0.bias",
+        "model.diffusion_model.blocks.0.ffn.0.bias",
+        "diffusion_model.blocks.0.ffn.0.bias",
         "blocks.0.ffn.0.bias",
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +14,11 @@ from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 
 from vmla_convert.checkpoint.families import open_checkpoint
-from vmla_convert.errors import CheckpointError
+from vmla_convert.config import SourceConfig
+from vmla_convert.errors import CheckpointError, ConfigError
 from vmla_convert.layers.mla import LatentSelfAttention
-from vmla_convert.pipelines.load import checkpoint_path, load
+from vmla_convert.pipelines import load as module
+from vmla_convert.pipelines.load import build, load, locate, open_named
 
 pytest_plugins = ["checkpoints"]
 
@@ -69,8 +71,101 @@ def test_the_dtype_is_the_one_asked_for(converted: Path) -> None:
 
 
 def test_demo_is_the_checkpoint_that_ships() -> None:
-    assert checkpoint_path("demo").parts[-3:] == ("vmla_convert", "demo", "checkpoint")
-    assert checkpoint_path("demo/") != checkpoint_path("demo")
+    path, how = locate("demo")
+    assert path.parts[-3:] == ("vmla_convert", "demo", "checkpoint")
+    assert how == SourceConfig("demo")
+    assert locate("demo/")[0] != path
+    assert open_named("demo").config.codec == "demo"
+
+
+def test_a_path_is_itself_or_a_file_in_it(teacher: Path) -> None:
+    how = SourceConfig(str(teacher), model="longlive", overrides=("chunk_frames=1",))
+    assert locate(teacher) == (teacher, SourceConfig(str(teacher)))
+    assert locate(str(teacher))[0] == teacher
+    assert locate(how) == (teacher, how)
+    inside = replace(how, file="model.pt")
+    assert locate(inside) == (teacher / "model.pt", inside)
+
+
+def test_settings_reach_the_model(teacher: Path) -> None:
+    source = SourceConfig(str(teacher), overrides=("cache.window_frames=8",))
+    opened = open_named(source)
+    assert opened.config == replace(MODEL, cache=replace(MODEL.cache, window_frames=8))
+    assert load(source).config == build(opened).config == opened.config
+
+
+@dataclass
+class FakeHub:
+    """Gives one path for any repository, and remembers what it was asked for."""
+
+    path: Path
+    asked: list[tuple[str, str | None]] = field(default_factory=list)
+
+    def fetch(self, repo: str, file: str | None = None) -> Path:
+        self.asked.append((repo, file))
+        return self.path
+
+
+@pytest.fixture
+def hub(teacher: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeHub:
+    fake = FakeHub(teacher)
+    monkeypatch.setattr(module, "fetch", fake.fetch)
+    monkeypatch.chdir(tmp_path)
+    return fake
+
+
+@pytest.mark.parametrize(
+    ("source", "file", "model"),
+    [
+        (SourceConfig("gdhe17/Self-Forcing"), None, "self-forcing"),
+        (SourceConfig("gdhe17/Self-Forcing@main"), None, "self-forcing"),
+        (SourceConfig("gdhe17/Self-Forcing", "checkpoints/ode_init.pt"), "=", "self-forcing"),
+        (SourceConfig("gdhe17/Self-Forcing", "other.pt"), "=", None),
+        (SourceConfig("someone/fork"), None, None),
+        (SourceConfig("someone/fork", model="longlive"), None, "longlive"),
+        (
+            SourceConfig("zhuhz22/Causal-Forcing", model="causal-forcing-framewise"),
+            "framewise/causal_forcing.pt",
+            "causal-forcing-framewise",
+        ),
+        (SourceConfig("zhuhz22/Causal-Forcing"), None, "causal-forcing"),
+    ],
+)
+def test_a_hub_id_is_fetched_and_known(
+    source: SourceConfig, file: str | None, model: str | None, hub: FakeHub
+) -> None:
+    """None takes the file that is known of a repository, or its only one."""
+    source = replace(source, overrides=("licence=other",))
+    path, how = locate(source)
+    assert path == hub.path
+    assert hub.asked == [(source.checkpoint, source.file if file == "=" else file)]
+    repo = source.checkpoint.partition("@")[0]
+    base = f"base_model={repo}"
+    assert how == replace(source, model=model, overrides=(base, "licence=other"))
+    if model is None:
+        config = open_named(source).config
+        assert (config.base_model, config.licence) == (repo, "other")
+
+
+def test_the_user_names_the_base_model_last(hub: FakeHub) -> None:
+    source = SourceConfig("someone/fork", overrides=("base_model=someone/else",))
+    assert open_named(source).config.base_model == "someone/else"
+    assert hub.asked
+
+
+def test_a_folder_of_that_name_comes_before_the_hub(
+    teacher: Path, hub: FakeHub, tmp_path: Path
+) -> None:
+    shutil.copytree(teacher, tmp_path / "someone" / "fork")
+    assert open_named("someone/fork").config == MODEL
+    assert not hub.asked
+
+
+def test_a_converted_folder_may_lie_on_the_hub(latent: Path, hub: FakeHub) -> None:
+    hub.path = latent
+    assert load("someone/converted").config == load(latent).config
+    with pytest.raises(ConfigError, match="converted already"):
+        load(SourceConfig("someone/converted", overrides=("licence=other",)))
 
 
 def test_a_tensor_of_another_shape_is_named(copied: Path) -> None:

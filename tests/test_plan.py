@@ -26,14 +26,8 @@ from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.factor import INITS, predict_errors
 from vmla_convert.maths.ranks import total_error
 from vmla_convert.pipelines.calibrate import LayerReads
-from vmla_convert.pipelines.convert import (
-    PRESETS,
-    convert,
-    convert_config,
-    convert_model,
-    planned_config,
-    read_plan,
-)
+from vmla_convert.pipelines.convert import PRESETS, convert, convert_config, read_plan
+from vmla_convert.pipelines.factoring import convert_model, planned_config
 from vmla_convert.pipelines.load import load
 from vmla_convert.pipelines.plan import (
     check_sizes,
@@ -60,7 +54,8 @@ WAN = ModelConfig(
 
 
 def planned(dense: CausalWanModel, measured: list[LayerReads], config: ConvertConfig) -> RankPlan:
-    return plan_ranks(MODEL, config, weights_of(dense), evidence_of(dense, measured, config.layer))
+    evidence = evidence_of(dense, measured, config.layer)
+    return plan_ranks(MODEL, config, weights_of(dense), evidence.__getitem__)
 
 
 def sizes(plan: RankPlan) -> list[int]:

@@ -10,11 +10,10 @@ from typing import get_args, get_type_hints
 import pytest
 from checkpoints import PowerCut, PowerCutError, Vmla, refused, untimed
 
-from vmla_convert.checkpoint.families import open_checkpoint
 from vmla_convert.config import ConvertConfig, LayerConfig, RankPlan
 from vmla_convert.errors import ConfigError, OutputError, VmlaError
 from vmla_convert.maths.factor import INITS
-from vmla_convert.pipelines.load import checkpoint_path, load
+from vmla_convert.pipelines.load import load, open_named
 from vmla_convert.pipelines.plan import check_sizes
 from vmla_convert.pipelines.sweep import grid
 from vmla_convert.recipe import (
@@ -152,7 +151,7 @@ def test_the_ablation_tries_every_init_on_every_layer_before_any_training() -> N
     points = grid(recipe.sweep, ConvertConfig())
     assert len(points) == len(INITS) * 20 * len(recipe.sweep.cuts)
     assert len(recipe.sweep.cuts) >= 3
-    demo = open_checkpoint(checkpoint_path(recipe.source.checkpoint)).config
+    demo = open_named(recipe.source).config
     for point in points:
         check_sizes(demo, point)
 
@@ -408,8 +407,10 @@ def test_a_run_interrupted_in_every_stage_finishes_with_the_same_rows(
 ) -> None:
     out, recipe = tmp_path / "out", read_recipe(tiny)
     for label, before in (
+        ("checking weights", 1),
         ("calibrating", 0),
-        ("factoring", 1),
+        ("weighing errors", 1),
+        ("converting", 1),
         ("layer by layer", 1),
         ("distilling", 1),
         ("sweep", 0),
@@ -449,7 +450,7 @@ def test_an_unfinished_run_goes_on_with_its_own_settings_only(
 ) -> None:
     out, recipe = tmp_path / "out", read_recipe(tiny)
     with pytest.raises(PowerCutError):
-        run_recipe(recipe, out, PowerCut("factoring", 1))
+        run_recipe(recipe, out, PowerCut("converting", 1))
     left = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     ran = vmla("run", tiny, "-o", out, "--set", "recover.training.steps=4")
     assert refused(ran)

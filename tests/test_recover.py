@@ -33,9 +33,9 @@ from vmla_convert.config import (
 )
 from vmla_convert.errors import CheckpointError, OutputError
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.pipelines.convert import convert_model
 from vmla_convert.pipelines.data import open_clips, seeded
 from vmla_convert.pipelines.evaluate import HeldOut
+from vmla_convert.pipelines.factoring import convert_model
 from vmla_convert.pipelines.load import load
 from vmla_convert.pipelines.losses import make_example, teacher_forcing_inputs
 from vmla_convert.pipelines.pretrain import save_self_forcing

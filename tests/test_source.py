@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
+import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -13,8 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch._utils import _rebuild_tensor_v2
 
-from vmla_convert.checkpoint.source import TensorSpec, fingerprint, open_source
+from vmla_convert.checkpoint.source import TensorSpec, fingerprint, located, open_source
 from vmla_convert.errors import CheckpointError
 
 STATE = {
@@ -45,6 +49,28 @@ def save_pickle(path: Path, payload: object = STATE) -> Path:
     return path
 
 
+def pipeline(folder: Path, *models: str) -> Path:
+    """A folder of folders, each with one model."""
+    folder.mkdir()
+    for model in models:
+        save_safetensors(folder / model / "x.safetensors")
+    return folder
+
+
+def repacked(
+    file: Path, change: dict[str, bytes | None], compression: int = zipfile.ZIP_STORED
+) -> Path:
+    """The same zip with some records changed, or left out where the change is None."""
+    with zipfile.ZipFile(file) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    records |= {f"{file.stem}/{name}": content for name, content in change.items()}
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, content in records.items():
+            if content is not None:
+                archive.writestr(name, content)
+    return file
+
+
 CONTAINERS: dict[str, Callable[[Path], Path]] = {
     "safetensors": lambda tmp: save_safetensors(tmp / "x.safetensors"),
     "folder of one safetensors": lambda tmp: save_safetensors(tmp / "f" / "x.safetensors").parent,
@@ -59,6 +85,10 @@ CONTAINERS: dict[str, Callable[[Path], Path]] = {
         for end in (".pt", ".pth", ".bin", ".ckpt")
     },
     "nested": lambda tmp: save_pickle(tmp / "x.pt", {"generator": STATE, "step": 3}),
+    "of an older torch": lambda tmp: repacked(
+        save_pickle(tmp / "x.pt"), {".format_version": None, "byteorder": None}
+    ),
+    "a pipeline of one model": lambda tmp: pipeline(tmp / "f", "transformer"),
 }
 
 
@@ -67,6 +97,10 @@ def test_every_container_gives_the_same_tensors(name: str, tmp_path: Path) -> No
     path = CONTAINERS[name](tmp_path)
     source = open_source(path)
     assert source.path == path
+    assert source.files() == sorted(
+        file for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".json"
+    )
+    assert located(path) in [*source.files(), tmp_path / "f" / "x.safetensors.index.json"]
     assert source.specs() == {k: TensorSpec(tuple(t.shape), t.dtype) for k, t in STATE.items()}
     for key, tensor in STATE.items():
         assert torch.equal(source.read(key), tensor)
@@ -76,17 +110,19 @@ def test_every_container_gives_the_same_tensors(name: str, tmp_path: Path) -> No
 
 
 def test_nested_states_are_picked_in_order_of_what_is_meant_for_use(tmp_path: Path) -> None:
-    order = ["generator_ema", "generator", "model", "ema"]
+    order = ["generator_ema", "generator", "model", "ema", "state_dict"]
     payload = {key: {"x": torch.tensor([float(i)])} for i, key in enumerate(order)}
-    payload = {"critic": {"x": torch.tensor([9.0])}, **dict(reversed(payload.items()))}
+    others = {"critic": {"x": torch.tensor([9.0])}, "generator_lora": {"x": torch.zeros(1)}}
+    payload: dict[str, object] = {**others, **dict(reversed(payload.items()))}
     for i, key in enumerate(order):
         source = open_source(save_pickle(tmp_path / "x.pt", payload))
         assert source.key == key
         assert source.read("x").item() == i
         asked = open_source(tmp_path / "x.pt", key="critic")
         assert (asked.key, asked.read("x").item()) == ("critic", 9.0)
-        # An average that has not begun is saved empty or as None: the next one is taken.
-        payload[key] = {}
+        # An average that has not begun is saved empty, with its settings alone, or as None: the
+        # next one is taken.
+        payload[key] = {"decay": 0.99, "shadow": {}} if i % 2 else {}
 
 
 def test_requested_key_that_is_absent_names_those_there(tmp_path: Path) -> None:
@@ -101,11 +137,88 @@ def test_requested_key_that_is_absent_names_those_there(tmp_path: Path) -> None:
 
 
 def test_unknown_nesting_names_what_is_inside(tmp_path: Path) -> None:
-    path = save_pickle(tmp_path / "x.pt", {"state_dict": STATE, "step": 1})
-    with pytest.raises(CheckpointError, match="not tensors: state_dict, step") as caught:
+    path = save_pickle(tmp_path / "x.pt", {"weights": STATE, "step": 1})
+    with pytest.raises(CheckpointError, match="not tensors: weights, step") as caught:
         open_source(path)
-    assert caught.value.hint == "save one of these alone with torch.save: state_dict"
-    assert open_source(path, key="state_dict").specs().keys() == STATE.keys()
+    assert caught.value.hint == "save one of these alone with torch.save: weights"
+    assert open_source(path, key="weights").specs().keys() == STATE.keys()
+
+
+def test_a_lora_is_no_model_unless_asked_for(tmp_path: Path) -> None:
+    path = save_pickle(tmp_path / "x.pt", {"generator_lora": STATE})
+    with pytest.raises(CheckpointError, match="not tensors: generator_lora") as caught:
+        open_source(path)
+    assert "LoRA" in caught.value.hint
+    assert open_source(path, key="generator_lora").specs().keys() == STATE.keys()
+
+
+DTYPES = [
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool),
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_plain_dtype_keeps_its_numbers(dtype: torch.dtype, tmp_path: Path) -> None:
+    state = {"x": torch.arange(6).to(dtype).reshape(2, 3)}
+    save_file(state, tmp_path / "x.safetensors")
+    for path in (save_pickle(tmp_path / "x.pt", state), tmp_path / "x.safetensors"):
+        source = open_source(path)
+        assert source.specs() == {"x": TensorSpec((2, 3), dtype)}
+        assert source.read("x").dtype == dtype
+        assert torch.equal(source.read("x"), state["x"])
+
+
+def views() -> dict[str, torch.Tensor]:
+    """Every way in which names can share one storage, and tensors with none."""
+    base = torch.arange(60.0)
+    return {
+        "slice": base[10:20],
+        "whole": base,
+        "again": base,
+        "transposed": base.reshape(6, 10).t(),
+        "columns": base.reshape(6, 10)[:, 3:5],
+        "steps": base[5::7],
+        "expanded": base[7].expand(2, 3),
+        "scalar": base[59],
+        "empty": base[60:],
+        "without elements": torch.empty(3, 0, dtype=torch.bfloat16),
+        "parameter": torch.nn.Parameter(base[:4]),
+    }
+
+
+def test_views_of_a_shared_storage_read_as_tensors_of_their_own(tmp_path: Path) -> None:
+    source = open_source(save_pickle(tmp_path / "x.pt", views()))
+    for name, expected in views().items():
+        tensor = source.read(name)
+        assert torch.equal(tensor, expected)
+        assert tensor.is_contiguous()
+        assert tensor.untyped_storage().nbytes() == expected.numel() * expected.element_size()
+        tensor.detach().fill_(-1)
+    assert torch.equal(source.read("whole"), views()["whole"])
+
+
+def test_a_slice_reads_its_own_bytes_only(tmp_path: Path) -> None:
+    base = torch.arange(1000.0)
+    path = save_pickle(tmp_path / "x.pt", {"slice": base[10:20], "whole": base})
+    source = open_source(path)
+    os.truncate(path, path.read_bytes().index(base[20:24].numpy().tobytes()))
+    assert torch.equal(source.read("slice"), base[10:20])
+    with pytest.raises(CheckpointError, match="has become shorter"):
+        source.read("whole")
+    path.unlink()
+    with pytest.raises(CheckpointError, match="can no longer be read"):
+        source.read("slice")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+@pytest.mark.parametrize("name", ["flat .pt", "folder with an index"])
+def test_no_file_stays_mapped(name: str, tmp_path: Path) -> None:
+    source = open_source(CONTAINERS[name](tmp_path))
+    tensors = [source.read(name) for name in source.specs()]
+    assert len(tensors) == len(STATE)
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -135,6 +248,76 @@ def without_tensor(tmp: Path) -> Path:
     return folder
 
 
+def with_tensor(tmp: Path, name: str) -> Path:
+    folder = shards(tmp / "f")
+    save_file({"a.weight": STATE["a.weight"], name: torch.ones(1)}, folder / "part-0.safetensors")
+    return folder
+
+
+def safetensors(tmp: Path, header: object, data: bytes = b"", size: int | None = None) -> Path:
+    """A file of this header, bytes as they are, that says it is of this size."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    said = len(text) if size is None else size
+    return write(tmp / "x.safetensors", said.to_bytes(8, "little") + text + data)
+
+
+def entry(dtype: str, shape: list[int], start: int, end: int) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+def twice(tmp: Path) -> Path:
+    one = b'"a": ' + json.dumps(entry("F32", [1], 0, 4)).encode()
+    return safetensors(tmp, b"{" + one + b"," + one + b"}", bytes(4))
+
+
+def long_header(tmp: Path) -> Path:
+    file = safetensors(tmp, b"{}", size=100_000_001)
+    os.truncate(file, 100_000_009)  # sparse: takes no room
+    return file
+
+
+def of_dtype(tmp: Path, dtype: str, size: int) -> Path:
+    return safetensors(tmp, {"w": entry(dtype, [4], 0, size)}, bytes(size))
+
+
+class View:
+    """Pickles as a view of twelve floats, wherever it says."""
+
+    def __init__(self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> None:
+        self.place = (offset, shape, stride)
+        self.base = torch.arange(12.0)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        storage = torch.storage.TypedStorage(
+            wrap_storage=self.base.untyped_storage(), dtype=torch.float32, _internal=True
+        )
+        return _rebuild_tensor_v2, (storage, *self.place, False, OrderedDict())
+
+
+def view(tmp: Path, offset: int, side: int, stride: int) -> Path:
+    return save_pickle(tmp / "x.pt", {"v": View(offset, (side,), (stride,))})
+
+
+def odd_tensors(tmp: Path, make: Callable[[], torch.Tensor]) -> Path:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some are prototypes
+        return save_pickle(tmp / "x.pt", {"w": make()})
+
+
+def longer_record(tmp: Path) -> Path:
+    """The zip's directory says that the first storage is far longer than the file."""
+    file = save_pickle(tmp / "x.pt")
+    content = bytearray(file.read_bytes())
+    entry = content.rindex(b"x/data/0") - 46
+    content[entry + 20 : entry + 28] = (1 << 30).to_bytes(4, "little") * 2
+    return write(file, bytes(content))
+
+
+def gap(file: Path) -> Path:
+    content = file.read_bytes()
+    return write(file, content[:1000] + content[1100:])
+
+
 def truncated(file: Path) -> Path:
     return write(file, file.read_bytes()[:-3])
 
@@ -150,10 +333,16 @@ def two_files(tmp: Path) -> Path:
     return save_pickle(tmp / "f" / "two.pth").parent
 
 
-def diffusers_pipeline(tmp: Path) -> Path:
-    save_safetensors(tmp / "f" / "x.safetensors").unlink()
-    (tmp / "f" / "transformer").mkdir()
+def empty_pipeline(tmp: Path) -> Path:
+    (tmp / "f" / "transformer").mkdir(parents=True)
     return tmp / "f"
+
+
+def wan_a14b(tmp: Path) -> Path:
+    folder = pipeline(tmp / "f", "high_noise_model", "low_noise_model")
+    for name in ("Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"):
+        save_pickle(folder / name)
+    return folder
 
 
 BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
@@ -201,7 +390,121 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "two candidates": (two_files, "holds 2 checkpoints"),
     "empty folder": (lambda tmp: tmp, "nothing that can be loaded"),
-    "a pipeline's root": (diffusers_pipeline, "nothing that can be loaded"),
+    "a pipeline's root": (empty_pipeline, "nothing that can be loaded"),
+    "Wan's experts": (wan_a14b, "experts of a mixture: high_noise_model, low_noise_model"),
+    "diffusers' experts": (
+        lambda tmp: pipeline(tmp / "f", "transformer", "transformer_2"),
+        "experts of a mixture: transformer, transformer_2",
+    ),
+    "one expert of two": (
+        lambda tmp: pipeline(tmp / "f", "low_noise_model"),
+        "experts of a mixture: low_noise_model",
+    ),
+    "a shard's own tensor": (
+        lambda tmp: with_tensor(tmp, "c.weight"),
+        r"does not list .* hold: c\.weight in part-0\.safetensors",
+    ),
+    "a tensor in two shards": (
+        lambda tmp: with_tensor(tmp, "b.weight"),
+        r"does not list .* hold: b\.weight in part-0\.safetensors",
+    ),
+    "index of a name twice": (
+        lambda tmp: write(
+            tmp / "x.safetensors.index.json", b'{"weight_map": {"a": "b", "a": "c"}}'
+        ),
+        "not a safetensors index",
+    ),
+    "header longer than its file": (lambda tmp: safetensors(tmp, b"{}", size=9), "ends within"),
+    "header of 100 MB": (long_header, "its header is said to be 100000001 bytes long"),
+    "header that is cut": (lambda tmp: safetensors(tmp, b'{"a', b"xx"), "not JSON"),
+    "header of deep nests": (lambda tmp: safetensors(tmp, b'{"a":' * 9**5), "not JSON"),
+    "header that is a list": (lambda tmp: safetensors(tmp, []), "not a table of tensors"),
+    "header of lists": (lambda tmp: safetensors(tmp, {"a": ["F32", [1], [0, 4]]}), "not a table"),
+    "header of nothing": (lambda tmp: safetensors(tmp, {"a": {}}), "not a whole .* missing field"),
+    "header of odd dtypes": (
+        lambda tmp: safetensors(tmp, {"a": {"dtype": [1]}}),
+        "not a whole .* invalid type",
+    ),
+    "a name twice": (twice, "names 'a' twice"),
+    "overlapping tensors": (
+        lambda tmp: safetensors(
+            tmp, {"a": entry("F32", [1], 0, 4), "b": entry("F32", [1], 2, 6)}, bytes(6)
+        ),
+        "not a whole .* invalid offset for tensor `b`",
+    ),
+    "tensor past the end": (
+        lambda tmp: safetensors(tmp, {"a": entry("F32", [2], 0, 8)}, bytes(4)),
+        "not a whole .* not fully covered",
+    ),
+    "bytes left over": (
+        lambda tmp: safetensors(tmp, {"a": entry("F32", [1], 0, 4)}, bytes(9)),
+        "not a whole .* not fully covered",
+    ),
+    "shape of other bytes": (
+        lambda tmp: safetensors(tmp, {"a": entry("F32", [2], 0, 4)}, bytes(4)),
+        "not a whole .* invalid shape",
+    ),
+    "negative shape": (
+        lambda tmp: safetensors(tmp, {"a": entry("F32", [-1], 0, 4)}, bytes(4)),
+        "not a whole .* invalid value",
+    ),
+    **{
+        f"dtype {dtype}": (
+            lambda tmp, dtype=dtype, size=size: of_dtype(tmp, dtype, size),
+            f"quantised: w is stored as {dtype}",
+        )
+        for dtype, size in {"F8_E4M3": 4, "F8_E5M2": 4, "F8_E8M0": 4, "F4": 2, "I4": 2}.items()
+    },
+    "dtype float8 in a .pt": (
+        lambda tmp: save_pickle(tmp / "x.pt", {"w": torch.ones(2).to(torch.float8_e4m3fn)}),
+        "quantised: w is stored as float8_e4m3fn",
+    ),
+    "nested tensor": (
+        lambda tmp: odd_tensors(tmp, lambda: torch.nested.nested_tensor([torch.ones(2)])),
+        "quantised or nested tensors",
+    ),
+    "sparse .pt": (
+        lambda tmp: odd_tensors(tmp, lambda: torch.eye(2).to_sparse()),
+        "does not hold w as plain numbers",
+    ),
+    "conjugate .pt": (
+        lambda tmp: odd_tensors(tmp, lambda: torch.ones(2, dtype=torch.complex64).conj()),
+        "does not hold w as plain numbers",
+    ),
+    "meta .pt": (
+        lambda tmp: odd_tensors(tmp, lambda: torch.empty(2, device="meta")),
+        "does not hold the bytes of w",
+    ),
+    "compressed .pt": (
+        lambda tmp: repacked(save_pickle(tmp / "x.pt"), {}, zipfile.ZIP_DEFLATED),
+        r"is compressed: x/data\.pkl",
+    ),
+    "big-endian .pt": (
+        lambda tmp: repacked(save_pickle(tmp / "x.pt"), {"byteorder": b"big"}),
+        "big-endian",
+    ),
+    "repacked .pt": (
+        lambda tmp: repacked(save_pickle(tmp / "x.pt"), {"other": bytes(99)}),
+        r"does not hold the bytes of b\.weight",
+    ),
+    "short storage": (
+        lambda tmp: repacked(
+            save_pickle(tmp / "x.pt"), {".format_version": None, "data/1": bytes(6)}
+        ),
+        r"does not hold the bytes of b\.weight",
+    ),
+    "lost storage": (
+        lambda tmp: repacked(save_pickle(tmp / "x.pt"), {".format_version": None, "data/1": None}),
+        "not a torch checkpoint, or is damaged",
+    ),
+    "record past the end": (longer_record, "not a torch checkpoint, or is damaged"),
+    "hole in a .pt": (lambda tmp: gap(save_pickle(tmp / "x.pt")), "damaged"),
+    "view past its storage": (lambda tmp: view(tmp, 0, 13, 1), "not hold the bytes of v"),
+    "view from past its storage": (lambda tmp: view(tmp, 1 << 62, 1, 1), "not hold the bytes"),
+    "zip after other bytes": (
+        lambda tmp: write(tmp / "x.pt", b"#!" * 9 + save_pickle(tmp / "y.pt").read_bytes()),
+        "does not load as tensors alone",
+    ),
 }
 
 
@@ -214,10 +517,13 @@ def test_bad_files_are_refused_in_one_sentence_with_a_hint(name: str, tmp_path: 
     assert not caught.value.message.endswith(".")
 
 
-def test_a_pipelines_root_hints_at_its_transformer(tmp_path: Path) -> None:
+def test_experts_are_named_by_their_paths(tmp_path: Path) -> None:
+    folder = wan_a14b(tmp_path)
     with pytest.raises(CheckpointError) as caught:
-        open_source(diffusers_pipeline(tmp_path))
-    assert caught.value.hint == f"try {tmp_path / 'f' / 'transformer'}"
+        open_source(folder)
+    for expert in (folder / "high_noise_model", folder / "low_noise_model"):
+        assert str(expert) in caught.value.hint
+        assert open_source(expert).specs().keys() == STATE.keys()
 
 
 def test_links_into_the_hub_cache_are_followed(tmp_path: Path) -> None:

@@ -1,13 +1,17 @@
-"""Spectra: energies, effective rank, and the difference that data makes."""
+"""Spectra: energies, effective rank, the difference that data makes, and what a rank keeps."""
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
 import torch
 
+from vmla_convert.maths import spectra
 from vmla_convert.maths.spectra import (
     activation_spectrum,
     effective_rank,
     energy_at_rank,
+    truncate,
     weight_spectrum,
 )
 
@@ -36,3 +40,88 @@ def test_effective_rank_and_energy_agree() -> None:
     assert effective_rank(spectrum) == 2
     assert energy_at_rank(spectrum, 2) >= 0.99 > energy_at_rank(spectrum, 1)
     assert energy_at_rank(spectrum, 4) == 1.0
+
+
+def matrices() -> dict[str, torch.Tensor]:
+    """Flat, decaying slowly and fast, of exactly low rank, and of few rows."""
+    draw = torch.Generator().manual_seed(2)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=torch.float64, generator=draw)
+
+    left, right = torch.linalg.qr(normal(96, 40)).Q, torch.linalg.qr(normal(40, 40)).Q
+    index = torch.arange(40.0, dtype=torch.float64)
+    return {
+        "flat": normal(96, 40),
+        "exactly flat": left @ right,
+        "slow": left * (1 + index) ** -0.7 @ right,
+        "fast": left * 0.5**index @ right,
+        "low rank": normal(96, 5) @ normal(5, 40),
+        "few rows": normal(7, 40),
+        "one row": normal(1, 40),
+        "one column": normal(96, 1),
+        "nothing": torch.zeros(12, 8, dtype=torch.float64),
+        "transposed": normal(40, 96).mT,
+    }
+
+
+MATRICES = matrices()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", MATRICES)
+def test_truncation_loses_what_a_full_svd_loses(name: str, dtype: torch.dtype) -> None:
+    matrix = MATRICES[name].to(dtype)
+    exact, width = matrix.double(), matrix.shape[1]
+    singular = torch.linalg.svdvals(exact)
+    rounding = (1e-7 if dtype == torch.float64 else 1e-6) * exact.norm().item()
+    for rank in sorted({0, 1, 2, 5, 8, width // 2, width - 1, width} & {*range(width + 1)}):
+        up, down = truncate(matrix, rank)
+        assert (up.shape, up.dtype) == ((len(matrix), rank), dtype)
+        assert (down.shape, down.dtype) == ((rank, width), dtype)
+        assert up.is_contiguous() and down.is_contiguous()
+        left = singular[rank:].norm().item()
+        lost = (exact - up.double() @ down.double()).norm().item()
+        assert abs(lost - left) <= 1e-4 * left + rounding
+        rows = down.double() @ down.double().mT
+        torch.testing.assert_close(rows, torch.eye(rank).double(), atol=1e-5, rtol=0)
+        # Strongest first.
+        strength = up.double().norm(dim=0)
+        assert (strength.diff() <= 1e-4 * singular[0] + rounding).all()
+
+
+def test_truncation_leaves_the_matrix_alone() -> None:
+    for dtype in (torch.float32, torch.float64):
+        matrix = MATRICES["slow"].to(dtype)
+        before = matrix.clone()
+        truncate(matrix, 3)
+        truncate(matrix, 39)
+        assert torch.equal(matrix, before)
+
+
+@pytest.mark.parametrize(("rank", "precise"), [(1, False), (3, False), (4, True), (40, True)])
+def test_where_truncation_discards_little_float32_does_not_find_the_cut(
+    rank: int, precise: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix, tried = MATRICES["fast"], list[str]()
+    leading = spectra._leading_eigenvectors
+
+    def noted(rows: np.ndarray, rank: int) -> tuple[np.ndarray, float]:
+        tried.append(str(rows.dtype))
+        return leading(rows, rank)
+
+    monkeypatch.setattr(spectra, "_leading_eigenvectors", noted)
+    up, down = truncate(matrix, rank)
+    assert tried == ["float32", "float64"][: 1 + precise]
+    discarded = torch.linalg.svdvals(matrix)[rank:].norm()
+    left = (matrix - up @ down).norm()
+    assert (left - discarded).abs() <= 1e-4 * discarded + 1e-7 * matrix.norm()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-15, 1e15, 1e25])
+def test_numbers_of_any_size_are_truncated_alike(size: float) -> None:
+    """The squares of the outer ones are none of float32's."""
+    up, down = truncate(size * MATRICES["slow"], 3)
+    discarded = torch.linalg.svdvals(MATRICES["slow"])[3:].norm()
+    left = (MATRICES["slow"] - up @ down / size).norm()
+    assert (left - discarded).abs() <= 1e-4 * discarded

@@ -24,8 +24,8 @@ from vmla_convert.errors import ConfigError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines import sweep as pipeline
 from vmla_convert.pipelines.calibrate import LayerReads
-from vmla_convert.pipelines.convert import convert_model
 from vmla_convert.pipelines.evaluate import HeldOut
+from vmla_convert.pipelines.factoring import convert_model
 from vmla_convert.pipelines.load import load
 from vmla_convert.pipelines.rows import run_name
 from vmla_convert.pipelines.sweep import grid, sweep

@@ -12,6 +12,7 @@ from vmla_convert.config import (
     DataConfig,
     EvaluateConfig,
     RecoverConfig,
+    SourceConfig,
     TrainingConfig,
 )
 from vmla_convert.console import out
@@ -19,6 +20,7 @@ from vmla_convert.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from vmla_convert.pipelines.inspect import Inspection
+    from vmla_convert.pipelines.outlook import Outlook
 
 app = typer.Typer(
     name="vmla",
@@ -31,7 +33,35 @@ app = typer.Typer(
 
 Checkpoint = Annotated[
     str,
-    typer.Argument(help="A .pt or .safetensors file, a folder of them, or 'demo'.", metavar="CKPT"),
+    typer.Argument(
+        help="A .pt or .safetensors file, a folder of them, a Hub id owner/name, or 'demo'.",
+        metavar="CKPT",
+    ),
+]
+File = Annotated[
+    str | None, typer.Option(help="Which file or folder of the Hub repository or the folder.")
+]
+Key = Annotated[
+    str | None,
+    typer.Option(help="Which state dict of a .pt that holds several: generator_ema, generator …"),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="The known model that this is, such as self-forcing or longlive: brings chunk, "
+        "window, sampler and licence, which no tensor tells. Hub ids are known by themselves."
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Override one of them: --set cache.window_frames=12 --set licence=apache-2.0",
+    ),
+]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option("--lora", help="FILE or FILE:SCALE, merged before converting; repeat for more."),
 ]
 OutFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist.")]
 Teacher = Annotated[
@@ -67,18 +97,27 @@ RecipeFile = Annotated[
 @app.command()
 def inspect(
     checkpoint: Checkpoint,
+    file: File = None,
+    key: Key = None,
+    model: Model = None,
+    settings: Settings = None,
+    loras: Loras = None,
     cache_scalars: CacheScalars = None,
     cut: Cut = None,
     kv_lora_rank: KvLoraRank = None,
+    spectra: Annotated[
+        bool, typer.Option(help="Also how low-rank each layer's weights are; reads them.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Show what a checkpoint is, what its cache costs, and what a latent cache would cost."""
     from vmla_convert.pipelines.inspect import inspect_checkpoint
 
     out.json = json
+    source = _source(checkpoint, file, key, model, settings, loras)
     sizes = ConvertConfig(cache_scalars=cache_scalars, cut=cut, kv_lora_rank=kv_lora_rank)
     with out.progress() as progress:
-        inspection = inspect_checkpoint(checkpoint, sizes, progress)
+        inspection = inspect_checkpoint(source, sizes, progress, spectra)
     if json:
         out.data(inspection)
     else:
@@ -89,6 +128,11 @@ def inspect(
 def convert(
     checkpoint: Checkpoint,
     folder: OutFolder,
+    file: File = None,
+    key: Key = None,
+    model: Model = None,
+    settings: Settings = None,
+    loras: Loras = None,
     cache_scalars: CacheScalars = None,
     cut: Cut = None,
     kv_lora_rank: KvLoraRank = None,
@@ -148,13 +192,24 @@ def convert(
     seed: Annotated[
         int, typer.Option(help="Of the calibration noise, or of the random init.")
     ] = ConvertConfig.seed,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Write all weights as bfloat16, float16 or float32. Default: kept ones as they "
+            "are, new ones as float32."
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on with an interrupted conversion of the same settings.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option(help="Show what would be written, and stop.")] = False,
     json: Json = False,
 ) -> None:
-    """Convert a dense checkpoint into a folder with a latent cache."""
-    from vmla_convert.checkpoint.families import open_checkpoint
+    """Convert a dense checkpoint into a folder with a latent cache.
+
+    The source is read block by block, so it need not fit in memory.
+    """
     from vmla_convert.pipelines import convert as pipeline
-    from vmla_convert.pipelines.load import checkpoint_path
 
     out.json = json
     layer = {
@@ -170,7 +225,7 @@ def convert(
         "qk_rope_head_dim": qk_rope_head_dim,
         "plan": pipeline.read_plan(plan) if plan else None,
     }
-    settings = pipeline.convert_config(
+    config = pipeline.convert_config(
         preset,
         layer,
         sizes,
@@ -181,21 +236,21 @@ def convert(
             "calibration_clips": calibration_clips,
             "data": {"source": data},
             "seed": seed,
+            "dtype": dtype,
         },
     )
+    source = _source(checkpoint, file, key, model, settings, loras)
     if dry_run:
-        planned = pipeline.plan_conversion(open_checkpoint(checkpoint_path(checkpoint)), settings)
-        out.data(
-            {
-                "would write": folder,
-                "weights (bytes)": planned.nbytes,
-                "numbers cached per token and layer": planned.config.cache_scalars_per_token(),
-                "cache cut": planned.config.cache_cut(),
-            }
-        )
+        from vmla_convert.pipelines.outlook import foresee
+
+        _show_outlook(foresee(source, folder, config, resume))
         return
-    with out.progress() as progress:
-        done = pipeline.convert(checkpoint, folder, settings, progress)
+    try:
+        with out.progress() as progress:
+            done = pipeline.convert(source, folder, config, progress, resume)
+    except KeyboardInterrupt:
+        out.say("what is done is kept; to go on: the same command with --resume")
+        raise
     out.data(
         {
             "numbers cached per token and layer": done.config.cache_scalars_per_token(),
@@ -282,13 +337,13 @@ def evaluate(
 ) -> None:
     """Measure a converted checkpoint against its dense source on held-out clips."""
     from vmla_convert.pipelines.evaluate import HeldOut, dense_rows
-    from vmla_convert.pipelines.load import compute_device, load
+    from vmla_convert.pipelines.load import as_teacher, compute_device, load
     from vmla_convert.pipelines.recover import check_pair
     from vmla_convert.pipelines.rows import cache_rows, error_rows
 
     out.json = json
     device = compute_device()
-    model, dense = load(checkpoint, device), load(teacher, device)
+    model, dense = load(checkpoint, device), load(as_teacher(teacher, Path(checkpoint)), device)
     check_pair(model, dense)
     if model.config.mla is None:
         _check_is_teacher(checkpoint, teacher)
@@ -381,6 +436,17 @@ def copy(
     out.path("wrote", copy_recipe(name, folder))
 
 
+def _source(
+    checkpoint: str,
+    file: str | None,
+    key: str | None,
+    model: str | None,
+    settings: list[str] | None,
+    loras: list[str] | None,
+) -> SourceConfig:
+    return SourceConfig(checkpoint, file, key, model, tuple(settings or ()), tuple(loras or ()))
+
+
 def _run(recipe: str, folder: Path, overrides: list[str] | None, only: tuple[str, ...]) -> None:
     from vmla_convert.recipe import ROWS_NAME, read_recipe, run_recipe
 
@@ -402,18 +468,47 @@ def _show_decision(rows_file: Path) -> None:
         out.table("What each setting costs and loses", header, rows)
 
 
+def _show_outlook(outlook: Outlook) -> None:
+    if out.json:
+        out.data(outlook)
+        return
+    out.data(
+        {
+            "would write": outlook.out,
+            "numbers cached per token and layer": outlook.cache_scalars_per_token,
+            "cache cut": f"{outlook.cache_cut:.1%}",
+            "working files beside it (bytes)": f"{outlook.working_bytes:,}",
+            "about (seconds)": round(outlook.seconds),
+        }
+    )
+    files = [[name, f"{nbytes:,}"] for name, nbytes in outlook.files.items()]
+    out.table("Weights", ["file", "bytes"], [*files, ["together", f"{outlook.nbytes:,}"]])
+
+
 def _show_inspection(inspection: Inspection) -> None:
     model, converted = inspection.model, inspection.converted
     geometry = model.geometry
+    known = {
+        "known model": inspection.known_model or "none named; --model brings what tensors lack",
+        "note": inspection.note,
+    }
     out.data(
         {
             "checkpoint": inspection.path,
-            "family": model.family,
+            "family": inspection.family,
+            **({name: text for name, text in known.items() if text} if model.mla is None else {}),
             "parameters": f"{inspection.parameters:,}",
+            "weights (bytes)": f"{inspection.nbytes:,} as {', '.join(inspection.dtypes)}",
             "layers, width, heads": f"{geometry.num_layers}, {geometry.dim}, {geometry.num_heads}",
-            "tokens per frame": model.tokens_per_frame,
+            "feed-forward, channels": f"{geometry.ffn_dim}, {geometry.in_dim}",
+            "latent size, tokens per frame": (
+                f"{model.latent_size[0]} x {model.latent_size[1]}, {model.tokens_per_frame}"
+            ),
             "chunk, window, sink (frames)": (
                 f"{model.chunk_frames}, {model.cache.window_frames}, {model.cache.sink_frames}"
+            ),
+            "sampler steps, shift": (
+                f"{', '.join(map(str, model.sampler.denoising_step_list))}; {model.sampler.shift:g}"
             ),
             "licence": model.licence,
             "base model": model.base_model,
@@ -425,12 +520,24 @@ def _show_inspection(inspection: Inspection) -> None:
     ]
     out.table(
         "KV cache",
-        ["", "numbers per token and layer", "full window, bf16 (bytes)", "cut"],
+        ["", "numbers per token and layer", "bytes per token, bf16", "full window (bytes)", "cut"],
         [
-            [name, f"{c.cache_scalars_per_token():g}", f"{nbytes:,}", f"{c.cache_cut():.1%}"]
+            [
+                name,
+                f"{c.cache_scalars_per_token():g}",
+                f"{round(2 * c.cache_scalars_per_token() * geometry.num_layers):,}",
+                f"{nbytes:,}",
+                f"{c.cache_cut():.1%}",
+            ]
             for name, c, nbytes in cached[: 1 if converted is model else 2]
         ],
     )
+    for title, names in (
+        ("Unknown tensors: convert will refuse them", inspection.unknown),
+        ("Missing tensors: convert will refuse this checkpoint", inspection.missing),
+    ):
+        if names:
+            out.table(title, ["name"], [[name] for name in names])
     if inspection.spectrum:
         layers = [
             [str(s.layer), str(s.effective_rank_99), f"{s.energy_at_rank:.1%}"]
@@ -454,10 +561,11 @@ def _labels(names: list[str]) -> list[str]:
 def _check_is_teacher(checkpoint: str, teacher: str) -> None:
     """Refuse a second dense model: errors against the teacher are told of converted ones only."""
     from vmla_convert.checkpoint.source import fingerprint
-    from vmla_convert.pipelines.load import checkpoint_path
+    from vmla_convert.pipelines.load import locate
 
     # By content, as one checkpoint may be given as a file and as its folder.
-    if fingerprint(checkpoint_path(checkpoint)) != fingerprint(checkpoint_path(teacher)):
+    one, other = (fingerprint(locate(name)[0]) for name in (checkpoint, teacher))
+    if one != other:
         raise CheckpointError(
             f"{checkpoint} is dense, but not the teacher {teacher}",
             "give a converted CKPT; a dense CKPT must be the teacher itself",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
+import tomllib
 import types
 import typing
 from dataclasses import dataclass, field
@@ -278,6 +280,28 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """A dense checkpoint, and what its tensors do not say.
+
+    Attributes:
+        checkpoint: A path, `demo`, or a Hub id `owner/name[@revision]`.
+        file: Which file or folder of a Hub repository.
+        key: Which state dict of a pickle that holds several.
+        model: A known model, of `vmla_convert.checkpoint.known.KNOWN`: it brings chunk, window,
+            sampler and licence.
+        overrides: `key=value` for any of these, such as `cache.window_frames=12`.
+        loras: LoRA files, `FILE` or `FILE:SCALE`, merged before anything else is done.
+    """
+
+    checkpoint: str = "demo"
+    file: str | None = None
+    key: str | None = None
+    model: str | None = None
+    overrides: tuple[str, ...] = ()
+    loras: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ConvertConfig:
     """The convert stage.
 
@@ -296,6 +320,8 @@ class ConvertConfig:
         kv_lora_rank: R of every layer.
         qk_rope_head_dim: Width of the shared rope key of every layer, even.
         plan: Sizes layer by layer.
+        dtype: Of the weights that are written; None leaves kept ones as they are and makes new ones
+            float32: they are small, and recovery trains them.
         calibrate: Measure activations; False lets `calibrated` assume white inputs.
         calibration_clips: Clips that activations are measured on.
         data: Where they come from.
@@ -310,6 +336,7 @@ class ConvertConfig:
     kv_lora_rank: int | None = None
     qk_rope_head_dim: int | None = None
     plan: RankPlan | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     calibrate: bool = True
     calibration_clips: int = 48
     data: DataConfig = field(default_factory=DataConfig)
@@ -497,6 +524,28 @@ def from_dict(cls: type[T], data: Any, where: str = "") -> T:
     if missing:
         raise ConfigError(f"missing key '{_join(where, missing[0])}'")
     return cls(**values)
+
+
+def override(table: dict[str, Any], text: str) -> None:
+    """Set a dotted key of a table of tables by `a.b=value`; values are TOML, bare words strings.
+
+    Raises:
+        ConfigError: The text is no such thing, or goes through a value.
+    """
+    key, found, typed = text.partition("=")
+    if not found or not re.fullmatch(r"[\w.]+", key):
+        raise ConfigError(f"'{text}' is not key=value", "write it as --set key=value")
+    try:
+        value = tomllib.loads(f"value = {typed}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = typed
+    *parts, name = key.split(".")
+    for part in parts:
+        inner: Any = table.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"'{key}' cannot be set", f"'{part}' is a value, not a table")
+        table = typing.cast(dict[str, Any], inner)
+    table[name] = value
 
 
 def _plain(value: Any) -> Any:

@@ -7,23 +7,23 @@ stage writes, later ones read: all land in one folder.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from vmla_convert.config import (
     ConvertConfig,
     EvaluateConfig,
     GenerateConfig,
     RecoverConfig,
+    SourceConfig,
     SweepConfig,
     TeacherConfig,
     from_dict,
+    override,
     to_dict,
 )
 from vmla_convert.errors import ConfigError, OutputError, did_you_mean
@@ -39,13 +39,6 @@ class RecipeInfo:
 
     name: str
     description: str
-
-
-@dataclass(frozen=True)
-class SourceConfig:
-    """The dense checkpoint: a path, or `demo`."""
-
-    checkpoint: str = "demo"
 
 
 @dataclass(frozen=True)
@@ -125,8 +118,8 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         data = tomllib.loads(file.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    for override in overrides or []:
-        _apply_override(data, override)
+    for change in overrides or []:
+        override(data, change)
     return from_dict(Recipe, data)
 
 
@@ -209,12 +202,12 @@ def _check_source(recipe: Recipe, out: Path, stages: list[str]) -> None:
     from vmla_convert.checkpoint.families import open_checkpoint
     from vmla_convert.pipelines.codecs import open_codec
     from vmla_convert.pipelines.convert import plan_conversion
-    from vmla_convert.pipelines.load import checkpoint_path
+    from vmla_convert.pipelines.load import locate
 
-    path = checkpoint_path(recipe.source.checkpoint)
+    path, how = locate(recipe.source)
     if "teacher" in stages and path.resolve() == (out / "checkpoint").resolve():
         return  # This very run will make it.
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, how)
     for conversion in _conversions(recipe, stages):
         plan_conversion(checkpoint, conversion)
     if recipe.generate and "generate" in stages:
@@ -268,7 +261,7 @@ def _run_convert(recipe: Recipe, out: Path, progress: Progress) -> None:
     folder = _step0_folder(recipe, out)
     if folder.exists() or (out / "converted").exists():
         return
-    conversion = convert(recipe.source.checkpoint, folder, recipe.convert, progress)
+    conversion = convert(recipe.source, folder, recipe.convert, progress, resume=True)
     append_rows(out / ROWS_NAME, conversion_rows(conversion))
 
 
@@ -280,9 +273,7 @@ def _run_recover(recipe: Recipe, out: Path, progress: Progress) -> None:
     target, before = out / "converted", _step0_folder(recipe, out)
     if target.exists():
         return
-    rows = recover(
-        before, recipe.source.checkpoint, target, recipe.recover, recipe.evaluate, progress
-    )
+    rows = recover(before, recipe.source, target, recipe.recover, recipe.evaluate, progress)
     append_rows(out / ROWS_NAME, rows)
     shutil.rmtree(before)
 
@@ -293,7 +284,7 @@ def _run_sweep(recipe: Recipe, out: Path, progress: Progress) -> None:
     from vmla_convert.pipelines.sweep import sweep
 
     assert recipe.sweep is not None
-    teacher = load(recipe.source.checkpoint, compute_device())
+    teacher = load(recipe.source, compute_device())
     sweep(
         teacher,
         recipe.sweep,
@@ -313,7 +304,7 @@ def _run_generate(recipe: Recipe, out: Path, progress: Progress) -> None:
     assert recipe.generate is not None
     if not (out / "compare.png").exists():
         device = compute_device()
-        models = load(recipe.source.checkpoint, device), load(out / "converted", device)
+        models = load(recipe.source, device), load(out / "converted", device)
         rows = compare(*models, recipe.generate, out / "compare.mp4", progress)
         append_rows(out / ROWS_NAME, rows)
 
@@ -338,24 +329,6 @@ _RUNNERS: dict[str, Callable[[Recipe, Path, Progress], None]] = {
 def _step0_folder(recipe: Recipe, out: Path) -> Path:
     """Where the conversion goes: its final place, unless it is still to be recovered."""
     return out / ("converted" if recipe.recover is None else "converted-step0")
-
-
-def _apply_override(data: dict[str, Any], override: str) -> None:
-    """Set one dotted key of the parsed file."""
-    key, found, text = override.partition("=")
-    if not found or not re.fullmatch(r"[\w.]+", key):
-        raise ConfigError(f"'{override}' is not key=value", "try --set recover.training.steps=50")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    *tables, name = key.split(".")
-    table = data
-    for part in tables:
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
-            raise ConfigError(f"'{key}' is not a key of the recipe", "'" + part + "' is a value")
-    table[name] = value
 
 
 assert set(_RUNNERS) == set(STAGES) <= {f.name for f in fields(Recipe)}

@@ -4,41 +4,49 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
+from vmla_convert.checkpoint.geometry import blocks, native_shapes, read_geometry, strict
 from vmla_convert.checkpoint.keymap import (
     DIFFUSERS_RULES,
+    FPS,
     IMAGE_TO_VIDEO,
+    NATIVE_FPS,
     NATIVE_RULES,
     Rule,
     fill,
     listed,
+    match_native,
     strip_wrappers,
-    to_native,
 )
-from vmla_convert.checkpoint.source import TensorSource, TensorSpec, open_source
+from vmla_convert.checkpoint.known import known_model
+from vmla_convert.checkpoint.lora import Lora, open_lora, parse_lora
+from vmla_convert.checkpoint.source import TensorSource, TensorSpec, located, open_source
+from vmla_convert.checkpoint.views import unfuse
 from vmla_convert.config import (
     CONFIG_VERSION,
     CachePolicy,
     Geometry,
     ModelConfig,
     SamplerConfig,
+    SourceConfig,
     from_dict,
+    override,
     to_dict,
 )
 from vmla_convert.errors import CheckpointError, ConfigError, did_you_mean
 
-C = TypeVar("C")
-
 FORMAT = "vmla-convert"
 
-# What a checkpoint's tensors cannot tell; a table "vmla" in its config.json overrides any of it.
+# What a checkpoint's tensors cannot tell. `--model`, a table "vmla" in config.json and `--set`
+# override any of it, the later the stronger.
 DEFAULTS: dict[str, Any] = {
     "latent_size": (60, 104),
     "chunk_frames": 3,
@@ -48,42 +56,16 @@ DEFAULTS: dict[str, Any] = {
     "licence": "unknown",
     "base_model": "unknown",
 }
-
-# Geometry's fields under the names that config.json gives them, native first, diffusers after.
-_CONFIG_NAMES = {
-    "dim": ("dim",),
-    "ffn_dim": ("ffn_dim",),
-    "num_heads": ("num_heads", "num_attention_heads"),
-    "num_layers": ("num_layers",),
-    "in_dim": ("in_dim", "in_channels"),
-    "out_dim": ("out_dim", "out_channels"),
-    "freq_dim": ("freq_dim",),
-    "text_dim": ("text_dim",),
-    "text_len": ("text_len",),
-    "patch_size": ("patch_size",),
-    "eps": ("eps",),
-}
-_WAN_HEAD_DIM = 128
+# Wan 2.2's other VAE has 48 channels, and 16 pixels to a latent.
+_WIDE_VAE = {48: {"latent_size": (44, 80)}}
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _QUANTISED = re.compile(
     r"(^|[._])(quantized_weight_\w+|scales?|scale_inv|scale_weight|scale_input|scaled_fp8)$"
 )
-
-
-@dataclass(frozen=True)
-class Clues:
-    """What detection looks at.
-
-    Attributes:
-        names: Tensor names without wrappers.
-        wrapped: The names were nested in a trainer's file or carried its wrappers.
-        config: The config.json beside the weights; empty when there is none.
-    """
-
-    names: frozenset[str]
-    wrapped: bool
-    config: Mapping[str, Any]
+# SkyReels adds an embedding of the frame rate to all modulation: row 0 for 16 frames a second, row
+# 1 for its own 24. Constant within a model's life, it goes into this bias.
+_FPS_TARGET, _FPS_ROW = "time_projection.1.bias", 1
 
 
 @dataclass(frozen=True)
@@ -92,37 +74,30 @@ class Family:
 
     Attributes:
         name: As users meet it, and as `ModelConfig.family` records it.
-        detect: Whether a checkpoint is of this family.
-        rules: Its names to native ones; empty when its names are native and may be more than Wan's.
+        marks: Tensors, without wrappers, that it has.
+        rules: Its names to native ones.
+        wrapped: Whether a trainer's wrappers are around its names; None for either.
     """
 
     name: str
-    detect: Callable[[Clues], bool]
+    marks: tuple[str, ...]
     rules: tuple[Rule, ...]
+    wrapped: bool | None = None
+
+    def detect(self, names: Mapping[str, str], wrapped: bool) -> bool:
+        """Whether a checkpoint with these names is of this family."""
+        return self.wrapped in (None, wrapped) and all(mark in names for mark in self.marks)
 
 
-def _is_vmla(clues: Clues) -> bool:
-    return clues.config.get("format") == FORMAT
-
-
-def _is_diffusers(clues: Clues) -> bool:
-    return "blocks.0.attn1.to_k.weight" in clues.names
-
-
-def _is_self_forcing(clues: Clues) -> bool:
-    return clues.wrapped and "blocks.0.self_attn.k.weight" in clues.names
-
-
-def _is_wan(clues: Clues) -> bool:
-    return not clues.wrapped and "blocks.0.self_attn.k.weight" in clues.names
-
-
-# The first that detects wins: a converted folder may look like Wan in all but its config.json.
+_NATIVE, _DIFFUSERS = "blocks.0.self_attn.k.weight", "blocks.0.attn1.to_k.weight"
+# The first that detects wins. Self-Forcing, Causal-Forcing, Rolling-Forcing, CausVid, LongLive,
+# Reward-Forcing, Krea and others write one layout; `known.py` tells them apart.
 FAMILIES = (
-    Family("vmla", _is_vmla, ()),
-    Family("diffusers", _is_diffusers, DIFFUSERS_RULES),
-    Family("self_forcing", _is_self_forcing, NATIVE_RULES),
-    Family("wan", _is_wan, NATIVE_RULES),
+    Family("skyreels", (_NATIVE, "fps_embedding.weight"), NATIVE_RULES + NATIVE_FPS),
+    Family("skyreels_diffusers", (_DIFFUSERS, "fps_embedding.weight"), DIFFUSERS_RULES + FPS),
+    Family("diffusers", (_DIFFUSERS,), DIFFUSERS_RULES),
+    Family("self_forcing", (_NATIVE,), NATIVE_RULES, wrapped=True),
+    Family("wan", (_NATIVE,), NATIVE_RULES, wrapped=False),
 )
 
 
@@ -132,18 +107,28 @@ class OpenCheckpoint:
 
     Attributes:
         source: Where the bytes are.
-        family: A name of `FAMILIES`.
+        family: A name of `FAMILIES`, or `vmla` for a converted folder.
         names: Native name to source name.
         config: The model that the tensors make.
+        known: The known model whose settings it took, if any.
+        loras: Merged into what is read.
+        conditioning: SkyReels' frame-rate tensors, native name to source name; read as a bias.
+        unknown: Tensors that are no part of the model.
+        missing: Tensors that the model lacks.
     """
 
     source: TensorSource
     family: str
     names: dict[str, str]
     config: ModelConfig
+    known: str | None = None
+    loras: tuple[Lora, ...] = ()
+    conditioning: dict[str, str] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
 
     def read(self, native: str) -> torch.Tensor:
-        """One tensor, on the CPU.
+        """One tensor, on the CPU, LoRA weights merged.
 
         Raises:
             CheckpointError: There is no tensor of that name.
@@ -152,7 +137,12 @@ class OpenCheckpoint:
             raise CheckpointError(
                 f"{self.source.path} has no tensor '{native}'", did_you_mean(native, self.names)
             )
-        return self.source.read(self.names[native])
+        tensor = self.source.read(self.names[native])
+        if native == _FPS_TARGET and self.conditioning:
+            tensor = (tensor.float() + self._frame_rate()).to(tensor.dtype)
+        for lora in self.loras:
+            tensor = lora.apply(native, tensor)
+        return tensor
 
     def specs(self) -> dict[str, TensorSpec]:
         """Shape and dtype of every tensor, by native name."""
@@ -163,36 +153,96 @@ class OpenCheckpoint:
         """How many numbers the checkpoint holds."""
         return sum(prod(spec.shape) for spec in self.specs().values())
 
+    def _frame_rate(self) -> torch.Tensor:
+        """What SkyReels' frame rate adds to the modulation of all blocks, (6·d,)."""
+        part = {name: self.source.read(at).float() for name, at in self.conditioning.items()}
+        x = part["fps_embedding.weight"][_FPS_ROW]
+        x = F.silu(F.linear(x, part["fps_projection.0.weight"], part["fps_projection.0.bias"]))
+        return F.linear(x, part["fps_projection.2.weight"], part["fps_projection.2.bias"])
 
-def open_checkpoint(path: Path, key: str | None = None) -> OpenCheckpoint:
+
+def open_checkpoint(path: Path, how: SourceConfig | None = None) -> OpenCheckpoint:
     """Open a checkpoint of any supported family, checked whole before any tensor is read.
 
     Args:
         path: A file or folder, as for `open_source`; a config.json beside it is read too.
-        key: The state dict wanted from a pickle that holds several.
+        how: State dict, known model, settings and LoRAs; its own `checkpoint` is not looked at.
 
     Raises:
         CheckpointError: The file cannot be read, is of no known family, is quantised or
             image-to-video, has missing, extra or misshapen tensors, or contradicts its config.json.
+        ConfigError: A setting is unknown or does not fit.
     """
-    source = open_source(path, key)
-    file_config = _read_config(path)
-    clean = strip_wrappers(source.specs())
-    wrapped = source.key is not None or any(name != raw for name, raw in clean.items())
-    family = _detect(Clues(frozenset(clean), wrapped, file_config), path)
-    if not family.rules:
-        opened = OpenCheckpoint(source, family.name, clean, _converted_model(file_config, path))
-        _check_tensors(opened)
-        return opened
-    _refuse_quantised({name: source.specs()[raw] for name, raw in clean.items()}, path)
-    names = {native: clean[name] for native, name in to_native(clean, family.rules).items()}
-    _refuse_image_to_video(names, path)
-    specs = source.specs()
-    geometry = _geometry({native: specs[raw] for native, raw in names.items()}, file_config, path)
-    config = _model_config(geometry, family.name, file_config.get("vmla", {}), path)
-    opened = OpenCheckpoint(source, family.name, names, config)
-    _check_tensors(opened)
+    opened = recognise(path, how)
+    require_whole(opened)
     return opened
+
+
+def require_whole(opened: OpenCheckpoint) -> None:
+    """Refuse tensors that are no part of the model, and the lack of those that are.
+
+    Raises:
+        CheckpointError: Naming them.
+    """
+    path = opened.source.path
+    if opened.unknown:
+        raise CheckpointError(
+            f"{path} has {len(opened.unknown)} tensors that its model has not: "
+            f"{listed(opened.unknown)}",
+            "merge LoRA weights with --lora, and drop tensors of other modules",
+        )
+    if opened.missing:
+        raise CheckpointError(
+            f"{path} lacks {len(opened.missing)} tensors: {listed(opened.missing)}",
+            "download the checkpoint again",
+        )
+
+
+def recognise(path: Path, how: SourceConfig | None = None) -> OpenCheckpoint:
+    """As `open_checkpoint`, but unknown and missing tensors are only listed."""
+    how = how or SourceConfig()
+    source = unfuse(open_source(path, how.key))
+    file_config = _read_config(path)
+    stored_specs = source.specs()
+    clean = strip_wrappers(stored_specs)
+    specs = {name: stored_specs[stored] for name, stored in clean.items()}
+    _refuse_quantised(specs, path)
+    if file_config.get("format") == FORMAT:
+        _refuse_settings(how, path)
+        converted = OpenCheckpoint(source, "vmla", clean, _converted_model(file_config, path))
+        return _checked(converted, clean, {})
+    wrapped = source.key is not None or any(name != stored for name, stored in clean.items())
+    family = _detect(clean, wrapped, path)
+    found, unknown = match_native(clean, family.rules)
+    names = {native: clean[name] for native, name in found.items()}
+    _refuse_image_to_video(names, path)
+    geometry = read_geometry({n: specs[name] for n, name in found.items()}, file_config, path)
+    settings = _settings(geometry, how, file_config, path)
+    config = _dense_model({**settings, **_own(geometry, family)}, path)
+    conditioning = {rule.native: names.pop(rule.native) for rule in FPS if rule.native in names}
+    opened = OpenCheckpoint(
+        source,
+        family.name,
+        names,
+        config,
+        known=how.model,
+        conditioning=conditioning,
+        unknown=tuple(sorted(unknown)),
+    )
+    opened = _checked(opened, names | conditioning, _conditioning_shapes(geometry, family))
+    if not how.loras or opened.missing:
+        return opened
+    loras = tuple(open_lora(*parse_lora(option), opened.specs()) for option in how.loras)
+    return replace(opened, loras=loras)
+
+
+def is_converted(path: Path) -> bool:
+    """Whether a folder of our own is there, which says itself what it is.
+
+    Raises:
+        CheckpointError: Nothing loadable is at `path`, or its config.json is not JSON.
+    """
+    return _read_config(path).get("format") == FORMAT
 
 
 def converted_config(config: ModelConfig) -> dict[str, Any]:
@@ -200,47 +250,8 @@ def converted_config(config: ModelConfig) -> dict[str, Any]:
     return {"format": FORMAT, "version": CONFIG_VERSION, "model": to_dict(config)}
 
 
-def native_shapes(geometry: Geometry) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a dense text-to-video Wan model, 27 to a block, and its shape.
-
-    Source: Self-Forcing, `wan/modules/causal_model.py`. Linear weights are (out, in).
-    """
-    g, d, f = geometry, geometry.dim, geometry.ffn_dim
-    linears = {
-        "text_embedding.0": (d, g.text_dim),
-        "text_embedding.2": (d, d),
-        "time_embedding.0": (d, g.freq_dim),
-        "time_embedding.2": (d, d),
-        "time_projection.1": (6 * d, d),
-        "head.head": (prod(g.patch_size) * g.out_dim, d),
-        "patch_embedding": (d, g.in_dim, *g.patch_size),
-    }
-    block_linears = {
-        **{f"self_attn.{part}": (d, d) for part in "qkvo"},
-        **{f"cross_attn.{part}": (d, d) for part in "qkvo"},
-        "ffn.0": (f, d),
-        "ffn.2": (d, f),
-    }
-    block_others = {
-        "modulation": (1, 6, d),
-        "norm3.weight": (d,),
-        "norm3.bias": (d,),
-        **{f"{kind}_attn.norm_{part}.weight": (d,) for kind in ("self", "cross") for part in "qk"},
-    }
-    shapes: dict[str, tuple[int, ...]] = {**_with_bias(linears), "head.modulation": (1, 2, d)}
-    for block in range(g.num_layers):
-        inside = {**_with_bias(block_linears), **block_others}
-        shapes |= {f"blocks.{block}.{name}": shape for name, shape in inside.items()}
-    return shapes
-
-
-def _with_bias(linears: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    weights = {f"{name}.weight": shape for name, shape in linears.items()}
-    return weights | {f"{name}.bias": shape[:1] for name, shape in linears.items()}
-
-
 def _read_config(path: Path) -> dict[str, Any]:
-    file = (path if path.is_dir() else path.parent) / "config.json"
+    file = located(path).parent / "config.json"
     if not file.is_file():
         return {}
     try:
@@ -252,12 +263,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _detect(clues: Clues, path: Path) -> Family:
+def _detect(names: Mapping[str, str], wrapped: bool, path: Path) -> Family:
     for family in FAMILIES:
-        if family.detect(clues):
+        if family.detect(names, wrapped):
             return family
     raise CheckpointError(
-        f"{path} is of no known family; it holds {listed(clues.names)}",
+        f"{path} is of no known family; it holds {listed(names)}",
         f"known: {', '.join(family.name for family in FAMILIES)}",
     )
 
@@ -275,118 +286,82 @@ def _refuse_quantised(specs: Mapping[str, TensorSpec], path: Path) -> None:
 
 def _refuse_image_to_video(names: Mapping[str, str], path: Path) -> None:
     extras = {rule.native for rule in IMAGE_TO_VIDEO}
-    blocks = _blocks(names)
-    if found := [n for t in extras for n in {fill(t, b) for b in blocks} if n in names]:
+    if found := [n for t in extras for n in {fill(t, b) for b in blocks(names)} if n in names]:
         raise CheckpointError(
             f"image-to-video checkpoints are not supported yet: {path} has {listed(found)}",
             "use the text-to-video checkpoint",
         )
 
 
-def _blocks(names: Mapping[str, Any]) -> set[str]:
-    return {match[1] for name in names if (match := re.match(r"blocks\.(\d+)\.", name))}
-
-
-def _geometry(
-    specs: Mapping[str, TensorSpec], file_config: Mapping[str, Any], path: Path
-) -> Geometry:
-    """Geometry from shapes; what shapes cannot tell from config.json, which must agree."""
-    read = _geometry_of_shapes(specs, path)
-    told = {
-        field: file_config[name]
-        for field, names in _CONFIG_NAMES.items()
-        for name in names
-        if file_config.get(name) is not None
-    }
-    _check_agreement(read, told, path)
-    if "num_heads" not in told:
-        told["num_heads"] = _heads_of_width(read["dim"], path)
-    _check_heads(read["dim"], told["num_heads"], file_config.get("attention_head_dim"), path)
-    return _strict(Geometry, {**told, **read}, path)
-
-
-def _geometry_of_shapes(specs: Mapping[str, TensorSpec], path: Path) -> dict[str, Any]:
-    dim, in_dim, *patch = _shape(specs, "patch_embedding.weight", 5, path)
-    head_rows, _ = _shape(specs, "head.head.weight", 2, path)
-    out_dim, rest = divmod(head_rows, prod(patch))
-    if rest:
-        raise CheckpointError(
-            f"{path} has a head.head.weight of {head_rows} rows, not a multiple of its patch of "
-            f"{'x'.join(map(str, patch))}",
-            "check that all its tensors are of one model",
+def _refuse_settings(how: SourceConfig, path: Path) -> None:
+    """A converted folder says everything itself."""
+    if how.model or how.overrides or how.loras:
+        raise ConfigError(
+            f"{path} is converted already, its settings and weights are made",
+            "give these options when converting the dense checkpoint",
         )
-    if in_dim != out_dim:
-        raise CheckpointError(
-            f"image-to-video checkpoints are not supported yet: {path} takes {in_dim} channels "
-            f"and gives {out_dim}",
-            "use the text-to-video checkpoint",
-        )
-    return {
-        "dim": dim,
-        "in_dim": in_dim,
-        "out_dim": out_dim,
-        "patch_size": tuple(patch),
-        "ffn_dim": _shape(specs, "blocks.0.ffn.0.weight", 2, path)[0],
-        "freq_dim": _shape(specs, "time_embedding.0.weight", 2, path)[1],
-        "text_dim": _shape(specs, "text_embedding.0.weight", 2, path)[1],
-        "num_layers": len(_blocks(specs)),
-    }
 
 
-def _shape(specs: Mapping[str, TensorSpec], name: str, rank: int, path: Path) -> tuple[int, ...]:
-    if name not in specs:
-        raise CheckpointError(f"{path} lacks 1 tensor: {name}", "download the checkpoint again")
-    shape = specs[name].shape
-    if len(shape) != rank or 0 in shape:
-        raise CheckpointError(
-            f"{path} has {name} of shape {shape}, not one of {rank} sides",
-            "check that it is a Wan video model",
-        )
-    return shape
-
-
-def _check_agreement(read: Mapping[str, Any], told: Mapping[str, Any], path: Path) -> None:
-    for field in read.keys() & told.keys():
-        value = tuple(told[field]) if isinstance(told[field], list) else told[field]
-        if value != read[field]:
-            raise CheckpointError(
-                f"config.json says {field} {value}, the tensors of {path} say {read[field]}",
-                "put the config.json of this very checkpoint beside it, or remove it",
+def _settings(
+    geometry: Geometry, how: SourceConfig, file_config: Mapping[str, Any], path: Path
+) -> dict[str, Any]:
+    """`DEFAULTS`, and over them what is known of the model, what its folder says, what was set."""
+    settings = _merged(DEFAULTS, _WIDE_VAE.get(geometry.in_dim, {}))
+    if how.model:
+        known = known_model(how.model)
+        if geometry.dim not in known.widths:
+            raise ConfigError(
+                f"{known.title} has a width of {' or '.join(map(str, known.widths))}, "
+                f"{path} one of {geometry.dim}",
+                "drop --model, or name the model that this is",
             )
-
-
-def _check_heads(dim: int, heads: Any, head_dim: Any, path: Path) -> None:
-    split = type(heads) is int and heads > 0 and dim % heads == 0
-    if not split or head_dim not in (None, dim // heads):
-        width = "" if head_dim is None else f" of width {head_dim}"
-        raise CheckpointError(
-            f"config.json says {heads!r} heads{width}, which do not make the width {dim} of {path}",
-            "put the config.json of this very checkpoint beside it",
-        )
-
-
-def _heads_of_width(dim: int, path: Path) -> int:
-    if dim % _WAN_HEAD_DIM:
-        raise CheckpointError(
-            f"{path} does not say how many heads its width of {dim} has",
-            "put a config.json with num_heads beside it",
-        )
-    return dim // _WAN_HEAD_DIM
-
-
-def _model_config(geometry: Geometry, family: str, table: Any, path: Path) -> ModelConfig:
-    if not isinstance(table, dict):
+        settings = _merged(settings, known.settings)
+    told = file_config.get("vmla", {})
+    if not isinstance(told, dict):
         raise CheckpointError(
             f"'vmla' in the config.json of {path} is not a table", "make it a table or remove it"
         )
+    _check_names(told, f"'vmla.{{}}' in the config.json of {path}")
+    settings = _merged(settings, told)
+    typed: dict[str, Any] = {}
+    for text in how.overrides:
+        override(typed, text)
+    _check_names(typed, "'{}' in --set")
+    if how.loras and "licence" not in typed:
+        # Nobody knows what a LoRA's licence does to the whole.
+        typed["licence"] = "unknown"
+    return _merged(settings, typed)
+
+
+def _check_names(table: Mapping[str, Any], told: str) -> None:
     for name in table:
         if name not in DEFAULTS:
-            raise CheckpointError(
-                f"unknown key 'vmla.{name}' in the config.json of {path}",
-                did_you_mean(name, DEFAULTS),
-            )
-    own = {"geometry": to_dict(geometry), "family": family}
-    return _strict(ModelConfig, {**DEFAULTS, **table, **own}, path)
+            raise ConfigError(f"unknown key {told.format(name)}", did_you_mean(name, DEFAULTS))
+
+
+def _merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables within tables are merged too."""
+    merged = dict(base)
+    for name, value in change.items():
+        old = merged.get(name)
+        if isinstance(value, dict) and isinstance(old, dict):
+            value = _merged(old, value)
+        merged[name] = value
+    return merged
+
+
+def _own(geometry: Geometry, family: Family) -> dict[str, Any]:
+    return {"geometry": to_dict(geometry), "family": family.name}
+
+
+def _dense_model(table: Mapping[str, Any], path: Path) -> ModelConfig:
+    try:
+        return from_dict(ModelConfig, table)
+    except ConfigError as error:
+        raise ConfigError(
+            f"the settings of {path} do not fit: {error.message}",
+            error.hint or "correct them with --set, or in the config.json beside it",
+        ) from error
 
 
 def _converted_model(file_config: Mapping[str, Any], path: Path) -> ModelConfig:
@@ -396,43 +371,49 @@ def _converted_model(file_config: Mapping[str, Any], path: Path) -> ModelConfig:
             f"{path} is of format version {version!r}, this program knows {CONFIG_VERSION}",
             "pip install -U vmla-convert",
         )
-    return _strict(ModelConfig, file_config.get("model"), path)
+    return strict(ModelConfig, file_config.get("model"), path)
 
 
-def _strict(kind: type[C], table: Any, path: Path) -> C:
-    try:
-        return from_dict(kind, table)
-    except ConfigError as error:
-        raise CheckpointError(
-            f"the config.json of {path} does not fit: {error.message}",
-            error.hint or "correct this value in config.json",
-        ) from error
+def _conditioning_shapes(geometry: Geometry, family: Family) -> dict[str, tuple[int, ...]]:
+    if not (set(FPS) | set(NATIVE_FPS)) & set(family.rules):
+        return {}
+    d = geometry.dim
+    return {
+        "fps_embedding.weight": (2, d),
+        "fps_projection.0.weight": (d, d),
+        "fps_projection.0.bias": (d,),
+        "fps_projection.2.weight": (6 * d, d),
+        "fps_projection.2.bias": (6 * d,),
+    }
 
 
-def _check_tensors(opened: OpenCheckpoint) -> None:
-    """No tensor is missing, left over or of another shape.
+def _checked(
+    opened: OpenCheckpoint, names: Mapping[str, str], more: Mapping[str, tuple[int, ...]]
+) -> OpenCheckpoint:
+    """With what is missing and left over.
 
     A converted model's self-attention is its layer's affair, so its tensors pass.
+
+    Args:
+        opened: The checkpoint.
+        names: All native names that were found.
+        more: Shapes of tensors that are no part of the native model.
+
+    Raises:
+        CheckpointError: A tensor is of another shape than its model's.
     """
-    config, path = opened.config, opened.source.path
-    expected = native_shapes(config.geometry)
-    found = {name: spec.shape for name, spec in opened.specs().items()}
+    config, path, specs = opened.config, opened.source.path, opened.source.specs()
+    expected = native_shapes(config.geometry) | dict(more)
+    found = {name: specs[stored].shape for name, stored in names.items()}
     if config.mla is not None:
-        ours = re.compile(rf"blocks\.({'|'.join(_blocks(expected))})\.self_attn\.")
+        ours = re.compile(rf"blocks\.({'|'.join(blocks(expected))})\.self_attn\.")
         expected = {name: shape for name, shape in expected.items() if not ours.match(name)}
         found = {name: shape for name, shape in found.items() if not ours.match(name)}
-    if missing := expected.keys() - found.keys():
-        raise CheckpointError(
-            f"{path} lacks {len(missing)} tensors: {listed(missing)}",
-            "download the checkpoint again",
-        )
-    if extra := found.keys() - expected.keys():
-        raise CheckpointError(
-            f"{path} has {len(extra)} tensors that its model has not: {listed(extra)}",
-            "drop them from the checkpoint",
-        )
-    if odd := [name for name in expected if found[name] != expected[name]]:
+    if odd := [name for name in expected if name in found and found[name] != expected[name]]:
         raise CheckpointError(
             f"{path} has {odd[0]} of shape {found[odd[0]]}, expected {expected[odd[0]]}",
             "check that all its tensors and its config.json are of one model",
         )
+    extra = sorted(found.keys() - expected.keys())
+    missing = sorted(expected.keys() - found.keys())
+    return replace(opened, unknown=(*opened.unknown, *extra), missing=tuple(missing))

@@ -13,7 +13,8 @@ from functools import cache
 
 from vmla_convert.errors import CheckpointError
 
-WRAPPER_PREFIX = "model."
+# ComfyUI's, a trainer's wrapper's and DistributedDataParallel's.
+WRAPPER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "module.")
 WRAPPER_INFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 SHOWN = 5
@@ -69,6 +70,11 @@ _IMAGE_SINGLE = (
 )
 
 
+def native_twin(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """Rules of the layout whose names are native already."""
+    return tuple(Rule(rule.native, rule.native) for rule in rules)
+
+
 def _expand(
     with_bias: tuple[tuple[str, str], ...], single: tuple[tuple[str, str], ...]
 ) -> tuple[Rule, ...]:
@@ -83,7 +89,20 @@ def _expand(
 TEXT_TO_VIDEO = _expand(_WEIGHT_AND_BIAS, _SINGLE)
 IMAGE_TO_VIDEO = _expand(_IMAGE_WEIGHT_AND_BIAS, _IMAGE_SINGLE)
 DIFFUSERS_RULES = TEXT_TO_VIDEO + IMAGE_TO_VIDEO
-NATIVE_RULES = tuple(Rule(rule.native, rule.native) for rule in DIFFUSERS_RULES)
+# SkyReels-V2's embedding of the frame rate.
+FPS = tuple(
+    Rule(native, foreign)
+    for native, foreign in (
+        ("fps_embedding.weight", "fps_embedding.weight"),
+        *(
+            (f"fps_projection.{native}.{part}", f"fps_projection.{foreign}.{part}")
+            for native, foreign in (("0", "net.0.proj"), ("2", "net.2"))
+            for part in ("weight", "bias")
+        ),
+    )
+)
+NATIVE_RULES = native_twin(DIFFUSERS_RULES)
+NATIVE_FPS = native_twin(FPS)
 
 
 def invert(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
@@ -94,20 +113,20 @@ def invert(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
 def strip_wrappers(names: Iterable[str]) -> dict[str, str]:
     """Clean name to source name, without what FSDP, checkpointing, compile and wrappers put in.
 
-    The prefix `model.` goes only where every name has it.
+    A prefix goes only where every name has it.
 
     Raises:
         CheckpointError: Two names become one.
     """
     sources = list(names)
-    clean = [_without_infixes(name) for name in sources]
-    if all(name.startswith(WRAPPER_PREFIX) for name in clean):
-        clean = [name.removeprefix(WRAPPER_PREFIX) for name in clean]
+    clean: list[str] = [_without_infixes(name) for name in sources]
+    while prefix := _common_prefix(clean):
+        clean = [name.removeprefix(prefix) for name in clean]
     return _unique(zip(clean, sources, strict=True))
 
 
 def to_native(names: Iterable[str], rules: tuple[Rule, ...]) -> dict[str, str]:
-    """Native name to source name.
+    """Native name to source name, when every name fits a rule.
 
     Args:
         names: Names in the foreign layout, wrappers already stripped.
@@ -116,6 +135,17 @@ def to_native(names: Iterable[str], rules: tuple[Rule, ...]) -> dict[str, str]:
     Raises:
         CheckpointError: Some names fit no rule, or two names fit the same native one.
     """
+    named, leftovers = match_native(names, rules)
+    if leftovers:
+        raise CheckpointError(
+            f"{len(leftovers)} tensors are not part of a Wan model: {listed(leftovers)}",
+            "merge LoRA weights and drop tensors of other modules before converting",
+        )
+    return named
+
+
+def match_native(names: Iterable[str], rules: tuple[Rule, ...]) -> tuple[dict[str, str], list[str]]:
+    """As `to_native`, and the names that fit no rule."""
     pairs: list[tuple[str, str]] = []
     leftovers: list[str] = []
     for name in names:
@@ -124,12 +154,7 @@ def to_native(names: Iterable[str], rules: tuple[Rule, ...]) -> dict[str, str]:
             leftovers.append(name)
         else:
             pairs.append((native, name))
-    if leftovers:
-        raise CheckpointError(
-            f"{len(leftovers)} tensors are not part of a Wan model: {listed(leftovers)}",
-            "merge LoRA weights and drop tensors of other modules before converting",
-        )
-    return _unique(pairs)
+    return _unique(pairs), leftovers
 
 
 def fill(template: str, block: int | str) -> str:
@@ -142,6 +167,12 @@ def listed(names: Iterable[str]) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
     return ", ".join(ordered[:SHOWN]) + more
+
+
+def _common_prefix(names: list[str]) -> str | None:
+    """The first wrapper that is around all names."""
+    prefixes = (p for p in WRAPPER_PREFIXES if names and all(n.startswith(p) for n in names))
+    return next(prefixes, None)
 
 
 def _without_infixes(name: str) -> str:

@@ -1,36 +1,70 @@
-"""Writing a checkpoint folder: planned from shapes, one shard in memory, all there or nothing."""
+"""Writing a checkpoint folder: planned from shapes, one tensor in memory, all there or nothing."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 
 from vmla_convert.checkpoint.source import TensorSpec
-from vmla_convert.errors import OutputError
+from vmla_convert.errors import CheckpointError, ConfigError, OutputError
 
 INDEX_NAME = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 1000**3
+
+# In the order in which safetensors lays tensors out.
+_DTYPES = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 class CheckpointWriter:
     """A folder of safetensors shards and text files that appears whole or not at all.
 
-    Use as a context manager. Everything goes into `<out>.partial/` beside `out`, is synced to disk
-    and renamed on a clean exit; on any exception the partial folder is removed. The plan of shards
-    follows the order of `specs`: tensors added in that order keep one open shard in memory.
+    Use as a context manager. Shards have their full size and their header from the start, and a
+    tensor goes to its place in its shard as soon as it is added: only that tensor is in memory.
+    `<out>.partial/` beside `out` holds
+
+        checkpoint/      what `out` will be; a clean exit renames it, which is one step
+        .progress.json   the record of the last commit, where there is one
+
+    An exception removes it all, unless there is a record and the exception is not a mistake of the
+    user's (ConfigError, CheckpointError). A later writer can then go on from the record. So it can
+    after a kill at any instant: what a record counts as written was synced before the record was.
     """
 
     def __init__(
-        self, out: Path, specs: dict[str, TensorSpec], shard_bytes: int = 4 * 1024**3
+        self,
+        out: Path,
+        specs: dict[str, TensorSpec],
+        shard_bytes: int = SHARD_BYTES,
+        identity: Mapping[str, Any] | None = None,
+        resume: bool = False,
     ) -> None:
         """Plan the shards; nothing is written yet.
 
@@ -38,38 +72,57 @@ class CheckpointWriter:
             out: The folder to make; may exist when empty.
             specs: Every tensor that will be added.
             shard_bytes: Largest size of a shard; a tensor that is larger gets its own.
+            identity: What is written, from what; JSON-able. None: nothing can be committed.
+            resume: Go on with what a writer of the same identity and specs left, if it left any.
 
         Raises:
-            OutputError: `out` is taken.
+            OutputError: `out` is taken, or a dtype is none of a checkpoint's.
         """
-        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            raise OutputError(f"{out} is already there", "choose another -o or remove it")
-        split = split_state_dict_into_shards_factory(
-            specs,
-            get_storage_size=_size,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=shard_bytes,
-        )
+        _refuse_taken(out)
+        split = _split(specs, shard_bytes)
         self._out = out
-        self._partial = out.with_name(f"{out.name}.partial")
+        self._partial, self._folder = _places(out)
+        self._record = self._partial / ".progress.json"
         self._specs = dict(specs)
         self._file_of = split.tensor_to_filename
-        self._sharded = split.is_sharded
-        self._awaited = {file: set(names) for file, names in split.filename_to_tensors.items()}
-        self._open: dict[str, dict[str, torch.Tensor]] = {}
+        self._shards = {
+            file: _lay_out({name: specs[name] for name in names})
+            for file, names in split.filename_to_tensors.items()
+        }
+        # As JSON gives it back, so that it compares with a record.
+        self._identity = None if identity is None else json.loads(json.dumps(dict(identity)))
+        self._resume = resume
+        self._written: set[str] = set()
+        self._unsynced = set(self._shards)
+        self._texts: dict[str, str] = {}
+        self._state: Any = None
+
+    @property
+    def written(self) -> frozenset[str]:
+        """Names that need not be added: of the last commit, and those added since."""
+        return frozenset(self._written)
+
+    @property
+    def state(self) -> Any:
+        """What was last committed, as JSON gives it back; None before the first commit."""
+        return self._state
 
     def __enter__(self) -> Self:
-        """Make an empty partial folder.
+        """Make the partial folder, or go on with the one that is there.
 
         Raises:
-            OutputError: It cannot be made there.
+            OutputError: It cannot be made, or there is no space for the weights; or one is there
+                that is not to be resumed, was begun with another identity, or is damaged.
         """
-        try:
-            if self._partial.exists():
-                shutil.rmtree(self._partial)
-            self._partial.mkdir(parents=True)
-        except OSError as error:
-            raise _unwritable(self._partial, error) from error
+        with self._reported(self._partial):
+            if not self._take_up() and self._partial.exists():
+                self._discard()
+            self._check_space()
+            try:
+                self._make()
+            except BaseException:
+                self._clean_up()
+                raise
         return self
 
     def __exit__(
@@ -78,90 +131,229 @@ class CheckpointWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Publish after a clean run; leave nothing behind otherwise.
+        """Publish after a clean run; otherwise leave behind what can be resumed, or nothing.
 
         Raises:
             OutputError: A planned tensor was never added, or the disk refuses.
         """
         try:
-            if kind is None:
+            if error is None:
                 self._publish()
         finally:
-            shutil.rmtree(self._partial, ignore_errors=True)
+            self._clean_up(mistake=isinstance(error, ConfigError | CheckpointError))
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take one planned tensor; its shard is written as soon as it is complete.
+        """Write one planned tensor to its place; any order will do.
 
         Raises:
-            OutputError: The tensor is not planned, is added twice, or is of another shape or dtype.
+            OutputError: The tensor is not planned, is added twice, or is of another shape or
+                dtype; or the disk refuses.
         """
         if name not in self._specs:
             raise OutputError(f"'{name}' is not in the plan of {self._out}", _BUG)
-        file = self._file_of[name]
-        if name not in self._awaited[file]:
+        if name in self._written:
             raise OutputError(f"'{name}' was added twice to {self._out}", _BUG)
         found = TensorSpec(tuple(tensor.shape), tensor.dtype)
         if found != self._specs[name]:
             raise OutputError(f"'{name}' is {found}, planned was {self._specs[name]}", _BUG)
-        # A copy: the caller may reuse its buffer, and a view would keep all of its base alive.
-        kept = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        self._open.setdefault(file, {})[name] = kept
-        self._awaited[file].discard(name)
-        if not self._awaited[file]:
-            self._flush(file)
+        file = self._file_of[name]
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        self._unsynced.add(file)
+        with self._reported(self._folder / file), (self._folder / file).open("r+b") as stream:
+            stream.seek(self._shards[file].offsets[name])
+            stream.write(flat.view(torch.uint8).numpy().data)
+        self._written.add(name)
+
+    def commit(self, state: Any) -> None:
+        """Make everything so far survive a kill or a power cut.
+
+        Args:
+            state: What the caller needs to go on from here; JSON-able.
+
+        Raises:
+            OutputError: There is no identity to know it by, or the disk refuses.
+        """
+        if self._identity is None:
+            raise OutputError(f"{self._out} has no identity to resume it by", _BUG)
+        record = {
+            "identity": self._identity,
+            "plan": self._plan_digest(),
+            "written": sorted(self._written),
+            "texts": self._texts,
+            "state": state,
+        }
+        draft, text = self._record.with_suffix(".new"), json.dumps(record)
+        with self._reported(self._record):
+            self._sync_shards()
+            draft.write_text(text, "utf-8")
+            _sync(draft)
+            os.replace(draft, self._record)
+            _sync(self._partial)
+            _sync(self._partial.parent)
+        self._state = json.loads(text)["state"]
 
     def write_json(self, name: str, obj: Any) -> None:
-        """Write a JSON file beside the weights."""
+        """Put a JSON file beside the weights."""
         self.write_text(name, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a text file beside the weights.
+        """Put a text file beside the weights; a second of that name takes the place of the first.
 
         Raises:
-            OutputError: The name leads elsewhere or is the weights' own, or the disk refuses.
+            OutputError: The name leads elsewhere or is the weights' own.
         """
-        if not name or Path(name).name != name or name in self._awaited or name == INDEX_NAME:
+        if not name or Path(name).name != name or name in self._shards or name == INDEX_NAME:
             raise OutputError(f"'{name}' cannot be a file beside the weights", _BUG)
-        self._write(name, text)
+        self._texts[name] = text
 
-    def _write(self, name: str, text: str) -> None:
+    def _take_up(self) -> bool:
+        """Go on from the last commit; False where this run starts afresh."""
+        # Without `checkpoint/` the folder is what a kill left after publishing.
+        if self._identity is None or not self._folder.exists():
+            return False
+        if not self._resume:
+            raise _interrupted(self._partial)
+        if not self._record.exists():
+            return False
         try:
-            (self._partial / name).write_text(text, "utf-8")
-        except OSError as error:
-            raise _unwritable(self._partial / name, error) from error
+            record = json.loads(self._record.read_text("utf-8"))
+            identity, plan = dict(record["identity"]), record["plan"]
+            written, texts, state = set(record["written"]), record["texts"], record["state"]
+        except (ValueError, LookupError, TypeError) as error:
+            raise self._damaged(self._record) from error
+        other = [
+            key
+            for key in sorted(identity.keys() | self._identity.keys())
+            if identity.get(key, ...) != self._identity.get(key, ...)
+        ]
+        if other or plan != self._plan_digest():
+            raise OutputError(
+                f"{self._partial} was begun with another {', '.join(other) or 'set of tensors'}",
+                f"run with the same settings as before, or remove {self._partial}",
+            )
+        for file in {self._file_of[name] for name in written}:
+            path = self._folder / file
+            if not path.exists() or path.stat().st_size != self._shards[file].nbytes:
+                raise self._damaged(path)
+        self._written, self._texts, self._state = written, texts, state
+        return True
 
-    def _flush(self, file: str) -> None:
-        try:
-            path = self._partial / file
-            save_file(self._open.pop(file), path, metadata={"format": "pt"})
-            # safetensors makes its files private; a checkpoint is as readable as its card.
-            path.chmod(0o666 & ~_umask())
-        except (OSError, SafetensorError) as error:
-            raise _unwritable(self._partial / file, error) from error
+    def _plan_digest(self) -> str:
+        """Stands for every name, shape, dtype and place."""
+        digest = hashlib.sha256()
+        for file, shard in self._shards.items():
+            digest.update(file.encode() + shard.header)
+        return digest.hexdigest()
+
+    def _check_space(self) -> None:
+        need = sum(shard.nbytes for shard in self._shards.values())
+        for path in map(self._folder.joinpath, self._shards):
+            if path.exists():  # with holes, where nothing was written yet
+                need -= path.stat().st_blocks * 512
+        _require_room(self._out, need)
+
+    def _make(self) -> None:
+        """Every shard at full size with its header; what was committed stays as it is."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for path in self._folder.iterdir():
+            if path.name not in self._shards:
+                path.unlink()
+        for file, shard in self._shards.items():
+            path = self._folder / file
+            path.touch()
+            with path.open("r+b") as stream:
+                # Holes, not posix_fallocate: where a file system knows none, that writes every
+                # block twice. A disk that fills up meanwhile is no loss: there is --resume.
+                stream.truncate(shard.nbytes)
+                stream.write(shard.header)
 
     def _publish(self) -> None:
-        if missing := sorted(set().union(*self._awaited.values())):
+        if missing := sorted(self._specs.keys() - self._written):
             raise OutputError(
                 f"{len(missing)} planned tensors were never written: {', '.join(missing[:5])}", _BUG
             )
-        if self._sharded:
+        texts = dict(self._texts)
+        if len(self._shards) > 1:
             total = sum(map(_size, self._specs.values()))
             index = {"metadata": {"total_size": total}, "weight_map": self._file_of}
-            self._write(INDEX_NAME, json.dumps(index, indent=2) + "\n")
-        try:
-            for path in (*self._partial.iterdir(), self._partial):
-                _sync(path)
-            os.rename(self._partial, self._out)
+            texts[INDEX_NAME] = json.dumps(index, indent=2) + "\n"
+        with self._reported(self._out):
+            for name, text in texts.items():
+                (self._folder / name).write_text(text, "utf-8")
+                _sync(self._folder / name)
+            self._sync_shards()
+            os.rename(self._folder, self._out)
             _sync(self._out.parent)
+
+    def _sync_shards(self) -> None:
+        for file in sorted(self._unsynced):
+            _sync(self._folder / file)
+        _sync(self._folder)
+        self._unsynced.clear()
+
+    def _clean_up(self, mistake: bool = False) -> None:
+        """Remove the partial folder, unless it can be resumed."""
+        if mistake or not (self._record.exists() and self._folder.exists()):
+            with suppress(OSError):
+                self._discard()
+
+    def _discard(self) -> None:
+        # The record first: half a folder must not pass for one to go on with.
+        self._record.unlink(missing_ok=True)
+        shutil.rmtree(self._partial)
+
+    @contextmanager
+    def _reported(self, path: Path) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            raise _unwritable(self._out, error) from error
+            raise OutputError(
+                f"{path} cannot be written: {error}",
+                "check the space and rights there, then add --resume to go on"
+                if self._record.exists()
+                else "check the space and rights there, or choose another -o",
+            ) from error
+
+    def _damaged(self, path: Path) -> OutputError:
+        return OutputError(
+            f"{path} is not as it was left", f"remove {self._partial} and start afresh"
+        )
+
+
+def check_place(out: Path, nbytes: int, resume: bool) -> None:
+    """Refuse, before any work, a place where a resumable checkpoint cannot be written.
+
+    Args:
+        out: The folder to make.
+        nbytes: Of its weights.
+        resume: Whether to go on with what is there.
+
+    Raises:
+        OutputError: `out` is taken, an interrupted conversion is in the way, or space is lacking.
+    """
+    _refuse_taken(out)
+    partial, folder = _places(out)
+    if folder.exists():
+        if not resume:
+            raise _interrupted(partial)
+    else:
+        _require_room(out, nbytes)
+
+
+def planned_files(specs: dict[str, TensorSpec], shard_bytes: int = SHARD_BYTES) -> dict[str, int]:
+    """The weight files that a writer would make, and their bytes."""
+    split = _split(specs, shard_bytes)
+    return {
+        file: _lay_out({name: specs[name] for name in names}).nbytes
+        for file, names in split.filename_to_tensors.items()
+    }
 
 
 def write_checkpoint(
     out: Path,
     tensors: Mapping[str, torch.Tensor],
     files: Mapping[str, str | dict[str, Any]],
-    shard_bytes: int = 4 * 1024**3,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write tensors that are already in memory, with text files and JSON tables beside them.
 
@@ -182,15 +374,83 @@ def write_checkpoint(
 _BUG = "this is a fault of the program: please report it"
 
 
+@dataclass(frozen=True)
+class _Shard:
+    """Where things lie in a safetensors file.
+
+    Attributes:
+        header: Its first bytes, up to the data.
+        offsets: Of each tensor, from the start of the file.
+        nbytes: Of the whole file.
+    """
+
+    header: bytes
+    offsets: dict[str, int]
+    nbytes: int
+
+
+def _lay_out(specs: dict[str, TensorSpec]) -> _Shard:
+    """As `safetensors.torch.save_file` does, to the byte."""
+    if odd := sorted(name for name, spec in specs.items() if spec.dtype not in _DTYPES):
+        raise OutputError(
+            f"'{odd[0]}' is {specs[odd[0]].dtype}: safetensors files hold none such", _BUG
+        )
+    order, end = list(_DTYPES), 0
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    starts: dict[str, int] = {}
+    for name in sorted(specs, key=lambda name: (order.index(specs[name].dtype), name)):
+        spec = specs[name]
+        starts[name], end = end, end + _size(spec)
+        table[name] = {
+            "dtype": _DTYPES[spec.dtype],
+            "shape": spec.shape,
+            "data_offsets": (starts[name], end),
+        }
+    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    offsets = {name: len(header) + start for name, start in starts.items()}
+    return _Shard(header, offsets, len(header) + end)
+
+
+def _places(out: Path) -> tuple[Path, Path]:
+    """The partial folder, and what will be `out` in it."""
+    partial = out.with_name(f"{out.name}.partial")
+    return partial, partial / "checkpoint"
+
+
+def _refuse_taken(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise OutputError(f"{out} is already there", "choose another -o or remove it")
+
+
+def _interrupted(partial: Path) -> OutputError:
+    return OutputError(
+        f"{partial} holds an interrupted conversion", "add --resume to go on with it, or remove it"
+    )
+
+
+def _require_room(out: Path, need: int) -> None:
+    place = next(path for path in out.absolute().parents if path.exists())
+    free = shutil.disk_usage(place).free
+    if free < need:
+        raise OutputError(
+            f"{out} needs {need / 1e9:.2f} GB more, and {free / 1e9:.2f} GB are free",
+            "make room there, or choose another -o",
+        )
+
+
+def _split(specs: dict[str, TensorSpec], shard_bytes: int) -> StateDictSplit:
+    return split_state_dict_into_shards_factory(
+        specs,
+        get_storage_size=_size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+
+
 def _size(spec: TensorSpec) -> int:
     return torch.Size(spec.shape).numel() * spec.dtype.itemsize
-
-
-def _umask() -> int:
-    # The mask can only be read by setting it.
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def _sync(path: Path) -> None:
@@ -199,10 +459,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _unwritable(path: Path, error: Exception) -> OutputError:
-    return OutputError(
-        f"{path} cannot be written: {error}",
-        "check the space and rights there, or choose another -o",
-    )

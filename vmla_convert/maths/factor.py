@@ -279,21 +279,21 @@ def assume_evidence(weights: KVWeights, phases: Tensor) -> Evidence:
     )
 
 
-def two_sided(target: Tensor, metric: Tensor, covariance: Tensor) -> Decomposition:
-    """Best approximations up · down of a target W in E[tr((W − Ŵ) u)ᵀ M (W − Ŵ) u], at every rank.
+def two_sided(target: Tensor, square: Tensor, covariance: Tensor) -> Decomposition:
+    """Best approximations up · down of a target W in E[((W − Ŵ) u)ᵀ M (W − Ŵ) u], at every rank.
 
     Args:
         target: W, (n, d).
-        metric: M, (n, n), positive semi-definite.
+        square: B = Wᵀ M W, (d, d), with the metric M positive semi-definite; M itself may be large.
         covariance: C = E[u uᵀ], (d, d).
 
     Returns:
-        With B = Wᵀ M W and V, Λ the eigenvectors of C^½ B C^½: down = Λ^-½ Vᵀ C^½ B, so that the
+        With V, Λ the eigenvectors of C^½ B C^½: down = Λ^-½ Vᵀ C^½ B, so that the
         latent has covariance Λ, and up = W C downᵀ Λ⁻¹ solves the least-squares problem that is
         left. Neither M nor C is inverted.
     """
     root = psd_sqrt(covariance)
-    weighted = root @ (target.mT @ metric @ target)
+    weighted = root @ square
     # Products are symmetric but for rounding, which a direction without data would be made of.
     product = weighted @ root
     values, vectors = torch.linalg.eigh((product + product.mT) / 2)
@@ -347,15 +347,16 @@ def _decompose(
     metric = evidence.key_metric
     if layer.positions == "reconstructed":
         metric = evidence.turned_key_metric
-    key_metric = torch.block_diag(*metric)
+    by_head = target.unflatten(0, (weights.num_heads, -1))
+    of_keys = target.mT @ (metric @ by_head).flatten(0, 1)
+    of_values = weights.value.mT @ (evidence.value_metric @ weights.value)
     if layer.latent == "split":
         return [
-            two_sided(target, key_metric, evidence.covariance),
-            two_sided(weights.value, evidence.value_metric, evidence.covariance),
+            two_sided(target, of_keys, evidence.covariance),
+            two_sided(weights.value, of_values, evidence.covariance),
         ]
     stacked = torch.cat([target, weights.value])
-    both = torch.block_diag(key_metric, evidence.value_metric)
-    return [two_sided(stacked, both, evidence.covariance)]
+    return [two_sided(stacked, of_keys + of_values, evidence.covariance)]
 
 
 def _calibrated_content(

@@ -16,6 +16,7 @@ from vmla_convert.config import LayerConfig
 from vmla_convert.errors import ConfigError
 from vmla_convert.maths.moments import as_channels, as_pairs
 from vmla_convert.maths.positions import RopeBranch
+from vmla_convert.maths.spectra import truncate
 
 
 class KVWeights(NamedTuple):
@@ -212,18 +213,13 @@ def weight_svd(key: Tensor, value: Tensor, shape: LayerShape) -> Content:
     keys, rank = len(key), shape.kv_lora_rank
     no_offset = torch.zeros(rank, dtype=key.dtype)
     if shape.layer.latent == "joint":
-        up, down = _truncated_svd(torch.cat([key, value]), rank)
+        up, down = truncate(torch.cat([key, value]), rank)
         return Content(down, no_offset, up[:keys], up[keys:])
     (up_key, down_key), (up_value, down_value) = (
-        _truncated_svd(part, part_rank)
+        truncate(part, part_rank)
         for part, part_rank in zip((key, value), shape.parts(), strict=True)
     )
     return Content(torch.cat([down_key, down_value]), no_offset, up_key, up_value)
-
-
-def _truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    left, singular, right = torch.linalg.svd(matrix, full_matrices=False)
-    return left[:, :rank] * singular[:rank], right[:rank]
 
 
 def real_key(pairs: Tensor) -> Tensor:

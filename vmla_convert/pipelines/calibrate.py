@@ -2,12 +2,14 @@
 
 One block is needed at a time, forwards to keep each block's input, backwards to carry the gradient
 of a random direction of the predicted velocity; so a model that does not fit in memory can be
-calibrated block by block.
+calibrated block by block. What has been passed lies on a shelf: on disk it takes no memory either,
+and a walk that was stopped goes on from the block where it was.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -24,9 +26,12 @@ from vmla_convert.maths.reads import Reads, ReadSums, measure_reads, merge_reads
 from vmla_convert.maths.rope3d import Rotary
 from vmla_convert.pipelines.data import Batch, ClipSource, seeded
 from vmla_convert.pipelines.losses import Example, make_example, teacher_forcing_inputs
+from vmla_convert.pipelines.shelf import MemoryShelf, Shelf
 from vmla_convert.progress import Progress, Silent
 
 CLIPS_AT_ONCE = 8
+# Of all clips that pass a block together: its feed-forward holds a few tensors of this many rows.
+TOKENS_AT_ONCE = 8192
 QUERIES_PER_CLIP = 96
 
 ReadBlock = Callable[[int], Block]
@@ -39,11 +44,60 @@ class LayerReads(NamedTuple):
     Attributes:
         past: Reads of cached keys, and the moments of the clean inputs that become them.
         own: Reads of the reader's own chunk, clean and noisy apart, each with its inputs' moments;
-            they matter to layers that read the current chunk from its latents.
+            they matter to layers that read the current chunk from its latents. Empty when nobody
+            asked.
     """
 
     past: tuple[ReadSums, Moments]
     own: list[tuple[ReadSums, Moments]]
+
+
+def calibrate(
+    shell: CausalWanModel,
+    read_block: ReadBlock,
+    clips: ClipSource,
+    count: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+    shelf: Shelf | None = None,
+    own: bool = True,
+) -> Callable[[int], LayerReads]:
+    """Measure every layer of a dense model.
+
+    Args:
+        shell: The model; only what is not in its blocks is used.
+        read_block: Gives its blocks, which may live elsewhere.
+        clips: Where clips come from.
+        count: How many; a few dozen are enough, each brings thousands of tokens.
+        seed: Of the noise, the random directions and the sampled queries.
+        progress: Where to draw.
+        shelf: Where activations and what was measured are kept; a walk that an equal one left
+            unfinished there goes on. In memory by default.
+        own: Measure reads of the readers' own chunks too.
+
+    Returns:
+        What was measured of a layer, by its index.
+
+    Raises:
+        ConfigError: The clips do not fit the model.
+    """
+    progress, shelf = progress or Silent(), shelf or MemoryShelf()
+    layers = range(shell.config.geometry.num_layers)
+    if not shelf.has(_reads(0)):
+        walk = _Walk(shell, clips, count, seed, shelf, own)
+        for layer in progress.track(layers, "calibrating"):
+            walk.forward(layer, read_block)
+        walk.turn(len(layers))
+        for layer in progress.track(reversed(layers), "weighing errors", len(layers)):
+            walk.backward(layer, read_block)
+    return lambda layer: _unpacked(shelf.get(_reads(layer)))
+
+
+def deployed_phases(config: ModelConfig) -> Tensor:
+    """Expected phase of each RoPE pair (D/2,) in the window the model runs with."""
+    _, rows, columns = config.geometry.patch_size
+    grid = (config.latent_size[0] // rows, config.latent_size[1] // columns)
+    return expected_phases(config.cache, config.chunk_frames, grid, config.geometry.head_dim)
 
 
 class _Batch(NamedTuple):
@@ -56,59 +110,30 @@ class _Batch(NamedTuple):
     seed: int
 
 
-def calibrate(
-    shell: CausalWanModel,
-    read_block: ReadBlock,
-    clips: ClipSource,
-    count: int,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> list[LayerReads]:
-    """Measure every layer of a dense model.
-
-    Args:
-        shell: The model; only what is not in its blocks is used.
-        read_block: Gives its blocks, which may live elsewhere.
-        clips: Where clips come from.
-        count: How many; a few dozen are enough, each brings thousands of tokens.
-        seed: Of the noise, the random directions and the sampled queries.
-        progress: Where to draw.
-
-    Returns:
-        What was measured, layer by layer.
-    """
-    progress = progress or Silent()
-    walk = _Walk(shell, clips, count, seed)
-    layers = range(shell.config.geometry.num_layers)
-    for layer in progress.track(layers, "calibrating"):
-        walk.forward(read_block(layer))
-    walk.turn()
-    measured = [
-        walk.backward(read_block(layer))
-        for layer in progress.track(reversed(layers), "weighing errors", len(layers))
-    ]
-    return measured[::-1]
-
-
-def deployed_phases(config: ModelConfig) -> Tensor:
-    """Expected phase of each RoPE pair (D/2,) in the window the model runs with."""
-    _, rows, columns = config.geometry.patch_size
-    grid = (config.latent_size[0] // rows, config.latent_size[1] // columns)
-    return expected_phases(config.cache, config.chunk_frames, grid, config.geometry.head_dim)
-
-
 class _Walk:
-    """Clips between two blocks: their activations on the way there, gradients on the way back."""
+    """Clips between two blocks: their activations on the way there, gradients on the way back.
 
-    def __init__(self, shell: CausalWanModel, clips: ClipSource, count: int, seed: int) -> None:
-        self.shell = shell
+    On the shelf, `input-l` is what block l reads, `gradient-l` is with respect to that, `reads-l`
+    what was measured; each group holds a tensor for every batch. A block that was passed already
+    is not passed again.
+    """
+
+    def __init__(
+        self,
+        shell: CausalWanModel,
+        clips: ClipSource,
+        count: int,
+        seed: int,
+        shelf: Shelf,
+        own: bool,
+    ) -> None:
+        self.shell, self.shelf, self.own = shell, shelf, own
         self.batches: list[_Batch] = []
-        self.current: list[Tensor] = []
-        self.passed: list[list[Tensor]] = []
         device = shell.patch_embedding.weight.device
-        for index in range(-(-count // CLIPS_AT_ONCE)):
-            batch = clips.batch(index, min(CLIPS_AT_ONCE, count - index * CLIPS_AT_ONCE))
-            _check_clips(shell.config, batch)
+        inputs: list[Tensor] = []
+        for index, size in enumerate(_batch_sizes(shell.config, clips, count)):
+            batch = clips.batch(index, size)
+            check_clips(shell.config, batch)
             noise = seeded(seed, index, "calibration")
             example = make_example(batch, shell.config.chunk_frames, noise).to(device)
             with torch.no_grad():
@@ -116,23 +141,36 @@ class _Walk:
                     example.latents, example.timestep, example.context
                 )
             self.batches.append(_Batch(example, modulation, time, text, seed + index))
-            self.current.append(x)
-        positions, self.mask = teacher_forcing_inputs(shell.config, self.batches[0].example)
-        self.rotary = shell.rotary(positions, self.batches[0].example.latents)
+            inputs.append(x)
+        config, example = shell.config, self.batches[0].example
+        # Clips may be smaller than what the model is deployed at.
+        height, width = example.latents.shape[-2:]
+        config = replace(config, latent_size=(height, width))
+        positions, self.mask = teacher_forcing_inputs(config, example)
+        self.rotary = shell.rotary(positions, example.latents)
         self.attend = masked_attention(self.rotary, self.mask)
+        if not shelf.has("input-0"):
+            self._put("input-0", inputs)
 
     @torch.no_grad()
-    def forward(self, block: Block) -> None:
-        """Pass a block, and keep what went in."""
-        self.passed.append(self.current)
-        self.current = [
+    def forward(self, layer: int, read_block: ReadBlock) -> None:
+        """Pass a block."""
+        # Once a block is measured, what came out of it is gone.
+        if self.shelf.has(f"input-{layer + 1}") or self.shelf.has(_reads(layer)):
+            return
+        block = read_block(layer)
+        outputs = [
             block(x, batch.modulation, batch.text, self.attend)
-            for x, batch in zip(self.current, self.batches, strict=True)
+            for x, batch in zip(self._get(f"input-{layer}"), self.batches, strict=True)
         ]
+        self._put(f"input-{layer + 1}", outputs)
 
-    def turn(self) -> None:
+    def turn(self, layers: int) -> None:
         """Gradient of one random direction of each clip's velocity."""
-        for index, (x, batch) in enumerate(zip(self.current, self.batches, strict=True)):
+        if self.shelf.has(_gradient(layers)) or self.shelf.has(_reads(layers - 1)):
+            return
+        gradients: list[Tensor] = []
+        for x, batch in zip(self._get(f"input-{layers}"), self.batches, strict=True):
             leaf = x.detach().requires_grad_(True)
             with torch.enable_grad():
                 velocity = self.shell.unpatchify(
@@ -143,32 +181,91 @@ class _Walk:
                 ).to(velocity)
                 # Of the noisy clip, and of it the chunks that read a cache.
                 direction[:, : velocity.shape[1] // 2 + self.shell.config.chunk_frames] = 0
-                (gradient,) = torch.autograd.grad((velocity * direction).sum(), leaf)
-            self.current[index] = gradient
+                gradients += torch.autograd.grad((velocity * direction).sum(), leaf)
+        self._put(_gradient(layers), gradients)
 
-    def backward(self, block: Block) -> LayerReads:
+    def backward(self, layer: int, read_block: ReadBlock) -> None:
         """Pass a block backwards and measure its self-attention."""
-        inputs, measured = self.passed.pop(), list[LayerReads]()
-        for index, (x, batch) in enumerate(zip(inputs, self.batches, strict=True)):
+        if self.shelf.has(_reads(layer)):
+            return
+        block = read_block(layer)
+        assert isinstance(block.self_attn, DenseSelfAttention)
+        measured: LayerReads | None = None
+        gradients: list[Tensor] = []
+        inputs, pulls = self._get(f"input-{layer}"), self._get(_gradient(layer + 1))
+        for x, above, batch in zip(inputs, pulls, self.batches, strict=True):
             leaf, seen = x.detach().requires_grad_(True), list[tuple[Tensor, Tensor]]()
             with torch.enable_grad():
                 y = block(leaf, batch.modulation, batch.text, _recorded(self.attend, seen))
                 attention_input, attention_output = seen[0]
-                pull, self.current[index] = torch.autograd.grad(
-                    y, [attention_output, leaf], self.current[index]
-                )
-            assert isinstance(block.self_attn, DenseSelfAttention)
-            measured.append(
-                measure_attention(
-                    block.self_attn,
-                    attention_input.detach(),
-                    pull,
-                    self.rotary,
-                    self.mask,
-                    seeded(batch.seed, 0, "queries"),
-                )
+                pull, gradient = torch.autograd.grad(y, [attention_output, leaf], above)
+            gradients.append(gradient)
+            del y, seen, attention_output
+            reads = measure_attention(
+                block.self_attn,
+                attention_input.detach(),
+                pull,
+                self.rotary,
+                self.mask,
+                seeded(batch.seed, 0, "queries"),
+                self.own,
             )
-        return merge_layer_reads(measured)
+            measured = merge_layer_reads([measured, reads]) if measured else reads
+        assert measured is not None
+        self._put(_gradient(layer), gradients)
+        self.shelf.put(_reads(layer), _packed(measured))
+        # What lies above is not needed again.
+        self.shelf.drop(_gradient(layer + 1))
+        self.shelf.drop(f"input-{layer + 1}")
+
+    def _put(self, name: str, batches: list[Tensor]) -> None:
+        self.shelf.put(name, {f"{i:04d}": x for i, x in enumerate(batches)})
+
+    def _get(self, name: str) -> list[Tensor]:
+        device = self.shell.patch_embedding.weight.device
+        return [x.to(device) for _, x in sorted(self.shelf.get(name).items())]
+
+
+def _reads(layer: int) -> str:
+    return f"reads-{layer}"
+
+
+def _gradient(layer: int) -> str:
+    return f"gradient-{layer}"
+
+
+def _batch_sizes(config: ModelConfig, clips: ClipSource, count: int) -> list[int]:
+    """How many clips go together."""
+    latents = clips.batch(0, 1).latents
+    height, width = latents.shape[-2:]
+    tokens = 2 * latents.shape[1] * config.geometry.tokens_per_frame((height, width))
+    most = max(1, min(CLIPS_AT_ONCE, TOKENS_AT_ONCE // tokens))
+    return [min(most, count - start) for start in range(0, count, most)]
+
+
+def _packed(reads: LayerReads) -> dict[str, Tensor]:
+    """Real tensors by name; a shelf may know no complex numbers."""
+    packed: dict[str, Tensor] = {}
+    for group, (sums, moments) in enumerate([reads.past, *reads.own]):
+        for name, tensor in (*sums._asdict().items(), *moments._asdict().items()):
+            real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+            # Groups may share their moments; a file may not.
+            packed[f"{group}.{name}"] = real.clone()
+    return packed
+
+
+def _unpacked(packed: dict[str, Tensor]) -> LayerReads:
+    def group(index: int) -> tuple[ReadSums, Moments]:
+        parts = {name: packed[f"{index}.{name}"] for name in (*ReadSums._fields, *Moments._fields)}
+        parts["phases"] = torch.view_as_complex(parts["phases"])
+        return (
+            ReadSums(*(parts[name] for name in ReadSums._fields)),
+            Moments(*(parts[name] for name in Moments._fields)),
+        )
+
+    groups = sum(name.endswith(".queries") for name in packed)
+    past, *own = (group(index) for index in range(groups))
+    return LayerReads(past, own)
 
 
 def merge_layer_reads(parts: list[LayerReads]) -> LayerReads:
@@ -189,6 +286,7 @@ def measure_attention(
     rotary: Rotary,
     mask: Visibility,
     generator: torch.Generator,
+    own: bool = True,
 ) -> LayerReads:
     """Moments and reads of one layer.
 
@@ -199,17 +297,18 @@ def measure_attention(
         rotary: Positions of the tokens.
         mask: Who sees whom.
         generator: Picks the queries that stand for all.
+        own: Measure reads of the reader's own chunk too.
     """
     length = x.shape[1] // 2
     clean, noisy = x.split(length, dim=1)
     picks = torch.randperm(x.shape[1], generator=generator)[:QUERIES_PER_CLIP].to(x.device)
-    seen, own = mask.seen[picks], mask.seen[picks] & mask.own[picks]
+    seen, chunk = mask.seen[picks], mask.seen[picks] & mask.own[picks]
     late = torch.arange(x.shape[1], device=x.device) >= length
-    groups = [seen & ~own, own & ~late, own & late]
+    groups = [seen & ~chunk, *([chunk & ~late, chunk & late] if own else [])]
     value_mean = split_heads(attention.v(clean.mean((0, 1))), attention.num_heads)
     turns = rotary.turns()
     heads = attention.num_heads
-    sums: list[list[ReadSums]] = []
+    sums: list[ReadSums] = []
     # Clip by clip: the attention of many queries and heads to a whole window is large.
     for tokens, gradient in zip(x.split(1), pull.split(1), strict=True):
         raw_key = attention.k(tokens)
@@ -225,19 +324,26 @@ def measure_attention(
             pull=split_heads(gradient[:, picks] @ attention.o.weight, heads).float(),
             seen=seen,
         )
-        sums.append(measure_reads(reads, groups))
-    past, own_clean, own_noisy = (merge_reads(group) for group in zip(*sums, strict=True))
-    moments = measure_moments(clean), measure_moments(noisy)
-    return LayerReads((past, moments[0]), [(own_clean, moments[0]), (own_noisy, moments[1])])
+        clip = measure_reads(reads, groups)
+        sums = [merge_reads(both) for both in zip(sums, clip, strict=True)] if sums else clip
+    moments = measure_moments(clean)
+    inputs = [moments, *([moments, measure_moments(noisy)] if own else [])]
+    past, *rest = zip(sums, inputs, strict=True)
+    return LayerReads(past, rest)
 
 
-def _check_clips(config: ModelConfig, batch: Batch) -> None:
-    """Clips must fit the model, and be long enough that something reads a past."""
-    frames, *size = batch.latents.shape[1:]
-    expected = [config.geometry.in_dim, *config.latent_size]
-    if size != expected:
+def check_clips(config: ModelConfig, batch: Batch) -> None:
+    """Clips must fit the model, and be long enough that something reads a past.
+
+    Raises:
+        ConfigError: They do not, or are not.
+    """
+    frames, channels, *size = batch.latents.shape[1:]
+    _, rows, columns = config.geometry.patch_size
+    if channels != config.geometry.in_dim or size[0] % rows or size[1] % columns:
         raise ConfigError(
-            f"calibration clips have frames of {size}, the model takes {expected}",
+            f"calibration clips have frames of {[channels, *size]}, the model takes "
+            f"{[config.geometry.in_dim, *config.latent_size]}, or others that its patches divide",
             "give latents of this model's own codec: --data FILE.safetensors",
         )
     if frames < 2 * config.chunk_frames:

@@ -6,11 +6,13 @@ the first byte is written.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import resource
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,34 +21,54 @@ import torch
 from torch import Tensor
 
 from vmla_convert import __version__
-from vmla_convert.checkpoint.families import OpenCheckpoint, converted_config, open_checkpoint
+from vmla_convert.checkpoint.families import OpenCheckpoint, converted_config
 from vmla_convert.checkpoint.source import TensorSpec, fingerprint
-from vmla_convert.checkpoint.writer import CheckpointWriter
+from vmla_convert.checkpoint.writer import CheckpointWriter, check_place
 from vmla_convert.config import (
     PAPER_LAYER,
     ConvertConfig,
-    LayerConfig,
-    MLAConfig,
     ModelConfig,
     RankPlan,
+    SourceConfig,
     from_dict,
     to_dict,
 )
-from vmla_convert.errors import CheckpointError, ConfigError, OutputError, did_you_mean
+from vmla_convert.errors import CheckpointError, ConfigError, did_you_mean
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.maths.factor import DATA_INITS, INITS, assume_evidence, join_evidence
-from vmla_convert.maths.moments import as_channels
-from vmla_convert.maths.projections import Evidence, Factors, KVWeights, LayerShape
-from vmla_convert.pipelines.calibrate import LayerReads, calibrate, deployed_phases
+from vmla_convert.maths.factor import DATA_INITS, assume_evidence
+from vmla_convert.pipelines.calibrate import calibrate, check_clips, deployed_phases
 from vmla_convert.pipelines.codecs import require_demo_codec
-from vmla_convert.pipelines.data import open_clips, seeded
-from vmla_convert.pipelines.load import build_shell, checkpoint_path, compute_device, read_block
-from vmla_convert.pipelines.plan import check_sizes, plan_ranks, uniform_plan
+from vmla_convert.pipelines.data import ClipSource, open_clips
+from vmla_convert.pipelines.factoring import (
+    Branch,
+    branch_from,
+    branch_of,
+    factor_layer,
+    latent_tensors,
+    layer_evidence,
+    layer_weights,
+    planned_config,
+    with_branches,
+)
+from vmla_convert.pipelines.load import (
+    CONVERSION_NAME,
+    Source,
+    build_shell,
+    compute_device,
+    open_named,
+    read_block,
+)
+from vmla_convert.pipelines.parallel import ahead, workers_for
+from vmla_convert.pipelines.plan import (
+    ReadEvidence,
+    ReadWeights,
+    check_sizes,
+    plan_ranks,
+    uniform_plan,
+)
 from vmla_convert.pipelines.publish import model_card
-from vmla_convert.progress import Progress, Silent
-
-Read = Callable[[str], Tensor]
-
+from vmla_convert.pipelines.shelf import FolderShelf, Shelf
+from vmla_convert.progress import Progress, Silent, Timed
 
 PRESETS = {"videomla": ConvertConfig(init="spectral", layer=PAPER_LAYER, ranks="uniform")}
 """The paper: its layer with the exact key norm, its init, its shares of 192 + 32 numbers."""
@@ -84,7 +106,7 @@ class Conversion:
     Attributes:
         out: The folder.
         config: Of the converted model.
-        convert_seconds: The whole command.
+        convert_seconds: From start to end; of a resumed conversion the last start counts.
         factor_seconds: The part spent on factorisation.
         peak_rss_bytes: Largest resident size of the process so far.
     """
@@ -97,62 +119,76 @@ class Conversion:
 
 
 def convert(
-    source: str | Path,
+    source: Source,
     out: Path,
     config: ConvertConfig | None = None,
     progress: Progress | None = None,
+    resume: bool = False,
 ) -> Conversion:
     """Convert a dense checkpoint into a folder that `load` and `generate` take.
 
+    The source is read block by block and the folder written tensor by tensor, so neither has to fit
+    in memory. What was calibrated lies beside the folder until it is done.
+
     Args:
-        source: Checkpoint file or folder, or `demo`.
+        source: Checkpoint file or folder, `demo`, or a Hub id; with settings and LoRAs if need be.
         out: Folder to write; it appears whole or not at all.
         config: Init, layer, sizes and calibration.
         progress: Where to draw.
+        resume: Go on with a conversion of the same source and settings that was interrupted.
 
     Raises:
-        CheckpointError: The source cannot be read, is of no known layout, or is converted already.
+        CheckpointError: The source cannot be read, is of no known layout, is converted already, or
+            holds a number that is not finite.
         ConfigError: The init or a size does not fit the model.
-        OutputError: `out` is taken.
+        OutputError: `out` is taken, or cannot be written.
     """
     started = perf_counter()
-    config, progress = config or ConvertConfig(), progress or Silent()
-    checkpoint = open_checkpoint(checkpoint_path(source))
-    plan_conversion(checkpoint, config)
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        raise OutputError(f"{out} exists already", "choose another -o, or remove it")
-    evidence = gather_evidence(checkpoint, config, progress)
+    config, progress = config or ConvertConfig(), Timed(progress or Silent())
+    checkpoint = open_named(source)
+    rough = plan_conversion(checkpoint, config)
+    check_place(out, rough.nbytes, resume)
+    if measures(config):
+        open_measured(checkpoint.config, config)
+    origin = _origin(source, checkpoint, progress)
+    check_finite(checkpoint, progress)
+    basis = {"source": origin, "model": to_dict(checkpoint.config), "clips": _clips(config)}
+    shelf = _shelf(out, basis, config) if measures(config) else None
+    evidence = gather_evidence(checkpoint, config, shelf, progress)
     factor_started = perf_counter()
-    heads = checkpoint.config.geometry.num_heads
-    ranks = plan_ranks(
-        checkpoint.config,
-        config,
-        lambda layer: layer_weights(checkpoint.read, layer, heads),
-        evidence,
-        progress,
-    )
-    factor_seconds = perf_counter() - factor_started
+    weights = weights_of(checkpoint)
+    try:
+        ranks = plan_ranks(checkpoint.config, config, weights, evidence, progress)
+    except ConfigError as error:
+        kept = f"what was measured is kept in {shelf.folder}" if shelf else ""
+        raise ConfigError(error.message, "; ".join(filter(None, (error.hint, kept)))) from error
     plan = plan_conversion(checkpoint, config, ranks)
-    layers: list[Factors] = []
-    with CheckpointWriter(out, plan.specs) as writer:
-        for name in plan.kept:
-            writer.add(name, checkpoint.read(name))
-        for layer in progress.track(range(plan.config.geometry.num_layers), "factoring"):
-            factor_started = perf_counter()
-            factors = factor_layer(checkpoint.read, plan, config, layer, evidence)
-            factor_seconds += perf_counter() - factor_started
-            for name, tensor in latent_tensors(
-                factors, checkpoint.read, plan.config, layer
-            ).items():
-                writer.add(name, tensor)
-            layers.append(_without_weights(factors))
-        final = with_branches(plan.config, layers)
+    identity = {
+        **basis,
+        "version": __version__,
+        "settings": to_dict(config),
+        "plan": to_dict(ranks),
+    }
+    with CheckpointWriter(out, plan.specs, identity=identity, resume=resume) as writer:
+        branches = _write_tensors(checkpoint, plan, config, evidence, writer, progress)
+        factor_seconds = perf_counter() - factor_started
+        final = with_branches(plan.config, branches)
         seconds, peak = perf_counter() - started, peak_rss_bytes()
-        name = Path(source).name
-        provenance = _provenance(name, checkpoint, config, ranks, seconds, peak)
+        provenance = {
+            "source": origin,
+            "convert": to_dict(config),
+            "plan": to_dict(ranks),
+            "versions": _versions(),
+            "convert_seconds": seconds,
+            "factor_seconds": factor_seconds,
+            "stage_seconds": progress.seconds,
+            "peak_rss_bytes": peak,
+        }
         writer.write_json("config.json", converted_config(final))
-        writer.write_json("conversion.json", provenance)
-        writer.write_text("README.md", model_card(final, name))
+        writer.write_json(CONVERSION_NAME, provenance)
+        writer.write_text("README.md", model_card(final, origin))
+    if shelf is not None:
+        shelf.remove()
     return Conversion(out, final, seconds, factor_seconds, peak)
 
 
@@ -190,7 +226,7 @@ def read_plan(path: Path) -> RankPlan:
     Raises:
         ConfigError: There is no plan.
     """
-    file = path / "conversion.json" if path.is_dir() else path
+    file = path / CONVERSION_NAME if path.is_dir() else path
     try:
         return from_dict(RankPlan, json.loads(file.read_text())["plan"], "plan")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -220,247 +256,187 @@ def plan_conversion(
             "convert the dense checkpoint that it came from",
         )
     check_sizes(dense, config)
-    if _measures(config) and config.data.source == "demo":
+    if measures(config) and config.data.source == "demo":
         require_demo_codec(dense, "calibration on the demo world")
     ranks = ranks or uniform_plan(dense, config)
     planned = planned_config(dense, config, ranks)
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in CausalWanModel(planned).state_dict().items()}
     specs = checkpoint.specs()
-    kept = tuple(name for name in shapes if name in specs)
-    # New projections stay in float32: they are small, and recovery trains them.
-    written = {name: specs[name] for name in kept}
-    written |= {
-        name: TensorSpec(tuple(shape), torch.float32)
-        for name, shape in shapes.items()
-        if name not in specs
+    wanted = getattr(torch, config.dtype) if config.dtype else None
+    written = {
+        name: TensorSpec(
+            tuple(shape),
+            wanted or (specs[name].dtype if name in specs else torch.float32),
+        )
+        # What is outside the blocks first, then block by block.
+        for name, shape in sorted(shapes.items(), key=lambda item: _block_of(item[0]))
     }
+    kept = tuple(name for name in written if name in specs)
     return ConversionPlan(planned, ranks, kept, written)
 
 
-def planned_config(dense: ModelConfig, config: ConvertConfig, ranks: RankPlan) -> ModelConfig:
-    """The converted model's config, with placeholders for the rope pairs."""
-    pairs = tuple(tuple(range(count)) for count in ranks.rope_pairs)
-    mla = MLAConfig(ranks.kv_lora_rank, pairs, config.init, config.layer, ranks.key_ranks)
-    return replace(dense, mla=mla)
-
-
-def with_branches(planned: ModelConfig, layers: list[Factors]) -> ModelConfig:
-    """The planned config with the rope pairs and phases that the layers chose."""
-    assert planned.mla is not None
-    pairs = tuple(tuple(f.rope.pairs.tolist()) if f.rope else () for f in layers)
-    phases = tuple(_polar(f.phases) for f in layers if f.phases is not None)
-    return replace(planned, mla=replace(planned.mla, rope_pairs=pairs, phases=phases))
-
-
-def convert_model(
-    teacher: CausalWanModel, config: ConvertConfig, evidence: list[Evidence] | None
-) -> CausalWanModel:
-    """The same conversion in memory, for sweeps.
-
-    Args:
-        teacher: The dense model.
-        config: The conversion.
-        evidence: Of every layer, for the current chunk that the config has; None where the init
-            looks at none.
-    """
-    check_sizes(teacher.config, config)
-    state = teacher.state_dict()
-    heads = teacher.config.geometry.num_heads
-    ranks = plan_ranks(
-        teacher.config,
-        config,
-        lambda layer: layer_weights(state.__getitem__, layer, heads),
-        evidence,
-    )
-    planned = planned_config(teacher.config, config, ranks)
-    with torch.device("meta"):
-        expected = CausalWanModel(planned).state_dict()
-    plan = ConversionPlan(planned, ranks, (), {})
-    layers: list[Factors] = []
-    tensors = {name: tensor.clone() for name, tensor in state.items() if name in expected}
-    for layer in range(planned.geometry.num_layers):
-        factors = factor_layer(state.__getitem__, plan, config, layer, evidence)
-        layers.append(factors)
-        tensors |= latent_tensors(factors, state.__getitem__, planned, layer)
-    device = teacher.patch_embedding.weight.device
-    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    with torch.device("meta"):
-        model = CausalWanModel(with_branches(planned, layers))
-    model.load_state_dict(tensors, assign=True)
-    return model.eval().requires_grad_(False)
-
-
-def factor_layer(
-    read: Read,
-    plan: ConversionPlan,
-    config: ConvertConfig,
-    layer: int,
-    evidence: list[Evidence] | None,
-) -> Factors:
-    """Factor one layer under the plan."""
-    ranks = plan.ranks
-    shape = LayerShape(
-        config.layer,
-        ranks.kv_lora_rank[layer],
-        ranks.rope_pairs[layer],
-        ranks.key_ranks[layer] if ranks.key_ranks else None,
-    )
-    return INITS[config.init](
-        layer_weights(read, layer, plan.config.geometry.num_heads),
-        shape,
-        evidence[layer] if evidence else None,
-        seeded(config.seed, layer, "init"),
-    )
-
-
-def layer_weights(read: Read, layer: int, num_heads: int) -> KVWeights:
-    """Key and value weights of one dense layer, the norm's gain folded into the key; float64."""
-
-    def tensor(name: str) -> Tensor:
-        # Factoring is float64 on the CPU, wherever the model lives.
-        return read(f"blocks.{layer}.self_attn.{name}").cpu().double()
-
-    query_gain = tensor("norm_q.weight")
-    return KVWeights(
-        query=query_gain[:, None] * tensor("q.weight"),
-        query_bias=query_gain * tensor("q.bias"),
-        raw_key=tensor("k.weight"),
-        raw_key_bias=tensor("k.bias"),
-        key_gain=tensor("norm_k.weight"),
-        value=tensor("v.weight"),
-        value_bias=tensor("v.bias"),
-        output=tensor("o.weight"),
-        num_heads=num_heads,
-    )
-
-
-def latent_tensors(
-    factors: Factors, read: Read, config: ModelConfig, layer: int
-) -> dict[str, Tensor]:
-    """The new parameters of one layer by full name, float32."""
-    assert config.mla is not None
-    prefix, choices = f"blocks.{layer}.self_attn.", config.mla.layer
-    tensors = {
-        "kv_a_proj.weight": factors.kv_a_proj,
-        "kv_a_proj.bias": factors.kv_a_bias,
-        "kv_b_proj_k.weight": factors.kv_b_proj_k,
-        "kv_b_proj_k.bias": factors.kv_b_bias_k,
-        "kv_b_proj_v.weight": factors.kv_b_proj_v,
-        "kv_b_proj_v.bias": factors.kv_b_bias_v,
-    }
-    if factors.rope is not None:
-        tensors |= {
-            "k_rope_proj.weight": as_channels(factors.rope.rows.mT).mT,
-            "k_rope_proj.bias": as_channels(factors.rope.offsets),
-            "q_rope_map": factors.rope.query_map,
-        }
-    if factors.norm is not None:
-        tensors["k_norm_floor"] = factors.norm.floor
-    if factors.norm is not None and choices.k_norm == "latent":
-        tensors |= {
-            "k_norm_latent.weight": factors.norm.weight,
-            "k_norm_latent.bias": factors.norm.bias,
-        }
-    if choices.current_chunk == "latent" and choices.k_norm == "stored":
-        tensors |= {
-            "k_norm_proj.weight": read(f"{prefix}k.weight"),
-            "k_norm_proj.bias": read(f"{prefix}k.bias"),
-        }
-    return {prefix + name: tensor.float().contiguous() for name, tensor in tensors.items()}
+def _block_of(name: str) -> int:
+    """Number of a tensor's block; -1 outside."""
+    return int(name.split(".")[1]) if name.startswith("blocks.") else -1
 
 
 def peak_rss_bytes() -> int:
     """Largest resident size of this process so far."""
+    status = Path("/proc/self/status")
+    # Where there is one: Linux lets a process inherit the other figure from the one that began it.
+    if status.is_file() and (peak := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return int(peak[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def gather_evidence(
-    checkpoint: OpenCheckpoint, config: ConvertConfig, progress: Progress
-) -> list[Evidence] | None:
+    checkpoint: OpenCheckpoint, config: ConvertConfig, shelf: Shelf | None, progress: Progress
+) -> ReadEvidence | None:
     """What the init needs to know of every layer; the dense model is read block by block."""
-    model = checkpoint.config
     if config.init not in DATA_INITS:
         return None
-    layers = range(model.geometry.num_layers)
-
-    def weights(layer: int) -> KVWeights:
-        return layer_weights(checkpoint.read, layer, model.geometry.num_heads)
-
+    model, weights = checkpoint.config, weights_of(checkpoint)
     phases = deployed_phases(model)
     if not config.calibrate:
-        return [assume_evidence(weights(layer), phases) for layer in layers]
+        return lambda layer: assume_evidence(weights(layer), phases)
     device = compute_device()
-    measured = calibrate(
+    reads = calibrate(
         build_shell(checkpoint, device),
         lambda layer: read_block(checkpoint, layer, device),
-        open_clips(config.data, model.cache.sink_frames),
+        open_measured(model, config),
         config.calibration_clips,
         config.seed,
         progress,
+        shelf,
+        own=config.layer.current_chunk == "latent",
     )
-    return [
-        layer_evidence(measured[layer], weights(layer), config.layer, phases) for layer in layers
-    ]
+    return lambda layer: layer_evidence(reads(layer), weights(layer), config.layer, phases)
 
 
-def layer_evidence(
-    measured: LayerReads, weights: KVWeights, layer: LayerConfig, phases: Tensor
-) -> Evidence:
-    """Evidence for a layer that reads its past from latents, or its own chunk too.
-
-    Args:
-        measured: Of this layer.
-        weights: Of the dense layer.
-        layer: What is made of it.
-        phases: From `deployed_phases`.
-    """
-    own = measured.own if layer.current_chunk == "latent" else []
-    return join_evidence([measured.past, *own], weights, phases)
-
-
-def _measures(config: ConvertConfig) -> bool:
+def measures(config: ConvertConfig) -> bool:
+    """Whether a conversion looks at clips."""
     return config.calibrate and config.init in DATA_INITS
 
 
-def _without_weights(factors: Factors) -> Factors:
-    """What the config wants of a layer whose tensors are written."""
-    none = torch.empty(0)
-    return Factors(none, none, none, none, none, none, factors.rope, None, factors.phases)
+def open_measured(dense: ModelConfig, config: ConvertConfig) -> ClipSource:
+    """The clips that a conversion looks at.
+
+    Raises:
+        ConfigError: There are none, or they do not fit the model.
+    """
+    clips = open_clips(config.data, dense.cache.sink_frames)
+    check_clips(dense, clips.batch(0, 1))
+    return clips
 
 
-def _polar(phases: Tensor) -> tuple[tuple[tuple[float, float], ...], ...]:
-    """Angle and length of phases (H, D/2), to four digits: they are a record, not an input."""
-    return tuple(
-        tuple((round(angle, 4), round(length, 4)) for angle, length in zip(a, b, strict=True))
-        for a, b in zip(phases.angle().tolist(), phases.abs().tolist(), strict=True)
-    )
+def weights_of(checkpoint: OpenCheckpoint) -> ReadWeights:
+    """Reads the key and value weights of a layer."""
+    heads = checkpoint.config.geometry.num_heads
+    return lambda layer: layer_weights(checkpoint.read, layer, heads)
 
 
-def _provenance(
-    name: str,
+def check_finite(checkpoint: OpenCheckpoint, progress: Progress) -> None:
+    """Read every tensor once, before anything is made of them.
+
+    Raises:
+        CheckpointError: One holds a NaN or an infinite number.
+    """
+    for name in progress.track(checkpoint.names, "checking weights"):
+        tensor = checkpoint.read(name)
+        # A sum finds what is not finite without a second tensor; its overflow is told apart after.
+        if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
+            raise CheckpointError(
+                f"'{name}' of {checkpoint.source.path} holds NaN or infinite numbers",
+                "download the checkpoint again; if it is the same, its training had failed",
+            )
+
+
+def _write_tensors(
     checkpoint: OpenCheckpoint,
+    plan: ConversionPlan,
     config: ConvertConfig,
-    ranks: RankPlan,
-    seconds: float,
-    peak: int,
-) -> dict[str, Any]:
-    """What made the folder, for people and for later commands."""
+    evidence: ReadEvidence | None,
+    writer: CheckpointWriter,
+    progress: Progress,
+) -> list[Branch]:
+    """Everything outside the blocks, then block by block, each committed when it is written."""
+    branches = [branch_from(*branch) for branch in writer.state or []]
+    heads = plan.config.geometry.num_heads
+
+    def add(name: str, tensor: Tensor) -> None:
+        cast = tensor.to(plan.specs[name].dtype)
+        if cast.dtype == torch.float16 and not cast.isfinite().all():
+            raise ConfigError(f"'{name}' has numbers that float16 cannot hold", "use bfloat16")
+        writer.add(name, cast)
+
+    def factored(layer: int) -> tuple[Branch, dict[str, Tensor]]:
+        factors = factor_layer(checkpoint.read, plan.ranks, heads, config, layer, evidence)
+        return branch_of(factors), latent_tensors(factors, checkpoint.read, plan.config, layer)
+
+    blocks: dict[int, list[str]] = {}
+    for name in plan.kept:
+        if name not in writer.written:
+            blocks.setdefault(_block_of(name), []).append(name)
+    for name in blocks.pop(-1, []):
+        add(name, checkpoint.read(name))
+    writer.commit(branches)
+    left = range(len(branches), plan.config.geometry.num_layers)
+    work = ahead(factored, left, workers_for(_factor_bytes(plan.config)))
+    for layer, (branch, tensors) in zip(
+        left, progress.track(work, "converting", len(left)), strict=True
+    ):
+        for name, tensor in tensors.items():
+            add(name, tensor)
+        for name in blocks[layer]:
+            add(name, checkpoint.read(name))
+        branches.append(branch)
+        writer.commit(branches)
+    return branches
+
+
+def _factor_bytes(config: ModelConfig) -> int:
+    """What factoring a layer takes: a dozen d x d matrices in float64, by measurement."""
+    return 12 * 8 * config.geometry.dim**2
+
+
+def _origin(source: Source, checkpoint: OpenCheckpoint, progress: Progress) -> dict[str, Any]:
+    """What was converted, by content: for people, for later commands, and to know it again."""
+    how = source if isinstance(source, SourceConfig) else SourceConfig(str(source))
+    loras = [
+        {"name": lora.path.name, "sha256": fingerprint(lora.path), "scale": lora.scale}
+        for lora in checkpoint.loras
+    ]
     return {
-        "source": {
-            "name": name,
-            "sha256": fingerprint(checkpoint.source.path),
-            "state_key": checkpoint.source.key,
-            "family": checkpoint.family,
-        },
-        "convert": to_dict(config),
-        "plan": to_dict(ranks),
-        "versions": {
-            "vmla_convert": __version__,
-            "torch": torch.__version__,
-            "python": sys.version.split()[0],
-        },
-        "convert_seconds": seconds,
-        "peak_rss_bytes": peak,
+        "name": Path(how.checkpoint).name,
+        "sha256": fingerprint(checkpoint.source.path, progress),
+        "state_key": checkpoint.source.key,
+        "family": checkpoint.family,
+        "known_model": checkpoint.known,
+        "asked": {name: value for name, value in to_dict(how).items() if name != "checkpoint"},
+        "loras": loras,
+    }
+
+
+def _clips(config: ConvertConfig) -> str | None:
+    """SHA-256 of the clips that are measured, where they are a file."""
+    if not measures(config) or config.data.source == "demo":
+        return None
+    with Path(config.data.source).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _shelf(out: Path, basis: Mapping[str, Any], config: ConvertConfig) -> FolderShelf:
+    """Beside the output; another conversion of the same source may go on with it."""
+    own = config.layer.current_chunk == "latent"
+    how = [to_dict(config.data), config.calibration_clips, config.seed, own]
+    return FolderShelf(out.with_name(f"{out.name}.calibration"), [__version__, dict(basis), how])
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "vmla_convert": __version__,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
     }

@@ -21,8 +21,8 @@ from vmla_convert.maths.spectra import (
 )
 from vmla_convert.pipelines.calibrate import LayerReads
 from vmla_convert.pipelines.codecs import prompted_digit, require_demo_codec
-from vmla_convert.pipelines.convert import layer_weights
 from vmla_convert.pipelines.data import open_clips, seeded
+from vmla_convert.pipelines.factoring import layer_weights
 from vmla_convert.pipelines.losses import Example, make_example, predicted_velocity
 from vmla_convert.pipelines.rows import Errors, cache_rows, error_rows, row_fields
 from vmla_convert.results import Row

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from math import prod
 
 import torch
 
-from vmla_convert.checkpoint.families import OpenCheckpoint, open_checkpoint
+from vmla_convert.checkpoint.families import OpenCheckpoint, recognise, require_whole
+from vmla_convert.checkpoint.known import known_model
 from vmla_convert.config import ConvertConfig, ModelConfig
 from vmla_convert.maths.spectra import effective_rank, energy_at_rank, weight_spectrum
-from vmla_convert.pipelines.convert import layer_weights, planned_config
-from vmla_convert.pipelines.load import checkpoint_path
+from vmla_convert.pipelines.factoring import layer_weights, planned_config
+from vmla_convert.pipelines.load import Source, locate
 from vmla_convert.pipelines.plan import check_sizes, uniform_plan
 from vmla_convert.progress import Progress, Silent
 
@@ -37,55 +38,82 @@ class Inspection:
 
     Attributes:
         path: As given.
+        family: Its layout.
+        known_model: Whose settings it took; None when nobody said which model it is.
+        note: What is uncertain about that model.
         parameters: Number of weights.
+        nbytes: Their bytes in the file.
+        dtypes: They are stored as.
         model: Its full config.
         converted: What a conversion at the inspected sizes would make of it; itself if converted.
         window_cache_bytes: Bytes of a full window, batch 1, two bytes a number.
         converted_window_cache_bytes: The same after conversion.
-        spectrum: Per layer; empty for converted checkpoints.
+        unknown: Tensors that are no part of its model; `convert` refuses them.
+        missing: Tensors that its model lacks; likewise.
+        spectrum: Per layer, when asked for.
     """
 
     path: str
+    family: str
+    known_model: str | None
+    note: str
     parameters: int
+    nbytes: int
+    dtypes: list[str]
     model: ModelConfig
     converted: ModelConfig
     window_cache_bytes: int
     converted_window_cache_bytes: int
+    unknown: tuple[str, ...]
+    missing: tuple[str, ...]
     spectrum: list[LayerSpectrum]
 
 
 def inspect_checkpoint(
-    path: str | Path, config: ConvertConfig | None = None, progress: Progress | None = None
+    source: Source,
+    config: ConvertConfig | None = None,
+    progress: Progress | None = None,
+    spectra: bool = False,
 ) -> Inspection:
-    """Read a checkpoint's headers, and its key and value weights one layer at a time.
+    """Read a checkpoint's headers.
 
     Args:
-        path: A file or folder, or `demo`.
-        config: Sizes to compare with; the paper's shares by default.
+        source: A file or folder, `demo`, or a Hub id; with settings if need be.
+        config: Sizes to compare with; the default ones if None.
         progress: Where to draw.
+        spectra: Read key and value weights too, and decompose them layer by layer.
 
     Raises:
-        CheckpointError: The path is no checkpoint of a known layout.
+        CheckpointError: The source is no checkpoint of a known layout.
         ConfigError: The sizes do not fit it.
     """
-    checkpoint = open_checkpoint(checkpoint_path(path))
-    model = checkpoint.config
-    converted = model
+    path, how = locate(source)
+    checkpoint = recognise(path, how)
+    model = converted = checkpoint.config
     spectrum: list[LayerSpectrum] = []
     if model.mla is None:
         config = config or ConvertConfig()
         check_sizes(model, config)
         ranks = uniform_plan(model, config)
         converted = planned_config(model, config, ranks)
-        spectrum = _spectrum(checkpoint, ranks.kv_lora_rank[0], progress or Silent())
-    frames = model.cache.window_frames
+        if spectra:
+            require_whole(checkpoint)
+            spectrum = _spectrum(checkpoint, ranks.kv_lora_rank[0], progress or Silent())
+    specs, frames = checkpoint.specs().values(), model.cache.window_frames
     return Inspection(
-        path=str(path),
+        path=how.checkpoint,
+        family=checkpoint.family,
+        known_model=checkpoint.known,
+        note=known_model(checkpoint.known).note if checkpoint.known else "",
         parameters=checkpoint.parameters(),
+        nbytes=sum(prod(spec.shape) * spec.dtype.itemsize for spec in specs),
+        dtypes=sorted({str(spec.dtype).removeprefix("torch.") for spec in specs}),
         model=model,
         converted=converted,
         window_cache_bytes=model.cache_bytes(frames),
         converted_window_cache_bytes=converted.cache_bytes(frames),
+        unknown=checkpoint.unknown,
+        missing=checkpoint.missing,
         spectrum=spectrum,
     )
 

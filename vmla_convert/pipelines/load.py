@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from importlib.resources import files
@@ -9,18 +10,50 @@ from pathlib import Path
 
 import torch
 
-from vmla_convert.checkpoint.families import OpenCheckpoint, open_checkpoint
+from vmla_convert.checkpoint.families import OpenCheckpoint, is_converted, open_checkpoint
+from vmla_convert.checkpoint.hub import fetch, is_repo
+from vmla_convert.checkpoint.known import known_by_repo, known_model
+from vmla_convert.config import SourceConfig, from_dict
 from vmla_convert.errors import CheckpointError
 from vmla_convert.layers.dit import Block, CausalWanModel
 
 DEMO = "demo"
+CONVERSION_NAME = "conversion.json"
+"""What made a converted folder, beside its weights."""
+
+Source = str | Path | SourceConfig
+"""A user's word for a checkpoint: a path, `demo`, a Hub id, or one of them with settings."""
 
 
-def checkpoint_path(name: str | Path) -> Path:
-    """The path that a user's word for a checkpoint means; `demo` is the one that ships."""
-    if str(name) == DEMO:
-        return Path(str(files("vmla_convert") / "demo" / "checkpoint"))
-    return Path(name)
+def open_named(source: Source) -> OpenCheckpoint:
+    """Open the checkpoint that a user's word means.
+
+    Raises:
+        CheckpointError: It cannot be found, read or recognised.
+        ConfigError: A setting is unknown or does not fit.
+    """
+    path, how = locate(source)
+    return open_checkpoint(path, how)
+
+
+def locate(source: Source) -> tuple[Path, SourceConfig]:
+    """Where a checkpoint lies, fetched from the Hub if it must be, and what is known of it.
+
+    Raises:
+        CheckpointError: It cannot be found.
+    """
+    how = source if isinstance(source, SourceConfig) else SourceConfig(str(source))
+    name, path = how.checkpoint, Path(how.checkpoint)
+    if name == DEMO:
+        return Path(str(files("vmla_convert") / "demo" / "checkpoint")), how
+    if path.exists() or not is_repo(name):
+        return path / (how.file or ""), how
+    repo, known = name.partition("@")[0], known_model(how.model) if how.model else None
+    path = fetch(name, how.file or (known.file if known and repo in known.repos else None))
+    if is_converted(path):
+        return path, how
+    model = how.model or known_by_repo(name, how.file)
+    return path, replace(how, model=model, overrides=(f"base_model={repo}", *how.overrides))
 
 
 def compute_device() -> torch.device:
@@ -30,20 +63,42 @@ def compute_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def as_teacher(teacher: Source, converted: Path) -> SourceConfig:
+    """A dense checkpoint, read as when it was converted: its key, settings and LoRAs.
+
+    Args:
+        teacher: A path, `demo` or a Hub id; what comes with settings of its own stays as it is.
+        converted: The folder that was made of it.
+    """
+    if isinstance(teacher, SourceConfig):
+        return teacher
+    record = converted / CONVERSION_NAME
+    origin = json.loads(record.read_text("utf-8")).get("source", {}) if record.is_file() else {}
+    asked = from_dict(SourceConfig, origin.get("asked", {}))
+    here = Path(teacher).exists()
+    return replace(
+        asked,
+        checkpoint=str(teacher),
+        # A local path says itself which file it is.
+        file=None if here else asked.file,
+        model=origin.get("known_model"),
+    )
+
+
 def load(
-    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    source: Source, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> CausalWanModel:
     """Load a dense checkpoint of the Wan family or a converted folder, ready to run.
 
     Args:
-        path: A file or folder, or `demo`.
+        source: A file or folder, `demo`, or a Hub id.
         device: Where the weights go.
         dtype: Of all weights.
 
     Raises:
-        CheckpointError: The path is no checkpoint of a known layout.
+        CheckpointError: It is no checkpoint of a known layout.
     """
-    return build(open_checkpoint(checkpoint_path(path)), device, dtype)
+    return build(open_named(source), device, dtype)
 
 
 def build(

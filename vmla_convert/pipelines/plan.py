@@ -14,6 +14,9 @@ from vmla_convert.progress import Progress, Silent
 ReadWeights = Callable[[int], KVWeights]
 """The dense weights of a layer by its index."""
 
+ReadEvidence = Callable[[int], Evidence]
+"""What is known of a layer by its index."""
+
 # The paper's 32 of 224 numbers.
 ROPE_SHARE = 1 / 7
 
@@ -78,7 +81,7 @@ def plan_ranks(
     model: ModelConfig,
     config: ConvertConfig,
     read_weights: ReadWeights,
-    evidence: list[Evidence] | None,
+    evidence: ReadEvidence | None,
     progress: Progress | None = None,
 ) -> RankPlan:
     """The sizes of every layer.
@@ -107,7 +110,7 @@ def plan_ranks(
     # No layer is worth more than a few times its fair share, and spectra of all sizes cost time.
     most = total if explicit else min(2 * model.geometry.dim, 6 * total // len(layers))
     curves = [
-        predict_errors(read_weights(layer), config.layer, evidence[layer], most, **counts)
+        predict_errors(read_weights(layer), config.layer, evidence(layer), most, **counts)
         for layer in (progress or Silent()).track(layers, "predicting errors")
     ]
     sizes = [total] * len(layers)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from huggingface_hub import ModelCardData
 
 from vmla_convert.config import ModelConfig, to_dict
 
 
-def model_card(config: ModelConfig, source_name: str) -> str:
+def model_card(config: ModelConfig, origin: Mapping[str, Any]) -> str:
     """README.md of a converted checkpoint: licence and base model are the source's, never ours.
 
     Args:
         config: Of the converted model.
-        source_name: File or folder name of the source checkpoint.
+        origin: What it was converted from, as conversion.json has it under `source`.
     """
+    name = origin.get("name", "a checkpoint")
+    merged = [f"{lora['name']} (scale {lora['scale']:g})" for lora in origin.get("loras", ())]
     assert config.mla is not None
     data = ModelCardData(
         license=config.licence,
@@ -28,7 +33,7 @@ def model_card(config: ModelConfig, source_name: str) -> str:
 {data.to_yaml()}
 ---
 
-# {source_name}, converted to a latent KV cache
+# {name}, converted to a latent KV cache
 
 Converted by vmla-convert: each layer caches {config.cache_scalars_per_token():.4g} numbers per
 token instead of {dense} ({config.cache_cut():.1%} less).
@@ -40,6 +45,7 @@ token instead of {dense} ({config.cache_cut():.1%} less).
 | kv_lora_rank, layer by layer | {_listed(ranks)} |
 | qk_rope_head_dim | {_listed(ropes)} |
 | family of the source | {config.family} |
+| LoRAs merged before | {", ".join(merged) or "none"} |
 | licence of the source | {config.licence} |
 | base model | {config.base_model} |
 

@@ -11,11 +11,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vmla_convert.checkpoint.families import converted_config, open_checkpoint
+from vmla_convert.checkpoint.families import converted_config
 from vmla_convert.checkpoint.writer import write_checkpoint
 from vmla_convert.config import EvaluateConfig, RecoverConfig, TrainingConfig, to_dict
 from vmla_convert.errors import CheckpointError, OutputError
@@ -25,7 +26,15 @@ from vmla_convert.layers.mla import LatentSelfAttention
 from vmla_convert.maths.masks import Visibility
 from vmla_convert.pipelines.data import ClipSource, open_clips, open_openings, seeded
 from vmla_convert.pipelines.evaluate import HeldOut, dense_rows
-from vmla_convert.pipelines.load import build, checkpoint_path, compute_device, load
+from vmla_convert.pipelines.load import (
+    CONVERSION_NAME,
+    Source,
+    as_teacher,
+    build,
+    compute_device,
+    load,
+    open_named,
+)
 from vmla_convert.pipelines.losses import (
     Example,
     make_example,
@@ -46,7 +55,7 @@ OnStep = Callable[[int, Errors], None]
 
 def recover(
     converted: str | Path,
-    teacher: str | Path,
+    teacher: Source,
     out: Path,
     config: RecoverConfig | None = None,
     evaluation: EvaluateConfig | None = None,
@@ -74,13 +83,13 @@ def recover(
     config, progress = config or RecoverConfig(), progress or Silent()
     if out.exists():
         raise OutputError(f"{out} exists already", "choose another -o, or remove it")
-    source = open_checkpoint(checkpoint_path(converted))
+    source = open_named(converted)
     if source.config.mla is None:
         raise CheckpointError(
             f"{converted} is not a converted checkpoint", "make one first: vmla convert CKPT -o OUT"
         )
     device, specs = compute_device(), source.specs()
-    student, dense = build(source, device), load(teacher, device)
+    student, dense = build(source, device), load(as_teacher(teacher, source.source.path), device)
     check_pair(student, dense)
     held_out = HeldOut(dense, evaluation or EvaluateConfig())
     rows = [*dense_rows(dense, held_out), *cache_rows(student.config)]
@@ -103,8 +112,8 @@ def recover(
         {name: t.to("cpu", specs[name].dtype) for name, t in student.state_dict().items()},
         {
             "config.json": converted_config(student.config),
-            "conversion.json": provenance,
-            "README.md": model_card(student.config, _source_name(provenance)),
+            CONVERSION_NAME: provenance,
+            "README.md": model_card(student.config, provenance.get("source", {})),
         },
     )
     return rows + _finish_state(state, curve)
@@ -258,14 +267,9 @@ def _latent_layers(student: CausalWanModel) -> list[LatentSelfAttention]:
     return [a for a in student.self_attentions() if isinstance(a, LatentSelfAttention)]
 
 
-def _read_provenance(folder: Path) -> dict[str, object]:
-    file = folder / "conversion.json"
+def _read_provenance(folder: Path) -> dict[str, Any]:
+    file = folder / CONVERSION_NAME
     return json.loads(file.read_text()) if file.is_file() else {}
-
-
-def _source_name(provenance: dict[str, object]) -> str:
-    source = provenance.get("source")
-    return str(source["name"]) if isinstance(source, dict) else "a checkpoint"
 
 
 def _claim_state(state: Path, settings: dict[str, object]) -> None:

@@ -24,7 +24,6 @@ from vmla_convert.pipelines.calibrate import (
     deployed_phases,
     model_blocks,
 )
-from vmla_convert.pipelines.convert import convert_model, layer_evidence, layer_weights
 from vmla_convert.pipelines.data import open_clips
 from vmla_convert.pipelines.evaluate import (
     HeldOut,
@@ -32,6 +31,7 @@ from vmla_convert.pipelines.evaluate import (
     learned_spectrum_rows,
     spectrum_rows,
 )
+from vmla_convert.pipelines.factoring import convert_model, layer_evidence, layer_weights
 from vmla_convert.pipelines.plan import check_sizes, uniform_plan
 from vmla_convert.pipelines.recover import recover_model
 from vmla_convert.pipelines.rows import Errors, cache_rows, error_rows, row_fields, run_name
@@ -159,7 +159,7 @@ def measure_point(
 
 def _measure(teacher: CausalWanModel, config: ConvertConfig, progress: Progress) -> _Known:
     state, geometry = teacher.state_dict(), teacher.config.geometry
-    measured = calibrate(
+    reads = calibrate(
         teacher,
         model_blocks(teacher),
         open_clips(config.data, teacher.config.cache.sink_frames),
@@ -171,4 +171,5 @@ def _measure(teacher: CausalWanModel, config: ConvertConfig, progress: Progress)
         layer_weights(state.__getitem__, layer, geometry.num_heads)
         for layer in range(geometry.num_layers)
     ]
+    measured = [reads(layer) for layer in range(geometry.num_layers)]
     return _Known(weights, measured, deployed_phases(teacher.config))

@@ -1,0 +1,74 @@
+"""Progress that is timed: everything passes, and seconds add up by label."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from time import sleep
+from typing import TypeVar
+
+import pytest
+
+from vmla_convert.progress import Silent, Timed
+
+T = TypeVar("T")
+
+
+class Told(Silent):
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.tracked: list[tuple[str, int | None]] = []
+        self.notes: list[str] = []
+
+    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+        self.tracked.append((label, total))
+        yield from items
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_silence_gives_the_items() -> None:
+    silent = Silent()
+    assert list(silent.track(iter("ab"), "x", 2)) == ["a", "b"]
+    silent.note("said to nobody")
+
+
+def test_everything_is_passed_on() -> None:
+    told = Told()
+    timed = Timed(told)
+    assert list(timed.track(iter("ab"), "x", 2)) == ["a", "b"]
+    assert list(timed.track([], "y")) == []
+    timed.note("0.5")
+    assert told.tracked == [("x", 2), ("y", None)]
+    assert told.notes == ["0.5"]
+
+
+def test_seconds_add_up_by_label_and_the_consumers_count() -> None:
+    timed = Timed(Silent())
+
+    def slow() -> Iterator[int]:
+        for item in range(2):
+            sleep(0.02)
+            yield item
+
+    for _ in timed.track(range(2), "used"):
+        sleep(0.02)
+    list(timed.track(slow(), "made"))
+    once = dict(timed.seconds)
+    assert list(once) == ["used", "made"]
+    assert all(0.04 <= seconds < 1 for seconds in once.values())
+    list(timed.track(slow(), "made"))
+    assert timed.seconds["used"] == once["used"]
+    assert timed.seconds["made"] >= once["made"] + 0.04
+
+
+def test_what_goes_wrong_within_passes_through() -> None:
+    timed = Timed(Told())
+
+    def broken() -> Iterator[int]:
+        yield 1
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        list(timed.track(broken(), "x"))

@@ -1,0 +1,302 @@
+"""Checkpoints by Hub id: which file of a repository is meant, and where it lies once fetched."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from vmla_convert.checkpoint.known import KNOWN, known_by_repo
+from vmla_convert.checkpoint.source import INDEX_SUFFIX, PICKLE_SUFFIXES
+from vmla_convert.errors import CheckpointError, did_you_mean
+
+# huggingface_hub takes half a second to import, and most checkpoints are local: hence the imports
+# inside functions.
+
+CONFIG_NAME = "config.json"
+
+_NAME = r"[A-Za-z0-9](?:[\w.-]*\w)?"
+_REPO = re.compile(rf"({_NAME}/{_NAME})(?:@(\w[\w./-]*))?", re.ASCII)
+_LONGEST_REPO = 96
+
+# The first kind that a folder holds is the one to open, as `open_source` has it.
+_KINDS = ((INDEX_SUFFIX,), (".safetensors",), PICKLE_SUFFIXES)
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+# The rest of a video pipeline, by the names that Wan, its successors and diffusers give it.
+_NO_TRANSFORMER = re.compile(
+    r"(^|/)(vae|(text|image)_encoder(_\d+)?|tokenizer(_\d+)?|scheduler)/"
+    r"|(^|[/_.-])(vae|u?mt5|t5|clip|lora|optimizer)([_.-])",
+    re.IGNORECASE,
+)
+_EXPERTS = ({"high_noise_model", "low_noise_model"}, {"transformer", "transformer_2"})
+
+_TIMEOUT = 10.0
+
+
+def is_repo(name: str) -> bool:
+    """Whether a name can be a Hub id, "owner/name" or "owner/name@revision".
+
+    A relative path may look the same: ask whether it exists first.
+    """
+    match = _REPO.fullmatch(name)
+    if match is None or len(match[1]) > _LONGEST_REPO or ".." in name or "--" in match[1]:
+        return False
+    return not match[1].endswith((".git", ".json", *(s for kind in _KINDS for s in kind)))
+
+
+def fetch(repo: str, file: str | None = None) -> Path:
+    """Fetch a checkpoint from the Hub, or find it in the Hub's cache when it cannot be reached.
+
+    Fetched are the file, the shards of an index, and the config.json beside it.
+
+    Args:
+        repo: "owner/name" or "owner/name@revision".
+        file: Which file of the repository, or a folder that holds one checkpoint. None takes the
+            one that `KNOWN` names, else the repository's only one.
+
+    Returns:
+        The local file, for `open_source`.
+
+    Raises:
+        CheckpointError: The repository cannot be read, holds no such checkpoint or several, or is
+            not whole in the cache while the Hub cannot be reached.
+    """
+    listing = _list(repo)
+    chosen = _choose(listing, file)
+    folder = PurePosixPath(chosen).parent
+    if (config := str(folder / CONFIG_NAME)) in listing.files:
+        _download(listing, config)
+    path = _download(listing, chosen)
+    if chosen.endswith(INDEX_SUFFIX):
+        for shard in _shards(listing, chosen, path):
+            _download(listing, shard)
+    return path
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """The files of a repository: all of them, or those in the cache while the Hub is `away`.
+
+    Attributes:
+        repo: "owner/name".
+        revision: A branch, tag or commit.
+        files: Paths in the repository.
+        away: Why the Hub cannot be asked; empty when it can.
+    """
+
+    repo: str
+    revision: str
+    files: frozenset[str]
+    away: str = ""
+
+
+def _list(repo: str) -> _Listing:
+    from huggingface_hub import HfApi
+
+    match = _REPO.fullmatch(repo)
+    if match is None or not is_repo(repo):
+        raise CheckpointError(
+            f"'{repo}' is no Hub id", "give it as owner/name or owner/name@revision"
+        )
+    name, revision = match[1], match[2] or "main"
+    try:
+        # list_repo_files tries for 23 seconds where there is no network; this fails at once.
+        siblings = HfApi().model_info(name, revision=revision, timeout=_TIMEOUT).siblings
+        return _Listing(name, revision, frozenset(file.rfilename for file in siblings or []))
+    except Exception as error:  # networks fail in many ways, under two HTTP libraries
+        if refusal := _refusal(error, name, revision):
+            raise refusal from error
+        cached = frozenset(_cached_files(name, revision))
+        listing = _Listing(name, revision, cached, _why_away(error))
+        if not cached:
+            raise _lacking(listing, name, "neither a path here nor in the Hub's cache") from error
+        return listing
+
+
+def _cached_files(repo: str, revision: str) -> list[str]:
+    """What the Hub's cache holds of a revision; interrupted downloads are links to nothing."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    reference = folder / "refs" / revision
+    commit = reference.read_text("utf-8").strip() if reference.is_file() else revision
+    snapshot = folder / "snapshots" / commit
+    return [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*") if file.is_file()]
+
+
+def _choose(listing: _Listing, file: str | None) -> str:
+    """The one file to open."""
+    if file is None and (name := known_by_repo(listing.repo)):
+        file = KNOWN[name].file
+    if file is None:
+        return _only(_preferred(listing.files), listing, listing.repo)
+    file = str(PurePosixPath(file))
+    if inside := [other for other in listing.files if PurePosixPath(file) in _parents(other)]:
+        return _only(_openable(inside), listing, f"{file}/ of {listing.repo}")
+    _require(listing, file)
+    if not file.endswith(tuple(suffix for kind in _KINDS for suffix in kind)):
+        raise CheckpointError(
+            f"'{file}' of {listing.repo} is not a checkpoint",
+            f"known endings: {', '.join(suffix for kind in _KINDS for suffix in kind)}",
+        )
+    return file
+
+
+def _parents(file: str) -> tuple[PurePosixPath, ...]:
+    return tuple(PurePosixPath(file).parents)
+
+
+def _preferred(files: Iterable[str]) -> list[str]:
+    """The transformer of a diffusers pipeline, else what is at the root, else anything."""
+    found = _openable(files)
+    pipeline = [file for file in found if PurePosixPath(file).parts[0] in _EXPERTS[1]]
+    root = [file for file in found if "/" not in file]
+    return pipeline or root or found
+
+
+def _openable(files: Iterable[str]) -> list[str]:
+    """Checkpoints of a video transformer, of each folder those of its first kind."""
+    folders: dict[PurePosixPath, list[str]] = {}
+    for file in sorted(files):
+        if not (_NO_TRANSFORMER.search(file) or _SHARD.search(file)):
+            folders.setdefault(PurePosixPath(file).parent, []).append(file)
+    found = []
+    for inside in folders.values():
+        kinds = ([file for file in inside if file.endswith(kind)] for kind in _KINDS)
+        found += next(filter(None, kinds), [])
+    return found
+
+
+def _only(found: list[str], listing: _Listing, where: str) -> str:
+    if not found:
+        if listing.away:
+            raise _lacking(listing, f"a checkpoint of {where}")
+        raise CheckpointError(
+            f"{where} holds nothing that can be loaded",
+            "name a repository with an index of shards, a .safetensors file or a torch pickle",
+        )
+    if len(found) > 1:
+        folders = {PurePosixPath(file).parts[0] for file in found}
+        pair = "it is a pair of experts, converted one by one: " if folders in _EXPERTS else ""
+        raise CheckpointError(
+            f"{where} holds {len(found)} checkpoints: {_some(found)}",
+            f"{pair}add --file {found[0]}" + ("" if pair else ", or another of them"),
+        )
+    return found[0]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _require(listing: _Listing, file: str) -> None:
+    if file in listing.files:
+        return
+    if listing.away:
+        raise _lacking(listing, f"'{file}' of {listing.repo}")
+    openable = _openable(listing.files)
+    raise CheckpointError(
+        f"{listing.repo} has no file '{file}'",
+        did_you_mean(file, openable)
+        if openable
+        else f"see https://huggingface.co/{listing.repo}/tree/{listing.revision}",
+    )
+
+
+def _shards(listing: _Listing, file: str, index: Path) -> list[str]:
+    """An index's shards: every one inside its folder, as `open_source` requires, and there."""
+    title = f"'{file}' of {listing.repo}"
+    hint = "tell its authors, or name another with --file"
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        paths = [PurePosixPath(name) for name in names]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{title} is not a safetensors index", hint) from error
+    shards = [str(PurePosixPath(file).parent / path) for path in paths]
+    for path, shard in zip(paths, shards, strict=True):
+        if path.is_absolute() or ".." in path.parts:
+            raise CheckpointError(
+                f"{title} points outside its folder: {path}", "do not use this checkpoint"
+            )
+        if shard not in listing.files:
+            if listing.away:
+                raise _lacking(listing, f"'{shard}' of {listing.repo}")
+            raise CheckpointError(f"{title} needs {path}, which is not there", hint)
+    return shards
+
+
+def _download(listing: _Listing, file: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        path = hf_hub_download(
+            listing.repo, file, revision=listing.revision, local_files_only=bool(listing.away)
+        )
+    except Exception as error:  # networks and disks fail in many ways, under two HTTP libraries
+        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+        if cause and (refusal := _refusal(cause, listing.repo, listing.revision)):
+            raise refusal from error
+        if isinstance(error, LocalEntryNotFoundError):
+            away = listing.away or _why_away(cause)
+            cut_off = _Listing(listing.repo, listing.revision, listing.files, away)
+            raise _lacking(cut_off, f"'{file}' of {listing.repo}") from error
+        raise CheckpointError(
+            f"'{file}' of {listing.repo} could not be downloaded: {_first_line(error)}",
+            "try again; whole files are kept",
+        ) from error
+    return Path(path)
+
+
+def _refusal(error: BaseException, repo: str, revision: str) -> CheckpointError | None:
+    """What the Hub said against it; None when it said nothing."""
+    from huggingface_hub import errors
+
+    page = f"https://huggingface.co/{repo}"
+    if isinstance(error, errors.GatedRepoError):
+        return CheckpointError(
+            f"{repo} is only for those who accepted its terms",
+            f"accept them at {page}, then: hf auth login",
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return CheckpointError(
+            f"there is no repository {repo} on the Hub, or it is private",
+            "check the name, also if it is meant as a path; if it is private: hf auth login",
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return CheckpointError(
+            f"{repo} has no revision '{revision}'",
+            f"leave it out for the newest, or see {page}/commits/main",
+        )
+    if isinstance(error, errors.DisabledRepoError):
+        return CheckpointError(f"the Hub has disabled {repo}", f"see {page}")
+    if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
+        return CheckpointError(
+            f"the Hub does not let you read {repo}",
+            "log in with a token that may read it: hf auth login",
+        )
+    return None
+
+
+def _why_away(error: BaseException | None) -> str:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    if isinstance(error, errors.HfHubHTTPError):
+        return f"the Hub answers with error {error.response.status_code}"
+    return "the Hub cannot be reached"
+
+
+def _lacking(listing: _Listing, what: str, how: str = "not in the Hub's cache") -> CheckpointError:
+    remedy = "unset it" if listing.away.startswith("HF_HUB_OFFLINE") else "connect and try again"
+    return CheckpointError(
+        f"{what} is {how}, and {listing.away}",
+        f"{remedy}, or download it elsewhere and give its path",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

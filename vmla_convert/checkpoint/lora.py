@@ -1,0 +1,415 @@
+"""LoRAs merged into dense weights one tensor at a time, in whichever form their trainer wrote.
+
+A linear weight W (d, c) becomes W + scale · alpha/r · up · down, with down (r, c) and up (d, r).
+Sources: PEFT, `tuners/lora/layer.py`, for the factor; LightX2V, `tools/extract/lora_extractor.py`,
+for `diff`, `diff_b`, `diff_m`; diffusers, `loaders/lora_conversion_utils.py`, for kohya's names.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from vmla_convert.checkpoint.keymap import DIFFUSERS_RULES, fill, listed, strip_wrappers
+from vmla_convert.checkpoint.source import TensorSource, TensorSpec, open_source
+from vmla_convert.errors import CheckpointError, ConfigError
+
+# LongLive keeps the adapters of its generator and of its critic in one file.
+_STATE_KEY = "generator_lora"
+_ADAPTER_CONFIG = "adapter_config.json"
+_DIFFUSERS_METADATA = "lora_adapter_metadata"
+
+_PREFIXES = re.compile(r"^(?:(?:base_model|model|diffusion_model|transformer)\.)*")
+_KOHYA_PREFIX = "lora_unet_"
+
+# One tensor of a LoRA: the module it changes and its part in that; PEFT may name the adapter.
+_NAME = re.compile(
+    r"(?P<module>.+)\.(?:(?P<side>lora_(?:A|B|down|up))(?:\.[^.]+)?\.(?P<kind>weight|bias)"
+    r"|(?P<part>alpha|diff|diff_b|diff_m))"
+)
+_PARTS = {
+    "lora_A.weight": "down",
+    "lora_down.weight": "down",
+    "lora_B.weight": "up",
+    "lora_up.weight": "up",
+    "lora_B.bias": "up_bias",
+    "lora_up.bias": "up_bias",
+}
+_LOW_RANK = ("down", "up", "up_bias", "alpha")
+# Which of the module's parameters each part changes.
+_KINDS = {
+    **dict.fromkeys(("down", "up", "alpha", "diff"), "weight"),
+    **dict.fromkeys(("up_bias", "diff_b"), "bias"),
+    "diff_m": "modulation",
+}
+
+_UNSUPPORTED = {
+    "DoRA": re.compile(r"dora_scale|lora_magnitude_vector"),
+    "LoKr": re.compile(r"lokr_"),
+    "LoHa": re.compile(r"hada_"),
+}
+_IMAGE_TO_VIDEO = re.compile(r"_img\b|img_emb|add_[kv]_proj|norm_added|image_embedder")
+_SCALE = re.compile(
+    r"[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|nan|inf(?:inity)?)", re.ASCII | re.IGNORECASE
+)
+
+_OF_THIS_MODEL = "use a LoRA that was trained on this model"
+_MEND_SETTINGS = f"put the LoRA's own {_ADAPTER_CONFIG} beside it, or remove that file"
+
+# Module, in the file's own spelling, to the name of the tensor of each part.
+_Modules = dict[str, dict[str, str]]
+
+
+@dataclass(frozen=True)
+class _Delta:
+    """What one native tensor gains: factor · up · down, or factor · diff.
+
+    Attributes:
+        names: (down, up) or (diff,), as the file names them.
+        factor: alpha/r or alpha/√r of low-rank parts, 1 of the others.
+    """
+
+    names: tuple[str, ...]
+    factor: float
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA whose every tensor has its place in one model.
+
+    Attributes:
+        path: What the user pointed at.
+        scale: How much of it is merged; 1 as it was trained.
+        source: Where the bytes are.
+        deltas: Native name to what is added there.
+    """
+
+    path: Path
+    scale: float
+    source: TensorSource = field(repr=False)
+    deltas: Mapping[str, _Delta] = field(repr=False)
+
+    def targets(self) -> frozenset[str]:
+        """The native names of the tensors that it changes."""
+        return frozenset(self.deltas)
+
+    def apply(self, native: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor with this LoRA merged; one that it does not change comes back as it is.
+
+        The sum is made in float32, in float64 for such a tensor, and rounded to its dtype once.
+
+        Raises:
+            CheckpointError: The LoRA's own numbers are not all finite.
+        """
+        if native not in self.deltas:
+            return tensor
+        delta = self.deltas[native]
+        exact = torch.promote_types(tensor.dtype, torch.float32)
+        first, *rest = [self._read(name).to(tensor.device, exact) for name in delta.names]
+        change = rest[0].flatten(1) @ first.flatten(1) if rest else first
+        change = change.reshape(tensor.shape)
+        return tensor.to(exact).add(change, alpha=self.scale * delta.factor).to(tensor.dtype)
+
+    def _read(self, name: str) -> torch.Tensor:
+        tensor = self.source.read(name)
+        if not tensor.isfinite().all():
+            raise CheckpointError(
+                f"'{name}' in {self.path} holds NaN or infinity", "download the LoRA again"
+            )
+        return tensor
+
+
+def open_lora(path: Path, scale: float, specs: Mapping[str, TensorSpec]) -> Lora:
+    """Open a LoRA for one model, checked whole before any of its matrices is read.
+
+    Args:
+        path: A file or folder, as for `open_source`; PEFT's adapter_config.json beside it is read.
+        scale: How much of it to merge; 1 as it was trained.
+        specs: The model's tensors by native name.
+
+    Raises:
+        CheckpointError: The file cannot be read, is no LoRA or of a kind that is not supported,
+            lacks half of a pair, or changes tensors that the model has not or has in other shapes.
+    """
+    source = _open(path)
+    found = source.specs()
+    modules = _modules(found, path)
+    _refuse_quantised(found, modules, path)
+    _refuse_halves(modules, path)
+    names = _native_names(modules, specs, path)
+    settings = _read_settings(path)
+    deltas: dict[str, _Delta] = {}
+    for module, parts in modules.items():
+        factor = 1.0
+        if "down" in parts:
+            weight = names[f"{module}.weight"]
+            pair = (parts["down"], parts["up"])
+            rank = _check_pair(pair, found, weight, specs[weight].shape, path)
+            factor = settings.factor(rank, _read_alpha(source, parts, found, path), path)
+        for part, name in parts.items():
+            if part in ("up", "alpha"):
+                continue
+            native = names[f"{module}.{_KINDS[part]}"]
+            own = (name, parts["up"]) if part == "down" else (name,)
+            if part != "down":
+                _check_same(name, found, native, specs[native].shape, path)
+            if native in deltas:
+                raise CheckpointError(
+                    f"{path} changes {native} twice: {listed((*deltas[native].names, *own))}",
+                    "keep one of the two",
+                )
+            deltas[native] = _Delta(own, factor if part in _LOW_RANK else 1.0)
+    return Lora(path, scale, source, deltas)
+
+
+def parse_lora(option: str) -> tuple[Path, float]:
+    """A command line's FILE or FILE:SCALE; only a number after the last colon is a scale.
+
+    Raises:
+        ConfigError: The scale is not finite, or there is no file before it.
+    """
+    file, colon, number = option.rpartition(":")
+    if not colon or not _SCALE.fullmatch(number):
+        file, number = option, "1"
+    if not file:
+        raise ConfigError(f"'{option}' names no LoRA", "give it as FILE or FILE:0.8")
+    scale = float(number)
+    if not math.isfinite(scale):
+        raise ConfigError(f"'{option}' has a scale that is not finite", "give it as FILE:0.8")
+    return Path(file), scale
+
+
+def _open(path: Path) -> TensorSource:
+    try:
+        return open_source(path, _STATE_KEY)
+    except CheckpointError:  # flat, or at fault: opened plainly, it says how
+        return open_source(path)
+
+
+def _modules(found: Mapping[str, TensorSpec], path: Path) -> _Modules:
+    """The file's tensors by module and part, and none left over."""
+    for kind, pattern in _UNSUPPORTED.items():
+        if odd := [name for name in found if pattern.search(name)]:
+            raise CheckpointError(
+                f"{path} is a {kind}, which is not supported: {listed(odd)}",
+                "merge it with the program that trained it, or use a plain LoRA",
+            )
+    modules: _Modules = {}
+    unknown: list[str] = []
+    for name, raw in strip_wrappers(found).items():
+        match = _NAME.fullmatch(_PREFIXES.sub("", name))
+        part = match and (match["part"] or _PARTS.get(f"{match['side']}.{match['kind']}"))
+        if not match or not part:
+            unknown.append(raw)
+            continue
+        parts = modules.setdefault(match["module"], {})
+        if part in parts:
+            raise CheckpointError(
+                f"'{parts[part]}' and '{raw}' in {path} are one and the same part of a LoRA",
+                "save each adapter in a file of its own",
+            )
+        parts[part] = raw
+    if not modules:
+        raise CheckpointError(
+            f"{path} holds no LoRA; it holds {listed(unknown)}", "give the file of a LoRA"
+        )
+    if unknown:
+        raise CheckpointError(
+            f"{path} has {len(unknown)} tensors that are not of a LoRA: {listed(unknown)}",
+            "drop them from the file, or save the adapter alone",
+        )
+    return modules
+
+
+def _refuse_quantised(found: Mapping[str, TensorSpec], modules: _Modules, path: Path) -> None:
+    kinds = {
+        name: found[name].dtype
+        for parts in modules.values()
+        for part, name in parts.items()
+        if part != "alpha"
+    }
+    if odd := [n for n, kind in kinds.items() if not kind.is_floating_point or kind.itemsize < 2]:
+        raise CheckpointError(
+            f"{path} is quantised: {listed(odd)}", "use a bf16, fp16 or fp32 version of this LoRA"
+        )
+
+
+def _refuse_halves(modules: _Modules, path: Path) -> None:
+    for parts in modules.values():
+        low_rank = [name for part, name in parts.items() if part in _LOW_RANK]
+        if low_rank and (absent := [part for part in ("down", "up") if part not in parts]):
+            raise CheckpointError(
+                f"{path} has {listed(low_rank)} but no {' and no '.join(absent)} matrix to it",
+                "download the LoRA again",
+            )
+
+
+def _native_names(modules: _Modules, specs: Mapping[str, TensorSpec], path: Path) -> dict[str, str]:
+    """The parameters that the LoRA changes, in its own spelling, to native names."""
+    wanted = {
+        f"{module}.{_KINDS[part]}": name
+        for module, parts in modules.items()
+        for part, name in parts.items()
+    }
+    spellings = (
+        {name: name for name in specs},
+        _diffusers_names(specs),
+        _kohya_names(specs, wanted, path),
+    )
+    names = max(spellings, key=lambda known: len(wanted.keys() & known.keys()))
+    if homeless := [name for target, name in wanted.items() if target not in names]:
+        image = any(_IMAGE_TO_VIDEO.search(name) for name in homeless)
+        raise CheckpointError(
+            f"{path} changes {len(homeless)} tensors that this model has not: {listed(homeless)}",
+            "use the LoRA of the text-to-video model" if image else _OF_THIS_MODEL,
+        )
+    return {target: names[target] for target in wanted}
+
+
+def _diffusers_names(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    blocks = {match[1] for name in specs if (match := re.match(r"blocks\.(\d+)\.", name))}
+    filled = {
+        fill(rule.foreign, block): fill(rule.native, block)
+        for rule in DIFFUSERS_RULES
+        for block in blocks
+    }
+    return {foreign: native for foreign, native in filled.items() if native in specs}
+
+
+def _kohya_names(
+    specs: Mapping[str, TensorSpec], wanted: Iterable[str], path: Path
+) -> dict[str, str]:
+    """Kohya writes underscores for dots, and underscores for underscores."""
+    names: dict[str, str] = {}
+    for native in specs:
+        module, _, kind = native.rpartition(".")
+        name = f"{_KOHYA_PREFIX}{module.replace('.', '_')}.{kind}"
+        if name in names and name in wanted:
+            raise CheckpointError(
+                f"'{name}' in {path} may be {names[name]} or {native}",
+                "save the LoRA under dotted names",
+            )
+        names[name] = native
+    return names
+
+
+def _check_pair(
+    pair: tuple[str, str],
+    found: Mapping[str, TensorSpec],
+    native: str,
+    shape: tuple[int, ...],
+    path: Path,
+) -> int:
+    """The rank of a pair that fits; a convolution's may come flattened."""
+    down, up = (found[name].shape for name in pair)
+    rank, columns = (down[0] if down else 0), shape[1:]
+    fits = down[1:] in (columns, (math.prod(columns),)) and up[:2] == (*shape[:1], rank)
+    if not (columns and rank and fits and set(up[2:]) <= {1}):
+        raise CheckpointError(
+            f"{path} has {pair[0]} of shape {down} and {pair[1]} of shape {up}, which do not make "
+            f"{native} of shape {shape}",
+            _OF_THIS_MODEL,
+        )
+    return rank
+
+
+def _check_same(
+    name: str, found: Mapping[str, TensorSpec], native: str, shape: tuple[int, ...], path: Path
+) -> None:
+    if found[name].shape != shape:
+        raise CheckpointError(
+            f"{path} has {name} of shape {found[name].shape}, expected {shape} of {native}",
+            _OF_THIS_MODEL,
+        )
+
+
+def _read_alpha(
+    source: TensorSource, parts: Mapping[str, str], found: Mapping[str, TensorSpec], path: Path
+) -> float | None:
+    if "alpha" not in parts:
+        return None
+    name = parts["alpha"]
+    if math.prod(found[name].shape) != 1:
+        raise CheckpointError(
+            f"{path} has {name} of shape {found[name].shape}, expected one number",
+            "download the LoRA again",
+        )
+    alpha = float(source.read(name).item())
+    if not 0 < alpha < math.inf:
+        raise CheckpointError(
+            f"{path} has an {name} of {alpha}, expected a positive number",
+            "download the LoRA again",
+        )
+    return alpha
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What PEFT and diffusers record of a LoRA beside its tensors.
+
+    Attributes:
+        alpha: For all modules; None when nobody says.
+        rank: Of all modules; None when nobody says or they differ.
+        rooted: The factor is alpha/√r.
+    """
+
+    alpha: float | None = None
+    rank: int | None = None
+    rooted: bool = False
+
+    def factor(self, rank: int, alpha: float | None, path: Path) -> float:
+        """Alpha over the rank, the file's own alpha first; 1 when nobody tells an alpha."""
+        if self.rank not in (None, rank):
+            raise CheckpointError(
+                f"{path} is of rank {rank}, its settings say r {self.rank!r}", _MEND_SETTINGS
+            )
+        alpha = alpha or self.alpha or rank
+        return alpha / (math.sqrt(rank) if self.rooted else rank)
+
+
+def _read_settings(path: Path) -> _Settings:
+    told = _read_table(path)
+    alpha, rank = told.get("lora_alpha"), told.get("r")
+    if alpha is not None and not (type(alpha) in (int, float) and 0 < alpha < math.inf):
+        raise CheckpointError(
+            f"the settings of {path} say lora_alpha {alpha!r}, expected a positive number",
+            _MEND_SETTINGS,
+        )
+    if told.get("alpha_pattern"):
+        raise CheckpointError(
+            f"the settings of {path} have an alpha_pattern, which is not supported",
+            "merge it with PEFT's merge_and_unload",
+        )
+    return _Settings(
+        alpha, None if told.get("rank_pattern") else rank, bool(told.get("use_rslora"))
+    )
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    """PEFT's adapter_config.json, or else what diffusers puts into a file's metadata."""
+    file = (path if path.is_dir() else path.parent) / _ADAPTER_CONFIG
+    try:
+        table = json.loads(file.read_text("utf-8") if file.is_file() else _read_metadata(path))
+    except ValueError as error:
+        raise CheckpointError(
+            f"the settings of {path} are not JSON: {error}", _MEND_SETTINGS
+        ) from error
+    if not isinstance(table, dict):
+        raise CheckpointError(f"the settings of {path} are not a JSON table", _MEND_SETTINGS)
+    return {key.removeprefix("transformer."): value for key, value in table.items()}
+
+
+def _read_metadata(path: Path) -> str:
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if len(files) != 1 or files[0].suffix != ".safetensors":
+        return "{}"
+    with safe_open(files[0], framework="np") as opened:
+        return (opened.metadata() or {}).get(_DIFFUSERS_METADATA, "{}")
