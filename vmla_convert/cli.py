@@ -249,7 +249,8 @@ def convert(
         with out.progress() as progress:
             done = pipeline.convert(source, folder, config, progress, resume)
     except KeyboardInterrupt:
-        out.say("what is done is kept; to go on: the same command with --resume")
+        if pipeline.is_begun(folder):
+            out.say("what is done is kept; to go on: the same command with --resume")
         raise
     out.data(
         {

@@ -413,9 +413,14 @@ def _lay_out(specs: dict[str, TensorSpec]) -> _Shard:
     return _Shard(header, offsets, len(header) + end)
 
 
+def partial_folder(out: Path) -> Path:
+    """Where a checkpoint is until it is whole."""
+    return out.with_name(f"{out.name}.partial")
+
+
 def _places(out: Path) -> tuple[Path, Path]:
     """The partial folder, and what will be `out` in it."""
-    partial = out.with_name(f"{out.name}.partial")
+    partial = partial_folder(out)
     return partial, partial / "checkpoint"
 
 

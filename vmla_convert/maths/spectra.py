@@ -38,7 +38,9 @@ def truncate(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         directions, _ = _leading_eigenvectors(rows, rank)
     # Copied: torch takes no negative strides, and of one direction numpy calls them contiguous.
     down = directions.T[::-1].copy()
-    up = rows @ down.T
+    # scipy's BLAS, not numpy's: theirs are two libraries, whose idle threads hold on to the cores.
+    (multiply,) = scipy.linalg.get_blas_funcs(("gemm",), (rows,))
+    up = multiply(1.0, down.T, rows.T, trans_a=True).T
     return torch.from_numpy(up).to(matrix.dtype), torch.from_numpy(down).to(matrix.dtype)
 
 

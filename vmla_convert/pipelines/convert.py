@@ -23,7 +23,7 @@ from torch import Tensor
 from vmla_convert import __version__
 from vmla_convert.checkpoint.families import OpenCheckpoint, converted_config
 from vmla_convert.checkpoint.source import TensorSpec, fingerprint
-from vmla_convert.checkpoint.writer import CheckpointWriter, check_place
+from vmla_convert.checkpoint.writer import CheckpointWriter, check_place, partial_folder
 from vmla_convert.config import (
     PAPER_LAYER,
     ConvertConfig,
@@ -427,11 +427,20 @@ def _clips(config: ConvertConfig) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_begun(out: Path) -> bool:
+    """Whether an interrupted conversion left something to go on with."""
+    return _shelf_folder(out).exists() or partial_folder(out).exists()
+
+
+def _shelf_folder(out: Path) -> Path:
+    return out.with_name(f"{out.name}.calibration")
+
+
 def _shelf(out: Path, basis: Mapping[str, Any], config: ConvertConfig) -> FolderShelf:
     """Beside the output; another conversion of the same source may go on with it."""
     own = config.layer.current_chunk == "latent"
     how = [to_dict(config.data), config.calibration_clips, config.seed, own]
-    return FolderShelf(out.with_name(f"{out.name}.calibration"), [__version__, dict(basis), how])
+    return FolderShelf(_shelf_folder(out), [__version__, dict(basis), how])
 
 
 def _versions() -> dict[str, str]:
