@@ -5,8 +5,9 @@
 Writes a checkpoint of random weights in the released form of that size (1.3B: a float32 `.pt` as
 Self-Forcing's; 14B: bf16 shards as Wan's), converts it by the command that users run, in a process
 of its own, and appends `convert_seconds` (the whole command), `peak_rss_bytes` and the seconds of
-each stage. Then it factors two layers side by side with a full SVD: `factor_seconds` and
-`truncation_error` of `ours` and `full_svd`. Nothing about quality can be learned from it.
+each stage. Then it factors two layers side by side: `factor_seconds` and `truncation_error` of
+`ours`, of `torch.linalg.svd` as it is called plainly (`full_svd`), without the vectors that no rank
+needs (`thin_svd`), and that in float32. Nothing about quality can be learned from it.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from vmla_convert.checkpoint.writer import CheckpointWriter
 from vmla_convert.config import Geometry
 from vmla_convert.console import out
 from vmla_convert.errors import ConfigError, did_you_mean
+from vmla_convert.maths.factor import INITS
 from vmla_convert.maths.spectra import truncate
 from vmla_convert.pipelines.factoring import layer_weights
 from vmla_convert.results import Row, append_rows
@@ -60,6 +62,8 @@ def main(
     """Measure, append the rows and print them."""
     if size not in SIZES:
         raise ConfigError(f"no size '{size}'", did_you_mean(size, SIZES))
+    if init not in INITS:
+        raise ConfigError(f"no init '{init}'", did_you_mean(init, INITS))
     geometry = SIZES[size]
     with tempfile.TemporaryDirectory() as temporary:
         place = folder or Path(temporary)
@@ -83,8 +87,9 @@ def write_source(place: Path, size: str, geometry: Geometry) -> Path:
         names = progress.track(shapes, f"writing {source.name}")
         if size == "1.3b":
             state = {f"model.{name}": random_weight(name, shapes[name]) for name in names}
-            torch.save({"generator_ema": state}, source)
-            return source
+            partial = source.with_suffix(".partial")
+            torch.save({"generator_ema": state}, partial)
+            return partial.rename(source)
         specs = {name: TensorSpec(shape, torch.bfloat16) for name, shape in shapes.items()}
         with CheckpointWriter(source, specs) as writer:
             for name in names:

@@ -360,3 +360,19 @@ def test_the_last_frames_of_no_whole_chunk_are_left_out(
     clips = latents(tmp_path / "clips", 5, MODEL.geometry.in_dim, 4, 4)
     reads = every(calibrate(dense, model_blocks(dense), clips, 1))
     assert reads[0].past[1].tokens == 4 * 4
+
+
+@pytest.mark.parametrize(
+    ("latents", "context"),
+    [
+        (torch.ones(2, 6, 12, 12), torch.ones(2, 1, 10)),
+        (torch.ones(2, 6, 12, 12, 12), torch.ones(2, 10)),
+        (torch.ones(2, 6, 12, 12, 12), torch.ones(2, 1, 11)),
+        (torch.full((2, 6, 12, 12, 12), torch.nan), torch.ones(2, 1, 10)),
+        (torch.ones(2, 6, 12, 12, 12), torch.full((2, 1, 10), torch.inf)),
+    ],
+)
+def test_clips_of_another_make_are_refused(latents: Tensor, context: Tensor) -> None:
+    with pytest.raises(ConfigError, match="calibration clips") as caught:
+        pipeline.check_clips(MODEL, Batch(latents, context))
+    assert caught.value.hint

@@ -393,3 +393,27 @@ def test_an_mla_names_every_layer(
 def test_configs_do_not_change() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         GEOMETRY.dim = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"chunk_frames": 0},
+        {"latent_size": (0, 0)},
+        {"latent_size": (7, 9)},
+        {"latent_size": (-8, 8)},
+        {"licence": ""},
+    ],
+)
+def test_a_model_that_cannot_run_is_refused(settings: dict[str, Any]) -> None:
+    fitting = ModelConfig(GEOMETRY, (60, 104), 3, CachePolicy(21), SamplerConfig())
+    with pytest.raises(ConfigError):
+        dataclasses.replace(fitting, **settings)
+
+
+@pytest.mark.parametrize("steps", [(), (1, 5, 9000), (1000, 0), (500, 500)])
+def test_steps_that_do_not_descend_from_1000_to_1_are_refused(steps: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match="denoising_step_list"):
+        SamplerConfig(steps)
+    with pytest.raises(ConfigError, match="shift"):
+        SamplerConfig(shift=0.0)

@@ -346,20 +346,23 @@ def test_another_source_is_not_gone_on_with(
     out = tmp_path / "here" / "out"
     stopped(mine, out, CASES[case], "converting")
     source = change(mine)
-    with pytest.raises(OutputError, match=r"begun with another .*(source|model)"):
+    with pytest.raises(OutputError, match=r"begun with another .*(source|model)|in the way"):
         convert(source, out, CASES[case], resume=True)
 
 
 @pytest.mark.parametrize("change", [changed_weights, changed_config, changed_settings])
-def test_another_source_is_measured_anew(
+def test_what_was_measured_of_another_source_is_in_the_way(
     change: Change, mine: Path, counted: Counted, tmp_path: Path
 ) -> None:
     out = tmp_path / "here" / "out"
     stopped(mine, out, SOME, "predicting errors")
     source = change(mine)
     counted.blocks.clear()
+    with pytest.raises(OutputError, match="in the way"):
+        convert(source, out, SOME)
+    assert not counted.blocks
+    shutil.rmtree(out.with_name("out.calibration"))
     convert(source, out, SOME)
-    assert len(counted.blocks) == 2 * LAYERS
     convert(source, tmp_path / "there" / "out", SOME)
     assert_same(out, tmp_path / "there" / "out")
 
@@ -377,7 +380,7 @@ def clips(file: Path, seed: int) -> DataConfig:
     return DataConfig(str(file))
 
 
-def test_other_clips_under_the_same_name_are_measured_anew(
+def test_other_clips_under_the_same_name_are_in_the_way(
     deep: Path, counted: Counted, tmp_path: Path
 ) -> None:
     config = replace(SOME, data=clips(tmp_path / "clips", 0))
@@ -385,17 +388,16 @@ def test_other_clips_under_the_same_name_are_measured_anew(
     stopped(deep, out, config, "weighing errors")
     clips(tmp_path / "clips", 1)
     counted.blocks.clear()
-    convert(deep, out, config)
-    assert len(counted.blocks) == 2 * LAYERS
-    convert(deep, tmp_path / "there" / "out", config)
-    assert_same(out, tmp_path / "there" / "out")
+    with pytest.raises(OutputError, match="in the way"):
+        convert(deep, out, config)
+    assert not counted.blocks
 
 
 def test_other_clips_under_the_same_name_are_not_gone_on_with(deep: Path, tmp_path: Path) -> None:
     config = replace(SOME, data=clips(tmp_path / "clips", 0), cut=None, kv_lora_rank=8)
     stopped(deep, tmp_path / "out", config, "converting")
     clips(tmp_path / "clips", 1)
-    with pytest.raises(OutputError, match="begun with another clips"):
+    with pytest.raises(OutputError, match="in the way"):
         convert(deep, tmp_path / "out", config, resume=True)
 
 
@@ -415,8 +417,13 @@ def test_what_is_measured_depends_on_how_and_not_on_sizes(
     }
     stopped(deep, tmp_path / "out", SOME, "predicting errors")
     counted.blocks.clear()
-    convert(deep, tmp_path / "out", replace(SOME, **{name: value[name]}))
-    assert len(counted.blocks) == (2 * LAYERS if anew else 0)
+    changed = replace(SOME, **{name: value[name]})
+    if anew:
+        with pytest.raises(OutputError, match="in the way"):
+            convert(deep, tmp_path / "out", changed)
+    else:
+        convert(deep, tmp_path / "out", changed)
+    assert not counted.blocks
 
 
 def test_a_budget_that_turns_out_too_small_costs_no_second_calibration(

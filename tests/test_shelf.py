@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from vmla_convert.errors import OutputError
 from vmla_convert.pipelines.shelf import FolderShelf, MemoryShelf, Shelf
 
 ONE = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(1, dtype=torch.float64)}
@@ -69,23 +70,30 @@ def test_the_folder_is_made_for_the_first_group_and_found_by_the_same_work(tmp_p
 
 
 @pytest.mark.parametrize("other", [None, [], ["0.2", IDENTITY[1]], ["0.1", {"clips": "y"}]])
-def test_what_another_work_left_goes(other: Any, tmp_path: Path) -> None:
+def test_what_another_work_left_is_neither_used_nor_lost(other: Any, tmp_path: Path) -> None:
     FolderShelf(tmp_path / "s", IDENTITY).put("one", ONE)
-    shelf = FolderShelf(tmp_path / "s", other)
-    assert not shelf.has("one")
-    assert not (tmp_path / "s").exists()
-    shelf.put("other", OTHER)
-    assert FolderShelf(tmp_path / "s", other).has("other")
-    assert not FolderShelf(tmp_path / "s", IDENTITY).has("other")
+    with pytest.raises(OutputError, match="in the way") as caught:
+        FolderShelf(tmp_path / "s", other)
+    assert caught.value.hint
+    assert same(FolderShelf(tmp_path / "s", IDENTITY).get("one"), ONE)
 
 
 @pytest.mark.parametrize("told", [None, "", '["0.1"'])
-def test_groups_that_nobody_vouches_for_go(told: str | None, tmp_path: Path) -> None:
+def test_groups_that_nobody_vouches_for_are_not_used(told: str | None, tmp_path: Path) -> None:
     FolderShelf(tmp_path / "s", IDENTITY).put("one", ONE)
     (tmp_path / "s" / "identity.json").unlink()
     if told is not None:
         (tmp_path / "s" / "identity.json").write_text(told)
-    assert not FolderShelf(tmp_path / "s", IDENTITY).has("one")
+    with pytest.raises(OutputError, match="in the way"):
+        FolderShelf(tmp_path / "s", IDENTITY)
+    assert (tmp_path / "s" / "one.safetensors").exists()
+
+
+def test_a_disk_that_refuses_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written") as caught:
+        FolderShelf(tmp_path / "file" / "s", IDENTITY).put("one", ONE)
+    assert caught.value.hint
 
 
 def test_a_group_is_there_whole_or_not_at_all(

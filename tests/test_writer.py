@@ -252,10 +252,30 @@ def test_a_place_taken_meanwhile_is_refused_and_untouched(tmp_path: Path) -> Non
 
 def test_an_empty_folder_is_filled_and_a_stale_partial_cleared(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "old.safetensors").write_text("old")
+    (tmp_path / "out.partial" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "out.partial" / "checkpoint" / "old.safetensors").write_text("old")
     write_checkpoint(tmp_path / "out", TENSORS, {})
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "model.safetensors"]
+
+
+def test_a_folder_of_somebody_else_is_never_cleared(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match="in the way"):
+        write_checkpoint(tmp_path / "out", TENSORS, {})
+    with pytest.raises(OutputError, match="in the way"):
+        check_place(tmp_path / "out", 1, resume=True)
+    assert (tmp_path / "out.partial" / "mine.txt").read_text() == "mine"
+
+
+def test_places_that_a_rename_cannot_take_are_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    for name in ("link", "dangling", "file/out"):
+        with pytest.raises(OutputError):
+            check_place(tmp_path / name, 1, resume=False)
 
 
 def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
@@ -473,7 +493,7 @@ def _interrupt(out: Path, error: type[BaseException], committed: bool = True) ->
         (RuntimeError, False),
         (OutputError, False),
         (ConfigError, True),
-        (CheckpointError, True),
+        (CheckpointError, False),
     ],
 )
 def test_what_was_committed_outlives_all_but_a_mistake(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,7 +35,8 @@ app = typer.Typer(
 Checkpoint = Annotated[
     str,
     typer.Argument(
-        help="A .pt or .safetensors file, a folder of them, a Hub id owner/name, or 'demo'.",
+        help="A .pt or .safetensors file, a folder that holds one checkpoint, a Hub id owner/name, "
+        "or 'demo'.",
         metavar="CKPT",
     ),
 ]
@@ -56,7 +58,8 @@ Settings = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="Override one of them: --set cache.window_frames=12 --set licence=apache-2.0",
+        help="Override chunk_frames, latent_size, cache.*, sampler.*, codec, licence, base_model: "
+        "--set cache.window_frames=12",
     ),
 ]
 Loras = Annotated[
@@ -189,6 +192,9 @@ def convert(
     calibration_clips: Annotated[
         int, typer.Option(min=1, help="Clips that activations are measured on.")
     ] = ConvertConfig.calibration_clips,
+    frames: Annotated[
+        int, typer.Option(min=1, help="Latent frames of each, from its first on.")
+    ] = DataConfig.frames,
     seed: Annotated[
         int, typer.Option(help="Of the calibration noise, or of the random init.")
     ] = ConvertConfig.seed,
@@ -234,7 +240,7 @@ def convert(
             "ranks": ranks,
             "calibrate": calibrate,
             "calibration_clips": calibration_clips,
-            "data": {"source": data},
+            "data": {"source": data, "frames": frames},
             "seed": seed,
             "dtype": dtype,
         },
@@ -261,7 +267,17 @@ def convert(
     )
     out.path("wrote", folder)
     if not json:
-        out.say(f"next: vmla recover {folder} --teacher {checkpoint} -o {folder}-recovered")
+        words = [
+            "vmla",
+            "recover",
+            str(folder),
+            "--teacher",
+            checkpoint,
+            "-o",
+            f"{folder}-recovered",
+        ]
+        words += ["--data", data] if data != DataConfig.source else []
+        out.say(f"next: {shlex.join(words)}")
 
 
 @app.command()
@@ -344,7 +360,7 @@ def evaluate(
 
     out.json = json
     device = compute_device()
-    model, dense = load(checkpoint, device), load(as_teacher(teacher, Path(checkpoint)), device)
+    model, dense = load(checkpoint, device), load(as_teacher(teacher, checkpoint), device)
     check_pair(model, dense)
     if model.config.mla is None:
         _check_is_teacher(checkpoint, teacher)

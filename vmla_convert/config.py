@@ -96,6 +96,16 @@ class SamplerConfig:
     shift: float = 5.0
     renoise: bool = True
 
+    def __post_init__(self) -> None:
+        steps = self.denoising_step_list
+        descending = all(a > b for a, b in itertools.pairwise(steps))
+        if not (steps and descending and steps[-1] >= 1 and steps[0] <= 1000):
+            raise ConfigError(
+                f"denoising_step_list {list(steps)} is not a descending list from 1000 to 1"
+            )
+        if self.shift <= 0:
+            raise ConfigError(f"shift {self.shift:g} must be above 0")
+
 
 @dataclass(frozen=True)
 class LayerConfig:
@@ -221,6 +231,15 @@ class ModelConfig:
     mla: MLAConfig | None = None
 
     def __post_init__(self) -> None:
+        _require(self, 1, "chunk_frames")
+        _, rows, columns = self.geometry.patch_size
+        height, width = self.latent_size
+        if min(height, width) < 1 or height % rows or width % columns:
+            raise ConfigError(
+                f"latent_size {height} x {width} is not divided by patches of {rows} x {columns}"
+            )
+        if not self.licence:
+            raise ConfigError("licence is empty", "say 'unknown' when it is not known")
         if self.cache.window_frames - self.cache.sink_frames < self.chunk_frames:
             raise ConfigError(
                 f"a window of {self.cache.window_frames} frames with a sink of "
@@ -285,7 +304,7 @@ class SourceConfig:
 
     Attributes:
         checkpoint: A path, `demo`, or a Hub id `owner/name[@revision]`.
-        file: Which file or folder of a Hub repository.
+        file: Which file or folder of a Hub repository, or of the folder.
         key: Which state dict of a pickle that holds several.
         model: A known model, of `vmla_convert.checkpoint.known.KNOWN`: it brings chunk, window,
             sampler and licence.

@@ -15,7 +15,8 @@ from vmla_convert.errors import CheckpointError, did_you_mean
 # huggingface_hub takes half a second to import, and most checkpoints are local: hence the imports
 # inside functions.
 
-CONFIG_NAME = "config.json"
+BESIDE = ("config.json", "conversion.json")
+"""What is fetched too where it lies beside the weights."""
 
 _NAME = r"[A-Za-z0-9](?:[\w.-]*\w)?"
 _REPO = re.compile(rf"({_NAME}/{_NAME})(?:@(\w[\w./-]*))?", re.ASCII)
@@ -49,7 +50,7 @@ def is_repo(name: str) -> bool:
 def fetch(repo: str, file: str | None = None) -> Path:
     """Fetch a checkpoint from the Hub, or find it in the Hub's cache when it cannot be reached.
 
-    Fetched are the file, the shards of an index, and the config.json beside it.
+    Fetched are the file, the shards of an index, and what of `BESIDE` lies there.
 
     Args:
         repo: "owner/name" or "owner/name@revision".
@@ -66,8 +67,9 @@ def fetch(repo: str, file: str | None = None) -> Path:
     listing = _list(repo)
     chosen = _choose(listing, file)
     folder = PurePosixPath(chosen).parent
-    if (config := str(folder / CONFIG_NAME)) in listing.files:
-        _download(listing, config)
+    for beside in BESIDE:
+        if (file_beside := str(folder / beside)) in listing.files:
+            _download(listing, file_beside)
     path = _download(listing, chosen)
     if chosen.endswith(INDEX_SUFFIX):
         for shard in _shards(listing, chosen, path):

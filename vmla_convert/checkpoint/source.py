@@ -63,6 +63,11 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its numbers."""
+        return prod(self.shape) * self.dtype.itemsize
+
 
 class TensorSource(Protocol):
     """Tensors by name, read when asked for."""

@@ -17,10 +17,12 @@ import torch
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 
 from vmla_convert.checkpoint.source import TensorSpec
-from vmla_convert.errors import CheckpointError, ConfigError, OutputError
+from vmla_convert.errors import ConfigError, OutputError
 
 INDEX_NAME = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 1000**3
+
+_RECORD, _DRAFT = ".progress.json", ".progress.new"
 
 # In the order in which safetensors lays tensors out.
 _DTYPES = {
@@ -54,7 +56,7 @@ class CheckpointWriter:
         .progress.json   the record of the last commit, where there is one
 
     An exception removes it all, unless there is a record and the exception is not a mistake of the
-    user's (ConfigError, CheckpointError). A later writer can then go on from the record. So it can
+    user's (ConfigError). A later writer can then go on from the record. So it can
     after a kill at any instant: what a record counts as written was synced before the record was.
     """
 
@@ -82,7 +84,7 @@ class CheckpointWriter:
         split = _split(specs, shard_bytes)
         self._out = out
         self._partial, self._folder = _places(out)
-        self._record = self._partial / ".progress.json"
+        self._record = self._partial / _RECORD
         self._specs = dict(specs)
         self._file_of = split.tensor_to_filename
         self._shards = {
@@ -140,7 +142,7 @@ class CheckpointWriter:
             if error is None:
                 self._publish()
         finally:
-            self._clean_up(mistake=isinstance(error, ConfigError | CheckpointError))
+            self._clean_up(mistake=isinstance(error, ConfigError))
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Write one planned tensor to its place; any order will do.
@@ -182,7 +184,7 @@ class CheckpointWriter:
             "texts": self._texts,
             "state": state,
         }
-        draft, text = self._record.with_suffix(".new"), json.dumps(record)
+        draft, text = self._partial / _DRAFT, json.dumps(record)
         with self._reported(self._record):
             self._sync_shards()
             draft.write_text(text, "utf-8")
@@ -274,7 +276,7 @@ class CheckpointWriter:
             )
         texts = dict(self._texts)
         if len(self._shards) > 1:
-            total = sum(map(_size, self._specs.values()))
+            total = sum(spec.nbytes for spec in self._specs.values())
             index = {"metadata": {"total_size": total}, "weight_map": self._file_of}
             texts[INDEX_NAME] = json.dumps(index, indent=2) + "\n"
         with self._reported(self._out):
@@ -400,7 +402,7 @@ def _lay_out(specs: dict[str, TensorSpec]) -> _Shard:
     starts: dict[str, int] = {}
     for name in sorted(specs, key=lambda name: (order.index(specs[name].dtype), name)):
         spec = specs[name]
-        starts[name], end = end, end + _size(spec)
+        starts[name], end = end, end + spec.nbytes
         table[name] = {
             "dtype": _DTYPES[spec.dtype],
             "shape": spec.shape,
@@ -425,8 +427,20 @@ def _places(out: Path) -> tuple[Path, Path]:
 
 
 def _refuse_taken(out: Path) -> None:
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    empty = out.is_dir() and not out.is_symlink() and not out.is_mount() and not any(out.iterdir())
+    if (out.exists() or out.is_symlink()) and not empty:
         raise OutputError(f"{out} is already there", "choose another -o or remove it")
+    place = next(path for path in out.absolute().parents if path.exists())
+    if not place.is_dir():
+        raise OutputError(f"{out} cannot be written: {place} is a file", "choose another -o")
+    partial, folder = _places(out)
+    ours = {folder.name, _RECORD, _DRAFT}
+    if partial.exists() and not (
+        partial.is_dir() and {path.name for path in partial.iterdir()} <= ours
+    ):
+        raise OutputError(
+            f"{partial} is in the way: it holds other files", "choose another -o or move it"
+        )
 
 
 def _interrupted(partial: Path) -> OutputError:
@@ -448,14 +462,10 @@ def _require_room(out: Path, need: int) -> None:
 def _split(specs: dict[str, TensorSpec], shard_bytes: int) -> StateDictSplit:
     return split_state_dict_into_shards_factory(
         specs,
-        get_storage_size=_size,
+        get_storage_size=lambda spec: spec.nbytes,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard_bytes,
     )
-
-
-def _size(spec: TensorSpec) -> int:
-    return torch.Size(spec.shape).numel() * spec.dtype.itemsize
 
 
 def _sync(path: Path) -> None:

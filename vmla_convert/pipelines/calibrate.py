@@ -2,14 +2,13 @@
 
 One block is needed at a time, forwards to keep each block's input, backwards to carry the gradient
 of a random direction of the predicted velocity; so a model that does not fit in memory can be
-calibrated block by block. What has been passed lies on a shelf: on disk it takes no memory either,
-and a walk that was stopped goes on from the block where it was.
+calibrated block by block. What has been passed lies on a shelf: on disk it takes no memory, which
+then holds the activations of one layer, and a walk that was stopped goes on from its block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -142,11 +141,8 @@ class _Walk:
                 )
             self.batches.append(_Batch(example, modulation, time, text, seed + index))
             inputs.append(x)
-        config, example = shell.config, self.batches[0].example
-        # Clips may be smaller than what the model is deployed at.
-        height, width = example.latents.shape[-2:]
-        config = replace(config, latent_size=(height, width))
-        positions, self.mask = teacher_forcing_inputs(config, example)
+        example = self.batches[0].example
+        positions, self.mask = teacher_forcing_inputs(shell.config, example)
         self.rotary = shell.rotary(positions, example.latents)
         self.attend = masked_attention(self.rotary, self.mask)
         if not shelf.has("input-0"):
@@ -336,9 +332,20 @@ def check_clips(config: ModelConfig, batch: Batch) -> None:
     """Clips must fit the model, and be long enough that something reads a past.
 
     Raises:
-        ConfigError: They do not, or are not.
+        ConfigError: They do not, or are not, or hold numbers that are not finite.
     """
-    frames, channels, *size = batch.latents.shape[1:]
+    latents, context = batch
+    if latents.ndim != 5 or context.ndim != 3 or context.shape[-1] != config.geometry.text_dim:
+        raise ConfigError(
+            f"calibration clips have latents of {latents.ndim} sides and contexts of shape "
+            f"{tuple(context.shape)}, the model takes 5 and {config.geometry.text_dim} columns",
+            "store latents (N, F, C, height, width) and context (N, text_len, text_dim)",
+        )
+    if not (latents.isfinite().all() and context.isfinite().all()):
+        raise ConfigError(
+            "calibration clips hold NaN or infinite numbers", "encode the clips again"
+        )
+    frames, channels, *size = latents.shape[1:]
     _, rows, columns = config.geometry.patch_size
     if channels != config.geometry.in_dim or size[0] % rows or size[1] % columns:
         raise ConfigError(

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vmla_convert import __version__
 from vmla_convert.checkpoint.families import OpenCheckpoint, converted_config
+from vmla_convert.checkpoint.known import known_model
 from vmla_convert.checkpoint.source import TensorSpec, fingerprint
 from vmla_convert.checkpoint.writer import CheckpointWriter, check_place, partial_folder
 from vmla_convert.config import (
@@ -94,9 +95,7 @@ class ConversionPlan:
     @property
     def nbytes(self) -> int:
         """Bytes of the weights that will be written."""
-        return sum(
-            torch.Size(spec.shape).numel() * spec.dtype.itemsize for spec in self.specs.values()
-        )
+        return sum(spec.nbytes for spec in self.specs.values())
 
 
 @dataclass(frozen=True)
@@ -146,6 +145,8 @@ def convert(
     started = perf_counter()
     config, progress = config or ConvertConfig(), Timed(progress or Silent())
     checkpoint = open_named(source)
+    if checkpoint.known and (note := known_model(checkpoint.known).note):
+        progress.note(f"{checkpoint.known}: {note}")
     rough = plan_conversion(checkpoint, config)
     check_place(out, rough.nbytes, resume)
     if measures(config):
@@ -367,8 +368,8 @@ def _write_tensors(
 
     def add(name: str, tensor: Tensor) -> None:
         cast = tensor.to(plan.specs[name].dtype)
-        if cast.dtype == torch.float16 and not cast.isfinite().all():
-            raise ConfigError(f"'{name}' has numbers that float16 cannot hold", "use bfloat16")
+        if not cast.isfinite().all():
+            raise _unbounded(name, cast.dtype)
         writer.add(name, cast)
 
     def factored(layer: int) -> tuple[Branch, dict[str, Tensor]]:
@@ -396,6 +397,14 @@ def _write_tensors(
     return branches
 
 
+def _unbounded(name: str, dtype: torch.dtype) -> ConfigError:
+    if dtype == torch.float16:
+        return ConfigError(f"'{name}' has numbers that float16 cannot hold", "use bfloat16")
+    return ConfigError(
+        f"'{name}' came out with NaN or infinite numbers", "calibrate on other clips: --data"
+    )
+
+
 def _factor_bytes(config: ModelConfig) -> int:
     """What factoring a layer takes: a dozen d x d matrices in float64, by measurement."""
     return 12 * 8 * config.geometry.dim**2
@@ -409,7 +418,7 @@ def _origin(source: Source, checkpoint: OpenCheckpoint, progress: Progress) -> d
         for lora in checkpoint.loras
     ]
     return {
-        "name": Path(how.checkpoint).name,
+        "name": Path(how.checkpoint).resolve().name,
         "sha256": fingerprint(checkpoint.source.path, progress),
         "state_key": checkpoint.source.key,
         "family": checkpoint.family,

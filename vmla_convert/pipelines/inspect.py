@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 
 import torch
 
@@ -106,7 +105,7 @@ def inspect_checkpoint(
         known_model=checkpoint.known,
         note=known_model(checkpoint.known).note if checkpoint.known else "",
         parameters=checkpoint.parameters(),
-        nbytes=sum(prod(spec.shape) * spec.dtype.itemsize for spec in specs),
+        nbytes=sum(spec.nbytes for spec in specs),
         dtypes=sorted({str(spec.dtype).removeprefix("torch.") for spec in specs}),
         model=model,
         converted=converted,

@@ -7,14 +7,16 @@ import os
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vmla_convert.checkpoint.families import OpenCheckpoint, is_converted, open_checkpoint
 from vmla_convert.checkpoint.hub import fetch, is_repo
 from vmla_convert.checkpoint.known import known_by_repo, known_model
+from vmla_convert.checkpoint.source import fingerprint, located
 from vmla_convert.config import SourceConfig, from_dict
-from vmla_convert.errors import CheckpointError
+from vmla_convert.errors import CheckpointError, ConfigError
 from vmla_convert.layers.dit import Block, CausalWanModel
 
 DEMO = "demo"
@@ -45,7 +47,7 @@ def locate(source: Source) -> tuple[Path, SourceConfig]:
     how = source if isinstance(source, SourceConfig) else SourceConfig(str(source))
     name, path = how.checkpoint, Path(how.checkpoint)
     if name == DEMO:
-        return Path(str(files("vmla_convert") / "demo" / "checkpoint")), how
+        return Path(str(files("vmla_convert") / "demo" / "checkpoint")) / (how.file or ""), how
     if path.exists() or not is_repo(name):
         return path / (how.file or ""), how
     repo, known = name.partition("@")[0], known_model(how.model) if how.model else None
@@ -63,26 +65,48 @@ def compute_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def as_teacher(teacher: Source, converted: Path) -> SourceConfig:
+def as_teacher(teacher: Source, converted: Source) -> SourceConfig:
     """A dense checkpoint, read as when it was converted: its key, settings and LoRAs.
 
     Args:
         teacher: A path, `demo` or a Hub id; what comes with settings of its own stays as it is.
-        converted: The folder that was made of it.
+        converted: What was made of it.
+
+    Raises:
+        CheckpointError: One of them cannot be found, or the record is damaged.
     """
     if isinstance(teacher, SourceConfig):
         return teacher
-    record = converted / CONVERSION_NAME
-    origin = json.loads(record.read_text("utf-8")).get("source", {}) if record.is_file() else {}
+    origin = read_provenance(converted).get("source", {})
     asked = from_dict(SourceConfig, origin.get("asked", {}))
-    here = Path(teacher).exists()
-    return replace(
-        asked,
-        checkpoint=str(teacher),
-        # A local path says itself which file it is.
-        file=None if here else asked.file,
-        model=origin.get("known_model"),
-    )
+    known = replace(asked, checkpoint=str(teacher), model=origin.get("known_model"))
+    if Path(teacher).is_file():
+        known = replace(known, file=None)
+    path, _ = locate(known)
+    if fingerprint(path) == origin.get("sha256"):
+        return known
+    # Other bytes: the same model in another form perhaps, with other keys, its LoRAs merged.
+    return replace(known, key=None, loras=())
+
+
+def read_provenance(converted: Source) -> dict[str, Any]:
+    """The record beside a converted checkpoint's weights; empty when there is none.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    path, _ = locate(converted)
+    file = located(path).parent / CONVERSION_NAME
+    if not file.is_file():
+        return {}
+    try:
+        record = json.loads(file.read_text("utf-8"))
+        from_dict(SourceConfig, record.get("source", {}).get("asked", {}))
+    except (ValueError, AttributeError, ConfigError) as error:
+        raise CheckpointError(
+            f"{file} is not a record of a conversion", "convert again, or remove it"
+        ) from error
+    return record
 
 
 def load(

@@ -77,9 +77,11 @@ def make_example(
 
 def teacher_forcing_inputs(config: ModelConfig, example: Example) -> tuple[Tensor, Visibility]:
     """Frame positions (2F,) and masks (2L, 2L) of one teacher-forced pass."""
-    frames = example.latents.shape[1] // 2
+    frames, (height, width) = example.latents.shape[1] // 2, example.latents.shape[-2:]
     positions = torch.arange(frames, device=example.latents.device).repeat(2)
-    mask = teacher_forcing_mask(frames, config.chunk_frames, config.tokens_per_frame, config.cache)
+    # Clips may be smaller than what the model is deployed at.
+    tokens = config.geometry.tokens_per_frame((height, width))
+    mask = teacher_forcing_mask(frames, config.chunk_frames, tokens, config.cache)
     return positions, mask.to(example.latents.device)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from time import perf_counter
 
@@ -64,8 +63,8 @@ def foresee(source: Source, out: Path, config: ConvertConfig, resume: bool = Fal
         out=str(out),
         cache_scalars_per_token=plan.config.cache_scalars_per_token(),
         cache_cut=plan.config.cache_cut(),
-        files=planned_files(plan.specs),
-        nbytes=plan.nbytes,
+        files=(files := planned_files(plan.specs)),
+        nbytes=sum(files.values()),
         working_bytes=measured + activations if tokens else 0,
         seconds=_seconds(checkpoint, config, plan.nbytes, tokens),
     )
@@ -83,7 +82,7 @@ def _calibration_tokens(checkpoint: OpenCheckpoint, config: ConvertConfig) -> in
 
 def _seconds(checkpoint: OpenCheckpoint, config: ConvertConfig, written: int, tokens: int) -> float:
     geometry = checkpoint.config.geometry
-    stored = sum(prod(s.shape) * s.dtype.itemsize for s in checkpoint.specs().values())
+    stored = sum(spec.nbytes for spec in checkpoint.specs().values())
     # Read for the hash, to find what is not finite, and to convert.
     disk = 3 * stored / READ_RATE + written / WRITE_RATE
     factor = _factor_trial() * (geometry.dim / _TRIAL_WIDTH) ** 3 * geometry.num_layers

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +33,7 @@ from vmla_convert.pipelines.load import (
     compute_device,
     load,
     open_named,
+    read_provenance,
 )
 from vmla_convert.pipelines.losses import (
     Example,
@@ -89,13 +89,13 @@ def recover(
             f"{converted} is not a converted checkpoint", "make one first: vmla convert CKPT -o OUT"
         )
     device, specs = compute_device(), source.specs()
-    student, dense = build(source, device), load(as_teacher(teacher, source.source.path), device)
+    student, dense = build(source, device), load(as_teacher(teacher, str(converted)), device)
     check_pair(student, dense)
     held_out = HeldOut(dense, evaluation or EvaluateConfig())
     rows = [*dense_rows(dense, held_out), *cache_rows(student.config)]
     started = perf_counter()
     state = out.with_name(out.name + ".state")
-    provenance = _read_provenance(source.source.path)
+    provenance = read_provenance(converted)
     _claim_state(state, {"recover": to_dict(config), "converted": provenance})
     curve = state / "curve.jsonl"
 
@@ -265,11 +265,6 @@ def _fit_layer(
 
 def _latent_layers(student: CausalWanModel) -> list[LatentSelfAttention]:
     return [a for a in student.self_attentions() if isinstance(a, LatentSelfAttention)]
-
-
-def _read_provenance(folder: Path) -> dict[str, Any]:
-    file = folder / CONVERSION_NAME
-    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def _claim_state(state: Path, settings: dict[str, object]) -> None:

@@ -8,8 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from vmla_convert.errors import OutputError
 
 Tensors = dict[str, Tensor]
 
@@ -61,18 +64,39 @@ class FolderShelf:
     """A file for each group, there whole or not at all; found again by the same work.
 
     Args:
-        folder: Made for the first group; what it holds of other work goes.
+        folder: Made for the first group.
         identity: What the work depends on, JSON-able.
+
+    Raises:
+        OutputError: The folder holds something else, or other work.
     """
 
     def __init__(self, folder: Path, identity: Any) -> None:
         self.folder = folder
         self._told, self._identity = folder / "identity.json", json.dumps(identity, sort_keys=True)
-        if not self._told.is_file() or self._told.read_text() != self._identity:
-            self.remove()
+        if folder.exists() and (
+            not self._told.is_file() or self._told.read_text() != self._identity
+        ):
+            raise OutputError(
+                f"{folder} is in the way: it holds other files, or another calibration",
+                "go on with the settings it was begun with, or remove it",
+            )
 
     def put(self, name: str, tensors: Tensors) -> None:
-        """Write a group."""
+        """Write a group.
+
+        Raises:
+            OutputError: The disk refuses.
+        """
+        try:
+            self._write(name, tensors)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(
+                f"{self.folder} cannot be written: {error}",
+                "check the space and rights there, then start again: what is done is kept",
+            ) from error
+
+    def _write(self, name: str, tensors: Tensors) -> None:
         if not self._told.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._told.write_text(self._identity)
