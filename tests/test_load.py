@@ -14,13 +14,23 @@ from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 
 from vmla_convert.checkpoint.families import open_checkpoint
-from vmla_convert.config import SourceConfig
+from vmla_convert.config import ConvertConfig, SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError
 from vmla_convert.layers.mla import LatentSelfAttention
 from vmla_convert.pipelines import load as module
-from vmla_convert.pipelines.load import build, load, locate, open_named
+from vmla_convert.pipelines.convert import convert
+from vmla_convert.pipelines.load import (
+    as_teacher,
+    build,
+    load,
+    locate,
+    open_named,
+    read_provenance,
+)
 
 pytest_plugins = ["checkpoints"]
+
+SPECTRAL = ConvertConfig("spectral")
 
 
 @pytest.fixture
@@ -245,3 +255,38 @@ def test_a_misspelt_config_key_is_named_with_the_right_one(copied: Path) -> None
 def test_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         load(tmp_path / "nothing")
+
+
+def test_a_teacher_is_read_as_when_it_was_converted(teacher: Path, tmp_path: Path) -> None:
+    asked = SourceConfig(str(teacher), key="generator_ema", overrides=("chunk_frames=1",))
+    convert(asked, tmp_path / "out", SPECTRAL)
+    for given in (tmp_path / "out", tmp_path / "out" / "model.safetensors"):
+        assert as_teacher(str(teacher), given) == asked
+        assert open_named(as_teacher(str(teacher), given)).config.chunk_frames == 1
+    assert as_teacher(asked, tmp_path / "nowhere") == asked
+
+
+def test_other_bytes_are_read_without_the_key_and_loras_of_the_source(
+    teacher: Path, tmp_path: Path
+) -> None:
+    asked = SourceConfig(str(teacher), key="generator_ema", overrides=("chunk_frames=1",))
+    convert(asked, tmp_path / "out", SPECTRAL)
+    state = {name: tensor.clone() for name, tensor in load(teacher).state_dict().items()}
+    save_file(state, tmp_path / "native.safetensors")
+    (tmp_path / "config.json").write_bytes((teacher / "config.json").read_bytes())
+    known = as_teacher(tmp_path / "native.safetensors", tmp_path / "out")
+    assert (known.key, known.loras, known.overrides) == (None, (), ("chunk_frames=1",))
+    assert open_named(known).config.chunk_frames == 1
+
+
+@pytest.mark.parametrize(
+    "record", ["{", "[]", '{"source": 3}', '{"source": {"asked": {"foo": 1}}}']
+)
+def test_a_damaged_record_is_named(record: str, teacher: Path, tmp_path: Path) -> None:
+    convert(teacher, tmp_path / "out", SPECTRAL)
+    assert read_provenance(tmp_path / "out")["source"]["family"] == "self_forcing"
+    assert read_provenance(teacher) == {}
+    (tmp_path / "out" / "conversion.json").write_text(record)
+    with pytest.raises(CheckpointError, match=r"conversion\.json") as caught:
+        read_provenance(tmp_path / "out")
+    assert caught.value.hint
