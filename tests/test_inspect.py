@@ -174,7 +174,9 @@ def test_the_command_takes_what_tensors_do_not_tell(
     shown = vmla("inspect", *options)
     assert shown.code == 0
     assert all(text in shown.out for text in ("tiny", note, "2, 8, 2"))
-    assert "--model" in vmla("inspect", teacher).out
+    # Its config.json tells; of a checkpoint about which nobody says anything, --model may.
+    assert "--model" not in vmla("inspect", teacher).out
+    assert "--model" in vmla("inspect", teacher, "--set", "licence=unknown").out
 
 
 @pytest.mark.parametrize(

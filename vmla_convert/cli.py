@@ -505,8 +505,11 @@ def _show_outlook(outlook: Outlook) -> None:
 def _show_inspection(inspection: Inspection) -> None:
     model, converted = inspection.model, inspection.converted
     geometry = model.geometry
+    # A checkpoint with a licence has a config.json of ours, which tells the rest too.
+    told = model.licence != "unknown"
+    unnamed = "" if told else "none named; --model brings what tensors lack"
     known = {
-        "known model": inspection.known_model or "none named; --model brings what tensors lack",
+        "known model": inspection.known_model or unnamed,
         "note": inspection.note,
     }
     out.data(
