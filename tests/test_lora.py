@@ -186,7 +186,7 @@ def test_every_form_merges_into_the_same_weights(form: str, tmp_path: Path) -> N
     writer, alpha = FORMS[form]
     pairs, tensors = random_pairs(), native()
     lora = open_lora(writer(tmp_path / "f", pairs), SCALE, SPECS)
-    assert lora.targets() == TARGETS
+    assert lora.deltas.keys() == TARGETS
     for name, tensor in tensors.items():
         before = tensor.clone()
         merged = lora.apply(name, tensor)
@@ -204,7 +204,7 @@ def test_all_linears_of_a_model_at_once(tmp_path: Path) -> None:
     modules = tuple(name.removesuffix(".weight") for name in weights)
     for form, (writer, _) in FORMS.items():
         path = writer(tmp_path / form.replace(" ", "_"), random_pairs(modules=modules))
-        assert open_lora(path, 1.0, SPECS).targets() == set(weights)
+        assert open_lora(path, 1.0, SPECS).deltas.keys() == set(weights)
 
 
 def test_diffusers_own_converters_agree(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_diffusers_own_converters_agree(tmp_path: Path) -> None:
         path = writer(tmp_path / writer.__name__, pairs)
         converted = write(path.parent / "theirs.safetensors", convert(load_file(path)))
         ours, other = (open_lora(file, SCALE, SPECS) for file in (path, converted))
-        assert ours.targets() == other.targets() == {f"{module}.weight" for module in pairs}
+        assert ours.deltas.keys() == other.deltas.keys() == {f"{module}.weight" for module in pairs}
         for name, tensor in native().items():
             close(ours.apply(name, tensor), other.apply(name, tensor))
 
@@ -250,7 +250,7 @@ def test_differences_are_added_without_alpha(prefix: str, tmp_path: Path) -> Non
         source = {kohya(name): tensor for name, tensor in source.items()}
     file = write(tmp_path / "l.safetensors", {prefix + name: t for name, t in source.items()})
     lora, tensors = open_lora(file, SCALE, SPECS), native()
-    assert lora.targets() == {*DIFFS.values(), f"{Q}.weight"}
+    assert lora.deltas.keys() == {*DIFFS.values(), f"{Q}.weight"}
     for name, target in DIFFS.items():
         close(lora.apply(target, tensors[target]), tensors[target] + SCALE * diffs[name])
 
@@ -265,7 +265,7 @@ def test_a_bias_of_the_up_matrix_is_scaled_as_the_matrix_is(tmp_path: Path) -> N
     tensors = with_alphas(named(pairs, "lora_A.weight", "lora_B.weight"), pairs)
     tensors[f"{Q}.lora_B.bias"] = bias
     lora = open_lora(write(tmp_path / "l.safetensors", tensors), SCALE, SPECS)
-    assert lora.targets() == {f"{Q}.weight", f"{Q}.bias"}
+    assert lora.deltas.keys() == {f"{Q}.weight", f"{Q}.bias"}
     close(lora.apply(f"{Q}.bias", torch.ones(24)), 1 + SCALE * ALPHA / RANK * bias)
 
 
@@ -273,7 +273,7 @@ def test_the_norms_of_both_layouts_do_not_mix(tmp_path: Path) -> None:
     change = torch.ones(24)
     theirs = {"blocks.0.norm2.diff": change, "blocks.0.attn1.to_k.diff_b": change}
     lora = open_lora(write(tmp_path / "l.safetensors", theirs), 1.0, SPECS)
-    assert lora.targets() == {"blocks.0.norm3.weight", "blocks.0.self_attn.k.bias"}
+    assert lora.deltas.keys() == {"blocks.0.norm3.weight", "blocks.0.self_attn.k.bias"}
     ours = {"blocks.0.norm2.diff": change, "blocks.0.self_attn.k.diff_b": change}
     refused(write(tmp_path / "m.safetensors", ours), "blocks.0.norm2.diff")
 
@@ -540,7 +540,7 @@ def test_kohya_names_that_may_be_two_tensors_are_refused(tmp_path: Path) -> None
     path = write_kohya(tmp_path / "one", {"a.b_c": pair})
     refused(path, str(path), "lora_unet_a_b_c", "a.b_c.weight", "a.b.c.weight", specs=specs)
     path = write_kohya(tmp_path / "other", {"a.d": pair})
-    assert open_lora(path, 1.0, specs).targets() == {"a.d.weight"}
+    assert open_lora(path, 1.0, specs).deltas.keys() == {"a.d.weight"}
 
 
 def test_kohya_names_of_a_whole_model_are_unambiguous(tmp_path: Path) -> None:
@@ -550,7 +550,7 @@ def test_kohya_names_of_a_whole_model_are_unambiguous(tmp_path: Path) -> None:
         part = {"weight": "diff", "bias": "diff_b", "modulation": "diff_m"}[kind]
         diffs[f"lora_unet_{module.replace('.', '_')}.{part}"] = torch.ones(shape)
     path = write(tmp_path / "l.safetensors", diffs)
-    assert open_lora(path, 1.0, SPECS).targets() == set(SHAPES)
+    assert open_lora(path, 1.0, SPECS).deltas.keys() == set(SHAPES)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -157,7 +157,7 @@ def test_only_what_is_new_in_a_larger_grid_is_measured(
     append_rows(file, whole[1])
     measured: list[object] = []
 
-    def noted(_: object, __: object, point: object, *rest: object) -> list[Row]:  # noqa: ARG001
+    def noted(_: object, __: object, point: object, *___: object) -> list[Row]:
         measured.append(point)
         return []
 

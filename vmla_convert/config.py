@@ -128,6 +128,11 @@ class LayerConfig:
     latent: Literal["joint", "split"] = "joint"
     k_norm: Literal["stored", "latent", "rebuilt"] = "stored"
 
+    @property
+    def reads_own_latents(self) -> bool:
+        """Whether errors of the latents reach the chunk that they were made of."""
+        return self.current_chunk == "latent"
+
     def __post_init__(self) -> None:
         if self.k_norm == "rebuilt" and self.positions == "decoupled":
             raise ConfigError(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from vmla_convert.checkpoint.geometry import blocks
 from vmla_convert.checkpoint.keymap import DIFFUSERS_RULES, fill, listed, strip_wrappers
 from vmla_convert.checkpoint.source import TensorSource, TensorSpec, open_source
 from vmla_convert.errors import CheckpointError, ConfigError
@@ -96,10 +97,6 @@ class Lora:
     scale: float
     source: TensorSource = field(repr=False)
     deltas: Mapping[str, _Delta] = field(repr=False)
-
-    def targets(self) -> frozenset[str]:
-        """The native names of the tensors that it changes."""
-        return frozenset(self.deltas)
 
     def apply(self, native: str, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor with this LoRA merged; one that it does not change comes back as it is.
@@ -275,11 +272,10 @@ def _native_names(modules: _Modules, specs: Mapping[str, TensorSpec], path: Path
 
 
 def _diffusers_names(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    blocks = {match[1] for name in specs if (match := re.match(r"blocks\.(\d+)\.", name))}
     filled = {
         fill(rule.foreign, block): fill(rule.native, block)
         for rule in DIFFUSERS_RULES
-        for block in blocks
+        for block in blocks(specs)
     }
     return {foreign: native for foreign, native in filled.items() if native in specs}
 

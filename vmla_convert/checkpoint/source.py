@@ -82,10 +82,6 @@ class TensorSource(Protocol):
         """The nested state dict that was picked from a pickle; None when the names are flat."""
         ...
 
-    def files(self) -> list[Path]:
-        """The files that hold the tensors, in order of name."""
-        ...
-
     def specs(self) -> dict[str, TensorSpec]:
         """Shape and dtype of every tensor, without reading any."""
         ...
@@ -199,9 +195,6 @@ class _FileSource:
     path: Path
     key: str | None
     _places: dict[str, _Place]
-
-    def files(self) -> list[Path]:
-        return sorted({place.file for place in self._places.values()})
 
     def specs(self) -> dict[str, TensorSpec]:
         return {name: place.spec for name, place in self._places.items()}

@@ -41,9 +41,6 @@ class _Unfused:
     def key(self) -> str | None:
         return self.source.key
 
-    def files(self) -> list[Path]:
-        return self.source.files()
-
     def specs(self) -> dict[str, TensorSpec]:
         stored = self.source.specs()
         whole = {part.stored for part in self.parts.values()}

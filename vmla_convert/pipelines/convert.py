@@ -311,7 +311,7 @@ def gather_evidence(
         config.seed,
         progress,
         shelf,
-        own=config.layer.current_chunk == "latent",
+        own=config.layer.reads_own_latents,
     )
     return lambda layer: layer_evidence(reads(layer), weights(layer), config.layer, phases)
 
@@ -447,7 +447,7 @@ def _shelf_folder(out: Path) -> Path:
 
 def _shelf(out: Path, basis: Mapping[str, Any], config: ConvertConfig) -> FolderShelf:
     """Beside the output; another conversion of the same source may go on with it."""
-    own = config.layer.current_chunk == "latent"
+    own = config.layer.reads_own_latents
     how = [to_dict(config.data), config.calibration_clips, config.seed, own]
     return FolderShelf(_shelf_folder(out), [__version__, dict(basis), how])
 

@@ -149,7 +149,7 @@ def layer_evidence(
         layer: What is made of it.
         phases: From `deployed_phases`.
     """
-    own = measured.own if layer.current_chunk == "latent" else []
+    own = measured.own if layer.reads_own_latents else []
     return join_evidence([measured.past, *own], weights, phases)
 
 

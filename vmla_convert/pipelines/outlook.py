@@ -55,7 +55,7 @@ def foresee(source: Source, out: Path, config: ConvertConfig, resume: bool = Fal
     plan = plan_conversion(checkpoint, config)
     check_place(out, plan.nbytes, resume)
     geometry, tokens = checkpoint.config.geometry, _calibration_tokens(checkpoint, config)
-    own = config.layer.current_chunk == "latent"
+    own = config.layer.reads_own_latents
     measured = 2 * (3 if own else 1) * geometry.dim**2 * 8 * geometry.num_layers
     # What each block reads, what the last one gives, and the gradients above and below a block.
     activations = 4 * tokens * geometry.dim * (geometry.num_layers + 3)
