@@ -13,6 +13,7 @@ from vmla_convert.config import (
     LayerConfig,
     MLAConfig,
     ModelConfig,
+    RuntimeConfig,
     SamplerConfig,
     SweepConfig,
 )
@@ -55,6 +56,12 @@ def tiny_mla(layer: LayerConfig) -> MLAConfig:
         rope_pairs=TINY_MLA.rope_pairs if layer.positions == "decoupled" else ((), ()),
         key_ranks=(9, 4) if layer.latent == "split" else (),
     )
+
+
+def fitting(runtime: RuntimeConfig, mla: MLAConfig | None) -> RuntimeConfig:
+    """A runtime that says nothing of rope keys where a model has none."""
+    has_rope = mla is not None and any(mla.rope_pairs)
+    return runtime if has_rope else dataclasses.replace(runtime, rope_dtype="model")
 
 
 def tiny_config(

@@ -17,6 +17,7 @@ from conftest import tiny_model
 from typer.core import TyperGroup
 
 from vmla_convert import cli
+from vmla_convert.pipelines.load import load
 from vmla_convert.pipelines.pretrain import save_self_forcing
 from vmla_convert.recipe import Recipe, available_recipes
 from vmla_convert.results import Row, append_rows
@@ -165,7 +166,71 @@ def test_generate_writes_a_video_and_a_sheet(converted: Path, tmp_path: Path, vm
                "--frames", "3")  # fmt: skip
     assert ran.code == 0
     assert {path.name for path in video.parent.iterdir()} == {"a.mp4", "a.png"}
-    assert ran.out.splitlines() == [f"wrote: {video}", f"wrote: {video.with_suffix('.png')}"]
+    model = load(converted)
+    nbytes = model.new_cache(2).nbytes
+    assert nbytes == model.cache_bytes(2)
+    assert ran.out.splitlines() == [
+        f"cache of converted (bytes)  {nbytes}",
+        f"wrote: {video}",
+        f"wrote: {video.with_suffix('.png')}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--cache-dtype", "int3"), "int3"),
+        (("--rope-dtype", "int4"), "int4"),
+        (("--backend", "absorbd"), "absorbd"),
+        (("--backend", "absorbed"), "decoupled positions"),
+        (("--rope-dtype", "int8"), "rope keys"),
+        (("--dtype", "int8"), "float32 or bfloat16"),
+        (("--switch", "soon:2"), "FRAME:PROMPT"),
+        (("--set", "cache.window_frames=1"), "make the window larger"),
+        (("--set", "licence=mine"), "converted already"),
+        (("--compare", "nowhere"), "nowhere"),
+    ],
+)
+def test_generate_refuses_before_any_work(
+    options: tuple[str, ...],
+    message: str,
+    budgeted: Path,
+    tmp_path: Path,
+    vmla: Vmla,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("vmla_convert.pipelines.load.build", never)
+    ran = vmla("generate", budgeted, "--prompt", "7", "-o", tmp_path / "a.mp4", *options)
+    assert refused(ran)
+    assert message in ran.err
+
+
+def test_a_dense_cache_is_not_quantised(teacher: Path, tmp_path: Path, vmla: Vmla) -> None:
+    ran = vmla("generate", teacher, "--prompt", "7", "-o", tmp_path / "a.mp4",
+               "--cache-dtype", "int4")  # fmt: skip
+    assert refused(ran)
+    assert "only latent caches are quantised" in ran.err
+
+
+def test_eval_measures_the_cache_that_is_asked_for(
+    budgeted: Path, teacher: Path, vmla: Vmla
+) -> None:
+    options = ("eval", budgeted, "--teacher", teacher, "--clips", "2", "--json")
+
+    def measured(*more: str) -> dict[str, float]:
+        table = json.loads(vmla(*options, *more).out)
+        return {row["metric"]: row["value"] for row in table if row["run"] != "dense"}
+
+    plain, coarse = measured(), measured("--cache-dtype", "int4")
+    streamed = measured("--set", "cache.dense_recent_frames=0")
+    exact = measured("--set", "cache.dense_recent_frames=2")
+    assert coarse["cache_bytes_per_token"] < plain["cache_bytes_per_token"]
+    assert exact["cache_bytes_per_token"] > plain["cache_bytes_per_token"]
+    # A random model tells no better from worse.
+    assert len({told["velocity_error"] for told in (exact, streamed, coarse)}) == 3
 
 
 def frame_size(video: Path) -> tuple[int, int]:

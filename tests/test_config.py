@@ -24,16 +24,15 @@ from vmla_convert.config import (
     ModelConfig,
     RankPlan,
     RecoverConfig,
+    RuntimeConfig,
     SamplerConfig,
     SourceConfig,
     SweepConfig,
     TeacherConfig,
     TrainingConfig,
-    from_dict,
-    override,
-    to_dict,
 )
 from vmla_convert.errors import ConfigError
+from vmla_convert.tables import from_dict, override, to_dict
 
 GEOMETRY = Geometry(dim=48, ffn_dim=96, num_heads=4, num_layers=2, in_dim=4, out_dim=4)
 DENSE = ModelConfig(
@@ -60,12 +59,14 @@ FOLDED = MLAConfig(
     init="calibrated",
     layer=LayerConfig(positions="decoupled", k_norm="latent"),
     phases=((((0.5, 1.0), (-3.1, 0.25)),), (((0.0, 0.0), (1.5, 0.125)),)),
+    qk_nope_head_dim=3,
 )
 
 EVERY_CONFIG: list[Any] = [
     GEOMETRY,
     DENSE.cache,
     SamplerConfig(denoising_step_list=(1000, 500), shift=3.0, renoise=False),
+    RuntimeConfig("absorbed", 16, "int4", "int8", offload=True),
     CONVERTED.mla,
     SPLIT,
     FOLDED,
@@ -358,6 +359,25 @@ def test_an_mla_that_cannot_be(
         MLAConfig((8, 10), pairs, "calibrated", LayerConfig(**layer), key_ranks)
 
 
+def test_heads_that_cannot_be() -> None:
+    mla = CONVERTED.mla
+    assert mla is not None
+    with pytest.raises(ConfigError, match="qk_nope_head_dim 0 must be at least 1"):
+        dataclasses.replace(mla, qk_nope_head_dim=0)
+    with pytest.raises(ConfigError, match="reconstructed positions rotate whole"):
+        dataclasses.replace(SPLIT, qk_nope_head_dim=4)
+    whole = dataclasses.replace(mla, qk_nope_head_dim=GEOMETRY.head_dim)
+    assert dataclasses.replace(DENSE, mla=whole).mla == whole
+    wider = dataclasses.replace(mla, qk_nope_head_dim=GEOMETRY.head_dim + 1)
+    with pytest.raises(ConfigError, match="is wider than heads of"):
+        dataclasses.replace(DENSE, mla=wider)
+
+
+def test_a_config_without_truncation_does_not_speak_of_it() -> None:
+    assert "qk_nope_head_dim" not in to_dict(CONVERTED)["mla"]
+    assert "qk_nope_head_dim" not in to_dict(ConvertConfig())
+
+
 @pytest.mark.parametrize("chunk", ["dense", "latent"])
 @pytest.mark.parametrize("latent", ["joint", "split"])
 def test_a_norm_from_the_rebuilt_key_needs_whole_keys(chunk: str, latent: str) -> None:
@@ -403,6 +423,7 @@ def test_configs_do_not_change() -> None:
         {"latent_size": (7, 9)},
         {"latent_size": (-8, 8)},
         {"licence": ""},
+        {"cache": CachePolicy(21, dense_recent_frames=19)},
     ],
 )
 def test_a_model_that_cannot_run_is_refused(settings: dict[str, Any]) -> None:
@@ -417,3 +438,18 @@ def test_steps_that_do_not_descend_from_1000_to_1_are_refused(steps: tuple[int, 
         SamplerConfig(steps)
     with pytest.raises(ConfigError, match="shift"):
         SamplerConfig(shift=0.0)
+
+
+def test_dense_recent_frames_need_a_layer_that_has_dense_keys() -> None:
+    policy = CachePolicy(8, 2, dense_recent_frames=2)
+    latent, dense = (
+        dataclasses.replace(SPLIT, layer=LayerConfig(chunk, latent="split"))
+        for chunk in ("latent", "dense")
+    )
+    dataclasses.replace(DENSE, cache=policy, mla=dense)
+    with pytest.raises(ConfigError, match="dense keys and values"):
+        dataclasses.replace(DENSE, cache=policy, mla=latent)
+    with pytest.raises(ConfigError, match="-1 must be at least 0"):
+        CachePolicy(8, dense_recent_frames=-1)
+    with pytest.raises(ConfigError, match="tile_mib"):
+        RuntimeConfig(tile_mib=0)

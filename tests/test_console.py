@@ -58,9 +58,11 @@ CASES = {
     ),
     "dataclass": Case(
         lambda out: out.data({"cache": CachePolicy(4), "rows": [{"a": 1}, {"a": 2}]}),
-        human="cache.window_frames  4\ncache.sink_frames    0\ncache.positions      absolute\n"
-        "rows[0].a            1\nrows[1].a            2\n",
-        json='{"cache": {"window_frames": 4, "sink_frames": 0, "positions": "absolute"}, '
+        human="cache.window_frames        4\ncache.sink_frames          0\n"
+        "cache.positions            absolute\ncache.dense_recent_frames  0\n"
+        "rows[0].a                  1\nrows[1].a                  2\n",
+        json='{"cache": {"window_frames": 4, "sink_frames": 0, "positions": "absolute", '
+        '"dense_recent_frames": 0}, '
         '"rows": [{"a": 1}, {"a": 2}]}\n',
     ),
     "not a number": Case(

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from vmla_convert.checkpoint.keymap import DIFFUSERS_RULES, to_native
 from vmla_convert.config import PAPER_LAYER, CachePolicy, LayerConfig, MLAConfig, ModelConfig
-from vmla_convert.layers.cache import KVCache
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.masks import block_causal_mask, teacher_forcing_mask
 
@@ -116,12 +115,12 @@ def stream_chunks(
     model: CausalWanModel, latents: Tensor, timestep: Tensor, context: Tensor
 ) -> Tensor:
     """Velocities of a clip whose chunks are streamed one after the other."""
-    cache = model.new_cache(len(latents))
+    cache, prompt = model.new_cache(len(latents)), model.read_prompt(context)
     chunk = model.config.chunk_frames
     velocities: list[Tensor] = []
     for part, level in zip(latents.split(chunk, 1), timestep.split(chunk, 1), strict=True):
         cache.open_chunk(chunk)
-        velocities.append(model.stream(part, level, context, cache))
+        velocities.append(model.stream(part, level, prompt, cache))
     return torch.cat(velocities, dim=1)
 
 
@@ -225,15 +224,15 @@ def test_teacher_forcing_is_streamed_denoising_with_a_clean_past(
         torch.arange(frames).repeat(2),
         mask,
     )
-    cache = model.new_cache(len(clean))
+    cache, prompt = model.new_cache(len(clean)), model.read_prompt(context)
     denoised: list[Tensor] = []
     written: list[Tensor] = []
     for start in range(0, frames, chunk):
         part = slice(start, start + chunk)
         cache.open_chunk(chunk)
-        denoised.append(model.stream(noisy[:, part], timestep[:, part], context, cache))
+        denoised.append(model.stream(noisy[:, part], timestep[:, part], prompt, cache, keep=False))
         zero = torch.zeros_like(timestep[:, part])
-        written.append(model.stream(clean[:, part], zero, context, cache))
+        written.append(model.stream(clean[:, part], zero, prompt, cache))
     streamed = torch.cat(written + denoised, dim=1)
     torch.testing.assert_close(forced, streamed, atol=1e-5, rtol=0)
 
@@ -247,11 +246,11 @@ def test_denoising_again_overwrites_the_open_chunk(mla: MLAConfig | None) -> Non
     zero = torch.zeros(2, 2)
 
     def rollout(versions: list[float]) -> list[Tensor]:
-        cache: KVCache = model.new_cache(2)
+        cache, prompt = model.new_cache(2), model.read_prompt(context)
         last: list[Tensor] = []
         for part in latents.split(2, 1):
             cache.open_chunk(2)
-            results = [model.stream(factor * part, zero, context, cache) for factor in versions]
+            results = [model.stream(factor * part, zero, prompt, cache) for factor in versions]
             last.append(results[-1])
         return last
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +12,20 @@ from checkpoints import MODEL
 from conftest import tiny_model
 from torch import Tensor
 
-from vmla_convert.config import GenerateConfig, SamplerConfig
+from vmla_convert.config import GenerateConfig, RuntimeConfig, SamplerConfig
 from vmla_convert.errors import ConfigError, OutputError, VmlaError
 from vmla_convert.layers.cache import KVCache
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines import generate as pipeline
 from vmla_convert.pipelines.compare import compare
-from vmla_convert.pipelines.generate import check_video_path, generate, rollout, write_clips
+from vmla_convert.pipelines.generate import (
+    Switch,
+    check_video_path,
+    generate,
+    parse_switch,
+    rollout,
+    write_clips,
+)
 from vmla_convert.pipelines.load import load
 
 pytest_plugins = ["checkpoints"]
@@ -123,8 +131,8 @@ def test_memory_does_not_grow_with_the_length(
     caches: list[KVCache] = []
     new_cache = model.new_cache
 
-    def kept(batch: int) -> KVCache:
-        caches.append(new_cache(batch))
+    def kept(batch: int, runtime: RuntimeConfig | None) -> KVCache:
+        caches.append(new_cache(batch, runtime))
         return caches[-1]
 
     monkeypatch.setattr(model, "new_cache", kept)
@@ -134,7 +142,7 @@ def test_memory_does_not_grow_with_the_length(
     for _ in generate(model, "7", 40):
         count += 1
         assert caches[0].nbytes == promised
-        assert len(caches[0].positions()) == min(2 * count, window)
+        assert caches[0].window.held == min(2 * count, window)
     assert count == 20
     assert len(caches) == 1
 
@@ -166,6 +174,102 @@ def test_a_prompt_that_names_no_single_digit_is_refused(
 def test_no_frames_are_refused(frames: int, dense: CausalWanModel) -> None:
     with pytest.raises(ConfigError, match=str(frames)):
         next(generate(dense, "7", frames))
+
+
+# Other prompts on the way
+
+
+def switched(model: CausalWanModel, *switches: Switch, frames: int = 16) -> Tensor:
+    return torch.cat(list(generate(model, "7", frames, switches=switches)), dim=1)
+
+
+def test_a_switch_changes_what_follows_it_and_nothing_before(model: CausalWanModel) -> None:
+    plain, other = clip(model, 16), switched(model, Switch(5, ["2"]))
+    # The first chunk that starts at or after frame 5.
+    assert torch.equal(plain[:, :6], other[:, :6])
+    for start in range(6, 16, 2):
+        assert not torch.equal(plain[:, start : start + 2], other[:, start : start + 2])
+
+
+@pytest.mark.parametrize("frame", [4, 6])
+def test_a_switch_writes_the_window_again(model: CausalWanModel, frame: int) -> None:
+    """To the same prompt it changes nothing, while chunks that are held saw no others."""
+    same = switched(model, Switch(frame, ["7"]), frames=frame + 2)
+    torch.testing.assert_close(same, clip(model, frame + 2), atol=2e-4, rtol=0)
+
+
+def test_a_kept_sink_remembers_the_first_prompt(model: CausalWanModel) -> None:
+    kept, dropped = (switched(model, Switch(12, ["2"], keep)) for keep in (True, False))
+    assert torch.equal(kept[:, :12], dropped[:, :12])
+    assert not torch.equal(kept[:, 12:], dropped[:, 12:])
+
+
+@pytest.mark.parametrize("frame", [2, 4, 6, 12])
+def test_the_kept_sink_is_what_was_written_first(
+    dense: CausalWanModel, frame: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However early the switch: no frame of the sink is written again."""
+    written: list[list[int]] = []
+    stream = dense.stream
+
+    def noted(latents: Tensor, timestep: Tensor, *rest: Any, keep: bool = True) -> Tensor:
+        if keep:
+            written.append(rest[1].window.chunk_frames)
+        return stream(latents, timestep, *rest, keep=keep)
+
+    monkeypatch.setattr(dense, "stream", noted)
+    switched(dense, Switch(frame, ["2"]), frames=frame + 2)
+    frames = [f for chunk in written for f in chunk]
+    sink, window = dense.config.cache.sink_frames, dense.config.cache.window_frames
+    again = range(max(sink, frame - (window - sink)), frame)
+    assert frames == [*range(frame), *again, frame, frame + 1]
+
+
+def test_of_switches_before_one_chunk_the_last_holds(dense: CausalWanModel) -> None:
+    several = switched(dense, Switch(3, ["5"]), Switch(4, ["2"]), Switch(1, ["7"]))
+    assert torch.equal(several[:, 4:], switched(dense, Switch(2, ["7"]), Switch(4, ["2"]))[:, 4:])
+
+
+def test_a_switch_after_the_last_chunk_is_refused(dense: CausalWanModel) -> None:
+    for frames in (4, 5, 6):
+        next(generate(dense, "7", frames, switches=[Switch((frames - 1) // 2 * 2, ["2"])]))
+        with pytest.raises(ConfigError, match="after the start of the last chunk"):
+            next(generate(dense, "7", frames, switches=[Switch((frames + 1) // 2 * 2, ["2"])]))
+
+
+def test_a_switch_back_is_a_switch(model: CausalWanModel) -> None:
+    there = switched(model, Switch(4, ["2"]))
+    back = switched(model, Switch(8, ["7"]), Switch(4, ["2"]))
+    assert torch.equal(there[:, :8], back[:, :8])
+    assert not torch.equal(there[:, 8:], back[:, 8:])
+
+
+def test_a_switch_needs_a_prompt_for_each_clip(dense: CausalWanModel) -> None:
+    with pytest.raises(ConfigError, match="2 prompts from frame 4 on, 1 before"):
+        next(generate(dense, "7", 8, switches=[Switch(4, ["1", "2"])]))
+
+
+@pytest.mark.parametrize("text", ["", "7", "a:7", "-1:7", "3:", ":7"])
+def test_a_switch_is_a_frame_and_a_prompt(text: str) -> None:
+    assert parse_switch("40: a two: dancing", 2, False) == Switch(40, ["a two: dancing"] * 2, False)
+    with pytest.raises(ConfigError, match="FRAME:PROMPT") as caught:
+        parse_switch(text, 1, True)
+    assert caught.value.hint
+
+
+def test_a_quantised_rollout_is_near_and_an_offloaded_one_the_same(converted: Path) -> None:
+    model = load(converted)
+
+    def made(runtime: RuntimeConfig) -> Tensor:
+        return torch.cat(list(generate(model, "7", 8, runtime=runtime)), dim=1)
+
+    plain = made(RuntimeConfig())
+    assert torch.equal(made(RuntimeConfig(offload=True)), plain)
+    fine, coarse = (
+        (made(RuntimeConfig(cache_dtype=dtype)) - plain).square().mean()
+        for dtype in ("int8", "int4")
+    )
+    assert 0 < fine < coarse < 0.3 * plain.square().mean()
 
 
 def test_a_video_is_refused_before_any_work_where_it_cannot_go(tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ from checkpoints import BUDGETED, CONVERT, MODEL, Vmla, refused
 
 from vmla_convert.checkpoint.families import OpenCheckpoint
 from vmla_convert.checkpoint.known import KNOWN, KnownModel
-from vmla_convert.config import ConvertConfig
+from vmla_convert.config import CachePolicy, ConvertConfig
 from vmla_convert.errors import CheckpointError, ConfigError
 from vmla_convert.pipelines.inspect import LayerSpectrum, inspect_checkpoint
 from vmla_convert.pipelines.load import load
+from vmla_convert.tables import to_dict
 
 pytest_plugins = ["checkpoints"]
 
@@ -167,7 +168,7 @@ def test_the_command_takes_what_tensors_do_not_tell(
     told = json.loads(vmla("inspect", *options, "--json").out)
     assert (told["known_model"], told["note"]) == ("tiny", note)
     assert told["model"]["licence"] == "other"
-    cache = {"window_frames": 8, "sink_frames": 2, "positions": "relative"}
+    cache = to_dict(CachePolicy(8, 2, "relative"))
     assert told["model"]["cache"] == cache
     assert told["converted"]["cache"] == cache
     assert 3 * told["window_cache_bytes"] == 4 * inspect_checkpoint(teacher).window_cache_bytes

@@ -8,8 +8,9 @@ import pytest
 
 from vmla_convert.checkpoint.families import DEFAULTS
 from vmla_convert.checkpoint.known import KNOWN, known_by_repo, known_model
-from vmla_convert.config import Geometry, ModelConfig, from_dict, to_dict
+from vmla_convert.config import Geometry, ModelConfig
 from vmla_convert.errors import ConfigError
+from vmla_convert.tables import from_dict, to_dict
 
 GEOMETRIES = {
     1536: Geometry(1536, 8960, 12, 30, 16, 16),

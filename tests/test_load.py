@@ -178,6 +178,22 @@ def test_a_converted_folder_may_lie_on_the_hub(latent: Path, hub: FakeHub) -> No
         load(SourceConfig("someone/converted", overrides=("licence=other",)))
 
 
+def test_a_converted_folder_may_be_run_in_another_window(latent: Path) -> None:
+    made = load(latent)
+    settings = ("cache.window_frames=6", "cache.sink_frames=1", "sampler.shift=3")
+    set_ = load(SourceConfig(str(latent), overrides=settings))
+    assert (set_.config.cache.window_frames, set_.config.cache.sink_frames) == (6, 1)
+    assert set_.config.cache.positions == made.config.cache.positions
+    assert set_.config.sampler.shift == 3.0
+    assert set_.config.mla == made.config.mla
+    weights = made.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in set_.state_dict().items())
+    with pytest.raises(ConfigError, match=r"unknown key 'cache\.window'"):
+        load(SourceConfig(str(latent), overrides=("cache.window=6",)))
+    with pytest.raises(ConfigError, match="a window of 2 frames with a sink of"):
+        load(SourceConfig(str(latent), overrides=("cache.window_frames=2", "cache.sink_frames=1")))
+
+
 def test_a_tensor_of_another_shape_is_named(copied: Path) -> None:
     weights = load_file(copied / "model.safetensors")
     name = "blocks.1.self_attn.kv_a_proj.weight"

@@ -97,7 +97,7 @@ def test_a_pass_repeats_the_positions_and_masks_by_the_policy() -> None:
     tokens = CONFIG.tokens_per_frame
     windowed = teacher_forcing_mask(FRAMES, CHUNK, tokens, CONFIG.cache)
     assert torch.equal(mask.seen, windowed.seen)
-    assert torch.equal(mask.own, windowed.own)
+    assert torch.equal(mask.exact, windowed.exact)
     assert not torch.equal(mask.seen, teacher_forcing_mask(FRAMES, CHUNK, tokens).seen)
 
 

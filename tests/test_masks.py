@@ -87,7 +87,7 @@ def test_own_are_the_keys_of_the_querys_chunk_and_half(
     expected = [
         [q // (chunk * tokens) == k // (chunk * tokens) for k in range(count)] for q in range(count)
     ]
-    assert mask.own.tolist() == expected
+    assert mask.exact.tolist() == expected
 
 
 @given(windows())

@@ -23,7 +23,7 @@ from reference.attention import merged_softmaxes, one_softmax
 from torch import Tensor, nn
 
 from vmla_convert.config import PAPER_LAYER, CachePolicy, LayerConfig, MLAConfig
-from vmla_convert.layers.attention import DenseSelfAttention, Sight
+from vmla_convert.layers.attention import DenseSelfAttention, Reading, Sight
 from vmla_convert.layers.dit import CausalWanModel, masked_attention
 from vmla_convert.layers.mla import LatentSelfAttention
 from vmla_convert.maths.masks import block_causal_mask, teacher_forcing_mask
@@ -39,6 +39,19 @@ POSITION_FREE = [
 ]
 
 every_layer = pytest.mark.parametrize("layer", EVERY_LAYER, ids=layer_id)
+# Truncated latents; whole heads, and narrow ones.
+EVERY_SIZE = [
+    *map(tiny_mla, EVERY_LAYER),
+    *(
+        dataclasses.replace(tiny_mla(layer), qk_nope_head_dim=10)
+        for layer in EVERY_LAYER
+        if layer.positions == "decoupled"
+    ),
+]
+
+
+def size_id(mla: MLAConfig) -> str:
+    return layer_id(mla.layer) + ("-narrow" if mla.qk_nope_head_dim else "")
 
 
 def full_size(layer: LayerConfig) -> MLAConfig:
@@ -139,10 +152,15 @@ def test_a_full_size_layer_reads_slots_in_any_order_at_any_place(
     """The chunk's two frames are in slots 1 and 2 of five, as after an eviction."""
     latent, tokens = lossless(dense, layer), noise(2, 30, DIM)
     x = tokens[:, 6:18]
+    places, here = table(torch.tensor([4, 9, 10, 0, 1])), table(torch.tensor([9, 10]))
     past = torch.tensor([*range(6), *range(18, 30)])
-    sight = Sight(table(torch.tensor([9, 10])), table(torch.tensor([4, 9, 10, 0, 1])), past=past)
-    expected = dense(x, dense.project(tokens).cached, None, sight)
-    y = latent(x, latent.project(tokens).cached, latent.project(x).own, sight)
+    expected = dense(x, Reading(dense.project(tokens).cached), Sight(here, places))
+    cached, own = latent.project(tokens).cached, latent.project(x).own
+    if own is None:
+        y = latent(x, Reading(cached), Sight(here, places))
+    else:
+        held = tuple(entry[:, past] for entry in cached)
+        y = latent(x, Reading(held, own), Sight(here, places.at(past), here))
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
 
 
@@ -166,7 +184,7 @@ def test_a_full_size_model_rolls_out_like_its_source(layer: LayerConfig, positio
         velocities: list[Tensor] = []
         for which, cache in zip((source, model), caches, strict=True):
             cache.open_chunk(2)
-            velocities.append(which.stream(part, level, context, cache))
+            velocities.append(which.stream(part, level, which.read_prompt(context), cache))
         torch.testing.assert_close(*velocities, atol=2e-5, rtol=0)
 
 
@@ -186,32 +204,34 @@ def test_keys_in_the_latent_are_the_dense_layers_without_positions(
 # Truncated, a layer still is what its formula says
 
 
-def random_layer(layer: LayerConfig, index: int = 1) -> LatentSelfAttention:
-    attention = LatentSelfAttention(TINY_GEOMETRY, tiny_mla(layer), index)
+def random_layer(mla: MLAConfig, index: int = 1) -> LatentSelfAttention:
+    attention = LatentSelfAttention(TINY_GEOMETRY, mla, index)
     randomise(attention, seed=4)
     return attention
 
 
-@every_layer
+@pytest.mark.parametrize("mla", EVERY_SIZE, ids=size_id)
 @torch.no_grad()
-def test_scores_are_those_of_the_formula_in_one_softmax(layer: LayerConfig) -> None:
+def test_scores_are_those_of_the_formula_in_one_softmax(mla: MLAConfig) -> None:
     """METHOD 1 and 3, with shared, repeated and few pairs."""
-    attention, x = random_layer(layer), noise(1, 16, DIM)
+    attention, x = random_layer(mla), noise(1, 16, DIM)
     rotary = rotary_table(token_positions(torch.tensor([3, 8, 9, 11] * 2), 1, 2), HEAD_DIM)
     mask = teacher_forcing_mask(4, 2, 2)
     y = masked_attention(rotary, mask)(attention, x)[0]
-    expected = one_softmax(attention, tiny_mla(layer), 1, x[0], rotary, *mask)
+    expected = one_softmax(attention, mla, 1, x[0], rotary, *mask)
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("layer", DENSE_CHUNK, ids=layer_id)
+@pytest.mark.parametrize(
+    "mla", [mla for mla in EVERY_SIZE if mla.layer.current_chunk == "dense"], ids=size_id
+)
 @torch.no_grad()
-def test_past_and_own_chunk_are_two_attentions_merged(layer: LayerConfig) -> None:
-    attention, x = random_layer(layer, 0), noise(1, 12, DIM)
+def test_past_and_own_chunk_are_two_attentions_merged(mla: MLAConfig) -> None:
+    attention, x = random_layer(mla, 0), noise(1, 12, DIM)
     rotary = rotary_table(token_positions(torch.tensor([0, 1, 7, 8, 9, 10]), 1, 2), HEAD_DIM)
     mask = block_causal_mask(6, 2, 2, CachePolicy(5, 1))
     y = masked_attention(rotary, mask)(attention, x)[0]
-    expected = merged_softmaxes(attention, tiny_mla(layer), 0, x[0], rotary, *mask)
+    expected = merged_softmaxes(attention, mla, 0, x[0], rotary, *mask)
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
 
 
@@ -227,9 +247,9 @@ def test_a_token_costs_what_its_config_says(layer: LayerConfig) -> None:
         rank, rope = mla.kv_lora_rank[index], 2 * len(mla.rope_pairs[index])
         widths = [rank, *([rope] if rope else []), *norm]
         assert (rope > 0) == (layer.positions == "decoupled")
-        assert attention.entry_widths == tuple(widths)
+        assert list(attention.entry_widths.values()) == widths
         assert mla.cache_scalars(index) == sum(widths)
-        cached, own = attention.project(noise(2, 6, DIM))
+        cached, own, _ = attention.project(noise(2, 6, DIM))
         assert [entry.shape for entry in cached] == [(2, 6, width) for width in widths]
         if layer.current_chunk == "latent":
             assert own is None
@@ -279,4 +299,24 @@ def test_the_paper_layer_keeps_the_names_of_folders_converted_earlier() -> None:
 def test_a_layer_with_a_dense_chunk_keeps_all_of_the_dense_layer(
     dense: DenseSelfAttention, layer: LayerConfig
 ) -> None:
-    assert set(dense.state_dict()) <= set(random_layer(layer).state_dict())
+    assert set(dense.state_dict()) <= set(random_layer(tiny_mla(layer)).state_dict())
+
+
+def test_truncated_heads_are_smaller_and_cost_no_cache() -> None:
+    whole, narrow = (
+        LatentSelfAttention(TINY_GEOMETRY, mla, 0)
+        for mla in (TINY_MLA, dataclasses.replace(TINY_MLA, qk_nope_head_dim=10))
+    )
+    was, now = ({n: t.shape for n, t in layer.state_dict().items()} for layer in (whole, narrow))
+    assert now.pop("q_nope_map") == (HEADS, 10, HEAD_DIM)
+    assert now.pop("kv_b_proj_k.weight") == (HEADS * 10, 16)
+    assert now.pop("kv_b_proj_k.bias") == (HEADS * 10,)
+    assert now.items() <= was.items() and len(now) == len(was) - 2
+    assert narrow.entry_widths == whole.entry_widths
+
+
+def test_heads_truncated_to_their_own_width_are_whole() -> None:
+    mla = dataclasses.replace(TINY_MLA, qk_nope_head_dim=HEAD_DIM)
+    named, whole = (LatentSelfAttention(TINY_GEOMETRY, m, 0) for m in (mla, TINY_MLA))
+    assert named.q_nope_map is None
+    assert named.state_dict().keys() == whole.state_dict().keys()

@@ -27,6 +27,7 @@ CONFIGS = {
     "float16": replace(SPECTRAL, dtype="float16"),
     "split": ConvertConfig("spectral", LayerConfig("latent", "decoupled", "split"), cut=0.8),
     "no calibration": replace(CONVERT, calibrate=False),
+    "narrow heads": replace(SPECTRAL, qk_nope_head_dim=10),
 }
 
 

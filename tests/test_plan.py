@@ -18,8 +18,6 @@ from vmla_convert.config import (
     ModelConfig,
     RankPlan,
     SamplerConfig,
-    from_dict,
-    to_dict,
 )
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.dit import CausalWanModel
@@ -36,6 +34,7 @@ from vmla_convert.pipelines.plan import (
     total_numbers,
     uniform_plan,
 )
+from vmla_convert.tables import from_dict, to_dict
 
 pytest_plugins = ["checkpoints"]
 
@@ -183,7 +182,7 @@ def test_a_plan_is_taken_as_it_is(
     config = replace(BUDGETED, init=init, layer=BOTH, plan=plan)
     assert planned(dense, measured, config) == plan
     model = convert_model(dense, config, evidence_of(dense, measured, BOTH))
-    widths = [attention.entry_widths for attention in model.self_attentions()]
+    widths = [tuple(attention.entry_widths.values()) for attention in model.self_attentions()]
     assert widths == [(4, 6), (9, 2)]
 
 
@@ -264,6 +263,7 @@ def words(config: ConvertConfig) -> list[str]:
         "--cut": config.cut,
         "--kv-lora-rank": config.kv_lora_rank,
         "--qk-rope-head-dim": config.qk_rope_head_dim,
+        "--qk-nope-head-dim": config.qk_nope_head_dim,
         "--ranks": config.ranks,
     }
     return [str(w) for option in options.items() if option[1] is not None for w in option]
@@ -280,6 +280,18 @@ REFUSED = {
     "odd rope": (replace(DECOUPLED_RANK, qk_rope_head_dim=5), "even"),
     "rope over head": (replace(DECOUPLED_RANK, qk_rope_head_dim=26), "24"),
     "rope zero": (replace(DECOUPLED_RANK, qk_rope_head_dim=0), "qk_rope_head_dim 0"),
+    "truncated heads of rebuilt keys": (
+        ConvertConfig(qk_nope_head_dim=16),
+        "--positions decoupled",
+    ),
+    "heads over the head": (
+        ConvertConfig(layer=DECOUPLED, qk_nope_head_dim=25),
+        "between 1 and 24",
+    ),
+    "heads of nothing": (
+        ConvertConfig(layer=DECOUPLED, qk_nope_head_dim=0),
+        "--qk-nope-head-dim 18",
+    ),
     "two sizes": (ConvertConfig(cache_scalars=13, cut=0.9), "cache_scalars and as cut"),
     "a budget and a rank": (ConvertConfig(cut=0.9, kv_lora_rank=8), "kv_lora_rank and as cut"),
     "a budget and a rope": (

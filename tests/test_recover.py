@@ -24,13 +24,7 @@ from checkpoints import (
 from conftest import tiny_model
 
 from vmla_convert.checkpoint.families import open_checkpoint
-from vmla_convert.config import (
-    ConvertConfig,
-    LayerConfig,
-    RecoverConfig,
-    TrainingConfig,
-    to_dict,
-)
+from vmla_convert.config import ConvertConfig, LayerConfig, RecoverConfig, TrainingConfig
 from vmla_convert.errors import CheckpointError, OutputError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines.data import open_clips, seeded
@@ -42,6 +36,7 @@ from vmla_convert.pipelines.pretrain import save_self_forcing
 from vmla_convert.pipelines.recover import recover, recover_layerwise, recover_model
 from vmla_convert.pipelines.rows import Errors
 from vmla_convert.results import Row
+from vmla_convert.tables import to_dict
 
 pytest_plugins = ["checkpoints"]
 
@@ -153,6 +148,15 @@ def test_every_layer_recovers_by_what_the_conversion_made(
     names = [f"{module}.{kind}" for module in made for kind in ("weight", "bias")]
     names += ["q_rope_map"] if layer.positions == "decoupled" else []
     assert changed == {f"blocks.{i}.self_attn.{name}" for i in (0, 1) for name in names}
+
+
+def test_maps_of_truncated_heads_are_trained_too(dense: CausalWanModel) -> None:
+    config = replace(CONVERT, init="random", qk_nope_head_dim=6)
+    student = convert_model(dense, config, None)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    recover_layerwise(student, dense, open_clips(CLIPS), RecoverConfig(2))
+    changed = {n for n, t in student.state_dict().items() if not torch.equal(t, before[n])}
+    assert changed == TRAINED | {f"blocks.{layer}.self_attn.q_nope_map" for layer in (0, 1)}
 
 
 def test_the_recovered_folder_is_a_converted_one_that_says_how(

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vmla_convert.checkpoint.writer import CheckpointWriter
-from vmla_convert.config import PAPER_LAYER, ConvertConfig, DataConfig, SourceConfig, to_dict
+from vmla_convert.config import PAPER_LAYER, ConvertConfig, DataConfig, SourceConfig
 from vmla_convert.errors import ConfigError, OutputError
 from vmla_convert.layers.dit import Block
 from vmla_convert.maths.projections import Factors
@@ -29,6 +29,7 @@ from vmla_convert.pipelines.load import load
 from vmla_convert.pipelines.pretrain import save_self_forcing
 from vmla_convert.pipelines.shelf import FolderShelf, Tensors
 from vmla_convert.progress import Silent
+from vmla_convert.tables import to_dict
 
 pytest_plugins = ["checkpoints"]
 
@@ -447,6 +448,16 @@ def test_a_budget_that_turns_out_too_small_costs_no_second_calibration(
         again = (tmp_path / "again" / "out" / name).read_bytes()
         assert (tmp_path / "out" / name).read_bytes() == again
     assert not kept.exists()
+
+
+def test_what_truncated_heads_lost_is_remembered(deep: Path, tmp_path: Path) -> None:
+    config = replace(CASES["spectral"], qk_nope_head_dim=5)
+    whole = convert(deep, tmp_path / "whole" / "out", config)
+    stopped(deep, tmp_path / "here" / "out", config, "converting", 2)
+    done = convert(deep, tmp_path / "here" / "out", config, resume=True)
+    assert_same(tmp_path / "here" / "out", tmp_path / "whole" / "out")
+    assert done.head_truncation_error == whole.head_truncation_error
+    assert len(done.head_truncation_error) == LAYERS
 
 
 def test_a_full_disk_leaves_what_can_be_resumed(

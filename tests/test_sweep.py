@@ -267,6 +267,15 @@ def test_only_calibrated_points_are_divided_by_the_shared_rule() -> None:
     }
 
 
+def test_only_decoupled_points_have_truncated_heads() -> None:
+    config = SweepConfig(inits=("random",), positions=("reconstructed", "decoupled"), cuts=(0.8,))
+    points = grid(config, replace(BUDGETED, qk_nope_head_dim=16))
+    assert {point.layer.positions: point.qk_nope_head_dim for point in points} == {
+        "reconstructed": None,
+        "decoupled": 16,
+    }
+
+
 def test_white_inputs_are_assumed_where_nothing_shall_be_measured(
     dense: CausalWanModel, held_out: HeldOut, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

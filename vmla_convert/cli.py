@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,15 +15,18 @@ from vmla_convert.config import (
     DataConfig,
     EvaluateConfig,
     RecoverConfig,
+    RuntimeConfig,
     SourceConfig,
     TrainingConfig,
 )
 from vmla_convert.console import out
 from vmla_convert.errors import CheckpointError, ConfigError
+from vmla_convert.show import show_decision, show_inspection, show_outlook
+from vmla_convert.tables import from_dict
 
 if TYPE_CHECKING:
-    from vmla_convert.pipelines.inspect import Inspection
-    from vmla_convert.pipelines.outlook import Outlook
+    from torch import Tensor
+
 
 app = typer.Typer(
     name="vmla",
@@ -88,6 +93,24 @@ KvLoraRank = Annotated[
 Data = Annotated[
     str, typer.Option(help="Clips: 'demo', or a safetensors file with latents and context.")
 ]
+Deployment = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Override the window or the sampler: --set cache.window_frames=12, "
+        "--set cache.dense_recent_frames=2 (the newest past frames also dense, and exact).",
+    ),
+]
+CacheDtype = Annotated[
+    str,
+    typer.Option(
+        help="How a latent cache keeps latents: model (as the weights), int8 (half of bf16), or "
+        "int4 (a quarter; more bits for what varies more)."
+    ),
+]
+RopeDtype = Annotated[
+    str, typer.Option(help="The same for rope keys (--positions decoupled): model or int8.")
+]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a key of the recipe: --set recover.training.steps=50"),
@@ -124,7 +147,7 @@ def inspect(
     if json:
         out.data(inspection)
     else:
-        _show_inspection(inspection)
+        show_inspection(inspection)
 
 
 @app.command()
@@ -142,6 +165,14 @@ def convert(
     qk_rope_head_dim: Annotated[
         int | None,
         typer.Option(help="Width of the shared rope key, even, with --positions decoupled."),
+    ] = None,
+    qk_nope_head_dim: Annotated[
+        int | None,
+        typer.Option(
+            help="Truncate the content part of every head, with --positions decoupled: 96 with a "
+            "rope key of 32 makes heads of 128, which fused attention kernels are fastest at. The "
+            "cache stays as it is."
+        ),
     ] = None,
     ranks: Annotated[
         str | None,
@@ -229,6 +260,7 @@ def convert(
         "cut": cut,
         "kv_lora_rank": kv_lora_rank,
         "qk_rope_head_dim": qk_rope_head_dim,
+        "qk_nope_head_dim": qk_nope_head_dim,
         "plan": pipeline.read_plan(plan) if plan else None,
     }
     config = pipeline.convert_config(
@@ -249,7 +281,7 @@ def convert(
     if dry_run:
         from vmla_convert.pipelines.outlook import foresee
 
-        _show_outlook(foresee(source, folder, config, resume))
+        show_outlook(foresee(source, folder, config, resume))
         return
     try:
         with out.progress() as progress:
@@ -258,10 +290,12 @@ def convert(
         if pipeline.is_begun(folder):
             out.say("what is done is kept; to go on: the same command with --resume")
         raise
+    truncation = done.head_truncation_error
     out.data(
         {
             "numbers cached per token and layer": done.config.cache_scalars_per_token(),
             "cache cut": done.config.cache_cut(),
+            **({"head truncation error": fmean(truncation)} if truncation else {}),
             "seconds": done.convert_seconds,
         }
     )
@@ -324,22 +358,89 @@ def generate(
     compare: Annotated[
         str | None, typer.Option(help="A second checkpoint, shown beside from the same noise.")
     ] = None,
+    settings: Deployment = None,
+    switch: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="FRAME:PROMPT, another prompt from a frame on, for all clips; repeat for more."
+        ),
+    ] = None,
+    keep_sink: Annotated[
+        bool, typer.Option(help="At a switch, keep what the sink holds of the first prompt.")
+    ] = True,
+    cache_dtype: CacheDtype = RuntimeConfig.cache_dtype,
+    rope_dtype: RopeDtype = RuntimeConfig.rope_dtype,
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="How latents are read: materialised (keys and values rebuilt), absorbed (with "
+            "decoupled positions), or auto, the faster one; it may be another on another machine."
+        ),
+    ] = RuntimeConfig.backend,
+    tile_mib: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Most MiB of rebuilt keys and values at a time. Default: 128, on a GPU 1024.",
+        ),
+    ] = RuntimeConfig.tile_mib,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Keep the cache in host memory.")
+    ] = RuntimeConfig.offload,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of weights and cache: float32 or bfloat16, the default on a GPU."),
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the blocks; pays off in long rollouts.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Generate video from prompts, streaming through the cache; a contact sheet lands beside."""
-    from vmla_convert.pipelines.generate import check_video_path, rollout, write_clips
-    from vmla_convert.pipelines.load import compute_device, load
+    import torch
+
+    from vmla_convert.layers.dit import check_runtime
+    from vmla_convert.pipelines.generate import check_video_path, parse_switch, rollout, write_clips
+    from vmla_convert.pipelines.load import build, compute_device, open_named
 
     out.json = json
     check_video_path(video)
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ConfigError(f"no dtype '{dtype}'", "use float32 or bfloat16")
+    options = {
+        "backend": backend,
+        "tile_mib": tile_mib,
+        "cache_dtype": cache_dtype,
+        "rope_dtype": rope_dtype,
+        "offload": offload,
+    }
+    runtime = from_dict(RuntimeConfig, options)
+    switches = [parse_switch(text, len(prompt), keep_sink) for text in switch or ()]
     names = [checkpoint, *([compare] if compare else [])]
-    labelled = zip(_labels(names), names, strict=True)
-    models = {label: load(name, compute_device()) for label, name in labelled}
+    opened = {
+        label: open_named(SourceConfig(name, overrides=tuple(settings or ())))
+        for label, name in zip(_labels(names), names, strict=True)
+    }
+    # Beside a dense model that is compared, the options are the latent cache's.
+    ways = {
+        label: runtime if source.config.mla or not compare else RuntimeConfig(offload=offload)
+        for label, source in opened.items()
+    }
+    for label, source in opened.items():
+        check_runtime(source.config, ways[label])
+    device = compute_device()
+    precision = dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    clips: dict[str, Tensor] = {}
+    sizes: dict[str, int] = {}
     with out.progress() as progress:
-        clips = {
-            label: rollout(model, prompt, frames, seed, progress, f"generating ({label})")
-            for label, model in models.items()
-        }
+        for label, source in opened.items():
+            model, way = build(source, device, getattr(torch, precision)), ways[label]
+            task = f"generating ({label})"
+            if compiled:
+                model.compile_blocks()
+            clips[label] = rollout(model, prompt, frames, seed, progress, task, way, switches)
+            sizes[f"cache of {label} (bytes)"] = model.cache_bytes(len(prompt), way)
+    out.data(sizes)
     for path in write_clips(video, clips, prompt):
         out.path("wrote", path)
 
@@ -350,9 +451,16 @@ def evaluate(
     teacher: Teacher,
     clips: Annotated[int, typer.Option(min=2, help="Held-out clips.")] = EvaluateConfig.clips,
     data: Data = DataConfig.source,
+    settings: Deployment = None,
+    cache_dtype: CacheDtype = RuntimeConfig.cache_dtype,
+    rope_dtype: RopeDtype = RuntimeConfig.rope_dtype,
     json: Json = False,
 ) -> None:
-    """Measure a converted checkpoint against its dense source on held-out clips."""
+    """Measure a converted checkpoint against its dense source on held-out clips.
+
+    With a window or a cache dtype of its own, clips are streamed, through caches of that window.
+    """
+    from vmla_convert.layers.dit import check_runtime
     from vmla_convert.pipelines.evaluate import HeldOut, dense_rows
     from vmla_convert.pipelines.load import as_teacher, compute_device, load
     from vmla_convert.pipelines.recover import check_pair
@@ -360,17 +468,22 @@ def evaluate(
 
     out.json = json
     device = compute_device()
-    model, dense = load(checkpoint, device), load(as_teacher(teacher, checkpoint), device)
+    dense = load(as_teacher(teacher, checkpoint), device)
+    model = load(SourceConfig(checkpoint, overrides=tuple(settings or ())), device)
     check_pair(model, dense)
+    runtime = from_dict(RuntimeConfig, {"cache_dtype": cache_dtype, "rope_dtype": rope_dtype})
+    check_runtime(model.config, runtime)
     if model.config.mla is None:
         _check_is_teacher(checkpoint, teacher)
-    held_out = HeldOut(dense, EvaluateConfig(clips, DataConfig(data, seed=1)))
+    streamed = bool(settings) or runtime != RuntimeConfig()
+    dense.config = replace(dense.config, cache=model.config.cache)
+    held_out = HeldOut(dense, EvaluateConfig(clips, DataConfig(data, seed=1)), streamed)
     rows = dense_rows(dense, held_out)
     if model.config.mla is not None:
-        rows += [
-            *error_rows(held_out.measure(model), model.config, None),
-            *cache_rows(model.config),
-        ]
+        kept = runtime if streamed else None
+        errors = held_out.measure(model, kept)
+        rows += error_rows(errors, model.config, None, runtime=kept)
+        rows += cache_rows(model.config, runtime=kept)
     cells = [[row.run, row.metric, row.value, row.unit] for row in rows]
     out.table("Held-out measurement", ["run", "metric", "value", "unit"], cells)
 
@@ -471,101 +584,9 @@ def _run(recipe: str, folder: Path, overrides: list[str] | None, only: tuple[str
     with out.progress() as progress:
         run_recipe(parsed, folder, progress, only)
     if (folder / ROWS_NAME).exists():
-        _show_decision(folder / ROWS_NAME)
+        show_decision(folder / ROWS_NAME)
     for path in sorted(folder.iterdir()):
         out.path("wrote", path)
-
-
-def _show_decision(rows_file: Path) -> None:
-    from vmla_convert.pipelines.report import decisive_table
-    from vmla_convert.results import read_rows
-
-    header, *rows = decisive_table(read_rows(rows_file))
-    if rows:
-        out.table("What each setting costs and loses", header, rows)
-
-
-def _show_outlook(outlook: Outlook) -> None:
-    if out.json:
-        out.data(outlook)
-        return
-    out.data(
-        {
-            "would write": outlook.out,
-            "numbers cached per token and layer": outlook.cache_scalars_per_token,
-            "cache cut": f"{outlook.cache_cut:.1%}",
-            "working files beside it (bytes)": f"{outlook.working_bytes:,}",
-            "about (seconds)": round(outlook.seconds),
-        }
-    )
-    files = [[name, f"{nbytes:,}"] for name, nbytes in outlook.files.items()]
-    out.table("Weights", ["file", "bytes"], [*files, ["together", f"{outlook.nbytes:,}"]])
-
-
-def _show_inspection(inspection: Inspection) -> None:
-    model, converted = inspection.model, inspection.converted
-    geometry = model.geometry
-    # A checkpoint with a licence has a config.json of ours, which tells the rest too.
-    told = model.licence != "unknown"
-    unnamed = "" if told else "none named; --model brings what tensors lack"
-    known = {
-        "known model": inspection.known_model or unnamed,
-        "note": inspection.note,
-    }
-    out.data(
-        {
-            "checkpoint": inspection.path,
-            "family": inspection.family,
-            **({name: text for name, text in known.items() if text} if model.mla is None else {}),
-            "parameters": f"{inspection.parameters:,}",
-            "weights (bytes)": f"{inspection.nbytes:,} as {', '.join(inspection.dtypes)}",
-            "layers, width, heads": f"{geometry.num_layers}, {geometry.dim}, {geometry.num_heads}",
-            "feed-forward, channels": f"{geometry.ffn_dim}, {geometry.in_dim}",
-            "latent size, tokens per frame": (
-                f"{model.latent_size[0]} x {model.latent_size[1]}, {model.tokens_per_frame}"
-            ),
-            "chunk, window, sink (frames)": (
-                f"{model.chunk_frames}, {model.cache.window_frames}, {model.cache.sink_frames}"
-            ),
-            "sampler steps, shift": (
-                f"{', '.join(map(str, model.sampler.denoising_step_list))}; {model.sampler.shift:g}"
-            ),
-            "licence": model.licence,
-            "base model": model.base_model,
-        }
-    )
-    cached = [
-        ["this checkpoint", model, inspection.window_cache_bytes],
-        ["converted", converted, inspection.converted_window_cache_bytes],
-    ]
-    out.table(
-        "KV cache",
-        ["", "numbers per token and layer", "bytes per token, bf16", "full window (bytes)", "cut"],
-        [
-            [
-                name,
-                f"{c.cache_scalars_per_token():g}",
-                f"{round(2 * c.cache_scalars_per_token() * geometry.num_layers):,}",
-                f"{nbytes:,}",
-                f"{c.cache_cut():.1%}",
-            ]
-            for name, c, nbytes in cached[: 1 if converted is model else 2]
-        ],
-    )
-    for title, names in (
-        ("Unknown tensors: convert will refuse them", inspection.unknown),
-        ("Missing tensors: convert will refuse this checkpoint", inspection.missing),
-    ):
-        if names:
-            out.table(title, ["name"], [[name] for name in names])
-    if inspection.spectrum:
-        layers = [
-            [str(s.layer), str(s.effective_rank_99), f"{s.energy_at_rank:.1%}"]
-            for s in inspection.spectrum
-        ]
-        rank = converted.mla.kv_lora_rank[0] if converted.mla else 0
-        header = ["layer", f"99 %-energy rank of {geometry.dim}", f"energy at R = {rank}"]
-        out.table("Joint key and value weights", header, layers)
 
 
 def _labels(names: list[str]) -> list[str]:

@@ -6,18 +6,11 @@ kind, H heads, D head dim (H·D = `dim`), R latent rank, F frames, C channels.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import re
-import tomllib
-import types
-import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from vmla_convert.errors import ConfigError, did_you_mean
-
-T = TypeVar("T")
+from vmla_convert.errors import ConfigError
 
 CONFIG_VERSION = 1
 
@@ -68,17 +61,58 @@ class CachePolicy:
     The window counts every frame a query may see: the sink, the recent past and the chunk being
     denoised. `relative` places the kept frames at 0, 1, 2, … with the sink first, so that a rollout
     is not bounded by the positions seen in training; `absolute` keeps each frame's own index.
+
+    Attributes:
+        window_frames: How many frames are kept, the open chunk among them.
+        sink_frames: How many of the first are kept for good.
+        positions: See above.
+        dense_recent_frames: How many of the newest past frames a latent cache keeps dense as well;
+            where attention looks most, a converted model then is the dense one.
     """
 
     window_frames: int
     sink_frames: int = 0
     positions: Literal["absolute", "relative"] = "absolute"
+    dense_recent_frames: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.sink_frames < self.window_frames:
             raise ConfigError(
-                f"a sink of {self.sink_frames} frames does not fit a window of {self.window_frames}"
+                f"a sink of {self.sink_frames} frames does not fit a window of "
+                f"{self.window_frames}",
+                "make the window larger, as with --set cache.window_frames=21, or the sink smaller",
             )
+        _require(self, 0, "dense_recent_frames")
+
+
+CODE_BITS: dict[str, int | None] = {"model": None, "int8": 8, "int4": 4}
+"""Mean bits of a number by cache dtype; None where it is not quantised."""
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """How a model runs, whatever it is; results differ by rounding, or by `cache_dtype`.
+
+    Attributes:
+        backend: How latents are read. `materialised` rebuilds keys and values of all heads;
+            `absorbed` takes the queries into the latent space, where layers allow it; `auto` counts
+            operations, and times both once where the count does not decide.
+        tile_mib: Most MiB of rebuilt keys and values at a time; at least one head's. By default 128
+            on a CPU and 1024 on a GPU.
+        cache_dtype: Of the content latents: as the model, or 8 or 4 bits a number.
+        rope_dtype: Of the shared rope keys.
+        offload: Keep the cache in (pinned) host memory; each layer fetches what it reads.
+    """
+
+    backend: Literal["auto", "materialised", "absorbed"] = "auto"
+    tile_mib: int | None = None
+    cache_dtype: Literal["model", "int8", "int4"] = "model"
+    rope_dtype: Literal["model", "int8"] = "model"
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tile_mib is not None:
+            _require(self, 1, "tile_mib")
 
 
 @dataclass(frozen=True)
@@ -190,6 +224,8 @@ class MLAConfig:
         phases: For each layer and head, the angle and length of the constant that stands for each
             RoPE pair's rotation in the content key; empty when keys are rebuilt or nothing is
             folded. They belong to the window, the sink and the grid that were measured.
+        qk_nope_head_dim: Width n of the content part of every head, with decoupled positions; None
+            for the source's D, which truncates nothing.
     """
 
     kv_lora_rank: tuple[int, ...]
@@ -198,10 +234,19 @@ class MLAConfig:
     layer: LayerConfig = PAPER_LAYER
     key_ranks: tuple[int, ...] = ()
     phases: tuple[tuple[tuple[tuple[float, float], ...], ...], ...] = ()
+    qk_nope_head_dim: int | None = None
 
     def __post_init__(self) -> None:
         ranks = RankPlan(self.kv_lora_rank, tuple(map(len, self.rope_pairs)), self.key_ranks)
         ranks.check_fits(self.layer)
+        if self.qk_nope_head_dim is None:
+            return
+        _require(self, 1, "qk_nope_head_dim")
+        if self.layer.positions == "reconstructed":
+            raise ConfigError(
+                "qk_nope_head_dim truncates heads that reconstructed positions rotate whole",
+                "drop it, or use positions 'decoupled'",
+            )
 
     def qk_rope_head_dim(self, layer: int) -> int:
         """Width of the shared rope key: two numbers for each pair."""
@@ -248,13 +293,30 @@ class ModelConfig:
         if self.cache.window_frames - self.cache.sink_frames < self.chunk_frames:
             raise ConfigError(
                 f"a window of {self.cache.window_frames} frames with a sink of "
-                f"{self.cache.sink_frames} has no room for a chunk of {self.chunk_frames}"
+                f"{self.cache.sink_frames} has no room for a chunk of {self.chunk_frames}",
+                "make the window larger, as with --set cache.window_frames=21, or the sink smaller",
+            )
+        room = self.cache.window_frames - self.cache.sink_frames - self.chunk_frames
+        if self.cache.dense_recent_frames > room:
+            raise ConfigError(
+                f"dense_recent_frames {self.cache.dense_recent_frames} is more than the {room} "
+                "past frames that the window keeps beside its sink"
+            )
+        if self.cache.dense_recent_frames and self.mla and self.mla.layer.reads_own_latents:
+            raise ConfigError(
+                "dense_recent_frames needs a layer that has dense keys and values",
+                "convert with --current-chunk dense, or set cache.dense_recent_frames=0",
             )
         if self.mla and not (
             len(self.mla.kv_lora_rank) == len(self.mla.rope_pairs) == self.geometry.num_layers
         ):
             raise ConfigError(
                 f"mla must name ranks and pairs for {self.geometry.num_layers} layers"
+            )
+        nope = self.mla.qk_nope_head_dim if self.mla else None
+        if nope is not None and nope > self.geometry.head_dim:
+            raise ConfigError(
+                f"qk_nope_head_dim {nope} is wider than heads of {self.geometry.head_dim}"
             )
 
     @property
@@ -273,11 +335,40 @@ class ModelConfig:
         """Share of the dense cache that is gone: 1 − converted / dense."""
         return 1.0 - self.cache_scalars_per_token() / self.geometry.dense_cache_scalars
 
-    def cache_bytes(self, frames: int, batch: int = 1, bytes_per_scalar: int = 2) -> int:
-        """Bytes of the whole cache when it holds `frames` frames."""
-        tokens = frames * self.tokens_per_frame * batch
-        scalars = self.cache_scalars_per_token() * self.geometry.num_layers
-        return round(scalars * tokens * bytes_per_scalar)
+    def cache_bytes(
+        self,
+        frames: int,
+        batch: int = 1,
+        bytes_per_scalar: int = 2,
+        runtime: RuntimeConfig | None = None,
+    ) -> int:
+        """Bytes of the whole cache when it holds `frames` frames.
+
+        Args:
+            frames: The window's, or fewer.
+            batch: B.
+            bytes_per_scalar: Of numbers that are not quantised.
+            runtime: Says which are; none by default.
+        """
+        runtime = runtime or RuntimeConfig()
+        layers = range(self.geometry.num_layers)
+        per_token = sum(self._token_bytes(layer, bytes_per_scalar, runtime) for layer in layers)
+        recent = min(self.cache.dense_recent_frames, frames) if self.mla else 0
+        dense = len(layers) * self.geometry.dense_cache_scalars * bytes_per_scalar
+        return batch * self.tokens_per_frame * (frames * per_token + recent * dense)
+
+    def _token_bytes(self, layer: int, bytes_per_scalar: int, runtime: RuntimeConfig) -> int:
+        """Of one token in one layer, the scales of quantised entries among them."""
+        if self.mla is None:
+            return self.geometry.dense_cache_scalars * bytes_per_scalar
+        rank, rope = self.mla.kv_lora_rank[layer], self.mla.qk_rope_head_dim(layer)
+        norm = self.mla.cache_scalars(layer) - rank - rope
+        total = norm * bytes_per_scalar
+        for width, dtype in ((rank, runtime.cache_dtype), (rope, runtime.rope_dtype)):
+            bits = CODE_BITS[dtype]
+            code = width * bytes_per_scalar if bits is None else -(-width * bits // 8) + 2
+            total += code if width else 0
+        return total
 
 
 @dataclass(frozen=True)
@@ -343,6 +434,8 @@ class ConvertConfig:
             `budget` where the init predicts its errors, else `uniform`.
         kv_lora_rank: R of every layer.
         qk_rope_head_dim: Width of the shared rope key of every layer, even.
+        qk_nope_head_dim: Width n to which the content part of every head is truncated, with
+            decoupled positions; None keeps the source's D. It costs no cache.
         plan: Sizes layer by layer.
         dtype: Of the weights that are written; None leaves kept ones as they are and makes new ones
             float32: they are small, and recovery trains them.
@@ -359,6 +452,7 @@ class ConvertConfig:
     ranks: Literal["uniform", "energy", "budget"] | None = None
     kv_lora_rank: int | None = None
     qk_rope_head_dim: int | None = None
+    qk_nope_head_dim: int | None = None
     plan: RankPlan | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     calibrate: bool = True
@@ -506,112 +600,3 @@ def _require(config: Any, least: int, *names: str) -> None:
         value: int = getattr(config, name)
         if value < least:
             raise ConfigError(f"{name} {value} must be at least {least}")
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain dicts and lists, ready for JSON or TOML; None fields are left out."""
-    return {
-        f.name: _plain(value)
-        for f in dataclasses.fields(config)
-        if (value := getattr(config, f.name)) is not None
-    }
-
-
-def from_dict(cls: type[T], data: Any, where: str = "") -> T:
-    """Build a config from parsed JSON or TOML, strictly.
-
-    Args:
-        cls: One of the dataclasses of this module.
-        data: A mapping; nested tables for nested configs.
-        where: Dotted path for messages.
-
-    Raises:
-        ConfigError: An unknown key (with the nearest known one), a missing key, or a value of the
-            wrong type.
-    """
-    if not isinstance(data, dict):
-        raise ConfigError(f"'{where or cls.__name__}' must be a table, not {data!r}")
-    table = typing.cast(dict[str, Any], data)
-    hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(typing.cast(Any, cls))]
-    for key in table:
-        if key not in names:
-            raise ConfigError(f"unknown key '{_join(where, key)}'", did_you_mean(key, names))
-    values = {k: _coerce(hints[k], v, _join(where, k)) for k, v in table.items()}
-    missing = [
-        f.name
-        for f in dataclasses.fields(typing.cast(Any, cls))
-        if f.name not in values
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ConfigError(f"missing key '{_join(where, missing[0])}'")
-    return cls(**values)
-
-
-def override(table: dict[str, Any], text: str) -> None:
-    """Set a dotted key of a table of tables by `a.b=value`; values are TOML, bare words strings.
-
-    Raises:
-        ConfigError: The text is no such thing, or goes through a value.
-    """
-    key, found, typed = text.partition("=")
-    if not found or not re.fullmatch(r"[\w.]+", key):
-        raise ConfigError(f"'{text}' is not key=value", "write it as --set key=value")
-    try:
-        value = tomllib.loads(f"value = {typed}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = typed
-    *parts, name = key.split(".")
-    for part in parts:
-        inner: Any = table.setdefault(part, {})
-        if not isinstance(inner, dict):
-            raise ConfigError(f"'{key}' cannot be set", f"'{part}' is a value, not a table")
-        table = typing.cast(dict[str, Any], inner)
-    table[name] = value
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return to_dict(value)
-    if isinstance(value, tuple):
-        return [_plain(item) for item in typing.cast(tuple[Any, ...], value)]
-    return value
-
-
-def _join(where: str, key: str) -> str:
-    return f"{where}.{key}" if where else key
-
-
-def _coerce(hint: Any, value: Any, where: str) -> Any:
-    """One value to the type that the dataclass declares."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return None if value is None else _coerce(args[0], value, where)
-    if dataclasses.is_dataclass(hint):
-        return from_dict(typing.cast(type[Any], hint), value, where)
-    if origin is Literal:
-        if value not in args:
-            raise ConfigError(f"'{where}' is {value!r}", did_you_mean(str(value), map(str, args)))
-        return value
-    if origin is tuple:
-        return _coerce_tuple(args, value, where)
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        raise ConfigError(f"'{where}' must be {hint.__name__}, not {value!r}")
-    return value
-
-
-def _coerce_tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
-    if not isinstance(value, list | tuple):
-        raise ConfigError(f"'{where}' must be a list, not {value!r}")
-    items = list(typing.cast(list[Any], value))
-    kinds = [args[0]] * len(items) if args[-1] is Ellipsis else list(args)
-    if len(kinds) != len(items):
-        raise ConfigError(f"'{where}' must have {len(kinds)} items, not {len(items)}")
-    return tuple(
-        _coerce(kind, item, f"{where}[{i}]")
-        for i, (kind, item) in enumerate(zip(kinds, items, strict=True))
-    )

@@ -22,12 +22,10 @@ from vmla_convert.config import (
     SourceConfig,
     SweepConfig,
     TeacherConfig,
-    from_dict,
-    override,
-    to_dict,
 )
 from vmla_convert.errors import ConfigError, OutputError, did_you_mean
 from vmla_convert.progress import Progress, Silent
+from vmla_convert.tables import from_dict, override, to_dict
 
 ROWS_NAME = "rows.jsonl"
 STAGES = ("teacher", "convert", "recover", "sweep", "generate", "report")

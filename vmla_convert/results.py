@@ -34,6 +34,10 @@ class Row:
     positions: str | None = None
     latent: str | None = None
     k_norm: str | None = None
+    backend: str | None = None
+    cache_dtype: str | None = None
+    rope_dtype: str | None = None
+    dense_recent_frames: int | None = None
     step: int | None = None
     frames: int | None = None
     segment: int | None = None

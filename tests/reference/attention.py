@@ -113,12 +113,16 @@ def head_reads(
     query, tokens = layer.norm_q(layer.q(x)), range(len(x))
     for head in range(heads):
         q, k = of_head(query, head), of_head(key, head)
+        content = q
+        if mla.qk_nope_head_dim is not None:
+            assert layer.q_nope_map is not None
+            content = q @ layer.q_nope_map[head].mT
         logits = torch.zeros(len(x), len(x))
         for i in tokens:
             for j in tokens:
                 if pairs:
                     rope = turned(layer.q_rope_map[head] @ q[i], i, pairs) @ turned(r[j], j, pairs)
-                    score = q[i] @ k[j] + rope
+                    score = content[i] @ k[j] + rope
                 else:
                     score = turned(q[i], i) @ turned(k[j], j)
                 logits[i, j] = score / (rho[j] * scale)

@@ -37,11 +37,9 @@ from vmla_convert.config import (
     ModelConfig,
     SamplerConfig,
     SourceConfig,
-    from_dict,
-    override,
-    to_dict,
 )
 from vmla_convert.errors import CheckpointError, ConfigError, did_you_mean
+from vmla_convert.tables import from_dict, override, to_dict
 
 FORMAT = "vmla-convert"
 
@@ -208,8 +206,11 @@ def recognise(path: Path, how: SourceConfig | None = None) -> OpenCheckpoint:
     specs = {name: stored_specs[stored] for name, stored in clean.items()}
     _refuse_quantised(specs, path)
     if file_config.get("format") == FORMAT:
-        _refuse_settings(how, path)
-        converted = OpenCheckpoint(source, "vmla", clean, _converted_model(file_config, path))
+        changes = _deployment(how, path)
+        model = _converted_model(file_config, path)
+        if changes:
+            model = from_dict(ModelConfig, _merged(to_dict(model), changes))
+        converted = OpenCheckpoint(source, "vmla", clean, model)
         return _checked(converted, clean, {})
     wrapped = source.key is not None or any(name != stored for name, stored in clean.items())
     family = _detect(clean, wrapped, path)
@@ -293,13 +294,17 @@ def _refuse_image_to_video(names: Mapping[str, str], path: Path) -> None:
         )
 
 
-def _refuse_settings(how: SourceConfig, path: Path) -> None:
-    """A converted folder says everything itself."""
-    if how.model or how.overrides or how.loras:
+def _deployment(how: SourceConfig, path: Path) -> dict[str, Any]:
+    """What may be set of a converted folder: how it is run, not what it is."""
+    changes: dict[str, Any] = {}
+    for text in how.overrides:
+        override(changes, text)
+    if how.model or how.loras or not changes.keys() <= {"cache", "sampler"}:
         raise ConfigError(
-            f"{path} is converted already, its settings and weights are made",
-            "give these options when converting the dense checkpoint",
+            f"{path} is converted already, only cache.* and sampler.* can still be set",
+            "give other options when converting the dense checkpoint",
         )
+    return changes
 
 
 def _settings(

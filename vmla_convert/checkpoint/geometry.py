@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vmla_convert.checkpoint.source import TensorSpec
-from vmla_convert.config import Geometry, from_dict
+from vmla_convert.config import Geometry
 from vmla_convert.errors import CheckpointError, ConfigError
+from vmla_convert.tables import from_dict
 
 C = TypeVar("C")
 

@@ -13,45 +13,57 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmla_convert.config import Geometry
+from vmla_convert.config import Geometry, RuntimeConfig
 from vmla_convert.maths.rope3d import Rotary, rotate
 
 Entries = tuple[Tensor, ...]
-"""What a cache keeps of some tokens: tensors (B, S, width), one for each of `entry_widths`."""
+"""What is kept of some tokens: tensors (B, S, width), one for each of `entry_widths`."""
 
 
 class Projection(NamedTuple):
     """What attention makes of the tokens of a chunk.
 
     Attributes:
-        cached: For the cache.
+        cached: For the cache; empty where the pass is not kept and nothing else reads it.
         own: Dense key and value, both (B, L, d), which only the chunk itself reads; None where it
             reads its own entries like any other.
+        keep: Later chunks will read this pass; others are overwritten by the next.
     """
 
     cached: Entries
     own: Entries | None = None
+    keep: bool = True
+
+
+class Reading(NamedTuple):
+    """What the queries of a chunk read, the tokens of `entries` first.
+
+    Attributes:
+        entries: Of S tokens, as a cache keeps them.
+        exact: Dense keys and values (B, E, d) of the newest tokens, the chunk's own last; None
+            where all are read alike.
+    """
+
+    entries: Entries
+    exact: Entries | None = None
 
 
 class Sight(NamedTuple):
-    """Where T queries and S keys are, and which keys each query sees.
-
-    Layers whose current chunk stays dense read the past and their own chunk apart; the others read
-    all entries alike.
+    """Where T queries are and what they read, and which of it each query sees.
 
     Attributes:
-        query_rotary: Positions of the queries.
-        key_rotary: Positions of the keys.
-        mask: (T, S), True where a query sees a key; None for all.
-        past: Indices (P,) of the keys that were cached before the chunk; None for all S.
-        split_mask: (T, P + T), the same for the past keys and then the chunk's own; None for all.
+        query: Positions of the queries.
+        keys: Positions of the S entries.
+        exact: Positions of the E exact keys; None where there are none.
+        mask: (T, S + E), True where a query sees a key; None for all.
+        runtime: How to read.
     """
 
-    query_rotary: Rotary
-    key_rotary: Rotary
+    query: Rotary
+    keys: Rotary
+    exact: Rotary | None = None
     mask: Tensor | None = None
-    past: Tensor | None = None
-    split_mask: Tensor | None = None
+    runtime: RuntimeConfig = RuntimeConfig()
 
 
 class WanRMSNorm(nn.RMSNorm):
@@ -74,37 +86,30 @@ class DenseSelfAttention(nn.Module):
         self.norm_k = WanRMSNorm(geometry.dim, eps=geometry.eps)
 
     @property
-    def entry_widths(self) -> tuple[int, ...]:
-        """Numbers kept per token: key and value."""
-        return self.k.out_features, self.v.out_features
+    def entry_widths(self) -> dict[str, int]:
+        """Numbers kept per token."""
+        return {"key": self.k.out_features, "value": self.v.out_features}
 
-    def project(self, x: Tensor) -> Projection:
+    def project(self, x: Tensor, keep: bool = True) -> Projection:
         """Key and value of the tokens x (B, L, d), both (B, L, d); the key not yet rotated."""
-        return Projection((self.norm_k(self.k(x)), self.v(x)))
+        return Projection((self.norm_k(self.k(x)), self.v(x)), keep=keep)
 
-    def forward(
-        self,
-        x: Tensor,
-        entries: Entries,
-        own: Entries | None,  # noqa: ARG002
-        sight: Sight,
-    ) -> Tensor:
-        """Attend from x (B, T, d) to the entries of S tokens.
+    def forward(self, x: Tensor, reading: Reading, sight: Sight) -> Tensor:
+        """Attend from x (B, T, d) to what a cache holds, or a pass over a whole clip.
 
         Args:
             x: Input of the queries, modulated and normed.
-            entries: Of the S tokens, from `project`, cached or not.
-            own: Of the T tokens of x, from `project`; a dense cache holds them already.
+            reading: Of S tokens, from `project`, cached or not.
             sight: Positions and masks.
 
         Returns:
             (B, T, d).
         """
-        key, value = entries
-        q = rotate(split_heads(self.norm_q(self.q(x)), self.num_heads), sight.query_rotary)
-        k = rotate(split_heads(key, self.num_heads), sight.key_rotary)
+        key, value = reading.entries
+        q = rotate(split_heads(self.norm_q(self.q(x)), self.num_heads), sight.query)
+        k = rotate(split_heads(key, self.num_heads), sight.keys)
         v = split_heads(value, self.num_heads)
-        return self.o(attend(q, k, v, sight.mask))
+        return self.o(attend(q, k, v, sight.mask).flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -117,12 +122,16 @@ class CrossAttention(nn.Module):
         self.norm_q = WanRMSNorm(geometry.dim, eps=geometry.eps)
         self.norm_k = WanRMSNorm(geometry.dim, eps=geometry.eps)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """Attend from x (B, T, d) to the embedded prompt (B, S, d)."""
-        q = split_heads(self.norm_q(self.q(x)), self.num_heads)
-        k = split_heads(self.norm_k(self.k(context)), self.num_heads)
-        v = split_heads(self.v(context), self.num_heads)
-        return self.o(attend(q, k, v))
+    def read_prompt(self, text: Tensor) -> Entries:
+        """Key and value (B, S, d) of an embedded prompt (B, S, d); they last as long as it does."""
+        return self.norm_k(self.k(text)), self.v(text)
+
+    def forward(self, x: Tensor, prompt: Tensor | Entries) -> Tensor:
+        """Attend from x (B, T, d) to an embedded prompt (B, S, d), or to what was read of it."""
+        if isinstance(prompt, Tensor):
+            prompt = self.read_prompt(prompt)
+        q, k, v = (split_heads(part, self.num_heads) for part in (self.norm_q(self.q(x)), *prompt))
+        return self.o(attend(q, k, v).flatten(2))
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -133,7 +142,20 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    """Softmax attention of queries (B, T, H, D) to keys and values (B, S, H, D): (B, T, H·D)."""
+    """Softmax attention of queries (B, T, H, D) to keys and values (B, S, H, D): (B, T, H, D).
+
+    Widths of keys and values may differ; the narrower is padded, as fused kernels want them alike.
+    """
+    width = v.shape[-1]
+    q, k, v = widened(q, k, v)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return y.transpose(1, 2).flatten(2)
+    return y.transpose(1, 2)[..., :width]
+
+
+def widened(q: Tensor, k: Tensor, v: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """All as wide as the widest, rounded up; zeros change neither scores nor what is gathered."""
+    widest = max(k.shape[-1], v.shape[-1])
+    wide = -(-widest // multiple) * multiple
+    q, k, v = (x if x.shape[-1] == wide else F.pad(x, (0, wide - x.shape[-1])) for x in (q, k, v))
+    return q, k, v

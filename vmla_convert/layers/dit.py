@@ -9,22 +9,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmla_convert.config import ModelConfig
-from vmla_convert.layers.attention import CrossAttention, DenseSelfAttention, Sight
-from vmla_convert.layers.cache import KVCache
+from vmla_convert.config import CachePolicy, ModelConfig, RuntimeConfig
+from vmla_convert.errors import ConfigError
+from vmla_convert.layers.attention import (
+    CrossAttention,
+    DenseSelfAttention,
+    Entries,
+    Reading,
+    Sight,
+)
+from vmla_convert.layers.cache import DenseCache, KVCache, LatentCache, LayerCache, Storage
 from vmla_convert.layers.mla import LatentSelfAttention
 from vmla_convert.maths.masks import Visibility
-from vmla_convert.maths.rope3d import Rotary, rotary_table, token_positions
+from vmla_convert.maths.rope3d import Rotary, grid_table
 
 SelfAttention = DenseSelfAttention | LatentSelfAttention
 Attend = Callable[[SelfAttention, Tensor], Tensor]
 """How a block's self-attention sees the clip: masked in one pass, or through a cache."""
+
+
+Prompt = tuple[Entries, ...]
+"""What the cross-attention of every block reads: key and value, both (B, S, d)."""
 
 
 class Embedded(NamedTuple):
@@ -34,13 +45,11 @@ class Embedded(NamedTuple):
         tokens: (B, L, d).
         time: Time embedding (B, F, d).
         modulation: Projected time embedding (B, F, 6, d).
-        text: Embedded prompt (B, S, d).
     """
 
     tokens: Tensor
     time: Tensor
     modulation: Tensor
-    text: Tensor
 
 
 class Block(nn.Module):
@@ -70,20 +79,29 @@ class Block(nn.Module):
         shift, scale, *_ = (self.modulation + time).unbind(2)
         return modulate(x, shift, scale, self.eps)
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor, attend: Attend) -> Tensor:
+    def after_attention(
+        self, x: Tensor, y: Tensor, time: Tensor, prompt: Tensor | Entries
+    ) -> Tensor:
+        """Tokens x (B, L, d) after the self-attention's output y, cross-attention and feed-forward.
+
+        Arguments as `forward`.
+        """
+        _, _, gate, shift, scale, ffn_gate = (self.modulation + time).unbind(2)
+        x = x + gated(y, gate)
+        x = x + self.cross_attn(self.norm3(x), prompt)
+        return x + gated(self.ffn(modulate(x, shift, scale, self.eps)), ffn_gate)
+
+    def forward(self, x: Tensor, time: Tensor, prompt: Tensor | Entries, attend: Attend) -> Tensor:
         """Advance tokens x (B, L, d).
 
         Args:
             x: Tokens of F frames.
             time: Projected time embedding (B, F, 6, d).
-            context: Embedded prompt (B, S, d).
+            prompt: Embedded prompt (B, S, d), or what `cross_attn.read_prompt` made of it.
             attend: Calls the self-attention on its input.
         """
-        _, _, gate, shift, scale, ffn_gate = (self.modulation + time).unbind(2)
         y = attend(self.self_attn, self.attention_input(x, time))
-        x = x + gated(y, gate)
-        x = x + self.cross_attn(self.norm3(x), context)
-        return x + gated(self.ffn(modulate(x, shift, scale, self.eps)), ffn_gate)
+        return self.after_attention(x, y, time, prompt)
 
 
 class Head(nn.Module):
@@ -143,8 +161,9 @@ class CausalWanModel(nn.Module):
         Returns:
             (B, F, C, height, width).
         """
-        x, time, modulation, text = self.embed(latents, timestep, context)
+        x, time, modulation = self.embed(latents, timestep)
         attend = masked_attention(self.rotary(frames, latents), mask)
+        text = self.text_embedding(context)
         for block in self.blocks:
             x = block(x, modulation, text, attend)
         return self.unpatchify(self.head(x, time), latents)
@@ -161,65 +180,127 @@ class CausalWanModel(nn.Module):
 
         The caller may measure or replace a block's attention before asking for the next one.
         """
-        x, _, modulation, text = self.embed(latents, timestep, context)
+        x, _, modulation = self.embed(latents, timestep)
         attend = masked_attention(self.rotary(frames, latents), mask)
+        text = self.text_embedding(context)
         for block in self.blocks:
             assert isinstance(block, Block)
             yield block, block.attention_input(x, modulation), attend
             x = block(x, modulation, text, attend)
 
-    def stream(self, latents: Tensor, timestep: Tensor, context: Tensor, cache: KVCache) -> Tensor:
-        """Velocity of the cache's open chunk, which sees the window and overwrites its own slots.
+    def read_prompt(self, context: Tensor) -> Prompt:
+        """What the blocks read of prompts (B, text_len, text_dim), once for all chunks."""
+        text = self.text_embedding(context)
+        return tuple(block.cross_attn.read_prompt(text) for block in self._blocks())
 
-        Arguments and result as `forward`; the frames are those of `cache.open_chunk`.
+    def stream(
+        self, latents: Tensor, timestep: Tensor, prompt: Prompt, cache: KVCache, keep: bool = True
+    ) -> Tensor:
+        """Velocity of the cache's open chunk, which sees the window.
+
+        Args:
+            latents: (B, F, C, height, width); the frames are those of `cache.open_chunk`.
+            timestep: (B, F), 0 to 1000.
+            prompt: From `read_prompt`.
+            cache: From `new_cache`.
+            keep: Leave the chunk's entries to later chunks; a pass that is not the chunk's last may
+                spare the work.
+
+        Returns:
+            As `latents`.
         """
-        x, time, modulation, text = self.embed(latents, timestep, context)
-        query_rotary = self.rotary(cache.chunk_positions(), latents)
-        sight = Sight(
-            query_rotary,
-            key_rotary=self.rotary(cache.positions(), latents),
-            past=cache.past_tokens().to(latents.device),
-        )
-        for layer, block in enumerate(self.blocks):
+        x, time, modulation = self.embed(latents, timestep)
+        sight = cache.sight = cache.sight or self._streaming_sight(cache, latents)
+        for layer, (block, read) in enumerate(zip(self._blocks(), prompt, strict=True)):
 
             def attend(attention: SelfAttention, x: Tensor, layer: int = layer) -> Tensor:
-                projection = attention.project(x)
-                entries = cache.update(layer, projection.cached)
-                return attention(x, entries, projection.own, sight)
+                return attention(x, cache.update(layer, attention.project(x, keep)), sight)
 
-            x = block(x, modulation, text, attend)
+            x = block(x, modulation, read, attend)
         return self.unpatchify(self.head(x, time), latents)
 
-    def new_cache(self, batch: int) -> KVCache:
-        """An empty cache for B clips, under the model's own policy."""
+    def new_cache(self, batch: int, runtime: RuntimeConfig | None = None) -> KVCache:
+        """An empty cache for B clips, under the model's own policy.
+
+        Args:
+            batch: B.
+            runtime: Precision and place of the cache, and how it is read.
+
+        Raises:
+            ConfigError: A dense cache was asked to be quantised, or a layer to be absorbed that
+                cannot be.
+        """
+        runtime = runtime or RuntimeConfig()
+        check_runtime(self.config, runtime)
         weight = self.patch_embedding.weight
-        return KVCache(
-            self.config.cache,
-            [attention.entry_widths for attention in self.self_attentions()],
-            batch,
-            self.config.tokens_per_frame,
-            weight.dtype,
-            weight.device,
+        tokens = self.config.tokens_per_frame
+        storage = Storage(batch, tokens, weight.dtype, weight.device, runtime.offload)
+        layers = [
+            _layer_cache(attention, self.config.cache, storage, runtime)
+            for attention in self.self_attentions()
+        ]
+        return KVCache(self.config.cache, layers, runtime)
+
+    def cache_bytes(self, batch: int, runtime: RuntimeConfig | None = None) -> int:
+        """Bytes of what `new_cache` allocates, by formula; arguments as there."""
+        itemsize = self.patch_embedding.weight.dtype.itemsize
+        window = self.config.cache.window_frames
+        return self.config.cache_bytes(window, batch, itemsize, runtime)
+
+    def compile_blocks(self) -> None:
+        """Compile what surrounds the caches: projections, reads and the rest of every block."""
+        for block in self._blocks():
+            attention = block.self_attn
+            for owner, name in (
+                (block, "attention_input"),
+                (block, "after_attention"),
+                (attention, "project"),
+                (attention, "forward"),
+            ):
+                setattr(owner, name, torch.compile(getattr(owner, name)))
+
+    def _streaming_sight(self, cache: KVCache, latents: Tensor) -> Sight:
+        """Where the open chunk and what it reads are, as the caches of its kind order them."""
+        window, mla = cache.window, self.config.mla
+        chunk, past = window.chunk_slots, window.latent_slots
+        exact = None
+        if mla is None:
+            keys = window.positions(list(range(window.held)))
+        elif mla.layer.reads_own_latents:
+            keys = window.positions([*past, *chunk])
+        else:
+            keys, exact = window.positions(past), window.exact_positions()
+
+        def table(frames: list[int]) -> Rotary:
+            return self.rotary(torch.tensor(frames, dtype=torch.long), latents)
+
+        return Sight(
+            query=table(window.positions(chunk)),
+            keys=table(keys),
+            exact=None if exact is None else table(exact),
+            runtime=cache.runtime,
         )
+
+    def _blocks(self) -> list[Block]:
+        return [cast(Block, block) for block in self.blocks]  # or what wraps one
 
     def self_attentions(self) -> list[SelfAttention]:
         """The self-attention of every block."""
-        return [block.self_attn for block in self.blocks if isinstance(block, Block)]
+        return [block.self_attn for block in self._blocks()]
 
-    def embed(self, latents: Tensor, timestep: Tensor, context: Tensor) -> Embedded:
+    def embed(self, latents: Tensor, timestep: Tensor) -> Embedded:
         """What the blocks start from; arguments as `forward`."""
         x = self.patch_embedding(latents.transpose(1, 2)).flatten(2).transpose(1, 2)
         wave = sinusoids(timestep, self.config.geometry.freq_dim)
         time = self.time_embedding(wave.to(self.patch_embedding.weight.dtype))
         modulation = self.time_projection(time).unflatten(-1, (6, -1))
-        return Embedded(x, time, modulation, self.text_embedding(context))
+        return Embedded(x, time, modulation)
 
     def rotary(self, frames: Tensor, latents: Tensor) -> Rotary:
         """Rotation of all tokens of frames at the given time positions."""
         _, rows, columns = self.config.geometry.patch_size
         height, width = latents.shape[-2] // rows, latents.shape[-1] // columns
-        positions = token_positions(frames.to(latents.device), height, width)
-        return rotary_table(positions, self.config.geometry.head_dim)
+        return grid_table(frames, height, width, self.config.geometry.head_dim, latents.device)
 
     def unpatchify(self, patches: Tensor, latents: Tensor) -> Tensor:
         """Patches (B, L, pt·ph·pw·C) to latents of the same shape as `latents`."""
@@ -231,21 +312,60 @@ class CausalWanModel(nn.Module):
         return grid.reshape(batch, frames, -1, height, width)
 
 
+def check_runtime(config: ModelConfig, runtime: RuntimeConfig) -> None:
+    """Refuse to run a model in a way that it cannot run.
+
+    Raises:
+        ConfigError: See `CausalWanModel.new_cache`.
+    """
+    mla = config.mla
+    if mla is None and (runtime.cache_dtype, runtime.rope_dtype) != ("model", "model"):
+        raise ConfigError(
+            "only latent caches are quantised, and this model's is dense",
+            "convert it first: vmla convert CKPT -o OUT",
+        )
+    if runtime.rope_dtype != "model" and mla and not any(mla.rope_pairs):
+        raise ConfigError(
+            "rope_dtype needs rope keys, and this model rebuilds whole keys",
+            "leave it out, or convert with --positions decoupled",
+        )
+    if runtime.backend == "absorbed" and not (mla and mla.layer.positions == "decoupled"):
+        raise ConfigError(
+            "only layers with decoupled positions can be absorbed",
+            "use --backend materialised, or convert with --positions decoupled",
+        )
+
+
+def _layer_cache(
+    attention: SelfAttention, policy: CachePolicy, storage: Storage, runtime: RuntimeConfig
+) -> LayerCache:
+    widths = attention.entry_widths
+    if isinstance(attention, DenseSelfAttention):
+        return DenseCache(widths, policy, storage)
+    dim = attention.o.in_features
+    return LatentCache(widths, dim, policy, storage, runtime, attention.latent_metric)
+
+
 def masked_attention(rotary: Rotary, mask: Visibility | None) -> Attend:
     """Self-attention in one pass, every token at its own place in one table."""
+    length = rotary.table.shape[-3]
     if mask is None:
-        nothing = torch.zeros(0, dtype=torch.long, device=rotary.cos.device)
-        sight = Sight(rotary, rotary, past=nothing)
+        read = torch.zeros(0, dtype=torch.long, device=rotary.table.device)
+        whole, split = Sight(rotary, rotary), Sight(rotary, rotary.at(read), rotary)
     else:
-        past, own = mask.seen & ~mask.own, mask.seen & mask.own
+        past, exact = mask.seen & ~mask.exact, mask.seen & mask.exact
         # Of a teacher-forced pass the noisy half is nobody's past.
         read = past.any(0).nonzero().flatten()
-        split_mask = torch.cat([past[:, read], own], dim=1)
-        sight = Sight(rotary, rotary, mask.seen, read, split_mask)
+        split_mask = torch.cat([past[:, read], exact], dim=1)
+        whole = Sight(rotary, rotary, mask=mask.seen)
+        split = Sight(rotary, rotary.at(read), rotary, split_mask)
 
     def attend(attention: SelfAttention, x: Tensor) -> Tensor:
-        projection = attention.project(x)
-        return attention(x, projection.cached, projection.own, sight)
+        cached, own, _ = attention.project(x)
+        if own is None:
+            return attention(x, Reading(cached), whole)
+        past = cached if len(read) == length else tuple(entry[:, read] for entry in cached)
+        return attention(x, Reading(past, own), split)
 
     return attend
 

@@ -38,6 +38,7 @@ from vmla_convert.maths.projections import (
     required,
     subtract_rope,
     white_inputs,
+    white_queries,
 )
 from vmla_convert.maths.reads import ReadSums, merge_reads
 
@@ -257,15 +258,13 @@ def assume_evidence(weights: KVWeights, phases: Tensor) -> Evidence:
         phases: Expected phases under uniform attention, (D/2,) complex.
     """
     width, heads = weights.query.shape[1], weights.num_heads
-    raw = torch.cat([weights.query, weights.query_bias[:, None]], 1)
-    query = (raw / raw.square().sum().div(len(raw)).sqrt()).unflatten(0, (heads, -1))
-    square = query @ query.mT
+    square = white_queries(weights)
     pairs = square.diagonal(dim1=-2, dim2=-1).unflatten(-1, (-1, 2)).sum(-1)
     value_metric = weights.output.mT @ weights.output
     # Keys count by the energy of a value at the output, which a change of attention moves.
     value_energy = ((weights.value @ weights.value.mT) * value_metric).sum() / heads
     raw_key_square = weights.raw_key.square().sum() + weights.raw_key_bias.square().sum()
-    scale = value_energy / weights.head_dim / (raw_key_square / len(raw))
+    scale = value_energy / weights.head_dim / (raw_key_square / len(weights.raw_key))
     mean, covariance = white_inputs(width)
     return Evidence(
         mean=mean,

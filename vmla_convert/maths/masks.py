@@ -15,15 +15,16 @@ class Visibility(NamedTuple):
 
     Attributes:
         seen: A query (row) may see a key (column).
-        own: The key is of the query's own chunk, so that no cache holds it yet.
+        exact: The key is of the query's own chunk, so that no cache holds it yet, or of a frame so
+            recent that the cache keeps it dense.
     """
 
     seen: Tensor
-    own: Tensor
+    exact: Tensor
 
     def to(self, device: torch.device) -> Visibility:
         """The same on a device."""
-        return Visibility(self.seen.to(device), self.own.to(device))
+        return Visibility(self.seen.to(device), self.exact.to(device))
 
 
 def visible_frames(frames: int, chunk_frames: int, policy: CachePolicy | None = None) -> Tensor:
@@ -42,13 +43,21 @@ def visible_frames(frames: int, chunk_frames: int, policy: CachePolicy | None = 
     return visible
 
 
+def recent_frames(frames: int, chunk_frames: int, policy: CachePolicy | None = None) -> Tensor:
+    """Frame-level mask (F, F): is frame j of frame i's chunk, or of the newest that stay dense?"""
+    start = torch.arange(frames)[:, None] // chunk_frames * chunk_frames
+    key = torch.arange(frames)[None, :]
+    dense = policy.dense_recent_frames if policy is not None else 0
+    return (key >= start - dense) & (key < start + chunk_frames)
+
+
 def block_causal_mask(
     frames: int, chunk_frames: int, tokens_per_frame: int, policy: CachePolicy | None = None
 ) -> Visibility:
     """Who sees whom among the L = frames · tokens_per_frame tokens of one clip in one pass."""
-    chunk = torch.arange(frames) // chunk_frames
-    own = chunk[:, None] == chunk[None, :]
-    return _to_tokens(visible_frames(frames, chunk_frames, policy), own, tokens_per_frame)
+    seen = visible_frames(frames, chunk_frames, policy)
+    exact = seen & recent_frames(frames, chunk_frames, policy)
+    return _to_tokens(seen, exact, tokens_per_frame)
 
 
 def teacher_forcing_mask(
@@ -60,18 +69,20 @@ def teacher_forcing_mask(
     frames, only the noisy ones. One pass thus trains every chunk as it is met in a rollout.
     """
     clean = visible_frames(frames, chunk_frames, policy)
-    chunk = torch.arange(frames) // chunk_frames
-    same = chunk[:, None] == chunk[None, :]
-    nothing = torch.zeros_like(same)
-    top = torch.cat([clean, nothing], dim=1)
-    bottom = torch.cat([clean & ~same, same], dim=1)
-    own = torch.block_diag(same, same).bool()
-    return _to_tokens(torch.cat([top, bottom]), own, tokens_per_frame)
+    same = recent_frames(frames, chunk_frames)
+    recent = clean & recent_frames(frames, chunk_frames, policy)
+
+    def both_halves(own: Tensor, past: Tensor) -> Tensor:
+        top = torch.cat([own | past, torch.zeros_like(own)], dim=1)
+        return torch.cat([top, torch.cat([past, own], dim=1)])
+
+    seen, exact = both_halves(same, clean & ~same), both_halves(same, recent & ~same)
+    return _to_tokens(seen, exact, tokens_per_frame)
 
 
-def _to_tokens(seen: Tensor, own: Tensor, tokens_per_frame: int) -> Visibility:
+def _to_tokens(seen: Tensor, exact: Tensor, tokens_per_frame: int) -> Visibility:
     def repeat(mask: Tensor) -> Tensor:
         mask = mask.repeat_interleave(tokens_per_frame, 0)
         return mask.repeat_interleave(tokens_per_frame, 1)
 
-    return Visibility(repeat(seen), repeat(own))
+    return Visibility(repeat(seen), repeat(exact))

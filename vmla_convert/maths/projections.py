@@ -160,17 +160,31 @@ class NormPredictor(NamedTuple):
     floor: Tensor
 
 
+class NarrowHeads(NamedTuple):
+    """Heads whose content part is narrower than the source's D.
+
+    Attributes:
+        query_map: A (H, n, D), orthonormal rows.
+        lost: Share of the content's energy that truncation dropped, (), in the metric that it
+            minimised.
+    """
+
+    query_map: Tensor
+    lost: Tensor
+
+
 class Factors(NamedTuple):
     """Parameters of the latent layer, under its own names; float64.
 
     Attributes:
         kv_a_proj, kv_a_bias: (R, d), (R,).
-        kv_b_proj_k, kv_b_bias_k: (H·D, R of keys), (H·D,).
+        kv_b_proj_k, kv_b_bias_k: (H·D, R of keys), (H·D,); H·n rows for heads of n.
         kv_b_proj_v, kv_b_bias_v: (H·D, R of values), (H·D,).
         rope: The rope branch; None when keys are rebuilt before RoPE.
         norm: Predicts rho; None when it is stored.
         phases: What stands for each pair's rotation in the content key, (H, D/2) complex; None
             when nothing is folded.
+        narrow: Truncates the content part of heads; None when it is D wide.
     """
 
     kv_a_proj: Tensor
@@ -182,6 +196,7 @@ class Factors(NamedTuple):
     rope: RopeKeys | None = None
     norm: NormPredictor | None = None
     phases: Tensor | None = None
+    narrow: NarrowHeads | None = None
 
 
 def required(evidence: Evidence | None, init: str) -> Evidence:
@@ -198,6 +213,13 @@ def required(evidence: Evidence | None, init: str) -> Evidence:
 def white_inputs(width: int) -> tuple[Tensor, Tensor]:
     """Mean (d,) and covariance (d, d) to assume of inputs that nobody measured."""
     return torch.zeros(width, dtype=torch.float64), torch.eye(width, dtype=torch.float64)
+
+
+def white_queries(weights: KVWeights) -> Tensor:
+    """Second moment of each head's queries of white inputs, (H, D, D); channels have mean 1."""
+    raw = torch.cat([weights.query, weights.query_bias[:, None]], 1)
+    query = (raw / raw.square().sum().div(len(raw)).sqrt()).unflatten(0, (weights.num_heads, -1))
+    return query @ query.mT
 
 
 def key_square(weights: KVWeights, mean: Tensor, covariance: Tensor) -> Tensor:

@@ -16,22 +16,29 @@ THETA = 10_000.0
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines of every pair at every token, both (L, pairs)."""
+    """How every pair turns at every token.
 
-    cos: Tensor
-    sin: Tensor
+    Attributes:
+        table: Cosine and sine, (L, pairs, 2) or (B, L, pairs, 2), float32.
+    """
+
+    table: Tensor
 
     def select(self, pairs: Tensor) -> Rotary:
-        """The table of some pairs only, (L, len(pairs))."""
-        return Rotary(self.cos[:, pairs], self.sin[:, pairs])
+        """The table of some pairs only, repeats allowed."""
+        return Rotary(self.table[..., pairs, :])
 
     def at(self, tokens: Tensor) -> Rotary:
-        """The table of some tokens only, (len(tokens), pairs)."""
-        return Rotary(self.cos[tokens], self.sin[tokens])
+        """The table of some tokens only."""
+        return Rotary(self.table.index_select(-3, tokens))
+
+    def scaled(self, scale: Tensor) -> Rotary:
+        """Turns that also multiply each token by its own scale (B, L, 1)."""
+        return Rotary(self.table * scale[..., None].float())
 
     def turns(self) -> Tensor:
         """exp(i·angle) of every pair at every token, (L, pairs) complex."""
-        return torch.complex(self.cos, self.sin)
+        return torch.view_as_complex(self.table)
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
@@ -66,11 +73,43 @@ def rotary_table(positions: Tensor, head_dim: int) -> Rotary:
     axes, frequencies = pair_frequencies(head_dim)
     along_axis = positions.double()[:, axes.to(positions.device)]
     angles = along_axis * frequencies.to(positions.device)
-    return Rotary(angles.cos().float(), angles.sin().float())
+    return Rotary(torch.stack([angles.cos(), angles.sin()], -1).float())
+
+
+def grid_table(
+    frames: Tensor, height: int, width: int, head_dim: int, device: torch.device | str = "cpu"
+) -> Rotary:
+    """`rotary_table` of all tokens of frames (F,), each axis computed once and repeated.
+
+    Args:
+        frames: Time positions.
+        height: Rows of tokens.
+        width: Columns of tokens.
+        head_dim: D.
+        device: Where the table goes; it is made on the CPU, since it needs float64.
+    """
+    axes, frequencies = pair_frequencies(head_dim)
+    places = frames.cpu(), torch.arange(height), torch.arange(width)
+    shape, parts = (len(frames), height, width), list[Tensor]()
+    for axis, place in enumerate(places):
+        angles = place.double()[:, None] * frequencies[axes == axis]
+        table = torch.stack([angles.cos(), angles.sin()], -1).float().to(device)
+        sides = [1, 1, 1]
+        sides[axis] = len(place)
+        pairs = table.shape[1]
+        parts.append(table.view(*sides, pairs, 2).expand(*shape, pairs, 2))
+    return Rotary(torch.cat(parts, -2).flatten(0, 2))
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate the interleaved pairs of x (B, L, H, 2·pairs) by a table (L, pairs)."""
-    real, imaginary = x[..., 0::2], x[..., 1::2]
-    cos, sin = rotary.cos[:, None].to(x.dtype), rotary.sin[:, None].to(x.dtype)
-    return torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1).flatten(-2)
+    """Rotate the interleaved pairs of x (B, L, H, 2·pairs), in float32 at least."""
+    table, pairs = rotary.table.unsqueeze(-3), x.unflatten(-1, (-1, 2))
+    if x.dtype.itemsize < 4:
+        pairs = pairs.float()
+    if torch.compiler.is_compiling():
+        # Inductor fuses real arithmetic only; in eager mode one complex product is a third of it.
+        (real, imaginary), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
+        turned = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
+    return turned.flatten(-2).to(x.dtype)

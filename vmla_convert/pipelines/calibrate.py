@@ -136,9 +136,8 @@ class _Walk:
             noise = seeded(seed, index, "calibration")
             example = make_example(batch, shell.config.chunk_frames, noise).to(device)
             with torch.no_grad():
-                x, time, modulation, text = shell.embed(
-                    example.latents, example.timestep, example.context
-                )
+                x, time, modulation = shell.embed(example.latents, example.timestep)
+                text = shell.text_embedding(example.context)
             self.batches.append(_Batch(example, modulation, time, text, seed + index))
             inputs.append(x)
         example = self.batches[0].example
@@ -298,9 +297,9 @@ def measure_attention(
     length = x.shape[1] // 2
     clean, noisy = x.split(length, dim=1)
     picks = torch.randperm(x.shape[1], generator=generator)[:QUERIES_PER_CLIP].to(x.device)
-    seen, chunk = mask.seen[picks], mask.seen[picks] & mask.own[picks]
+    seen, exact = mask.seen[picks], mask.seen[picks] & mask.exact[picks]
     late = torch.arange(x.shape[1], device=x.device) >= length
-    groups = [seen & ~chunk, *([chunk & ~late, chunk & late] if own else [])]
+    groups = [seen & ~exact, *([exact & ~late, exact & late] if own else [])]
     value_mean = split_heads(attention.v(clean.mean((0, 1))), attention.num_heads)
     turns = rotary.turns()
     heads = attention.num_heads

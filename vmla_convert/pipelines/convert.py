@@ -25,15 +25,7 @@ from vmla_convert.checkpoint.families import OpenCheckpoint, converted_config
 from vmla_convert.checkpoint.known import known_model
 from vmla_convert.checkpoint.source import TensorSpec, fingerprint
 from vmla_convert.checkpoint.writer import CheckpointWriter, check_place, partial_folder
-from vmla_convert.config import (
-    PAPER_LAYER,
-    ConvertConfig,
-    ModelConfig,
-    RankPlan,
-    SourceConfig,
-    from_dict,
-    to_dict,
-)
+from vmla_convert.config import PAPER_LAYER, ConvertConfig, ModelConfig, RankPlan, SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError, did_you_mean
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.factor import DATA_INITS, assume_evidence
@@ -70,6 +62,7 @@ from vmla_convert.pipelines.plan import (
 from vmla_convert.pipelines.publish import model_card
 from vmla_convert.pipelines.shelf import FolderShelf, Shelf
 from vmla_convert.progress import Progress, Silent, Timed
+from vmla_convert.tables import from_dict, to_dict
 
 PRESETS = {"videomla": ConvertConfig(init="spectral", layer=PAPER_LAYER, ranks="uniform")}
 """The paper: its layer with the exact key norm, its init, its shares of 192 + 32 numbers."""
@@ -108,6 +101,8 @@ class Conversion:
         convert_seconds: From start to end; of a resumed conversion the last start counts.
         factor_seconds: The part spent on factorisation.
         peak_rss_bytes: Largest resident size of the process so far.
+        head_truncation_error: Of each layer, the share of the content keys' energy that truncating
+            the heads dropped; empty when none were.
     """
 
     out: Path
@@ -115,6 +110,7 @@ class Conversion:
     convert_seconds: float
     factor_seconds: float
     peak_rss_bytes: int
+    head_truncation_error: tuple[float, ...] = ()
 
 
 def convert(
@@ -174,11 +170,13 @@ def convert(
         branches = _write_tensors(checkpoint, plan, config, evidence, writer, progress)
         factor_seconds = perf_counter() - factor_started
         final = with_branches(plan.config, branches)
+        truncation = tuple(b.truncation for b in branches if b.truncation is not None)
         seconds, peak = perf_counter() - started, peak_rss_bytes()
         provenance = {
             "source": origin,
             "convert": to_dict(config),
             "plan": to_dict(ranks),
+            **({"head_truncation_error": truncation} if truncation else {}),
             "versions": _versions(),
             "convert_seconds": seconds,
             "factor_seconds": factor_seconds,
@@ -190,7 +188,7 @@ def convert(
         writer.write_text("README.md", model_card(final, origin))
     if shelf is not None:
         shelf.remove()
-    return Conversion(out, final, seconds, factor_seconds, peak)
+    return Conversion(out, final, seconds, factor_seconds, peak, truncation)
 
 
 def convert_config(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vmla_convert.config import EvaluateConfig, ModelConfig
+from vmla_convert.config import EvaluateConfig, ModelConfig, RuntimeConfig
 from vmla_convert.demo.judge import background_psnr, read_digits
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.dit import CausalWanModel
@@ -23,7 +23,12 @@ from vmla_convert.pipelines.calibrate import LayerReads
 from vmla_convert.pipelines.codecs import prompted_digit, require_demo_codec
 from vmla_convert.pipelines.data import open_clips, seeded
 from vmla_convert.pipelines.factoring import layer_weights
-from vmla_convert.pipelines.losses import Example, make_example, predicted_velocity
+from vmla_convert.pipelines.losses import (
+    Example,
+    make_example,
+    predicted_velocity,
+    streamed_velocity,
+)
 from vmla_convert.pipelines.rows import Errors, cache_rows, error_rows, row_fields
 from vmla_convert.results import Row
 
@@ -34,12 +39,18 @@ SEGMENTS = 4
 class HeldOut:
     """Held-out clips with their noise and the dense model's answers, prepared once.
 
+    Models see them masked, in one pass, or `streamed`, chunk by chunk through a cache of their own:
+    that shows what its window, its sink and its precision do.
+
     Raises:
-        ConfigError: The clips are too short, or the model cannot read the demo world.
+        ConfigError: The clips are too short, their frames do not fit the cache, or the model cannot
+            read the demo world.
     """
 
-    def __init__(self, teacher: CausalWanModel, config: EvaluateConfig) -> None:
-        self.config = teacher.config
+    def __init__(
+        self, teacher: CausalWanModel, config: EvaluateConfig, streamed: bool = False
+    ) -> None:
+        self.config, self.streamed = teacher.config, streamed
         if config.data.frames < 2 * self.config.chunk_frames:
             raise ConfigError(
                 f"held-out clips of {config.data.frames} frames have no chunk with a past",
@@ -60,11 +71,22 @@ class HeldOut:
             )
             for index, start in enumerate(range(0, config.clips, CLIPS_AT_ONCE))
         ]
+        size = tuple(self.examples[0].latents.shape[-2:])
+        if streamed and size != self.config.latent_size:
+            raise ConfigError(
+                f"held-out clips of {list(size)} do not fit a cache of {self.config.latent_size}",
+                "give clips of the model's latent size",
+            )
         self.targets = [self._velocity(teacher, example) for example in self.examples]
 
-    def measure(self, model: nn.Module) -> Errors:
-        """Errors of a model; the dense model's own `velocity_error` is 0."""
-        return self._errors([self._velocity(model, example) for example in self.examples])
+    def measure(self, model: nn.Module, runtime: RuntimeConfig | None = None) -> Errors:
+        """Errors of a model; the dense model's own `velocity_error` is 0.
+
+        Args:
+            model: Dense or converted.
+            runtime: How its cache is kept and read, where clips are streamed.
+        """
+        return self._errors([self._velocity(model, example, runtime) for example in self.examples])
 
     def measure_other_past(self, teacher: CausalWanModel) -> Errors:
         """Errors when each clip is given the past of another: what the cache is worth."""
@@ -85,9 +107,14 @@ class HeldOut:
         )
 
     @torch.no_grad()
-    def _velocity(self, model: nn.Module, example: Example) -> Tensor:
-        device = next(model.parameters()).device
-        return predicted_velocity(model, self.config, example.to(device)).cpu()
+    def _velocity(
+        self, model: nn.Module, example: Example, runtime: RuntimeConfig | None = None
+    ) -> Tensor:
+        example = example.to(next(model.parameters()).device)
+        if self.streamed:
+            assert isinstance(model, CausalWanModel)
+            return streamed_velocity(model, example, runtime).cpu()
+        return predicted_velocity(model, self.config, example).cpu()
 
 
 def _with_past(example: Example, past: Tensor) -> Example:
@@ -126,11 +153,19 @@ def learned_spectrum_rows(model: CausalWanModel, seed: int = 0) -> list[Row]:
     for layer, attention in enumerate(model.self_attentions()):
         assert isinstance(attention, LatentSelfAttention)
         down = attention.kv_a_proj.weight.double().cpu()
-        key = attention.kv_b_proj_k.weight.double().cpu() @ down[: attention.key_rank]
+        key = _key_rows(attention).double().cpu() @ down[: attention.key_rank]
         value = attention.kv_b_proj_v.weight.double().cpu() @ down[-attention.value_rank :]
         rank = effective_rank(weight_spectrum(torch.cat([key, value])))
         rows.append(Row("effective_rank_99", rank, "directions", layer=layer, **fields))
     return rows
+
+
+def _key_rows(attention: LatentSelfAttention) -> Tensor:
+    """What a layer's queries see of its latent, (H·D, R of keys)."""
+    rows = attention.kv_b_proj_k.weight
+    if attention.q_nope_map is None:
+        return rows
+    return (attention.q_nope_map.mT @ rows.unflatten(0, (attention.num_heads, -1))).flatten(0, 1)
 
 
 def operator_spectra(target: Tensor, covariance: Tensor, layer: int, rank: int) -> list[Row]:

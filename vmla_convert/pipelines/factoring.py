@@ -11,7 +11,8 @@ from torch import Tensor
 
 from vmla_convert.config import ConvertConfig, LayerConfig, MLAConfig, ModelConfig, RankPlan
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.maths.factor import INITS, join_evidence
+from vmla_convert.maths.factor import DATA_INITS, INITS, join_evidence
+from vmla_convert.maths.heads import narrow_heads
 from vmla_convert.maths.moments import as_channels
 from vmla_convert.maths.projections import Evidence, Factors, KVWeights, LayerShape
 from vmla_convert.pipelines.calibrate import LayerReads
@@ -74,12 +75,12 @@ def factor_layer(
         ranks.rope_pairs[layer],
         ranks.key_ranks[layer] if ranks.key_ranks else None,
     )
-    return INITS[config.init](
-        layer_weights(read, layer, num_heads),
-        shape,
-        evidence(layer) if evidence else None,
-        seeded(config.seed, layer, "init"),
-    )
+    weights = layer_weights(read, layer, num_heads)
+    known = evidence(layer) if evidence and config.init in DATA_INITS else None
+    factors = INITS[config.init](weights, shape, known, seeded(config.seed, layer, "init"))
+    if config.qk_nope_head_dim in (None, weights.head_dim):
+        return factors
+    return narrow_heads(factors, weights, known, config.qk_nope_head_dim)
 
 
 def layer_weights(read: Read, layer: int, num_heads: int) -> KVWeights:
@@ -123,6 +124,8 @@ def latent_tensors(
             "k_rope_proj.bias": as_channels(factors.rope.offsets),
             "q_rope_map": factors.rope.query_map,
         }
+    if factors.narrow is not None:
+        tensors["q_nope_map"] = factors.narrow.query_map
     if factors.norm is not None:
         tensors["k_norm_floor"] = factors.norm.floor
     if factors.norm is not None and choices.k_norm == "latent":
@@ -156,34 +159,48 @@ def layer_evidence(
 def planned_config(dense: ModelConfig, config: ConvertConfig, ranks: RankPlan) -> ModelConfig:
     """The converted model's config, with placeholders for the rope pairs."""
     pairs = tuple(tuple(range(count)) for count in ranks.rope_pairs)
-    mla = MLAConfig(ranks.kv_lora_rank, pairs, config.init, config.layer, ranks.key_ranks)
+    mla = MLAConfig(
+        ranks.kv_lora_rank,
+        pairs,
+        config.init,
+        config.layer,
+        ranks.key_ranks,
+        qk_nope_head_dim=config.qk_nope_head_dim,
+    )
     return replace(dense, mla=mla)
 
 
 class Branch(NamedTuple):
-    """What a factored layer adds to the config.
+    """What a factored layer adds to the config and to the record of the conversion.
 
     Attributes:
         pairs: Its rope pairs.
         phases: Angle and length of what was folded for each head and pair, to four digits: a
             record, not an input. None when nothing was.
+        truncation: Share of the content keys' energy that truncating the heads dropped; None when
+            none were.
     """
 
     pairs: tuple[int, ...]
     phases: tuple[tuple[tuple[float, float], ...], ...] | None
+    truncation: float | None
 
 
 def branch_of(factors: Factors) -> Branch:
     """The branch of a factored layer."""
     pairs = tuple(factors.rope.pairs.tolist()) if factors.rope else ()
-    return Branch(pairs, None if factors.phases is None else _polar(factors.phases))
+    phases = None if factors.phases is None else _polar(factors.phases)
+    return Branch(pairs, phases, factors.narrow.lost.item() if factors.narrow else None)
 
 
-def branch_from(pairs: list[int], phases: list[list[list[float]]] | None) -> Branch:
+def branch_from(
+    pairs: list[int], phases: list[list[list[float]]] | None, truncation: float | None = None
+) -> Branch:
     """A branch that JSON kept."""
     if phases is None:
-        return Branch(tuple(pairs), None)
-    return Branch(tuple(pairs), tuple(tuple((a, r) for a, r in head) for head in phases))
+        return Branch(tuple(pairs), None, truncation)
+    by_head = tuple(tuple((a, r) for a, r in head) for head in phases)
+    return Branch(tuple(pairs), by_head, truncation)
 
 
 def with_branches(planned: ModelConfig, branches: list[Branch]) -> ModelConfig:

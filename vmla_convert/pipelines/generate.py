@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from vmla_convert.config import RuntimeConfig
 from vmla_convert.errors import ConfigError, OutputError
-from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.layers.dit import CausalWanModel, Prompt
 from vmla_convert.pipelines.codecs import open_codec
 from vmla_convert.pipelines.data import seeded
-from vmla_convert.pipelines.sample import sample_chunk
+from vmla_convert.pipelines.sample import recache, sample_chunk
 from vmla_convert.pipelines.video import contact_sheet, side_by_side, write_mp4
 from vmla_convert.progress import Progress, Silent
 
 
+class Switch(NamedTuple):
+    """Other prompts from a frame on.
+
+    Attributes:
+        frame: The first chunk that starts at or after it gets them.
+        prompts: One each row.
+        keep_sink: Keep what the sink holds, written under the first prompts; else the oldest frame
+            that is still held begins a new one.
+    """
+
+    frame: int
+    prompts: list[str]
+    keep_sink: bool = True
+
+
 def generate(
-    model: CausalWanModel, prompt: str | list[str], frames: int, seed: int = 0
+    model: CausalWanModel,
+    prompt: str | list[str],
+    frames: int,
+    seed: int = 0,
+    runtime: RuntimeConfig | None = None,
+    switches: Sequence[Switch] = (),
 ) -> Iterator[Tensor]:
     """Yield clean latent chunks (B, F, C, height, width), one prompt each row.
 
@@ -30,25 +53,63 @@ def generate(
         prompt: One, or a batch of them.
         frames: Latent frames; the last chunk is cut to it.
         seed: Of all noise.
+        runtime: Precision of the cache and how it is read.
+        switches: Where other prompts take over; the window is then written again under them.
 
     Raises:
-        ConfigError: `frames` is not positive.
+        ConfigError: `frames` is not positive, a switch has another number of prompts or comes after
+            the last chunk, or the model cannot be run so.
         VmlaError: The model's text encoder cannot read a prompt.
     """
     if frames < 1:
         raise ConfigError(f"frames {frames} must be at least 1")
     config = model.config
     prompts = [prompt] if isinstance(prompt, str) else prompt
+    waiting = sorted(switches, key=lambda switch: switch.frame)
+    _check_switches(waiting, len(prompts), frames, config.chunk_frames)
+    contexts = [_encoded(model, names) for names in (prompts, *(s.prompts for s in waiting))]
+    cache, current = model.new_cache(len(prompts), runtime), _read(model, contexts.pop(0))
+    # Only a switch looks back at latents.
+    held = -(-config.cache.window_frames // config.chunk_frames)
+    past: deque[Tensor] = deque(maxlen=held if waiting else 0)
     weight = model.patch_embedding.weight
-    context = open_codec(config).encode_prompts(prompts).to(weight)
-    cache = model.new_cache(len(prompts))
     shape = (len(prompts), config.chunk_frames, config.geometry.in_dim, *config.latent_size)
     for index, start in enumerate(range(0, frames, config.chunk_frames)):
+        due = [switch for switch in waiting if switch.frame <= start]
+        if due:
+            waiting, contexts = waiting[len(due) :], contexts[len(due) - 1 :]
+            current = _read(model, contexts.pop(0))
+            recache(model, list(past), current, cache, due[-1].keep_sink)
         generator = seeded(seed, index, "rollout")
         noise = torch.randn(shape, generator=generator).to(weight)
         cache.open_chunk(config.chunk_frames)
-        chunk = sample_chunk(model, noise, context, cache, generator)
+        chunk = sample_chunk(model, noise, current, cache, generator)
+        past.append(chunk)
         yield chunk[:, : frames - start]
+
+
+def _check_switches(switches: list[Switch], clips: int, frames: int, chunk_frames: int) -> None:
+    last = (frames - 1) // chunk_frames * chunk_frames
+    for switch in switches:
+        if len(switch.prompts) != clips:
+            raise ConfigError(
+                f"{len(switch.prompts)} prompts from frame {switch.frame} on, {clips} before",
+                "give as many prompts as there are clips",
+            )
+        if switch.frame > last:
+            raise ConfigError(
+                f"a switch at frame {switch.frame} comes after the start of the last chunk, {last}",
+                f"switch at frame {last} or before, or ask for more frames",
+            )
+
+
+def _encoded(model: CausalWanModel, prompts: list[str]) -> Tensor:
+    return open_codec(model.config).encode_prompts(prompts).to(model.patch_embedding.weight)
+
+
+@torch.no_grad()
+def _read(model: CausalWanModel, context: Tensor) -> Prompt:
+    return model.read_prompt(context)
 
 
 def rollout(
@@ -58,12 +119,27 @@ def rollout(
     seed: int = 0,
     progress: Progress | None = None,
     label: str = "generating",
+    runtime: RuntimeConfig | None = None,
+    switches: Sequence[Switch] = (),
 ) -> Tensor:
     """A whole rollout as pixels (B, frames, 3, H, W) in −1 … 1."""
     progress = progress or Silent()
     chunks = -(-frames // model.config.chunk_frames)
-    latents = list(progress.track(generate(model, prompts, frames, seed), label, chunks))
+    made = generate(model, prompts, frames, seed, runtime, switches)
+    latents = list(progress.track(made, label, chunks))
     return open_codec(model.config).decode(torch.cat(latents, dim=1)).float().cpu().clamp(-1, 1)
+
+
+def parse_switch(text: str, clips: int, keep_sink: bool) -> Switch:
+    """`FRAME:PROMPT`, the same prompt for all clips.
+
+    Raises:
+        ConfigError: It is no such thing.
+    """
+    frame, colon, prompt = text.partition(":")
+    if not (colon and frame.strip().isdecimal() and prompt.strip()):
+        raise ConfigError(f"'{text}' is not FRAME:PROMPT", 'try --switch "40:a bouncing three"')
+    return Switch(int(frame), [prompt.strip()] * clips, keep_sink)
 
 
 def check_video_path(path: Path) -> None:

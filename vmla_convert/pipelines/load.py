@@ -15,9 +15,10 @@ from vmla_convert.checkpoint.families import OpenCheckpoint, is_converted, open_
 from vmla_convert.checkpoint.hub import fetch, is_repo
 from vmla_convert.checkpoint.known import known_by_repo, known_model
 from vmla_convert.checkpoint.source import fingerprint, located
-from vmla_convert.config import SourceConfig, from_dict
+from vmla_convert.config import SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError
 from vmla_convert.layers.dit import Block, CausalWanModel
+from vmla_convert.tables import from_dict
 
 DEMO = "demo"
 CONVERSION_NAME = "conversion.json"

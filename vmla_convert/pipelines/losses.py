@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vmla_convert.config import ModelConfig
+from vmla_convert.config import ModelConfig, RuntimeConfig
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.flow import interpolate, per_frame, sample_training_sigma
 from vmla_convert.maths.masks import Visibility, teacher_forcing_mask
@@ -95,6 +95,28 @@ def predicted_velocity(model: nn.Module, config: ModelConfig, example: Example) 
         return model(latents[:, frames:], timestep[:, frames:], context, positions).float()
     positions, mask = teacher_forcing_inputs(config, example)
     return model(latents, timestep, context, positions, mask)[:, frames:].float()
+
+
+@torch.no_grad()
+def streamed_velocity(
+    model: CausalWanModel, example: Example, runtime: RuntimeConfig | None = None
+) -> Tensor:
+    """Velocity of the noisy clip, each chunk from the model's own cache of its clean past.
+
+    Returns:
+        (B, F, C, height, width); as `predicted_velocity`, but for what the cache rounds.
+    """
+    latents, timestep, _, context = example
+    cache, prompt = model.new_cache(len(latents), runtime), model.read_prompt(context)
+    clean, noisy = latents.chunk(2, dim=1)
+    levels, velocities = timestep.chunk(2, dim=1)[1], list[Tensor]()
+    size = model.config.chunk_frames
+    parts = (tensor.split(size, dim=1) for tensor in (clean, noisy, levels))
+    for past, chunk, level in zip(*parts, strict=True):
+        cache.open_chunk(size)
+        velocities.append(model.stream(chunk, level, prompt, cache, keep=False))
+        model.stream(past, torch.zeros_like(level), prompt, cache)
+    return torch.cat(velocities, dim=1).float()
 
 
 def flow_matching(config: ModelConfig) -> Loss:

@@ -162,6 +162,18 @@ def _check_explicit(model: ModelConfig, config: ConvertConfig) -> None:
             f"qk_rope_head_dim {rope} is not an even number between 2 and {head_dim}",
             f"try --qk-rope-head-dim {2 * (head_dim // 8)}",
         )
+    nope = config.qk_nope_head_dim
+    if nope is not None and config.layer.positions == "reconstructed":
+        raise ConfigError(
+            "qk_nope_head_dim is given, but reconstructed positions rotate whole heads",
+            "drop it, or use --positions decoupled",
+        )
+    if nope is not None and not 1 <= nope <= head_dim:
+        raise ConfigError(
+            f"qk_nope_head_dim {nope} is not between 1 and {head_dim}, the width of this model's "
+            "heads",
+            f"try --qk-nope-head-dim {head_dim - 2 * (head_dim // 8)}",
+        )
     if config.cut is not None and not 0 < config.cut < 1:
         raise ConfigError(f"cut {config.cut:g} is not between 0 and 1", "try --cut 0.92")
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vmla_convert.config import DataConfig, ModelConfig, TeacherConfig, to_dict
+from vmla_convert.config import DataConfig, ModelConfig, TeacherConfig
 from vmla_convert.errors import OutputError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines.data import open_clips, open_openings, seeded
@@ -18,6 +18,7 @@ from vmla_convert.pipelines.losses import flow_matching, make_example
 from vmla_convert.pipelines.training import clip_examples, train
 from vmla_convert.progress import Progress
 from vmla_convert.results import Row, append_rows
+from vmla_convert.tables import to_dict
 
 WEIGHTS_NAME = "model.pt"
 HELD_OUT_CLIPS = 24

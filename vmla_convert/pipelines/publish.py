@@ -7,7 +7,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from vmla_convert.config import ModelConfig, to_dict
+from vmla_convert.config import ModelConfig
+from vmla_convert.tables import to_dict
 
 
 def model_card(config: ModelConfig, origin: Mapping[str, Any]) -> str:
@@ -28,6 +29,8 @@ def model_card(config: ModelConfig, origin: Mapping[str, Any]) -> str:
     )
     ranks = config.mla.kv_lora_rank
     ropes = tuple(2 * len(pairs) for pairs in config.mla.rope_pairs)
+    nope = config.mla.qk_nope_head_dim
+    truncated = f"| qk_nope_head_dim | {nope} |\n" if nope else ""
     dense = config.geometry.dense_cache_scalars
     return f"""---
 {data.to_yaml()}
@@ -44,7 +47,7 @@ token instead of {dense} ({config.cache_cut():.1%} less).
 | layer | {", ".join(f"{name} = {value}" for name, value in to_dict(config.mla.layer).items())} |
 | kv_lora_rank, layer by layer | {_listed(ranks)} |
 | qk_rope_head_dim | {_listed(ropes)} |
-| family of the source | {config.family} |
+{truncated}| family of the source | {config.family} |
 | LoRAs merged before | {", ".join(merged) or "none"} |
 | licence of the source | {config.licence} |
 | base model | {config.base_model} |

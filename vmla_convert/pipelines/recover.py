@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vmla_convert.checkpoint.families import converted_config
 from vmla_convert.checkpoint.writer import write_checkpoint
-from vmla_convert.config import EvaluateConfig, RecoverConfig, TrainingConfig, to_dict
+from vmla_convert.config import EvaluateConfig, RecoverConfig, TrainingConfig
 from vmla_convert.errors import CheckpointError, OutputError
 from vmla_convert.layers.attention import DenseSelfAttention
 from vmla_convert.layers.dit import Attend, Block, CausalWanModel
@@ -46,6 +46,7 @@ from vmla_convert.pipelines.rows import Errors, cache_rows, error_rows, row_fiel
 from vmla_convert.pipelines.training import clip_examples, learning_rate_factor, train
 from vmla_convert.progress import Progress, Silent
 from vmla_convert.results import Row, append_rows, read_rows
+from vmla_convert.tables import to_dict
 
 LAYERWISE_CLIPS = 32
 
@@ -224,6 +225,8 @@ def new_parameters(layer: LatentSelfAttention) -> list[nn.Parameter]:
     parameters = [p for part in parts for p in part.parameters()]
     if layer.rope_pairs:
         parameters += [*layer.k_rope_proj.parameters(), layer.q_rope_map]
+    if layer.q_nope_map is not None:
+        parameters.append(layer.q_nope_map)
     if layer.k_norm == "latent":
         parameters += layer.k_norm_latent.parameters()
     return parameters

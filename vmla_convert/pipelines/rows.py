@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vmla_convert.config import MLAConfig, ModelConfig
+from vmla_convert.config import MLAConfig, ModelConfig, RuntimeConfig
 from vmla_convert.pipelines.convert import Conversion
 from vmla_convert.results import Row
 
@@ -30,10 +30,9 @@ def run_name(config: ModelConfig) -> str:
         return "dense"
     rank, rope = _uniform_sizes(mla)
     sizes = f"{config.cache_scalars_per_token():.4g}" if rank is None else f"{rank}+{rope}"
-    layer = mla.layer
-    return f"{mla.init}-{sizes}-" + "-".join(
-        (layer.current_chunk, layer.positions, layer.latent, layer.k_norm)
-    )
+    layer, nope = mla.layer, mla.qk_nope_head_dim
+    choices = (layer.current_chunk, layer.positions, layer.latent, layer.k_norm)
+    return "-".join((mla.init, sizes, *choices, *([f"nope{nope}"] if nope else [])))
 
 
 def device_name() -> str:
@@ -41,8 +40,10 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
-def row_fields(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
-    """The fields that every row of one model shares."""
+def row_fields(
+    config: ModelConfig, seed: int = 0, runtime: RuntimeConfig | None = None
+) -> dict[str, Any]:
+    """The fields that every row of one model shares; with a runtime also how it is kept."""
     mla = config.mla
     fields: dict[str, Any] = {"run": run_name(config), "seed": seed, "device": device_name()}
     if mla is not None:
@@ -56,6 +57,12 @@ def row_fields(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
             "latent": mla.layer.latent,
             "k_norm": mla.layer.k_norm,
         }
+        if runtime is not None:
+            fields |= {
+                "cache_dtype": runtime.cache_dtype,
+                "rope_dtype": runtime.rope_dtype if rope != 0 else None,
+                "dense_recent_frames": config.cache.dense_recent_frames,
+            }
     return fields
 
 
@@ -65,21 +72,35 @@ def _uniform_sizes(mla: MLAConfig) -> tuple[int | None, int | None]:
     return sizes.pop() if len(sizes) == 1 else (None, None)
 
 
-def error_rows(errors: Errors, config: ModelConfig, step: int | None, seed: int = 0) -> list[Row]:
+def error_rows(
+    errors: Errors,
+    config: ModelConfig,
+    step: int | None,
+    seed: int = 0,
+    runtime: RuntimeConfig | None = None,
+) -> list[Row]:
     """Rows of one measurement."""
-    fields = row_fields(config, seed)
+    fields = row_fields(config, seed, runtime)
     rows = [Row("flow_loss", errors.flow_loss, "squared velocity", step=step, **fields)]
     if config.mla is not None:
         rows.append(Row("velocity_error", errors.velocity_error, "relative", step=step, **fields))
     return rows
 
 
-def cache_rows(config: ModelConfig, seed: int = 0) -> list[Row]:
-    """Rows of what a token costs; bytes at two per number."""
-    fields, scalars = row_fields(config, seed), config.cache_scalars_per_token()
+def cache_rows(
+    config: ModelConfig, seed: int = 0, runtime: RuntimeConfig | None = None
+) -> list[Row]:
+    """Rows of what a token costs; bytes at two per number that is not quantised.
+
+    Frames that are kept dense as well are spread over the window.
+    """
+    fields, scalars = row_fields(config, seed, runtime), config.cache_scalars_per_token()
+    window, layers = config.cache.window_frames, config.geometry.num_layers
+    tokens = window * config.tokens_per_frame * layers
+    nbytes = config.cache_bytes(window, runtime=runtime) / tokens
     rows = [
         Row("cache_scalars_per_token", scalars, "numbers per token and layer", **fields),
-        Row("cache_bytes_per_token", 2 * scalars, "bytes per token and layer", **fields),
+        Row("cache_bytes_per_token", nbytes, "bytes per token and layer", **fields),
     ]
     if config.mla is not None:
         rows.append(Row("cache_cut", config.cache_cut(), "share of the dense cache", **fields))
@@ -93,4 +114,8 @@ def conversion_rows(conversion: Conversion, seed: int = 0) -> list[Row]:
         Row("convert_seconds", conversion.convert_seconds, "s", **fields),
         Row("factor_seconds", conversion.factor_seconds, "s", **fields),
         Row("peak_rss_bytes", float(conversion.peak_rss_bytes), "bytes", **fields),
+        *(
+            Row("head_truncation_error", error, "relative", layer=layer, **fields)
+            for layer, error in enumerate(conversion.head_truncation_error)
+        ),
     ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vmla_convert.layers.cache import KVCache
-from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.layers.dit import CausalWanModel, Prompt
 from vmla_convert.maths.flow import TRAIN_TIMESTEPS, interpolate, predict_clean, sampler_sigmas
 
 
@@ -16,7 +16,7 @@ from vmla_convert.maths.flow import TRAIN_TIMESTEPS, interpolate, predict_clean,
 def sample_chunk(
     model: CausalWanModel,
     noise: Tensor,
-    context: Tensor,
+    prompt: Prompt,
     cache: KVCache,
     generator: torch.Generator,
 ) -> Tensor:
@@ -25,9 +25,9 @@ def sample_chunk(
     Args:
         model: Dense or converted.
         noise: (B, F, C, height, width), standard normal.
-        context: Prompts (B, text_len, text_dim).
-        cache: With the chunk opened; its slots are overwritten at every step and hold the clean
-            chunk at the end (Self-Forcing, causal inference).
+        prompt: From `model.read_prompt`.
+        cache: With the chunk opened; it holds the clean chunk at the end (Self-Forcing, causal
+            inference).
         generator: Of fresh noise, for samplers that add it.
 
     Returns:
@@ -39,12 +39,43 @@ def sample_chunk(
     ones = noise.new_ones(batch, frames)
     x = noise
     for sigma, following in pairwise(sigmas):
-        velocity = model.stream(x, ones * sigma * TRAIN_TIMESTEPS, context, cache)
+        velocity = model.stream(x, ones * sigma * TRAIN_TIMESTEPS, prompt, cache, keep=False)
         clean = predict_clean(x, velocity, ones * sigma)
         if sampler.renoise:
             fresh = torch.randn(noise.shape, generator=generator).to(noise)
             x = interpolate(clean, fresh, ones * following)
         else:
             x = x + (following - sigma) * velocity
-    model.stream(x, torch.zeros_like(ones), context, cache)
+    model.stream(x, torch.zeros_like(ones), prompt, cache)
     return x
+
+
+@torch.no_grad()
+def recache(
+    model: CausalWanModel,
+    chunks: list[Tensor],
+    prompt: Prompt,
+    cache: KVCache,
+    keep_sink: bool = True,
+) -> None:
+    """Write the window again under another prompt, from clean chunks (LongLive's re-cache).
+
+    Args:
+        model: Dense or converted.
+        chunks: The newest that were generated, (B, F, C, height, width) each, oldest first; frames
+            that the window does not keep, or that the kept sink holds, are left out.
+        prompt: From `model.read_prompt`.
+        cache: That was written by them.
+        keep_sink: Keep the sink's entries; else the first frames written again become the sink.
+    """
+    window, sizes = cache.window, [chunk.shape[1] for chunk in chunks]
+    oldest = window.next_frame - window.policy.window_frames
+    if keep_sink:
+        oldest = max(oldest + window.policy.sink_frames, window.sink_end)
+    skipped = max(0, oldest - (window.next_frame - sum(sizes)))
+    cache.rewind(max(0, sum(sizes) - skipped), keep_sink)
+    for chunk, size in zip(chunks, sizes, strict=True):
+        part, skipped = chunk[:, skipped:], max(0, skipped - size)
+        if part.shape[1]:
+            cache.open_chunk(part.shape[1])
+            model.stream(part, part.new_zeros(part.shape[:2]), prompt, cache)

@@ -96,11 +96,11 @@ def grid(config: SweepConfig, shared: ConvertConfig) -> list[ConvertConfig]:
     for size, layer, init, seed in product(sizes, config.layers(), config.inits, config.seeds):
         ranks = shared.ranks if init == "calibrated" else None
         point = replace(bare, init=init, layer=layer, seed=seed, ranks=ranks, **size)
+        if layer.positions == "reconstructed":
+            points.append(replace(point, qk_nope_head_dim=None))
+            continue
         ropes = config.qk_rope_head_dims if point.kv_lora_rank is not None else ()
-        decoupled = layer.positions == "decoupled" and ropes
-        points += (
-            [replace(point, qk_rope_head_dim=rope) for rope in ropes] if decoupled else [point]
-        )
+        points += [replace(point, qk_rope_head_dim=rope) for rope in ropes] or [point]
     return points
 
 

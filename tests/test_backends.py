@@ -1,0 +1,445 @@
+"""Latents read in two ways, tile by tile or at once: the same numbers, and what they cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from conftest import (
+    EVERY_LAYER,
+    TINY_GEOMETRY,
+    layer_id,
+    noise,
+    randomise,
+    tiny_config,
+    tiny_mla,
+    tiny_model,
+)
+from reference.attention import merged_softmaxes, one_softmax
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from vmla_convert.config import (
+    PAPER_LAYER,
+    CachePolicy,
+    LayerConfig,
+    MLAConfig,
+    ModelConfig,
+    RuntimeConfig,
+)
+from vmla_convert.errors import ConfigError
+from vmla_convert.layers import backends
+from vmla_convert.layers.attention import Reading, Sight, split_heads
+from vmla_convert.layers.mla import LatentSelfAttention
+from vmla_convert.maths.cost import ReadShape, absorbed_flops, materialised_flops
+from vmla_convert.maths.rope3d import rotary_table, token_positions
+
+DIM, HEADS, HEAD_DIM = TINY_GEOMETRY.dim, TINY_GEOMETRY.num_heads, TINY_GEOMETRY.head_dim
+PLACES = torch.tensor([0, 1, 700, 41, 42])  # of frames of two tokens, as in a cache's slots
+EVERY_SIZE = [
+    *map(tiny_mla, EVERY_LAYER),
+    *(
+        dataclasses.replace(tiny_mla(layer), qk_nope_head_dim=5)
+        for layer in EVERY_LAYER
+        if layer.positions == "decoupled"
+    ),
+]
+# Values that read more than the key that all heads share is wide, and nearly none of it.
+LOPSIDED = [
+    MLAConfig((20, 20), ((1,), (1,)), "random", LayerConfig(chunk, "decoupled", "split"), parts)
+    for chunk in ("dense", "latent")
+    for parts in ((1, 1), (18, 18))
+]
+DECOUPLED = [mla for mla in EVERY_SIZE if mla.layer.positions == "decoupled"] + LOPSIDED
+RECONSTRUCTED = [mla for mla in EVERY_SIZE if mla.layer.positions == "reconstructed"]
+
+
+def size_id(mla: MLAConfig) -> str:
+    narrow = f"-nope{mla.qk_nope_head_dim}" if mla.qk_nope_head_dim else ""
+    parts = f"-{mla.key_ranks[0]}-of-{mla.kv_lora_rank[0]}" if mla in LOPSIDED else ""
+    return layer_id(mla.layer) + narrow + parts
+
+
+def random_layer(mla: MLAConfig, index: int = 1) -> LatentSelfAttention:
+    attention = LatentSelfAttention(TINY_GEOMETRY, mla, index)
+    randomise(attention, seed=4)
+    return attention
+
+
+def sights(
+    layer: LatentSelfAttention,
+    x: Tensor,
+    places: Tensor,
+    past: int,
+    dense_from: int | None = None,
+    backend: Any = "materialised",
+    tile_mib: int = 64,
+) -> tuple[Reading, Sight]:
+    """What the tokens after the first `past` ones of x (B, L, d) read, and where that is.
+
+    Args:
+        layer: Whose entries.
+        x: Tokens of two to a frame.
+        places: Positions of their frames.
+        past: How many tokens came before the chunk.
+        dense_from: First token that is read densely; by default, of layers that have a dense
+            chunk, the chunk's first.
+        backend: See `RuntimeConfig`.
+        tile_mib: See there.
+    """
+    rotary = rotary_table(token_positions(places, 1, 2), HEAD_DIM)
+    tokens = torch.arange(x.shape[1])
+    runtime = RuntimeConfig(backend, tile_mib)
+    if not layer.dense_chunk:
+        reading = Reading(layer.project(x).cached)
+        return reading, Sight(rotary.at(tokens[past:]), rotary, runtime=runtime)
+    start = past if dense_from is None else dense_from
+    own = layer.project(x[:, start:]).own
+    reading = Reading(layer.project(x[:, :start]).cached, own)
+    keys, exact = rotary.at(tokens[:start]), rotary.at(tokens[start:])
+    return reading, Sight(rotary.at(tokens[past:]), keys, exact, runtime=runtime)
+
+
+# Both ways are the formula
+
+
+@pytest.mark.parametrize("mla", DECOUPLED, ids=size_id)
+@pytest.mark.parametrize("past", [0, 6])
+@torch.no_grad()
+def test_both_ways_are_one_softmax_of_the_formula(mla: MLAConfig, past: int) -> None:
+    layer, x = random_layer(mla), noise(3, past + 4, DIM)
+    places = PLACES[-x.shape[1] // 2 :]
+    rotary = rotary_table(token_positions(places, 1, 2), HEAD_DIM)
+    seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)
+    own = (torch.arange(x.shape[1]) >= past).expand_as(seen)
+    twin = merged_softmaxes if layer.dense_chunk else one_softmax
+    expected = [twin(layer, mla, 1, clip, rotary, seen, own)[past:] for clip in x[:2]]
+    for backend in ("materialised", "absorbed"):
+        y = layer(x[:, past:], *sights(layer, x, places, past, backend=backend))
+        torch.testing.assert_close(y[:2], torch.stack(expected), atol=1e-5, rtol=0)
+        alone = layer(x[2:, past:], *sights(layer, x[2:], places, past, backend=backend))
+        torch.testing.assert_close(y[2:], alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "mla", [mla for mla in EVERY_SIZE if mla.layer.current_chunk == "dense"], ids=size_id
+)
+@pytest.mark.parametrize("dense_from", [0, 2, 6])
+@torch.no_grad()
+def test_recent_tokens_may_be_read_densely(mla: MLAConfig, dense_from: int) -> None:
+    """From none of the past to all of it."""
+    layer, x = random_layer(mla, 0), noise(1, 10, DIM)
+    rotary = rotary_table(token_positions(PLACES, 1, 2), HEAD_DIM)
+    seen = torch.ones(10, 10, dtype=torch.bool)
+    exact = (torch.arange(10) >= dense_from).expand_as(seen)
+    expected = one_softmax(layer, mla, 0, x[0], rotary, seen, exact)[6:]
+    for backend in ("materialised", "absorbed") if mla in DECOUPLED else ("materialised",):
+        y = layer(x[:, 6:], *sights(layer, x, PLACES, 6, dense_from, backend))[0]
+        torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("mla", EVERY_SIZE, ids=size_id)
+def test_under_gradients_the_way_that_has_them_reads_the_same(mla: MLAConfig) -> None:
+    layer, x = random_layer(mla), noise(2, 10, DIM)
+    y = layer(x[:, 4:], *sights(layer, x, PLACES, 4, backend="auto"))
+    y.square().mean().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
+    assert layer.kv_b_proj_v.weight.grad is not None
+    with pytest.raises(ValueError, match="only decoupled positions, without mask or gradient"):
+        layer(x[:, 4:], *sights(layer, x, PLACES, 4, backend="absorbed"))
+    with torch.no_grad():
+        for backend in ("auto", "materialised"):
+            again = layer(x[:, 4:], *sights(layer, x, PLACES, 4, backend=backend))
+            torch.testing.assert_close(again, y, atol=1e-5, rtol=0)
+
+
+# Tiles
+
+
+class Spy(TorchDispatchMode):
+    """The largest tensor that any operator makes, in bytes, and the heads of each long read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest, self.tiles = 0, list[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = result if isinstance(result, tuple | list) else [result]
+        sizes = [part.nbytes for part in made if isinstance(part, Tensor)]
+        self.largest = max([self.largest, *sizes])
+        if "scaled_dot_product" in str(func) and args[1].shape[2] > 1_000:
+            self.tiles.append(args[1].shape[1])
+        return result
+
+
+@pytest.mark.parametrize("mla", EVERY_SIZE, ids=size_id)
+@torch.no_grad()
+def test_tiles_of_any_number_of_heads_read_the_same_and_stay_small(mla: MLAConfig) -> None:
+    """Of 6,000 tokens, whose keys or values of all heads take more than 1 MiB."""
+    layer, x = random_layer(mla), noise(1, 6_004, DIM)
+    reads = partial(sights, layer, x, torch.arange(3_002), 6_000)
+    q = split_heads(layer.norm_q(layer.q(x[:, 6_000:])), HEADS)
+    whole = layer.read_materialised(q, *reads(tile_mib=64))
+    key_width = layer.nope_dim + 2 * len(mla.rope_pairs[1])
+    head_mib = 4 * 6_000 * (key_width + HEAD_DIM) / 2**20
+    sizes: list[int] = []
+    for tile_mib in range(1, 7):
+        reading, sight = reads(tile_mib=tile_mib)
+        with Spy() as spy:
+            tiled = layer.read_materialised(q, reading, sight)
+        torch.testing.assert_close(tiled, whole, atol=1e-5, rtol=0)
+        sizes.append(max(spy.tiles))
+        assert sum(spy.tiles) == HEADS
+        assert sizes[-1] * head_mib <= max(tile_mib, head_mib)
+        assert spy.largest <= tile_mib * 2**20
+    assert {*sizes} == {1, 2, 3}
+    assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize("layer", [LayerConfig(), PAPER_LAYER], ids=layer_id)
+@torch.no_grad()
+def test_a_tile_is_one_head_at_least(layer: LayerConfig) -> None:
+    """Of 18,000 tokens a head alone takes more than 1 MiB."""
+    attention, x = random_layer(tiny_mla(layer)), noise(1, 18_004, DIM)
+    q = split_heads(attention.norm_q(attention.q(x[:, 18_000:])), HEADS)
+    largest: list[int] = []
+    read: list[Tensor] = []
+    for tile_mib in (1, 64):
+        reading, sight = sights(attention, x, torch.arange(9_002), 18_000, tile_mib=tile_mib)
+        with Spy() as spy:
+            read.append(attention.read_materialised(q, reading, sight))
+        largest.append(spy.largest)
+    torch.testing.assert_close(*read, atol=1e-5, rtol=0)
+    assert 2**20 < largest[0] < largest[1] / 2
+
+
+# The faster way
+
+
+def wide_layer() -> LatentSelfAttention:
+    """Shared keys twice as wide as rebuilt ones: fewest operations depend on how many queries."""
+    mla = MLAConfig((60,), ((0, 4),), "random", PAPER_LAYER)
+    layer = LatentSelfAttention(dataclasses.replace(TINY_GEOMETRY, num_layers=1), mla, 0)
+    randomise(layer, seed=1)
+    return layer
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Which way every read goes."""
+    ways: list[str] = []
+    with monkeypatch.context() as patch:
+        for name in ("read_materialised", "read_absorbed"):
+            read = getattr(LatentSelfAttention, name)
+
+            def note(*arguments: Any, read: Any = read, name: str = name) -> Tensor:
+                ways.append(name.removeprefix("read_"))
+                return read(*arguments)
+
+            patch.setattr(LatentSelfAttention, name, note)
+        yield ways
+
+
+@pytest.fixture
+def nothing_timed(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr(backends, "_FASTER", {})
+    return monkeypatch
+
+
+@pytest.mark.parametrize("small", [0, 10**10], ids=["clear", "small"])
+@pytest.mark.parametrize("queries", [2, 100])
+@torch.no_grad()
+def test_auto_goes_the_way_with_clearly_fewer_operations_untimed(
+    nothing_timed: pytest.MonkeyPatch, queries: int, small: int
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("timed")
+
+    nothing_timed.setattr(backends, "_seconds", never)
+    nothing_timed.setattr(backends, "SMALL_FLOPS", small)
+    layer, x = wide_layer(), noise(2, 120, DIM)
+    reading, sight = sights(layer, x, torch.arange(60), 120 - queries, backend="auto")
+    shape = layer.read_shape(torch.zeros(2, queries, HEADS, HEAD_DIM), reading)
+    ratio = materialised_flops(shape) / absorbed_flops(shape)
+    assert max(ratio, 1 / ratio) > backends.CLEAR_RATIO
+    assert (ratio > 1) == (queries == 2)
+    with counted(nothing_timed) as ways:
+        layer(x[:, -queries:], reading, sight)
+    assert ways == (["absorbed"] if queries == 2 else ["materialised"])
+
+
+@pytest.mark.parametrize("fast", ["materialised", "absorbed"])
+@torch.no_grad()
+def test_auto_times_each_way_once_for_each_shape_where_the_count_is_unclear(
+    nothing_timed: pytest.MonkeyPatch, fast: str
+) -> None:
+    timed: list[str] = []
+
+    def seconds(
+        one: Callable[[], Tensor], other: Callable[[], Tensor], _: torch.device
+    ) -> tuple[float, ...]:
+        names: list[str] = []
+        for read in (one, other):
+            assert isinstance(read, partial)
+            names.append(read.func.__name__.removeprefix("read_"))
+        timed.extend(names)
+        return tuple(1.0 if name == fast else 2.0 for name in names)
+
+    nothing_timed.setattr(backends, "_seconds", seconds)
+    nothing_timed.setattr(backends, "SMALL_FLOPS", 0)
+    nothing_timed.setattr(backends, "CLEAR_RATIO", 1e6)
+    layers = [random_layer(tiny_mla(PAPER_LAYER), 0), random_layer(tiny_mla(PAPER_LAYER), 0)]
+    for past in (4, 4, 6, 4, 6):
+        for layer in layers:
+            x = noise(2, 10, DIM)
+            reading, sight = sights(layer, x, PLACES, past, backend="auto")
+            q = split_heads(layer.norm_q(layer.q(x[:, past:])), HEADS)
+            assert layer.faster(q, reading, sight) == fast
+            y = layer(x[:, past:], reading, sight)
+            other = sight._replace(runtime=RuntimeConfig("materialised"))
+            torch.testing.assert_close(y, layer(x[:, past:], reading, other), atol=1e-5, rtol=0)
+    assert sorted(timed) == sorted(2 * ["materialised", "absorbed"])
+
+
+@torch.no_grad()
+def test_timed_in_earnest_auto_is_one_of_both_ways(nothing_timed: pytest.MonkeyPatch) -> None:
+    nothing_timed.setattr(backends, "SMALL_FLOPS", 0)
+    nothing_timed.setattr(backends, "CLEAR_RATIO", 1e6)
+    for mla in (tiny_mla(PAPER_LAYER), tiny_mla(LayerConfig("dense", "decoupled"))):
+        layer, x = random_layer(mla), noise(2, 10, DIM)
+        auto, absorbed, rebuilt = (
+            layer(x[:, 4:], *sights(layer, x, PLACES, 4, backend=backend))
+            for backend in ("auto", "absorbed", "materialised")
+        )
+        assert torch.equal(auto, absorbed) or torch.equal(auto, rebuilt)
+
+
+@pytest.mark.parametrize("mla", RECONSTRUCTED, ids=size_id)
+@torch.no_grad()
+def test_whole_keys_are_rebuilt_whatever_they_cost(
+    mla: MLAConfig, nothing_timed: pytest.MonkeyPatch
+) -> None:
+    layer, x = random_layer(mla), noise(1, 10, DIM)
+    with counted(nothing_timed) as ways:
+        layer(x[:, 4:], *sights(layer, x, PLACES, 4, backend="auto"))
+        assert ways == ["materialised"]
+        with pytest.raises(ValueError, match="only decoupled positions"):
+            layer(x[:, 4:], *sights(layer, x, PLACES, 4, backend="absorbed"))
+
+
+@torch.no_grad()
+def test_a_masked_read_is_rebuilt() -> None:
+    layer, x = random_layer(tiny_mla(PAPER_LAYER)), noise(1, 10, DIM)
+    reading, sight = sights(layer, x, PLACES, 0, backend="absorbed")
+    masked = sight._replace(mask=torch.ones(10, 10, dtype=torch.bool))
+    with pytest.raises(ValueError, match="without mask"):
+        layer(x, reading, masked)
+    y = layer(x, reading, masked._replace(runtime=RuntimeConfig()))
+    torch.testing.assert_close(y, layer(x, reading, sight), atol=1e-5, rtol=0)
+
+
+# What cannot be is refused before it runs
+
+
+RUNTIMES_REFUSED = [
+    (None, RuntimeConfig(cache_dtype="int8"), "only latent caches are quantised"),
+    (None, RuntimeConfig(rope_dtype="int8"), "only latent caches are quantised"),
+    (None, RuntimeConfig("absorbed"), "only layers with decoupled positions can be absorbed"),
+    *(
+        (mla, RuntimeConfig("absorbed"), "only layers with decoupled positions can be absorbed")
+        for mla in RECONSTRUCTED[:2]
+    ),
+]
+
+
+@pytest.mark.parametrize(("mla", "runtime", "message"), RUNTIMES_REFUSED)
+def test_a_runtime_that_cannot_be_is_refused(
+    mla: MLAConfig | None, runtime: RuntimeConfig, message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        tiny_model(tiny_config(mla=mla)).new_cache(1, runtime)
+    sentence = str(caught.value).splitlines()[0]
+    assert sentence.startswith(message)
+    assert not sentence.endswith(".")
+    assert caught.value.hint
+
+
+def test_dense_recent_frames_are_refused_where_nothing_is_dense() -> None:
+    policy = CachePolicy(6, 1, dense_recent_frames=2)
+    with pytest.raises(ConfigError, match="dense_recent_frames"):
+        tiny_config(cache=policy, mla=tiny_mla(PAPER_LAYER))
+    fitting: ModelConfig = tiny_config(
+        cache=policy, mla=tiny_mla(LayerConfig("dense", "decoupled"))
+    )
+    assert fitting.cache.dense_recent_frames == 2
+
+
+# What it costs
+
+
+def wan_shape(key_rank: int, value_rank: int, rope: int) -> ReadShape:
+    """A chunk of three frames of Wan 1.3B that reads seven, itself among them (METHOD 8)."""
+    return ReadShape(4_680, 10_920, 1, 12, 128 + rope, 128, key_rank + 1 + rope, value_rank)
+
+
+def test_operations_of_wan_by_hand() -> None:
+    """In billions; dense attention would take 314."""
+    dense = 4 * 4_680 * 10_920 * 12 * 128 / 1e9
+    assert dense == pytest.approx(314, abs=0.5)
+    # Keys of 192 + 1 numbers to 128 for 12 heads, values likewise, then dense attention.
+    rebuilt = 2 * 10_920 * 12 * (193 * 128 + 192 * 128) / 1e9 + dense
+    assert materialised_flops(wan_shape(192, 192, 0)) / 1e9 == pytest.approx(rebuilt, abs=0.1)
+    assert rebuilt == pytest.approx(328, abs=2)
+    # Rope keys widen the rebuilt ones to 160.
+    assert materialised_flops(wan_shape(192, 192, 32)) / 1e9 == pytest.approx(392 + 16, abs=1)
+    # Keys and padded values of 225 or 129 numbers: 552 and 317, and the queries' own change.
+    assert absorbed_flops(wan_shape(192, 192, 32)) / 1e9 == pytest.approx(552 + 7, abs=1)
+    assert absorbed_flops(wan_shape(96, 96, 32)) / 1e9 == pytest.approx(317 + 4, abs=1)
+    assert absorbed_flops(wan_shape(1, 200, 2)) > absorbed_flops(wan_shape(1, 100, 2))
+    twice = wan_shape(192, 192, 32)._replace(queries=9_360, batch=2)
+    for flops in (materialised_flops, absorbed_flops):
+        assert flops(twice) == 2 * flops(wan_shape(192, 192, 32))
+
+
+def fused(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+@pytest.mark.parametrize(
+    ("mla", "backend"),
+    [
+        pytest.param(mla, backend, id=f"{size_id(mla)}-{backend}")
+        for backend, kinds in (("materialised", EVERY_SIZE), ("absorbed", DECOUPLED))
+        for mla in kinds
+        if mla.layer.current_chunk == "latent"
+    ],
+)
+@torch.no_grad()
+def test_operations_are_those_that_torch_counts(mla: MLAConfig, backend: str) -> None:
+    """But for what both ways do alike: predicted norms, and the queries' own maps."""
+    layer, x = random_layer(mla), noise(2, 300, DIM)
+    reading, sight = sights(layer, x, torch.arange(150), 200)
+    q = split_heads(layer.norm_q(layer.q(x[:, 200:])), HEADS)
+    kernel = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: fused}
+    with FlopCounterMode(display=False, custom_mapping=kernel) as counter:
+        getattr(layer, f"read_{backend}")(q, reading, sight)
+    rank, rope = mla.kv_lora_rank[1], 2 * len(mla.rope_pairs[1])
+    alike = 2 * 2 * 100 * HEADS * HEAD_DIM * rope
+    if mla.qk_nope_head_dim:
+        alike += 2 * 2 * 100 * HEADS * HEAD_DIM * mla.qk_nope_head_dim
+    if mla.layer.k_norm == "latent":
+        alike += 2 * 2 * 300 * (rank + rope) * (rank + rope + 1)
+    if mla.layer.k_norm == "rebuilt":
+        alike += 2 * 2 * 300 * layer.key_rank * DIM
+    expected = {"materialised": materialised_flops, "absorbed": absorbed_flops}[backend]
+    shape = layer.read_shape(q, reading)
+    if mla in RECONSTRUCTED:  # their bias is no column of a matrix
+        shape = shape._replace(shared_key=layer.key_rank)
+    assert counter.get_total_flops() == expected(shape) + alike

@@ -1,0 +1,431 @@
+"""Whole models, streamed: under every policy and runtime, over long rollouts, through rewinds."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from typing import Any
+
+import pytest
+import torch
+from conftest import (
+    EVERY_LAYER,
+    TINY_GEOMETRY,
+    chunk_timesteps,
+    fitting,
+    layer_id,
+    noise,
+    tiny_clip,
+    tiny_config,
+    tiny_mla,
+    tiny_model,
+)
+from torch import Tensor
+
+from vmla_convert.config import (
+    PAPER_LAYER,
+    CachePolicy,
+    LayerConfig,
+    MLAConfig,
+    ModelConfig,
+    RuntimeConfig,
+)
+from vmla_convert.layers.cache import KVCache
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.maths.masks import block_causal_mask
+from vmla_convert.pipelines.sample import sample_chunk
+
+KINDS_BY_NAME = {"dense model": None, **{layer_id(kind): tiny_mla(kind) for kind in EVERY_LAYER}}
+KINDS = pytest.mark.parametrize("mla", list(KINDS_BY_NAME.values()), ids=list(KINDS_BY_NAME))
+DENSE_CHUNK = [layer for layer in EVERY_LAYER if layer.current_chunk == "dense"]
+# One of each way to read: dense; own latents or a dense chunk, rebuilt or absorbed.
+FEW = [
+    None,
+    tiny_mla(PAPER_LAYER),
+    tiny_mla(LayerConfig("latent", "reconstructed", "split", "rebuilt")),
+    tiny_mla(LayerConfig("dense", "decoupled", "split", "latent")),
+    tiny_mla(LayerConfig()),
+]
+FEW_KINDS = pytest.mark.parametrize("mla", FEW, ids=lambda m: layer_id(m.layer) if m else "dense")
+CACHE_DTYPES = [
+    RuntimeConfig(cache_dtype=cache_dtype, rope_dtype=rope_dtype)
+    for cache_dtype in ("model", "int8", "int4")
+    for rope_dtype in ("model", "int8")
+]
+
+
+def rollout(
+    model: CausalWanModel,
+    latents: Tensor,
+    timestep: Tensor,
+    context: Tensor,
+    cache: KVCache | RuntimeConfig | None = None,
+    between: int = 0,
+    keep_between: bool = False,
+) -> Tensor:
+    """Velocities of a clip, streamed into a cache, or a new one of some runtime.
+
+    Args:
+        model: Dense or converted.
+        latents: Clip.
+        timestep: Of each frame.
+        context: Prompt.
+        cache: See above.
+        between: How many passes over other latents go before each chunk's own.
+        keep_between: Whether they are kept.
+    """
+    if not isinstance(cache, KVCache):
+        cache = model.new_cache(len(latents), cache)
+    prompt, chunk = model.read_prompt(context), model.config.chunk_frames
+    velocities: list[Tensor] = []
+    for part, level in zip(latents.split(chunk, 1), timestep.split(chunk, 1), strict=True):
+        cache.open_chunk(part.shape[1])
+        for step in range(between):
+            other = noise(*part.shape, seed=50 + step).to(part)
+            model.stream(other, level.flip(0), prompt, cache, keep=keep_between)
+        velocities.append(model.stream(part, level, prompt, cache))
+    return torch.cat(velocities, 1)
+
+
+def one_layer(mla: MLAConfig | None) -> dict[str, Any]:
+    """Sizes of a model in which a held entry depends on its own frame only."""
+    if mla is not None:
+        mla = dataclasses.replace(
+            mla,
+            kv_lora_rank=mla.kv_lora_rank[:1],
+            rope_pairs=mla.rope_pairs[:1],
+            key_ranks=mla.key_ranks[:1],
+        )
+    return {"geometry": dataclasses.replace(TINY_GEOMETRY, num_layers=1), "mla": mla}
+
+
+def under(model: CausalWanModel, policy: CachePolicy) -> CausalWanModel:
+    """The same weights under another policy."""
+    other = CausalWanModel(dataclasses.replace(model.config, cache=policy))
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def runtimes(mla: MLAConfig | None) -> list[RuntimeConfig]:
+    """Every way in which a model reads."""
+    absorbs = mla is not None and mla.layer.positions == "decoupled"
+    ways = [RuntimeConfig("auto"), RuntimeConfig("materialised")]
+    return [*ways, RuntimeConfig("absorbed")] if absorbs else ways
+
+
+def clip_of(config: ModelConfig, frames: int, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, timesteps and context."""
+    latents, context = tiny_clip(config, frames, batch)
+    return latents, chunk_timesteps(config, frames, batch), context
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """Root mean square of a difference, of what the second is in size."""
+    gap = (one.double() - other.double()).square().mean() / other.double().square().mean()
+    return gap.sqrt().item()
+
+
+# Streamed is masked
+
+
+POLICIES = [
+    # policy, chunk, batch; all evict
+    (CachePolicy(7, 2), 2, 2),
+    (CachePolicy(7, 2, dense_recent_frames=1), 2, 1),
+    (CachePolicy(7, 2, dense_recent_frames=3), 2, 2),
+    (CachePolicy(6, 0, "relative", dense_recent_frames=2), 2, 3),
+    (CachePolicy(5, 1, dense_recent_frames=3), 1, 1),
+    (CachePolicy(8, 1, dense_recent_frames=2), 3, 1),
+    (CachePolicy(6, 0, "relative"), 3, 1),
+]
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("policy", "chunk", "batch"),
+    POLICIES,
+    ids=[f"{p.window_frames}-{p.sink_frames}-{p.dense_recent_frames}" for p, _, _ in POLICIES],
+)
+@torch.no_grad()
+def test_streaming_equals_the_masked_pass_however_it_is_read(
+    mla: MLAConfig | None, policy: CachePolicy, chunk: int, batch: int
+) -> None:
+    """Without a sink relative positions are those of the clip, up to a shift."""
+    if mla is not None and mla.layer.reads_own_latents:
+        policy = dataclasses.replace(policy, dense_recent_frames=0)
+    config = tiny_config(cache=policy, mla=mla, chunk_frames=chunk)
+    model = tiny_model(config)
+    latents, timestep, context = clip_of(config, 12, batch)
+    mask = block_causal_mask(12, chunk, config.tokens_per_frame, policy)
+    masked = model(latents, timestep, context, torch.arange(12), mask)
+    for runtime in runtimes(mla):
+        streamed = rollout(model, latents, timestep, context, runtime)
+        torch.testing.assert_close(streamed, masked, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("layer", DENSE_CHUNK, ids=layer_id)
+@pytest.mark.parametrize("dense", [0, 1, 2])
+@torch.no_grad()
+def test_behind_a_sink_relative_positions_are_those_of_a_clip_of_the_held_frames(
+    layer: LayerConfig, dense: int
+) -> None:
+    policy = CachePolicy(6, 2, "relative", dense)
+    config = tiny_config(cache=policy, **one_layer(tiny_mla(layer)))
+    model = tiny_model(config)
+    latents, timestep, context = clip_of(config, 10)
+    held = [0, 1, 6, 7, 8, 9]
+    mask = block_causal_mask(6, 2, config.tokens_per_frame, policy)
+    again = model(latents[:, held], timestep[:, held], context, torch.arange(6), mask)
+    for runtime in runtimes(config.mla):
+        streamed = rollout(model, latents, timestep, context, runtime)
+        torch.testing.assert_close(streamed[:, -2:], again[:, -2:], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("layer", DENSE_CHUNK, ids=layer_id)
+@torch.no_grad()
+def test_dense_frames_are_the_dense_models_and_all_of_them_make_the_dense_model(
+    layer: LayerConfig,
+) -> None:
+    """However bad the latents are; each dense frame more changes what is seen."""
+    config = tiny_config(cache=CachePolicy(6, dense_recent_frames=4))
+    source = tiny_model(config)
+    model = tiny_model(dataclasses.replace(config, mla=tiny_mla(layer)), seed=1)
+    assert not model.load_state_dict(source.state_dict(), strict=False).unexpected_keys
+    clip = clip_of(config, 10)
+    expected = rollout(source, *clip)
+    for runtime in runtimes(model.config.mla):
+        torch.testing.assert_close(rollout(model, *clip, runtime), expected, atol=2e-5, rtol=0)
+    fewer = [
+        rollout(under(model, CachePolicy(6, dense_recent_frames=dense)), *clip)
+        for dense in (0, 1, 2, 3)
+    ]
+    for one, other in zip(fewer, [*fewer[1:], expected], strict=True):
+        assert (one - other)[:, 4:].abs().max() > 1e-3
+
+
+# Denoising steps
+
+
+@KINDS
+@pytest.mark.parametrize("dense", [0, 2])
+@torch.no_grad()
+def test_passes_that_are_not_kept_leave_no_trace(mla: MLAConfig | None, dense: int) -> None:
+    """In a cache of any precision; not even in the code, which is fitted to what is kept first."""
+    if mla is not None and mla.layer.reads_own_latents:
+        dense = 0
+    config = tiny_config(cache=CachePolicy(6, 1, dense_recent_frames=dense), mla=mla)
+    model = tiny_model(config)
+    clip = clip_of(config, 8)
+    for asked in (CACHE_DTYPES[0], CACHE_DTYPES[-1]) if mla else CACHE_DTYPES[:1]:
+        runtime = fitting(asked, mla)
+        plain = rollout(model, *clip, runtime)
+        assert torch.equal(rollout(model, *clip, runtime, between=2), plain)
+
+
+@KINDS
+@torch.no_grad()
+def test_passes_that_are_kept_are_overwritten_by_the_next(mla: MLAConfig | None) -> None:
+    config = tiny_config(cache=CachePolicy(6, 1), mla=mla)
+    model = tiny_model(config)
+    clip = clip_of(config, 8)
+    again = rollout(model, *clip, between=1, keep_between=True)
+    assert torch.equal(again, rollout(model, *clip))
+
+
+@torch.no_grad()
+def test_a_chunk_that_reads_dense_frames_is_kept_once() -> None:
+    """Its own would take their place."""
+    config = tiny_config(cache=CachePolicy(6, dense_recent_frames=2), mla=tiny_mla(LayerConfig()))
+    with pytest.raises(ValueError, match="open the next one"):
+        rollout(tiny_model(config), *clip_of(config, 4), between=1, keep_between=True)
+
+
+@FEW_KINDS
+@torch.no_grad()
+def test_a_sampled_chunk_leaves_what_a_pass_over_its_clean_latents_leaves(
+    mla: MLAConfig | None,
+) -> None:
+    config = tiny_config(cache=CachePolicy(6, 1), mla=mla)
+    model = tiny_model(config)
+    latents, timestep, context = clip_of(config, 2)
+    prompt, generator = model.read_prompt(context), torch.Generator().manual_seed(0)
+    sampled, clean = model.new_cache(2), model.new_cache(2)
+    for seed in range(4):
+        start = noise(*latents.shape, seed=seed)
+        for cache in (sampled, clean):
+            cache.open_chunk(2)
+        x = sample_chunk(model, start, prompt, sampled, generator)
+        model.stream(x, torch.zeros_like(timestep), prompt, clean)
+    following = [rollout(model, latents, timestep, context, cache) for cache in (sampled, clean)]
+    assert torch.equal(*following)
+
+
+# Long rollouts
+
+
+def started_after(model: CausalWanModel, frames: int, batch: int) -> KVCache:
+    """An empty cache that has seen many frames, and forgot them."""
+    cache = model.new_cache(batch)
+    for _ in range(frames):
+        cache.open_chunk(1)
+    cache.rewind(0, keep_sink=False)
+    assert cache.window.next_frame == frames
+    return cache
+
+
+@FEW_KINDS
+@pytest.mark.parametrize("frames", [7, 1_025, 3_000])
+@torch.no_grad()
+def test_where_a_clip_starts_does_not_matter(mla: MLAConfig | None, frames: int) -> None:
+    """To relative positions at all, to absolute ones beyond rounding."""
+    model = tiny_model(tiny_config(cache=CachePolicy(6, 2), mla=mla))
+    relative = under(model, CachePolicy(6, 2, "relative"))
+    clip = clip_of(model.config, 10)
+    here = rollout(relative, *clip)
+    assert torch.equal(rollout(relative, *clip, started_after(relative, frames, 2)), here)
+    far = rollout(model, *clip, started_after(model, frames, 2))
+    torch.testing.assert_close(far, rollout(model, *clip), atol=1e-4, rtol=0)
+
+
+def live_bytes() -> int:
+    """Of all tensors that there are."""
+    gc.collect()
+    return sum(held.nbytes for held in gc.get_objects() if type(held) is Tensor)
+
+
+@FEW_KINDS
+@torch.no_grad()
+def test_three_hundred_frames_take_no_more_than_the_first_ones(mla: MLAConfig | None) -> None:
+    dense = 2 if mla is not None and mla.layer.current_chunk == "dense" else 0
+    policy = CachePolicy(6, 1, "relative", dense)
+    model = tiny_model(tiny_config(cache=policy, mla=mla, latent_size=(2, 2)))
+    latents, timestep, context = clip_of(model.config, 2, batch=1)
+    cache, prompt = model.new_cache(1, fitting(CACHE_DTYPES[-1], mla) if mla else None), None
+    prompt = model.read_prompt(context)
+    sizes: list[tuple[int, int]] = []
+    for chunk in range(150):
+        cache.open_chunk(2)
+        velocity = model.stream(latents, timestep, prompt, cache, keep=False)
+        model.stream(latents - 0.1 * velocity, 0 * timestep, prompt, cache)
+        assert velocity.isfinite().all()
+        if chunk in (5, 20, 149):
+            sizes.append((cache.nbytes, live_bytes()))
+    assert cache.window.next_frame == 300
+    assert len({*sizes}) == 1
+
+
+# Rewinding
+
+
+def future(model: CausalWanModel, cache: KVCache, batch: int = 2) -> Tensor:
+    """Velocities of the four frames that come next."""
+    config = model.config
+    latents, context = tiny_clip(config, 4, batch, seed=30)
+    return rollout(model, latents, chunk_timesteps(config, 4, batch), context, cache)
+
+
+@FEW_KINDS
+@pytest.mark.parametrize("positions", ["absolute", "relative"])
+@pytest.mark.parametrize("runtime", [CACHE_DTYPES[0], CACHE_DTYPES[-1]], ids=["model", "int4"])
+@torch.no_grad()
+def test_frames_written_again_behind_the_sink_are_as_if_they_had_never_gone(
+    mla: MLAConfig | None, positions: Any, runtime: RuntimeConfig
+) -> None:
+    """After evictions, where entries depend on their own frame only."""
+    dense = 1 if mla is not None and mla.layer.current_chunk == "dense" else 0
+    policy = CachePolicy(6, 2, positions, dense)
+    model = tiny_model(tiny_config(cache=policy, **one_layer(mla)))
+    latents, timestep, context = clip_of(model.config, 10)
+    runtime = fitting(runtime, mla) if mla else RuntimeConfig()
+    caches = [model.new_cache(2, runtime) for _ in range(3)]
+    for cache in caches:
+        rollout(model, latents, timestep, context, cache)
+    rewritten, other = caches[1:]
+    for cache, clip in ((rewritten, latents[:, 6:]), (other, latents[:, 6:].flip(1))):
+        cache.rewind(4)
+        rollout(model, clip, timestep[:, 6:], context, cache)
+    uninterrupted = future(model, caches[0])
+    torch.testing.assert_close(future(model, rewritten), uninterrupted, atol=1e-5, rtol=0)
+    assert (future(model, other) - uninterrupted).abs().max() > 1e-2
+
+
+@FEW_KINDS
+@torch.no_grad()
+def test_written_again_with_their_own_prompt_frames_are_the_same_and_with_another_not(
+    mla: MLAConfig | None,
+) -> None:
+    """While nothing is evicted, all layers see again what they saw."""
+    model = tiny_model(tiny_config(cache=CachePolicy(12, 2), mla=mla))
+    latents, timestep, context = clip_of(model.config, 8)
+    caches = [model.new_cache(2) for _ in range(3)]
+    for cache in caches:
+        rollout(model, latents, timestep, context, cache)
+    for cache, prompt in zip(caches[1:], (context, context + 1), strict=True):
+        cache.rewind(6)
+        assert cache.window.next_frame == 2
+        rollout(model, latents[:, 2:], timestep[:, 2:], prompt, cache)
+    uninterrupted, same, changed = (future(model, cache) for cache in caches)
+    torch.testing.assert_close(same, uninterrupted, atol=1e-5, rtol=0)
+    assert (changed - uninterrupted).abs().max() > 1e-2
+
+
+@FEW_KINDS
+@torch.no_grad()
+def test_without_the_sink_the_first_frames_written_again_become_it(mla: MLAConfig | None) -> None:
+    """As in a new cache: what was there before leaves no trace."""
+    dense = 1 if mla is not None and mla.layer.current_chunk == "dense" else 0
+    model = tiny_model(tiny_config(cache=CachePolicy(6, 2, "relative", dense), mla=mla))
+    latents, timestep, context = clip_of(model.config, 10)
+    cache, new, kept = (model.new_cache(2) for _ in range(3))
+    for old in (cache, kept):
+        rollout(model, latents, timestep, context, old)
+    cache.rewind(8, keep_sink=False)
+    kept.rewind(8, keep_sink=True)
+    parts = latents[:, 2:], timestep[:, 2:], context
+    again = rollout(model, *parts, cache)
+    assert torch.equal(again, rollout(model, *parts, new))
+    assert torch.equal(future(model, cache), future(model, new))
+    assert (again - rollout(model, *parts, kept)).abs().max() > 1e-2
+
+
+# Precision and place
+
+
+@pytest.mark.parametrize("layer", EVERY_LAYER, ids=layer_id)
+@torch.no_grad()
+def test_fewer_bits_cost_more_but_less_than_forgetting(layer: LayerConfig) -> None:
+    model = tiny_model(tiny_config(cache=CachePolicy(6, 2), mla=tiny_mla(layer)))
+    latents, timestep, context = clip_of(model.config, 10)
+    exact, int8, int4 = (
+        rollout(model, latents, timestep, context, RuntimeConfig(cache_dtype=cache_dtype))
+        for cache_dtype in ("model", "int8", "int4")
+    )
+    forgetful = under(model, CachePolicy(2))
+    forgotten = rollout(forgetful, latents, timestep, context)
+    past = slice(2, None)
+    errors = [distance(x[:, past], exact[:, past]) for x in (int8, int4, forgotten)]
+    assert 0 < errors[0] < 0.01
+    assert 3 * errors[0] < errors[1] < errors[2]
+    for velocity in (int8, int4):
+        assert velocity.isfinite().all()
+        assert torch.equal(velocity[:, :2], exact[:, :2])
+
+
+@pytest.mark.parametrize("runtime", CACHE_DTYPES, ids=lambda r: f"{r.cache_dtype}-{r.rope_dtype}")
+@FEW_KINDS
+@torch.no_grad()
+def test_a_bf16_model_streams_with_a_cache_of_any_precision_and_place(
+    mla: MLAConfig | None, runtime: RuntimeConfig
+) -> None:
+    runtime = fitting(runtime, mla) if mla else RuntimeConfig()
+    dense = 1 if mla is not None and mla.layer.current_chunk == "dense" else 0
+    model = tiny_model(tiny_config(cache=CachePolicy(6, 2, dense_recent_frames=dense), mla=mla))
+    latents, timestep, context = clip_of(model.config, 10)
+    exact = rollout(model, latents, timestep, context, runtime)
+    clip = latents.bfloat16(), timestep, context.bfloat16()
+    low = model.bfloat16()
+    velocity = rollout(low, *clip, runtime)
+    assert velocity.dtype == torch.bfloat16
+    assert distance(velocity, exact) < 0.03
+    offloaded = dataclasses.replace(runtime, offload=True)
+    assert torch.equal(rollout(low, *clip, offloaded), velocity)

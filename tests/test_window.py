@@ -1,0 +1,155 @@
+"""Which frame is in which slot, against a plain list of frames."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from reference.window import NaiveWindow, held_frames
+
+from vmla_convert.config import CachePolicy
+from vmla_convert.layers.window import FrameWindow
+from vmla_convert.maths.masks import block_causal_mask, teacher_forcing_mask
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> CachePolicy:
+    """Windows of every kind; a chunk of one frame fits beside the dense ones."""
+    sink, room = draw(st.integers(0, 3)), draw(st.integers(1, 6))
+    positions = draw(st.sampled_from(["absolute", "relative"]))
+    assert positions in ("absolute", "relative")
+    return CachePolicy(sink + room, sink, positions, draw(st.integers(0, room - 1)))
+
+
+class Windows(RuleBasedStateMachine):
+    """A window and its naive twin; `written` is what a buffer would hold, which moves nothing."""
+
+    @initialize(policy=policies())
+    def start(self, policy: CachePolicy) -> None:
+        self.policy, self.window = policy, FrameWindow(policy)
+        self.naive = NaiveWindow(
+            policy.window_frames, policy.sink_frames, policy.dense_recent_frames
+        )
+        self.written: dict[int, int] = {}
+        self.room = policy.window_frames - policy.sink_frames
+
+    @rule(data=st.data())
+    def open_a_chunk_that_fits(self, data: st.DataObject) -> None:
+        frames = data.draw(st.integers(1, self.room))
+        self.window.open_chunk(frames)
+        self.naive.open_chunk(frames)
+        self.written.update(zip(self.window.chunk_slots, self.naive.chunk, strict=True))
+
+    @rule(data=st.data(), keep_sink=st.booleans())
+    def rewind(self, data: st.DataObject, keep_sink: bool) -> None:
+        near = min(3, self.naive.next_frame)
+        frames = data.draw(st.integers(0, near) | st.integers(0, self.naive.next_frame))
+        self.window.rewind(frames, keep_sink)
+        self.naive.rewind(frames, keep_sink)
+
+    @rule(by=st.integers(0, 2))
+    def a_chunk_that_does_not_fit_is_refused(self, by: int) -> None:
+        for frames in (-by, self.room + 1 + by):
+            with pytest.raises(ValueError, match=f"chunk of {frames} frames"):
+                self.window.open_chunk(frames)
+
+    @rule(by=st.integers(1, 3), keep_sink=st.booleans())
+    def a_rewind_to_before_the_first_frame_is_refused(self, by: int, keep_sink: bool) -> None:
+        for frames in (-by, self.naive.next_frame + by):
+            with pytest.raises(ValueError, match="frames back"):
+                self.window.rewind(frames, keep_sink)
+
+    @invariant()
+    def both_hold_the_same(self) -> None:
+        window, naive = self.window, self.naive
+        slots = list(range(window.held))
+        held = [self.written[slot] for slot in slots]
+        assert sorted(held) == naive.held
+        assert window.next_frame == naive.next_frame
+        assert window.chunk_frames == naive.chunk
+        assert [self.written[slot] for slot in window.chunk_slots] == naive.chunk
+        assert window.recent == naive.recent
+        assert sorted(self.written[slot] for slot in window.latent_slots) == naive.latent
+        # The sink never moves, so that no entry has to.
+        sink = naive.held[: self.policy.sink_frames]
+        assert held[: len(sink)] == sink
+
+        def places(frames: list[int]) -> list[int]:
+            return (
+                frames
+                if self.policy.positions == "absolute"
+                else list(map(naive.held.index, frames))
+            )
+
+        assert window.positions(slots) == places(held)
+        latent = [self.written[slot] for slot in window.latent_slots]
+        assert window.positions(window.latent_slots) == places(latent)
+        assert window.exact_positions() == places(naive.recent + naive.chunk)
+
+
+TestWindows = Windows.TestCase
+TestWindows.settings = settings(
+    derandomize=True, deadline=None, max_examples=50, stateful_step_count=200
+)
+
+
+def test_the_worked_example_of_the_module() -> None:
+    absolute, relative = (
+        FrameWindow(CachePolicy(6, 2, positions)) for positions in ("absolute", "relative")
+    )
+    slots = list(range(6))
+    for first in (0, 2, 4):
+        for window in (absolute, relative):
+            window.open_chunk(2)
+            assert window.chunk_frames == [first, first + 1]
+    assert absolute.positions(slots) == [0, 1, 2, 3, 4, 5]
+    assert relative.positions(slots) == [0, 1, 2, 3, 4, 5]
+    for window in (absolute, relative):
+        window.open_chunk(2)
+        assert window.chunk_slots == [2, 3]
+        assert window.latent_slots == [0, 1, 4, 5]
+    assert absolute.positions(slots) == [0, 1, 6, 7, 4, 5]
+    assert relative.positions(slots) == [0, 1, 4, 5, 2, 3]
+    assert absolute.exact_positions() == [6, 7]
+    assert relative.exact_positions() == [4, 5]
+
+
+@pytest.mark.parametrize("dense", [0, 1, 4])
+def test_thousands_of_frames_are_like_the_first_ones(dense: int) -> None:
+    """In chunks of one to five frames, none of them a divisor of the window."""
+    window = FrameWindow(CachePolicy(9, 2, "relative", dense))
+    past = count = 0
+    while count < 2_500:
+        size = count % 5 + 1
+        window.open_chunk(size)
+        past, count = count, count + size
+        if count > 9:
+            # Only the sink and the newest seven are left, at the places 0 to 8.
+            assert sorted(window.positions(list(range(9)))) == list(range(9))
+            assert window.positions(window.chunk_slots) == list(range(9 - size, 9))
+            assert window.recent == list(range(past - min(dense, 7 - size), past))
+    assert held_frames(count, 9, 2) == [0, 1, *range(count - 7, count)]
+    assert window.chunk_frames == list(range(past, count))
+
+
+@given(policies(), st.integers(1, 6), st.integers(1, 6))
+def test_a_masked_pass_sees_what_the_window_holds_and_calls_exact_what_is_dense(
+    policy: CachePolicy, chunk: int, chunks: int
+) -> None:
+    chunk = min(chunk, policy.window_frames - policy.sink_frames)
+    frames, window = chunk * chunks, FrameWindow(policy)
+    seen, exact = block_causal_mask(frames, chunk, 1, policy)
+    forced_seen, forced_exact = teacher_forcing_mask(frames, chunk, 1, policy)
+    for _ in range(chunks):
+        window.open_chunk(chunk)
+        own, recent = window.chunk_frames, window.recent
+        past = {*held_frames(own[-1] + 1, policy.window_frames, policy.sink_frames)} - {*own}
+        for query in own:
+            assert {*seen[query].nonzero().flatten().tolist()} == {*own, *past}
+            assert {*exact[query].nonzero().flatten().tolist()} == {*own, *recent}
+            # The clean query sees clean frames; the noisy one its own noisy ones, and a clean past.
+            for row, half in ((query, 0), (frames + query, frames)):
+                noisy = {half + frame for frame in own}
+                assert {*forced_seen[row].nonzero().flatten().tolist()} == noisy | past
+                assert {*forced_exact[row].nonzero().flatten().tolist()} == noisy | {*recent}

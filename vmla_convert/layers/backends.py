@@ -1,0 +1,66 @@
+"""Which of two equal ways to read latents is faster: counted, or timed once where counts are near.
+
+Counts decide alone where they are far apart, where little is read, and inside compiled code. What
+was timed holds for the process: the same shape is never timed twice, and results stay the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from time import perf_counter
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vmla_convert.maths.cost import ReadShape, absorbed_flops, materialised_flops
+
+Backend = Literal["materialised", "absorbed"]
+
+CLEAR_RATIO, SMALL_FLOPS, TIMED_READS = 1.6, 10**10, 2
+_FASTER: dict[Hashable, Backend] = {}
+
+
+def faster_way(
+    shape: ReadShape,
+    like: Tensor,
+    materialised: Callable[[], object],
+    absorbed: Callable[[], object],
+) -> Backend:
+    """The faster way.
+
+    Args:
+        shape: Sizes of the read.
+        like: Its queries, for their dtype and device.
+        materialised: Reads the one way.
+        absorbed: Reads the other way.
+    """
+    rebuilding, absorbing = materialised_flops(shape), absorbed_flops(shape)
+    fewest, most = sorted((rebuilding, absorbing))
+    if most > CLEAR_RATIO * fewest or fewest < SMALL_FLOPS or torch.compiler.is_compiling():
+        return "absorbed" if absorbing < rebuilding else "materialised"
+    known = (shape, like.dtype, like.device, torch.get_num_threads())
+    if known not in _FASTER:
+        rebuilt, without = _seconds(materialised, absorbed, like.device)
+        _FASTER[known] = "absorbed" if without < rebuilt else "materialised"
+    return _FASTER[known]
+
+
+def _seconds(
+    one: Callable[[], object], other: Callable[[], object], device: torch.device
+) -> tuple[float, float]:
+    """How long two reads take at best, once warm."""
+    spent: tuple[list[float], list[float]] = ([], [])
+    for _ in range(1 + TIMED_READS):
+        for read, seconds in zip((one, other), spent, strict=True):
+            _settle(device)
+            started = perf_counter()
+            read()
+            _settle(device)
+            seconds.append(perf_counter() - started)
+    return min(spent[0][1:]), min(spent[1][1:])
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

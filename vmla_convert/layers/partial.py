@@ -1,0 +1,83 @@
+"""Attention to one set of keys among several, and how the parts become one softmax again.
+
+Softmax over two sets of keys is the mean of the softmaxes over each, weighted by the sums of their
+exponentials. Fused kernels know the logarithm of that sum, but `scaled_dot_product_attention` drops
+it, so the operators below it are called. They have no gradient for it: this is for inference.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vmla_convert.layers.attention import widened
+
+ALIGNED = 8  # heads that fused CUDA kernels take are multiples of this
+FLASH_WIDTH = 256  # and no wider than this, in two bytes
+QUERIES_AT_ONCE = 1024
+
+
+class Partial(NamedTuple):
+    """Attention of T queries to one set of keys.
+
+    Attributes:
+        output: (B, T, H, D).
+        log_sum: Logarithm of the sum of exponentials, (B, T, H), float32.
+    """
+
+    output: Tensor
+    log_sum: Tensor
+
+
+def attend_partly(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial:
+    """Attention of queries (B, T, H, W) to keys (B, S, H, W) and values (B, S, H, D)."""
+    width, device = v.shape[-1], q.device.type
+    # Operators below `scaled_dot_product_attention` are not autocast.
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else v.dtype
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    q, k, v = widened(q, k, v, ALIGNED if q.is_cuda else 1)
+    output, log_sum = _kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale)
+    return Partial(output.transpose(1, 2)[..., :width], log_sum.transpose(1, 2))
+
+
+def merge(one: Partial, other: Partial) -> Tensor:
+    """One softmax over both sets of keys: (B, T, H, D)."""
+    share = torch.sigmoid(one.log_sum - other.log_sum)[..., None].to(one.output.dtype)
+    return torch.lerp(other.output, one.output, share)
+
+
+def _kernel(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Output and log-sum of (B, H, T, W); each device has an operator of its own."""
+    operators = torch.ops.aten
+    if q.device.type == "cpu":
+        return operators._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    if q.is_cuda and _has_flash(q):
+        # It reads rows in steps of 16 bytes, which a slice of a latent need not start at.
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        return operators._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
+    if q.is_cuda and q.dtype.itemsize <= 4:
+        output, log_sum, *_ = operators._scaled_dot_product_efficient_attention(
+            q, k, v, None, True, scale=scale
+        )
+        return output, log_sum[..., : q.shape[-2]]  # padded to a multiple of 32 queries
+    return plainly(q, k, v, scale)
+
+
+def _has_flash(q: Tensor) -> bool:
+    """Whether the flash operator takes such queries: two bytes, Ampere or newer."""
+    modern = torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return modern and q.dtype.itemsize == 2 and q.shape[-1] <= FLASH_WIDTH
+
+
+def plainly(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The same by matrix products, some queries at a time."""
+    outputs: list[Tensor] = []
+    log_sums: list[Tensor] = []
+    for part in q.split(QUERIES_AT_ONCE, dim=-2):
+        logits = (part @ k.mT).float() * scale
+        outputs.append(logits.softmax(-1).to(v.dtype) @ v)
+        log_sums.append(logits.logsumexp(-1))
+    return torch.cat(outputs, -2), torch.cat(log_sums, -1)

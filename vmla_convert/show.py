@@ -1,0 +1,107 @@
+"""What commands print of a result, for people; `--json` prints the result itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vmla_convert.console import out
+
+if TYPE_CHECKING:
+    from vmla_convert.pipelines.inspect import Inspection
+    from vmla_convert.pipelines.outlook import Outlook
+
+
+def show_decision(rows_file: Path) -> None:
+    """Print the table that a report opens with, where rows give one."""
+    from vmla_convert.pipelines.report import decisive_table
+    from vmla_convert.results import read_rows
+
+    header, *rows = decisive_table(read_rows(rows_file))
+    if rows:
+        out.table("What each setting costs and loses", header, rows)
+
+
+def show_outlook(outlook: Outlook) -> None:
+    """Print what a conversion would write."""
+    if out.json:
+        out.data(outlook)
+        return
+    out.data(
+        {
+            "would write": outlook.out,
+            "numbers cached per token and layer": outlook.cache_scalars_per_token,
+            "cache cut": f"{outlook.cache_cut:.1%}",
+            "working files beside it (bytes)": f"{outlook.working_bytes:,}",
+            "about (seconds)": round(outlook.seconds),
+        }
+    )
+    files = [[name, f"{nbytes:,}"] for name, nbytes in outlook.files.items()]
+    out.table("Weights", ["file", "bytes"], [*files, ["together", f"{outlook.nbytes:,}"]])
+
+
+def show_inspection(inspection: Inspection) -> None:
+    """Print what a checkpoint is, and what its caches cost."""
+    model, converted = inspection.model, inspection.converted
+    geometry = model.geometry
+    # A checkpoint with a licence has a config.json of ours, which tells the rest too.
+    told = model.licence != "unknown"
+    unnamed = "" if told else "none named; --model brings what tensors lack"
+    known = {
+        "known model": inspection.known_model or unnamed,
+        "note": inspection.note,
+    }
+    out.data(
+        {
+            "checkpoint": inspection.path,
+            "family": inspection.family,
+            **({name: text for name, text in known.items() if text} if model.mla is None else {}),
+            "parameters": f"{inspection.parameters:,}",
+            "weights (bytes)": f"{inspection.nbytes:,} as {', '.join(inspection.dtypes)}",
+            "layers, width, heads": f"{geometry.num_layers}, {geometry.dim}, {geometry.num_heads}",
+            "feed-forward, channels": f"{geometry.ffn_dim}, {geometry.in_dim}",
+            "latent size, tokens per frame": (
+                f"{model.latent_size[0]} x {model.latent_size[1]}, {model.tokens_per_frame}"
+            ),
+            "chunk, window, sink (frames)": (
+                f"{model.chunk_frames}, {model.cache.window_frames}, {model.cache.sink_frames}"
+            ),
+            "sampler steps, shift": (
+                f"{', '.join(map(str, model.sampler.denoising_step_list))}; {model.sampler.shift:g}"
+            ),
+            "licence": model.licence,
+            "base model": model.base_model,
+        }
+    )
+    cached = [
+        ["this checkpoint", model, inspection.window_cache_bytes],
+        ["converted", converted, inspection.converted_window_cache_bytes],
+    ]
+    out.table(
+        "KV cache",
+        ["", "numbers per token and layer", "bytes per token, bf16", "full window (bytes)", "cut"],
+        [
+            [
+                name,
+                f"{c.cache_scalars_per_token():g}",
+                f"{round(2 * c.cache_scalars_per_token() * geometry.num_layers):,}",
+                f"{nbytes:,}",
+                f"{c.cache_cut():.1%}",
+            ]
+            for name, c, nbytes in cached[: 1 if converted is model else 2]
+        ],
+    )
+    for title, names in (
+        ("Unknown tensors: convert will refuse them", inspection.unknown),
+        ("Missing tensors: convert will refuse this checkpoint", inspection.missing),
+    ):
+        if names:
+            out.table(title, ["name"], [[name] for name in names])
+    if inspection.spectrum:
+        layers = [
+            [str(s.layer), str(s.effective_rank_99), f"{s.energy_at_rank:.1%}"]
+            for s in inspection.spectrum
+        ]
+        rank = converted.mla.kv_lora_rank[0] if converted.mla else 0
+        header = ["layer", f"99 %-energy rank of {geometry.dim}", f"energy at R = {rank}"]
+        out.table("Joint key and value weights", header, layers)

@@ -1,0 +1,123 @@
+"""Settings to and from plain tables: JSON, TOML, and `key=value` on a command line; strict."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tomllib
+import types
+import typing
+from typing import Any, Literal, TypeVar
+
+from vmla_convert.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain dicts and lists, ready for JSON or TOML; None fields are left out."""
+    return {
+        f.name: _plain(value)
+        for f in dataclasses.fields(config)
+        if (value := getattr(config, f.name)) is not None
+    }
+
+
+def from_dict(cls: type[T], data: Any, where: str = "") -> T:
+    """Build a config from parsed JSON or TOML, strictly.
+
+    Args:
+        cls: A dataclass of plain values, tuples and dataclasses.
+        data: A mapping; nested tables for nested configs.
+        where: Dotted path for messages.
+
+    Raises:
+        ConfigError: An unknown key (with the nearest known one), a missing key, or a value of the
+            wrong type.
+    """
+    if not isinstance(data, dict):
+        raise ConfigError(f"'{where or cls.__name__}' must be a table, not {data!r}")
+    table = typing.cast(dict[str, Any], data)
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(typing.cast(Any, cls))]
+    for key in table:
+        if key not in names:
+            raise ConfigError(f"unknown key '{_join(where, key)}'", did_you_mean(key, names))
+    values = {k: _coerce(hints[k], v, _join(where, k)) for k, v in table.items()}
+    missing = [
+        f.name
+        for f in dataclasses.fields(typing.cast(Any, cls))
+        if f.name not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"missing key '{_join(where, missing[0])}'")
+    return cls(**values)
+
+
+def override(table: dict[str, Any], text: str) -> None:
+    """Set a dotted key of a table of tables by `a.b=value`; values are TOML, bare words strings.
+
+    Raises:
+        ConfigError: The text is no such thing, or goes through a value.
+    """
+    key, found, typed = text.partition("=")
+    if not found or not re.fullmatch(r"[\w.]+", key):
+        raise ConfigError(f"'{text}' is not key=value", "write it as --set key=value")
+    try:
+        value = tomllib.loads(f"value = {typed}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = typed
+    *parts, name = key.split(".")
+    for part in parts:
+        inner: Any = table.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"'{key}' cannot be set", f"'{part}' is a value, not a table")
+        table = typing.cast(dict[str, Any], inner)
+    table[name] = value
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, tuple):
+        return [_plain(item) for item in typing.cast(tuple[Any, ...], value)]
+    return value
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    """One value to the type that the dataclass declares."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _coerce(args[0], value, where)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type[Any], hint), value, where)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"'{where}' is {value!r}", did_you_mean(str(value), map(str, args)))
+        return value
+    if origin is tuple:
+        return _coerce_tuple(args, value, where)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"'{where}' must be {hint.__name__}, not {value!r}")
+    return value
+
+
+def _coerce_tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"'{where}' must be a list, not {value!r}")
+    items = list(typing.cast(list[Any], value))
+    kinds = [args[0]] * len(items) if args[-1] is Ellipsis else list(args)
+    if len(kinds) != len(items):
+        raise ConfigError(f"'{where}' must have {len(kinds)} items, not {len(items)}")
+    return tuple(
+        _coerce(kind, item, f"{where}[{i}]")
+        for i, (kind, item) in enumerate(zip(kinds, items, strict=True))
+    )
