@@ -20,6 +20,7 @@ from conftest import (
     tiny_model,
 )
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from vmla_convert.checkpoint.keymap import DIFFUSERS_RULES, to_native
 from vmla_convert.config import PAPER_LAYER, CachePolicy, LayerConfig, MLAConfig, ModelConfig
@@ -372,3 +373,23 @@ def test_a_walk_goes_on_with_the_attention_that_the_caller_put_in() -> None:
         block.self_attn = donor
     assert torch.equal(inputs[0], replaced[0])
     assert not torch.allclose(inputs[1], replaced[1], atol=1e-2)
+
+
+# Compiled
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own
+@torch.no_grad()
+def test_compiled_blocks_compute_the_same() -> None:
+    """With layers of different sizes; one compilation serves both."""
+    config = tiny_config(cache=CachePolicy(4, 1), mla=tiny_mla(LayerConfig()))
+    model = tiny_model(config)
+    latents, context = tiny_clip(config, 6)
+    timestep = chunk_timesteps(config, 6)
+    expected = stream_chunks(model, latents, timestep, context)
+    model.compile_blocks()
+    counters.clear()
+    compiled = stream_chunks(model, latents, timestep, context)
+    torch.testing.assert_close(compiled, expected, atol=1e-5, rtol=0)
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]

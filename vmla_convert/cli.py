@@ -392,7 +392,8 @@ def generate(
         typer.Option(help="Of weights and cache: float32 or bfloat16, the default on a GPU."),
     ] = None,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile the blocks; pays off in long rollouts.")
+        bool,
+        typer.Option("--compile", help="Compile all but the self-attention; for long rollouts."),
     ] = False,
     json: Json = False,
 ) -> None:
