@@ -167,8 +167,11 @@ def main(
         raise ConfigError(f"no shapes '{shapes}'", did_you_mean(shapes, SHAPES))
     chosen = SHAPES[shapes]
     chosen = replace(chosen, rounds=rounds or chosen.rounds)
-    rows = [row for window in chosen.windows for row in measure(chosen, window)]
-    append_rows(rows_file, rows)
+    rows: list[Row] = []
+    for window in chosen.windows:
+        measured = measure(chosen, window)
+        append_rows(rows_file, measured)  # a window takes minutes, and an interruption keeps it
+        rows += measured
     cells = [[r.run, r.backend or "", r.frames, r.metric, r.value, r.unit] for r in rows]
     out.table("Speed", ["run", "backend", "frames", "metric", "value", "unit"], cells)
 
