@@ -21,6 +21,7 @@ from conftest import (
     tiny_model,
 )
 from reference.attention import merged_softmaxes, one_softmax
+from reference.rope import rotary_table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -38,7 +39,7 @@ from vmla_convert.layers import backends
 from vmla_convert.layers.attention import Reading, Sight, split_heads
 from vmla_convert.layers.mla import LatentSelfAttention
 from vmla_convert.maths.cost import ReadShape, absorbed_flops, materialised_flops
-from vmla_convert.maths.rope3d import rotary_table, token_positions
+from vmla_convert.maths.rope3d import token_positions
 
 DIM, HEADS, HEAD_DIM = TINY_GEOMETRY.dim, TINY_GEOMETRY.num_heads, TINY_GEOMETRY.head_dim
 PLACES = torch.tensor([0, 1, 700, 41, 42])  # of frames of two tokens, as in a cache's slots

@@ -20,6 +20,7 @@ from conftest import (
     tiny_model,
 )
 from reference.attention import merged_softmaxes, one_softmax
+from reference.rope import rotary_table
 from torch import Tensor, nn
 
 from vmla_convert.config import PAPER_LAYER, CachePolicy, LayerConfig, MLAConfig
@@ -27,7 +28,7 @@ from vmla_convert.layers.attention import DenseSelfAttention, Reading, Sight
 from vmla_convert.layers.dit import CausalWanModel, masked_attention
 from vmla_convert.layers.mla import LatentSelfAttention
 from vmla_convert.maths.masks import block_causal_mask, teacher_forcing_mask
-from vmla_convert.maths.rope3d import Rotary, rotary_table, token_positions
+from vmla_convert.maths.rope3d import Rotary, token_positions
 
 DIM, HEADS, HEAD_DIM = TINY_GEOMETRY.dim, TINY_GEOMETRY.num_heads, TINY_GEOMETRY.head_dim
 ALL_PAIRS = tuple(range(HEAD_DIM // 2)) * HEADS

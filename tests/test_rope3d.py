@@ -7,13 +7,14 @@ import cmath
 import pytest
 import torch
 from conftest import noise
+from reference.rope import rotary_table
 from torch import Tensor
 
 from vmla_convert.maths.rope3d import (
     axis_pairs,
     pair_frequencies,
-    rotary_table,
     rotate,
+    rotate_,
     token_positions,
 )
 
@@ -105,3 +106,14 @@ def test_selected_pairs_turn_as_they_do_in_the_whole_head() -> None:
     assert torch.equal(
         rotate(x[..., channels], table.select(pairs)), rotate(x, table)[..., channels]
     )
+
+
+def test_turning_in_place_is_turning_and_never_under_gradients() -> None:
+    table, x = rotary_table(token_positions(torch.arange(2), 2, 2), 16), noise(2, 8, 3, 16)
+    turned, under_gradients, narrow = rotate(x, table), x.clone(), x.bfloat16()
+    assert torch.equal(rotate_(under_gradients, table), turned)
+    assert torch.equal(under_gradients, x)
+    with torch.no_grad():
+        assert torch.equal(rotate_(narrow, table), rotate(narrow, table))
+        assert rotate_(x, table) is x
+    assert torch.equal(x, turned)

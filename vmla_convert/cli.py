@@ -381,7 +381,7 @@ def generate(
         int | None,
         typer.Option(
             min=1,
-            help="Most MiB of rebuilt keys and values at a time. Default: 128, on a GPU 1024.",
+            help="Most MiB of rebuilt keys and values at a time. Default: 64, on a GPU 1024.",
         ),
     ] = RuntimeConfig.tile_mib,
     offload: Annotated[

@@ -97,7 +97,7 @@ class RuntimeConfig:
         backend: How latents are read. `materialised` rebuilds keys and values of all heads;
             `absorbed` takes the queries into the latent space, where layers allow it; `auto` counts
             operations, and times both once where the count does not decide.
-        tile_mib: Most MiB of rebuilt keys and values at a time; at least one head's. By default 128
+        tile_mib: Most MiB of rebuilt keys and values at a time; at least one head's. By default 64
             on a CPU and 1024 on a GPU.
         cache_dtype: Of the content latents: as the model, or 8 or 4 bits a number.
         rope_dtype: Of the shared rope keys.

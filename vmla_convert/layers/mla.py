@@ -35,10 +35,10 @@ from vmla_convert.layers.attention import (
 from vmla_convert.layers.backends import Backend, faster_way
 from vmla_convert.layers.partial import Partial, attend_partly, merge
 from vmla_convert.maths.cost import ReadShape
-from vmla_convert.maths.rope3d import Rotary, rotate
+from vmla_convert.maths.rope3d import Rotary, rotate, rotate_
 
 # Rebuilt at a time: what stays in a CPU's cache, and what keeps a GPU busy.
-TILE_MIB = {"cpu": 128, "cuda": 1024}
+TILE_MIB = {"cpu": 64, "cuda": 1024}
 
 
 class LatentSelfAttention(nn.Module):
@@ -157,8 +157,8 @@ class LatentSelfAttention(nn.Module):
             (B, T, H, D).
         """
         tokens, itemsize = reading.entries[0].shape[:2].numel(), q.dtype.itemsize
-        # A key is there as it was rebuilt and as it is rotated, in float32 meanwhile.
-        key_bytes = 2 * itemsize if itemsize >= 4 else itemsize + 8
+        # Narrow keys are in float32 meanwhile, as they are and rotated.
+        key_bytes = itemsize if itemsize >= 4 else itemsize + 8
         head_bytes = tokens * (self._key_width() * key_bytes + self.head_dim * itemsize)
         mib = sight.runtime.tile_mib or TILE_MIB["cuda" if q.is_cuda else "cpu"]
         most = max(1, mib * 2**20 // max(head_bytes, 1))
@@ -238,7 +238,7 @@ class LatentSelfAttention(nn.Module):
         query, exact = rotate(q, sight.query), self._exact(reading, sight)
         own = self._own_part(q, exact, sight)
         for heads in tiles:
-            k, v = rotate(self._content_keys(latent, heads), turns), self._values(latent, heads)
+            k, v = rotate_(self._content_keys(latent, heads), turns), self._values(latent, heads)
             if exact is not None and own is None:
                 own_k, own_v = (part[:, :, heads] for part in exact)
                 k, v = torch.cat([k, own_k], 1), torch.cat([v, own_v], 1)

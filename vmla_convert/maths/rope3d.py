@@ -63,30 +63,19 @@ def token_positions(frames: Tensor, height: int, width: int) -> Tensor:
     return torch.stack(grid, dim=-1).reshape(-1, 3)
 
 
-def rotary_table(positions: Tensor, head_dim: int) -> Rotary:
-    """Rotation of every pair at every position.
-
-    Args:
-        positions: (L, 3), time, height, width.
-        head_dim: D.
-    """
-    axes, frequencies = pair_frequencies(head_dim)
-    along_axis = positions.double()[:, axes.to(positions.device)]
-    angles = along_axis * frequencies.to(positions.device)
-    return Rotary(torch.stack([angles.cos(), angles.sin()], -1).float())
-
-
 def grid_table(
     frames: Tensor, height: int, width: int, head_dim: int, device: torch.device | str = "cpu"
 ) -> Rotary:
-    """`rotary_table` of all tokens of frames (F,), each axis computed once and repeated.
+    """Rotation of every pair at all tokens of frames (F,), in token order (frame, row, column).
+
+    Angles are computed once along each axis, in float64, and repeated.
 
     Args:
         frames: Time positions.
         height: Rows of tokens.
         width: Columns of tokens.
         head_dim: D.
-        device: Where the table goes; it is made on the CPU, since it needs float64.
+        device: Where the table goes; it is made on the CPU, as some devices have no float64.
     """
     axes, frequencies = pair_frequencies(head_dim)
     places = frames.cpu(), torch.arange(height), torch.arange(width)
@@ -113,3 +102,15 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     else:
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
     return turned.flatten(-2).to(x.dtype)
+
+
+def rotate_(x: Tensor, rotary: Rotary) -> Tensor:
+    """As `rotate`, but x itself is turned where it can be: without gradients, in float32 or wider.
+
+    For tensors that nobody else reads. Of large ones a second copy costs more than the rotation.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype.itemsize < 4:
+        return rotate(x, rotary)
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    pairs *= torch.view_as_complex(rotary.table.unsqueeze(-3))
+    return x
