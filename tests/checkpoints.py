@@ -31,7 +31,6 @@ from vmla_convert.config import (
 from vmla_convert.console import out as console
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.projections import Evidence
-from vmla_convert.pipelines import recover
 from vmla_convert.pipelines.calibrate import (
     LayerReads,
     calibrate,
@@ -44,6 +43,7 @@ from vmla_convert.pipelines.factoring import layer_evidence, layer_weights
 from vmla_convert.pipelines.load import load
 from vmla_convert.pipelines.plan import ReadWeights
 from vmla_convert.pipelines.pretrain import save_self_forcing
+from vmla_convert.pipelines.recovery import layerwise
 from vmla_convert.progress import Silent
 from vmla_convert.results import Row
 
@@ -78,7 +78,7 @@ CONVERT = ConvertConfig(
 BUDGETED = ConvertConfig(calibration_clips=4, data=CLIPS)
 RECOVER = RecoverConfig(
     layerwise_steps=2,
-    training=TrainingConfig(steps=4, batch_size=2, eval_every=2, checkpoint_every=2),
+    training=TrainingConfig(steps=4, batch_size=2, lr=1e-3, eval_every=2, checkpoint_every=2),
     data=CLIPS,
 )
 EVALUATE = EvaluateConfig(clips=4, data=DataConfig(frames=6, seed=1))
@@ -125,7 +125,7 @@ def measured(teacher: Path) -> list[LayerReads]:
 def few_layerwise_clips() -> Iterator[None]:
     """For files that only look at how recoveries are run, not at how well they go."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recover, "LAYERWISE_CLIPS", 4)
+        patch.setattr(layerwise, "CLIPS", 4)
         yield
 
 

@@ -40,7 +40,7 @@ EVERY_LAYER = SweepConfig(
     positions=("decoupled", "reconstructed"),
     latents=("joint", "split"),
     k_norms=("stored", "latent", "rebuilt"),
-).layers()
+).every_layer()
 
 
 def layer_id(layer: LayerConfig) -> str:

@@ -110,8 +110,9 @@ def test_convert_recover_and_eval_work_one_after_the_other(
     steps = ("--steps", "1", "--layerwise-steps", "1", "--batch-size", "1")
     ran = vmla("recover", latent, "--teacher", teacher, "-o", recovered, *steps, "--json")
     assert ran.code == 0
-    curve, wrote = map(json.loads, ran.out.splitlines())
+    curve, kept, wrote = map(json.loads, ran.out.splitlines())
     assert [line["step"] for line in curve] == [0, 1, 2]
+    assert kept["kept steps"].keys() == {"layer by layer", "distilling"}
     assert all(line["velocity_error"] > 0 for line in curve)
     assert wrote == {"wrote": str(recovered)}
     ran = vmla("eval", recovered, "--teacher", teacher, "--clips", "2", "--json")

@@ -16,6 +16,7 @@ from vmla_convert.config import (
     CachePolicy,
     ConvertConfig,
     DataConfig,
+    DMDConfig,
     EvaluateConfig,
     GenerateConfig,
     Geometry,
@@ -83,6 +84,7 @@ EVERY_CONFIG: list[Any] = [
     ConvertConfig(layer=PAPER_LAYER, plan=RankPlan((8, 10), (3, 1))),
     TrainingConfig(mixed_precision="bf16"),
     RecoverConfig(training=TrainingConfig(steps=7)),
+    DMDConfig(steps=3),
     TeacherConfig(model=DENSE, training=TrainingConfig()),
     EvaluateConfig(clips=3),
     GenerateConfig(prompts=("1",)),
@@ -396,7 +398,7 @@ def test_a_grid_leaves_out_only_layers_that_cannot_be() -> None:
         latents=("joint", "split"),
         k_norms=("stored", "latent", "rebuilt"),
     )
-    layers = grid.layers()
+    layers = grid.every_layer()
     assert len(layers) == len(set(layers)) == 2 * 2 * 2 * 3 - 2 * 2
     assert PAPER_LAYER in layers
     assert LayerConfig() in layers

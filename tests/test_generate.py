@@ -101,10 +101,12 @@ def test_dense_and_converted_start_from_the_same_noise(
 
     def watched(model: CausalWanModel, noise: Tensor, *rest: object) -> Tensor:
         chunk = sample(model, noise, *rest)  # pyright: ignore[reportArgumentType]
-        generator = rest[2]
-        assert isinstance(generator, torch.Generator)
-        # What the generator would draw next shows that as much fresh noise was drawn.
-        seen.extend([noise, torch.rand(3, generator=generator)])
+        draw = rest[2]
+        assert callable(draw)
+        # What would be drawn next shows that as much fresh noise was drawn.
+        following = draw()
+        assert isinstance(following, Tensor)
+        seen.extend([noise, following])
         return chunk
 
     monkeypatch.setattr(pipeline, "sample_chunk", watched)

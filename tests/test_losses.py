@@ -28,7 +28,7 @@ from vmla_convert.pipelines.losses import (
     teacher_forcing_inputs,
     velocity_distillation,
 )
-from vmla_convert.pipelines.recover import new_parameters
+from vmla_convert.pipelines.recovery.trained import new_parameters
 
 FRAMES, CHUNK = 6, 2
 CONFIG = tiny_config(cache=CachePolicy(4, 1))

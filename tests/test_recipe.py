@@ -146,8 +146,8 @@ def test_the_ablation_tries_every_init_on_every_layer_before_any_training() -> N
         for values in product(*(get_args(choices[field.name]) for field in fields(LayerConfig)))
         if values[1:] not in (("decoupled", "joint", "rebuilt"), ("decoupled", "split", "rebuilt"))
     }
-    assert set(recipe.sweep.layers()) == layers
-    assert len(recipe.sweep.layers()) == len(layers) == 20
+    assert set(recipe.sweep.every_layer()) == layers
+    assert len(recipe.sweep.every_layer()) == len(layers) == 20
     points = grid(recipe.sweep, ConvertConfig())
     assert len(points) == len(INITS) * 20 * len(recipe.sweep.cuts)
     assert len(recipe.sweep.cuts) >= 3

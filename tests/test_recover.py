@@ -27,14 +27,17 @@ from vmla_convert.checkpoint.families import open_checkpoint
 from vmla_convert.config import ConvertConfig, LayerConfig, RecoverConfig, TrainingConfig
 from vmla_convert.errors import CheckpointError, OutputError
 from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.pipelines.calibrate import model_blocks
 from vmla_convert.pipelines.data import open_clips, seeded
 from vmla_convert.pipelines.evaluate import HeldOut
 from vmla_convert.pipelines.factoring import convert_model
 from vmla_convert.pipelines.load import load
 from vmla_convert.pipelines.losses import make_example, teacher_forcing_inputs
 from vmla_convert.pipelines.pretrain import save_self_forcing
-from vmla_convert.pipelines.recover import recover, recover_layerwise, recover_model
+from vmla_convert.pipelines.recovery import recover
+from vmla_convert.pipelines.recovery.stages import fit_layers, recover_model
 from vmla_convert.pipelines.rows import Errors
+from vmla_convert.progress import Silent
 from vmla_convert.results import Row
 from vmla_convert.tables import to_dict
 
@@ -87,12 +90,17 @@ def layer_errors(student: CausalWanModel, dense: CausalWanModel) -> list[float]:
     return errors
 
 
+def fit_alone(student: CausalWanModel, dense: CausalWanModel, config: RecoverConfig) -> None:
+    """The layer-wise stage on models in memory."""
+    fit_layers(student, dense, model_blocks(dense), config, None, Silent())
+
+
 def test_recovery_takes_most_of_the_error_away(
     student: CausalWanModel, dense: CausalWanModel
 ) -> None:
     curve: dict[int, Errors] = {}
     training = TrainingConfig(steps=20, batch_size=4, lr=3e-3, eval_every=20)
-    config = RecoverConfig(20, 3e-3, training, CLIPS)
+    config = RecoverConfig(20, 3e-3, training=training, data=CLIPS)
     recover_model(student, dense, config, HeldOut(dense, EVALUATE), curve.__setitem__)
     errors = [curve[step].velocity_error for step in (0, 20, 40)]
     assert list(curve) == [0, 20, 40]
@@ -104,7 +112,7 @@ def test_the_layerwise_stage_alone_mends_every_layer(
     student: CausalWanModel, dense: CausalWanModel
 ) -> None:
     before = layer_errors(student, dense)
-    recover_layerwise(student, dense, open_clips(CLIPS), RecoverConfig(20, 3e-3))
+    fit_alone(student, dense, RecoverConfig(20, 3e-3, data=CLIPS))
     after = layer_errors(student, dense)
     assert all(now < 0.7 * was for now, was in zip(after, before, strict=True))
     assert not any(parameter.requires_grad for parameter in student.parameters())
@@ -154,7 +162,7 @@ def test_maps_of_truncated_heads_are_trained_too(dense: CausalWanModel) -> None:
     config = replace(CONVERT, init="random", qk_nope_head_dim=6)
     student = convert_model(dense, config, None)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    recover_layerwise(student, dense, open_clips(CLIPS), RecoverConfig(2))
+    fit_alone(student, dense, RecoverConfig(2, data=CLIPS))
     changed = {n for n, t in student.state_dict().items() if not torch.equal(t, before[n])}
     assert changed == TRAINED | {f"blocks.{layer}.self_attn.q_nope_map" for layer in (0, 1)}
 
@@ -166,7 +174,11 @@ def test_the_recovered_folder_is_a_converted_one_that_says_how(
     for name in ("config.json", "README.md"):
         assert (out / name).read_bytes() == (converted / name).read_bytes()
     was, now = (json.loads((f / "conversion.json").read_text()) for f in (converted, out))
+    told = now.pop("recovered")
     assert now == was | {"recover": to_dict(CONFIG)}
+    assert told["kept_steps"].keys() == {"layer by layer", "distilling"}
+    assert told["learning_rate"] == CONFIG.training.lr
+    assert told["clips"] == open_clips(CLIPS).record()
     assert [path.name for path in out.parent.iterdir()] == ["recovered"]
 
 
@@ -185,6 +197,7 @@ def test_the_rows_tell_the_whole_curve(
         "cache_bytes_per_token",
         "cache_cut",
         "cache_scalars_per_token",
+        "learning_rate",
         "recover_seconds",
     ]
 

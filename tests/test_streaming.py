@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+from functools import partial
 from typing import Any
 
 import pytest
@@ -254,7 +255,8 @@ def test_a_sampled_chunk_leaves_what_a_pass_over_its_clean_latents_leaves(
         start = noise(*latents.shape, seed=seed)
         for cache in (sampled, clean):
             cache.open_chunk(2)
-        x = sample_chunk(model, start, prompt, sampled, generator)
+        draw = partial(torch.randn, start.shape, generator=generator)
+        x = sample_chunk(model, start, prompt, sampled, draw)
         model.stream(x, torch.zeros_like(timestep), prompt, clean)
     following = [rollout(model, latents, timestep, context, cache) for cache in (sampled, clean)]
     assert torch.equal(*following)

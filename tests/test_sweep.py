@@ -90,7 +90,7 @@ def test_every_point_has_its_curve_its_cache_and_its_times(
     whole: tuple[Path, list[Row], int],
 ) -> None:
     once = {"cache_scalars_per_token", "cache_bytes_per_token", "cache_cut"}
-    once |= {"convert_seconds", "recover_seconds"}
+    once |= {"convert_seconds", "recover_seconds", "learning_rate"}
     for init, seed in POINTS:
         rows = [row for row in whole[1] if (row.init, row.seed) == (init, seed)]
         assert {(row.kv_lora_rank, row.qk_rope_head_dim) for row in rows} == {(8, 4)}

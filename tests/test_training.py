@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 import torch
 from conftest import noise, tiny_clip, tiny_config, tiny_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vmla_convert.config import TrainingConfig
 from vmla_convert.demo.world import Split
+from vmla_convert.errors import ConfigError, VmlaError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines.data import Batch, ClipSource, seeded
 from vmla_convert.pipelines.losses import (
@@ -21,7 +27,15 @@ from vmla_convert.pipelines.losses import (
     make_example,
     predicted_velocity,
 )
-from vmla_convert.pipelines.training import Examples, clip_examples, learning_rate_factor, train
+from vmla_convert.pipelines.training import (
+    PROBED_RATES,
+    Examples,
+    Outcome,
+    clip_examples,
+    find_learning_rate,
+    learning_rate_factor,
+    train,
+)
 from vmla_convert.progress import Silent
 
 T = TypeVar("T")
@@ -182,7 +196,7 @@ def test_a_half_written_state_is_ignored(config: TrainingConfig, tmp_path: Path)
 
 
 def test_the_error_is_measured_at_the_start_regularly_and_at_the_end() -> None:
-    config = TrainingConfig(steps=5, batch_size=1, eval_every=2)
+    config = TrainingConfig(steps=5, batch_size=1, lr=1e-3, eval_every=2)
     _, curve = run(config)
     assert [step for step, _ in curve] == [0, 2, 4, 5]
     assert curve[0][1] == held_out_error(tiny_model(MODEL))
@@ -254,7 +268,7 @@ def test_the_optimiser_follows_the_learning_rate() -> None:
 
 
 def test_the_seed_decides_the_noise() -> None:
-    runs = [run(TrainingConfig(steps=2, batch_size=1, seed=seed))[0] for seed in (0, 0, 1)]
+    runs = [run(TrainingConfig(steps=2, batch_size=1, lr=1e-3, seed=seed))[0] for seed in (0, 0, 1)]
     assert same_weights(runs[0], runs[1])
     assert not same_weights(runs[0], runs[2])
     assert not torch.equal(noise(3, seed=0), noise(3, seed=1))
@@ -299,3 +313,237 @@ def test_a_single_chunk_is_predicted_as_the_first_of_a_long_clip() -> None:
     torch.testing.assert_close(
         predicted_velocity(model, MODEL, short), predicted_velocity(model, MODEL, long)[:, :first]
     )
+
+
+# What is kept
+
+
+SHORT = TrainingConfig(steps=6, batch_size=2, lr=1e-2, warmup_steps=1, eval_every=1)
+
+
+def scripted(
+    figures: list[float], config: TrainingConfig, checkpoints: Path | None = None
+) -> tuple[CausalWanModel, Outcome, dict[int, CausalWanModel]]:
+    """A run that keeps its best, measured by a script; with the weights of every measurement."""
+    model, met = tiny_model(MODEL), dict[int, CausalWanModel]()
+
+    def measure(evaluated: nn.Module, step: int) -> float:
+        met[step] = tiny_model(MODEL)
+        met[step].load_state_dict(evaluated.state_dict())
+        return figures[step]
+
+    clips = examples(NumberedClips(), config)
+    outcome = train(model, LOSS, clips, config, measure, checkpoints, keep_best=True)
+    return model, outcome, met
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+@pytest.mark.parametrize("best", [0, 2, 6])
+def test_training_ends_with_the_weights_that_measured_lowest(best: int, ema: float) -> None:
+    figures = [9.0, 8.0, 7.0, 9.0, 9.0, 9.0, 9.0]
+    figures[best] = 1.0
+    model, outcome, met = scripted(figures, replace(SHORT, ema=ema))
+    assert outcome == Outcome(6, best)
+    assert same_weights(model, met[best])
+    assert best == 6 or not same_weights(model, met[6])
+
+
+def test_training_stops_when_nothing_better_comes() -> None:
+    config = replace(SHORT, patience=2)
+    _, outcome, met = scripted([5.0, 4.0, 3.0, 3.0, 3.5, 1.0, 1.0], config)
+    assert outcome == Outcome(4, 2)
+    assert list(met) == [0, 1, 2, 3, 4]
+
+
+def test_a_run_that_stopped_early_is_not_gone_on_with(tmp_path: Path) -> None:
+    figures, config = [5.0, 4.0, 3.0, 3.0, 3.5, 1.0, 1.0], replace(SHORT, patience=2)
+    model, outcome, _ = scripted(figures, config, tmp_path)
+    again, same, met = scripted(figures, config, tmp_path)
+    assert met == {}
+    assert same == outcome
+    assert same_weights(model, again)
+
+
+def test_the_best_is_remembered_across_an_interruption(tmp_path: Path) -> None:
+    figures, config = [5.0, 1.0, 3.0, 3.0, 3.0, 3.0, 3.0], replace(SHORT, checkpoint_every=1)
+    whole, outcome, _ = scripted(figures, config)
+    model = tiny_model(MODEL)
+    with pytest.raises(PowerCutError):
+        train(
+            model,
+            LOSS,
+            examples(NumberedClips(), config),
+            config,
+            lambda _, step: figures[step],
+            tmp_path,
+            PowerCut(3),
+            keep_best=True,
+        )
+    resumed, same, _ = scripted(figures, config, tmp_path)
+    assert same == outcome
+    assert same_weights(whole, resumed)
+
+
+def test_a_state_holds_what_trains_and_nothing_frozen(tmp_path: Path) -> None:
+    model = tiny_model(MODEL)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "self_attn.q" in name
+    train(model, LOSS, examples(NumberedClips(), SHORT), SHORT, held_out_error, tmp_path)
+    (state,) = tmp_path.iterdir()
+    kept = load_file(state / "trained.safetensors")
+    assert kept.keys() == {f"blocks.{i}.self_attn.q.{kind}" for i in (0, 1) for kind in KINDS}
+    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    assert sum(file.stat().st_size for file in state.iterdir()) < frozen
+
+
+KINDS = ("weight", "bias")
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from accelerate import Accelerator
+import test_training as t
+
+save = Accelerator.save_state
+def killed(self, folder):
+    save(self, folder)
+    if "00000004" in folder:
+        os.kill(os.getpid(), signal.SIGKILL)
+Accelerator.save_state = killed
+t.run(t.LONG, Path(sys.argv[1]))
+"""
+LONG = replace(SHORT, eval_every=2, checkpoint_every=2)
+
+
+def test_killed_while_a_state_is_written_the_one_before_it_is_taken(tmp_path: Path) -> None:
+    tests = Path(__file__).parent
+    ran = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=tests, check=False)
+    assert ran.returncode == -signal.SIGKILL
+    assert states(tmp_path) == ["step-00000002", "step-00000004.partial"]
+    resumed, curve = run(LONG, tmp_path, seed=1)
+    assert [step for step, _ in curve] == [4, 6]
+    assert same_weights(resumed, run(LONG)[0])
+    assert states(tmp_path) == ["step-00000006"]
+
+
+# Batches and rates
+
+
+@pytest.mark.parametrize("opening_clips", [0, 4])
+def test_a_batch_in_parts_trains_as_the_whole_one(opening_clips: int) -> None:
+    whole = replace(SHORT, batch_size=4, opening_clips=opening_clips, steps=2)
+    models = [run(replace(whole, accumulate=parts))[0] for parts in (1, 2, 4)]
+    for parts in models[1:]:
+        pairs = zip(models[0].parameters(), parts.parameters(), strict=True)
+        # The first steps of AdamW turn on the sign of the smallest gradients.
+        far = [((a - b).abs() > 1e-4).float().mean() for a, b in pairs]
+        assert sum(far) / len(far) < 1e-3
+
+
+def test_a_batch_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ConfigError, match="batch_size 2 does not divide") as caught:
+        run(replace(SHORT, accumulate=4))
+    assert "multiple of 4" in caught.value.hint
+
+
+def test_training_without_a_learning_rate_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no learning rate"):
+        run(replace(SHORT, lr=None))
+
+
+def test_parameters_may_have_a_part_of_the_learning_rate() -> None:
+    model, before = tiny_model(MODEL), tiny_model(MODEL)
+    config = replace(SHORT, steps=1)
+    clips = examples(NumberedClips(), config)
+    train(
+        model,
+        LOSS,
+        clips,
+        config,
+        held_out_error,
+        lr_scale=lambda name: 0.1 if "ffn" in name else 1.0,
+    )
+    old = dict(before.named_parameters())
+    for name, parameter in model.named_parameters():
+        moved = (parameter - old[name]).abs().max().item()
+        assert moved == pytest.approx(1e-3 if "ffn" in name else 1e-2, rel=0.02), name
+
+
+def test_a_loss_that_is_not_finite_ends_training() -> None:
+    def broken(model: nn.Module, example: Example) -> Tensor:
+        return LOSS(model, example) * torch.nan
+
+    config = replace(SHORT, steps=1)
+    with pytest.raises(VmlaError, match="not finite at step 0") as caught:
+        train(
+            tiny_model(MODEL),
+            broken,
+            examples(NumberedClips(), config),
+            config,
+            lambda *_: 1.0,
+        )
+    assert "learning rate" in caught.value.hint
+
+
+def distance_to(target: CausalWanModel) -> Callable[[nn.Module, Example], Tensor]:
+    """How far a model's weights are from those of another, whatever the example."""
+
+    def loss(model: nn.Module, _: Example) -> Tensor:
+        pairs = zip(model.parameters(), target.parameters(), strict=True)
+        return torch.stack([(a - b.detach()).square().sum() for a, b in pairs]).sum()
+
+    return loss
+
+
+def test_a_near_perfect_start_gets_a_smaller_learning_rate() -> None:
+    target, rates = tiny_model(MODEL), list[float]()
+    for size in (1.0, 1e-2, 1e-3, 0.0):
+        model = tiny_model(MODEL)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += size * noise(*parameter.shape, seed=3)
+        config = TrainingConfig(batch_size=1)
+        clips = examples(NumberedClips(), config)
+        rates.append(find_learning_rate(model, distance_to(target), clips, config))
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == max(PROBED_RATES)
+    assert rates[-1] == min(PROBED_RATES)
+    assert len({*rates}) >= 3
+
+
+def test_the_probe_leaves_no_trace() -> None:
+    model, config = tiny_model(MODEL), TrainingConfig(batch_size=2)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "ffn" in name
+    rate = find_learning_rate(model, LOSS, examples(NumberedClips(), config), config)
+    assert rate in PROBED_RATES
+    assert same_weights(model, tiny_model(MODEL))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_checkpointed_blocks_have_the_same_gradients() -> None:
+    (example,) = examples(NumberedClips(), TrainingConfig(batch_size=1))(0)
+    models = tiny_model(MODEL), tiny_model(MODEL)
+    models[1].checkpoint_blocks()
+    for model in models:
+        LOSS(model, example).backward()
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(one.grad, other.grad)  # pyright: ignore[reportArgumentType]
+
+
+def test_curves_go_to_a_tracker(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    config = replace(SHORT, steps=2, tracker="tensorboard")
+    clips = examples(NumberedClips(), config)
+    train(tiny_model(MODEL), LOSS, clips, config, held_out_error, logs=tmp_path, label="on policy")
+    (events,) = tmp_path.rglob("events*")
+    assert events.parent.name == "on-policy"
+    text = events.read_bytes()
+    assert b"loss" in text
+    assert b"held_out" in text
+
+
+def test_a_tracker_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(VmlaError, match="tracker 'wandb' is not installed") as caught:
+        run(replace(SHORT, tracker="wandb"))
+    assert caught.value.hint == "pip install wandb"

@@ -6,13 +6,14 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vmla_convert.config import (
     ConvertConfig,
     DataConfig,
+    DMDConfig,
     EvaluateConfig,
     RecoverConfig,
     RuntimeConfig,
@@ -21,8 +22,8 @@ from vmla_convert.config import (
 )
 from vmla_convert.console import out
 from vmla_convert.errors import CheckpointError, ConfigError
-from vmla_convert.show import show_decision, show_inspection, show_outlook
-from vmla_convert.tables import from_dict
+from vmla_convert.show import show_decision, show_inspection, show_kept, show_outlook
+from vmla_convert.tables import from_dict, override
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -319,32 +320,139 @@ def recover(
     converted: Annotated[Path, typer.Argument(help="Folder from 'vmla convert'.")],
     teacher: Teacher,
     folder: OutFolder,
-    steps: Annotated[int, typer.Option(min=1, help="Distillation steps.")] = TrainingConfig.steps,
+    steps: Annotated[
+        int, typer.Option(min=0, help="Of velocity distillation on clips.")
+    ] = TrainingConfig.steps,
     layerwise_steps: Annotated[
-        int, typer.Option(min=0, help="Steps of the layer-wise stage before.")
+        int, typer.Option(min=0, help="Of the layer-wise stage before, for each layer.")
     ] = RecoverConfig.layerwise_steps,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = TrainingConfig.lr,
+    on_policy_steps: Annotated[
+        int, typer.Option(min=0, help="Of distillation on the student's own rollouts, after.")
+    ] = RecoverConfig.on_policy_steps,
+    dmd_steps: Annotated[
+        int,
+        typer.Option(min=0, help="Of distribution matching, last: a third model, for clusters."),
+    ] = DMDConfig.steps,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Peak learning rate. Default: what a probe of the start finds."),
+    ] = TrainingConfig.lr,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Clips per step, over all processes.")
     ] = TrainingConfig.batch_size,
-    data: Data = DataConfig.source,
+    accumulate: Annotated[
+        int, typer.Option(min=1, help="Parts a process divides its clips into; less memory.")
+    ] = TrainingConfig.accumulate,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Clips: 'demo'; a safetensors file of latents and context, or a folder of them; "
+            "'self', samples of the dense model's own; a video file, or a folder of them."
+        ),
+    ] = DataConfig.source,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts of 'self', one a line.", metavar="FILE")
+    ] = None,
+    clips: Annotated[
+        int, typer.Option(min=2, help="How many 'self' samples, once.")
+    ] = DataConfig.clips,
+    frames: Annotated[int, typer.Option(min=1, help="Latent frames of a clip.")] = (
+        DataConfig.frames
+    ),
+    train: Annotated[
+        str,
+        typer.Option(
+            help="new (what the conversion made), attention (queries and output too), all."
+        ),
+    ] = RecoverConfig.train,
+    lora_rank: Annotated[
+        int, typer.Option(min=0, help="Of adapters on what stays frozen; merged at the end.")
+    ] = RecoverConfig.lora_rank,
+    levels: Annotated[
+        str, typer.Option(help="Noise levels: of the sampler, of training, or both.")
+    ] = RecoverConfig.levels,
+    mixed_precision: Annotated[
+        str, typer.Option(help="no, bf16 or fp16; what trains stays float32.")
+    ] = TrainingConfig.mixed_precision,
+    tracker: Annotated[
+        str, typer.Option(help="tensorboard, wandb or trackio; files go to OUT.logs.")
+    ] = TrainingConfig.tracker,
+    offload: Annotated[
+        bool,
+        typer.Option(
+            "--offload",
+            help="Layer-wise stage with one block of the dense model in memory at a time; with "
+            "--steps 0 the whole dense model is never there.",
+        ),
+    ] = RecoverConfig.offload,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Refuse to run with another number of processes.")
+    ] = None,
     seed: Annotated[
         int, typer.Option(help="Of the training noise and the order of the clips.")
     ] = TrainingConfig.seed,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Any other setting: --set training.ema=0.99, training.patience=4, "
+            "training.gradient_checkpointing=true, flow_weight=0.1, rest_lr=0.05.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option(help="Check everything, say what would train and be written, stop.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Recover quality with a short fine-tune against the dense model; resumes if interrupted."""
-    from vmla_convert.pipelines.recover import recover as run
+    """Recover quality with a short fine-tune against the dense model; resumes if interrupted.
+
+    On several GPUs: torchrun --standalone --nproc_per_node 8 -m vmla_convert recover …
+    """
+    from vmla_convert.pipelines.load import read_provenance
+    from vmla_convert.pipelines.prepare import read_prompts
+    from vmla_convert.pipelines.recovery import plan_recovery
+    from vmla_convert.pipelines.recovery import recover as run
+    from vmla_convert.pipelines.training import processes as started
 
     out.json = json
-    training = TrainingConfig(steps=steps, lr=lr, batch_size=batch_size, seed=seed)
-    source = DataConfig(data)
-    config = RecoverConfig(layerwise_steps, training=training, data=source)
-    evaluation = EvaluateConfig(data=DataConfig(data, seed=1))
+    table: dict[str, Any] = {
+        "layerwise_steps": layerwise_steps,
+        "on_policy_steps": on_policy_steps,
+        "train": train,
+        "lora_rank": lora_rank,
+        "levels": levels,
+        "offload": offload,
+        "dmd": {"steps": dmd_steps},
+        "training": {
+            "steps": steps,
+            "lr": lr,
+            "batch_size": batch_size,
+            "accumulate": accumulate,
+            "mixed_precision": mixed_precision,
+            "tracker": tracker,
+            "seed": seed,
+        },
+        "data": {
+            "source": data,
+            "frames": frames,
+            "clips": clips,
+            "prompts": list(read_prompts(prompts)) if prompts else [],
+        },
+    }
+    for change in settings or ():
+        override(table, change)
+    config = from_dict(RecoverConfig, table, "recover")
+    if dry_run:
+        out.data(plan_recovery(converted, teacher, folder, config, processes))
+        return
+    evaluation = EvaluateConfig(data=replace(config.data, seed=1))
     with out.progress() as progress:
-        rows = run(converted, teacher, folder, config, evaluation, progress)
+        rows = run(converted, teacher, folder, config, evaluation, progress, processes)
+    if not started().is_main_process:
+        return
     curve = [row for row in rows if row.metric == "velocity_error"]
     out.table("Recovery", ["step", "velocity_error"], [[row.step, row.value] for row in curve])
+    show_kept(read_provenance(folder)["recovered"])
     out.path("wrote", folder)
 
 
@@ -464,7 +572,7 @@ def evaluate(
     from vmla_convert.layers.dit import check_runtime
     from vmla_convert.pipelines.evaluate import HeldOut, dense_rows
     from vmla_convert.pipelines.load import as_teacher, compute_device, load
-    from vmla_convert.pipelines.recover import check_pair
+    from vmla_convert.pipelines.recovery import check_pair
     from vmla_convert.pipelines.rows import cache_rows, error_rows
 
     out.json = json

@@ -376,22 +376,30 @@ class DataConfig:
     """Where clips come from.
 
     Attributes:
-        source: `demo` for the moving-digits world, or a safetensors file with `latents`
-            (N, F, C, height, width) and `context` (N, text_len, text_dim).
+        source: `demo` for the moving-digits world; a safetensors file, or a folder of them, with
+            `latents` (N, F, C, height, width) and `context` (N, text_len, text_dim); for recovery
+            also `self`, the dense model's own samples, or a video file or a folder of them.
         frames: Latent frames of a clip.
         sink_gap: Largest number of frames skipped after the sink in half of the training clips, so
             that the model meets the jump which a window with a sink makes; 0 for none.
         seed: Of the clips.
+        prompts: Of `self`, one clip after the other; or the one of videos that have none beside
+            them.
+        clips: How many are sampled for `self`.
     """
 
     source: str = "demo"
     frames: int = 10
     sink_gap: int = 0
     seed: int = 0
+    prompts: tuple[str, ...] = ()
+    clips: int = 128
 
     def __post_init__(self) -> None:
         _require(self, 1, "frames")
         _require(self, 0, "sink_gap")
+        # One to train on, and one held out.
+        _require(self, 2, "clips")
 
 
 @dataclass(frozen=True)
@@ -471,49 +479,118 @@ class TrainingConfig:
     Attributes:
         steps: Optimiser steps.
         batch_size: Clips per step over all processes.
+        accumulate: Parts, one after the other, into which each process divides its clips of a step;
+            more take less memory and give the same gradient.
         opening_clips: Further clips per step of one chunk only; a model meets few first chunks in
             long clips, they have no past to lean on, and short clips are cheap.
         optimizer: `muon` (Jordan et al. 2024) trains the matrices by it and the rest by AdamW; it
             needs fewer steps from scratch.
-        lr: Peak learning rate; warmed up over `warmup_steps`, then decayed to zero.
+        lr: Peak learning rate; warmed up over `warmup_steps`, then decayed to zero. None for the
+            one that a probe finds, in recovery.
         ema: Decay of the averaged weights; 0 keeps none.
         context_noise: Largest noise level put on the clean past in half of the clips.
         eval_every: Steps between held-out evaluations.
+        patience: Evaluations without a new best after which training ends early; 0 for never.
         checkpoint_every: Steps between resumable checkpoints.
-        mixed_precision: As accelerate names it.
+        mixed_precision: As accelerate names it; the weights that train are float32 all the same.
+        gradient_checkpointing: Keep the inputs of blocks only, and compute the rest again.
+        tracker: Where curves go besides the rows, as accelerate names it.
         seed: Of noise, data order and dropped context.
     """
 
     steps: int = 100
     batch_size: int = 4
+    accumulate: int = 1
     opening_clips: int = 0
     optimizer: Literal["adamw", "muon"] = "adamw"
-    lr: float = 1e-3
+    lr: float | None = None
     warmup_steps: int = 10
     weight_decay: float = 0.0
     ema: float = 0.0
     context_noise: float = 0.0
     eval_every: int = 25
+    patience: int = 0
     checkpoint_every: int = 25
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(self, 0, "steps", "opening_clips", "warmup_steps")
-        _require(self, 1, "batch_size", "eval_every", "checkpoint_every")
+        _require(self, 0, "steps", "opening_clips", "warmup_steps", "patience")
+        _require(self, 1, "batch_size", "accumulate", "eval_every", "checkpoint_every")
+        if self.lr is not None and self.lr <= 0:
+            raise ConfigError(f"lr {self.lr:g} must be above 0", "leave it out to have it found")
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"ema {self.ema:g} is not between 0 and 1", "0.99 averages 100 steps")
+
+
+@dataclass(frozen=True)
+class DMDConfig:
+    """Distribution matching, the heavy stage for clusters (DMD2, Self-Forcing).
+
+    Attributes:
+        steps: Steps of the student; 0 leaves the stage out.
+        critic_steps: Steps of the critic for each of them.
+        critic_lr: Its learning rate.
+    """
+
+    steps: int = 0
+    critic_steps: int = 5
+    critic_lr: float = 1e-4
+
+    def __post_init__(self) -> None:
+        _require(self, 0, "steps")
+        _require(self, 1, "critic_steps")
 
 
 @dataclass(frozen=True)
 class RecoverConfig:
-    """The recover stage: layer-wise regression, then velocity distillation (METHOD 9)."""
+    """The recover stage (METHOD 9): layer by layer, velocity distillation, on its own rollouts.
+
+    Attributes:
+        layerwise_steps: Steps for each layer on the dense model's own inputs; 0 leaves it out.
+        layerwise_lr: Their peak learning rate.
+        on_policy_steps: Steps, after `training.steps` of distillation, on what the student itself
+            rolled out.
+        levels: Noise levels to distil at: the sampler's own few, those of pretraining, or half of
+            the chunks at each.
+        flow_weight: Of the flow-matching loss on the clips, beside the teacher's.
+        train: `new` trains what the conversion made; `attention` also queries and output of the
+            self-attention; `all` everything.
+        rest_lr: Learning rate of what is not new, over that of what is.
+        lora_rank: Of adapters on all matrices that otherwise stay frozen, merged at the end; 0 for
+            none.
+        offload: Read source and conversion block by block in the layer-wise stage.
+        training: The loop of the later stages.
+        dmd: The last stage, off by default.
+        data: Clips.
+    """
 
     layerwise_steps: int = 40
     layerwise_lr: float = 1e-3
+    on_policy_steps: int = 0
+    levels: Literal["both", "sampler", "training"] = "both"
+    flow_weight: float = 0.0
+    train: Literal["new", "attention", "all"] = "new"
+    rest_lr: float = 0.1
+    lora_rank: int = 0
+    offload: bool = False
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    dmd: DMDConfig = field(default_factory=DMDConfig)
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
-        _require(self, 0, "layerwise_steps")
+        _require(self, 0, "layerwise_steps", "on_policy_steps", "lora_rank")
+        for name in ("flow_weight", "rest_lr"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} {getattr(self, name):g} must be at least 0")
+        if self.lora_rank and self.train == "all":
+            raise ConfigError("train 'all' leaves nothing for lora_rank", "use one of them")
+        if self.dmd.steps and self.training.mixed_precision == "fp16":
+            raise ConfigError(
+                "the critic of dmd does not train in fp16", "use mixed_precision 'bf16'"
+            )
 
 
 @dataclass(frozen=True)
@@ -564,6 +641,7 @@ class SweepConfig:
 
     Attributes:
         inits: Names of `vmla_convert.maths.factor.INITS`.
+        layers: Whole layers; where there are none, every combination of the next four.
         current_chunks, positions, latents, k_norms: Values of `LayerConfig`'s fields; a layer that
             cannot be (rebuilt norm, decoupled positions) is left out.
         cuts: Cache sizes as shares of the dense cache to save.
@@ -575,6 +653,7 @@ class SweepConfig:
     """
 
     inits: tuple[str, ...] = ("random", "spectral", "calibrated")
+    layers: tuple[LayerConfig, ...] = ()
     current_chunks: tuple[Literal["dense", "latent"], ...] = ("dense",)
     positions: tuple[Literal["decoupled", "reconstructed"], ...] = ("reconstructed",)
     latents: tuple[Literal["joint", "split"], ...] = ("joint",)
@@ -585,8 +664,10 @@ class SweepConfig:
     seeds: tuple[int, ...] = (0,)
     recover: bool = True
 
-    def layers(self) -> list[LayerConfig]:
+    def every_layer(self) -> list[LayerConfig]:
         """Every layer of the grid that can be."""
+        if self.layers:
+            return list(self.layers)
         axes = itertools.product(self.current_chunks, self.positions, self.latents, self.k_norms)
         return [
             LayerConfig(chunk, positions, latent, norm)

@@ -65,8 +65,12 @@ class Recipe:
     report: ReportConfig | None = None
 
     def stages(self) -> list[str]:
-        """Names of the stages that will run, in order."""
-        return [stage for stage in STAGES if getattr(self, stage) is not None]
+        """Names of the stages that will run, in order.
+
+        Beside a sweep, a `recover` without `convert` says how its points are recovered, no more.
+        """
+        told = {"recover"} if self.sweep is not None and self.convert is None else set[str]()
+        return [s for s in STAGES if getattr(self, s) is not None and s not in told]
 
 
 def available_recipes() -> dict[str, Path]:
@@ -264,7 +268,7 @@ def _run_convert(recipe: Recipe, out: Path, progress: Progress) -> None:
 
 
 def _run_recover(recipe: Recipe, out: Path, progress: Progress) -> None:
-    from vmla_convert.pipelines.recover import recover
+    from vmla_convert.pipelines.recovery import recover
     from vmla_convert.results import append_rows
 
     assert recipe.recover is not None

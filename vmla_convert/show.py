@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vmla_convert.console import out
 
@@ -20,6 +20,14 @@ def show_decision(rows_file: Path) -> None:
     header, *rows = decisive_table(read_rows(rows_file))
     if rows:
         out.table("What each setting costs and loses", header, rows)
+
+
+def show_kept(recovered: dict[str, Any]) -> None:
+    """Print which step of each stage of a recovery was kept."""
+    kept: dict[str, int] = recovered["kept_steps"]
+    out.data({"kept steps": kept, "learning rate": recovered["learning_rate"]})
+    if not any(kept.values()):
+        out.say("no stage measured better than its start: the weights are those of the conversion")
 
 
 def show_outlook(outlook: Outlook) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -71,7 +72,7 @@ class WanRMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., d)."""
-        normed = F.rms_norm(x.float(), self.normalized_shape, eps=self.eps)
+        normed = F.rms_norm(in_float32(x), self.normalized_shape, eps=self.eps)
         return normed.to(x.dtype) * self.weight
 
 
@@ -132,6 +133,11 @@ class CrossAttention(nn.Module):
             prompt = self.read_prompt(prompt)
         q, k, v = (split_heads(part, self.num_heads) for part in (self.norm_q(self.q(x)), *prompt))
         return self.o(attend(q, k, v).flatten(2))
+
+
+def in_float32(x: Tensor) -> Tensor:
+    """The same in float32, or wider where it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vmla_convert.config import CachePolicy, ModelConfig, RuntimeConfig
 from vmla_convert.errors import ConfigError
@@ -78,6 +80,10 @@ class Block(nn.Module):
         """What the self-attention reads: x (B, L, d) normed and modulated by time (B, F, 6, d)."""
         shift, scale, *_ = (self.modulation + time).unbind(2)
         return modulate(x, shift, scale, self.eps)
+
+    def attention_gate(self, time: Tensor) -> Tensor:
+        """What the self-attention's output is multiplied by, (B, F, d); time as `forward`."""
+        return (self.modulation + time)[:, :, 2]
 
     def after_attention(
         self, x: Tensor, y: Tensor, time: Tensor, prompt: Tensor | Entries
@@ -298,6 +304,11 @@ class CausalWanModel(nn.Module):
         _, rows, columns = self.config.geometry.patch_size
         height, width = latents.shape[-2] // rows, latents.shape[-1] // columns
         return grid_table(frames, height, width, self.config.geometry.head_dim, latents.device)
+
+    def checkpoint_blocks(self) -> None:
+        """Keep only the inputs of blocks for the backward pass, and compute the rest again."""
+        for block in self._blocks():
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
     def unpatchify(self, patches: Tensor, latents: Tensor) -> Tensor:
         """Patches (B, L, pt·ph·pw·C) to latents of the same shape as `latents`."""

@@ -30,6 +30,7 @@ from vmla_convert.layers.attention import (
     Sight,
     WanRMSNorm,
     attend,
+    in_float32,
     split_heads,
 )
 from vmla_convert.layers.backends import Backend, faster_way
@@ -359,17 +360,17 @@ class LatentSelfAttention(nn.Module):
         if self.k_norm == "stored":
             return entries[-1]
         if self.k_norm == "latent":
-            root = self.k_norm_latent(torch.cat(entries, -1)).float()
+            root = in_float32(self.k_norm_latent(torch.cat(entries, -1)))
             square = root.square().sum(-1, keepdim=True)
         else:
-            keys = (self._raw_keys(entries[0], heads).float() for heads in tiles)
+            keys = (in_float32(self._raw_keys(entries[0], heads)) for heads in tiles)
             squares = torch.stack([part.square().sum((-1, -2)) for part in keys]).sum(0)
             square = squares[..., None] / self.o.in_features
         return torch.rsqrt(square + self.k_norm_floor + self.eps)
 
     def _norm(self, raw_key: Tensor) -> Tensor:
-        """1/rho (B, L, 1) of a raw key (B, L, d), float32: its error would scale the whole key."""
-        return torch.rsqrt(raw_key.float().square().mean(-1, keepdim=True) + self.eps)
+        """1/rho (B, L, 1) of a raw key (B, L, d); not narrow, its error scales the whole key."""
+        return torch.rsqrt(in_float32(raw_key).square().mean(-1, keepdim=True) + self.eps)
 
     def _selected(self, rotary: Rotary) -> Rotary:
         pairs = torch.tensor(self.rope_pairs, dtype=torch.long, device=rotary.table.device)

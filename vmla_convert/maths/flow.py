@@ -44,3 +44,11 @@ def sample_training_sigma(
     """One logit-normal sigma per chunk, (B, chunks · chunk_frames), leaning to the noisy side."""
     normal = torch.randn(batch, chunks, generator=generator)
     return torch.sigmoid(1.2 * normal + 0.3).repeat_interleave(chunk_frames, dim=1)
+
+
+def sample_sigma_of(
+    sigmas: Tensor, batch: int, chunks: int, chunk_frames: int, generator: torch.Generator
+) -> Tensor:
+    """One of the given sigmas (n,) per chunk, (B, chunks · chunk_frames)."""
+    picks = torch.randint(len(sigmas), (batch, chunks), generator=generator)
+    return sigmas[picks].repeat_interleave(chunk_frames, dim=1)

@@ -34,7 +34,7 @@ class Rotary(NamedTuple):
 
     def scaled(self, scale: Tensor) -> Rotary:
         """Turns that also multiply each token by its own scale (B, L, 1)."""
-        return Rotary(self.table * scale[..., None].float())
+        return Rotary(self.table * scale[..., None])
 
     def turns(self) -> Tensor:
         """exp(i·angle) of every pair at every token, (L, pairs) complex."""

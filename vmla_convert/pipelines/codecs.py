@@ -17,6 +17,9 @@ from vmla_convert.errors import ConfigError, VmlaError
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
+_GENERATE_HINT = (
+    "generate runs the demo and its conversions: vmla generate demo --prompt 7 -o clip.mp4"
+)
 _CONVERT_HINT = (
     "convert takes --no-calibration, or --data FILE.safetensors with latents and context"
 )
@@ -28,7 +31,12 @@ class DemoCodec:
     A prompt names one digit, as a numeral or a word, and becomes a context with one entry that is
     not 0. A latent frame is the frame itself with 2x2 pixels folded into channels, so Wan's
     (1, 2, 2) patch applies.
+
+    Attributes:
+        default_prompts: What a model of this codec is asked for when nobody names a prompt.
     """
+
+    default_prompts = tuple("0123456789")
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """Contexts (B, 1, 10) of the digits that the prompts name, as of `encode_labels`.
@@ -46,6 +54,11 @@ class DemoCodec:
         classes = len(DIGIT_WORDS)
         return classes**0.5 * F.one_hot(labels, classes).float()[:, None]
 
+    def pixel_shape(self, frames: int, latent_size: tuple[int, int]) -> tuple[int, int, int]:
+        """Frames, height and width of the pixels that become latents of this many and this size."""
+        height, width = latent_size
+        return frames, 2 * height, 2 * width
+
     def encode(self, video: Tensor) -> Tensor:
         """Pixels (B, F, 3, H, W) to latents (B, F, 12, H/2, W/2)."""
         return F.pixel_unshuffle(video, 2)
@@ -55,17 +68,22 @@ class DemoCodec:
         return F.pixel_shuffle(latents, 2)
 
 
-def open_codec(config: ModelConfig) -> DemoCodec:
+def open_codec(
+    config: ModelConfig,
+    purpose: str = "running this checkpoint",
+    hint: str = _GENERATE_HINT,
+) -> DemoCodec:
     """The codec a model names.
+
+    Args:
+        config: Of the model.
+        purpose: What was to be done, as the subject of a sentence.
+        hint: What can be done without; by default, what can be generated.
 
     Raises:
         ConfigError: It needs components that this version does not load yet.
     """
-    require_demo_codec(
-        config,
-        "running this checkpoint",
-        "generate runs the demo and its conversions: vmla generate demo --prompt 7 -o clip.mp4",
-    )
+    require_demo_codec(config, purpose, hint)
     return DemoCodec()
 
 

@@ -6,7 +6,6 @@ the first byte is written.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import resource
@@ -31,7 +30,7 @@ from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.factor import DATA_INITS, assume_evidence
 from vmla_convert.pipelines.calibrate import calibrate, check_clips, deployed_phases
 from vmla_convert.pipelines.codecs import require_demo_codec
-from vmla_convert.pipelines.data import ClipSource, open_clips
+from vmla_convert.pipelines.data import ClipSource, hash_files, latent_files, open_clips
 from vmla_convert.pipelines.factoring import (
     Branch,
     branch_from,
@@ -427,11 +426,10 @@ def _origin(source: Source, checkpoint: OpenCheckpoint, progress: Progress) -> d
 
 
 def _clips(config: ConvertConfig) -> str | None:
-    """SHA-256 of the clips that are measured, where they are a file."""
+    """SHA-256 of the clips that are measured, where they are files."""
     if not measures(config) or config.data.source == "demo":
         return None
-    with Path(config.data.source).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hash_files(latent_files(Path(config.data.source)))
 
 
 def is_begun(out: Path) -> bool:

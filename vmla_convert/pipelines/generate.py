@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,9 +82,9 @@ def generate(
             current = _read(model, contexts.pop(0))
             recache(model, list(past), current, cache, due[-1].keep_sink)
         generator = seeded(seed, index, "rollout")
-        noise = torch.randn(shape, generator=generator).to(weight)
+        draw = partial(torch.randn, shape, generator=generator)
         cache.open_chunk(config.chunk_frames)
-        chunk = sample_chunk(model, noise, current, cache, generator)
+        chunk = sample_chunk(model, draw().to(weight), current, cache, draw)
         past.append(chunk)
         yield chunk[:, : frames - start]
 

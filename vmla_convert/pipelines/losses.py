@@ -13,8 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from vmla_convert.config import ModelConfig, RuntimeConfig
+from vmla_convert.layers.attention import in_float32
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.maths.flow import interpolate, per_frame, sample_training_sigma
+from vmla_convert.maths.flow import (
+    interpolate,
+    per_frame,
+    sample_sigma_of,
+    sample_training_sigma,
+)
 from vmla_convert.maths.masks import Visibility, teacher_forcing_mask
 from vmla_convert.pipelines.data import Batch
 
@@ -42,8 +48,24 @@ class Example(NamedTuple):
 Loss = Callable[[nn.Module, Example], Tensor]
 
 
+class Levels(NamedTuple):
+    """Noise levels of a sampler, to be mixed with those of pretraining.
+
+    Attributes:
+        sigmas: The sampler's, (n,), its final 0 left out.
+        share: Of the chunks that get one of them.
+    """
+
+    sigmas: Tensor
+    share: float
+
+
 def make_example(
-    batch: Batch, chunk_frames: int, generator: torch.Generator, context_noise: float = 0.0
+    batch: Batch,
+    chunk_frames: int,
+    generator: torch.Generator,
+    context_noise: float = 0.0,
+    levels: Levels | None = None,
 ) -> Example:
     """Put noise on a batch of clips.
 
@@ -53,12 +75,17 @@ def make_example(
         generator: Decides all noise.
         context_noise: Largest level of light noise on the past, in half of the clips; it makes a
             model robust to its own small errors in a rollout.
+        levels: Noise levels to mix in; those of pretraining alone by default.
     """
     clean, context = batch
     # A clip that ends within a chunk loses its last frames.
     frames = clean.shape[1] // chunk_frames * chunk_frames
     size, clean = len(clean), clean[:, :frames]
     sigma = sample_training_sigma(size, frames // chunk_frames, chunk_frames, generator)
+    if levels is not None:
+        few = sample_sigma_of(levels.sigmas, size, frames // chunk_frames, chunk_frames, generator)
+        mixed = torch.rand(size, frames // chunk_frames, generator=generator) < levels.share
+        sigma = torch.where(mixed.repeat_interleave(chunk_frames, dim=1), few, sigma)
     noise = torch.randn(clean.shape, generator=generator)
     past = clean
     if context_noise:
@@ -92,9 +119,9 @@ def predicted_velocity(model: nn.Module, config: ModelConfig, example: Example) 
     if frames == config.chunk_frames:
         # A single chunk has no past to read.
         positions = torch.arange(frames, device=latents.device)
-        return model(latents[:, frames:], timestep[:, frames:], context, positions).float()
+        return in_float32(model(latents[:, frames:], timestep[:, frames:], context, positions))
     positions, mask = teacher_forcing_inputs(config, example)
-    return model(latents, timestep, context, positions, mask)[:, frames:].float()
+    return in_float32(model(latents, timestep, context, positions, mask)[:, frames:])
 
 
 @torch.no_grad()
@@ -128,12 +155,21 @@ def flow_matching(config: ModelConfig) -> Loss:
     return loss
 
 
-def velocity_distillation(teacher: CausalWanModel) -> Loss:
-    """Mean squared error against the dense model's velocity (METHOD 9, stage 2)."""
+def velocity_distillation(teacher: CausalWanModel, flow_weight: float = 0.0) -> Loss:
+    """Mean squared error against the dense model's velocity (METHOD 9, stage 2).
+
+    Args:
+        teacher: The dense model.
+        flow_weight: Of the error against the true velocity, which is added.
+    """
 
     def loss(model: nn.Module, example: Example) -> Tensor:
         with torch.no_grad():
             target = predicted_velocity(teacher.to(example.latents.device), teacher.config, example)
-        return (predicted_velocity(model, teacher.config, example) - target).square().mean()
+        velocity = predicted_velocity(model, teacher.config, example)
+        distance = (velocity - target).square().mean()
+        if not flow_weight:
+            return distance
+        return distance + flow_weight * (velocity - example.velocity).square().mean()
 
     return loss

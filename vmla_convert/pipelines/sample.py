@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,13 +14,21 @@ from vmla_convert.layers.dit import CausalWanModel, Prompt
 from vmla_convert.maths.flow import TRAIN_TIMESTEPS, interpolate, predict_clean, sampler_sigmas
 
 
+class State(NamedTuple):
+    """A chunk on its way, (B, F, C, height, width), and its sigma ()."""
+
+    latents: Tensor
+    sigma: Tensor
+
+
 @torch.no_grad()
 def sample_chunk(
     model: CausalWanModel,
     noise: Tensor,
     prompt: Prompt,
     cache: KVCache,
-    generator: torch.Generator,
+    draw: Callable[[], Tensor],
+    visit: Callable[[State], None] | None = None,
 ) -> Tensor:
     """Denoise the cache's open chunk, then write it to the cache clean.
 
@@ -28,7 +38,8 @@ def sample_chunk(
         prompt: From `model.read_prompt`.
         cache: With the chunk opened; it holds the clean chunk at the end (Self-Forcing, causal
             inference).
-        generator: Of fresh noise, for samplers that add it.
+        draw: Fresh noise as `noise`, for samplers that add it.
+        visit: Called with every state before it is denoised.
 
     Returns:
         The clean latents, shaped as `noise`.
@@ -39,11 +50,12 @@ def sample_chunk(
     ones = noise.new_ones(batch, frames)
     x = noise
     for sigma, following in pairwise(sigmas):
+        if visit is not None:
+            visit(State(x, sigma))
         velocity = model.stream(x, ones * sigma * TRAIN_TIMESTEPS, prompt, cache, keep=False)
         clean = predict_clean(x, velocity, ones * sigma)
         if sampler.renoise:
-            fresh = torch.randn(noise.shape, generator=generator).to(noise)
-            x = interpolate(clean, fresh, ones * following)
+            x = interpolate(clean, draw().to(noise), ones * following)
         else:
             x = x + (following - sigma) * velocity
     model.stream(x, torch.zeros_like(ones), prompt, cache)

@@ -78,7 +78,7 @@ class FolderShelf:
             not self._told.is_file() or self._told.read_text() != self._identity
         ):
             raise OutputError(
-                f"{folder} is in the way: it holds other files, or another calibration",
+                f"{folder} is in the way: it holds other files, or work of other settings",
                 "go on with the settings it was begun with, or remove it",
             )
 

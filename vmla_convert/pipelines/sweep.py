@@ -33,7 +33,7 @@ from vmla_convert.pipelines.evaluate import (
 )
 from vmla_convert.pipelines.factoring import convert_model, layer_evidence, layer_weights
 from vmla_convert.pipelines.plan import check_sizes, uniform_plan
-from vmla_convert.pipelines.recover import recover_model
+from vmla_convert.pipelines.recovery.stages import recover_model
 from vmla_convert.pipelines.rows import Errors, cache_rows, error_rows, row_fields, run_name
 from vmla_convert.progress import Progress, Silent
 from vmla_convert.results import Row, append_rows, read_rows
@@ -93,7 +93,7 @@ def grid(config: SweepConfig, shared: ConvertConfig) -> list[ConvertConfig]:
     bare = replace(shared, cache_scalars=None, cut=None, plan=None)
     bare = replace(bare, kv_lora_rank=None, qk_rope_head_dim=None)
     points: list[ConvertConfig] = []
-    for size, layer, init, seed in product(sizes, config.layers(), config.inits, config.seeds):
+    for size, layer, init, seed in product(sizes, config.every_layer(), config.inits, config.seeds):
         ranks = shared.ranks if init == "calibrated" else None
         point = replace(bare, init=init, layer=layer, seed=seed, ranks=ranks, **size)
         if layer.positions == "reconstructed":
@@ -152,8 +152,10 @@ def measure_point(
     started = perf_counter()
     training = replace(recover_config.training, seed=point.seed)
     recover_config = replace(recover_config, training=training)
-    recover_model(student, teacher, recover_config, held_out, on_step, progress=progress)
+    how = recover_model(student, teacher, recover_config, held_out, on_step, progress=progress)
     rows.append(Row("recover_seconds", perf_counter() - started, "s", **fields))
+    if how.learning_rate is not None:
+        rows.append(Row("learning_rate", how.learning_rate, "per step", **fields))
     return rows
 
 

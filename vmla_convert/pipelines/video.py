@@ -1,18 +1,20 @@
-"""Pixels to files: a clip as mp4, several as one contact sheet, two joined side by side."""
+"""Pixels to files, and back: a clip as mp4, several as one contact sheet, two side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vmla_convert.errors import MissingExtraError, OutputError
+from vmla_convert.errors import ConfigError, MissingExtraError, OutputError
 
 if TYPE_CHECKING:
+    from av.container import InputContainer
     from PIL.ImageDraw import ImageDraw
     from PIL.ImageFont import FreeTypeFont, ImageFont
 
@@ -50,6 +52,41 @@ def write_mp4(path: Path, video: Tensor, fps: int = 8, scale: int = 8) -> None:
         for frame in pixels.numpy():
             file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         file.mux(stream.encode())
+
+
+def read_frames(path: Path) -> Iterator[Tensor]:
+    """Decode a video: every frame (3, H, W) in −1 … 1, upright, one after the other.
+
+    Raises:
+        MissingExtraError: PyAV is not installed.
+        ConfigError: The file is no video, or is damaged.
+    """
+    with _playable(path) as file:
+        for frame in file.decode(video=0):
+            pixels = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
+            # Phones store how they were held, and pixels as the sensor lies.
+            yield torch.rot90(pixels, frame.rotation // 90, (1, 2)).float() / 127.5 - 1
+
+
+def check_playable(path: Path) -> None:
+    """Open a video without decoding it.
+
+    Raises:
+        MissingExtraError: PyAV is not installed.
+        ConfigError: The file is no video, or is damaged so that it shows at once.
+    """
+    with _playable(path):
+        pass
+
+
+def fit_frame(frame: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize a frame (3, H, W) until it just covers `size`, and cut out the centre (3, *size)."""
+    sides = frame.shape[1:]
+    scale = max(wanted / side for wanted, side in zip(size, sides, strict=True))
+    covering = [max(w, round(scale * s)) for w, s in zip(size, sides, strict=True)]
+    resized = F.interpolate(frame[None], covering, mode="bilinear", antialias=True)[0]
+    top, left = ((c - w) // 2 for c, w in zip(covering, size, strict=True))
+    return resized[:, top : top + size[0], left : left + size[1]]
 
 
 def contact_sheet(
@@ -165,6 +202,24 @@ def _pad_to_even(pixels: Tensor) -> Tensor:
     height, width = pixels.shape[1:3]
     pixels = torch.cat([pixels, pixels[:, height - height % 2 :]], dim=1)
     return torch.cat([pixels, pixels[:, :, width - width % 2 :]], dim=2)
+
+
+@contextmanager
+def _playable(path: Path) -> Iterator[InputContainer]:
+    """A file that holds a video, open."""
+    try:
+        import av
+        from av.error import FFmpegError
+    except ImportError as error:
+        raise MissingExtraError("video files", "video") from error
+    hint = "remove it, or encode it again"
+    try:
+        with av.open(str(path)) as file:
+            if not file.streams.video:
+                raise ConfigError(f"{path} holds no video", hint)
+            yield file
+    except FFmpegError as error:
+        raise ConfigError(f"{path} cannot be played: {error.strerror}", hint) from error
 
 
 @contextmanager

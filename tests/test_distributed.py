@@ -1,0 +1,87 @@
+"""Two processes over gloo do what one does with the whole batch, or are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from checkpoints import CLIPS, RECOVER, Vmla, refused
+from safetensors.torch import load_file
+from sharded_step import one_step
+
+from vmla_convert.pipelines.load import load
+from vmla_convert.pipelines.recovery.trained import new_names, unfreeze
+
+pytest_plugins = ["checkpoints"]
+
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+HOW = [
+    *("--steps", RECOVER.training.steps, "--on-policy-steps", 2, "--layerwise-steps", 2),
+    *("--batch-size", 4, "--lr", 1e-3, "--frames", CLIPS.frames, "--set", "training.eval_every=2"),
+]
+
+
+def launched(*command: object) -> subprocess.CompletedProcess[str]:
+    """Run a module in processes of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, command)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+        env=environment,
+        timeout=300,
+    )
+
+
+def test_two_processes_recover_as_one_does_with_the_whole_batch(
+    teacher: Path, converted: Path, tmp_path: Path, vmla: Vmla
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    command = ["recover", converted, "--teacher", teacher, *HOW]
+    assert vmla(*map(str, command), "-o", one).code == 0
+    ran = launched(*TORCHRUN, "-m", "vmla_convert", *command, "-o", two, "--processes", 2)
+    assert ran.returncode == 0, ran.stderr
+    # One speaks for both.
+    assert ran.stdout.count("wrote: ") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
+    before, alone, shared = (load_file(f / "model.safetensors") for f in (converted, one, two))
+    new = new_names(load(converted))
+    for name in new:
+        moved = (alone[name] - before[name]).abs().max()
+        assert (alone[name] - shared[name]).abs().max() < 0.05 * moved, name
+    assert all(torch.equal(shared[name], before[name]) for name in before.keys() - new)
+    records = [json.loads((f / "conversion.json").read_text()) for f in (one, two)]
+    assert records[0] == records[1]
+
+
+def test_a_wrong_number_of_processes_is_refused(
+    teacher: Path, converted: Path, tmp_path: Path, vmla: Vmla
+) -> None:
+    command = ["recover", converted, "--teacher", teacher, "-o", tmp_path / "out"]
+    ran = vmla(*command, "--processes", "2")
+    assert refused(ran)
+    assert "2 processes were asked for, and 1 started" in ran.err
+    assert "torchrun --standalone --nproc_per_node 2" in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sharded_student_steps_as_a_whole_one(
+    teacher: Path, converted: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "sharded.safetensors"
+    ran = launched(*TORCHRUN, "sharded_step.py", converted, teacher, out)
+    assert ran.returncode == 0, ran.stderr
+    student, before = load(converted), load(converted).state_dict()
+    unfreeze(student, "all")
+    one_step(student, load(teacher), 0, 1)
+    sharded = load_file(out)
+    for name, tensor in student.state_dict().items():
+        torch.testing.assert_close(sharded[name], tensor, atol=1e-6, rtol=1e-5)
+    moved = [n for n, t in sharded.items() if not torch.equal(t, before[n])]
+    assert len(moved) > len(before) / 2

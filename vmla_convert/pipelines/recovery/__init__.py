@@ -1,0 +1,316 @@
+"""Recover quality after a conversion, stage by stage (METHOD 9).
+
+Layer by layer each converted layer learns its dense layer's output; then the whole student learns
+the dense model's velocity, first on clips, then on what it rolled out itself. Stages need clips, or
+prompts only, and the dense model. No stage ends worse than it began: the weights that measured best
+on held-out clips are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from vmla_convert.checkpoint.families import OpenCheckpoint, converted_config
+from vmla_convert.checkpoint.writer import write_checkpoint
+from vmla_convert.config import EvaluateConfig, ModelConfig, RecoverConfig
+from vmla_convert.errors import CheckpointError, OutputError, VmlaError
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.pipelines.data import open_clips, source_kind
+from vmla_convert.pipelines.evaluate import HeldOut, dense_rows
+from vmla_convert.pipelines.load import (
+    CONVERSION_NAME,
+    Source,
+    as_teacher,
+    build,
+    build_shell,
+    compute_device,
+    open_named,
+    read_block,
+    read_provenance,
+)
+from vmla_convert.pipelines.prepare import prepare_clips
+from vmla_convert.pipelines.publish import model_card
+from vmla_convert.pipelines.recovery.stages import (
+    LAYERWISE,
+    Folders,
+    Recovered,
+    fit_layers,
+    later_steps,
+    recover_model,
+    stage_steps,
+)
+from vmla_convert.pipelines.recovery.trained import add_adapters, unfreeze
+from vmla_convert.pipelines.rows import Errors, cache_rows, error_rows, row_fields
+from vmla_convert.pipelines.training import check_shares, processes
+from vmla_convert.progress import Progress, Silent
+from vmla_convert.results import Row, append_rows, read_rows
+from vmla_convert.tables import to_dict
+
+
+def recover(
+    converted: str | Path,
+    teacher: Source,
+    out: Path,
+    config: RecoverConfig | None = None,
+    evaluation: EvaluateConfig | None = None,
+    progress: Progress | None = None,
+    world: int | None = None,
+) -> list[Row]:
+    """Recover a converted folder and write the result as a new one.
+
+    An interrupted run leaves `<out>.state/` and goes on from there when it is started again. All
+    processes that were started together do it together; only the first writes and draws.
+
+    Args:
+        converted: Folder from `convert`.
+        teacher: The dense checkpoint that it came from.
+        out: Folder to write; appears whole or not at all.
+        config: Steps, learning rates and data.
+        evaluation: Held-out clips that the curve is measured on.
+        progress: Where to draw.
+        world: Processes that must have been started; any number by default.
+
+    Returns:
+        The recovery curve as rows.
+
+    Raises:
+        CheckpointError: `converted` is not converted, `teacher` is, or they do not fit.
+        ConfigError: Clips or batch do not fit.
+        OutputError: `out` is taken, or an unfinished run there had other settings or inputs.
+        VmlaError: Another number of processes was started.
+    """
+    config, evaluation = config or RecoverConfig(), evaluation or EvaluateConfig()
+    processes = _processes(world)
+    progress = progress if progress and processes.is_main_process else Silent()
+    source, dense = _opened(converted, teacher, out)
+    run = _Run(source, dense, out, config, evaluation, progress, processes)
+    rows = run.rows(read_provenance(converted))
+    processes.wait_for_everyone()
+    return rows
+
+
+def plan_recovery(
+    converted: str | Path,
+    teacher: Source,
+    out: Path,
+    config: RecoverConfig,
+    world: int | None = None,
+) -> dict[str, Any]:
+    """What `recover` would do with the same arguments, JSON-able; nothing is written.
+
+    Raises:
+        VmlaError: What `recover` would raise before any work.
+    """
+    processes = _processes(world)
+    source, dense = _opened(converted, teacher, out)
+    kind = source_kind(config.data.source)
+    clips = open_clips(config.data).record() if kind in ("demo", "latents") else kind
+    check_shares(config.training, processes.num_processes)
+    with torch.device("meta"):
+        student = CausalWanModel(source.config).requires_grad_(False)
+    unfreeze(student, config.train)
+    if config.lora_rank:
+        add_adapters(student, config.lora_rank, config.train)
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    return {
+        "teacher": str(dense.source.path),
+        "steps": stage_steps(config),
+        "trains": trained,
+        "of": sum(p.numel() for p in student.parameters()),
+        "processes": processes.num_processes,
+        "clips": clips,
+        "would write": str(out),
+        "bytes": sum(spec.nbytes for spec in source.specs().values()),
+    }
+
+
+def check_pair(student: CausalWanModel, teacher: CausalWanModel) -> None:
+    """Refuse a teacher that cannot be the student's source.
+
+    Raises:
+        CheckpointError: The teacher is converted, or of another geometry.
+    """
+    check_configs(student.config, teacher.config)
+
+
+def check_configs(student: ModelConfig, teacher: ModelConfig) -> None:
+    """As `check_pair`, before anything is read.
+
+    Raises:
+        CheckpointError: See there.
+    """
+    if teacher.mla is not None:
+        raise CheckpointError(
+            "the teacher is a converted checkpoint", "give the dense one: --teacher CKPT"
+        )
+    if teacher.geometry != student.geometry:
+        raise CheckpointError(
+            "the teacher's geometry is not that of the converted checkpoint",
+            "give the dense checkpoint that it was converted from: --teacher CKPT",
+        )
+
+
+class _Run:
+    """A recovery of a folder."""
+
+    def __init__(
+        self,
+        source: OpenCheckpoint,
+        dense: OpenCheckpoint,
+        out: Path,
+        config: RecoverConfig,
+        evaluation: EvaluateConfig,
+        progress: Progress,
+        processes: PartialState,
+    ) -> None:
+        self.source, self.dense, self.out = source, dense, out
+        self.asked, self.config, self.evaluation = config, config, evaluation
+        self.progress, self.processes, self.device = progress, processes, compute_device()
+        state, logs, self.clips = (
+            out.with_name(f"{out.name}.{kind}") for kind in ("state", "logs", "clips")
+        )
+        self.folders = Folders(state, logs)
+
+    def rows(self, provenance: dict[str, Any]) -> list[Row]:
+        """Recover, write, and return the curve."""
+        started = perf_counter()
+        with self.processes.main_process_first():
+            self._claim_state(provenance)
+        self._prepare_clips(provenance)
+        rows, student, recovered = self._recovered()
+        seconds, fields = perf_counter() - started, row_fields(student.config)
+        rows.append(Row("recover_seconds", seconds, "s", **fields))
+        if recovered.learning_rate is not None:
+            rows.append(Row("learning_rate", recovered.learning_rate, "per step", **fields))
+        if not self.processes.is_main_process:
+            return rows
+        self._write(student, provenance, recovered)
+        return rows + _finish_state(self.folders.state)
+
+    def _recovered(self) -> tuple[list[Row], CausalWanModel, Recovered]:
+        """All stages, with no more of both models in memory at a time than each needs."""
+        config, student = self.config, build(self.source, self.device)
+        if config.offload and config.layerwise_steps:
+            shell = build_shell(self.dense, self.device)
+            blocks = partial(read_block, self.dense, device=self.device)
+            fit_layers(student, shell, blocks, config, self.folders, self.progress)
+            if not later_steps(config):
+                recovered = Recovered({LAYERWISE: config.layerwise_steps}, None)
+                return cache_rows(student.config), student, recovered
+            # What was fitted waits on its shelf; errors before it are still to be measured.
+            student = build(self.source, self.device)
+        dense = build(self.dense, self.device)
+        held_out = HeldOut(dense, self.evaluation)
+        rows = [*dense_rows(dense, held_out), *cache_rows(student.config)]
+        curve = _curve(self.folders.state)
+
+        def on_step(step: int, errors: Errors) -> None:
+            append_rows(curve, error_rows(errors, student.config, step))
+
+        recovered = recover_model(
+            student, dense, config, held_out, on_step, self.folders, self.progress
+        )
+        return rows, student, recovered
+
+    def _prepare_clips(self, provenance: dict[str, Any]) -> None:
+        """From here on clips are latents, made now where they have to be."""
+        data, evaluated = self.config.data, self.evaluation.data
+        if source_kind(data.source) in ("demo", "latents"):
+            return
+        dense, origin = build(self.dense, self.device), provenance.get("source")
+        with self.processes.main_process_first():
+            made = prepare_clips(data, dense, self.clips, origin, self.progress)
+        self.config = replace(self.config, data=made)
+        if evaluated.source == data.source:
+            held_out = replace(evaluated, source=made.source)
+            self.evaluation = replace(self.evaluation, data=held_out)
+
+    def _claim_state(self, provenance: dict[str, Any]) -> None:
+        """Take a new folder for state, or one that a run of the same settings left unfinished."""
+        state = self.folders.state
+        settings = {"recover": to_dict(self.asked), "converted": provenance}
+        file = state / "settings.json"
+        if file.exists() and json.loads(file.read_text()) != settings:
+            raise OutputError(
+                f"{state} holds an unfinished recovery with other settings",
+                f"remove it, or use the settings in {file}",
+            )
+        if self.processes.is_main_process:
+            state.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(settings))
+
+    def _write(
+        self, student: CausalWanModel, provenance: dict[str, Any], recovered: Recovered
+    ) -> None:
+        specs, clips = self.source.specs(), open_clips(self.config.data)
+        record = {
+            "recover": to_dict(self.asked),
+            "recovered": {
+                "kept_steps": recovered.kept,
+                "learning_rate": recovered.learning_rate,
+                "clips": clips.record(),
+            },
+        }
+        write_checkpoint(
+            self.out,
+            # Untouched tensors go back to their source's dtype, which is exact.
+            {name: t.to("cpu", specs[name].dtype) for name, t in student.state_dict().items()},
+            {
+                "config.json": converted_config(student.config),
+                CONVERSION_NAME: provenance | record,
+                "README.md": model_card(student.config, provenance.get("source", {})),
+            },
+        )
+
+
+def _opened(
+    converted: str | Path, teacher: Source, out: Path
+) -> tuple[OpenCheckpoint, OpenCheckpoint]:
+    """Student and teacher, if they fit and `out` is free."""
+    if out.exists():
+        raise OutputError(f"{out} exists already", "choose another -o, or remove it")
+    source, dense = open_named(converted), open_named(as_teacher(teacher, str(converted)))
+    if source.config.mla is None:
+        raise CheckpointError(
+            f"{converted} is not a converted checkpoint", "make one first: vmla convert CKPT -o OUT"
+        )
+    check_configs(source.config, dense.config)
+    return source, dense
+
+
+def _processes(world: int | None) -> PartialState:
+    """The processes that were started together.
+
+    Raises:
+        VmlaError: They are not as many as they should be.
+    """
+    state = processes()
+    if world is not None and state.num_processes != world:
+        raise VmlaError(
+            f"{world} processes were asked for, and {state.num_processes} started",
+            f"torchrun --standalone --nproc_per_node {world} -m vmla_convert recover …",
+        )
+    return state
+
+
+def _curve(state: Path) -> Path:
+    return state / "curve.jsonl"
+
+
+def _finish_state(state: Path) -> list[Row]:
+    """Read the curve, then drop the state: the run is complete."""
+    curve, rows = _curve(state), dict[tuple[str, int | None], Row]()
+    if curve.is_file():
+        # A resumed run measures again what came after its last checkpoint; it finds the same.
+        rows = {(row.metric, row.step): row for row in read_rows(curve)}
+    shutil.rmtree(state)
+    return list(rows.values())

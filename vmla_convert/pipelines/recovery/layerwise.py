@@ -1,0 +1,173 @@
+"""The first stage of recovery: each layer learns its dense layer's output, on that one's inputs.
+
+Clips walk through the dense model block by block; nothing else is needed at a time. What a layer
+learns does not depend on the others, so processes divide the layers, a shelf keeps those that are
+done, and no layer ends worse than it began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from accelerate.utils import broadcast
+from torch import Tensor
+
+from vmla_convert.config import RecoverConfig, TrainingConfig
+from vmla_convert.layers.attention import DenseSelfAttention
+from vmla_convert.layers.dit import Attend, CausalWanModel, gated, masked_attention
+from vmla_convert.layers.mla import LatentSelfAttention
+from vmla_convert.pipelines.calibrate import ReadBlock
+from vmla_convert.pipelines.data import ClipSource, seeded
+from vmla_convert.pipelines.losses import make_example, teacher_forcing_inputs
+from vmla_convert.pipelines.recovery.rollouts import Share
+from vmla_convert.pipelines.recovery.trained import new_parameters
+from vmla_convert.pipelines.shelf import Shelf
+from vmla_convert.pipelines.training import learning_rate_factor
+from vmla_convert.progress import Progress
+
+CLIPS, HELD_SHARE = 48, 4  # of which the last quarter only says whether a layer got better
+CLIPS_AT_ONCE = 8
+WARMUP_STEPS = 5
+
+
+class Lesson(NamedTuple):
+    """What one layer is taught; n clips, clean then noisy.
+
+    Attributes:
+        inputs: (n, 2L, d).
+        outputs: Of the dense layer, (n, 2L, d).
+        gate: What the block multiplies them by, (n, 2F, d): errors behind a closed gate are none.
+        attend: How a layer sees a clip.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    gate: Tensor
+    attend: Attend
+
+    def error(self, layer: LatentSelfAttention, picks: Tensor) -> Tensor:
+        """Squared error of what a layer adds to its block, relative to what it should add."""
+        gate = self.gate[picks]
+        wrong = gated(self.attend(layer, self.inputs[picks]) - self.outputs[picks], gate)
+        return wrong.square().sum() / gated(self.outputs[picks], gate).square().sum()
+
+
+def recover_layers(
+    shell: CausalWanModel,
+    read_block: ReadBlock,
+    layers: list[LatentSelfAttention],
+    clips: ClipSource,
+    config: RecoverConfig,
+    shelf: Shelf,
+    share: Share,
+    progress: Progress,
+) -> None:
+    """Fit layers, in place, and put their new parameters on the shelf.
+
+    Args:
+        shell: The dense model; only what is not in its blocks is used.
+        read_block: Gives its blocks, one at a time.
+        layers: The converted ones.
+        clips: Training clips.
+        config: Steps, learning rate and seed.
+        shelf: Gets `layer-l` for each layer; one that is there already is not fitted again.
+        share: Which layers are this process's.
+        progress: Where to draw.
+    """
+    todo = {i for i in range(share.rank, len(layers), share.world) if not shelf.has(_name(i))}
+    lessons = _walk(shell, read_block, clips, config) if todo else iter(())
+    for index, lesson in enumerate(progress.track(lessons, "layer by layer", len(layers))):
+        if index in todo:
+            before, after = fit_layer(layers[index], lesson, config)
+            progress.note(f"error of layer {index} {before:.4g} to {after:.4g}")
+            shelf.put(_name(index), _new_tensors(layers[index]))
+
+
+def apply_layers(layers: list[LatentSelfAttention], shelf: Shelf, share: Share) -> None:
+    """Give layers what was put on the shelf, each from the process that fitted it."""
+    with torch.no_grad():
+        for index, layer in enumerate(layers):
+            owner = index % share.world
+            kept = shelf.get(_name(index)) if owner == share.rank else {}
+            for name, parameter in _new_tensors(layer).items():
+                if kept:
+                    parameter.copy_(kept[name])
+                # In place; alone, it does nothing.
+                broadcast(parameter, owner)
+
+
+def fit_layer(
+    layer: LatentSelfAttention, lesson: Lesson, config: RecoverConfig
+) -> tuple[float, float]:
+    """Regress one layer's output; returns its error on clips of its own, before and after."""
+    parameters = [p.requires_grad_(True) for p in new_parameters(layer)]
+    start = [p.detach().clone() for p in parameters]
+    count = len(lesson.inputs)
+    taught = count - max(1, count // HELD_SHARE)
+    before = _held_error(layer, lesson, taught)
+    optimiser = torch.optim.Adam(parameters, lr=config.layerwise_lr)
+    schedule = TrainingConfig(steps=config.layerwise_steps, warmup_steps=WARMUP_STEPS)
+    for step in range(config.layerwise_steps):
+        for group in optimiser.param_groups:
+            group["lr"] = config.layerwise_lr * learning_rate_factor(step, schedule)
+        generator = seeded(config.training.seed, step, "layerwise batch")
+        picks = torch.randint(taught, (config.training.batch_size,), generator=generator)
+        optimiser.zero_grad()
+        lesson.error(layer, picks).backward()
+        optimiser.step()
+    after = _held_error(layer, lesson, taught)
+    if not after < before:
+        after = before
+        with torch.no_grad():
+            for parameter, was in zip(parameters, start, strict=True):
+                parameter.copy_(was)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    return before, after
+
+
+@torch.no_grad()
+def _held_error(layer: LatentSelfAttention, lesson: Lesson, taught: int) -> float:
+    held = torch.arange(taught, len(lesson.inputs)).split(CLIPS_AT_ONCE)
+    return sum(float(lesson.error(layer, picks)) * len(picks) for picks in held)
+
+
+@torch.no_grad()
+def _walk(
+    shell: CausalWanModel,
+    read_block: ReadBlock,
+    clips: ClipSource,
+    config: RecoverConfig,
+) -> Iterator[Lesson]:
+    """A lesson for each layer, in order."""
+    seed, chunk_frames = config.training.seed, shell.config.chunk_frames
+    device = shell.patch_embedding.weight.device
+    noise = seeded(seed, 0, "layerwise")
+    example = make_example(clips.batch(0, CLIPS), chunk_frames, noise).to(device)
+    positions, mask = teacher_forcing_inputs(shell.config, example)
+    attend = masked_attention(shell.rotary(positions, example.latents), mask)
+    x, _, modulation = shell.embed(example.latents, example.timestep)
+    text = shell.text_embedding(example.context)
+    for layer in range(shell.config.geometry.num_layers):
+        block = read_block(layer)
+        assert isinstance(block.self_attn, DenseSelfAttention)
+        inputs = block.attention_input(x, modulation)
+        outputs = [attend(block.self_attn, part) for part in inputs.split(CLIPS_AT_ONCE)]
+        lesson = Lesson(inputs, torch.cat(outputs), block.attention_gate(modulation), attend)
+        yield lesson
+        parts = zip(
+            *(t.split(CLIPS_AT_ONCE) for t in (x, lesson.outputs, modulation, text)), strict=True
+        )
+        x = torch.cat([block.after_attention(*part) for part in parts])
+
+
+def _name(layer: int) -> str:
+    return f"layer-{layer:03d}"
+
+
+def _new_tensors(layer: LatentSelfAttention) -> dict[str, Tensor]:
+    """The new parameters of a layer, by name."""
+    new = {id(parameter) for parameter in new_parameters(layer)}
+    return {n: p.detach() for n, p in layer.named_parameters() if id(p) in new}

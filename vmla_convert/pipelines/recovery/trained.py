@@ -1,0 +1,112 @@
+"""What recovery trains: what the conversion made, and as much of the rest as is asked for."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor, nn
+
+from vmla_convert.errors import MissingExtraError
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.layers.mla import LatentSelfAttention
+
+if TYPE_CHECKING:
+    from peft import LoraModel
+
+Scope = Literal["new", "attention", "all"]
+
+# Matrices of the source that adapters may be put on; new parameters train themselves.
+_ADAPTED = r"blocks\.\d+\.(self_attn\.[qo]|cross_attn\.[qkvo]|ffn\.[02])"
+_ATTENTION = ("q.", "o.", "norm_q.")
+_ADAPTER = "lora_"
+
+
+def latent_layers(student: CausalWanModel) -> list[LatentSelfAttention]:
+    """The self-attention of every block of a converted model."""
+    return [a for a in student.self_attentions() if isinstance(a, LatentSelfAttention)]
+
+
+def new_parameters(layer: LatentSelfAttention) -> list[nn.Parameter]:
+    """What a conversion made of a layer, and recovery trains first."""
+    parts = [layer.kv_a_proj, layer.kv_b_proj_k, layer.kv_b_proj_v]
+    parameters = [p for part in parts for p in part.parameters()]
+    if layer.rope_pairs:
+        parameters += [*layer.k_rope_proj.parameters(), layer.q_rope_map]
+    if layer.q_nope_map is not None:
+        parameters.append(layer.q_nope_map)
+    if layer.k_norm == "latent":
+        parameters += layer.k_norm_latent.parameters()
+    return parameters
+
+
+def unfreeze(student: CausalWanModel, scope: Scope) -> None:
+    """Let parameters train.
+
+    Args:
+        student: All of whose parameters are frozen.
+        scope: `new`; `attention` for queries, their norm and the output as well; `all`.
+    """
+    if scope == "all":
+        student.requires_grad_(True)
+        # Measured by the conversion, not weights: the mean square that truncation dropped.
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(not name.endswith("k_norm_floor"))
+        return
+    for layer in latent_layers(student):
+        for parameter in new_parameters(layer):
+            parameter.requires_grad_(True)
+        if scope == "attention":
+            for name, parameter in layer.named_parameters():
+                if name.startswith(_ATTENTION):
+                    parameter.requires_grad_(True)
+
+
+def new_state(student: CausalWanModel) -> dict[str, Tensor]:
+    """A copy of what the conversion made, by name."""
+    new = new_names(student)
+    return {n: p.detach().clone() for n, p in student.named_parameters() if n in new}
+
+
+def new_names(student: CausalWanModel) -> frozenset[str]:
+    """Names of what the conversion made and of adapters: what takes the full learning rate."""
+    made = {id(p) for layer in latent_layers(student) for p in new_parameters(layer)}
+    return frozenset(
+        name for name, p in student.named_parameters() if id(p) in made or _ADAPTER in name
+    )
+
+
+def add_adapters(student: CausalWanModel, rank: int, scope: Scope) -> LoraModel:
+    """Put low-rank adapters on the frozen matrices of a model, in place; they start at zero.
+
+    Args:
+        student: The model.
+        rank: Of the adapters.
+        scope: What trains by itself.
+
+    Returns:
+        What `merge_adapters` takes.
+
+    Raises:
+        MissingExtraError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, LoraModel
+    except ImportError as error:
+        raise MissingExtraError("adapters", "lora") from error
+    trained = {name for name, p in student.named_parameters() if p.requires_grad}
+    names = [
+        name
+        for name, _ in student.named_modules()
+        if re.fullmatch(_ADAPTED, name) and f"{name}.weight" not in trained
+    ]
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
+    adapted = LoraModel(student, {"default": config}, "default")
+    # Whatever peft froze of what trains by itself.
+    unfreeze(student, scope)
+    return adapted
+
+
+def merge_adapters(adapted: LoraModel) -> None:
+    """Add adapters to the matrices that they are on, and remove them; in place."""
+    adapted.merge_and_unload()
