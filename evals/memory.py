@@ -52,7 +52,7 @@ DTYPES = [
     RuntimeConfig(cache_dtype="int4"),
     RuntimeConfig(cache_dtype="int4", rope_dtype="int8"),
 ]
-TILES = (16, 128, 4096)
+TILES = (16, 64, 4096)
 REPEATS = 3
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +25,17 @@ from checkpoints import (
 from conftest import tiny_model
 
 from vmla_convert.checkpoint.families import open_checkpoint
-from vmla_convert.config import ConvertConfig, LayerConfig, RecoverConfig, TrainingConfig
+from vmla_convert.config import (
+    ConvertConfig,
+    DataConfig,
+    EvaluateConfig,
+    LayerConfig,
+    RecoverConfig,
+    TrainingConfig,
+)
 from vmla_convert.errors import CheckpointError, OutputError
 from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.pipelines import prepare
 from vmla_convert.pipelines.calibrate import model_blocks
 from vmla_convert.pipelines.data import open_clips, seeded
 from vmla_convert.pipelines.evaluate import HeldOut
@@ -288,3 +297,73 @@ def test_a_taken_place_is_refused_and_kept(
     assert refused(vmla("recover", converted, "--teacher", teacher, "-o", tmp_path / "out"))
     assert (tmp_path / "out").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# Clips of the model's own, and what a dry run tells
+
+
+def test_the_dense_models_own_samples_are_made_once(
+    teacher: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = DataConfig("self", frames=6, clips=6)
+    config, evaluation = replace(CONFIG, data=data), EvaluateConfig(4, replace(data, seed=1))
+    out, clips = tmp_path / "out", tmp_path / "out.clips"
+    rows = recover(converted, teacher, out, config, evaluation)
+    record = json.loads((out / "conversion.json").read_text())
+    assert record["recover"] == to_dict(config)
+    prepared = DataConfig(str(clips), frames=6)
+    assert record["recovered"]["clips"] == open_clips(prepared).record()
+    shutil.rmtree(out)
+    monkeypatch.delattr(prepare, "generate")
+    again = recover(converted, teacher, out, config, evaluation)
+    assert untimed(again) == untimed(rows)
+
+
+def test_a_dry_run_tells_and_writes_nothing(
+    teacher: Path, converted: Path, tmp_path: Path, vmla: Vmla
+) -> None:
+    out = tmp_path / "out"
+    command = ["recover", converted, "--teacher", teacher, "-o", out, "--dry-run", "--json"]
+    told = json.loads(vmla(*command, "--on-policy-steps", "7").out)
+    state = load(converted).state_dict()
+    assert told["trains"] == sum(state[name].numel() for name in TRAINED)
+    assert told["of"] == sum(tensor.numel() for tensor in state.values())
+    assert told["bytes"] == sum(spec.nbytes for spec in open_checkpoint(converted).specs().values())
+    assert list(told["steps"].values()) == [40, 100, 7, 0]
+    assert told["clips"] == open_clips(DataConfig()).record()
+    told = json.loads(vmla(*command, "--train", "all", "--data", "self").out)
+    assert told["trains"] == told["of"]
+    assert told["clips"] == f"made into {out}.clips"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch-size", "3", "--accumulate", "2"], "batch_size 3 does not divide"),
+        (["--lr", "0"], "lr 0 must be above 0"),
+        (["--data", "nowhere"], "no clips at nowhere"),
+        (["--prompts", "none.txt"], "no prompts at none.txt"),
+        (["--train", "all", "--lora-rank", "2"], "leaves nothing for lora_rank"),
+        (["--set", "training.emma=1"], "unknown key 'recover.training.emma'"),
+        (["--tracker", "paper"], "'recover.training.tracker' is 'paper'"),
+        (["--frames", "3"], "frames"),
+    ],
+)
+@pytest.mark.parametrize("dry", [False, True])
+def test_settings_that_do_not_fit_are_refused_before_any_work(
+    options: list[str],
+    message: str,
+    dry: bool,
+    teacher: Path,
+    converted: Path,
+    tmp_path: Path,
+    vmla: Vmla,
+) -> None:
+    out = tmp_path / "out"
+    ran = vmla(
+        "recover", converted, "--teacher", teacher, "-o", out, *options, *["--dry-run"] * dry
+    )
+    assert refused(ran)
+    assert message in ran.err
+    assert list(tmp_path.iterdir()) == []

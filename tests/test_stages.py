@@ -148,6 +148,19 @@ def test_a_student_learns_from_its_own_rollouts(
     assert how.kept["on policy"] == 12
 
 
+@pytest.mark.parametrize("on_policy", [False, True], ids=["clips", "on policy"])
+def test_a_student_learns_in_two_bytes(
+    on_policy: bool, ignorant: CausalWanModel, dense: CausalWanModel
+) -> None:
+    training = TrainingConfig(
+        steps=0 if on_policy else 8, batch_size=2, lr=5e-3, eval_every=8, mixed_precision="bf16"
+    )
+    config = RecoverConfig(0, on_policy_steps=8 * on_policy, training=training, data=CLIPS)
+    curve, _ = recovered(ignorant, dense, config)
+    assert curve[8].velocity_error < curve[0].velocity_error
+    assert {tensor.dtype for tensor in ignorant.state_dict().values()} == {torch.float32}
+
+
 # Losses
 
 

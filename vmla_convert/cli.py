@@ -321,61 +321,107 @@ def recover(
     teacher: Teacher,
     folder: OutFolder,
     steps: Annotated[
-        int, typer.Option(min=0, help="Of velocity distillation on clips.")
+        int,
+        typer.Option(min=0, help="Of velocity distillation on clips.", rich_help_panel="Stages"),
     ] = TrainingConfig.steps,
     layerwise_steps: Annotated[
-        int, typer.Option(min=0, help="Of the layer-wise stage before, for each layer.")
+        int,
+        typer.Option(
+            min=0, help="Of the layer-wise stage before, for each layer.", rich_help_panel="Stages"
+        ),
     ] = RecoverConfig.layerwise_steps,
     on_policy_steps: Annotated[
-        int, typer.Option(min=0, help="Of distillation on the student's own rollouts, after.")
+        int,
+        typer.Option(
+            min=0,
+            help="Of distillation on the student's own rollouts, after.",
+            rich_help_panel="Stages",
+        ),
     ] = RecoverConfig.on_policy_steps,
     dmd_steps: Annotated[
         int,
-        typer.Option(min=0, help="Of distribution matching, last: a third model, for clusters."),
+        typer.Option(
+            min=0,
+            help="Of distribution matching, last: a third model, for clusters.",
+            rich_help_panel="Stages",
+        ),
     ] = DMDConfig.steps,
     lr: Annotated[
         float | None,
-        typer.Option(help="Peak learning rate. Default: what a probe of the start finds."),
+        typer.Option(
+            help="Peak learning rate. Default: what a probe of the start finds.",
+            rich_help_panel="What trains, and how",
+        ),
     ] = TrainingConfig.lr,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Clips per step, over all processes.")
+        int,
+        typer.Option(
+            min=1,
+            help="Clips per step, over all processes.",
+            rich_help_panel="What trains, and how",
+        ),
     ] = TrainingConfig.batch_size,
     accumulate: Annotated[
-        int, typer.Option(min=1, help="Parts a process divides its clips into; less memory.")
+        int,
+        typer.Option(
+            min=1,
+            help="Parts a process divides its clips into; less memory.",
+            rich_help_panel="What trains, and how",
+        ),
     ] = TrainingConfig.accumulate,
     data: Annotated[
         str,
         typer.Option(
             help="Clips: 'demo'; a safetensors file of latents and context, or a folder of them; "
-            "'self', samples of the dense model's own; a video file, or a folder of them."
+            "'self', samples of the dense model's own; a video file, or a folder of them.",
+            rich_help_panel="Clips",
         ),
     ] = DataConfig.source,
     prompts: Annotated[
-        Path | None, typer.Option(help="Prompts of 'self', one a line.", metavar="FILE")
+        Path | None,
+        typer.Option(
+            help="Prompts of 'self', one a line.", metavar="FILE", rich_help_panel="Clips"
+        ),
     ] = None,
     clips: Annotated[
-        int, typer.Option(min=2, help="How many 'self' samples, once.")
+        int, typer.Option(min=2, help="How many 'self' samples, once.", rich_help_panel="Clips")
     ] = DataConfig.clips,
-    frames: Annotated[int, typer.Option(min=1, help="Latent frames of a clip.")] = (
-        DataConfig.frames
-    ),
+    frames: Annotated[
+        int, typer.Option(min=1, help="Latent frames of a clip.", rich_help_panel="Clips")
+    ] = (DataConfig.frames),
     train: Annotated[
         str,
         typer.Option(
-            help="new (what the conversion made), attention (queries and output too), all."
+            help="new (what the conversion made), attention (queries and output too), all.",
+            rich_help_panel="What trains, and how",
         ),
     ] = RecoverConfig.train,
     lora_rank: Annotated[
-        int, typer.Option(min=0, help="Of adapters on what stays frozen; merged at the end.")
+        int,
+        typer.Option(
+            min=0,
+            help="Of adapters on what stays frozen; merged at the end.",
+            rich_help_panel="What trains, and how",
+        ),
     ] = RecoverConfig.lora_rank,
     levels: Annotated[
-        str, typer.Option(help="Noise levels: of the sampler, of training, or both.")
+        str,
+        typer.Option(
+            help="Noise levels: of the sampler, of training, or both.", rich_help_panel="Stages"
+        ),
     ] = RecoverConfig.levels,
     mixed_precision: Annotated[
-        str, typer.Option(help="no, bf16 or fp16; what trains stays float32.")
+        str,
+        typer.Option(
+            help="no, bf16 or fp16; what trains stays float32.",
+            rich_help_panel="What trains, and how",
+        ),
     ] = TrainingConfig.mixed_precision,
     tracker: Annotated[
-        str, typer.Option(help="tensorboard, wandb or trackio; files go to OUT.logs.")
+        str,
+        typer.Option(
+            help="tensorboard, wandb or trackio; files go to OUT.logs.", rich_help_panel="Running"
+        ),
     ] = TrainingConfig.tracker,
     offload: Annotated[
         bool,
@@ -383,13 +429,21 @@ def recover(
             "--offload",
             help="Layer-wise stage with one block of the dense model in memory at a time; with "
             "--steps 0 the whole dense model is never there.",
+            rich_help_panel="Running",
         ),
     ] = RecoverConfig.offload,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Refuse to run with another number of processes.")
+        int | None,
+        typer.Option(
+            min=1, help="Refuse to run with another number of processes.", rich_help_panel="Running"
+        ),
     ] = None,
     seed: Annotated[
-        int, typer.Option(help="Of the training noise and the order of the clips.")
+        int,
+        typer.Option(
+            help="Of the training noise and the order of the clips.",
+            rich_help_panel="What trains, and how",
+        ),
     ] = TrainingConfig.seed,
     settings: Annotated[
         list[str] | None,
@@ -397,10 +451,15 @@ def recover(
             "--set",
             help="Any other setting: --set training.ema=0.99, training.patience=4, "
             "training.gradient_checkpointing=true, flow_weight=0.1, rest_lr=0.05.",
+            rich_help_panel="What trains, and how",
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option(help="Check everything, say what would train and be written, stop.")
+        bool,
+        typer.Option(
+            help="Check everything, say what would train and be written, stop.",
+            rich_help_panel="Running",
+        ),
     ] = False,
     json: Json = False,
 ) -> None:

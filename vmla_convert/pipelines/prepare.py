@@ -28,7 +28,7 @@ from vmla_convert.tables import to_dict
 CLIPS_PER_SHARD = 8
 # Of all clips that are sampled together; Wan 1.3B takes about 6 GiB for one of 21 frames.
 CACHE_BYTES_AT_ONCE = 8 << 30
-_CODEC_HINT = "encode clips elsewhere: --data takes safetensors of latents and context"
+CODEC_HINT = "encode clips elsewhere: --data takes safetensors of latents and context"
 
 
 def prepare_clips(
@@ -112,7 +112,7 @@ class _OwnSamples:
     @classmethod
     def planned(cls, config: DataConfig, dense: CausalWanModel, origin: Any) -> _OwnSamples:
         """Find out what to sample."""
-        codec = open_codec(dense.config, "sampling the dense model", _CODEC_HINT)
+        codec = open_codec(dense.config, "sampling the dense model", CODEC_HINT)
         prompts = config.prompts or codec.default_prompts
         if not prompts:
             raise ConfigError(
@@ -162,7 +162,7 @@ class _Videos:
     @classmethod
     def planned(cls, config: DataConfig, model: ModelConfig) -> _Videos:
         """Find out what to encode."""
-        codec = open_codec(model, "encoding videos", _CODEC_HINT)
+        codec = open_codec(model, "encoding videos", CODEC_HINT)
         files = video_files(Path(config.source))
         return cls(config, model, codec, {file: _prompt_of(file, config) for file in files})
 

@@ -36,7 +36,8 @@ from vmla_convert.progress import Progress, Silent
 
 STEP_FILE, TRAINED_FILE = "step.json", "trained.safetensors"
 PROBED_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
-PROBE_STEPS = 6
+PROBE_STEPS, UNSEEN_BATCHES = 8, 2
+LONGER_RUN = 3
 
 
 Examples = Callable[[int], Sequence[Example]]
@@ -219,7 +220,9 @@ class _Loop:
         done, steps = start, range(start, config.steps)
         for step in progress.track(steps if not self._stale else (), label, len(steps)):
             started = perf_counter()
-            self._step(step, examples(step))
+            with self.accelerator.autocast():
+                drawn = examples(step)  # which a model may have made
+            self._step(step, drawn)
             self.seconds.append(perf_counter() - started)
             done = step + 1
             last = done == config.steps
@@ -384,10 +387,11 @@ def find_learning_rate(
     lr_scale: Callable[[str], float] = lambda _: 1.0,
     progress: Progress | None = None,
 ) -> float:
-    """The learning rate whose first few steps lower the loss of another batch most.
+    """A learning rate for where a model is: a multiple of the best one for a few steps.
 
     A near-perfect start allows only small steps and a poor one needs large ones; what a start
-    allows is tried, on training clips, and forgotten.
+    allows is tried, on training clips, and forgotten. A longer run averages over more batches and
+    ends with smaller steps, so it takes `LONGER_RUN` times as much.
 
     Args:
         model: Left as it was.
@@ -396,38 +400,54 @@ def find_learning_rate(
         config: Optimiser and batch.
         lr_scale: See `train`.
         progress: Where to draw.
-
-    Returns:
-        One of `PROBED_RATES`; the smallest where none of them helps.
     """
     device = next(model.parameters()).device
     trained = [p for p in model.parameters() if p.requires_grad]
     start = [p.detach().clone() for p in trained]
-    batches = [[example.to(device) for example in examples(i)] for i in range(PROBE_STEPS + 1)]
-    *seen, unseen = batches
+    batches = [[e.to(device) for e in examples(i)] for i in range(PROBE_STEPS + UNSEEN_BATCHES)]
 
     def after_steps(rate: float) -> float:
         optimisers = _optimisers(model, config, lr_scale)
-        for batch in seen:
+        for step, batch in enumerate(batches[:PROBE_STEPS]):
             for group in chain.from_iterable(o.param_groups for o in optimisers):
-                group["lr"] = rate * group["scale"]
+                group["lr"] = rate * group["scale"] * (1 - step / PROBE_STEPS)
             model.zero_grad()
             torch.stack([loss(model, example) for example in batch]).sum().backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
             for optimiser in optimisers:
                 optimiser.step()
         with torch.no_grad():
+            unseen = chain.from_iterable(batches[PROBE_STEPS:])
             left = float(torch.stack([loss(model, example) for example in unseen]).sum())
             for parameter, before in zip(trained, start, strict=True):
                 parameter.copy_(before)
         model.zero_grad()
         return left if math.isfinite(left) else math.inf
 
-    tried = (progress or Silent()).track(PROBED_RATES, "finding a learning rate")
-    left = {rate: after_steps(rate) for rate in tried}
-    best = min(left, key=left.__getitem__)
+    tried: dict[float, float] = {}
+    for rate in (progress or Silent()).track(_downhill(tried), "finding a learning rate"):
+        tried[rate] = after_steps(rate)
+    best = min(tried, key=lambda rate: (tried[rate], rate))
     # All look at the same figures, but may differ by their rounding.
-    return agreed(torch.tensor(best, device=device, dtype=torch.float64))
+    return agreed(torch.tensor(LONGER_RUN * best, device=device, dtype=torch.float64))
+
+
+def _downhill(tried: dict[float, float]) -> Iterator[float]:
+    """Rates to try, from the middle on, down or else up as long as it gets better.
+
+    Args:
+        tried: What each rate left of the loss, filled in by who asks for the next.
+    """
+    at = middle = len(PROBED_RATES) // 2
+    yield PROBED_RATES[at]
+    for step in (-1, 1):
+        while 0 <= at + step < len(PROBED_RATES):
+            yield PROBED_RATES[at + step]
+            if tried[PROBED_RATES[at + step]] > tried[PROBED_RATES[at]]:
+                break
+            at += step
+        if at != middle:
+            return
 
 
 def _accelerator(config: TrainingConfig, tracked: tuple[str, Path | None]) -> Accelerator:

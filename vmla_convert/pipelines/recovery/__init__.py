@@ -22,8 +22,9 @@ from accelerate import PartialState
 from vmla_convert.checkpoint.families import OpenCheckpoint, converted_config
 from vmla_convert.checkpoint.writer import write_checkpoint
 from vmla_convert.config import EvaluateConfig, ModelConfig, RecoverConfig
-from vmla_convert.errors import CheckpointError, OutputError, VmlaError
+from vmla_convert.errors import CheckpointError, ConfigError, OutputError, VmlaError
 from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.pipelines.codecs import open_codec
 from vmla_convert.pipelines.data import open_clips, source_kind
 from vmla_convert.pipelines.evaluate import HeldOut, dense_rows
 from vmla_convert.pipelines.load import (
@@ -37,7 +38,7 @@ from vmla_convert.pipelines.load import (
     read_block,
     read_provenance,
 )
-from vmla_convert.pipelines.prepare import prepare_clips
+from vmla_convert.pipelines.prepare import CODEC_HINT, prepare_clips
 from vmla_convert.pipelines.publish import model_card
 from vmla_convert.pipelines.recovery.stages import (
     LAYERWISE,
@@ -54,6 +55,9 @@ from vmla_convert.pipelines.training import check_shares, processes
 from vmla_convert.progress import Progress, Silent
 from vmla_convert.results import Row, append_rows, read_rows
 from vmla_convert.tables import to_dict
+
+_MADE = ("self", "videos")
+"""Clips that a model is needed for."""
 
 
 def recover(
@@ -92,6 +96,7 @@ def recover(
     processes = _processes(world)
     progress = progress if progress and processes.is_main_process else Silent()
     source, dense = _opened(converted, teacher, out)
+    _check_settings(config, dense.config, processes.num_processes)
     run = _Run(source, dense, out, config, evaluation, progress, processes)
     rows = run.rows(read_provenance(converted))
     processes.wait_for_everyone()
@@ -112,9 +117,8 @@ def plan_recovery(
     """
     processes = _processes(world)
     source, dense = _opened(converted, teacher, out)
-    kind = source_kind(config.data.source)
-    clips = open_clips(config.data).record() if kind in ("demo", "latents") else kind
-    check_shares(config.training, processes.num_processes)
+    _check_settings(config, dense.config, processes.num_processes)
+    kind, clips = source_kind(config.data.source), f"made into {_beside(out, 'clips')}"
     with torch.device("meta"):
         student = CausalWanModel(source.config).requires_grad_(False)
     unfreeze(student, config.train)
@@ -127,7 +131,7 @@ def plan_recovery(
         "trains": trained,
         "of": sum(p.numel() for p in student.parameters()),
         "processes": processes.num_processes,
-        "clips": clips,
+        "clips": clips if kind in _MADE else open_clips(config.data).record(),
         "would write": str(out),
         "bytes": sum(spec.nbytes for spec in source.specs().values()),
     }
@@ -175,10 +179,8 @@ class _Run:
         self.source, self.dense, self.out = source, dense, out
         self.asked, self.config, self.evaluation = config, config, evaluation
         self.progress, self.processes, self.device = progress, processes, compute_device()
-        state, logs, self.clips = (
-            out.with_name(f"{out.name}.{kind}") for kind in ("state", "logs", "clips")
-        )
-        self.folders = Folders(state, logs)
+        self.folders = Folders(_beside(out, "state"), _beside(out, "logs"))
+        self.clips = _beside(out, "clips")
 
     def rows(self, provenance: dict[str, Any]) -> list[Row]:
         """Recover, write, and return the curve."""
@@ -224,7 +226,7 @@ class _Run:
     def _prepare_clips(self, provenance: dict[str, Any]) -> None:
         """From here on clips are latents, made now where they have to be."""
         data, evaluated = self.config.data, self.evaluation.data
-        if source_kind(data.source) in ("demo", "latents"):
+        if source_kind(data.source) not in _MADE:
             return
         dense, origin = build(self.dense, self.device), provenance.get("source")
         with self.processes.main_process_first():
@@ -287,6 +289,25 @@ def _opened(
     return source, dense
 
 
+def _check_settings(config: RecoverConfig, dense: ModelConfig, world: int) -> None:
+    """Refuse, before anything is written, what a stage would fail on later.
+
+    Raises:
+        ConfigError: The batch does not divide, or clips are not there, too short, or cannot be
+            made.
+    """
+    check_shares(config.training, world)
+    if config.data.frames < 2 * dense.chunk_frames:
+        raise ConfigError(
+            f"clips of {config.data.frames} frames have no chunk with a past",
+            f"use at least {2 * dense.chunk_frames} frames",
+        )
+    if source_kind(config.data.source) in _MADE:
+        open_codec(dense, "making clips", CODEC_HINT)
+    else:
+        open_clips(config.data)
+
+
 def _processes(world: int | None) -> PartialState:
     """The processes that were started together.
 
@@ -300,6 +321,10 @@ def _processes(world: int | None) -> PartialState:
             f"torchrun --standalone --nproc_per_node {world} -m vmla_convert recover …",
         )
     return state
+
+
+def _beside(out: Path, kind: str) -> Path:
+    return out.with_name(f"{out.name}.{kind}")
 
 
 def _curve(state: Path) -> Path:

@@ -130,8 +130,9 @@ def fit_layer(
 
 @torch.no_grad()
 def _held_error(layer: LatentSelfAttention, lesson: Lesson, taught: int) -> float:
-    held = torch.arange(taught, len(lesson.inputs)).split(CLIPS_AT_ONCE)
-    return sum(float(lesson.error(layer, picks)) * len(picks) for picks in held)
+    held = torch.arange(taught, len(lesson.inputs))
+    errors = (lesson.error(layer, picks) * len(picks) for picks in held.split(CLIPS_AT_ONCE))
+    return sum(map(float, errors)) / len(held)
 
 
 @torch.no_grad()
