@@ -126,6 +126,7 @@ def few_layerwise_clips() -> Iterator[None]:
     """For files that only look at how recoveries are run, not at how well they go."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layerwise, "CLIPS", 4)
+        patch.setattr(layerwise, "HELD_CLIPS", 2)
         yield
 
 

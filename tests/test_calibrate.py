@@ -373,6 +373,6 @@ def test_the_last_frames_of_no_whole_chunk_are_left_out(
     ],
 )
 def test_clips_of_another_make_are_refused(latents: Tensor, context: Tensor) -> None:
-    with pytest.raises(ConfigError, match="calibration clips") as caught:
+    with pytest.raises(ConfigError, match="clips h") as caught:
         pipeline.check_clips(MODEL, Batch(latents, context))
     assert caught.value.hint

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from vmla_convert.config import RecoverConfig, SamplerConfig, TrainingConfig
 from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.layers.mla import LatentSelfAttention
 from vmla_convert.maths.flow import sampler_sigmas
 from vmla_convert.pipelines.calibrate import LayerReads, model_blocks
+from vmla_convert.pipelines.convert import convert
 from vmla_convert.pipelines.data import open_clips, seeded
 from vmla_convert.pipelines.evaluate import HeldOut
 from vmla_convert.pipelines.factoring import convert_model
@@ -27,7 +29,7 @@ from vmla_convert.pipelines.losses import (
 )
 from vmla_convert.pipelines.recovery import layerwise, recover
 from vmla_convert.pipelines.recovery.rollouts import Share, roll_out, rollout_examples
-from vmla_convert.pipelines.recovery.stages import Recovered, recover_model
+from vmla_convert.pipelines.recovery.stages import Recovered, fit_layers, recover_model
 from vmla_convert.pipelines.recovery.trained import (
     add_adapters,
     latent_layers,
@@ -44,6 +46,16 @@ pytest_plugins = ["checkpoints"]
 pytestmark = pytest.mark.usefixtures("few_layerwise_clips")
 
 Weights = dict[str, Tensor]
+# Attention to the one token of a prompt is 1, whatever query and key are.
+SEES_NO_GRADIENT = {
+    f"blocks.{i}.cross_attn.{name}"
+    for i in (0, 1)
+    for name in (
+        *(f"{part}.{kind}" for part in "qk" for kind in ("weight", "bias")),
+        "norm_q.weight",
+        "norm_k.weight",
+    )
+}
 # Far too large, even where there is nothing to gain.
 RUINOUS = TrainingConfig(steps=3, batch_size=2, lr=1.0, warmup_steps=0, eval_every=1)
 
@@ -131,7 +143,7 @@ def test_processes_roll_out_parts_of_one_batch(dense_of_sampler: CausalWanModel)
 
 
 def test_every_step_rolls_out_anew(dense: CausalWanModel) -> None:
-    examples = rollout_examples(dense, open_clips(CLIPS), 2, seed=0)
+    examples = rollout_examples(dense, open_clips(CLIPS), TrainingConfig(batch_size=2))
     (first,), (again,), (other,) = (examples(step) for step in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first.latents, other.latents)
@@ -248,7 +260,8 @@ def test_queries_and_output_train_when_attention_does(
 
 
 def test_everything_trains_when_all_does(ignorant: CausalWanModel, dense: CausalWanModel) -> None:
-    assert adapted(ignorant, dense, train="all") == set(ignorant.state_dict())
+    names = adapted(ignorant, dense, train="all")
+    assert names >= {name for name in ignorant.state_dict() if name not in SEES_NO_GRADIENT}
 
 
 def test_adapters_are_merged_into_what_else_stays_frozen(
@@ -262,21 +275,26 @@ def test_adapters_are_merged_into_what_else_stays_frozen(
     expected = {f"blocks.{i}.{name}.weight" for i in (0, 1) for name in matrices}
     assert names == new | expected
     for name in expected:
-        # Attention to the one token of a prompt is 1, whatever query and key are.
-        if not name.endswith(("cross_attn.q.weight", "cross_attn.k.weight")):
+        if name not in SEES_NO_GRADIENT:
             difference = ignorant.state_dict()[name] - before[name]
             assert torch.linalg.matrix_rank(difference, rtol=1e-3) == 2, name
 
 
-def test_adapters_change_nothing_at_first(ignorant: CausalWanModel, dense: CausalWanModel) -> None:
+def test_adapters_change_nothing_at_first_and_are_those_of_their_seed(
+    ignorant: CausalWanModel,
+) -> None:
     pytest.importorskip("peft")
     example, before = tiny_example(), weights(ignorant)
     velocity = predicted_velocity(ignorant, MODEL, example)
-    adapted = add_adapters(ignorant, 2, "new")
-    torch.testing.assert_close(predicted_velocity(ignorant, MODEL, example), velocity)
-    merge_adapters(adapted)
-    assert not changed(ignorant, before)
-    del dense
+    started: list[Tensor] = []
+    for seed in (0, 0, 1):
+        adapted = add_adapters(ignorant, 2, "new", seed)
+        torch.testing.assert_close(predicted_velocity(ignorant, MODEL, example), velocity)
+        started += [p.clone() for n, p in ignorant.named_parameters() if "lora_A" in n][:1]
+        merge_adapters(adapted)
+        assert not changed(ignorant, before)
+    assert torch.equal(started[0], started[1])
+    assert not torch.equal(started[0], started[2])
 
 
 def test_what_is_not_new_moves_by_a_part_of_the_learning_rate(
@@ -303,17 +321,29 @@ def test_a_ruinous_stage_is_undone(
     config = RecoverConfig(0, on_policy_steps=3 * (not distils), training=training, data=CLIPS)
     curve, how = recovered(calibrated, dense, config)
     assert curve[1].velocity_error > curve[0].velocity_error
+    # The end of a stage is what it kept.
+    assert curve[3] == curve[0]
     assert how.kept == {stage: 0}
     assert not changed(calibrated, before)
 
 
 def test_a_ruinous_layer_is_undone_by_itself(
-    calibrated: CausalWanModel, dense: CausalWanModel
+    ignorant: CausalWanModel, dense: CausalWanModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = weights(calibrated)
-    training = replace(RUINOUS, steps=0)
-    recovered(calibrated, dense, RecoverConfig(3, 1.0, training=training, data=CLIPS))
-    assert not changed(calibrated, before)
+    before, fit = weights(ignorant), layerwise.fit_layer
+
+    def ruin_the_first(
+        layer: LatentSelfAttention, lesson: layerwise.Lesson, config: RecoverConfig
+    ) -> tuple[float, float]:
+        first = layer is latent_layers(ignorant)[0]
+        return fit(layer, lesson, replace(config, layerwise_lr=1.0 if first else 3e-3))
+
+    monkeypatch.setattr(layerwise, "fit_layer", ruin_the_first)
+    config = RecoverConfig(10, training=TrainingConfig(batch_size=4), data=CLIPS)
+    fit_layers(ignorant, dense, model_blocks(dense), config, None, Silent())
+    moved = changed(ignorant, before)
+    assert moved
+    assert all(name.startswith("blocks.1.") for name in moved)
 
 
 def test_layers_that_are_better_alone_and_worse_together_are_undone(
@@ -330,7 +360,7 @@ def test_layers_that_are_better_alone_and_worse_together_are_undone(
     before = weights(calibrated)
     config = RecoverConfig(3, training=replace(RUINOUS, steps=0), data=CLIPS)
     curve, how = recovered(calibrated, dense, config)
-    assert curve[3].velocity_error > curve[0].velocity_error
+    assert curve[3] == curve[0]
     assert how.kept == {"layer by layer": 0}
     assert not changed(calibrated, before)
 
@@ -380,9 +410,9 @@ def test_processes_divide_the_layers(
         assert all(torch.equal(mine[name], tensor) for name, tensor in all_of_it.items())
 
 
-def test_a_model_that_is_offloaded_learns_the_same(
-    teacher: Path, converted: Path, tmp_path: Path
-) -> None:
+def test_a_model_that_is_offloaded_learns_the_same(teacher: Path, tmp_path: Path) -> None:
+    converted = tmp_path / "converted"
+    convert(teacher, converted, replace(CONVERT, init="random"))
     later = replace(RECOVER.training, steps=0)
     for steps, training in ((0, later), (4, RECOVER.training)):
         files: list[bytes] = []

@@ -27,13 +27,11 @@ from vmla_convert.pipelines.losses import (
     make_example,
     predicted_velocity,
 )
+from vmla_convert.pipelines.optimisers import LONGER_RUN, PROBED_RATES, find_learning_rate
 from vmla_convert.pipelines.training import (
-    LONGER_RUN,
-    PROBED_RATES,
     Examples,
     Outcome,
     clip_examples,
-    find_learning_rate,
     learning_rate_factor,
     train,
 )

@@ -380,7 +380,9 @@ def recover(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="Prompts of 'self', one a line.", metavar="FILE", rich_help_panel="Clips"
+            help="Prompts of 'self', one a line; or the one of all videos.",
+            metavar="FILE",
+            rich_help_panel="Clips",
         ),
     ] = None,
     clips: Annotated[
@@ -420,7 +422,7 @@ def recover(
     tracker: Annotated[
         str,
         typer.Option(
-            help="tensorboard, wandb or trackio; files go to OUT.logs.", rich_help_panel="Running"
+            help="tensorboard (in OUT.logs), wandb or trackio.", rich_help_panel="Running"
         ),
     ] = TrainingConfig.tracker,
     offload: Annotated[
@@ -441,7 +443,7 @@ def recover(
     seed: Annotated[
         int,
         typer.Option(
-            help="Of the training noise and the order of the clips.",
+            help="Of all noise in training.",
             rich_help_panel="What trains, and how",
         ),
     ] = TrainingConfig.seed,
@@ -469,9 +471,9 @@ def recover(
     """
     from vmla_convert.pipelines.load import read_provenance
     from vmla_convert.pipelines.prepare import read_prompts
+    from vmla_convert.pipelines.processes import processes as started
     from vmla_convert.pipelines.recovery import plan_recovery
     from vmla_convert.pipelines.recovery import recover as run
-    from vmla_convert.pipelines.training import processes as started
 
     out.json = json
     table: dict[str, Any] = {
@@ -502,7 +504,9 @@ def recover(
         override(table, change)
     config = from_dict(RecoverConfig, table, "recover")
     if dry_run:
-        out.data(plan_recovery(converted, teacher, folder, config, processes))
+        planned = plan_recovery(converted, teacher, folder, config, processes)
+        if started().is_main_process:
+            out.data(planned)
         return
     evaluation = EvaluateConfig(data=replace(config.data, seed=1))
     with out.progress() as progress:

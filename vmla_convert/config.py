@@ -519,6 +519,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         _require(self, 0, "steps", "opening_clips", "warmup_steps", "patience")
         _require(self, 1, "batch_size", "accumulate", "eval_every", "checkpoint_every")
+        _require_number(self, "weight_decay", "context_noise")
         if self.lr is not None and self.lr <= 0:
             raise ConfigError(f"lr {self.lr:g} must be above 0", "leave it out to have it found")
         if not 0 <= self.ema < 1:
@@ -542,6 +543,7 @@ class DMDConfig:
     def __post_init__(self) -> None:
         _require(self, 0, "steps")
         _require(self, 1, "critic_steps")
+        _require_number(self, "critic_lr")
 
 
 @dataclass(frozen=True)
@@ -559,9 +561,10 @@ class RecoverConfig:
         train: `new` trains what the conversion made; `attention` also queries and output of the
             self-attention; `all` everything.
         rest_lr: Learning rate of what is not new, over that of what is.
-        lora_rank: Of adapters on all matrices that otherwise stay frozen, merged at the end; 0 for
-            none.
-        offload: Read source and conversion block by block in the layer-wise stage.
+        lora_rank: Of adapters on queries, outputs, cross-attention and feed-forward where those
+            stay frozen, merged at the end; 0 for none.
+        offload: Read the source block by block in the layer-wise stage; where no other follows,
+            nothing then measures the model as a whole.
         training: The loop of the later stages.
         dmd: The last stage, off by default.
         data: Clips.
@@ -582,9 +585,7 @@ class RecoverConfig:
 
     def __post_init__(self) -> None:
         _require(self, 0, "layerwise_steps", "on_policy_steps", "lora_rank")
-        for name in ("flow_weight", "rest_lr"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} {getattr(self, name):g} must be at least 0")
+        _require_number(self, "layerwise_lr", "flow_weight", "rest_lr")
         if self.lora_rank and self.train == "all":
             raise ConfigError("train 'all' leaves nothing for lora_rank", "use one of them")
         if self.dmd.steps and self.training.mixed_precision == "fp16":
@@ -674,6 +675,13 @@ class SweepConfig:
             for chunk, positions, latent, norm in axes
             if not (norm == "rebuilt" and positions == "decoupled")
         ]
+
+
+def _require_number(config: Any, *names: str) -> None:
+    for name in names:
+        value: float = getattr(config, name)
+        if value < 0:
+            raise ConfigError(f"{name} {value:g} must be at least 0")
 
 
 def _require(config: Any, least: int, *names: str) -> None:

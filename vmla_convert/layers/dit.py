@@ -310,6 +310,11 @@ class CausalWanModel(nn.Module):
         for block in self._blocks():
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
+    def keep_activations(self) -> None:
+        """Undo `checkpoint_blocks`."""
+        for block in self._blocks():
+            del block.forward
+
     def unpatchify(self, patches: Tensor, latents: Tensor) -> Tensor:
         """Patches (B, L, pt·ph·pw·C) to latents of the same shape as `latents`."""
         pt, ph, pw = self.config.geometry.patch_size

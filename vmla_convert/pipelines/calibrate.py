@@ -336,25 +336,23 @@ def check_clips(config: ModelConfig, batch: Batch) -> None:
     latents, context = batch
     if latents.ndim != 5 or context.ndim != 3 or context.shape[-1] != config.geometry.text_dim:
         raise ConfigError(
-            f"calibration clips have latents of {latents.ndim} sides and contexts of shape "
+            f"clips have latents of {latents.ndim} sides and contexts of shape "
             f"{tuple(context.shape)}, the model takes 5 and {config.geometry.text_dim} columns",
             "store latents (N, F, C, height, width) and context (N, text_len, text_dim)",
         )
     if not (latents.isfinite().all() and context.isfinite().all()):
-        raise ConfigError(
-            "calibration clips hold NaN or infinite numbers", "encode the clips again"
-        )
+        raise ConfigError("clips hold NaN or infinite numbers", "encode the clips again")
     frames, channels, *size = latents.shape[1:]
     _, rows, columns = config.geometry.patch_size
     if channels != config.geometry.in_dim or size[0] % rows or size[1] % columns:
         raise ConfigError(
-            f"calibration clips have frames of {[channels, *size]}, the model takes "
+            f"clips have frames of {[channels, *size]}, the model takes "
             f"{[config.geometry.in_dim, *config.latent_size]}, or others that its patches divide",
             "give latents of this model's own codec: --data FILE.safetensors",
         )
     if frames < 2 * config.chunk_frames:
         raise ConfigError(
-            f"calibration clips of {frames} frames have no chunk with a past",
+            f"clips of {frames} frames have no chunk with a past",
             f"use at least {2 * config.chunk_frames} frames",
         )
 

@@ -6,7 +6,7 @@ the cache, beside the noisy clip, of which every chunk is predicted from its own
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,6 +46,9 @@ class Example(NamedTuple):
 
 
 Loss = Callable[[nn.Module, Example], Tensor]
+
+Examples = Callable[[int], Sequence[Example]]
+"""What a step trains on: a function of its number, and of nothing but the weights besides."""
 
 
 class Levels(NamedTuple):

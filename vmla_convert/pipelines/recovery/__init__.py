@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import Tensor
 
 from vmla_convert.checkpoint.families import OpenCheckpoint, converted_config
 from vmla_convert.checkpoint.writer import write_checkpoint
 from vmla_convert.config import EvaluateConfig, ModelConfig, RecoverConfig
 from vmla_convert.errors import CheckpointError, ConfigError, OutputError, VmlaError
 from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.pipelines.calibrate import check_clips
 from vmla_convert.pipelines.codecs import open_codec
 from vmla_convert.pipelines.data import open_clips, source_kind
 from vmla_convert.pipelines.evaluate import HeldOut, dense_rows
@@ -39,6 +41,7 @@ from vmla_convert.pipelines.load import (
     read_provenance,
 )
 from vmla_convert.pipelines.prepare import CODEC_HINT, prepare_clips
+from vmla_convert.pipelines.processes import check_shares, processes
 from vmla_convert.pipelines.publish import model_card
 from vmla_convert.pipelines.recovery.stages import (
     LAYERWISE,
@@ -51,11 +54,12 @@ from vmla_convert.pipelines.recovery.stages import (
 )
 from vmla_convert.pipelines.recovery.trained import add_adapters, unfreeze
 from vmla_convert.pipelines.rows import Errors, cache_rows, error_rows, row_fields
-from vmla_convert.pipelines.training import check_shares, processes
+from vmla_convert.pipelines.training import check_tracker
 from vmla_convert.progress import Progress, Silent
 from vmla_convert.results import Row, append_rows, read_rows
 from vmla_convert.tables import to_dict
 
+SETTINGS = "settings.json"
 _MADE = ("self", "videos")
 """Clips that a model is needed for."""
 
@@ -187,8 +191,12 @@ class _Run:
         started = perf_counter()
         with self.processes.main_process_first():
             self._claim_state(provenance)
-        self._prepare_clips(provenance)
-        rows, student, recovered = self._recovered()
+        try:
+            self._prepare_clips(provenance)
+            rows, student, recovered = self._recovered()
+        except VmlaError:
+            self._leave_if_new()
+            raise
         seconds, fields = perf_counter() - started, row_fields(student.config)
         rows.append(Row("recover_seconds", seconds, "s", **fields))
         if recovered.learning_rate is not None:
@@ -239,8 +247,13 @@ class _Run:
     def _claim_state(self, provenance: dict[str, Any]) -> None:
         """Take a new folder for state, or one that a run of the same settings left unfinished."""
         state = self.folders.state
-        settings = {"recover": to_dict(self.asked), "converted": provenance}
-        file = state / "settings.json"
+        settings = {
+            "recover": to_dict(self.asked),
+            "evaluation": to_dict(self.evaluation),
+            "converted": provenance,
+            "teacher": str(self.dense.source.path),
+        }
+        file = state / SETTINGS
         if file.exists() and json.loads(file.read_text()) != settings:
             raise OutputError(
                 f"{state} holds an unfinished recovery with other settings",
@@ -249,6 +262,13 @@ class _Run:
         if self.processes.is_main_process:
             state.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(settings))
+
+    def _leave_if_new(self) -> None:
+        """Drop a state in which nothing was done, so that other settings can be tried."""
+        state = self.folders.state
+        held = [path.name for path in state.iterdir()] if state.is_dir() else []
+        if self.processes.is_main_process and held == [SETTINGS]:
+            shutil.rmtree(state)
 
     def _write(
         self, student: CausalWanModel, provenance: dict[str, Any], recovered: Recovered
@@ -264,8 +284,7 @@ class _Run:
         }
         write_checkpoint(
             self.out,
-            # Untouched tensors go back to their source's dtype, which is exact.
-            {name: t.to("cpu", specs[name].dtype) for name, t in student.state_dict().items()},
+            {name: _narrowed(t, specs[name].dtype) for name, t in student.state_dict().items()},
             {
                 "config.json": converted_config(student.config),
                 CONVERSION_NAME: provenance | record,
@@ -297,6 +316,9 @@ def _check_settings(config: RecoverConfig, dense: ModelConfig, world: int) -> No
             made.
     """
     check_shares(config.training, world)
+    check_tracker(config.training)
+    if not any(stage_steps(config).values()):
+        raise ConfigError("no stage has any steps", "give some: --steps 100")
     if config.data.frames < 2 * dense.chunk_frames:
         raise ConfigError(
             f"clips of {config.data.frames} frames have no chunk with a past",
@@ -305,7 +327,7 @@ def _check_settings(config: RecoverConfig, dense: ModelConfig, world: int) -> No
     if source_kind(config.data.source) in _MADE:
         open_codec(dense, "making clips", CODEC_HINT)
     else:
-        open_clips(config.data)
+        check_clips(dense, open_clips(config.data).batch(0, 1))
 
 
 def _processes(world: int | None) -> PartialState:
@@ -321,6 +343,12 @@ def _processes(world: int | None) -> PartialState:
             f"torchrun --standalone --nproc_per_node {world} -m vmla_convert recover …",
         )
     return state
+
+
+def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor on the CPU, in its source's dtype where that is exact: where it did not train."""
+    narrow = tensor.to("cpu", dtype)
+    return narrow if torch.equal(narrow.to(tensor.dtype), tensor.cpu()) else tensor.cpu()
 
 
 def _beside(out: Path, kind: str) -> Path:

@@ -21,10 +21,9 @@ than it began.
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from vmla_convert.config import RecoverConfig
@@ -39,6 +38,7 @@ from vmla_convert.maths.flow import (
 from vmla_convert.pipelines.data import ClipSource, seeded
 from vmla_convert.pipelines.load import compute_device
 from vmla_convert.pipelines.losses import Example, flow_matching, predicted_velocity
+from vmla_convert.pipelines.processes import average_gradients, precision
 from vmla_convert.pipelines.recovery.rollouts import ALONE, Share, rollout_examples
 
 
@@ -93,8 +93,7 @@ class DistributionMatching:
         self.optimiser = torch.optim.AdamW(
             self.critic.parameters(), self.dmd.critic_lr, betas=(0.0, 0.999), weight_decay=0.0
         )
-        size, seed = self.training.batch_size, self.training.seed
-        self._rollouts = rollout_examples(student, clips, size, seed, share)
+        self._rollouts = rollout_examples(student, clips, self.training, share)
 
     def examples(self, step: int) -> list[Example]:
         """Let the critic learn from fresh samples, then judge one more.
@@ -138,8 +137,7 @@ class DistributionMatching:
         the way there, because that is what its step has a gradient of (Self-Forcing's exit step);
         the critic has to learn the same.
         """
-        with self._autocast():
-            (rollout,) = self._rollouts(number)
+        (rollout,) = self._rollouts(number)
         mine = self._own(rollout)
         velocity, state = self._velocity(self.student, mine), _noisy(mine)
         clean = predict_clean(state.latents, velocity, state.sigma)
@@ -168,19 +166,18 @@ class DistributionMatching:
         self.optimiser.zero_grad()
         loss, parts = flow_matching(self.critic.config), self._parts(example)
         for part in parts:
-            with self._autocast():
+            with precision(self.training):
                 value = loss(self.critic, part) / len(parts)
             value.backward()
-        for parameter in self.critic.parameters():
-            # The mean over all processes, so that critics stay equal.
-            parameter.grad = cast(Tensor, reduce(parameter.grad, "mean"))
+        # The mean over all processes, so that critics stay equal.
+        average_gradients(list(self.critic.parameters()))
         torch.nn.utils.clip_grad_norm_(self.critic.parameters(), 1.0)
         self.optimiser.step()
 
     @torch.no_grad()
     def _velocity(self, model: CausalWanModel, example: Example) -> Tensor:
         """A model's prediction (b, F, C, height, width), part after part."""
-        with self._autocast():
+        with precision(self.training):
             parts = self._parts(example)
             return torch.cat([predicted_velocity(model, model.config, part) for part in parts])
 
@@ -192,11 +189,6 @@ class DistributionMatching:
         """As many parts as the loop makes of a process's clips, to take as little memory."""
         parts = (tensor.chunk(self.training.accumulate) for tensor in example)
         return [Example(*part) for part in zip(*parts, strict=True)]
-
-    def _autocast(self) -> torch.autocast:
-        """Each forward pass has its own: the casts of weights that one keeps are of that moment."""
-        enabled = self.training.mixed_precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
 
 def matching_gradient(clean: Tensor, real: Tensor, fake: Tensor) -> Tensor:

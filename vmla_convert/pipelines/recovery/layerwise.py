@@ -19,7 +19,7 @@ from vmla_convert.layers.attention import DenseSelfAttention
 from vmla_convert.layers.dit import Attend, CausalWanModel, gated, masked_attention
 from vmla_convert.layers.mla import LatentSelfAttention
 from vmla_convert.pipelines.calibrate import ReadBlock
-from vmla_convert.pipelines.data import ClipSource, seeded
+from vmla_convert.pipelines.data import Batch, ClipSource, seeded
 from vmla_convert.pipelines.losses import make_example, teacher_forcing_inputs
 from vmla_convert.pipelines.recovery.rollouts import Share
 from vmla_convert.pipelines.recovery.trained import new_parameters
@@ -27,25 +27,29 @@ from vmla_convert.pipelines.shelf import Shelf
 from vmla_convert.pipelines.training import learning_rate_factor
 from vmla_convert.progress import Progress
 
-CLIPS, HELD_SHARE = 48, 4  # of which the last quarter only says whether a layer got better
+CLIPS, HELD_CLIPS, LEAST_CLIPS = 36, 12, 2
+# Of all clips; a layer's input, output and what the block makes of them have as many rows.
+TOKENS = 2**18
 CLIPS_AT_ONCE = 8
 WARMUP_STEPS = 5
 
 
 class Lesson(NamedTuple):
-    """What one layer is taught; n clips, clean then noisy.
+    """What one layer is taught; n clips, clean then noisy, the last of them held out.
 
     Attributes:
         inputs: (n, 2L, d).
         outputs: Of the dense layer, (n, 2L, d).
         gate: What the block multiplies them by, (n, 2F, d): errors behind a closed gate are none.
         attend: How a layer sees a clip.
+        taught: Clips that it learns from; the others say whether it got better.
     """
 
     inputs: Tensor
     outputs: Tensor
     gate: Tensor
     attend: Attend
+    taught: int
 
     def error(self, layer: LatentSelfAttention, picks: Tensor) -> Tensor:
         """Squared error of what a layer adds to its block, relative to what it should add."""
@@ -104,20 +108,18 @@ def fit_layer(
     """Regress one layer's output; returns its error on clips of its own, before and after."""
     parameters = [p.requires_grad_(True) for p in new_parameters(layer)]
     start = [p.detach().clone() for p in parameters]
-    count = len(lesson.inputs)
-    taught = count - max(1, count // HELD_SHARE)
-    before = _held_error(layer, lesson, taught)
+    before = _held_error(layer, lesson)
     optimiser = torch.optim.Adam(parameters, lr=config.layerwise_lr)
     schedule = TrainingConfig(steps=config.layerwise_steps, warmup_steps=WARMUP_STEPS)
     for step in range(config.layerwise_steps):
         for group in optimiser.param_groups:
             group["lr"] = config.layerwise_lr * learning_rate_factor(step, schedule)
         generator = seeded(config.training.seed, step, "layerwise batch")
-        picks = torch.randint(taught, (config.training.batch_size,), generator=generator)
+        picks = torch.randint(lesson.taught, (config.training.batch_size,), generator=generator)
         optimiser.zero_grad()
         lesson.error(layer, picks).backward()
         optimiser.step()
-    after = _held_error(layer, lesson, taught)
+    after = _held_error(layer, lesson)
     if not after < before:
         after = before
         with torch.no_grad():
@@ -129,8 +131,8 @@ def fit_layer(
 
 
 @torch.no_grad()
-def _held_error(layer: LatentSelfAttention, lesson: Lesson, taught: int) -> float:
-    held = torch.arange(taught, len(lesson.inputs))
+def _held_error(layer: LatentSelfAttention, lesson: Lesson) -> float:
+    held = torch.arange(lesson.taught, len(lesson.inputs))
     errors = (lesson.error(layer, picks) * len(picks) for picks in held.split(CLIPS_AT_ONCE))
     return sum(map(float, errors)) / len(held)
 
@@ -145,8 +147,8 @@ def _walk(
     """A lesson for each layer, in order."""
     seed, chunk_frames = config.training.seed, shell.config.chunk_frames
     device = shell.patch_embedding.weight.device
-    noise = seeded(seed, 0, "layerwise")
-    example = make_example(clips.batch(0, CLIPS), chunk_frames, noise).to(device)
+    drawn, taught = _draw(shell, clips)
+    example = make_example(drawn, chunk_frames, seeded(seed, 0, "layerwise")).to(device)
     positions, mask = teacher_forcing_inputs(shell.config, example)
     attend = masked_attention(shell.rotary(positions, example.latents), mask)
     x, _, modulation = shell.embed(example.latents, example.timestep)
@@ -156,12 +158,23 @@ def _walk(
         assert isinstance(block.self_attn, DenseSelfAttention)
         inputs = block.attention_input(x, modulation)
         outputs = [attend(block.self_attn, part) for part in inputs.split(CLIPS_AT_ONCE)]
-        lesson = Lesson(inputs, torch.cat(outputs), block.attention_gate(modulation), attend)
+        gate = block.attention_gate(modulation)
+        lesson = Lesson(inputs, torch.cat(outputs), gate, attend, taught)
         yield lesson
         parts = zip(
             *(t.split(CLIPS_AT_ONCE) for t in (x, lesson.outputs, modulation, text)), strict=True
         )
         x = torch.cat([block.after_attention(*part) for part in parts])
+
+
+def _draw(shell: CausalWanModel, clips: ClipSource) -> tuple[Batch, int]:
+    """Clips, of which the first few are to learn from, and how many; fewer where they are long."""
+    frames, _, height, width = clips.batch(0, 1).latents.shape[1:]
+    tokens = 2 * frames * shell.config.geometry.tokens_per_frame((height, width))
+    share = min(1.0, TOKENS / (tokens * (CLIPS + HELD_CLIPS)))
+    taught, held = (max(LEAST_CLIPS, int(share * count)) for count in (CLIPS, HELD_CLIPS))
+    both = clips.batch(0, taught), clips.batch(0, held, "held_out")
+    return Batch(*(torch.cat(parts) for parts in zip(*both, strict=True))), taught
 
 
 def _name(layer: int) -> str:

@@ -14,10 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vmla_convert.config import TrainingConfig
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.flow import TRAIN_TIMESTEPS, per_frame
 from vmla_convert.pipelines.data import ClipSource, seeded
 from vmla_convert.pipelines.losses import Example
+from vmla_convert.pipelines.processes import precision
 from vmla_convert.pipelines.sample import State, sample_chunk
 
 
@@ -34,15 +36,15 @@ ALONE = Share(0, 1)
 def rollout_examples(
     student: CausalWanModel,
     clips: ClipSource,
-    batch_size: int,
-    seed: int,
+    config: TrainingConfig,
     share: Share = ALONE,
 ) -> Callable[[int], list[Example]]:
     """Examples of a student's rollouts, for the prompts and of the length of training clips."""
 
     def examples(step: int) -> list[Example]:
-        batch = clips.batch(step, batch_size)
-        return [roll_out(student, batch.context, batch.latents.shape[1], (seed, step), share)]
+        latents, context = clips.batch(step, config.batch_size)
+        with precision(config):
+            return [roll_out(student, context, latents.shape[1], (config.seed, step), share)]
 
     return examples
 

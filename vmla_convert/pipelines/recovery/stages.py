@@ -17,7 +17,10 @@ from vmla_convert.maths.flow import sampler_sigmas
 from vmla_convert.pipelines.calibrate import ReadBlock, model_blocks
 from vmla_convert.pipelines.data import open_clips, open_openings
 from vmla_convert.pipelines.evaluate import HeldOut
-from vmla_convert.pipelines.losses import Levels, Loss, velocity_distillation
+from vmla_convert.pipelines.keeping import Stateful, set_weights
+from vmla_convert.pipelines.losses import Examples, Levels, Loss, velocity_distillation
+from vmla_convert.pipelines.optimisers import find_learning_rate
+from vmla_convert.pipelines.processes import agreed, processes
 from vmla_convert.pipelines.recovery.dmd import DistributionMatching
 from vmla_convert.pipelines.recovery.layerwise import apply_layers, recover_layers
 from vmla_convert.pipelines.recovery.rollouts import Share, rollout_examples
@@ -31,15 +34,7 @@ from vmla_convert.pipelines.recovery.trained import (
 )
 from vmla_convert.pipelines.rows import Errors
 from vmla_convert.pipelines.shelf import FolderShelf, MemoryShelf, Shelf
-from vmla_convert.pipelines.training import (
-    Examples,
-    Stateful,
-    agreed,
-    clip_examples,
-    find_learning_rate,
-    processes,
-    train,
-)
+from vmla_convert.pipelines.training import clip_examples, train
 from vmla_convert.progress import Progress, Silent
 
 OnStep = Callable[[int, Errors], None]
@@ -165,7 +160,8 @@ class _Recovery:
     def run(self) -> Recovered:
         """All stages."""
         config, training = self.config, self.config.training
-        before = self._measured(0)
+        before = self._measured()
+        self._tell(0, before)
         if config.layerwise_steps:
             self._layerwise(before)
         adapted = self._unfreeze()
@@ -177,35 +173,36 @@ class _Recovery:
             self._train(DISTILLING, loss, self._clip_examples(), training.steps, rate)
         if config.on_policy_steps:
             loss = velocity_distillation(self.teacher)
-            examples = rollout_examples(
-                self.student, self.clips, training.batch_size, training.seed, self.share
-            )
+            examples = rollout_examples(self.student, self.clips, training, self.share)
             self._train(ON_POLICY, loss, examples, config.on_policy_steps, rate)
         if config.dmd.steps:
             dmd = DistributionMatching(self.student, self.teacher, self.clips, config, self.share)
             self._train(MATCHING, dmd.loss, dmd.examples, config.dmd.steps, rate, [dmd])
         if adapted is not None:
             merge_adapters(adapted)
+        if training.gradient_checkpointing:
+            self.student.keep_activations()
         self.student.requires_grad_(False)
         return Recovered(self.kept, rate)
 
-    def _layerwise(self, before: float) -> None:
+    def _layerwise(self, before: Errors) -> None:
         """Fit the layers, and undo it should the model as a whole have lost."""
         steps, start = self.config.layerwise_steps, new_state(self.student)
         blocks = model_blocks(self.teacher)
         fit_layers(self.student, self.teacher, blocks, self.config, self.folders, self.progress)
-        after = self._measured(steps)
+        after = self._measured()
         self.taken, self.kept[LAYERWISE] = steps, steps
-        if not after < before:
-            self.student.load_state_dict(start, strict=False)
-            self.kept[LAYERWISE] = 0
+        if not after.velocity_error < before.velocity_error:
+            set_weights(self.student, start)
+            after, self.kept[LAYERWISE] = before, 0
+        self._tell(steps, after)
 
     def _unfreeze(self) -> Any:
         """Let train what should; returns adapters, if there are any."""
-        config, adapted = self.config, None
+        config, adapted, seed = self.config, None, self.config.training.seed
         unfreeze(self.student, config.train)
         if config.lora_rank:
-            adapted = add_adapters(self.student, config.lora_rank, config.train)
+            adapted = add_adapters(self.student, config.lora_rank, config.train, seed)
         if config.training.gradient_checkpointing:
             self.student.checkpoint_blocks()
         return adapted
@@ -219,16 +216,19 @@ class _Recovery:
         rate: float | None,
         carried: Sequence[Stateful] = (),
     ) -> None:
-        """One of the later stages, from where the one before it ended."""
-        config = replace(self.config.training, steps=steps, lr=rate)
-        first, offset = not self.taken, self.taken
+        """One of the later stages, from where the one before it ended.
+
+        What is told of its last step is what the weights that it kept measure.
+        """
+        config, offset = replace(self.config.training, steps=steps, lr=rate), self.taken
+        met: dict[int, Errors] = {}
 
         def measure(model: nn.Module, step: int) -> float:
-            errors = self.held_out.measure(model)
+            met[step] = self.held_out.measure(model)
             # The start of a stage is the end of the one before.
-            if step or first:
-                self.on_step(offset + step, errors)
-            return errors.velocity_error
+            if 0 < step < steps:
+                self._tell(offset + step, met[step])
+            return met[step].velocity_error
 
         outcome = train(
             self.student,
@@ -245,6 +245,10 @@ class _Recovery:
             carried=carried,
         )
         self.taken, self.kept[stage] = offset + steps, outcome.best_step
+        if self.state.is_main_process:
+            # Of a run that was interrupted after its best, that measurement is gone.
+            kept = met.get(outcome.best_step) or self.held_out.measure(self.student)
+            self._tell(offset + steps, kept)
 
     def _learning_rate(self) -> float:
         """What a probe finds for the distillation; found once, if there is a place to keep it."""
@@ -260,7 +264,9 @@ class _Recovery:
             self.progress,
         )
         if file is not None and self.state.is_main_process:
-            file.write_text(json.dumps(rate))
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps(rate))
+            partial.replace(file)
         return rate
 
     def _clip_examples(self) -> Examples:
@@ -278,14 +284,15 @@ class _Recovery:
         new, rest = new_names(self.student), self.config.rest_lr
         return lambda name: 1.0 if name in new else rest
 
-    def _measured(self, step: int) -> float:
-        """Held-out error, the same for all processes."""
-        value = torch.zeros((), device=self.state.device)
+    def _measured(self) -> Errors:
+        """Held-out errors, the same for all processes."""
+        errors = self.held_out.measure(self.student)
+        figures = (torch.tensor(e, dtype=torch.float64, device=self.state.device) for e in errors)
+        return Errors(*map(agreed, figures))
+
+    def _tell(self, step: int, errors: Errors) -> None:
         if self.state.is_main_process:
-            errors = self.held_out.measure(self.student)
             self.on_step(step, errors)
-            value += errors.velocity_error
-        return agreed(value)
 
     def _folder(self, stage: str) -> Path | None:
         return self.folders.state / stage.replace(" ", "-") if self.folders else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor, nn
 
 from vmla_convert.errors import MissingExtraError
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 Scope = Literal["new", "attention", "all"]
 
-# Matrices of the source that adapters may be put on; new parameters train themselves.
+# What adapters are put on: the source's matrices that a converted model reads everything by.
 _ADAPTED = r"blocks\.\d+\.(self_attn\.[qo]|cross_attn\.[qkvo]|ffn\.[02])"
 _ATTENTION = ("q.", "o.", "norm_q.")
 _ADAPTER = "lora_"
@@ -76,13 +77,14 @@ def new_names(student: CausalWanModel) -> frozenset[str]:
     )
 
 
-def add_adapters(student: CausalWanModel, rank: int, scope: Scope) -> LoraModel:
+def add_adapters(student: CausalWanModel, rank: int, scope: Scope, seed: int = 0) -> LoraModel:
     """Put low-rank adapters on the frozen matrices of a model, in place; they start at zero.
 
     Args:
         student: The model.
         rank: Of the adapters.
         scope: What trains by itself.
+        seed: Of the half of each adapter that does not start at zero.
 
     Returns:
         What `merge_adapters` takes.
@@ -101,7 +103,9 @@ def add_adapters(student: CausalWanModel, rank: int, scope: Scope) -> LoraModel:
         if re.fullmatch(_ADAPTED, name) and f"{name}.weight" not in trained
     ]
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
-    adapted = LoraModel(student, {"default": config}, "default")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        adapted = LoraModel(student, {"default": config}, "default")
     # Whatever peft froze of what trains by itself.
     unfreeze(student, scope)
     return adapted
