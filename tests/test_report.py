@@ -17,7 +17,9 @@ import pytest
 
 from vmla_convert.errors import MissingExtraError, VmlaError
 from vmla_convert.pipelines.report import decisive_table, write_report
+from vmla_convert.pipelines.report.panels import recovery_panels
 from vmla_convert.pipelines.report.plots import draw_plots, spread_apart
+from vmla_convert.pipelines.report.points import read_points
 from vmla_convert.results import Row, append_rows
 
 if TYPE_CHECKING:
@@ -295,6 +297,22 @@ def test_draws_what_the_rows_allow_and_no_empty_axes(rows: list[Row], names: lis
             assert axes_with_data(axes)
             assert axes.get_xlabel()
             assert axes.get_ylabel()
+
+
+def test_layers_that_recover_have_panels_of_their_own() -> None:
+    both = [
+        row
+        for layer, error in ((PAPER, 0.2), (DEFAULT, 0.002))
+        for init in ("random", "calibrated")
+        for row in point_rows(init, 20, 4, [error, error / 2], [error, error], layer=layer)
+    ]
+    panels = recovery_panels(read_points([*dense_rows(), *both]), 0.05)
+    assert len(panels) == 4
+    for panel, layer in zip(panels, (DEFAULT, DEFAULT, PAPER, PAPER), strict=True):
+        assert " ".join(layer.values()) in panel.title
+        assert [line.label for line in panel.lines] == ["random", "calibrated"]
+    alone, _ = recovery_panels(read_points([*dense_rows(), *both[: len(both) // 2]]), 0.05)
+    assert "decoupled" not in alone.title
 
 
 def test_labels_at_the_line_ends_do_not_overlap() -> None:

@@ -72,15 +72,22 @@ class Panel:
 
 
 def recovery_panels(points: Sequence[Point], bound: float) -> list[Panel]:
-    """For each cache size: velocity_error, then flow loss above dense, against the step."""
+    """For each cache size and layer: velocity_error, then flow loss above dense, by step."""
     recovered = [point for point in points if point.last_step > 0]
+    layers = list(dict.fromkeys(point.layer for point in recovered))
+    groups = [
+        [point for point in same_size if point.layer == layer]
+        for same_size in size_groups(recovered)
+        for layer in layers
+    ]
     panels: list[Panel] = []
-    for here in size_groups(recovered):
+    for here in filter(None, groups):
         where = (
             f"{format_sizes(here)} scalars per token"
             if math.isfinite(here[-1].size)
             else "cache of unknown size"
         )
+        where += f"\n{here[0].layer}" if len(layers) > 1 else ""
         steps = "recovery (optimiser steps)"
         errors = _init_lines(here, lambda p: {s: e for s, e in p.errors.items() if e > 0})
         losses = _init_lines(here, lambda p: {s: 100 * loss for s, loss in p.losses.items()})
