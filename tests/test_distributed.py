@@ -45,7 +45,8 @@ def test_two_processes_recover_as_one_does_with_the_whole_batch(
     one, two = tmp_path / "one", tmp_path / "two"
     command = ["recover", converted, "--teacher", teacher, *HOW]
     assert vmla(*map(str, command), "-o", one).code == 0
-    ran = launched(*TORCHRUN, "-m", "vmla_convert", *command, "-o", two, "--processes", 2)
+    more = ("-o", two, "--processes", 2, "--accumulate", 2)
+    ran = launched(*TORCHRUN, "-m", "vmla_convert", *command, *more)
     assert ran.returncode == 0, ran.stderr
     # One speaks for both.
     assert ran.stdout.count("wrote: ") == 1
@@ -57,6 +58,8 @@ def test_two_processes_recover_as_one_does_with_the_whole_batch(
         assert (alone[name] - shared[name]).abs().max() < 0.05 * moved, name
     assert all(torch.equal(shared[name], before[name]) for name in before.keys() - new)
     records = [json.loads((f / "conversion.json").read_text()) for f in (one, two)]
+    assert records[1]["recover"]["training"].pop("accumulate") == 2
+    assert records[0]["recover"]["training"].pop("accumulate") == 1
     assert records[0] == records[1]
 
 

@@ -33,7 +33,7 @@ from vmla_convert.config import (
     RecoverConfig,
     TrainingConfig,
 )
-from vmla_convert.errors import CheckpointError, OutputError
+from vmla_convert.errors import CheckpointError, OutputError, VmlaError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines import prepare
 from vmla_convert.pipelines.calibrate import model_blocks
@@ -366,4 +366,39 @@ def test_settings_that_do_not_fit_are_refused_before_any_work(
     )
     assert refused(ran)
     assert message in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_trained_is_written_as_it_was_measured(
+    dense: CausalWanModel, teacher: Path, converted: Path, tmp_path: Path
+) -> None:
+    """The source is in two bytes, which small steps do not reach."""
+    out = tmp_path / "out"
+    training = replace(RECOVER.training, lr=1e-5)
+    config = replace(CONFIG, layerwise_steps=0, train="attention", training=training)
+    rows = recover(converted, teacher, out, config, EVALUATE)
+    curve = [row.value for row in rows if row.metric == "velocity_error"]
+    assert HeldOut(dense, EVALUATE).measure(load(out)).velocity_error == curve[-1]
+    dtypes = {name: spec.dtype for name, spec in open_checkpoint(out).specs().items()}
+    assert dtypes["blocks.0.self_attn.q.weight"] == torch.float32
+    assert dtypes["blocks.0.ffn.0.weight"] == torch.bfloat16
+
+
+def test_an_unfinished_run_that_was_measured_otherwise_is_refused(
+    teacher: Path, converted: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(PowerCutError):
+        recover(converted, teacher, out, CONFIG, EVALUATE, PowerCut("distilling", 3))
+    with pytest.raises(OutputError, match="other settings"):
+        recover(converted, teacher, out, CONFIG, replace(EVALUATE, clips=8))
+
+
+def test_a_run_that_did_nothing_is_in_no_ones_way(
+    teacher: Path, converted: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    data = DataConfig("self", frames=6, clips=2, prompts=("no digit",))
+    with pytest.raises(VmlaError, match="must name one digit"):
+        recover(converted, teacher, out, replace(CONFIG, data=data), EVALUATE)
     assert list(tmp_path.iterdir()) == []

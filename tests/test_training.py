@@ -483,6 +483,25 @@ def test_a_loss_that_is_not_finite_ends_training() -> None:
     assert "learning rate" in caught.value.hint
 
 
+def test_what_is_kept_outlives_a_loss_that_is_not_finite() -> None:
+    losses = iter([1.0, 1.0, torch.nan])
+
+    def breaking(model: nn.Module, example: Example) -> Tensor:
+        return LOSS(model, example) * next(losses)
+
+    model, met = tiny_model(MODEL), dict[int, CausalWanModel]()
+
+    def measure(evaluated: nn.Module, step: int) -> float:
+        met[step] = tiny_model(MODEL)
+        met[step].load_state_dict(evaluated.state_dict())
+        return (3.0, 1.0, 2.0)[step]
+
+    clips = examples(NumberedClips(), SHORT)
+    outcome = train(model, breaking, clips, SHORT, measure, keep_best=True)
+    assert outcome == Outcome(2, 1)
+    assert same_weights(model, met[1])
+
+
 def distance_to(target: CausalWanModel) -> Callable[[nn.Module, Example], Tensor]:
     """How far a model's weights are from those of another, whatever the example."""
 

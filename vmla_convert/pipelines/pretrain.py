@@ -55,6 +55,8 @@ def pretrain(config: TeacherConfig, out: Path, progress: Progress | None = None)
         append_rows(out / "rows.jsonl", [row])
         return value
 
+    if config.training.gradient_checkpointing:
+        model.checkpoint_blocks()
     openings = open_openings(config.data, chunk_frames)
     train(
         model,

@@ -60,12 +60,15 @@ def sweep(
         progress: Where to draw.
 
     Raises:
-        ConfigError: An init or a size of the grid does not fit the model; before any work.
+        ConfigError: An init or a size of the grid does not fit the model, or there are no clips to
+            recover on; before any work.
     """
     progress = progress or Silent()
     points = grid(config, convert_config)
     for point in points:
         check_sizes(teacher.config, point)
+    if config.recover:
+        open_clips(recover_config.data)  # or say now why not
     written = read_rows(rows_file) if rows_file.exists() else []
     known = _measure(teacher, convert_config, progress)
     if not any(row.run == "dense" for row in written):
