@@ -27,7 +27,13 @@ from vmla_convert.pipelines.losses import (
     make_example,
     predicted_velocity,
 )
-from vmla_convert.pipelines.optimisers import LONGER_RUN, PROBED_RATES, find_learning_rate
+from vmla_convert.pipelines.optimisers import (
+    LONGER_RUN,
+    PROBED_RATES,
+    _Probe,  # pyright: ignore[reportPrivateUsage]
+    find_learning_rate,
+    unscaled,
+)
 from vmla_convert.pipelines.training import (
     Examples,
     Outcome,
@@ -526,6 +532,17 @@ def test_a_near_perfect_start_gets_a_smaller_learning_rate() -> None:
     assert rates[0] == LONGER_RUN * max(PROBED_RATES)
     assert rates[-1] == LONGER_RUN * min(PROBED_RATES)
     assert len({*rates}) >= 3
+
+
+def test_the_probe_sees_no_gradient_that_was_there_before() -> None:
+    config, left = TrainingConfig(batch_size=2), list[float]()
+    model = tiny_model(MODEL)
+    probe = _Probe(model, LOSS, examples(NumberedClips(), config), config, unscaled)
+    for stale in (None, 100.0):
+        for parameter in model.parameters():
+            parameter.grad = None if stale is None else torch.full_like(parameter, stale)
+        left.append(probe.left_after(1e-3))
+    assert left[0] == left[1]
 
 
 def test_the_probe_leaves_no_trace() -> None:

@@ -120,13 +120,14 @@ class _Probe:
         optimisers = make_optimisers(self.model, self.config, self.scale)
         for step in range(PROBE_STEPS):
             set_rate(optimisers, rate * (1 - step / PROBE_STEPS))
+            self.model.zero_grad()
             for part in self._parts(step):
                 self._loss(part).backward()
             average_gradients(self.trained)
             nn.utils.clip_grad_norm_(self.trained, 1.0)
             for optimiser in optimisers:
                 optimiser.step()
-            self.model.zero_grad()
+        self.model.zero_grad()
         with torch.no_grad():
             unseen = range(PROBE_STEPS, PROBE_STEPS + UNSEEN_BATCHES)
             losses = [self._loss(part) for step in unseen for part in self._parts(step)]

@@ -125,6 +125,7 @@ def fit_layer(
         with torch.no_grad():
             for parameter, was in zip(parameters, start, strict=True):
                 parameter.copy_(was)
+    optimiser.zero_grad()
     for parameter in parameters:
         parameter.requires_grad_(False)
     return before, after
