@@ -11,16 +11,14 @@ from pathlib import Path
 import torch
 from checkpoints import CLIPS, MODEL
 from safetensors.torch import save_file
-from torch import Tensor, distributed
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines.data import open_clips, seeded
 from vmla_convert.pipelines.load import load
 from vmla_convert.pipelines.losses import Example, make_example, velocity_distillation
+from vmla_convert.pipelines.processes import processes
 from vmla_convert.pipelines.recovery.trained import unfreeze
+from vmla_convert.pipelines.sharding import gathered, shard
 
 RATE = 1e-2
 
@@ -35,24 +33,15 @@ def one_step(student: CausalWanModel, teacher: CausalWanModel, rank: int, world:
 
 
 def main(converted: Path, teacher: Path, out: Path) -> None:
-    """Shard the student's blocks, step, gather."""
-    distributed.init_process_group("gloo")
-    rank, world = distributed.get_rank(), distributed.get_world_size()
-    student = load(converted)
+    """Shard the student, step, gather."""
+    state, student = processes(), load(converted)
     unfreeze(student, "all")
-    mesh = init_device_mesh("cpu", (world,))
-    for block in student.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(student, mesh=mesh)
-    one_step(student, load(teacher), rank, world)
-    state = get_model_state_dict(
-        student, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
-    if rank == 0:
-        tensors = {name: t.contiguous() for name, t in state.items() if isinstance(t, Tensor)}
-        save_file(tensors, out)
-    distributed.barrier()  # who leaves first takes the connection along
-    distributed.destroy_process_group()
+    shard(student)
+    one_step(student, load(teacher), state.process_index, state.num_processes)
+    weights = gathered(student.state_dict())
+    if state.is_main_process:
+        save_file(weights, out)
+    state.wait_for_everyone()  # who leaves first takes the connection along
 
 
 if __name__ == "__main__":

@@ -8,13 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
-from checkpoints import CLIPS, RECOVER, Vmla, refused
+from checkpoints import CLIPS, RECOVER, Vmla, refused, untimed
 from safetensors.torch import load_file
 from sharded_step import one_step
 
 from vmla_convert.pipelines.load import load
 from vmla_convert.pipelines.recovery.trained import new_names, unfreeze
+from vmla_convert.results import read_rows
 
 pytest_plugins = ["checkpoints"]
 
@@ -22,6 +24,15 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 HOW = [
     *("--steps", RECOVER.training.steps, "--on-policy-steps", 2, "--layerwise-steps", 2),
     *("--batch-size", 4, "--lr", 1e-3, "--frames", CLIPS.frames, "--set", "training.eval_every=2"),
+]
+
+SHARDED = [
+    [*HOW, "--train", "attention"],
+    [
+        *("--steps", 0, "--on-policy-steps", 4, "--layerwise-steps", 2, "--train", "all"),
+        *("--batch-size", 4, "--accumulate", 2, "--frames", CLIPS.frames),
+        *("--set", "training.eval_every=2", "--set", "training.gradient_checkpointing=true"),
+    ],
 ]
 
 
@@ -72,6 +83,47 @@ def test_a_wrong_number_of_processes_is_refused(
     assert "2 processes were asked for, and 1 started" in ran.err
     assert "torchrun --standalone --nproc_per_node 2" in ran.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", SHARDED, ids=["attention, rate given", "all, rate found"])
+def test_a_sharded_recovery_is_that_of_one_process(
+    teacher: Path, converted: Path, tmp_path: Path, vmla: Vmla, how: list[object]
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    command = ["recover", converted, "--teacher", teacher, "--json", *how]
+    single = vmla(*map(str, command), "-o", one)
+    assert single.code == 0
+    ran = launched(*TORCHRUN, "-m", "vmla_convert", *command, "-o", two, "--shard")
+    assert ran.returncode == 0, ran.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
+    before, alone, sharded = (load_file(f / "model.safetensors") for f in (converted, one, two))
+    for name, tensor in before.items():
+        moved = (alone[name] - tensor).abs().max()
+        # What has no gradient moves by its rounding.
+        assert (alone[name] - sharded[name]).abs().max() <= 0.05 * moved + 1e-6, name
+    records = [json.loads((f / "conversion.json").read_text()) for f in (one, two)]
+    assert records[0]["recovered"] == records[1]["recovered"]
+    # Steps that are not kept are measured too.
+    curves = [json.loads(told.splitlines()[0]) for told in (single.out, ran.stdout)]
+    errors = [[row["velocity_error"] for row in curve] for curve in curves]
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
+
+
+def test_a_sharded_recovery_that_is_cut_goes_on_bit_for_bit(
+    teacher: Path, converted: Path, tmp_path: Path
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    worker = [*TORCHRUN, "cut_recovery.py", converted, teacher]
+    assert launched(*worker, whole, "no bar", 0).returncode == 0
+    for label, before in (("distilling", 3), ("on policy", 1)):
+        assert launched(*worker, cut, label, before).returncode != 0
+        assert not cut.exists()
+    ran = launched(*worker, cut, "no bar", 0)
+    assert ran.returncode == 0, ran.stderr
+    uninterrupted, resumed = (load_file(f / "model.safetensors") for f in (whole, cut))
+    assert all(torch.equal(resumed[name], t) for name, t in uninterrupted.items())
+    rows = [untimed(read_rows(folder / "rows.jsonl")) for folder in (whole, cut)]
+    assert rows[0] == rows[1]
 
 
 def test_a_sharded_student_steps_as_a_whole_one(

@@ -434,6 +434,14 @@ def recover(
             rich_help_panel="Running",
         ),
     ] = RecoverConfig.offload,
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard",
+            help="Divide student and teacher over the processes: less memory for each.",
+            rich_help_panel="Running",
+        ),
+    ] = RecoverConfig.shard,
     processes: Annotated[
         int | None,
         typer.Option(
@@ -483,6 +491,7 @@ def recover(
         "lora_rank": lora_rank,
         "levels": levels,
         "offload": offload,
+        "shard": shard,
         "dmd": {"steps": dmd_steps},
         "training": {
             "steps": steps,

@@ -565,6 +565,9 @@ class RecoverConfig:
             stay frozen, merged at the end; 0 for none.
         offload: Read the source block by block in the layer-wise stage; where no other follows,
             nothing then measures the model as a whole.
+        shard: Divide student and source over the processes, block by block, and what trains with
+            its gradients and moments; the layer-wise stage then reads as with `offload`. Narrow
+            passes keep their casts of all blocks unless there is gradient_checkpointing.
         training: The loop of the later stages.
         dmd: The last stage, off by default.
         data: Clips.
@@ -579,6 +582,7 @@ class RecoverConfig:
     rest_lr: float = 0.1
     lora_rank: int = 0
     offload: bool = False
+    shard: bool = False
     training: TrainingConfig = field(default_factory=TrainingConfig)
     dmd: DMDConfig = field(default_factory=DMDConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -592,6 +596,13 @@ class RecoverConfig:
             raise ConfigError(
                 "the critic of dmd does not train in fp16", "use mixed_precision 'bf16'"
             )
+        whole = {
+            "lora_rank": self.lora_rank,
+            "dmd.steps": self.dmd.steps,
+            "mixed_precision 'fp16'": self.training.mixed_precision == "fp16",
+        }
+        for name in (name for name, asked in whole.items() if asked and self.shard):
+            raise ConfigError(f"shard does not go with {name}", "leave one of them out")
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,10 @@ class Block(nn.Module):
         )
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
+    def read_prompt(self, text: Tensor) -> Entries:
+        """What the cross-attention reads of an embedded prompt (B, S, d)."""
+        return self.cross_attn.read_prompt(text)
+
     def attention_input(self, x: Tensor, time: Tensor) -> Tensor:
         """What the self-attention reads: x (B, L, d) normed and modulated by time (B, F, 6, d)."""
         shift, scale, *_ = (self.modulation + time).unbind(2)
@@ -103,7 +107,7 @@ class Block(nn.Module):
         Args:
             x: Tokens of F frames.
             time: Projected time embedding (B, F, 6, d).
-            prompt: Embedded prompt (B, S, d), or what `cross_attn.read_prompt` made of it.
+            prompt: Embedded prompt (B, S, d), or what `read_prompt` made of it.
             attend: Calls the self-attention on its input.
         """
         y = attend(self.self_attn, self.attention_input(x, time))
@@ -197,7 +201,7 @@ class CausalWanModel(nn.Module):
     def read_prompt(self, context: Tensor) -> Prompt:
         """What the blocks read of prompts (B, text_len, text_dim), once for all chunks."""
         text = self.text_embedding(context)
-        return tuple(block.cross_attn.read_prompt(text) for block in self._blocks())
+        return tuple(block.read_prompt(text) for block in self._blocks())
 
     def stream(
         self, latents: Tensor, timestep: Tensor, prompt: Prompt, cache: KVCache, keep: bool = True

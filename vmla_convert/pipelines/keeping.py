@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from vmla_convert.pipelines.sharding import gathered, scattered
+
 Weights = dict[str, Tensor]
 
 
@@ -35,7 +37,7 @@ def set_weights(model: nn.Module, weights: Weights) -> None:
     """Give a model some of its weights."""
     for name, parameter in model.named_parameters():
         if name in weights:
-            parameter.copy_(weights[name])
+            parameter.copy_(scattered(weights[name], parameter))
 
 
 class Average:
@@ -57,7 +59,8 @@ class Average:
         elif self.decay:
             for name, parameter in model.named_parameters():
                 if name in self._weights:
-                    self._weights[name].lerp_(parameter, 1 - self.decay)
+                    average = scattered(self._weights[name], parameter)
+                    self._weights[name] = average.lerp_(parameter, 1 - self.decay)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
@@ -73,7 +76,7 @@ class Average:
 
     def state_dict(self) -> dict[str, Any]:
         """As accelerate saves it."""
-        return self._weights
+        return gathered(self._weights)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """What `state_dict` gave."""
@@ -110,7 +113,7 @@ class Best:
     def state_dict(self) -> dict[str, Any]:
         """As accelerate saves it."""
         figures = torch.tensor([self.step, self.value, self.since], dtype=torch.float64)
-        return {"figures": figures, "weights": self._weights}
+        return {"figures": figures, "weights": gathered(self._weights)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """What `state_dict` gave."""

@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, reduce
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vmla_convert.config import TrainingConfig
 from vmla_convert.errors import ConfigError, VmlaError
@@ -59,9 +60,9 @@ def averaged(figure: Tensor) -> Tensor:
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Give all processes the mean of their gradients."""
+    """Give all processes the mean of their gradients; those of shards are means already."""
     for parameter in parameters:
-        if parameter.grad is not None:
+        if parameter.grad is not None and not isinstance(parameter.grad, DTensor):
             parameter.grad.copy_(averaged(parameter.grad))
 
 

@@ -33,6 +33,7 @@ from vmla_convert.pipelines.keeping import Average, Best, Stateful, set_weights
 from vmla_convert.pipelines.losses import Example, Examples, Levels, Loss, make_example
 from vmla_convert.pipelines.optimisers import Scale, make_optimisers, set_rate, unscaled
 from vmla_convert.pipelines.processes import agreed, averaged, check_shares, parts, processes
+from vmla_convert.pipelines.sharding import ShardedOptimisers, gathered, is_sharded
 from vmla_convert.progress import Progress, Silent
 
 STEP_FILE, TRAINED_FILE = "step.json", "trained.safetensors"
@@ -75,7 +76,8 @@ def train(
         loss: Of a model and an example.
         examples: What each step sees; their losses are added.
         config: Steps, learning rate and the like.
-        on_evaluate: Called at step 0, every `eval_every` steps and at the end.
+        on_evaluate: Called at step 0, every `eval_every` steps and at the end; by the first process
+            alone, or by all where the model is sharded.
         checkpoints: Folder for resumable state; a run that finds one there goes on from it.
         progress: Where to draw.
         label: Of the bar.
@@ -167,9 +169,15 @@ class _Loop:
         self.config, self.model, self.loss, self.rate = config, model, loss, config.lr
         self.accelerator = _accelerator(config, *tracked)
         optimisers = make_optimisers(model, config, lr_scale)
-        self.wrapped, *self.optimisers = self.accelerator.prepare(model, *optimisers)
-        # `prepare` made the model's own forward narrow, and measurements shall not be.
-        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        self.sharded = is_sharded(model)
+        if self.sharded:
+            # It shares gradients by itself, after every pass.
+            self.wrapped, self.optimisers = model, optimisers
+            carried = [*carried, ShardedOptimisers(optimisers)]
+        else:
+            self.wrapped, *self.optimisers = self.accelerator.prepare(model, *optimisers)
+            # `prepare` made the model's own forward narrow, and measurements shall not be.
+            self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.average, self.best = Average(config.ema), Best(keep_best)
         self.accelerator.register_for_checkpointing(self.average, self.best, *carried)
@@ -267,7 +275,7 @@ class _Loop:
     def _evaluate(self, step: int, on_evaluate: OnEvaluate, progress: Progress) -> None:
         value = torch.zeros((), device=self.accelerator.device)
         with self.average.applied(self.model):
-            if self.accelerator.is_main_process:
+            if self.sharded or self.accelerator.is_main_process:
                 value += on_evaluate(self.model, step)
             # All go on, or stop, by the figure of one.
             figure = agreed(value)
@@ -298,12 +306,10 @@ class _Loop:
     ) -> None:
         del models
         weights.clear()  # of the whole model
+        parameters = self.model.named_parameters()
+        trained = gathered({n: p.detach() for n, p in parameters if p.requires_grad})
         if self.accelerator.is_main_process:
-            trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-            save_file(
-                {n: p.detach().contiguous() for n, p in trained.items()},
-                Path(folder) / TRAINED_FILE,
-            )
+            save_file({n: t.contiguous() for n, t in trained.items()}, Path(folder) / TRAINED_FILE)
 
     def _read_trained(self, models: list[nn.Module], folder: str) -> None:
         models.clear()

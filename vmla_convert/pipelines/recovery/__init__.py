@@ -54,6 +54,7 @@ from vmla_convert.pipelines.recovery.stages import (
 )
 from vmla_convert.pipelines.recovery.trained import add_adapters, unfreeze
 from vmla_convert.pipelines.rows import Errors, cache_rows, error_rows, row_fields
+from vmla_convert.pipelines.sharding import gathered, shard
 from vmla_convert.pipelines.training import check_tracker
 from vmla_convert.progress import Progress, Silent
 from vmla_convert.results import Row, append_rows, read_rows
@@ -201,24 +202,23 @@ class _Run:
         rows.append(Row("recover_seconds", seconds, "s", **fields))
         if recovered.learning_rate is not None:
             rows.append(Row("learning_rate", recovered.learning_rate, "per step", **fields))
+        weights = gathered(student.state_dict())
         if not self.processes.is_main_process:
             return rows
-        self._write(student, provenance, recovered)
+        self._write(student.config, weights, provenance, recovered)
         return rows + _finish_state(self.folders.state)
 
     def _recovered(self) -> tuple[list[Row], CausalWanModel, Recovered]:
         """All stages, with no more of both models in memory at a time than each needs."""
-        config, student = self.config, build(self.source, self.device)
-        if config.offload and config.layerwise_steps:
-            shell = build_shell(self.dense, self.device)
-            blocks = partial(read_block, self.dense, device=self.device)
-            fit_layers(student, shell, blocks, config, self.folders, self.progress)
-            if not later_steps(config):
+        config = self.config
+        if config.layerwise_steps and (config.offload or config.shard):
+            student = self._fitted()
+            if config.offload and not later_steps(config):
                 recovered = Recovered({LAYERWISE: config.layerwise_steps}, None)
                 return cache_rows(student.config), student, recovered
             # What was fitted waits on its shelf; errors before it are still to be measured.
-            student = build(self.source, self.device)
-        dense = build(self.dense, self.device)
+            del student
+        student, dense = self._models()
         held_out = HeldOut(dense, self.evaluation)
         rows = [*dense_rows(dense, held_out), *cache_rows(student.config)]
         curve = _curve(self.folders.state)
@@ -230,6 +230,21 @@ class _Run:
             student, dense, config, held_out, on_step, self.folders, self.progress
         )
         return rows, student, recovered
+
+    def _fitted(self) -> CausalWanModel:
+        """The student after the layer-wise stage, with one block of the dense model at a time."""
+        student, shell = build(self.source, self.device), build_shell(self.dense, self.device)
+        blocks = partial(read_block, self.dense, device=self.device)
+        fit_layers(student, shell, blocks, self.config, self.folders, self.progress)
+        return student
+
+    def _models(self) -> tuple[CausalWanModel, CausalWanModel]:
+        """Student and dense model; one is divided, if it is to be, before the next is read."""
+        if not self.config.shard:
+            return build(self.source, self.device), build(self.dense, self.device)
+        student = build(self.source)
+        unfreeze(student, self.config.train)
+        return shard(student), shard(build(self.dense))
 
     def _prepare_clips(self, provenance: dict[str, Any]) -> None:
         """From here on clips are latents, made now where they have to be."""
@@ -271,7 +286,11 @@ class _Run:
             shutil.rmtree(state)
 
     def _write(
-        self, student: CausalWanModel, provenance: dict[str, Any], recovered: Recovered
+        self,
+        config: ModelConfig,
+        weights: dict[str, Tensor],
+        provenance: dict[str, Any],
+        recovered: Recovered,
     ) -> None:
         specs, clips = self.source.specs(), open_clips(self.config.data)
         record = {
@@ -284,11 +303,11 @@ class _Run:
         }
         write_checkpoint(
             self.out,
-            {name: _narrowed(t, specs[name].dtype) for name, t in student.state_dict().items()},
+            {name: _narrowed(t, specs[name].dtype) for name, t in weights.items()},
             {
-                "config.json": converted_config(student.config),
+                "config.json": converted_config(config),
                 CONVERSION_NAME: provenance | record,
-                "README.md": model_card(student.config, provenance.get("source", {})),
+                "README.md": model_card(config, provenance.get("source", {})),
             },
         )
 
@@ -312,11 +331,16 @@ def _check_settings(config: RecoverConfig, dense: ModelConfig, world: int) -> No
     """Refuse, before anything is written, what a stage would fail on later.
 
     Raises:
-        ConfigError: The batch does not divide, or clips are not there, too short, or cannot be
-            made.
+        ConfigError: The batch or the models do not divide, or clips are not there, too short, or
+            cannot be made.
     """
     check_shares(config.training, world)
     check_tracker(config.training)
+    if config.shard and world == 1:
+        raise ConfigError(
+            "shard divides models over processes, and there is one",
+            "torchrun --standalone --nproc_per_node 2 -m vmla_convert recover …",
+        )
     if not any(stage_steps(config).values()):
         raise ConfigError("no stage has any steps", "give some: --steps 100")
     if config.data.frames < 2 * dense.chunk_frames:

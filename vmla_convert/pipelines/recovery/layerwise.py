@@ -23,6 +23,7 @@ from vmla_convert.pipelines.data import Batch, ClipSource, seeded
 from vmla_convert.pipelines.losses import make_example, teacher_forcing_inputs
 from vmla_convert.pipelines.recovery.rollouts import Share
 from vmla_convert.pipelines.recovery.trained import new_parameters
+from vmla_convert.pipelines.sharding import scattered
 from vmla_convert.pipelines.shelf import Shelf
 from vmla_convert.pipelines.training import learning_rate_factor
 from vmla_convert.progress import Progress
@@ -96,10 +97,12 @@ def apply_layers(layers: list[LatentSelfAttention], shelf: Shelf, share: Share) 
             owner = index % share.world
             kept = shelf.get(_name(index)) if owner == share.rank else {}
             for name, parameter in _new_tensors(layer).items():
+                tensor = torch.empty(parameter.shape, device=parameter.device)
                 if kept:
-                    parameter.copy_(kept[name])
+                    tensor.copy_(kept[name])
                 # In place; alone, it does nothing.
-                broadcast(parameter, owner)
+                broadcast(tensor, owner)
+                parameter.copy_(scattered(tensor, parameter))
 
 
 def fit_layer(

@@ -33,6 +33,7 @@ from vmla_convert.pipelines.recovery.trained import (
     unfreeze,
 )
 from vmla_convert.pipelines.rows import Errors
+from vmla_convert.pipelines.sharding import is_sharded
 from vmla_convert.pipelines.shelf import FolderShelf, MemoryShelf, Shelf
 from vmla_convert.pipelines.training import clip_examples, train
 from vmla_convert.progress import Progress, Silent
@@ -81,7 +82,8 @@ def recover_model(
     """Run all stages on a model in memory.
 
     Args:
-        student: Converted; trained in place, and frozen again at the end.
+        student: Converted; trained in place, and frozen again at the end. Where it is sharded, what
+            trains is unfrozen already, and the layer-wise stage was done in `folders`.
         teacher: Its dense source.
         config: Steps, learning rates and data.
         held_out: What to measure on, and to choose weights by.
@@ -245,7 +247,7 @@ class _Recovery:
             carried=carried,
         )
         self.taken, self.kept[stage] = offset + steps, outcome.best_step
-        if self.state.is_main_process:
+        if self.state.is_main_process or is_sharded(self.student):
             # Of a run that was interrupted after its best, that measurement is gone.
             kept = met.get(outcome.best_step) or self.held_out.measure(self.student)
             self._tell(offset + steps, kept)
