@@ -87,16 +87,16 @@ def recovery_panels(points: Sequence[Point], bound: float) -> list[Panel]:
             if math.isfinite(here[-1].size)
             else "cache of unknown size"
         )
-        where += f"\n{here[0].layer}" if len(layers) > 1 else ""
+        layer = f", {here[0].layer}" if len(layers) > 1 else ""
         steps = "recovery (optimiser steps)"
         errors = _init_lines(here, lambda p: {s: e for s, e in p.errors.items() if e > 0})
         losses = _init_lines(here, lambda p: {s: 100 * loss for s, loss in p.losses.items()})
         if errors:
-            title = f"Recovery of the velocity\n{where}"
+            title = f"Velocity{layer}\n{where}"
             panels.append(Panel(title, steps, "velocity error (share)", "log", errors))
         if losses:
             bound_percent = f"{100 * bound:g} %"
-            title = f"Recovery of the flow loss\n{where}; dashed: {bound_percent} bound"
+            title = f"Flow loss{layer}\n{where}; dashed: {bound_percent} bound"
             ylabel = "flow loss above dense (%)"
             panels.append(Panel(title, steps, ylabel, "symlog", losses, 100 * bound))
     return panels
