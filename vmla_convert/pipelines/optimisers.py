@@ -11,14 +11,15 @@ import torch
 from torch import nn
 
 from vmla_convert.config import TrainingConfig
+from vmla_convert.pipelines.keeping import set_weights, trained_weights
 from vmla_convert.pipelines.losses import Example, Examples, Loss
 from vmla_convert.pipelines.processes import (
     agreed,
     average_gradients,
     averaged,
+    own_device,
     parts,
     precision,
-    processes,
 )
 from vmla_convert.progress import Progress, Silent
 
@@ -30,7 +31,7 @@ Scale = Callable[[str], float]
 """Learning rate of a parameter, by its name, over that of the config."""
 
 
-def unscaled(name: str) -> float:  # noqa: ARG001
+def unscaled(_: str) -> float:
     """The same learning rate for all."""
     return 1.0
 
@@ -95,7 +96,7 @@ def find_learning_rate(
         tried[rate] = probe.left_after(rate)
     best = min(tried, key=lambda rate: (tried[rate], rate))
     # All look at the same figures, but may differ by their rounding.
-    figure = torch.tensor(LONGER_RUN * best, device=processes().device, dtype=torch.float64)
+    figure = torch.tensor(LONGER_RUN * best, device=own_device(), dtype=torch.float64)
     return agreed(figure)
 
 
@@ -113,7 +114,7 @@ class _Probe:
         self.model, self.loss, self.examples = model, loss, examples
         self.config, self.scale = config, scale
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.start = [p.detach().clone() for p in self.trained]
+        self.start = trained_weights(model)
 
     def left_after(self, rate: float) -> float:
         """Loss of unseen batches after a few steps that decay from a rate; then all is undone."""
@@ -132,8 +133,7 @@ class _Probe:
             unseen = range(PROBE_STEPS, PROBE_STEPS + UNSEEN_BATCHES)
             losses = [self._loss(part) for step in unseen for part in self._parts(step)]
             left = averaged(torch.stack(losses).sum()).item()
-            for parameter, before in zip(self.trained, self.start, strict=True):
-                parameter.copy_(before)
+        set_weights(self.model, self.start)
         return left if math.isfinite(left) else math.inf
 
     def _loss(self, part: Example) -> torch.Tensor:
