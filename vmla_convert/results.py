@@ -18,6 +18,15 @@ class Row:
     `metric`, `value` and `unit` say what was measured; `run` names the thing measured (`dense`, a
     converted checkpoint, a sweep point); the optional fields say under which settings. Names of
     metrics and fields are fixed in the design, so that reports and checks can rely on them.
+
+    Attributes:
+        point: Key of a sweep's point: its settings but the seed.
+        ranks: Rule that divided its budget.
+        recovery_steps: Steps of distillation that were asked for; None where none were.
+        pair: RoPE pair of a head, in Wan's order time, height, width.
+        batch: Clips at once.
+        clip_seconds: Length of a clip.
+        note: What no other field says: why a point failed, which axis a pair turns with.
     """
 
     metric: str
@@ -26,6 +35,7 @@ class Row:
     run: str
     seed: int = 0
     device: str = "cpu"
+    point: str | None = None
     layer: int | None = None
     init: str | None = None
     kv_lora_rank: int | None = None
@@ -34,6 +44,8 @@ class Row:
     positions: str | None = None
     latent: str | None = None
     k_norm: str | None = None
+    ranks: str | None = None
+    recovery_steps: int | None = None
     backend: str | None = None
     cache_dtype: str | None = None
     rope_dtype: str | None = None
@@ -41,6 +53,10 @@ class Row:
     step: int | None = None
     frames: int | None = None
     segment: int | None = None
+    pair: int | None = None
+    batch: int | None = None
+    clip_seconds: float | None = None
+    note: str | None = None
 
     def to_json(self) -> str:
         """One line of JSON; fields that do not apply are left out."""
