@@ -31,15 +31,14 @@ from vmla_convert.maths.factor import (
     WINDOW_SHARE,
     Decomposition,
     assume_evidence,
-    calibrated,
+    factor,
     join_evidence,
     predict_errors,
     psd_sqrt,
-    spectral,
     two_sided,
 )
 from vmla_convert.maths.moments import Moments, as_pairs, measure_moments, merge_moments
-from vmla_convert.maths.projections import Evidence, Factors, LayerShape
+from vmla_convert.maths.projections import Evidence, Factors, LayerShape, cut
 from vmla_convert.maths.reads import Reads, ReadSums, measure_reads, merge_reads
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=20)
@@ -69,7 +68,7 @@ def test_calibrated_is_lossless_with_all_directions_and_all_pairs(
     positions: Positions, latent: Latent, toy: Toy
 ) -> None:
     shape = toy.full_shape(LayerConfig(positions=positions, latent=latent))
-    assert_lossless(toy, calibrated(toy.weights, shape, toy.evidence, generator()))
+    assert_lossless(toy, factor("calibrated", toy.weights, shape, toy.evidence, generator()))
 
 
 @either_latent
@@ -80,7 +79,7 @@ def test_weight_svds_are_lossless_when_keys_are_rebuilt_from_all_directions(
     name: str, latent: Latent, toy: Toy
 ) -> None:
     shape = toy.full_shape(LayerConfig(latent=latent))
-    assert_lossless(toy, INITS[name](toy.weights, shape, toy.evidence, generator()))
+    assert_lossless(toy, factor(name, toy.weights, shape, toy.evidence, generator()))
 
 
 @either_latent
@@ -88,7 +87,7 @@ def test_weight_svds_are_lossless_when_keys_are_rebuilt_from_all_directions(
 @given(toy=TOYS)
 def test_mha2mla_is_lossless_with_every_pair_of_every_head(latent: Latent, toy: Toy) -> None:
     shape = toy.full_shape(LayerConfig(positions="decoupled", latent=latent))
-    assert_lossless(toy, INITS["mha2mla"](toy.weights, shape, toy.evidence, generator()))
+    assert_lossless(toy, factor("mha2mla", toy.weights, shape, toy.evidence, generator()))
 
 
 @either_latent
@@ -98,7 +97,7 @@ def test_assumed_evidence_is_enough_to_be_lossless(latent: Latent) -> None:
             data = toy(3, 10, seed)
             evidence = assume_evidence(data.weights, data.evidence.phases[0])
             shape = data.full_shape(LayerConfig(positions=positions, latent=latent))
-            assert_lossless(data, calibrated(data.weights, shape, evidence, generator()))
+            assert_lossless(data, factor("calibrated", data.weights, shape, evidence, generator()))
 
 
 def test_energies_of_many_decades_cost_no_precision() -> None:
@@ -110,7 +109,9 @@ def test_energies_of_many_decades_cost_no_precision() -> None:
     evidence = data.evidence._replace(
         mean=inputs.mean(0), covariance=torch.cov(inputs.mT, correction=0)
     )
-    factors = calibrated(data.weights, data.full_shape(LayerConfig()), evidence, generator())
+    factors = factor(
+        "calibrated", data.weights, data.full_shape(LayerConfig()), evidence, generator()
+    )
     gap = value(factors, inputs) - dense_value(data.weights, inputs)
     spread = (inputs - inputs.mean(0)) @ data.weights.value.mT
     assert gap.norm() < 1e-6 * spread.norm()
@@ -118,7 +119,7 @@ def test_energies_of_many_decades_cost_no_precision() -> None:
 
 def test_spectral_is_lossless_but_for_its_rope_pairs() -> None:
     data, weights = toy(), toy().weights
-    factors = spectral(weights, LayerShape(PAPER_LAYER, data.width, 2), None, generator())
+    factors = factor("spectral", weights, LayerShape(PAPER_LAYER, data.width, 2), None, generator())
     assert factors.rope is not None
     torch.testing.assert_close(value(factors, data.inputs), dense_value(weights, data.inputs))
     roped = factors.rope.pairs.tolist()
@@ -138,7 +139,7 @@ def test_means_and_biases_cost_no_rank(positions: Positions, latent: Latent) -> 
     pairs, mean = int(positions == "decoupled"), data.evidence.mean[None]
     turn = turns(1, 7)
     small, full = (
-        calibrated(data.weights, shape, data.evidence, generator())
+        factor("calibrated", data.weights, shape, data.evidence, generator())
         for shape in (
             LayerShape(layer, 2, pairs),
             data.full_shape(layer)._replace(rope_pairs=pairs),
@@ -258,7 +259,7 @@ def test_centring_is_never_worse(positions: Positions, latent: Latent, toy: Toy)
     for rank in range(2, toy.width + 1, 3):
         shape = LayerShape(layer, rank, pairs)
         centred, about_zero = (
-            lost(toy, layer, calibrated(toy.weights, shape, evidence, generator()))
+            lost(toy, layer, factor("calibrated", toy.weights, shape, evidence, generator()))
             for evidence in (toy.evidence, uncentred(toy.evidence))
         )
         assert centred <= about_zero * (1 + 1e-9) + 1e-9
@@ -273,7 +274,7 @@ def test_calibrated_is_the_best_init_in_its_own_metric(name: str, latent: Latent
     for rank in range(2, toy.width + 1, 3):
         shape = LayerShape(layer, rank)
         ours, theirs = (
-            lost(toy, layer, INITS[init](toy.weights, shape, toy.evidence, generator()))
+            lost(toy, layer, factor(init, toy.weights, shape, toy.evidence, generator()))
             for init in ("calibrated", name)
         )
         assert ours <= theirs * (1 + 1e-9) + 1e-9
@@ -316,7 +317,7 @@ def assert_predicted(toy: Toy, layer: LayerConfig, sizes: range) -> None:
         pairs = curve.rope_pairs[size]
         key_rank = curve.key_ranks[size] if curve.key_ranks else None
         shape = LayerShape(layer, size - 2 * pairs, pairs, key_rank)
-        factors = calibrated(toy.weights, shape, toy.evidence, generator())
+        factors = factor("calibrated", toy.weights, shape, toy.evidence, generator())
         expected = pytest.approx(curve.errors[size].item(), rel=1e-6, abs=1e-9)
         assert lost(toy, layer, factors) == expected
 
@@ -362,10 +363,34 @@ def test_prediction_needs_evidence() -> None:
         predict_errors(toy().weights, LayerConfig(), None, 10)
 
 
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("latent", ["joint", "split"])
+@pytest.mark.parametrize("name", [name for name in INITS if name != "random"])
+def test_a_layer_solved_once_is_cut_to_what_it_is_when_solved_for_that_size(
+    name: str, positions: Positions, latent: Latent
+) -> None:
+    data, layer = toy(), LayerConfig(positions=positions, latent=latent)
+    pairs = 3 if positions == "decoupled" else 0
+    largest = LayerShape(layer, 12, pairs, 7 if latent == "split" else None)
+    solved = INITS[name](data.weights, largest, data.evidence, generator())
+    turn = turns(len(data.inputs), 7)
+    # Weights alone are decomposed in single precision where it suffices, and rank decides that.
+    close = {"rtol": 0, "atol": 1e-5} if name in ("spectral", "mha2mla", "xecomla") else {}
+    for rank, key_rank in ((12, 7), (9, 4), (2, 1)):
+        shape = LayerShape(layer, rank, pairs, key_rank if latent == "split" else None)
+        shared = cut(data.weights, solved, shape)
+        own = factor(name, data.weights, shape, data.evidence, generator())
+        assert [part.shape for part in shared[:6]] == [part.shape for part in own[:6]]
+        values = (value(factors, data.inputs) for factors in (shared, own))
+        keys = (rebuilt_key(data.weights, f, data.inputs, turn) for f in (shared, own))
+        torch.testing.assert_close(*values, **close)
+        torch.testing.assert_close(*keys, **close)
+
+
 @pytest.mark.parametrize("name", INITS)
 def test_only_data_inits_ask_for_evidence(name: str) -> None:
     def make() -> Factors:
-        return INITS[name](toy().weights, LayerShape(PAPER_LAYER, 4, 2), None, generator())
+        return factor(name, toy().weights, LayerShape(PAPER_LAYER, 4, 2), None, generator())
 
     if name in DATA_INITS:
         with pytest.raises(ConfigError, match=f"'{name}' needs calibration"):
@@ -383,7 +408,7 @@ def test_every_init_gives_finite_numbers_in_the_shapes_asked_for(
     data, layer = toy(), LayerConfig(positions=positions, latent=latent, k_norm="latent")
     decoupled = positions == "decoupled"
     shape = LayerShape(layer, 5, 3 if decoupled else 0, 2 if latent == "split" else None)
-    factors = INITS[name](data.weights, shape, data.evidence, generator())
+    factors = factor(name, data.weights, shape, data.evidence, generator())
     assert factors.kv_a_proj.shape == (5, data.width)
     assert factors.kv_a_bias.shape == (5,)
     assert factors.kv_b_proj_k.shape == (data.width, 2 if latent == "split" else 5)
@@ -408,7 +433,7 @@ def test_every_init_gives_finite_numbers_in_the_shapes_asked_for(
 def test_random_depends_on_its_generator_alone() -> None:
     shape = LayerShape(PAPER_LAYER, 5, 3)
     first, again, other = (
-        INITS["random"](toy().weights, shape, None, generator(s)) for s in (1, 1, 2)
+        factor("random", toy().weights, shape, None, generator(s)) for s in (1, 1, 2)
     )
     assert torch.equal(first.kv_a_proj, again.kv_a_proj)
     assert not torch.equal(first.kv_a_proj, other.kv_a_proj)
@@ -420,7 +445,7 @@ def test_a_layer_that_nothing_reads_becomes_finite(positions: Positions) -> None
     data, layer = toy(), LayerConfig(positions=positions, k_norm="latent")
     nothing = Evidence(*data.evidence[:2], *(0 * part for part in data.evidence[2:]))
     pairs = 3 if positions == "decoupled" else 0
-    factors = calibrated(data.weights, LayerShape(layer, 5, pairs), nothing, generator())
+    factors = factor("calibrated", data.weights, LayerShape(layer, 5, pairs), nothing, generator())
     assert factors.norm is not None
     parts = [*factors[:6], *factors.norm, *(factors.rope or ())]
     assert all(part.isfinite().all() for part in parts)
@@ -440,7 +465,9 @@ def test_the_unit_of_costs_changes_no_key_and_no_value(
         query_pairs=unit * evidence.query_pairs,
     )
     shape = LayerShape(layer, 12, 4 if positions == "decoupled" else 0)
-    first, second = (calibrated(data.weights, shape, e, generator()) for e in (evidence, scaled))
+    first, second = (
+        factor("calibrated", data.weights, shape, e, generator()) for e in (evidence, scaled)
+    )
     turn = turns(len(data.inputs), 7)
     torch.testing.assert_close(
         rebuilt_key(data.weights, first, data.inputs, turn),
@@ -548,7 +575,7 @@ def test_reads_end_in_a_lossless_layer() -> None:
     evidence = join_evidence(parts, data.weights, STILL)
     for positions in POSITIONS:
         shape = data.full_shape(LayerConfig(positions=positions))
-        assert_lossless(data, calibrated(data.weights, shape, evidence, generator()))
+        assert_lossless(data, factor("calibrated", data.weights, shape, evidence, generator()))
 
 
 def test_a_direction_that_inputs_never_take_gets_no_projection() -> None:

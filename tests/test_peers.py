@@ -25,8 +25,8 @@ from reference.latent import (
 from torch import Tensor
 
 from vmla_convert.config import PAPER_LAYER, LayerConfig
+from vmla_convert.maths.factor import factor
 from vmla_convert.maths.moments import as_channels, as_pairs
-from vmla_convert.maths.peers import mha2mla, transmla, xecomla
 from vmla_convert.maths.projections import Factors, LayerShape
 from vmla_convert.maths.rope3d import axis_pairs
 
@@ -63,7 +63,7 @@ def test_mha2mla_takes_the_strongest_pairs_of_any_head_by_both_norms(toy: Toy) -
     strength = query_norm * key_pairs(toy).abs().square().mean(0).sqrt()
     count = (toy.all_pairs + 1) // 2
     strongest = strength.flatten().topk(count).indices
-    factors = mha2mla(weights, decoupled(toy, count), toy.evidence, generator())
+    factors = factor("mha2mla", weights, decoupled(toy, count), toy.evidence, generator())
     assert chosen(factors) == (strongest % half).tolist()
     # Each rope key is that pair of that head alone, and exactly.
     owners = strongest // half
@@ -83,7 +83,7 @@ def test_mha2mla_takes_the_strongest_pairs_of_any_head_by_both_norms(toy: Toy) -
 def test_xecomla_carries_the_last_pairs_as_the_mean_over_heads(toy: Toy) -> None:
     half = toy.weights.head_dim // 2
     count = (half + 1) // 2
-    factors = xecomla(toy.weights, decoupled(toy, count), None, generator())
+    factors = factor("xecomla", toy.weights, decoupled(toy, count), None, generator())
     assert chosen(factors) == list(range(half - count, half))
     z = key_pairs(toy)
     mean = z[:, :, half - count :].mean(1)
@@ -104,7 +104,7 @@ def test_transmla_folds_neighbours_of_one_axis_that_turn_as_the_first(toy: Toy) 
     half = toy.weights.head_dim // 2
     axes = torch.repeat_interleave(torch.arange(3), torch.tensor(axis_pairs(2 * half)))
     for count in range(1, half + 1):
-        factors = transmla(toy.weights, decoupled(toy, count), toy.evidence, generator())
+        factors = factor("transmla", toy.weights, decoupled(toy, count), toy.evidence, generator())
         assert factors.rope is not None
         query_map = factors.rope.query_map.view(-1, count, 2, half, 2)
         carried = query_map.abs().sum((0, 2, 4)) > 0
@@ -121,7 +121,7 @@ def test_transmla_folds_neighbours_of_one_axis_that_turn_as_the_first(toy: Toy) 
 def test_transmla_rope_keys_are_the_principal_real_mixes_of_their_groups(toy: Toy) -> None:
     """No other real mix of heads and members rebuilds more of a group, mean included."""
     weights, half = toy.weights, toy.weights.head_dim // 2
-    factors = transmla(weights, decoupled(toy, 1), toy.evidence, generator())
+    factors = factor("transmla", weights, decoupled(toy, 1), toy.evidence, generator())
     time = axis_pairs(weights.head_dim)[0]
     group = key_pairs(toy)[:, :, :time].flatten(1)
     still = turns(len(toy.inputs), half) ** 0
@@ -140,7 +140,7 @@ def test_transmla_loses_nothing_but_rotation_with_all_outputs_kept(toy: Toy) -> 
     """
     half = toy.weights.head_dim // 2
     shape = decoupled(toy, min(half, 3), toy.width + 1)
-    factors = transmla(toy.weights, shape, toy.evidence, generator())
+    factors = factor("transmla", toy.weights, shape, toy.evidence, generator())
     still = turns(len(toy.inputs), half) ** 0
     rebuilt = rebuilt_key(toy.weights, factors, toy.inputs, still)
     torch.testing.assert_close(rebuilt, dense_key(toy.weights, toy.inputs))
@@ -152,7 +152,7 @@ def test_transmla_with_a_rope_key_for_each_pair_of_one_head_is_exact(head_dim: i
     """Then nothing is shared or folded, and nothing of the key is left for the latent."""
     data = toy(1, head_dim)
     shape = decoupled(data, head_dim // 2)
-    factors = transmla(data.weights, shape, data.evidence, generator())
+    factors = factor("transmla", data.weights, shape, data.evidence, generator())
     turn = turns(len(data.inputs), head_dim // 2)
     rebuilt = rebuilt_key(data.weights, factors, data.inputs, turn)
     torch.testing.assert_close(rebuilt, turned(dense_key(data.weights, data.inputs), turn))
@@ -171,7 +171,7 @@ def test_transmla_keeps_the_most_of_the_balanced_outputs(latent: Latent, toy: To
     ratio = key.norm() / values.norm()
     for rank in range(2, toy.width + 1, 7):
         shape = LayerShape(LayerConfig(latent=latent), rank)
-        factors = transmla(toy.weights, shape, toy.evidence, generator())
+        factors = factor("transmla", toy.weights, shape, toy.evidence, generator())
         gaps = (
             (content_key(toy.weights, factors, toy.inputs).flatten(1) - key) / ratio,
             value(factors, toy.inputs) - values,
@@ -189,7 +189,7 @@ def test_transmla_weighs_keys_and_values_alike_whatever_their_size() -> None:
     data, shape = toy(), LayerShape(LayerConfig(), 6)
     loud = data.weights._replace(key_gain=50 * data.weights.key_gain)
     values = [
-        value(transmla(weights, shape, data.evidence, generator()), data.inputs)
+        value(factor("transmla", weights, shape, data.evidence, generator()), data.inputs)
         for weights in (data.weights, loud)
     ]
     torch.testing.assert_close(values[1], values[0])

@@ -23,7 +23,7 @@ from reference.latent import (
 
 from vmla_convert.config import LayerConfig
 from vmla_convert.errors import ConfigError
-from vmla_convert.maths.factor import INITS, calibrated
+from vmla_convert.maths.factor import INITS, factor
 from vmla_convert.maths.moments import as_channels, as_pairs
 from vmla_convert.maths.positions import highest_frequency_branch, principal_branch
 from vmla_convert.maths.projections import (
@@ -71,8 +71,12 @@ def test_rope_branch_and_what_it_leaves_add_up_to_the_turned_key(toy: Toy) -> No
     key, bias = weights.key_pairs()
     rope = gather_rope(branch, key, bias)
     left, left_bias = subtract_rope(branch, rope, key, bias)
-    factors = calibrated(
-        weights, toy.full_shape(LayerConfig(positions="decoupled")), evidence, generator()
+    factors = factor(
+        "calibrated",
+        weights,
+        toy.full_shape(LayerConfig(positions="decoupled")),
+        evidence,
+        generator(),
     )._replace(rope=rope)
     turn = turns(len(toy.inputs), weights.head_dim // 2)
     rest = (toy.inputs @ real_key(left).mT + real_bias(left_bias)).unflatten(
@@ -104,15 +108,14 @@ def test_weight_svd_loses_the_tail_of_the_singular_values(latent: str) -> None:
     weights = toy().weights
     shape = LayerShape(LayerConfig(latent="joint" if latent == "joint" else "split"), 9)
     key, value = weights.key, weights.value
-    content = weight_svd(key, value, shape)
-    key_rank, value_rank = content.up_key.shape[1], content.up_value.shape[1]
-    key_gap = key - content.up_key @ content.down[:key_rank]
-    value_gap = value - content.up_value @ content.down[9 - value_rank :]
-    error = key_gap.square().sum() + value_gap.square().sum()
+    parts = weight_svd(key, value, shape)
+    targets = [torch.cat([key, value])] if latent == "joint" else [key, value]
+    gaps = [t - part.up @ part.down for t, part in zip(targets, parts, strict=True)]
+    error = sum((gap.square().sum() for gap in gaps), start=torch.tensor(0.0))
     if latent == "joint":
         tail = torch.linalg.svdvals(torch.cat([key, value]))[9:].square().sum()
     else:
-        assert (key_rank, value_rank) == (5, 4)
+        assert [len(part.down) for part in parts] == [5, 4]
         tail = torch.linalg.svdvals(key)[5:].square().sum()
         tail += torch.linalg.svdvals(value)[4:].square().sum()
     torch.testing.assert_close(error, tail)
@@ -132,7 +135,7 @@ def test_a_split_left_open_is_in_halves(
 @given(toy=TOYS)
 def test_a_norm_from_full_latents_is_exact(positions: str, latent: str, toy: Toy) -> None:
     layer = choice(positions, latent, "latent")
-    factors = calibrated(toy.weights, toy.full_shape(layer), toy.evidence, generator())
+    factors = factor("calibrated", toy.weights, toy.full_shape(layer), toy.evidence, generator())
     square = raw_key(toy.weights, toy.inputs).square().mean(1)
     torch.testing.assert_close(predicted_square(factors, toy.inputs), square, rtol=1e-6, atol=0)
     assert factors.norm is not None
@@ -149,7 +152,7 @@ def test_a_norm_from_any_latents_is_right_on_average(
     """Dropped energy is in the floor; without it the norm would be too small, logits too hot."""
     data, layer = toy(), choice(positions, latent, "latent")
     shape = LayerShape(layer, rank, 3 if positions == "decoupled" else 0)
-    factors = INITS[init](data.weights, shape, data.evidence, generator())
+    factors = factor(init, data.weights, shape, data.evidence, generator())
     square = raw_key(data.weights, data.inputs).square().mean()
     torch.testing.assert_close(predicted_square(factors, data.inputs).mean(), square)
     assert factors.norm is not None
@@ -161,7 +164,7 @@ def test_a_norm_from_any_latents_is_right_on_average(
 @given(toy=TOYS)
 def test_full_latents_rebuild_the_raw_key_for_its_own_norm(latent: str, toy: Toy) -> None:
     layer = choice("reconstructed", latent, "rebuilt")
-    factors = calibrated(toy.weights, toy.full_shape(layer), toy.evidence, generator())
+    factors = factor("calibrated", toy.weights, toy.full_shape(layer), toy.evidence, generator())
     raw = raw_key(toy.weights, toy.inputs)
     rebuilt = content_key(toy.weights, factors, toy.inputs).flatten(1)
     torch.testing.assert_close(rebuilt, raw, rtol=1e-6, atol=1e-6 * raw.abs().max().item())
@@ -173,7 +176,9 @@ def test_full_latents_rebuild_the_raw_key_for_its_own_norm(latent: str, toy: Toy
 @pytest.mark.parametrize("rank", [2, 6, 20])
 def test_a_norm_of_the_rebuilt_key_is_right_on_average(latent: str, rank: int) -> None:
     data, layer = toy(), choice("reconstructed", latent, "rebuilt")
-    factors = calibrated(data.weights, LayerShape(layer, rank), data.evidence, generator())
+    factors = factor(
+        "calibrated", data.weights, LayerShape(layer, rank), data.evidence, generator()
+    )
     assert factors.norm is not None
     rebuilt = content_key(data.weights, factors, data.inputs).square().flatten(1).mean()
     square = raw_key(data.weights, data.inputs).square().mean()
@@ -184,7 +189,7 @@ def test_a_norm_of_the_rebuilt_key_is_right_on_average(latent: str, rank: int) -
 def test_the_floor_of_a_rebuilt_norm_is_the_mean_square_of_what_is_missed(init: str) -> None:
     """Of inputs as the init knows them: measured, or white."""
     data, layer = toy(), choice("reconstructed", "joint", "rebuilt")
-    factors = INITS[init](data.weights, LayerShape(layer, 8), data.evidence, generator())
+    factors = factor(init, data.weights, LayerShape(layer, 8), data.evidence, generator())
     assert factors.norm is not None
     inputs = data.inputs
     if init not in ("calibrated", "transmla"):
@@ -200,7 +205,7 @@ def test_channels_without_gain_leave_all_finite_and_their_energy_in_the_norm(k_n
     gain = data.weights.key_gain.clone()
     gain[3:9] = 0
     weights = data.weights._replace(key_gain=gain)
-    factors = calibrated(weights, data.full_shape(layer), data.evidence, generator())
+    factors = factor("calibrated", weights, data.full_shape(layer), data.evidence, generator())
     square = raw_key(weights, data.inputs).square().mean()
     if k_norm == "latent":
         mean = predicted_square(factors, data.inputs).mean()
@@ -214,14 +219,14 @@ def test_a_stored_norm_needs_no_predictor() -> None:
     data = toy()
     for positions in ("reconstructed", "decoupled"):
         shape = data.full_shape(choice(positions, "joint", "stored"))
-        assert calibrated(data.weights, shape, data.evidence, generator()).norm is None
+        assert factor("calibrated", data.weights, shape, data.evidence, generator()).norm is None
 
 
 def test_how_the_norm_is_had_changes_no_gained_key() -> None:
     data, keys = toy(), []
     for k_norm in ("stored", "latent", "rebuilt"):
         shape = LayerShape(choice("reconstructed", "joint", k_norm), 6)
-        factors = calibrated(data.weights, shape, data.evidence, generator())
+        factors = factor("calibrated", data.weights, shape, data.evidence, generator())
         gain = data.weights.key_gain if k_norm == "rebuilt" else torch.ones(data.width)
         keys.append(content_key(data.weights, factors, data.inputs).flatten(1) * gain)
     torch.testing.assert_close(keys[1], keys[0])
@@ -247,10 +252,10 @@ def choice(positions: str, latent: str, k_norm: str = "stored") -> LayerConfig:
 def test_the_reference_finds_no_loss_in_a_lossless_layer_and_some_in_a_small_one() -> None:
     """What other tests measure by is checked here on the dense layer itself."""
     data, layer = toy(), LayerConfig()
-    dense = weight_svd(data.weights.key, data.weights.value, LayerShape(layer, data.width))
-    factors = INITS["spectral"](data.weights, LayerShape(layer, data.width), None, generator())
+    (dense,) = weight_svd(data.weights.key, data.weights.value, LayerShape(layer, data.width))
+    factors = factor("spectral", data.weights, LayerShape(layer, data.width), None, generator())
     torch.testing.assert_close(dense.down, factors.kv_a_proj)
     scale = dense_value(data.weights, data.inputs).square().sum(1).mean().item()
     assert lost(data, layer, factors) < 1e-20 * scale
-    small = INITS["spectral"](data.weights, LayerShape(layer, 3), None, generator())
+    small = factor("spectral", data.weights, LayerShape(layer, 3), None, generator())
     assert lost(data, layer, small) > 1e-3 * scale

@@ -1,7 +1,8 @@
 """From the weights of a dense layer to the projections of its latent twin.
 
-One function per init, all with one signature, collected in `INITS`. `calibrated` minimises the
-error that it predicts at the model's output; `predict_errors` tells that error for every size, so
+One function per init, all with one signature, collected in `INITS`: it solves a layer for one size
+and, but for `random`, all smaller ones. `calibrated` minimises the error that it predicts at the
+model's output; `predict_errors` tells that error for every size, so
 that one budget can be divided before anything is truncated.
 """
 
@@ -24,18 +25,19 @@ from vmla_convert.maths.positions import (
     principal_branch,
 )
 from vmla_convert.maths.projections import (
-    Content,
     Evidence,
     Factors,
     KVWeights,
     LayerShape,
-    assemble,
-    assemble_svd,
+    Part,
+    Solved,
+    cut,
     gather_rope,
     key_square,
     real_bias,
     real_key,
     required,
+    solve_svd,
     subtract_rope,
     white_inputs,
     white_queries,
@@ -61,7 +63,7 @@ class Decomposition(NamedTuple):
     energies: Tensor
 
 
-Init = Callable[[KVWeights, LayerShape, Evidence | None, torch.Generator], Factors]
+Init = Callable[[KVWeights, LayerShape, Evidence | None, torch.Generator], Solved]
 
 
 def random(
@@ -69,7 +71,7 @@ def random(
     shape: LayerShape,
     evidence: Evidence | None,  # noqa: ARG001
     generator: torch.Generator,
-) -> Factors:
+) -> Solved:
     """Nothing taken over but the norms: the baseline that shows what an init is worth."""
     rank, width, heads = shape.kv_lora_rank, weights.key.shape[1], weights.num_heads
 
@@ -77,13 +79,16 @@ def random(
         return torch.randn(*size, generator=generator, dtype=torch.float64) / fan_in**0.5
 
     key_rank, value_rank = shape.parts() if shape.layer.latent == "split" else (rank, rank)
-    keys, nothing = heads * weights.head_dim, torch.zeros(rank, dtype=torch.float64)
-    content = Content(
-        normal(rank, width, fan_in=width),
-        nothing,
-        normal(keys, key_rank, fan_in=max(key_rank, 1)),
-        normal(keys, value_rank, fan_in=max(value_rank, 1)),
-    )
+    keys = heads * weights.head_dim
+    down = normal(rank, width, fan_in=width)
+    up_key = normal(keys, key_rank, fan_in=max(key_rank, 1))
+    up_value = normal(keys, value_rank, fan_in=max(value_rank, 1))
+    offset, unit = down.new_zeros(rank), down.new_ones(rank)
+    if shape.layer.latent == "joint":
+        parts = (Part(down, offset, torch.cat([up_key, up_value]), unit),)
+    else:
+        keys_part = Part(down[:key_rank], offset[:key_rank], up_key, unit[:key_rank])
+        parts = (keys_part, Part(down[key_rank:], offset[key_rank:], up_value, unit[key_rank:]))
     rope = None
     if shape.decoupled:
         branch = highest_frequency_branch(weights.head_dim, heads, shape.rope_pairs)
@@ -94,7 +99,7 @@ def random(
             query_map=normal(heads, 2 * shape.rope_pairs, weights.head_dim, fan_in=keys // heads),
         )
     zero = torch.zeros(keys, dtype=torch.float64)
-    return assemble(weights, shape, content, (zero, zero), rope, *white_inputs(width))
+    return Solved(parts, (zero, zero), *white_inputs(width), rope)
 
 
 def spectral(
@@ -102,7 +107,7 @@ def spectral(
     shape: LayerShape,
     evidence: Evidence | None,  # noqa: ARG001
     generator: torch.Generator,  # noqa: ARG001
-) -> Factors:
+) -> Solved:
     """The paper's: SVD of the stacked weights, no data; fastest pairs roped, their content dropped.
 
     VideoMLA, appendix D.6, gives no formula; rows, gains and biases are handled as METHOD 3 and 4
@@ -114,7 +119,7 @@ def spectral(
         branch = highest_frequency_branch(weights.head_dim, weights.num_heads, shape.rope_pairs)
         rope = gather_rope(branch, key, key_bias)
         key[:, branch.pairs], key_bias[:, branch.pairs] = 0, 0
-    return assemble_svd(weights, shape, key, key_bias, rope)
+    return solve_svd(weights, shape, key, key_bias, rope)
 
 
 def calibrated(
@@ -122,7 +127,7 @@ def calibrated(
     shape: LayerShape,
     evidence: Evidence | None,
     generator: torch.Generator,  # noqa: ARG001
-) -> Factors:
+) -> Solved:
     """Two-sided factorisation on centred inputs, with the best shared rope keys.
 
     Complex PCA picks the rope keys (METHOD 5); what they leave is folded to its expected phase
@@ -143,13 +148,16 @@ def calibrated(
         phases = known.phases
         key, key_bias = key * phases[..., None], key_bias * phases
     target = real_key(key)
-    content = _calibrated_content(target, weights, shape, known)
+    # Inputs are centred: the latent of their mean is 0, and rebuilds the mean key and value.
+    parts = tuple(
+        Part(part.down, -part.down @ known.mean, part.up, part.energies)
+        for part in _decompose(target, weights, shape.layer, known)
+    )
     biases = (
         real_bias(key_bias) + target @ known.mean,
         weights.value_bias + weights.value @ known.mean,
     )
-    statistics = known.mean, known.covariance
-    return assemble(weights, shape, content, biases, rope, *statistics, phases)
+    return Solved(parts, biases, known.mean, known.covariance, rope, phases)
 
 
 INITS: dict[str, Init] = {
@@ -162,6 +170,28 @@ INITS: dict[str, Init] = {
 }
 DATA_INITS = ("calibrated", "transmla", "mha2mla")
 """Those that look at activations."""
+
+
+def factor(
+    init: str,
+    weights: KVWeights,
+    shape: LayerShape,
+    evidence: Evidence | None,
+    generator: torch.Generator,
+) -> Factors:
+    """One layer at one size.
+
+    Args:
+        init: Name of an init.
+        weights: The dense layer.
+        shape: What is made of it.
+        evidence: Of this layer; None where the init looks at none.
+        generator: For what is drawn.
+
+    Raises:
+        ConfigError: The init cannot do without evidence, and there is none.
+    """
+    return cut(weights, INITS[init](weights, shape, evidence, generator), shape)
 
 
 class ErrorCurve(NamedTuple):
@@ -356,34 +386,6 @@ def _decompose(
         ]
     stacked = torch.cat([target, weights.value])
     return [two_sided(stacked, of_keys + of_values, evidence.covariance)]
-
-
-def _calibrated_content(
-    target: Tensor, weights: KVWeights, shape: LayerShape, evidence: Evidence
-) -> Content:
-    parts, rank, keys = _decompose(target, weights, shape.layer, evidence), shape.kv_lora_rank, 0
-    if len(parts) == 1:
-        (down, up), keys = _unit_latent(parts[0], rank), len(target)
-        return Content(down, -down @ evidence.mean, up[:keys], up[keys:])
-    key, value = parts
-    key_rank, rest = shape.parts()
-    (key_down, up_key), (value_down, up_value) = (
-        _unit_latent(key, key_rank),
-        _unit_latent(value, rest),
-    )
-    down = torch.cat([key_down, value_down])
-    return Content(down, -down @ evidence.mean, up_key, up_value)
-
-
-def _unit_latent(part: Decomposition, rank: int) -> tuple[Tensor, Tensor]:
-    """The first R directions in a unit in which the latent's mean square is 1.
-
-    The metric's own unit is that of a gradient, in which an optimiser's steps would be far too
-    large for one side and too small for the other.
-    """
-    size = part.energies[:rank].mean().sqrt()
-    size = torch.where(size > 0, size, torch.ones_like(size))
-    return part.down[:rank] / size, part.up[:, :rank] * size
 
 
 def _tail(

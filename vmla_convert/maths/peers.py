@@ -12,19 +12,18 @@ from torch import Tensor
 
 from vmla_convert.maths.positions import RopeBranch, pairs_per_axis
 from vmla_convert.maths.projections import (
-    Content,
     Evidence,
-    Factors,
     KVWeights,
     LayerShape,
+    Part,
     RopeKeys,
-    assemble,
-    assemble_svd,
+    Solved,
     gather_rope,
     key_square,
     real_bias,
     real_key,
     required,
+    solve_svd,
 )
 from vmla_convert.maths.rope3d import axis_pairs
 
@@ -36,7 +35,7 @@ def mha2mla(
     shape: LayerShape,
     evidence: Evidence | None,
     generator: torch.Generator,  # noqa: ARG001
-) -> Factors:
+) -> Solved:
     """MHA2MLA (2502.14837): rope pairs by 2-norm, weight SVD of the rest, rotation dropped.
 
     Its rope keys belong to one head each; with a shared rope key of m pairs, the m strongest (head,
@@ -54,7 +53,7 @@ def mha2mla(
         rope = gather_rope(branch, key, key_bias)
         heads = branch.mix.abs().argmax(1)
         key[heads, branch.pairs], key_bias[heads, branch.pairs] = 0, 0
-    return assemble_svd(weights, shape, key, key_bias, rope)
+    return solve_svd(weights, shape, key, key_bias, rope)
 
 
 def xecomla(
@@ -62,7 +61,7 @@ def xecomla(
     shape: LayerShape,
     evidence: Evidence | None,  # noqa: ARG001
     generator: torch.Generator,  # noqa: ARG001
-) -> Factors:
+) -> Solved:
     """X-EcoMLA (AMD): the rope key is the mean over heads of each key's last rows; weight SVD.
 
     The authors give these rows a new frequency table; here they keep their own frequencies, which
@@ -76,7 +75,7 @@ def xecomla(
         ones = torch.ones(len(pairs), heads, dtype=torch.complex128)
         rope = gather_rope(RopeBranch(pairs, ones / heads, ones), key, key_bias)
         key[:, pairs], key_bias[:, pairs] = 0, 0
-    return assemble_svd(weights, shape, key, key_bias, rope)
+    return solve_svd(weights, shape, key, key_bias, rope)
 
 
 def transmla(
@@ -84,7 +83,7 @@ def transmla(
     shape: LayerShape,
     evidence: Evidence | None,
     generator: torch.Generator,  # noqa: ARG001
-) -> Factors:
+) -> Solved:
     """TransMLA (2502.07864): RoRoPE with FreqFold, balanced PCA of key and value outputs.
 
     Neighbouring pairs of an axis are folded into groups that turn as the first of them; a real
@@ -101,14 +100,14 @@ def transmla(
     rope = None
     if shape.decoupled:
         rope, key, key_bias = _folded_rope(weights, known, shape.rope_pairs)
-    content = _balanced_pca(
+    parts = _balanced_pca(
         _with_bias(real_key(key), real_bias(key_bias)),
         _with_bias(weights.value, weights.value_bias),
         _with_one(known),
         shape,
     )
     zero = torch.zeros(len(weights.value), dtype=torch.float64)
-    return assemble(weights, shape, content, (zero, zero), rope, known.mean, known.covariance)
+    return Solved(parts, (zero, zero), known.mean, known.covariance, rope)
 
 
 def _strongest_pairs(weights: KVWeights, evidence: Evidence, count: int) -> RopeBranch:
@@ -167,27 +166,27 @@ def _pair_groups(head_dim: int, count: int) -> list[list[int]]:
     return groups
 
 
-def _balanced_pca(key: Tensor, value: Tensor, square: Tensor, shape: LayerShape) -> Content:
+def _balanced_pca(
+    key: Tensor, value: Tensor, square: Tensor, shape: LayerShape
+) -> tuple[Part, ...]:
     """PCA of outputs [key / ratio, value] for inputs [x, 1] with second moment `square`."""
 
     def energy(rows: Tensor) -> Tensor:
         return torch.einsum("nd,de,ne->", rows, square, rows)
 
-    def principal(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        vectors = torch.linalg.eigh(rows @ square @ rows.mT).eigenvectors.flip(1)[:, :rank]
-        return vectors, vectors.mT @ rows
+    def principal(rows: Tensor, rank: int) -> Part:
+        up = torch.linalg.eigh(rows @ square @ rows.mT).eigenvectors.flip(1)[:, :rank]
+        down = up.mT @ rows
+        return Part(down[:, :-1], down[:, -1], up, down.new_ones(rank))
 
     balance, keys = energy(key) / energy(value), len(key)
     # Rope keys of a single head may leave nothing of its keys but rounding.
     ratio = balance.sqrt() if balance > 1e-20 else torch.ones_like(balance)
     if shape.layer.latent == "joint":
-        up, down = principal(torch.cat([key / ratio, value]), shape.kv_lora_rank)
-        return Content(down[:, :-1], down[:, -1], up[:keys] * ratio, up[keys:])
-    (up_key, down_key), (up_value, down_value) = (
-        principal(part, rank) for part, rank in zip((key, value), shape.parts(), strict=True)
-    )
-    down = torch.cat([down_key, down_value])
-    return Content(down[:, :-1], down[:, -1], up_key, up_value)
+        both = principal(torch.cat([key / ratio, value]), shape.kv_lora_rank)
+        return (both._replace(up=torch.cat([both.up[:keys] * ratio, both.up[keys:]])),)
+    key_rank, value_rank = shape.parts()
+    return principal(key, key_rank), principal(value, value_rank)
 
 
 def _with_bias(rows: Tensor, bias: Tensor) -> Tensor:

@@ -114,20 +114,21 @@ class Evidence(NamedTuple):
     phases: Tensor
 
 
-class Content(NamedTuple):
-    """A low-rank map x → c → keys and values; c = down x + down_bias.
+class Part(NamedTuple):
+    """One latent at every rank up to its own: the first directions are the best of their number.
 
     Attributes:
-        down: (R, d).
-        down_bias: (R,).
-        up_key: (H·D, R of keys).
-        up_value: (H·D, R of values).
+        down: (n, d).
+        offset: Its bias, (n,).
+        up: (rows, n); of a latent that keys and values share, keys' rows first.
+        energies: Mean square of each number (n,), by which a cut latent is brought to unit size;
+            ones leave it in the unit that it has.
     """
 
     down: Tensor
-    down_bias: Tensor
-    up_key: Tensor
-    up_value: Tensor
+    offset: Tensor
+    up: Tensor
+    energies: Tensor
 
 
 class RopeKeys(NamedTuple):
@@ -144,6 +145,26 @@ class RopeKeys(NamedTuple):
     offsets: Tensor
     pairs: Tensor
     query_map: Tensor
+
+
+class Solved(NamedTuple):
+    """A layer solved for one size and all smaller ones; `cut` gives it one of them.
+
+    Attributes:
+        parts: The latent that keys and values share, or keys' and values' own.
+        biases: Of the rebuilt key and value, both (H·D,).
+        mean: Of the inputs (d,), as far as known: it shapes only a predicted norm.
+        covariance: Of the inputs (d, d), likewise.
+        rope: The rope branch; None when keys are rebuilt before RoPE.
+        phases: What was folded into the content, (H, D/2) complex; None when nothing was.
+    """
+
+    parts: tuple[Part, ...]
+    biases: tuple[Tensor, Tensor]
+    mean: Tensor
+    covariance: Tensor
+    rope: RopeKeys | None = None
+    phases: Tensor | None = None
 
 
 class NormPredictor(NamedTuple):
@@ -230,18 +251,12 @@ def key_square(weights: KVWeights, mean: Tensor, covariance: Tensor) -> Tensor:
     return spread + at_mean[:, :, None] * at_mean[:, None, :].conj()
 
 
-def weight_svd(key: Tensor, value: Tensor, shape: LayerShape) -> Content:
+def weight_svd(key: Tensor, value: Tensor, shape: LayerShape) -> tuple[Part, ...]:
     """SVD of key and value weights, both (H·D, d), together or apart; no data."""
-    keys, rank = len(key), shape.kv_lora_rank
-    no_offset = torch.zeros(rank, dtype=key.dtype)
     if shape.layer.latent == "joint":
-        up, down = truncate(torch.cat([key, value]), rank)
-        return Content(down, no_offset, up[:keys], up[keys:])
-    (up_key, down_key), (up_value, down_value) = (
-        truncate(part, part_rank)
-        for part, part_rank in zip((key, value), shape.parts(), strict=True)
-    )
-    return Content(torch.cat([down_key, down_value]), no_offset, up_key, up_value)
+        return (_svd_part(torch.cat([key, value]), shape.kv_lora_rank),)
+    key_rank, value_rank = shape.parts()
+    return _svd_part(key, key_rank), _svd_part(value, value_rank)
 
 
 def real_key(pairs: Tensor) -> Tensor:
@@ -278,60 +293,51 @@ def subtract_rope(
     return key, key_bias
 
 
-def assemble(
-    weights: KVWeights,
-    shape: LayerShape,
-    content: Content,
-    biases: tuple[Tensor, Tensor],
-    rope: RopeKeys | None,
-    mean: Tensor,
-    covariance: Tensor,
-    phases: Tensor | None = None,
-) -> Factors:
-    """Put content and rope branch together and see to the key norm.
+def cut(weights: KVWeights, solved: Solved, shape: LayerShape) -> Factors:
+    """A solved layer at one size.
 
     Args:
         weights: The dense layer.
+        solved: No smaller than the shape, in any part.
         shape: What is made of it.
-        content: Its low-rank part.
-        biases: Of the rebuilt key and value, both (H·D,).
-        rope: Its rope branch; None when keys are rebuilt before RoPE.
-        mean: Of the inputs (d,), as far as known: it shapes only a predicted norm.
-        covariance: Of the inputs (d, d), likewise.
-        phases: What was folded into the content, (H, D/2) complex.
     """
+    ranks = shape.parts() if len(solved.parts) > 1 else (shape.kv_lora_rank,)
+    parts = [_leading(part, rank) for part, rank in zip(solved.parts, ranks, strict=True)]
+    ups = [part.up for part in parts]
+    up_key, up_value = ups if len(ups) > 1 else ups[0].split(len(weights.value))
     factors = Factors(
-        kv_a_proj=content.down,
-        kv_a_bias=content.down_bias,
-        kv_b_proj_k=content.up_key,
-        kv_b_bias_k=biases[0],
-        kv_b_proj_v=content.up_value,
-        kv_b_bias_v=biases[1],
-        rope=rope,
-        phases=phases,
+        kv_a_proj=torch.cat([part.down for part in parts]),
+        kv_a_bias=torch.cat([part.offset for part in parts]),
+        kv_b_proj_k=up_key,
+        kv_b_bias_k=solved.biases[0],
+        kv_b_proj_v=up_value,
+        kv_b_bias_v=solved.biases[1],
+        rope=solved.rope,
+        phases=solved.phases,
     )
     if shape.layer.k_norm == "latent":
-        return factors._replace(norm=predict_norm(weights, factors, mean, covariance))
+        norm = predict_norm(weights, factors, solved.mean, solved.covariance)
+        return factors._replace(norm=norm)
     if shape.layer.k_norm == "rebuilt":
-        return _ungained(weights, factors, mean, covariance)
+        return _ungained(weights, factors, solved.mean, solved.covariance)
     return factors
 
 
-def assemble_svd(
+def solve_svd(
     weights: KVWeights, shape: LayerShape, key: Tensor, key_bias: Tensor, rope: RopeKeys | None
-) -> Factors:
+) -> Solved:
     """A layer by SVD of its weights alone, for what rope keys left of the keys.
 
     Args:
         weights: The dense layer.
-        shape: What is made of it.
+        shape: The largest that is wanted of it.
         key: Complex rows (H, D/2, d) of the content.
         key_bias: Their biases (H, D/2).
         rope: The rope branch; None when keys are rebuilt before RoPE.
     """
-    content = weight_svd(real_key(key), weights.value, shape)
+    parts = weight_svd(real_key(key), weights.value, shape)
     biases = (real_bias(key_bias), weights.value_bias)
-    return assemble(weights, shape, content, biases, rope, *white_inputs(key.shape[-1]))
+    return Solved(parts, biases, *white_inputs(key.shape[-1]), rope)
 
 
 def predict_norm(
@@ -356,6 +362,23 @@ def predict_norm(
     # Near full size there are more columns than rows.
     triangle = torch.nn.functional.pad(triangle, (0, 0, 0, triangle.shape[1] - len(triangle)))
     return NormPredictor(triangle[:, :-1], triangle[:, -1], floor.clamp_min(0)[None])
+
+
+def _svd_part(rows: Tensor, rank: int) -> Part:
+    up, down = truncate(rows, rank)
+    return Part(down, down.new_zeros(rank), up, down.new_ones(rank))
+
+
+def _leading(part: Part, rank: int) -> Part:
+    """The first R directions in a unit in which the latent's mean square is 1.
+
+    A metric's own unit is that of a gradient, in which an optimiser's steps would be far too large
+    for one side and too small for the other.
+    """
+    size = part.energies[:rank].mean().sqrt()
+    size = torch.where(size > 0, size, torch.ones_like(size))
+    down, offset = part.down[:rank] / size, part.offset[:rank] / size
+    return Part(down, offset, part.up[:, :rank] * size, part.energies[:rank])
 
 
 def _ungained(weights: KVWeights, factors: Factors, mean: Tensor, covariance: Tensor) -> Factors:

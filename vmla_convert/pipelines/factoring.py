@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vmla_convert.config import ConvertConfig, LayerConfig, MLAConfig, ModelConfig, RankPlan
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.maths.factor import DATA_INITS, INITS, join_evidence
+from vmla_convert.maths.factor import DATA_INITS, factor, join_evidence
 from vmla_convert.maths.heads import narrow_heads
 from vmla_convert.maths.moments import as_channels
 from vmla_convert.maths.projections import Evidence, Factors, KVWeights, LayerShape
@@ -77,7 +77,7 @@ def factor_layer(
     )
     weights = layer_weights(read, layer, num_heads)
     known = evidence(layer) if evidence and config.init in DATA_INITS else None
-    factors = INITS[config.init](weights, shape, known, seeded(config.seed, layer, "init"))
+    factors = factor(config.init, weights, shape, known, seeded(config.seed, layer, "init"))
     if config.qk_nope_head_dim in (None, weights.head_dim):
         return factors
     return narrow_heads(factors, weights, known, config.qk_nope_head_dim)
