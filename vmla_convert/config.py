@@ -660,8 +660,17 @@ class SweepConfig:
         kv_lora_ranks: Cache sizes as explicit ranks, with `qk_rope_head_dims` where positions are
             decoupled.
         qk_rope_head_dims: See there.
+        ranks: Rules that divide a cut among layers, of the init that predicts its errors; where
+            there are none, that of the convert stage.
         seeds: Of conversion and recovery.
         recover: Whether points are recovered, or only measured at step 0.
+        recovery_steps: Lengths of the distillation, each a point of its own; where there are none,
+            that of the recover stage.
+        cache_dtypes: Of caches that each point is measured with besides its own.
+        timed: Measure how long a denoising step takes at a full window, beside the dense model.
+        rollout_frames: Length of a rollout of each point, scored segment by segment beside the
+            dense model's; 0 for none.
+        rollout_prompts: Its prompts, one clip each.
     """
 
     inits: tuple[str, ...] = ("random", "spectral", "calibrated")
@@ -673,8 +682,21 @@ class SweepConfig:
     cuts: tuple[float, ...] = ()
     kv_lora_ranks: tuple[int, ...] = ()
     qk_rope_head_dims: tuple[int, ...] = ()
+    ranks: tuple[Literal["uniform", "energy", "budget"], ...] = ()
     seeds: tuple[int, ...] = (0,)
     recover: bool = True
+    recovery_steps: tuple[int, ...] = ()
+    cache_dtypes: tuple[Literal["int8", "int4"], ...] = ()
+    timed: bool = False
+    rollout_frames: int = 0
+    rollout_prompts: tuple[str, ...] = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
+
+    def __post_init__(self) -> None:
+        _require(self, 0, "rollout_frames")
+        if self.recovery_steps and not self.recover:
+            raise ConfigError(
+                "recovery_steps are given, but recover is false", "leave one of them out"
+            )
 
     def every_layer(self) -> list[LayerConfig]:
         """Every layer of the grid that can be."""

@@ -44,19 +44,31 @@ def convert_model(
         known,
     )
     planned = planned_config(teacher.config, config, ranks)
-    with torch.device("meta"):
-        expected = CausalWanModel(planned).state_dict()
     branches: list[Branch] = []
-    tensors = {name: tensor.clone() for name, tensor in state.items() if name in expected}
+    tensors: dict[str, Tensor] = {}
     for layer in range(planned.geometry.num_layers):
         factors = factor_layer(state.__getitem__, ranks, heads, config, layer, known)
         branches.append(branch_of(factors))
         tensors |= latent_tensors(factors, state.__getitem__, planned, layer)
-    device = teacher.patch_embedding.weight.device
-    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return build_student(teacher, with_branches(planned, branches), tensors)
+
+
+def build_student(
+    teacher: CausalWanModel, config: ModelConfig, tensors: dict[str, Tensor]
+) -> CausalWanModel:
+    """A converted model in memory.
+
+    Args:
+        teacher: The dense model, whose other weights are copied.
+        config: Of the converted model.
+        tensors: Its new parameters, by full name.
+    """
     with torch.device("meta"):
-        model = CausalWanModel(with_branches(planned, branches))
-    model.load_state_dict(tensors, assign=True)
+        model = CausalWanModel(config)
+    expected, device = model.state_dict(), teacher.patch_embedding.weight.device
+    kept = {name: t.clone() for name, t in teacher.state_dict().items() if name in expected}
+    new = {name: tensor.to(device) for name, tensor in tensors.items()}
+    model.load_state_dict(kept | new, assign=True)
     return model.eval().requires_grad_(False)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from vmla_convert.config import ConvertConfig, LayerConfig, ModelConfig, RankPlan
 from vmla_convert.errors import ConfigError, did_you_mean
-from vmla_convert.maths.factor import INITS, predict_errors
+from vmla_convert.maths.factor import INITS, PAIR_COUNTS, ErrorCurve, predict_errors
 from vmla_convert.maths.projections import Evidence, KVWeights, LayerShape
 from vmla_convert.maths.ranks import RULES
 from vmla_convert.progress import Progress, Silent
@@ -96,33 +97,68 @@ def plan_ranks(
     Raises:
         ConfigError: The budget is too small.
     """
-    uniform = uniform_plan(model, config)
-    explicit = config.kv_lora_rank is not None or config.qk_rope_head_dim is not None
-    joint = config.layer.latent == "joint"
-    if config.init != "calibrated" or config.plan is not None or (explicit and joint):
-        return uniform
+    wanted = wanted_curves(model, config)
+    if wanted is None:
+        return uniform_plan(model, config)
     assert evidence is not None
     layers = range(model.geometry.num_layers)
-    total = total_numbers(model, config)
-    if explicit:
-        total = uniform.kv_lora_rank[0] + 2 * uniform.rope_pairs[0]
-    counts = {"pair_counts": uniform.rope_pairs[:1]} if explicit else {}
-    # No layer is worth more than a few times its fair share, and spectra of all sizes cost time.
-    most = total if explicit else min(2 * model.geometry.dim, 6 * total // len(layers))
     curves = [
-        predict_errors(read_weights(layer), config.layer, evidence(layer), most, **counts)
+        predict_errors(read_weights(layer), config.layer, evidence(layer), *wanted)
         for layer in (progress or Silent()).track(layers, "predicting errors")
     ]
-    sizes = [total] * len(layers)
-    if not explicit:
+    return divide(model, config, curves)
+
+
+class Curves(NamedTuple):
+    """Which predictions a division asks for.
+
+    Attributes:
+        most: The largest size.
+        pair_counts: Numbers of rope pairs to choose from.
+    """
+
+    most: int
+    pair_counts: tuple[int, ...]
+
+
+def wanted_curves(model: ModelConfig, config: ConvertConfig) -> Curves | None:
+    """The predictions that sizes depend on; None where they are given, or the init predicts none."""
+    explicit = _is_explicit(config)
+    joint = config.layer.latent == "joint"
+    if config.init != "calibrated" or config.plan is not None or (explicit and joint):
+        return None
+    if explicit:
+        uniform = uniform_plan(model, config)
+        pairs = uniform.rope_pairs[0]
+        return Curves(uniform.kv_lora_rank[0] + 2 * pairs, (pairs,))
+    # No layer is worth more than a few times its fair share, and spectra of all sizes cost time.
+    total, layers = total_numbers(model, config), model.geometry.num_layers
+    return Curves(min(2 * model.geometry.dim, 6 * total // layers), PAIR_COUNTS)
+
+
+def divide(model: ModelConfig, config: ConvertConfig, curves: Sequence[ErrorCurve]) -> RankPlan:
+    """Sizes by predicted error.
+
+    Args:
+        model: The dense model.
+        config: Sizes and rule.
+        curves: Of every layer, as `wanted_curves` asks for them.
+
+    Raises:
+        ConfigError: The budget is too small.
+    """
+    uniform = uniform_plan(model, config)
+    sizes = [r + 2 * p for r, p in zip(uniform.kv_lora_rank, uniform.rope_pairs, strict=True)]
+    if not _is_explicit(config):
         rule = RULES[config.ranks or "budget"]
+        total = total_numbers(model, config)
         sizes = rule([curve.errors for curve in curves], total, rank_step(model))
     pairs = [curve.rope_pairs[size] for curve, size in zip(curves, sizes, strict=True)]
     return RankPlan(
         kv_lora_rank=tuple(s - 2 * p for s, p in zip(sizes, pairs, strict=True)),
         rope_pairs=tuple(pairs),
         key_ranks=()
-        if joint
+        if config.layer.latent == "joint"
         else tuple(curve.key_ranks[size] for curve, size in zip(curves, sizes, strict=True)),
     )
 
@@ -137,6 +173,10 @@ def total_numbers(model: ModelConfig, config: ConvertConfig) -> int:
         scalars = default_scalars(model, config.layer)
     # A cut of 0.9 of 320 numbers leaves 32, whatever floating point makes of it.
     return int((scalars - stored) * geometry.num_layers + 1e-6)
+
+
+def _is_explicit(config: ConvertConfig) -> bool:
+    return config.kv_lora_rank is not None or config.qk_rope_head_dim is not None
 
 
 def default_scalars(model: ModelConfig, layer: LayerConfig) -> int:
