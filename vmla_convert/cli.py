@@ -763,7 +763,9 @@ def _run(recipe: str, folder: Path, overrides: list[str] | None, only: tuple[str
 
     parsed = read_recipe(recipe, overrides)
     with out.progress() as progress:
-        run_recipe(parsed, folder, progress, only)
+        leads = run_recipe(parsed, folder, progress, only)
+    if not leads:
+        return
     if (folder / ROWS_NAME).exists():
         show_decision(folder / ROWS_NAME)
     for path in sorted(folder.iterdir()):

@@ -7,12 +7,14 @@ stage writes, later ones read: all land in one folder.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vmla_convert.config import (
     ConvertConfig,
@@ -24,8 +26,12 @@ from vmla_convert.config import (
     TeacherConfig,
 )
 from vmla_convert.errors import ConfigError, OutputError, did_you_mean
+from vmla_convert.pipelines.versions import versions
 from vmla_convert.progress import Progress, Silent
 from vmla_convert.tables import from_dict, override, to_dict
+
+if TYPE_CHECKING:
+    from vmla_convert.pipelines.sweep import Team
 
 ROWS_NAME = "rows.jsonl"
 STAGES = ("teacher", "convert", "recover", "sweep", "generate", "report")
@@ -154,10 +160,11 @@ def run_recipe(
     out: Path,
     progress: Progress | None = None,
     only: tuple[str, ...] = STAGES,
-) -> None:
+) -> bool:
     """Run the stages of a recipe into one folder.
 
-    Stages that finished in an earlier, interrupted run of the same recipe are not repeated.
+    Stages that finished in an earlier, interrupted run of the same recipe are not repeated. Where a
+    launcher started several processes they share the points of a sweep; the first does the rest.
 
     Args:
         recipe: From `read_recipe`.
@@ -165,19 +172,56 @@ def run_recipe(
         progress: Where to draw.
         only: Stages to run of those that the recipe has.
 
+    Returns:
+        Whether this is the process that has something to tell.
+
     Raises:
+        ConfigError: Several processes were started for stages that one does.
         OutputError: The folder holds something else, a finished run, or one with other settings.
         VmlaError: A stage cannot do its work.
     """
+    progress = progress or Silent()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return _run_shared(recipe, out, progress, only)
     check_recipe(recipe, out, only)
     _claim_folder(recipe, out)
     for stage in recipe.stages():
         if stage in only:
-            _RUNNERS[stage](recipe, out, progress or Silent())
+            _RUNNERS[stage](recipe, out, progress)
     (out / _RUNNING).unlink()
+    return True
 
 
 _RUNNING = ".running"
+RECIPE_NAME = "recipe.json"
+"""What a run was made with, beside its rows."""
+
+
+def _run_shared(recipe: Recipe, out: Path, progress: Progress, only: tuple[str, ...]) -> bool:
+    """A sweep as one of several processes."""
+    from vmla_convert.pipelines.sweep import join_team
+
+    others = [stage for stage in recipe.stages() if stage in only and stage not in _SHARED]
+    if others or recipe.sweep is None:
+        raise ConfigError(
+            f"several processes share a sweep only, not {' and '.join(others) or 'this recipe'}",
+            "start 'vmla sweep' on them, and 'vmla run' on one",
+        )
+    team = join_team()
+    if team.leads:
+        check_recipe(recipe, out, only)
+        _claim_folder(recipe, out)
+        team.announce("claimed")
+    team.await_leader("claimed")
+    _run_sweep(recipe, out, progress if team.leads else Silent(), team)
+    if team.leads:
+        if recipe.report is not None:
+            _run_report(recipe, out, progress)
+        (out / _RUNNING).unlink()
+    return team.leads
+
+
+_SHARED = ("sweep", "report")
 
 
 def _check_inputs(recipe: Recipe, out: Path, stages: list[str]) -> None:
@@ -243,6 +287,8 @@ def _claim_folder(recipe: Recipe, out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} exists already", "choose another -o, or remove it")
     out.mkdir(parents=True, exist_ok=True)
+    told = {"recipe": to_dict(recipe), "versions": versions()}
+    (out / RECIPE_NAME).write_text(json.dumps(told, indent=2) + "\n")
     marker.write_text(settings)
 
 
@@ -280,8 +326,7 @@ def _run_recover(recipe: Recipe, out: Path, progress: Progress) -> None:
     shutil.rmtree(before)
 
 
-def _run_sweep(recipe: Recipe, out: Path, progress: Progress) -> None:
-    from vmla_convert.pipelines.evaluate import HeldOut
+def _run_sweep(recipe: Recipe, out: Path, progress: Progress, team: Team | None = None) -> None:
     from vmla_convert.pipelines.load import compute_device, load
     from vmla_convert.pipelines.sweep import sweep
 
@@ -292,9 +337,10 @@ def _run_sweep(recipe: Recipe, out: Path, progress: Progress) -> None:
         recipe.sweep,
         recipe.convert or ConvertConfig(),
         recipe.recover or RecoverConfig(),
-        HeldOut(teacher, recipe.evaluate),
+        recipe.evaluate,
         out / ROWS_NAME,
         progress,
+        team,
     )
 
 

@@ -65,10 +65,24 @@ class Row:
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Append rows to a JSONL file, making it and its folder when needed."""
+    """Append rows to a JSONL file, making it and its folder when needed.
+
+    In one piece: other processes may append to the same file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.writelines(row.to_json() + "\n" for row in rows)
+    with path.open("ab", buffering=0) as file:
+        file.write(_lines(rows))
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Replace the rows of a file, in one step."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(_lines(rows))
+    partial.replace(path)
+
+
+def _lines(rows: Iterable[Row]) -> bytes:
+    return "".join(row.to_json() + "\n" for row in rows).encode()
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -68,6 +68,11 @@ class DemoCodec:
         return F.pixel_shuffle(latents, 2)
 
 
+def latent_frames_per_second(config: ModelConfig) -> float:
+    """Latent frames in a second of video: Wan's VAE makes one of 4 frames, of 16 a second."""
+    return 8.0 if config.codec == "demo" else 4.0
+
+
 def open_codec(
     config: ModelConfig,
     purpose: str = "running this checkpoint",

@@ -60,6 +60,7 @@ from vmla_convert.pipelines.plan import (
 )
 from vmla_convert.pipelines.publish import model_card
 from vmla_convert.pipelines.shelf import FolderShelf, Shelf
+from vmla_convert.pipelines.versions import versions
 from vmla_convert.progress import Progress, Silent, Timed
 from vmla_convert.tables import from_dict, to_dict
 
@@ -176,7 +177,7 @@ def convert(
             "convert": to_dict(config),
             "plan": to_dict(ranks),
             **({"head_truncation_error": truncation} if truncation else {}),
-            "versions": _versions(),
+            "versions": versions(),
             "convert_seconds": seconds,
             "factor_seconds": factor_seconds,
             "stage_seconds": progress.seconds,
@@ -446,11 +447,3 @@ def _shelf(out: Path, basis: Mapping[str, Any], config: ConvertConfig) -> Folder
     own = config.layer.reads_own_latents
     how = [to_dict(config.data), config.calibration_clips, config.seed, own]
     return FolderShelf(_shelf_folder(out), [__version__, dict(basis), how])
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "vmla_convert": __version__,
-        "torch": torch.__version__,
-        "python": sys.version.split()[0],
-    }

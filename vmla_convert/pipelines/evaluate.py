@@ -34,6 +34,7 @@ from vmla_convert.results import Row
 
 CLIPS_AT_ONCE = 8
 SEGMENTS = 4
+RANKS_DRAWN = 20
 
 
 class HeldOut:
@@ -143,8 +144,8 @@ def spectrum_rows(teacher: CausalWanModel, measured: list[LayerReads], rank: int
     return rows
 
 
-def learned_spectrum_rows(model: CausalWanModel, seed: int = 0) -> list[Row]:
-    """Rows of each converted layer's own operator, U_k A over U_v A, as weights.
+def learned_spectrum_rows(model: CausalWanModel, step: int, seed: int = 0) -> list[Row]:
+    """Rows of each converted layer's own operator, U_k A over U_v A, as weights, after some steps.
 
     VideoMLA shows that it fills its rank whatever the init (its figures 2 and 8); so it does here,
     and tells nothing of quality.
@@ -156,7 +157,8 @@ def learned_spectrum_rows(model: CausalWanModel, seed: int = 0) -> list[Row]:
         key = _key_rows(attention).double().cpu() @ down[: attention.key_rank]
         value = attention.kv_b_proj_v.weight.double().cpu() @ down[-attention.value_rank :]
         rank = effective_rank(weight_spectrum(torch.cat([key, value])))
-        rows.append(Row("effective_rank_99", rank, "directions", layer=layer, **fields))
+        of_layer = {"layer": layer, "step": step, **fields}
+        rows.append(Row("effective_rank_99", rank, "directions", **of_layer))
     return rows
 
 
@@ -176,12 +178,17 @@ def operator_spectra(target: Tensor, covariance: Tensor, layer: int, rank: int) 
         "weights_x_activations": activation_spectrum(target, covariance),
     }
     for run, spectrum in spectra.items():
-        energy = energy_at_rank(spectrum, rank)
-        rows += [
-            Row("effective_rank_99", effective_rank(spectrum), "directions", run, layer=layer),
-            Row("energy_at_rank", energy, "share", run, layer=layer, kv_lora_rank=rank),
-        ]
+        rank_99 = effective_rank(spectrum)
+        rows.append(Row("effective_rank_99", rank_99, "directions", run, layer=layer))
+        for size in sorted({rank, *_spread(len(covariance))}):
+            energy = energy_at_rank(spectrum, size)
+            rows.append(Row("energy_at_rank", energy, "share", run, layer=layer, kv_lora_rank=size))
     return rows
+
+
+def _spread(width: int) -> list[int]:
+    """About twenty ranks up to the width, evenly spread by ratio: enough to draw a spectrum."""
+    return [round(width ** (i / (RANKS_DRAWN - 1))) for i in range(RANKS_DRAWN)]
 
 
 def _joint(weights: KVWeights) -> Tensor:
@@ -208,3 +215,25 @@ def rollout_rows(video: Tensor, prompts: list[str], config: ModelConfig, seed: i
         value = part.mean().item()
         rows.append(Row("digit_accuracy", value, "share of frames", segment=segment, **fields))
     return rows
+
+
+def drift_rows(latents: Tensor, config: ModelConfig, seed: int) -> list[Row]:
+    """How far clean latents (B, F, C, height, width) leave what they were, segment by segment.
+
+    Of each clip and channel the mean and the spread; their squared distance from those of the first
+    segment, in units of the latter's spread. It needs no judge, and so serves any model.
+    """
+    fields = {**row_fields(config, seed), "frames": latents.shape[1]}
+    parts = [part.transpose(1, 2).flatten(2) for part in latents.tensor_split(SEGMENTS, dim=1)]
+    moments = [torch.stack([part.mean(2), part.std(2)]) for part in parts]
+    first = moments[0]
+    return [
+        Row(
+            "drift",
+            ((each - first).square().sum(0) / first[1].square().clamp_min(1e-12)).mean().item(),
+            "squared, relative to the spread",
+            segment=segment,
+            **fields,
+        )
+        for segment, each in enumerate(moments)
+    ]

@@ -81,18 +81,29 @@ def factor_layer(
     evidence: ReadEvidence | None,
 ) -> Factors:
     """Factor one layer to its sizes in a plan."""
-    shape = LayerShape(
+    weights = layer_weights(read, layer, num_heads)
+    known = evidence(layer) if evidence and config.init in DATA_INITS else None
+    shape, draws = layer_shape(config, ranks, layer), seeded(config.seed, layer, "init")
+    return narrowed(factor(config.init, weights, shape, known, draws), weights, known, config)
+
+
+def layer_shape(config: ConvertConfig, ranks: RankPlan, layer: int) -> LayerShape:
+    """One layer's sizes in a plan."""
+    return LayerShape(
         config.layer,
         ranks.kv_lora_rank[layer],
         ranks.rope_pairs[layer],
         ranks.key_ranks[layer] if ranks.key_ranks else None,
     )
-    weights = layer_weights(read, layer, num_heads)
-    known = evidence(layer) if evidence and config.init in DATA_INITS else None
-    factors = factor(config.init, weights, shape, known, seeded(config.seed, layer, "init"))
+
+
+def narrowed(
+    factors: Factors, weights: KVWeights, evidence: Evidence | None, config: ConvertConfig
+) -> Factors:
+    """Heads truncated as the conversion asks for it."""
     if config.qk_nope_head_dim in (None, weights.head_dim):
         return factors
-    return narrow_heads(factors, weights, known, config.qk_nope_head_dim)
+    return narrow_heads(factors, weights, evidence, config.qk_nope_head_dim)
 
 
 def layer_weights(read: Read, layer: int, num_heads: int) -> KVWeights:

@@ -122,7 +122,7 @@ class Curves(NamedTuple):
 
 
 def wanted_curves(model: ModelConfig, config: ConvertConfig) -> Curves | None:
-    """The predictions that sizes depend on; None where they are given, or the init predicts none."""
+    """The predictions that sizes depend on; None where sizes are given, or nothing is predicted."""
     explicit = _is_explicit(config)
     joint = config.layer.latent == "joint"
     if config.init != "calibrated" or config.plan is not None or (explicit and joint):

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import cmath
 from typing import Any, NamedTuple
 
 import torch
 
 from vmla_convert.config import MLAConfig, ModelConfig, RuntimeConfig
+from vmla_convert.maths.rope3d import axis_pairs
+from vmla_convert.pipelines.codecs import latent_frames_per_second
 from vmla_convert.pipelines.convert import Conversion
 from vmla_convert.results import Row
+
+MEMORY_SECONDS = (5.0, 30.0, 60.0)
+MEMORY_BATCHES = (1, 4, 16)
+AXES = ("time", "height", "width")
 
 
 class Errors(NamedTuple):
@@ -104,6 +111,52 @@ def cache_rows(
     ]
     if config.mla is not None:
         rows.append(Row("cache_cut", config.cache_cut(), "share of the dense cache", **fields))
+    return rows
+
+
+def memory_rows(config: ModelConfig, seed: int = 0) -> list[Row]:
+    """Rows of what whole clips take in the cache, and of the model's own window; two bytes each.
+
+    Streaming needs no more than the window, whatever the length of the clip.
+    """
+    fields, window = row_fields(config, seed), config.cache.window_frames
+    rows: list[Row] = []
+    for batch in MEMORY_BATCHES:
+        nbytes = float(config.cache_bytes(window, batch))
+        rows.append(Row("cache_bytes", nbytes, "bytes", batch=batch, frames=window, **fields))
+        for seconds in MEMORY_SECONDS:
+            frames = round(seconds * latent_frames_per_second(config))
+            nbytes = float(config.cache_bytes(frames, batch))
+            of_clip = {"batch": batch, "frames": frames, "clip_seconds": seconds}
+            rows.append(Row("cache_bytes", nbytes, "bytes", **of_clip, **fields))
+    return rows
+
+
+def branch_rows(config: ModelConfig, seed: int = 0) -> list[Row]:
+    """Rows of the sizes that each layer got, of its rope keys, and of what its content folds."""
+    mla, head_dim, rows = config.mla, config.geometry.head_dim, list[Row]()
+    assert mla is not None
+    fields = row_fields(config, seed)
+    # A layer's own row has its size as value, not as field.
+    sizes = ("kv_lora_rank", "qk_rope_head_dim")
+    shared = {name: value for name, value in fields.items() if name not in sizes}
+    axes = [axis for axis, n in zip(AXES, axis_pairs(head_dim), strict=True) for _ in range(n)]
+    for layer, (rank, pairs) in enumerate(zip(mla.kv_lora_rank, mla.rope_pairs, strict=True)):
+        rows.append(Row("kv_lora_rank", rank, "numbers", layer=layer, **shared))
+        if not pairs:
+            continue
+        rows.append(Row("qk_rope_head_dim", 2 * len(pairs), "numbers", layer=layer, **shared))
+        for pair, axis in enumerate(axes):
+            of_pair = {"layer": layer, "pair": pair, "note": axis}
+            rows.append(Row("rope_pair", pairs.count(pair), "rope keys", **of_pair, **fields))
+            if mla.phases:
+                heads = [head[pair] for head in mla.phases[layer]]
+                mean = sum(cmath.rect(length, angle) for angle, length in heads)
+                length = sum(length for _, length in heads) / len(heads)
+                rows += [
+                    Row("phase_length", length, "share", **of_pair, **fields),
+                    Row("phase_angle", cmath.phase(mean), "radians", **of_pair, **fields),
+                ]
     return rows
 
 

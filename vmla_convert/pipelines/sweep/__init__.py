@@ -1,0 +1,172 @@
+"""A grid of conversions of one model, each measured at step 0 and along its recovery.
+
+What points share is done once. Rows are the state: a point whose rows are there is skipped, so an
+interrupted sweep goes on where it stopped; a point that cannot be done is a row that says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from vmla_convert.config import ConvertConfig, EvaluateConfig, RecoverConfig, SweepConfig
+from vmla_convert.errors import VmlaError
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.pipelines.data import open_clips
+from vmla_convert.pipelines.evaluate import dense_rows, spectrum_rows
+from vmla_convert.pipelines.plan import check_sizes, uniform_plan
+from vmla_convert.pipelines.rows import device_name, memory_rows
+from vmla_convert.pipelines.shelf import FolderShelf
+from vmla_convert.pipelines.sweep.grid import SweepPoint, digest, grid, sweep_points
+from vmla_convert.pipelines.sweep.point import Bench, labelled, measure_point
+from vmla_convert.pipelines.sweep.rollouts import Rollout, roll_out, score
+from vmla_convert.pipelines.sweep.shared import Shared
+from vmla_convert.pipelines.sweep.team import Team, join_team
+from vmla_convert.progress import Progress, Silent, Timed
+from vmla_convert.results import Row, append_rows, read_rows, write_rows
+from vmla_convert.tables import to_dict
+
+__all__ = ["Team", "grid", "join_team", "sweep", "sweep_points"]
+
+SHELF_NAME = ".shared"
+FAILED = "failed"
+# What a point may die of without taking the others along: no memory, no numbers, no convergence.
+_FAILURES = (VmlaError, RuntimeError, ArithmeticError, ValueError, MemoryError)
+
+
+def sweep(
+    teacher: CausalWanModel,
+    config: SweepConfig,
+    convert_config: ConvertConfig,
+    recover_config: RecoverConfig,
+    evaluate_config: EvaluateConfig,
+    rows_file: Path,
+    progress: Progress | None = None,
+    team: Team | None = None,
+) -> None:
+    """Run every point of the grid and append its rows.
+
+    Args:
+        teacher: The dense model.
+        config: The grid.
+        convert_config: What the points share: calibration and data.
+        recover_config: Their recovery.
+        evaluate_config: What to measure on.
+        rows_file: JSONL to append to; its rows say which points are done. Points that failed are
+            tried again.
+        progress: Where to draw.
+        team: Processes that share the points; each has the same arguments.
+
+    Raises:
+        ConfigError: An init or a size of the grid does not fit the model, or there are no clips to
+            recover on; before any work.
+    """
+    progress, team = progress or Silent(), team or Team()
+    points = sweep_points(config, convert_config, recover_config)
+    for point in points:
+        check_sizes(teacher.config, point.conversion)
+    if config.recover:
+        open_clips(recover_config.data)  # or say now why not
+    work = _Sweep(teacher, config, convert_config, evaluate_config, rows_file, points)
+    if team.leads:
+        work.prepare(progress)
+        team.announce("prepared")
+    team.await_leader("prepared")
+    work.run(progress, team)
+    team.announce("done")
+    if team.leads:
+        team.await_all("done")
+        work.shelf.remove()
+
+
+class _Sweep:
+    """One process's view of a sweep."""
+
+    def __init__(
+        self,
+        teacher: CausalWanModel,
+        config: SweepConfig,
+        convert_config: ConvertConfig,
+        evaluate_config: EvaluateConfig,
+        rows_file: Path,
+        points: Sequence[SweepPoint],
+    ) -> None:
+        self.teacher, self.config, self.points = teacher, config, points
+        self.rows_file, folder = rows_file, rows_file.parent
+        common = [to_dict(convert_config), to_dict(teacher.config), to_dict(evaluate_config)]
+        identity = {"common": digest(common), "rollout": config.rollout_frames}
+        self.shelf = FolderShelf(folder / SHELF_NAME, identity)
+        conversions = [point.conversion for point in points]
+        self.shared = Shared(teacher, convert_config, conversions, self.shelf)
+        self.bench = Bench(teacher, evaluate_config, config, self._dense_rollout, folder / "strips")
+
+    def prepare(self, progress: Progress) -> None:
+        """What is done once, by one process: the dense model's rows, and all conversions."""
+        written = self._forget_failures()
+        if not self._waiting(written):
+            return
+        timed = Timed(progress)
+        measured = self.shared.measure(timed)
+        self.shared.convert(timed)
+        rollout = self._roll_dense_out(progress)
+        rows = [] if any(row.run == "dense" for row in written) else self._dense_rows(rollout)
+        if not any(row.metric == "effective_rank_99" for row in written):
+            size = uniform_plan(self.teacher.config, self.points[0].conversion).kv_lora_rank[0]
+            rows += spectrum_rows(self.teacher, measured, size)
+        rows += [
+            Row("sweep_seconds", seconds, "s", "sweep", device=device_name(), note=stage)
+            for stage, seconds in timed.seconds.items()
+        ]
+        append_rows(self.rows_file, rows)
+
+    def run(self, progress: Progress, team: Team) -> None:
+        """The points that are this process's to do."""
+        waiting = self._waiting(read_rows(self.rows_file))
+        alone = team.size == 1
+        for point in progress.track(team.share(waiting), "sweep", len(waiting) if alone else None):
+            append_rows(self.rows_file, self._measured(point, progress))
+
+    def _measured(self, point: SweepPoint, progress: Progress) -> list[Row]:
+        try:
+            student, seconds = self.shared.student(point.conversion)
+            return measure_point(student, point, self.bench, seconds, progress)
+        except _FAILURES as error:
+            reason = error.message if isinstance(error, VmlaError) else _first_line(error)
+            name = f"{point.conversion.init} {point.key}"
+            progress.note(f"{name} failed: {reason}")
+            conversion = point.conversion
+            row = Row(FAILED, 1.0, "point", name, init=conversion.init, note=reason)
+            return [labelled(row, point)]
+
+    def _waiting(self, written: Sequence[Row]) -> list[SweepPoint]:
+        """Points without rows."""
+        done = {(row.point, row.seed) for row in written}
+        return [point for point in self.points if (point.key, point.seed) not in done]
+
+    def _forget_failures(self) -> list[Row]:
+        written = read_rows(self.rows_file) if self.rows_file.exists() else []
+        kept = [row for row in written if row.metric != FAILED]
+        if len(kept) < len(written):
+            write_rows(self.rows_file, kept)
+        return kept
+
+    def _dense_rows(self, rollout: list[Rollout]) -> list[Row]:
+        rows = dense_rows(self.teacher, self.bench.held_out) + memory_rows(self.teacher.config)
+        return rows + [row for each in rollout for row in score(each, self.config, 0)]
+
+    def _roll_dense_out(self, progress: Progress) -> list[Rollout]:
+        """The dense model's rollout, where points are rolled out beside it."""
+        if not self.config.rollout_frames:
+            return []
+        if not self.shelf.has("rollout"):
+            rollout = roll_out(self.teacher, self.config, progress)
+            self.shelf.put("rollout", {"latents": rollout.latents})
+        return [self._dense_rollout()]
+
+    def _dense_rollout(self) -> Rollout:
+        return Rollout(self.teacher.config, self.shelf.get("rollout")["latents"])
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

@@ -1,0 +1,89 @@
+"""The points of a sweep: every conversion of the grid, with every recovery."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from vmla_convert.config import ConvertConfig, RecoverConfig, SweepConfig
+from vmla_convert.tables import to_dict
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One conversion and its recovery.
+
+    Attributes:
+        conversion: Its seed is the recovery's too.
+        recovery: None where only step 0 is measured.
+    """
+
+    conversion: ConvertConfig
+    recovery: RecoverConfig | None
+
+    @property
+    def seed(self) -> int:
+        """Of conversion and recovery."""
+        return self.conversion.seed
+
+    @property
+    def key(self) -> str:
+        """Names the settings, all but the seed."""
+        recovery = to_dict(_seeded(self.recovery, 0)) if self.recovery else None
+        return digest([to_dict(replace(self.conversion, seed=0)), recovery])
+
+
+def digest(settings: Any) -> str:
+    """A short name of JSON-able settings."""
+    text = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def sweep_points(
+    config: SweepConfig, shared: ConvertConfig, recovery: RecoverConfig
+) -> list[SweepPoint]:
+    """Every point, smallest caches first."""
+    if not config.recover:
+        return [SweepPoint(conversion, None) for conversion in grid(config, shared)]
+    lengths = config.recovery_steps or (recovery.training.steps,)
+    return [
+        SweepPoint(conversion, _seeded(_lasting(recovery, steps), conversion.seed))
+        for conversion in grid(config, shared)
+        for steps in lengths
+    ]
+
+
+def grid(config: SweepConfig, shared: ConvertConfig) -> list[ConvertConfig]:
+    """Every conversion, smallest caches first."""
+    sizes: list[dict[str, Any]] = [{"cut": cut} for cut in sorted(config.cuts, reverse=True)]
+    sizes += [{"kv_lora_rank": rank} for rank in sorted(config.kv_lora_ranks)]
+    bare = replace(shared, cache_scalars=None, cut=None, plan=None)
+    bare = replace(bare, kv_lora_rank=None, qk_rope_head_dim=None, ranks=None)
+    points: list[ConvertConfig] = []
+    for size, layer, init, seed in product(sizes, config.every_layer(), config.inits, config.seeds):
+        point = replace(bare, init=init, layer=layer, seed=seed, **size)
+        if layer.positions == "reconstructed":
+            points += _ruled(replace(point, qk_nope_head_dim=None), config, shared)
+        elif point.kv_lora_rank is not None and config.qk_rope_head_dims:
+            points += [replace(point, qk_rope_head_dim=rope) for rope in config.qk_rope_head_dims]
+        else:
+            points += _ruled(point, config, shared)
+    return points
+
+
+def _ruled(point: ConvertConfig, config: SweepConfig, shared: ConvertConfig) -> list[ConvertConfig]:
+    """A point under every rule that can divide it."""
+    if point.init != "calibrated" or point.cut is None:
+        return [point]
+    return [replace(point, ranks=rule) for rule in config.ranks or (shared.ranks,)]
+
+
+def _lasting(recovery: RecoverConfig, steps: int) -> RecoverConfig:
+    return replace(recovery, training=replace(recovery.training, steps=steps))
+
+
+def _seeded(recovery: RecoverConfig, seed: int) -> RecoverConfig:
+    return replace(recovery, training=replace(recovery.training, seed=seed))

@@ -1,0 +1,135 @@
+"""All that is measured of one point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from time import perf_counter
+
+from vmla_convert.config import EvaluateConfig, RuntimeConfig, SweepConfig
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.pipelines.evaluate import HeldOut, learned_spectrum_rows
+from vmla_convert.pipelines.recovery.stages import recover_model
+from vmla_convert.pipelines.rows import (
+    Errors,
+    branch_rows,
+    cache_rows,
+    error_rows,
+    memory_rows,
+    row_fields,
+)
+from vmla_convert.pipelines.sweep.grid import SweepPoint
+from vmla_convert.pipelines.sweep.rollouts import Rollout, draw_strip, roll_out, score
+from vmla_convert.pipelines.timing import step_rows
+from vmla_convert.progress import Progress
+from vmla_convert.results import Row
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every point is measured against.
+
+    Attributes:
+        teacher: The dense model.
+        evaluate: Held-out clips.
+        config: What to measure.
+        dense_rollout: The dense model's; asked for only where points are rolled out.
+        strips: Folder of their frames.
+    """
+
+    teacher: CausalWanModel
+    evaluate: EvaluateConfig
+    config: SweepConfig
+    dense_rollout: Callable[[], Rollout]
+    strips: Path
+
+    @cached_property
+    def held_out(self) -> HeldOut:
+        """Clips in one pass."""
+        return HeldOut(self.teacher, self.evaluate)
+
+    @cached_property
+    def streamed(self) -> HeldOut:
+        """Clips through a cache."""
+        return HeldOut(self.teacher, self.evaluate, streamed=True)
+
+
+def measure_point(
+    student: CausalWanModel, point: SweepPoint, bench: Bench, seconds: float, progress: Progress
+) -> list[Row]:
+    """Recover a converted model, if wanted, and return all rows of its point.
+
+    Args:
+        student: As converted; it is trained in place.
+        point: Its settings.
+        bench: What it is measured against.
+        seconds: That its conversion took.
+        progress: Where to draw.
+    """
+    config, seed = student.config, point.seed
+    fields = row_fields(config, seed)
+    rows = [
+        Row("convert_seconds", seconds, "s", **fields),
+        *cache_rows(config, seed),
+        *memory_rows(config, seed),
+        *branch_rows(config, seed),
+        *learned_spectrum_rows(student, 0, seed),
+    ]
+    if point.recovery is None:
+        rows += error_rows(bench.held_out.measure(student), config, 0, seed)
+    else:
+        rows += _recover(student, point, bench, progress)
+    last = max(row.step for row in rows if row.metric == "velocity_error" and row.step is not None)
+    if last:
+        rows += learned_spectrum_rows(student, last, seed)
+    rows += _measure_quantised(student, bench, last, seed)
+    if bench.config.timed:
+        rows += step_rows(bench.teacher, student)
+    if bench.config.rollout_frames:
+        rollout = roll_out(student, bench.config, progress)
+        rows += score(rollout, bench.config, seed)
+        path = bench.strips / f"{point.key}-{seed}.png"
+        draw_strip(path, bench.dense_rollout(), rollout, bench.config)
+    return [labelled(row, point) for row in rows]
+
+
+def labelled(row: Row, point: SweepPoint) -> Row:
+    """A row that says which point it belongs to, unless it is about the dense model."""
+    if row.run == "dense":
+        return row
+    rule, recovery = point.conversion.ranks, point.recovery
+    steps = recovery.training.steps if recovery else None
+    return replace(row, point=point.key, seed=point.seed, ranks=rule, recovery_steps=steps)
+
+
+def _recover(
+    student: CausalWanModel, point: SweepPoint, bench: Bench, progress: Progress
+) -> list[Row]:
+    assert point.recovery is not None
+    rows: list[Row] = []
+
+    def on_step(step: int, errors: Errors) -> None:
+        rows.extend(error_rows(errors, student.config, step, point.seed))
+
+    started, fields = perf_counter(), row_fields(student.config, point.seed)
+    how = recover_model(
+        student, bench.teacher, point.recovery, bench.held_out, on_step, progress=progress
+    )
+    rows.append(Row("recover_seconds", perf_counter() - started, "s", **fields))
+    if how.learning_rate is not None:
+        rows.append(Row("learning_rate", how.learning_rate, "per step", **fields))
+    return rows
+
+
+def _measure_quantised(student: CausalWanModel, bench: Bench, step: int, seed: int) -> list[Row]:
+    """Rows of the same weights with caches of other dtypes."""
+    rows: list[Row] = []
+    for dtype in bench.config.cache_dtypes:
+        runtime = RuntimeConfig(cache_dtype=dtype)
+        errors = bench.streamed.measure(student, runtime)
+        rows += error_rows(errors, student.config, step, seed, runtime)
+        kept = cache_rows(student.config, seed, runtime)
+        rows += [row for row in kept if row.metric == "cache_bytes_per_token"]
+    return rows

@@ -1,0 +1,270 @@
+"""What the points of a sweep share: one calibration, one set of predictions, one decomposition.
+
+Layer by layer, each is solved once for every group of conversions that differ in size alone, and
+cut to the size of each; what comes out lies on a shelf. So any number of ranks costs little more
+than one, memory holds one layer's decompositions, and a sweep that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import replace
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from vmla_convert.config import ConvertConfig, LayerConfig, RankPlan
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.maths.factor import (
+    DATA_INITS,
+    INITS,
+    ErrorCurve,
+    assume_evidence,
+    predict_errors,
+)
+from vmla_convert.maths.projections import Evidence, KVWeights, LayerShape, cut
+from vmla_convert.pipelines.calibrate import LayerReads, calibrate, deployed_phases, model_blocks
+from vmla_convert.pipelines.convert import measures
+from vmla_convert.pipelines.data import open_clips, seeded
+from vmla_convert.pipelines.factoring import (
+    Branch,
+    branch_of,
+    build_student,
+    latent_tensors,
+    layer_evidence,
+    layer_shape,
+    layer_weights,
+    narrowed,
+    planned_config,
+    with_branches,
+)
+from vmla_convert.pipelines.plan import Curves, divide, uniform_plan, wanted_curves
+from vmla_convert.pipelines.shelf import Shelf, Tensors
+from vmla_convert.pipelines.sweep.grid import digest
+from vmla_convert.progress import Progress, Silent
+from vmla_convert.tables import to_dict
+
+_SECONDS = "seconds"
+
+
+class Shared:
+    """The conversions of a sweep.
+
+    Args:
+        teacher: The dense model.
+        common: What the points have in common: calibration and data.
+        conversions: All of them; those that differ in a seed that they do not use count as one.
+        shelf: Where work is kept.
+    """
+
+    def __init__(
+        self,
+        teacher: CausalWanModel,
+        common: ConvertConfig,
+        conversions: Iterable[ConvertConfig],
+        shelf: Shelf,
+    ) -> None:
+        self.teacher, self.common, self.shelf = teacher, common, shelf
+        self.conversions = {_name(each): _unseeded(each) for each in conversions}
+        self.phases = deployed_phases(teacher.config)
+        self._reads: Callable[[int], LayerReads] | None = None
+
+    def measure(self, progress: Progress | None = None) -> list[LayerReads]:
+        """Calibrate once, whatever the points are: what is found describes the model too."""
+        teacher, common = self.teacher, self.common
+        self._reads = calibrate(
+            teacher,
+            model_blocks(teacher),
+            open_clips(common.data, teacher.config.cache.sink_frames),
+            common.calibration_clips,
+            common.seed,
+            progress,
+            self.shelf,
+            own=any(each.layer.reads_own_latents for each in self.conversions.values()),
+        )
+        return [self._reads(layer) for layer in self._layers()]
+
+    def convert(self, progress: Progress | None = None) -> None:
+        """Make every conversion that the shelf lacks; calibration comes first.
+
+        Raises:
+            ConfigError: A budget is too small.
+        """
+        progress = progress or Silent()
+        lacking = {
+            name: each
+            for name, each in self.conversions.items()
+            if not all(self.shelf.has(_of_layer(name, layer)) for layer in self._layers())
+        }
+        plans = self._plan(lacking, progress)
+        for layer in progress.track(self._layers() if lacking else [], "converting"):
+            self._convert_layer(layer, lacking, plans)
+
+    def student(self, conversion: ConvertConfig) -> tuple[CausalWanModel, float]:
+        """A conversion as a model, and its seconds, with its share of what others use too."""
+        name = _name(conversion)
+        planned = planned_config(self.teacher.config, conversion, self._read_plan(name))
+        branches: list[Branch] = []
+        tensors, seconds = dict[str, Tensor](), 0.0
+        for layer in self._layers():
+            group = self.shelf.get(_of_layer(name, layer))
+            seconds += group.pop(_SECONDS).item()
+            branches.append(_take_branch(group))
+            tensors |= group
+        return build_student(self.teacher, with_branches(planned, branches), tensors), seconds
+
+    def plan(self, conversion: ConvertConfig) -> RankPlan:
+        """The sizes of a conversion's layers."""
+        return self._read_plan(_name(conversion))
+
+    def _layers(self) -> range:
+        return range(self.teacher.config.geometry.num_layers)
+
+    def _weights(self, layer: int) -> KVWeights:
+        state = self.teacher.state_dict()
+        return layer_weights(state.__getitem__, layer, self.teacher.config.geometry.num_heads)
+
+    def _evidence(self, layer: int, weights: KVWeights) -> Callable[[ConvertConfig], Evidence]:
+        """What is known of a layer, worked out once for each kind of latent layer."""
+        known: dict[tuple[bool, bool], Evidence] = {}
+
+        def of(conversion: ConvertConfig) -> Evidence:
+            kind = measures(conversion), conversion.layer.reads_own_latents
+            if kind not in known and not kind[0]:
+                known[kind] = assume_evidence(weights, self.phases)
+            if kind not in known:
+                assert self._reads is not None
+                known[kind] = layer_evidence(
+                    self._reads(layer), weights, conversion.layer, self.phases
+                )
+            return known[kind]
+
+        return of
+
+    def _plan(
+        self, conversions: dict[str, ConvertConfig], progress: Progress
+    ) -> dict[str, RankPlan]:
+        """Sizes of all conversions, from predictions that those with one kind of layer share."""
+        model = self.teacher.config
+        wanted = {name: wanted_curves(model, each) for name, each in conversions.items()}
+        most: dict[tuple[LayerConfig, tuple[int, ...], bool], int] = {}
+        for name, curves in wanted.items():
+            if curves is not None:
+                kind = _kind(conversions[name], curves)
+                most[kind] = max(curves.most, most.get(kind, 0))
+        predicted = defaultdict[Hashable, list[ErrorCurve]](list)
+        for layer in progress.track(self._layers() if most else [], "predicting errors"):
+            weights = self._weights(layer)
+            evidence = self._evidence(layer, weights)
+            for kind, largest in most.items():
+                choices, counts, calibrated = kind
+                known = evidence(replace(self.common, layer=choices, calibrate=calibrated))
+                curve = predict_errors(weights, choices, known, largest, counts)
+                predicted[kind].append(curve)
+        plans: dict[str, RankPlan] = {}
+        for name, each in conversions.items():
+            curves = wanted[name]
+            plans[name] = uniform_plan(model, each)
+            if curves is not None:
+                own = [c.up_to(curves.most) for c in predicted[_kind(each, curves)]]
+                plans[name] = divide(model, each, own)
+            self.shelf.put(f"plan-{name}", _plan_tensors(plans[name]))
+        return plans
+
+    def _convert_layer(
+        self, layer: int, conversions: dict[str, ConvertConfig], plans: dict[str, RankPlan]
+    ) -> None:
+        weights, read = self._weights(layer), self.teacher.state_dict().__getitem__
+        evidence = self._evidence(layer, weights)
+        groups = defaultdict[Hashable, list[str]](list)
+        for name, each in conversions.items():
+            groups[_alike(each, plans[name].rope_pairs[layer])].append(name)
+        for names in groups.values():
+            first = conversions[names[0]]
+            shapes = {name: layer_shape(conversions[name], plans[name], layer) for name in names}
+            known = evidence(first) if first.init in DATA_INITS else None
+            started = perf_counter()
+            draws = seeded(first.seed, layer, "init")
+            solved = INITS[first.init](weights, _largest(list(shapes.values())), known, draws)
+            share = (perf_counter() - started) / len(names)
+            for name in names:
+                started, each = perf_counter(), conversions[name]
+                factors = cut(weights, solved, shapes[name])
+                factors = narrowed(factors, weights, known, each)
+                planned = planned_config(self.teacher.config, each, plans[name])
+                tensors = latent_tensors(factors, read, planned, layer)
+                seconds = torch.tensor(share + perf_counter() - started, dtype=torch.float64)
+                group = tensors | _branch_tensors(branch_of(factors)) | {_SECONDS: seconds}
+                self.shelf.put(_of_layer(name, layer), group)
+
+    def _read_plan(self, name: str) -> RankPlan:
+        lists = {field: tuple(t.tolist()) for field, t in self.shelf.get(f"plan-{name}").items()}
+        return RankPlan(**lists)
+
+
+def _unseeded(conversion: ConvertConfig) -> ConvertConfig:
+    """Only a random init depends on the seed: calibration has one of its own."""
+    return conversion if conversion.init == "random" else replace(conversion, seed=0)
+
+
+def _name(conversion: ConvertConfig) -> str:
+    return digest(to_dict(_unseeded(conversion)))
+
+
+def _of_layer(name: str, layer: int) -> str:
+    return f"converted-{name}-{layer}"
+
+
+def _kind(conversion: ConvertConfig, curves: Curves) -> tuple[LayerConfig, tuple[int, ...], bool]:
+    """Conversions of one kind read their sizes off the same predictions."""
+    return conversion.layer, curves.pair_counts, conversion.calibrate
+
+
+def _alike(conversion: ConvertConfig, rope_pairs: int) -> Hashable:
+    """Conversions that are alike in a layer but for its size can be cut from one solution."""
+    if conversion.init == "random":
+        return conversion
+    return conversion.init, conversion.layer, conversion.calibrate, rope_pairs
+
+
+def _largest(shapes: Sequence[LayerShape]) -> LayerShape:
+    """The smallest shape that all of these can be cut from."""
+    first = shapes[0]
+    if first.layer.latent == "joint":
+        return max(shapes, key=lambda shape: shape.kv_lora_rank)
+    keys, values = (max(sizes) for sizes in zip(*(s.parts() for s in shapes), strict=True))
+    return first._replace(kv_lora_rank=keys + values, key_rank=keys)
+
+
+def _plan_tensors(plan: RankPlan) -> Tensors:
+    lists = {
+        "kv_lora_rank": plan.kv_lora_rank,
+        "rope_pairs": plan.rope_pairs,
+        "key_ranks": plan.key_ranks,
+    }
+    return {field: torch.tensor(sizes, dtype=torch.long) for field, sizes in lists.items()}
+
+
+def _branch_tensors(branch: Branch) -> Tensors:
+    tensors = {"pairs": torch.tensor(branch.pairs, dtype=torch.long)}
+    if branch.phases is not None:
+        tensors["phases"] = torch.tensor(branch.phases, dtype=torch.float64)
+    if branch.truncation is not None:
+        tensors["truncation"] = torch.tensor(branch.truncation, dtype=torch.float64)
+    return tensors
+
+
+def _take_branch(group: Tensors) -> Branch:
+    """The branch that `_branch_tensors` wrote, taken out of a group."""
+    phases, truncation = group.pop("phases", None), group.pop("truncation", None)
+    return Branch(
+        tuple(group.pop("pairs").tolist()),
+        None if phases is None else _nested(phases),
+        None if truncation is None else truncation.item(),
+    )
+
+
+def _nested(phases: Tensor) -> tuple[tuple[tuple[float, float], ...], ...]:
+    return tuple(tuple((a, r) for a, r in head) for head in phases.tolist())

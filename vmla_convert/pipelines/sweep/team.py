@@ -1,0 +1,80 @@
+"""Processes that a launcher started to share the points of a sweep, each of which one does alone.
+
+They do not train together, so they form no process group: a store tells them which point is next,
+and when what all need is there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.rendezvous import rendezvous
+
+T = TypeVar("T")
+
+# A whole sweep may pass until the slowest point is done.
+_PATIENCE = timedelta(days=30)
+# What a launcher tells a process of its place; without it, every library takes it to be alone.
+_PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+
+
+class Team:
+    """One process among its like; alone by default.
+
+    Attributes:
+        rank: Its number; 0 leads.
+        size: How many there are.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, store: Store | None = None) -> None:
+        self.rank, self.size, self._store = rank, size, store
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process does what is done once."""
+        return self.rank == 0
+
+    def announce(self, milestone: str) -> None:
+        """Tell the others that this process has come so far."""
+        if self._store is not None:
+            self._store.set(f"{milestone}-{self.rank}", "there")
+
+    def await_leader(self, milestone: str) -> None:
+        """Wait until the leader has come so far."""
+        if self._store is not None:
+            self._store.wait([f"{milestone}-0"], _PATIENCE)
+
+    def await_all(self, milestone: str) -> None:
+        """Wait until everyone has come so far."""
+        if self._store is not None:
+            self._store.wait([f"{milestone}-{rank}" for rank in range(self.size)], _PATIENCE)
+
+    def share(self, items: Sequence[T]) -> Iterator[T]:
+        """The items that this process takes: whoever is free takes the next."""
+        if self._store is None:
+            yield from items
+            return
+        while (index := self._store.add("taken", 1) - 1) < len(items):
+            yield items[index]
+
+
+def join_team() -> Team:
+    """The processes that were started together; from here on this one computes by itself.
+
+    Each keeps one GPU, where there are any. Must be called before CUDA is touched.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return Team()
+    store, rank, size = next(rendezvous("env://"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    devices = visible.split(",") if visible else [str(index) for index in range(local + 1)]
+    os.environ["CUDA_VISIBLE_DEVICES"] = devices[local % len(devices)]
+    for name in _PLACE:
+        os.environ.pop(name, None)
+    return Team(rank, size, store)
