@@ -660,6 +660,8 @@ class SweepConfig:
         kv_lora_ranks: Cache sizes as explicit ranks, with `qk_rope_head_dims` where positions are
             decoupled.
         qk_rope_head_dims: See there.
+        head_splits: Pairs of `qk_nope_head_dim` and `qk_rope_head_dim`, in their place: heads whose
+            content part is truncated, as the paper's 96 + 32.
         ranks: Rules that divide a cut among layers, of the init that predicts its errors; where
             there are none, that of the convert stage.
         seeds: Of conversion and recovery.
@@ -671,6 +673,7 @@ class SweepConfig:
         rollout_frames: Length of a rollout of each point, scored segment by segment beside the
             dense model's; 0 for none.
         rollout_prompts: Its prompts, one clip each.
+        alone: A recipe's [convert] and [recover] only say what the points share, and do not run.
     """
 
     inits: tuple[str, ...] = ("random", "spectral", "calibrated")
@@ -682,6 +685,7 @@ class SweepConfig:
     cuts: tuple[float, ...] = ()
     kv_lora_ranks: tuple[int, ...] = ()
     qk_rope_head_dims: tuple[int, ...] = ()
+    head_splits: tuple[tuple[int, int], ...] = ()
     ranks: tuple[Literal["uniform", "energy", "budget"], ...] = ()
     seeds: tuple[int, ...] = (0,)
     recover: bool = True
@@ -690,9 +694,14 @@ class SweepConfig:
     timed: bool = False
     rollout_frames: int = 0
     rollout_prompts: tuple[str, ...] = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
+    alone: bool = False
 
     def __post_init__(self) -> None:
         _require(self, 0, "rollout_frames")
+        if self.qk_rope_head_dims and self.head_splits:
+            raise ConfigError(
+                "qk_rope_head_dims and head_splits both name rope widths", "leave one of them out"
+            )
         if self.recovery_steps and not self.recover:
             raise ConfigError(
                 "recovery_steps are given, but recover is false", "leave one of them out"

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vmla_convert.config import (
     ConvertConfig,
@@ -73,9 +73,12 @@ class Recipe:
     def stages(self) -> list[str]:
         """Names of the stages that will run, in order.
 
-        Beside a sweep, a `recover` without `convert` says how its points are recovered, no more.
+        Beside a sweep, a `recover` without `convert` says how its points are recovered, no more;
+        with `alone` this holds for both.
         """
-        told = {"recover"} if self.sweep is not None and self.convert is None else set[str]()
+        told = set[str]()
+        if self.sweep is not None and (self.convert is None or self.sweep.alone):
+            told = {"convert", "recover"}
         return [s for s in STAGES if getattr(self, s) is not None and s not in told]
 
 
@@ -110,7 +113,9 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
     Args:
         path: File, or a name that `vmla recipes` lists.
-        overrides: `stage.key=value` strings; values are TOML, bare words are strings.
+        overrides: `stage.key=value` strings; values are TOML, bare words are strings. `demo=true`
+            puts the settings of the recipe's table [demo] in place: the same recipe, scaled to the
+            demo model.
 
     Raises:
         ConfigError: No such recipe, no valid TOML, or a wrong key or value.
@@ -126,9 +131,24 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         data = tomllib.loads(file.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    for change in overrides or []:
+    scaled, wanted = data.pop("demo", {}), {}
+    changes = [change for change in overrides or [] if not change.startswith("demo=")]
+    for change in (change for change in overrides or [] if change not in changes):
+        override(wanted, change)
+    if wanted.get("demo"):
+        _merge(data, scaled)
+    for change in changes:
         override(data, change)
     return from_dict(Recipe, data)
+
+
+def _merge(table: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Put values in place of those of the same key, table by table."""
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(table.get(key), dict):
+            _merge(table[key], value)
+        else:
+            table[key] = value
 
 
 def check_recipe(recipe: Recipe, out: Path, only: tuple[str, ...] = STAGES) -> None:

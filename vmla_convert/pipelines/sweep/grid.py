@@ -67,11 +67,22 @@ def grid(config: SweepConfig, shared: ConvertConfig) -> list[ConvertConfig]:
         point = replace(bare, init=init, layer=layer, seed=seed, **size)
         if layer.positions == "reconstructed":
             points += _ruled(replace(point, qk_nope_head_dim=None), config, shared)
-        elif point.kv_lora_rank is not None and config.qk_rope_head_dims:
-            points += [replace(point, qk_rope_head_dim=rope) for rope in config.qk_rope_head_dims]
+        elif point.kv_lora_rank is not None and (splits := _head_splits(config, shared)):
+            points += [
+                replace(point, qk_nope_head_dim=nope, qk_rope_head_dim=rope)
+                for nope, rope in splits
+            ]
         else:
             points += _ruled(point, config, shared)
     return points
+
+
+def _head_splits(config: SweepConfig, shared: ConvertConfig) -> list[tuple[int | None, int]]:
+    """Widths of the content and the rope part of a head, where the grid names them."""
+    return [
+        *config.head_splits,
+        *((shared.qk_nope_head_dim, rope) for rope in config.qk_rope_head_dims),
+    ]
 
 
 def _ruled(point: ConvertConfig, config: SweepConfig, shared: ConvertConfig) -> list[ConvertConfig]:
