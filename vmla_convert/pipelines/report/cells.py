@@ -46,7 +46,7 @@ def cell_value(cell: str) -> float | None:
 
 
 def numeric_columns(table: Sequence[Sequence[str]]) -> list[bool]:
-    """For each column of a table with a header, whether its cells that say something are numbers."""
+    """For each column, below its header, whether all cells that say something are numbers."""
     columns = [
         [cell_value(line[i]) for line in table[1:] if not is_absent(line[i])]
         for i in range(len(table[0]))

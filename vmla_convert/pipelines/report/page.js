@@ -35,10 +35,11 @@ for (const header of document.querySelectorAll("thead th")) {
 
 const scheme = document.documentElement.style;
 const system = matchMedia("(prefers-color-scheme: dark)");
-const toggle = button("Light or dark", () => {
+const toggle = button("◐", () => {
   const dark = scheme.colorScheme ? scheme.colorScheme === "dark" : system.matches;
   scheme.colorScheme = dark ? "light" : "dark";
 });
+toggle.title = toggle.ariaLabel = "Light or dark";
 document.querySelector("header").append(toggle);
 
 // The contents stand beside the text where there is room, and are folded above it on a phone.
