@@ -6,13 +6,16 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import html5lib
 import pytest
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
+from vmla_convert.pipelines.report import write_report
 from vmla_convert.pipelines.report.cells import cell_value, html_table, numeric_columns
 from vmla_convert.pipelines.report.pages import (
     EMBED_LIMIT_BYTES,
@@ -20,6 +23,9 @@ from vmla_convert.pipelines.report.pages import (
     to_html,
     to_markdown,
 )
+from vmla_convert.results import Row, append_rows
+
+pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -60,6 +66,32 @@ def png(folder: Path, name: str, size: tuple[int, int] = (1000, 500)) -> str:
     return name
 
 
+def sweep_rows() -> list[Row]:
+    """A sweep with recovery over inits, layers and sizes, as a user's report shows it."""
+    rows = [
+        Row("flow_loss", 0.04, "mse", "dense"),
+        Row("cache_scalars_per_token", 1536, "scalars", "dense"),
+    ]
+    for i, init in enumerate(("calibrated", "spectral", "random")):
+        for rank in (96, 192, 224, 288):
+            fields: dict[str, Any] = {
+                "run": f"{init}-{rank}",
+                "init": init,
+                "kv_lora_rank": rank,
+                "qk_rope_head_dim": 32,
+                "current_chunk": "dense",
+                "positions": "reconstructed",
+                "latent": "joint",
+                "k_norm": "stored",
+            }
+            rows.append(Row("cache_scalars_per_token", rank + 32, "scalars", **fields))
+            for step in (0, 100, 500):
+                error = 8**i / rank / (1 + step / 50)
+                rows.append(Row("velocity_error", error, "share", step=step, **fields))
+                rows.append(Row("flow_loss", 0.04 * (1 + 9 * error), "mse", step=step, **fields))
+    return rows
+
+
 def planted_sections(folder: Path) -> list[Section]:
     large = png(folder, "large sheet.png")
     with (folder / large).open("ab") as file:
@@ -85,6 +117,15 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def report_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole report, which `page_file` is not."""
+    folder = tmp_path_factory.mktemp("sweep")
+    append_rows(folder / "rows.jsonl", sweep_rows())
+    write_report(folder)
+    return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     executable = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if executable is None:
@@ -93,6 +134,13 @@ def browser() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=executable, args=LAUNCH_ARGS)
         yield browser
         browser.close()
+
+
+def artefact(name: str) -> Path:
+    """Where a picture for people to look at goes."""
+    folder = Path(os.environ.get("VMLA_ARTEFACTS") or ROOT / ".artefacts")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
 
 
 @dataclass
@@ -104,17 +152,24 @@ class Visit:
     complaints: list[str] = field(default_factory=list)
 
 
-@pytest.fixture
-def visit(browser: Browser, page_file: Path) -> Iterator[Visit]:
+@contextmanager
+def opened(browser: Browser, path: Path) -> Iterator[Visit]:
+    """The page at a path; that it said nothing on the console is checked at the end."""
     page = browser.new_page(viewport={"width": SCREEN, "height": 800})
     visit = Visit(page)
     page.on("request", lambda request: visit.requests.append(request.url))
     page.on("console", lambda message: visit.complaints.append(f"{message.type}: {message.text}"))
     page.on("pageerror", lambda error: visit.complaints.append(str(error)))
-    page.goto(page_file.as_uri())
+    page.goto(path.as_uri())
     yield visit
     page.close()
     assert visit.complaints == []
+
+
+@pytest.fixture
+def visit(browser: Browser, page_file: Path) -> Iterator[Visit]:
+    with opened(browser, page_file) as visit:
+        yield visit
 
 
 def texts(rows: Locator, column: int) -> list[str]:
@@ -145,9 +200,11 @@ def test_cells_carry_the_value_they_are_sorted_by_and_absent_ones_none() -> None
     assert re.findall(r'data-sort="(.*?)"', html) == ["440000000.0", "Infinity"]
 
 
-def test_html_is_valid(page_file: Path) -> None:
+@pytest.mark.parametrize("which", ["page_file", "report_file"])
+def test_html_is_valid(which: str, request: pytest.FixtureRequest) -> None:
+    path: Path = request.getfixturevalue(which)
     parser = html5lib.HTMLParser(strict=True, namespaceHTMLElements=False)
-    tree = parser.parse(page_file.read_text("utf-8"))
+    tree = parser.parse(path.read_text("utf-8"))
     ids = [element.get("id") for element in tree.iter() if element.get("id")]
     assert len(set(ids)) == len(ids)
     links = [element.get("href") for element in tree.iter("a")]
@@ -280,20 +337,21 @@ def test_everything_can_be_read_without_a_script(browser: Browser, page_file: Pa
     context.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [PHONE, SCREEN])
-def test_fits_its_width_and_is_kept_as_a_picture(
-    browser: Browser, page_file: Path, width: int, scheme: str
+def test_a_report_fits_its_width_and_is_kept_as_pictures(
+    browser: Browser, page_file: Path, report_file: Path, width: int
 ) -> None:
-    folder = Path(os.environ.get("VMLA_ARTEFACTS", ROOT / ".artefacts"))
-    folder.mkdir(parents=True, exist_ok=True)
-    dark = "dark" if scheme == "dark" else "light"
-    page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=dark)
-    page.goto(page_file.as_uri())
-    overflow = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
-    page.screenshot(path=folder / f"report-{width}-{scheme}.png", full_page=True)
-    page.close()
-    assert overflow <= 0
+    overflow = "document.documentElement.scrollWidth - window.innerWidth"
+    for path in (page_file, report_file):
+        with opened(browser, path) as visit:
+            visit.page.set_viewport_size({"width": width, "height": 844})
+            assert visit.page.evaluate(overflow) <= 0
+    with opened(browser, report_file) as visit:
+        visit.page.set_viewport_size({"width": width, "height": 844})
+        for scheme in ("light", "dark"):
+            visit.page.emulate_media(color_scheme=scheme)
+            path = artefact(f"report-{width}-{scheme}.png")
+            visit.page.screenshot(path=path, full_page=True)
 
 
 def test_wide_tables_scroll_in_their_box_with_the_first_column_in_sight(visit: Visit) -> None:

@@ -120,7 +120,7 @@ def to_html(title: str, sections: Sequence[Section], folder: Path) -> str:
 
 
 def _asset(name: str) -> str:
-    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return files("vmla_convert.pipelines.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _content_policy(style: str, script: str) -> str:
