@@ -171,7 +171,8 @@ def _html_section(name: str, section: Section, sources: dict[str, str]) -> str:
     if section.table:
         parts.append(html_table(section.table, section.marked, section.title))
     if section.image:
-        parts.append(_html_figure(section, sources[section.image]))
+        source = sources[section.image]
+        parts.append(_html_figure(section.image, section.alt, section.data, source))
     parts += [f"<p>{escape(paragraph)}</p>" for paragraph in section.paragraphs]
     if section.link:
         parts.append(f"<p>{_html_link(section.link, section.link)}</p>")
@@ -187,13 +188,13 @@ def _html_lead(lead: str) -> str:
     return "\n".join(parts)
 
 
-def _html_figure(section: Section, source: str) -> str:
-    links = [_html_link(section.image, "PNG")]
-    if section.data:
-        links.append(_html_link(section.data, "CSV"))
+def _html_figure(image: str, alt: str, data: str, source: str) -> str:
+    links = [_html_link(image, "PNG")]
+    if data:
+        links.append(_html_link(data, "CSV"))
     return (
-        f'<figure>\n<div class="card"><img src="{source}" alt="{escape(section.alt)}"></div>\n'
-        f'<figcaption><span>{escape(section.alt)}</span> <span class="files">{" ".join(links)}'
+        f'<figure>\n<div class="card"><img src="{source}" alt="{escape(alt)}"></div>\n'
+        f'<figcaption><span>{escape(alt)}</span> <span class="files">{" ".join(links)}'
         "</span></figcaption>\n</figure>"
     )
 
