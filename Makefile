@@ -18,8 +18,12 @@ demo: .venv/.installed-demo
 test: .venv/.installed-dev
 	$(MAKE) check
 
+# The names under which a browser is looked for are those of tests/test_browser.py.
 # Two test workers, so one thread of torch each: more would only compete.
 check:
+	@{ command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null \
+	|| echo "no chromium found: browser tests of the report are left out;" \
+	"install: apt-get install chromium"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright

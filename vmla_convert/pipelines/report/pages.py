@@ -3,32 +3,48 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from importlib.resources import files
 from pathlib import Path
+from urllib.parse import quote
+
+from vmla_convert.pipelines.report.cells import html_table, markdown_table
 
 EMBED_LIMIT_BYTES = 1_000_000
+# All embedded images together, as base64, so that the page stays under 3 MB.
+EMBED_BUDGET_BYTES = 2_800_000
 
-STYLE = """
-:root { color-scheme: light dark; --page: #fdfdfc; --ink: #1c1c1a; --soft: #5f5f5a;
-  --line: #dcdcd6; --lead: #eef4f9; --mark: #dcebf6; }
-@media (prefers-color-scheme: dark) { :root { --page: #16181b; --ink: #e8e8e4; --soft: #a3a39d;
-  --line: #3a3d42; --lead: #1e2a35; --mark: #22394d; } }
-body { margin: 0 auto; max-width: 60rem; padding: 1.5rem 1rem 4rem; background: var(--page);
-  color: var(--ink); font: 1rem/1.55 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
-p { max-width: 44rem; } a { color: inherit; }
-.lead { background: var(--lead); border-left: 4px solid #0072b2; padding: .8rem 1rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
-th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; }
-tr.mark { background: var(--mark); font-weight: 600; }
-figure { margin: 1rem 0; padding: .75rem; background: #fff; border: 1px solid var(--line);
-  border-radius: 8px; overflow-x: auto; }
-figure img { display: block; width: 100%; min-width: 34rem; height: auto; }
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<link rel="icon" href="data:,">
+<style>{style}</style>
+</head>
+<body>
+<header><h1>{title}</h1></header>
+<nav aria-labelledby="contents">
+<details open>
+<summary id="contents">Contents</summary>
+<ol>
+{contents}
+</ol>
+</details>
+</nav>
+<main>
+{body}
+</main>
+<script>{script}</script>
+</body>
+</html>
 """
 
 
@@ -38,12 +54,13 @@ class Section:
 
     Attributes:
         title: Heading.
-        lead: A sentence that must not be missed.
+        lead: What must not be missed; the page shows its first sentence large.
         paragraphs: Plain text.
         table: Lines of cells, the first of which is the header.
         marked: Index into `table` of the line that stands out.
         image: Path of a PNG, relative to the report's folder.
         alt: What the image shows.
+        data: Path of the CSV with the image's figures, relative to the report's folder.
         link: Path of another file, relative to the report's folder.
     """
 
@@ -54,6 +71,7 @@ class Section:
     marked: int | None = None
     image: str = ""
     alt: str = ""
+    data: str = ""
     link: str = ""
 
 
@@ -65,69 +83,121 @@ def to_markdown(title: str, sections: Sequence[Section]) -> str:
         if section.lead:
             blocks.append(f"**{section.lead}**")
         if section.table:
-            blocks.append(_markdown_table(section.table, section.marked))
+            blocks.append(markdown_table(section.table, section.marked))
         if section.image:
             blocks.append(f"![{section.alt}]({section.image})")
         blocks += section.paragraphs
-        if section.link:
-            blocks.append(f"[{section.link}]({section.link})")
+        blocks += [f"[{path}]({path})" for path in (section.data, section.link) if path]
     return "\n\n".join(blocks) + "\n"
 
 
 def to_html(title: str, sections: Sequence[Section], folder: Path) -> str:
-    """The report as one HTML page with its images inside.
+    """The report as one HTML page with its images inside, which needs nothing from elsewhere.
 
     Args:
         title: Of the page.
         sections: In order.
-        folder: Where the sections' images lie. One over `EMBED_LIMIT_BYTES` is referred to by its
-            relative path, so that the page stays small.
+        folder: Where the sections' images lie. Images that would make the page too large
+            (`EMBED_LIMIT_BYTES`, `EMBED_BUDGET_BYTES`) are referred to by their relative paths.
     """
-    body = "\n".join(_html_section(section, folder) for section in sections)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
-        f"<body>\n<h1>{escape(title)}</h1>\n{body}\n</body>\n</html>\n"
+    style, script = _asset("page.css"), _asset("page.js")
+    names = _section_ids([section.title for section in sections])
+    sources = _image_sources(folder, [section.image for section in sections if section.image])
+    return PAGE.format(
+        policy=_content_policy(style, script),
+        title=escape(title),
+        style=style,
+        contents="\n".join(
+            f'<li><a href="#{name}">{escape(section.title)}</a></li>'
+            for name, section in zip(names, sections, strict=True)
+        ),
+        body="\n".join(
+            _html_section(name, section, sources)
+            for name, section in zip(names, sections, strict=True)
+        ),
+        script=script,
     )
 
 
-def _markdown_table(table: list[list[str]], marked: int | None) -> str:
-    lines = [[cell.replace("|", "\\|") for cell in cells] for cells in table]
-    if marked is not None:
-        lines[marked] = [f"**{cell}**" for cell in lines[marked]]
-    rule = ["---", *["---:"] * (len(lines[0]) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [lines[0], rule, *lines[1:]])
+def _asset(name: str) -> str:
+    return files("vmla_convert.pipelines.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _html_section(section: Section, folder: Path) -> str:
-    parts = [f"<h2>{escape(section.title)}</h2>"]
+def _content_policy(style: str, script: str) -> str:
+    """What the page may do: run its own style and script, show its images, fetch nothing."""
+    style_hash, script_hash = (
+        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        for text in (style, script)
+    )
+    # 'self' is empty for a page opened from a disk, where an image beside it is of scheme file.
+    return (
+        f"default-src 'none'; style-src 'sha256-{style_hash}'; script-src 'sha256-{script_hash}'; "
+        "img-src 'self' file: data:; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _section_ids(titles: Iterable[str]) -> list[str]:
+    """A name for each heading that links can point to, unique on the page."""
+    ids: list[str] = []
+    for title in titles:
+        stem = "section-" + (re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "untitled")
+        name, count = stem, 1
+        while name in ids:
+            count += 1
+            name = f"{stem}-{count}"
+        ids.append(name)
+    return ids
+
+
+def _image_sources(folder: Path, images: Iterable[str]) -> dict[str, str]:
+    """What each image's `src` says: its bytes, or its path once the page would grow too large."""
+    room = EMBED_BUDGET_BYTES
+    sources: dict[str, str] = {}
+    for image in dict.fromkeys(images):
+        data = (folder / image).read_bytes()
+        encoded = base64.b64encode(data).decode()
+        if len(data) > EMBED_LIMIT_BYTES or len(encoded) > room:
+            sources[image] = quote(image)
+        else:
+            sources[image] = f"data:image/png;base64,{encoded}"
+            room -= len(encoded)
+    return sources
+
+
+def _html_section(name: str, section: Section, sources: dict[str, str]) -> str:
+    parts = [f'<h2 id="{name}">{escape(section.title)}</h2>']
     if section.lead:
-        parts.append(f'<p class="lead">{escape(section.lead)}</p>')
+        parts.append(_html_lead(section.lead))
     if section.table:
-        parts.append(_html_table(section.table, section.marked))
+        parts.append(html_table(section.table, section.marked, section.title))
     if section.image:
-        source = _image_source(folder, section.image)
-        parts.append(f'<figure><img src="{source}" alt="{escape(section.alt)}"></figure>')
+        source = sources[section.image]
+        parts.append(_html_figure(section.image, section.alt, section.data, source))
     parts += [f"<p>{escape(paragraph)}</p>" for paragraph in section.paragraphs]
     if section.link:
-        link = escape(section.link)
-        parts.append(f'<p><a href="{link}">{link}</a></p>')
-    return "<section>\n" + "\n".join(parts) + "\n</section>"
+        parts.append(f"<p>{_html_link(section.link, section.link)}</p>")
+    kind = ' class="answer"' if section.lead else ""
+    return f'<section{kind} aria-labelledby="{name}">\n' + "\n".join(parts) + "\n</section>"
 
 
-def _html_table(table: list[list[str]], marked: int | None) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in table[0])
-    lines = [f"<thead><tr>{head}</tr></thead>", "<tbody>"]
-    for number, cells in enumerate(table[1:], start=1):
-        inner = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        start = '<tr class="mark">' if number == marked else "<tr>"
-        lines.append(f"{start}{inner}</tr>")
-    return '<div class="wide"><table>\n' + "\n".join(lines) + "\n</tbody></table></div>"
+def _html_lead(lead: str) -> str:
+    first, stop, rest = lead.partition(". ")
+    parts = [f'<p class="lead">{escape(first + stop.rstrip())}</p>']
+    if rest:
+        parts.append(f"<p>{escape(rest)}</p>")
+    return "\n".join(parts)
 
 
-def _image_source(folder: Path, image: str) -> str:
-    data = (folder / image).read_bytes()
-    if len(data) > EMBED_LIMIT_BYTES:
-        return escape(image)
-    return "data:image/png;base64," + base64.b64encode(data).decode()
+def _html_figure(image: str, alt: str, data: str, source: str) -> str:
+    links = [_html_link(image, "PNG")]
+    if data:
+        links.append(_html_link(data, "CSV"))
+    return (
+        f'<figure>\n<div class="card"><img src="{source}" alt="{escape(alt)}"></div>\n'
+        f'<figcaption><span>{escape(alt)}</span> <span class="files">{" ".join(links)}'
+        "</span></figcaption>\n</figure>"
+    )
+
+
+def _html_link(path: str, text: str) -> str:
+    return f'<a href="{quote(path)}">{escape(text)}</a>'
