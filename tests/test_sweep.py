@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
+import torch
 from checkpoints import (
     BUDGETED,
     CONVERT,
@@ -22,13 +24,18 @@ from checkpoints import (
 from vmla_convert.config import LayerConfig, SweepConfig
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.maths import factor
+from vmla_convert.maths.projections import LayerShape
 from vmla_convert.pipelines import sweep as pipeline
 from vmla_convert.pipelines.calibrate import LayerReads
 from vmla_convert.pipelines.evaluate import HeldOut
 from vmla_convert.pipelines.factoring import convert_model
 from vmla_convert.pipelines.load import load
 from vmla_convert.pipelines.rows import run_name
-from vmla_convert.pipelines.sweep import grid, sweep
+from vmla_convert.pipelines.shelf import MemoryShelf
+from vmla_convert.pipelines.sweep import grid, shared, sweep, sweep_points
+from vmla_convert.pipelines.sweep.grid import SweepPoint
+from vmla_convert.pipelines.sweep.shared import Shared
 from vmla_convert.progress import Progress
 from vmla_convert.results import Row, append_rows, read_rows
 
@@ -52,29 +59,32 @@ def held_out(dense: CausalWanModel) -> HeldOut:
 
 
 def run(
-    held_out: HeldOut,
     dense: CausalWanModel,
     file: Path,
     config: SweepConfig = GRID,
     progress: Progress | None = None,
 ) -> list[Row]:
-    sweep(dense, config, CONVERT, RECOVER, held_out, file, progress)
+    sweep(dense, config, CONVERT, RECOVER, EVALUATE, file, progress)
     return read_rows(file)
+
+
+def points_of(config: SweepConfig) -> list[SweepPoint]:
+    return sweep_points(config, CONVERT, RECOVER)
 
 
 @pytest.fixture(scope="module")
 def whole(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Row], int]:
     """An uninterrupted sweep: its file, its rows, and how often it calibrated."""
-    dense, calibrate, calls = load(teacher), pipeline.calibrate, []
+    dense, calibrate, calls = load(teacher), shared.calibrate, []
 
-    def counted(*args: object) -> object:
+    def counted(*args: object, **how: object) -> object:
         calls.append(args)
-        return calibrate(*args)  # pyright: ignore[reportArgumentType]
+        return calibrate(*args, **how)  # pyright: ignore[reportArgumentType]
 
     file = tmp_path_factory.mktemp("sweep") / "rows.jsonl"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "calibrate", counted)
-        rows = run(HeldOut(dense, EVALUATE), dense, file)
+        patch.setattr(shared, "calibrate", counted)
+        rows = run(dense, file)
     return file, rows, len(calls)
 
 
@@ -93,9 +103,20 @@ def test_every_point_has_its_curve_its_cache_and_its_times(
     once |= {"convert_seconds", "recover_seconds", "learning_rate"}
     for init, seed in POINTS:
         rows = [row for row in whole[1] if (row.init, row.seed) == (init, seed)]
-        assert {(row.kv_lora_rank, row.qk_rope_head_dim) for row in rows} == {(8, 4)}
         assert {row.run for row in rows} == {f"{init}-8+4-latent-decoupled-joint-stored"}
-        assert [row.layer for row in rows if row.metric == "effective_rank_99"] == [0, 1]
+        (key,) = {row.point for row in rows}
+        assert key in {point.key for point in points_of(GRID) if point.conversion.init == init}
+        assert {row.recovery_steps for row in rows} == {4}
+        learned = [row for row in rows if row.metric == "effective_rank_99"]
+        assert [(row.step, row.layer) for row in learned] == [(0, 0), (0, 1), (6, 0), (6, 1)]
+        sizes = [(r.metric, r.layer, r.value) for r in rows if r.metric.endswith(("rank", "dim"))]
+        assert sizes == [
+            (metric, layer, size)
+            for layer in (0, 1)
+            for metric, size in (("kv_lora_rank", 8), ("qk_rope_head_dim", 4))
+        ]
+        turned = [row for row in rows if row.metric == "rope_pair"]
+        assert [sum(r.value for r in turned if r.layer == layer) for layer in (0, 1)] == [2, 2]
         for metric in ("velocity_error", "flow_loss"):
             assert [row.step for row in rows if row.metric == metric] == [0, 2, 4, 6]
         count = Counter(row.metric for row in rows)
@@ -108,8 +129,14 @@ def test_the_dense_model_and_its_spectra_are_told_once(whole: tuple[Path, list[R
     dense = [row.metric for row in whole[1] if row.run == "dense"]
     assert dense.count("flow_loss") == dense.count("flow_loss_other_past") == 1
     spectra = [row for row in whole[1] if row.run.startswith("weights")]
-    assert len(spectra) == 8
-    assert {row.kv_lora_rank for row in spectra} == {None, 8}
+    assert len([row for row in spectra if row.metric == "effective_rank_99"]) == 4
+    drawn = [r for r in spectra if r.layer == 1 and r.run == "weights" and r.kv_lora_rank]
+    assert {1, 8, 48} <= {row.kv_lora_rank for row in drawn}
+    assert all(a.value <= b.value for a, b in pairwise(drawn))
+    assert drawn[-1].value == pytest.approx(1)
+    assert {(row.batch, row.clip_seconds) for row in whole[1] if row.metric == "cache_bytes"} == {
+        (batch, seconds) for batch in (1, 4, 16) for seconds in (None, 5, 30, 60)
+    }
 
 
 def test_the_seed_of_a_point_counts(whole: tuple[Path, list[Row], int]) -> None:
@@ -118,24 +145,26 @@ def test_the_seed_of_a_point_counts(whole: tuple[Path, list[Row], int]) -> None:
     assert start["calibrated", 0] == start["calibrated", 1]
 
 
-@pytest.mark.parametrize(("label", "before"), [("calibrating", 0), ("sweep", 2), ("distilling", 3)])
+@pytest.mark.parametrize(
+    ("label", "before"),
+    [("calibrating", 1), ("converting", 1), ("sweep", 2), ("distilling", 3)],
+)
 def test_an_interrupted_sweep_goes_on_where_it_was(
     label: str,
     before: int,
     whole: tuple[Path, list[Row], int],
-    held_out: HeldOut,
     dense: CausalWanModel,
     tmp_path: Path,
 ) -> None:
     file = tmp_path / "rows.jsonl"
     with pytest.raises(PowerCutError):
-        run(held_out, dense, file, progress=PowerCut(label, before))
-    assert untimed(run(held_out, dense, file)) == untimed(whole[1])
+        run(dense, file, progress=PowerCut(label, before))
+    assert untimed(run(dense, file)) == untimed(whole[1])
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 def test_finished_points_are_not_measured_again(
     whole: tuple[Path, list[Row], int],
-    held_out: HeldOut,
     dense: CausalWanModel,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -143,12 +172,12 @@ def test_finished_points_are_not_measured_again(
     file = tmp_path / "rows.jsonl"
     append_rows(file, whole[1])
     monkeypatch.setattr(pipeline, "measure_point", refuse)
-    assert run(held_out, dense, file) == whole[1]
+    monkeypatch.setattr(shared, "calibrate", refuse)
+    assert run(dense, file) == whole[1]
 
 
 def test_only_what_is_new_in_a_larger_grid_is_measured(
     whole: tuple[Path, list[Row], int],
-    held_out: HeldOut,
     dense: CausalWanModel,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -157,16 +186,170 @@ def test_only_what_is_new_in_a_larger_grid_is_measured(
     append_rows(file, whole[1])
     measured: list[object] = []
 
-    def noted(_: object, __: object, point: object, *___: object) -> list[Row]:
+    def noted(_: object, point: object, *__: object) -> list[Row]:
         measured.append(point)
         return []
 
     monkeypatch.setattr(pipeline, "measure_point", noted)
     larger = replace(GRID, inits=("random", "spectral"), kv_lora_ranks=(8, 10))
-    run(held_out, dense, file, larger)
-    old = [point for point in grid(larger, CONVERT) if point in grid(GRID, CONVERT)]
-    assert measured == [point for point in grid(larger, CONVERT) if point not in old]
+    run(dense, file, larger)
+    old = [point for point in points_of(larger) if point in points_of(GRID)]
+    assert measured == [point for point in points_of(larger) if point not in old]
     assert len(old) == 2
+
+
+def test_a_point_that_fails_is_a_row_that_says_why_and_is_tried_again(
+    whole: tuple[Path, list[Row], int],
+    dense: CausalWanModel,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    file, measure = tmp_path / "rows.jsonl", pipeline.measure_point
+
+    def failing(student: CausalWanModel, point: SweepPoint, *rest: object) -> list[Row]:
+        if point.conversion.init == "calibrated" and point.seed == 0:
+            raise RuntimeError("out of memory\nmore words")
+        return measure(student, point, *rest)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(pipeline, "measure_point", failing)
+    rows = run(dense, file)
+    (failed,) = [row for row in rows if row.metric == "failed"]
+    assert (failed.init, failed.seed, failed.note) == (
+        "calibrated",
+        0,
+        "RuntimeError: out of memory",
+    )
+    assert len({(row.point, row.seed) for row in rows if row.metric == "recover_seconds"}) == 3
+    monkeypatch.undo()
+    again = run(dense, file)
+    assert not [row for row in again if row.metric == "failed"]
+    assert Counter(untimed(again)) == Counter(untimed(whole[1]))
+
+
+MANY = [
+    replace(CONVERT, init=init, layer=layer, seed=seed, qk_rope_head_dim=None, **size)
+    for init in factor.INITS
+    for layer in (
+        LayerConfig(),
+        LayerConfig(latent="split", k_norm="latent"),
+        LayerConfig("latent", "decoupled", "joint", "stored"),
+        LayerConfig("dense", "decoupled", "split", "latent"),
+    )
+    for size in (
+        {"kv_lora_rank": 6},
+        {"kv_lora_rank": 11},
+        {"cut": 0.8, "kv_lora_rank": None},
+        {"cut": 0.9, "kv_lora_rank": None},
+    )
+    for seed in ((0, 1) if init == "random" else (0,))
+]
+
+
+def test_a_shared_decomposition_makes_what_a_separate_conversion_makes(
+    dense: CausalWanModel, measured: list[LayerReads]
+) -> None:
+    both = Shared(dense, CONVERT, MANY, MemoryShelf())
+    both.measure()
+    both.convert()
+    for conversion in MANY:
+        known = evidence_of(dense, measured, conversion.layer)
+        own = convert_model(dense, conversion, known)
+        student, seconds = both.student(conversion)
+        assert seconds > 0
+        assert student.config == own.config
+        for name, tensor in own.state_dict().items():
+            # The same up to a sign of each direction, which the next test looks through.
+            got = student.state_dict()[name]
+            torch.testing.assert_close(got.abs(), tensor.abs(), rtol=1e-3, atol=1e-4)
+
+
+def test_all_sizes_are_cut_from_one_decomposition(
+    dense: CausalWanModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solved: list[int] = []
+    calibrated = factor.INITS["calibrated"]
+
+    def counted(weights: object, shape: LayerShape, *rest: object) -> object:
+        solved.append(shape.kv_lora_rank)
+        return calibrated(weights, shape, *rest)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setitem(factor.INITS, "calibrated", counted)
+    sizes = [replace(BUDGETED, cut=cut) for cut in (0.7, 0.8, 0.85, 0.9, 0.92)]
+    seeds = [replace(each, seed=seed) for each in sizes for seed in (0, 1)]
+    both = Shared(dense, BUDGETED, seeds, MemoryShelf())
+    both.measure()
+    both.convert()
+    assert len(solved) == 2  # one for each layer
+    ranks = {both.plan(each).kv_lora_rank for each in seeds}
+    assert len(ranks) == 5
+
+
+def test_rules_steps_and_splits_are_axes_of_the_grid() -> None:
+    ruled = SweepConfig(cuts=(0.8,), ranks=("budget", "uniform"), recovery_steps=(2, 4))
+    points = points_of(ruled)
+    rules = Counter((p.conversion.init, p.conversion.ranks) for p in points)
+    assert rules == {
+        ("calibrated", "budget"): 2,
+        ("calibrated", "uniform"): 2,
+        ("random", None): 2,
+        ("spectral", None): 2,
+    }
+    assert {p.recovery.training.steps for p in points if p.recovery} == {2, 4}
+    assert len({point.key for point in points}) == len(points)
+    split = replace(PAPERS, inits=("random",), kv_lora_ranks=(8,), head_splits=((20, 4), (16, 8)))
+    widths = [(c.qk_nope_head_dim, c.qk_rope_head_dim) for c in grid(split, CONVERT)]
+    assert widths == [(20, 4), (16, 8)]
+    with pytest.raises(ConfigError):
+        replace(split, qk_rope_head_dims=(4,))
+    with pytest.raises(ConfigError):
+        replace(ruled, recover=False)
+
+
+def test_a_key_names_all_settings_but_the_seed() -> None:
+    keys: dict[str, set[int]] = {}
+    for point in points_of(replace(GRID, kv_lora_ranks=(8, 9))):
+        keys.setdefault(point.key, set()).add(point.seed)
+    assert list(keys.values()) == 4 * [{0, 1}]
+
+
+MEASURED = replace(
+    GRID,
+    inits=("calibrated",),
+    seeds=(0,),
+    recover=False,
+    cache_dtypes=("int8", "int4"),
+    timed=True,
+    rollout_frames=12,
+    rollout_prompts=("0", "7"),
+)
+
+
+def test_a_point_is_quantised_timed_and_rolled_out(dense: CausalWanModel, tmp_path: Path) -> None:
+    rows = run(dense, tmp_path / "rows.jsonl", MEASURED)
+    dtypes = [(r.metric, r.cache_dtype, r.step) for r in rows if r.cache_dtype in ("int8", "int4")]
+    assert dtypes == [
+        (metric, dtype, step)
+        for dtype in ("int8", "int4")
+        for metric, step in (
+            ("flow_loss", 0),
+            ("velocity_error", 0),
+            ("cache_bytes_per_token", None),
+        )
+    ]
+    nbytes = {r.cache_dtype: r.value for r in rows if r.metric == "cache_bytes_per_token"}
+    assert nbytes["int4"] < nbytes["int8"] < nbytes[None]
+    (ratio,) = [row.value for row in rows if row.metric == "seconds_ratio"]
+    assert ratio > 0
+    for name in ("dense", "calibrated-8+4-latent-decoupled-joint-stored"):
+        drift = [r for r in rows if r.run == name and r.metric == "drift"]
+        assert [row.segment for row in drift] == [0, 1, 2, 3]
+        assert drift[0].value == 0 < min(row.value for row in drift[1:])
+        assert {row.frames for row in drift} == {12}
+        accuracy = [r for r in rows if r.run == name and r.metric == "digit_accuracy"]
+        assert len(accuracy) == 5
+    (strip,) = (tmp_path / "strips").iterdir()
+    assert strip.name == f"{points_of(MEASURED)[0].key}-0.png"
+    assert strip.stat().st_size > 1000
 
 
 ABLATION = SweepConfig(
@@ -180,9 +363,7 @@ ABLATION = SweepConfig(
 @pytest.fixture(scope="module")
 def ablation(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     """Two layers at two cuts, before any training."""
-    dense = load(teacher)
-    file = tmp_path_factory.mktemp("ablation") / "rows.jsonl"
-    return run(HeldOut(dense, EVALUATE), dense, file, ABLATION)
+    return run(load(teacher), tmp_path_factory.mktemp("ablation") / "rows.jsonl", ABLATION)
 
 
 def test_two_layers_at_two_cuts_are_measured_with_every_init(ablation: list[Row]) -> None:
@@ -219,15 +400,15 @@ def test_a_point_is_the_conversion_that_its_settings_make(
 
 
 def test_a_sweep_without_recovery_goes_on_where_it_was(
-    ablation: list[Row], held_out: HeldOut, dense: CausalWanModel, tmp_path: Path
+    ablation: list[Row], dense: CausalWanModel, tmp_path: Path
 ) -> None:
     file = tmp_path / "rows.jsonl"
     with pytest.raises(PowerCutError):
-        run(held_out, dense, file, ABLATION, PowerCut("sweep", 5))
+        run(dense, file, ABLATION, PowerCut("sweep", 5))
     assert len([row for row in read_rows(file) if row.metric == "velocity_error"]) == 5
-    assert untimed(run(held_out, dense, file, ABLATION)) == untimed(ablation)
+    assert untimed(run(dense, file, ABLATION)) == untimed(ablation)
     before = file.read_bytes()
-    run(held_out, dense, file, ABLATION)
+    run(dense, file, ABLATION)
     assert file.read_bytes() == before
 
 
@@ -288,8 +469,8 @@ def test_white_inputs_are_assumed_where_nothing_shall_be_measured(
 
     monkeypatch.setattr(pipeline, "measure_point", noted)
     for calibrate in (True, False):
-        shared, file = replace(BUDGETED, calibrate=calibrate), tmp_path / f"{calibrate}.jsonl"
-        sweep(dense, config, shared, RECOVER, held_out, file)
+        common, folder = replace(BUDGETED, calibrate=calibrate), tmp_path / f"{calibrate}"
+        sweep(dense, config, common, RECOVER, EVALUATE, folder / "rows.jsonl")
     measured, assumed = (held_out.measure(student).velocity_error for student in students)
     assert 0 < measured < assumed
 
@@ -305,16 +486,16 @@ BAD_GRIDS = {
 @pytest.mark.parametrize("name", BAD_GRIDS)
 def test_a_grid_with_a_bad_point_is_refused_before_any_work(
     name: str,
-    held_out: HeldOut,
     dense: CausalWanModel,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     config, word = BAD_GRIDS[name]
-    for work in ("calibrate", "dense_rows", "measure_point"):
+    monkeypatch.setattr(shared, "calibrate", refuse)
+    for work in ("dense_rows", "measure_point"):
         monkeypatch.setattr(pipeline, work, refuse)
     with pytest.raises(ConfigError) as caught:
-        run(held_out, dense, tmp_path / "rows.jsonl", config)
+        run(dense, tmp_path / "rows.jsonl", config)
     assert caught.value.hint
     assert word in caught.value.message + caught.value.hint
     assert not list(tmp_path.iterdir())
