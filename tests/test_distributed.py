@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -140,3 +142,85 @@ def test_a_sharded_student_steps_as_a_whole_one(
         torch.testing.assert_close(sharded[name], tensor, atol=1e-6, rtol=1e-5)
     moved = [n for n, t in sharded.items() if not torch.equal(t, before[n])]
     assert len(moved) > len(before) / 2
+
+
+SWEEP = """
+[recipe]
+name = "two"
+description = "points shared by processes"
+[source]
+checkpoint = "{teacher}"
+[evaluate]
+clips = 4
+data = {{ frames = 6, seed = 1 }}
+[convert]
+calibration_clips = 4
+data = {{ frames = 6 }}
+[sweep]
+alone = true
+recover = false
+inits = ["random", "spectral", "calibrated"]
+cuts = [0.8, 0.9]
+"""
+
+
+def test_two_processes_share_the_points_of_a_sweep(
+    teacher: Path, tmp_path: Path, vmla: Vmla
+) -> None:
+    recipe = tmp_path / "two.toml"
+    recipe.write_text(SWEEP.format(teacher=teacher))
+    assert vmla("sweep", str(recipe), "-o", str(tmp_path / "one")).code == 0
+    ran = launched(*TORCHRUN, "-m", "vmla_convert", "sweep", recipe, "-o", tmp_path / "two")
+    assert ran.returncode == 0, ran.stderr
+    rows = [untimed(read_rows(tmp_path / name / "rows.jsonl")) for name in ("one", "two")]
+    assert Counter(rows[0]) == Counter(rows[1])
+    assert len({row.point for row in rows[0]} - {None}) == 6
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {"recipe.json", "rows.jsonl"}
+
+
+def test_several_processes_are_refused_where_one_does_the_work(
+    teacher: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "two.toml"
+    recipe.write_text(SWEEP.format(teacher=teacher).replace("alone = true", ""))
+    ran = launched(*TORCHRUN, "-m", "vmla_convert", "run", recipe, "-o", tmp_path / "two")
+    assert ran.returncode != 0
+    assert "share a sweep by itself, not with convert" in ran.stderr
+    assert not (tmp_path / "two").exists()
+
+
+RUN = """
+[recipe]
+name = "run"
+description = "converted by one, recovered by both"
+[source]
+checkpoint = "{teacher}"
+[evaluate]
+clips = 4
+data = {{ frames = 6, seed = 1 }}
+[convert]
+calibration_clips = 4
+data = {{ frames = 6 }}
+[recover]
+layerwise_steps = 2
+data = {{ frames = 6 }}
+training = {{ steps = 2, batch_size = 2, lr = 1e-3, eval_every = 2 }}
+"""
+
+
+def test_two_processes_run_a_recipe_and_recover_together(
+    teacher: Path, tmp_path: Path, vmla: Vmla
+) -> None:
+    recipe = tmp_path / "run.toml"
+    recipe.write_text(RUN.format(teacher=teacher))
+    assert vmla("run", str(recipe), "-o", str(tmp_path / "one")).code == 0
+    ran = launched(*TORCHRUN, "-m", "vmla_convert", "run", recipe, "-o", tmp_path / "two")
+    assert ran.returncode == 0, ran.stderr
+    names = [{path.name for path in (tmp_path / name).iterdir()} for name in ("one", "two")]
+    assert names[0] == names[1] == {"converted", "recipe.json", "rows.jsonl"}
+    one, two = (
+        [r for r in untimed(read_rows(tmp_path / name / "rows.jsonl")) if r.unit != "bytes"]
+        for name in ("one", "two")
+    )
+    assert [replace(row, value=0.0) for row in one] == [replace(row, value=0.0) for row in two]
+    assert [row.value for row in one] == pytest.approx([row.value for row in two], rel=1e-3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -10,6 +10,8 @@ from typing import get_args, get_type_hints
 import pytest
 from checkpoints import PowerCut, PowerCutError, Vmla, refused, untimed
 
+from vmla_convert.checkpoint.hub import is_repo
+from vmla_convert.checkpoint.known import known_by_repo
 from vmla_convert.config import ConvertConfig, LayerConfig, RankPlan
 from vmla_convert.errors import ConfigError, OutputError, VmlaError
 from vmla_convert.maths.factor import INITS
@@ -119,16 +121,48 @@ def test_an_installed_package_reads_its_own_recipes(
     assert available_recipes().keys() == {"of_recipes_data"}
 
 
+REAL = [file for file in SHIPPED if read_recipe(file).source.checkpoint != "demo"]
+
+
+def test_the_recipes_of_real_checkpoints_name_models_that_are_known() -> None:
+    assert {file.stem for file in REAL} == {
+        "rank_ablation",
+        "rope_ablation",
+        "init_ablation",
+        "self_forcing_1_3b",
+        "causal_forcing_1_3b",
+        "longlive_1_3b",
+        "krea_14b",
+        "wan_1_3b",
+    }
+    for file in REAL:
+        source = read_recipe(file).source
+        assert is_repo(source.checkpoint)
+        assert known_by_repo(source.checkpoint, source.file)
+
+
+@pytest.mark.parametrize("file", REAL, ids=lambda file: file.stem)
+def test_a_recipe_scaled_to_the_demo_keeps_its_stages(file: Path) -> None:
+    recipe, scaled = read_recipe(file), read_recipe(file, ["demo=true", "evaluate.clips=3"])
+    assert scaled.stages() == recipe.stages()
+    assert scaled.evaluate.clips == 3
+    assert read_recipe(file, ["demo=false"]) == recipe
+
+
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 def test_every_recipe_parses_and_dry_runs(file: Path, tmp_path: Path, vmla: Vmla) -> None:
     recipe = read_recipe(file)
     assert recipe.stages()
     assert recipe.recipe.name == file.stem
     assert recipe.recipe.description
+    # A real checkpoint lies on the Hub; the same recipe, scaled, is checked to the end.
+    scaled = () if recipe.source.checkpoint == "demo" else ("--set", "demo=true")
+    recipe = read_recipe(file, list(scaled[1:]))
+    assert recipe.source.checkpoint == "demo"
     cuts = recipe.sweep.cuts if recipe.sweep else ()
     # The largest cut is the one that may not fit; a check of all points takes seconds.
     hardest = ("--set", f"sweep.cuts=[{max(cuts)}]") if cuts else ()
-    ran = vmla("run", file, "-o", tmp_path / "out", "--dry-run", *hardest)
+    ran = vmla("run", file, "-o", tmp_path / "out", "--dry-run", *scaled, *hardest)
     assert ran.code == 0
     assert ", ".join(recipe.stages()) in ran.out
     assert not list(tmp_path.iterdir())
@@ -371,6 +405,7 @@ def test_a_copied_recipe_is_the_same_and_never_overwrites(tmp_path: Path) -> Non
 def test_a_run_leaves_the_model_the_rows_the_report_and_the_videos(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
         "converted",
+        "recipe.json",
         "rows.jsonl",
         "report.md",
         "report.html",
@@ -386,7 +421,7 @@ def test_a_run_leaves_the_model_the_rows_the_report_and_the_videos(finished: Pat
 
 def test_a_run_leaves_every_figure_once(finished: Path) -> None:
     rows = read_rows(finished / "rows.jsonl")
-    keys = [(r.metric, r.run, r.seed, r.layer, r.step, r.frames, r.segment) for r in rows]
+    keys = [replace(row, value=0.0) for row in rows]
     assert len(set(keys)) == len(keys)
     curves = {
         run: [row.step for row in rows if (row.metric, row.run) == ("velocity_error", run)]
@@ -400,6 +435,8 @@ def test_a_run_leaves_every_figure_once(finished: Path) -> None:
     # The sweep has the calibrated point from the stages before it.
     spectra = {row.run for row in rows if row.metric == "effective_rank_99"}
     assert spectra == {"weights", "weights_x_activations", RANDOM}
+    points = {row.run: row.point for row in rows if row.run in (RANDOM, CALIBRATED)}
+    assert len(set(points.values()) - {None}) == 2
 
 
 def test_a_run_interrupted_in_every_stage_finishes_with_the_same_rows(
@@ -427,7 +464,11 @@ def test_a_run_interrupted_in_every_stage_finishes_with_the_same_rows(
 
 def test_only_the_stages_asked_for_run(tiny: Path, tmp_path: Path) -> None:
     run_recipe(read_recipe(tiny), tmp_path / "out", only=("convert",))
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"converted-step0", "rows.jsonl"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "converted-step0",
+        "recipe.json",
+        "rows.jsonl",
+    }
 
 
 def test_a_finished_run_is_refused_and_kept(tiny: Path, finished: Path, vmla: Vmla) -> None:
@@ -457,7 +498,11 @@ def test_an_unfinished_run_goes_on_with_its_own_settings_only(
     assert "other settings" in ran.err
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == left
     run_recipe(read_recipe(tiny), out, only=("convert",))
-    assert {path.name for path in out.iterdir()} == {"converted-step0", "rows.jsonl"}
+    assert {path.name for path in out.iterdir()} == {
+        "converted-step0",
+        "recipe.json",
+        "rows.jsonl",
+    }
 
 
 def test_all_stages_are_known() -> None:

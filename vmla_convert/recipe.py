@@ -32,6 +32,7 @@ from vmla_convert.tables import from_dict, override, to_dict
 
 if TYPE_CHECKING:
     from vmla_convert.pipelines.sweep import Team
+    from vmla_convert.results import Row
 
 ROWS_NAME = "rows.jsonl"
 STAGES = ("teacher", "convert", "recover", "sweep", "generate", "report")
@@ -184,7 +185,8 @@ def run_recipe(
     """Run the stages of a recipe into one folder.
 
     Stages that finished in an earlier, interrupted run of the same recipe are not repeated. Where a
-    launcher started several processes they share the points of a sweep; the first does the rest.
+    launcher started several processes they recover together, or share the points of a sweep; the
+    first does the rest.
 
     Args:
         recipe: From `read_recipe`.
@@ -196,13 +198,13 @@ def run_recipe(
         Whether this is the process that has something to tell.
 
     Raises:
-        ConfigError: Several processes were started for stages that one does.
+        ConfigError: Several processes were started for a sweep with other stages beside it.
         OutputError: The folder holds something else, a finished run, or one with other settings.
         VmlaError: A stage cannot do its work.
     """
     progress = progress or Silent()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return _run_shared(recipe, out, progress, only)
+        return _run_together(recipe, out, progress, only)
     check_recipe(recipe, out, only)
     _claim_folder(recipe, out)
     for stage in recipe.stages():
@@ -217,31 +219,52 @@ RECIPE_NAME = "recipe.json"
 """What a run was made with, beside its rows."""
 
 
-def _run_shared(recipe: Recipe, out: Path, progress: Progress, only: tuple[str, ...]) -> bool:
-    """A sweep as one of several processes."""
-    from vmla_convert.pipelines.sweep import join_team
-
-    others = [stage for stage in recipe.stages() if stage in only and stage not in _SHARED]
-    if others or recipe.sweep is None:
+def _run_together(recipe: Recipe, out: Path, progress: Progress, only: tuple[str, ...]) -> bool:
+    """A run as one of several processes; they know of each other only where they recover."""
+    stages = [stage for stage in recipe.stages() if stage in only]
+    if "sweep" not in stages:
+        return _recover_together(recipe, out, progress, stages)
+    if others := [stage for stage in stages if stage not in ("sweep", "report")]:
         raise ConfigError(
-            f"several processes share a sweep only, not {' and '.join(others) or 'this recipe'}",
+            f"several processes share a sweep by itself, not with {' and '.join(others)}",
             "start 'vmla sweep' on them, and 'vmla run' on one",
         )
+    return _sweep_together(recipe, out, progress, stages)
+
+
+def _recover_together(recipe: Recipe, out: Path, progress: Progress, stages: list[str]) -> bool:
+    from vmla_convert.pipelines.processes import processes
+
+    state = processes()
+    leads = state.is_main_process
+    if leads:
+        check_recipe(recipe, out, tuple(stages))
+        _claim_folder(recipe, out)
+    state.wait_for_everyone()
+    for stage in stages:
+        if leads or stage == "recover":
+            _RUNNERS[stage](recipe, out, progress)
+        state.wait_for_everyone()
+    if leads:
+        (out / _RUNNING).unlink()
+    return leads
+
+
+def _sweep_together(recipe: Recipe, out: Path, progress: Progress, stages: list[str]) -> bool:
+    from vmla_convert.pipelines.sweep import join_team
+
     team = join_team()
     if team.leads:
-        check_recipe(recipe, out, only)
+        check_recipe(recipe, out, tuple(stages))
         _claim_folder(recipe, out)
         team.announce("claimed")
     team.await_leader("claimed")
     _run_sweep(recipe, out, progress if team.leads else Silent(), team)
     if team.leads:
-        if recipe.report is not None:
+        if "report" in stages:
             _run_report(recipe, out, progress)
         (out / _RUNNING).unlink()
     return team.leads
-
-
-_SHARED = ("sweep", "report")
 
 
 def _check_inputs(recipe: Recipe, out: Path, stages: list[str]) -> None:
@@ -330,10 +353,11 @@ def _run_convert(recipe: Recipe, out: Path, progress: Progress) -> None:
     if folder.exists() or (out / "converted").exists():
         return
     conversion = convert(recipe.source, folder, recipe.convert, progress, resume=True)
-    append_rows(out / ROWS_NAME, conversion_rows(conversion))
+    append_rows(out / ROWS_NAME, _as_point(recipe, conversion_rows(conversion)))
 
 
 def _run_recover(recipe: Recipe, out: Path, progress: Progress) -> None:
+    from vmla_convert.pipelines.processes import processes
     from vmla_convert.pipelines.recovery import recover
     from vmla_convert.results import append_rows
 
@@ -342,8 +366,19 @@ def _run_recover(recipe: Recipe, out: Path, progress: Progress) -> None:
     if target.exists():
         return
     rows = recover(before, recipe.source, target, recipe.recover, recipe.evaluate, progress)
-    append_rows(out / ROWS_NAME, rows)
-    shutil.rmtree(before)
+    if processes().is_main_process:
+        append_rows(out / ROWS_NAME, _as_point(recipe, rows))
+        shutil.rmtree(before)
+
+
+def _as_point(recipe: Recipe, rows: list[Row]) -> list[Row]:
+    """Rows of the convert and recover stages under the key that a sweep would give them."""
+    from vmla_convert.pipelines.sweep import SweepPoint, labelled
+
+    if recipe.convert is None:  # an earlier run made it, with settings that nobody kept
+        return rows
+    point = SweepPoint(recipe.convert, recipe.recover)
+    return [labelled(row, point) for row in rows]
 
 
 def _run_sweep(recipe: Recipe, out: Path, progress: Progress, team: Team | None = None) -> None:
@@ -374,7 +409,7 @@ def _run_generate(recipe: Recipe, out: Path, progress: Progress) -> None:
         device = compute_device()
         models = load(recipe.source, device), load(out / "converted", device)
         rows = compare(*models, recipe.generate, out / "compare.mp4", progress)
-        append_rows(out / ROWS_NAME, rows)
+        append_rows(out / ROWS_NAME, _as_point(recipe, rows))
 
 
 def _run_report(recipe: Recipe, out: Path, progress: Progress) -> None:  # noqa: ARG001

@@ -25,7 +25,7 @@ Read = Callable[[str], Tensor]
 def convert_model(
     teacher: CausalWanModel, config: ConvertConfig, evidence: list[Evidence] | None
 ) -> CausalWanModel:
-    """The same conversion in memory, for sweeps.
+    """The same conversion in memory, by itself: what those of a sweep are held against.
 
     Args:
         teacher: The dense model.

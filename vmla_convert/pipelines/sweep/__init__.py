@@ -1,7 +1,8 @@
 """A grid of conversions of one model, each measured at step 0 and along its recovery.
 
 What points share is done once. Rows are the state: a point whose rows are there is skipped, so an
-interrupted sweep goes on where it stopped; a point that cannot be done is a row that says why.
+interrupted sweep goes on where it stopped, and a point that another stage measured is reused. One
+that cannot be done is a row that says why.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from vmla_convert.progress import Progress, Silent, Timed
 from vmla_convert.results import Row, append_rows, read_rows, write_rows
 from vmla_convert.tables import to_dict
 
-__all__ = ["Team", "grid", "join_team", "sweep", "sweep_points"]
+__all__ = ["SweepPoint", "Team", "grid", "join_team", "labelled", "sweep", "sweep_points"]
 
 SHELF_NAME = ".shared"
 FAILED = "failed"
@@ -103,7 +104,7 @@ class _Sweep:
     def prepare(self, progress: Progress) -> None:
         """What is done once, by one process: the dense model's rows, and all conversions."""
         written = self._forget_failures()
-        if not self._waiting(written):
+        if {(point.key, point.seed) for point in self.points} <= _done(written):
             return
         timed = Timed(progress)
         measured = self.shared.measure(timed)
@@ -121,10 +122,11 @@ class _Sweep:
 
     def run(self, progress: Progress, team: Team) -> None:
         """The points that are this process's to do."""
-        waiting = self._waiting(read_rows(self.rows_file))
-        alone = team.size == 1
-        for point in progress.track(team.share(waiting), "sweep", len(waiting) if alone else None):
-            append_rows(self.rows_file, self._measured(point, progress))
+        done = _done(read_rows(self.rows_file))
+        total = len(self.points) if team.size == 1 else None
+        for point in progress.track(team.share(self.points), "sweep", total):
+            if (point.key, point.seed) not in done:
+                append_rows(self.rows_file, self._measured(point, progress))
 
     def _measured(self, point: SweepPoint, progress: Progress) -> list[Row]:
         try:
@@ -137,11 +139,6 @@ class _Sweep:
             conversion = point.conversion
             row = Row(FAILED, 1.0, "point", name, init=conversion.init, note=reason)
             return [labelled(row, point)]
-
-    def _waiting(self, written: Sequence[Row]) -> list[SweepPoint]:
-        """Points without rows."""
-        done = {(row.point, row.seed) for row in written}
-        return [point for point in self.points if (point.key, point.seed) not in done]
 
     def _forget_failures(self) -> list[Row]:
         written = read_rows(self.rows_file) if self.rows_file.exists() else []
@@ -165,6 +162,11 @@ class _Sweep:
 
     def _dense_rollout(self) -> Rollout:
         return Rollout(self.teacher.config, self.shelf.get("rollout")["latents"])
+
+
+def _done(rows: Sequence[Row]) -> set[tuple[str | None, int]]:
+    """Keys and seeds of points that were measured, here or by another stage."""
+    return {(row.point, row.seed) for row in rows if row.metric == "velocity_error"}
 
 
 def _first_line(error: BaseException) -> str:
