@@ -246,7 +246,7 @@ def _download(listing: _Listing, file: str) -> Path:
             cut_off = _Listing(listing.repo, listing.revision, listing.files, away)
             raise _lacking(cut_off, f"'{file}' of {listing.repo}") from error
         raise CheckpointError(
-            f"'{file}' of {listing.repo} could not be downloaded: {_first_line(error)}",
+            f"'{file}' of {listing.repo} could not be downloaded: {first_line(error)}",
             "try again; whole files are kept",
         ) from error
     return Path(path)
@@ -300,5 +300,14 @@ def _lacking(listing: _Listing, what: str, how: str = "not in the Hub's cache") 
     )
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def first_line(error: BaseException) -> str:
+    """What went wrong, with no token in it whatever a server sent back."""
+    return without_token((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def without_token(text: str) -> str:
+    """The text with this user's token struck out."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return text.replace(token, "(your token)") if token else text

@@ -115,7 +115,7 @@ def open_source(path: Path, key: str | None = None) -> TensorSource:
         raise CheckpointError(
             f"{file} has no '{key}': safetensors files are flat", "leave the key out"
         )
-    headers = {shard: _read_header(shard) for shard in _weight_files(file)}
+    headers = {shard: _read_header(shard) for shard in weight_files(file)}
     files = _read_index(file) if _is_index(file) else dict.fromkeys(headers[file], file)
     if absent := sorted(name for name, shard in files.items() if name not in headers[shard]):
         raise CheckpointError(
@@ -153,13 +153,23 @@ def located(path: Path) -> Path:
     )
 
 
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold a checkpoint's tensors, in order of name.
+
+    Raises:
+        CheckpointError: Nothing loadable is at `path`.
+    """
+    file = located(path)
+    return sorted(set(_read_index(file).values())) if _is_index(file) else [file]
+
+
 def fingerprint(path: Path, progress: Progress | None = None) -> str:
     """SHA-256 of the weights in hex: of the file, or of a folder's shards in order of name.
 
     Raises:
         CheckpointError: Nothing loadable is at `path`.
     """
-    digest, files = hashlib.sha256(), _weight_files(located(path))
+    digest, files = hashlib.sha256(), weight_files(path)
     total = sum(-(-file.stat().st_size // _BLOCK) for file in files)
     for block in (progress or Silent()).track(_blocks(files), "hashing", total):
         digest.update(block)
@@ -258,10 +268,6 @@ def _only(folder: Path, *suffixes: str) -> Path | None:
 
 def _is_index(file: Path) -> bool:
     return file.name.endswith(INDEX_SUFFIX)
-
-
-def _weight_files(file: Path) -> list[Path]:
-    return sorted(set(_read_index(file).values())) if _is_index(file) else [file]
 
 
 def _read_index(index: Path) -> dict[str, Path]:

@@ -132,13 +132,22 @@ def build(
     dtype: torch.dtype = torch.float32,
 ) -> CausalWanModel:
     """The model of an open checkpoint, in evaluation mode and frozen."""
-    with torch.device("meta"):
-        model = CausalWanModel(checkpoint.config)
-    expected = model.state_dict()
-    _check_tensors(checkpoint, {name: tuple(t.shape) for name, t in expected.items()})
-    state = {name: checkpoint.read(name).to(device, dtype) for name in expected}
+    model = empty_model(checkpoint)
+    state = {name: checkpoint.read(name).to(device, dtype) for name in model.state_dict()}
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def empty_model(checkpoint: OpenCheckpoint) -> CausalWanModel:
+    """The model of an open checkpoint, without weights: all that its headers can tell is checked.
+
+    Raises:
+        CheckpointError: A tensor is not the one that the config asks for.
+    """
+    with torch.device("meta"):
+        model = CausalWanModel(checkpoint.config)
+    _check_tensors(checkpoint, {name: tuple(t.shape) for name, t in model.state_dict().items()})
+    return model
 
 
 def build_shell(checkpoint: OpenCheckpoint, device: torch.device | str = "cpu") -> CausalWanModel:

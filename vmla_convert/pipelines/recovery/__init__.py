@@ -26,6 +26,7 @@ from vmla_convert.config import EvaluateConfig, ModelConfig, RecoverConfig
 from vmla_convert.errors import CheckpointError, ConfigError, OutputError, VmlaError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines.calibrate import check_clips
+from vmla_convert.pipelines.card import model_card
 from vmla_convert.pipelines.codecs import open_codec
 from vmla_convert.pipelines.data import open_clips, source_kind
 from vmla_convert.pipelines.evaluate import HeldOut, dense_rows
@@ -42,7 +43,6 @@ from vmla_convert.pipelines.load import (
 )
 from vmla_convert.pipelines.prepare import CODEC_HINT, prepare_clips
 from vmla_convert.pipelines.processes import check_shares, processes
-from vmla_convert.pipelines.publish import model_card
 from vmla_convert.pipelines.recovery.stages import (
     LAYERWISE,
     Folders,
@@ -307,7 +307,7 @@ class _Run:
             {
                 "config.json": converted_config(config),
                 CONVERSION_NAME: provenance | record,
-                "README.md": model_card(config, provenance.get("source", {})),
+                "README.md": model_card(config, provenance | record),
             },
         )
 
