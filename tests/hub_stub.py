@@ -141,17 +141,21 @@ class Handler(BaseHTTPRequestHandler):
     """One request; the table at the end of the class says which method answers it."""
 
     protocol_version = "HTTP/1.1"
-    server: Hub
+
+    @property
+    def hub(self) -> Hub:
+        assert isinstance(self.server, Hub)
+        return self.server
 
     def log_message(self, format: str, *args: Any) -> None:
         """The tests' output is their own."""
 
     def answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        with self.server.lock:
-            self.server.asked.append((self.command, path))
+        with self.hub.lock:
+            self.hub.asked.append((self.command, path))
         self.query = parse_qs(urlsplit(self.path).query)
-        for refusal in self.server.refusals:
+        for refusal in self.hub.refusals:
             if refusal.method == self.command and fnmatch(path, refusal.path):
                 self.body()
                 return self.tell(refusal.status, {"error": refusal.message})
@@ -204,7 +208,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.token() not in ("", TOKEN, READ_TOKEN):
             self.tell(401, {"error": "Invalid credentials in Authorization header"})
             return None
-        found = self.server.repos.get(name)
+        found = self.hub.repos.get(name)
         if found is None or (found.private and not self.token()):
             self.tell(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
             return None
@@ -224,11 +228,11 @@ class Handler(BaseHTTPRequestHandler):
         if not self.may_write():
             return None
         name = f"{asked.get('organization') or 'user'}/{asked['name']}"
-        if name in self.server.repos:
+        if name in self.hub.repos:
             return self.tell(409, {"error": "You already created this model repo"})
-        self.server.repos[name] = Repo(private=asked.get("visibility") == "private")
-        self.server.repos[name].commit({})
-        self.tell(200, {"url": f"{self.server.url}/{name}", "name": name, "id": name})
+        self.hub.repos[name] = Repo(private=asked.get("visibility") == "private")
+        self.hub.repos[name].commit({})
+        self.tell(200, {"url": f"{self.hub.url}/{name}", "name": name, "id": name})
 
     def check_card(self) -> None:
         self.body()
@@ -243,7 +247,7 @@ class Handler(BaseHTTPRequestHandler):
             {
                 "id": name,
                 "sha": oid,
-                "private": self.server.repos[name].private,
+                "private": self.hub.repos[name].private,
                 "siblings": [{"rfilename": path} for path in files],
                 "tags": [],
             },
@@ -285,9 +289,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         objects = []
         for entry in asked["objects"]:
-            oid, size, store = entry["oid"], entry["size"], f"{self.server.url}/store"
+            oid, size, store = entry["oid"], entry["size"], f"{self.hub.url}/store"
             told: dict[str, Any] = {"oid": oid, "size": size}
-            if oid not in self.server.large:
+            if oid not in self.hub.large:
                 upload: dict[str, Any] = {"href": f"{store}/{oid}"}
                 if size > PART:
                     parts = range(1, -(-size // PART) + 1)
@@ -299,38 +303,38 @@ class Handler(BaseHTTPRequestHandler):
 
     def store(self, oid: str, part: str | None = None) -> None:
         """A whole file, or one part of one; the line may be cut halfway."""
-        if self.server.cut and fnmatch(self.path, self.server.cut):
+        if self.hub.cut and fnmatch(self.path, self.hub.cut):
             self.rfile.read(int(self.headers["Content-Length"]) // 2)
             self.close_connection = True
             self.connection.close()
             return
         content = self.body()
-        with self.server.lock:
-            self.server.received.append(oid)
+        with self.hub.lock:
+            self.hub.received.append(oid)
             if part is None:
                 assert hashlib.sha256(content).hexdigest() == oid
-                self.server.large[oid] = content
+                self.hub.large[oid] = content
             else:
-                self.server.parts[oid, int(part)] = content
+                self.hub.parts[oid, int(part)] = content
         self.tell(200, ETag=f'"{oid[:8]}-{part}"')
 
     def complete(self, oid: str) -> None:
         numbers = [entry["partNumber"] for entry in json.loads(self.body())["parts"]]
-        content = b"".join(self.server.parts[oid, number] for number in numbers)
+        content = b"".join(self.hub.parts[oid, number] for number in numbers)
         assert hashlib.sha256(content).hexdigest() == oid
-        self.server.large[oid] = content
+        self.hub.large[oid] = content
         self.tell(200, {})
 
     def verify(self, oid: str) -> None:
         asked = json.loads(self.body())
-        whole = len(self.server.large.get(oid, b"")) == asked["size"]
+        whole = len(self.hub.large.get(oid, b"")) == asked["size"]
         self.tell(200 if whole else 404, {})
 
     def commit(self, name: str, revision: str) -> None:
         header, *changes = [json.loads(line) for line in self.body().splitlines()]
         if not self.may_write() or (found := self.at(name, revision)) is None:
             return None
-        repo, files = self.server.repos[name], dict(found[1])
+        repo, files = self.hub.repos[name], dict(found[1])
         if header["value"].get("parentCommit", repo.head) != repo.head:
             return self.tell(412, {"error": "A commit has happened since"})
         for change in changes:
@@ -338,17 +342,17 @@ class Handler(BaseHTTPRequestHandler):
             if kind == "file":
                 files[value["path"]] = Blob(base64.b64decode(value["content"]), large=False)
             elif kind == "lfsFile":
-                files[value["path"]] = Blob(self.server.large[value["oid"]], large=True)
+                files[value["path"]] = Blob(self.hub.large[value["oid"]], large=True)
             else:
                 del files[value["path"]]
         oid = repo.commit(files)
-        self.tell(200, {"commitUrl": f"{self.server.url}/{name}/commit/{oid}", "commitOid": oid})
+        self.tell(200, {"commitUrl": f"{self.hub.url}/{name}/commit/{oid}", "commitOid": oid})
 
     def tag(self, name: str, revision: str) -> None:
         asked = json.loads(self.body())
         if not self.may_write() or (found := self.at(name, revision)) is None:
             return None
-        tags = self.server.repos[name].tags
+        tags = self.hub.repos[name].tags
         if asked["tag"] in tags:
             return self.tell(409, {"error": "Tag reference exists already"})
         tags[asked["tag"]] = found[0]
@@ -391,8 +395,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(header, value)
         self.end_headers()
         if self.command == "GET":
-            with self.server.lock:
-                self.server.served += len(content)
+            with self.hub.lock:
+                self.hub.served += len(content)
             self.wfile.write(content)
 
 

@@ -160,7 +160,7 @@ def test_the_card_that_is_pushed_names_its_repository(converted: Path, stub: Hub
     text = stub.repos[REPO].files["README.md"].content.decode()
     assert f'vmla.load("{REPO}")' in text
     assert "this folder" not in text
-    assert ModelCard(text).data.pipeline_tag == "text-to-video"
+    assert ModelCard(text).data.to_dict()["pipeline_tag"] == "text-to-video"
     assert "this folder" in (converted / "README.md").read_text(), "the folder stays as it is"
 
 

@@ -69,27 +69,25 @@ def _digest(text: str) -> str:
 
 
 def _metadata(config: ModelConfig, origin: Mapping[str, Any]) -> ModelCardData:
-    special: dict[str, str] = {}
-    if config.licence == OTHER:
-        name, link = _terms(config, origin)
-        special = {"license_name": name, **({"license_link": link} if link else {})}
+    name, link = _terms(config, origin) if config.licence == OTHER else (None, None)
     return ModelCardData(
         license=config.licence,
+        license_name=name,
+        license_link=link,
         base_model=config.base_model if config.base_model != UNKNOWN else None,
         library_name="vmla-convert",
         pipeline_tag="text-to-video",
         tags=["vmla", "latent-kv-cache", "causal-video-diffusion"],
-        **special,
     )
 
 
-def _terms(config: ModelConfig, origin: Mapping[str, Any]) -> tuple[str, str]:
+def _terms(config: ModelConfig, origin: Mapping[str, Any]) -> tuple[str, str | None]:
     """Name of a special licence and where it stands, if that is known."""
     known = KNOWN.get(origin.get("known_model") or "")
     if known and known.terms:
         return known.terms
     page = f"https://huggingface.co/{config.base_model}"
-    return UNKNOWN, page if config.base_model != UNKNOWN else ""
+    return UNKNOWN, page if config.base_model != UNKNOWN else None
 
 
 def _licence(config: ModelConfig, origin: Mapping[str, Any]) -> str:

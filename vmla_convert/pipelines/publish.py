@@ -125,7 +125,7 @@ def _check(found: Difference, private: bool, tag: str | None) -> None:
             f"make it private at {found.url}/settings, or push to another name",
         )
     moved = found.changed or found.stale
-    if tag in found.tags and (moved or found.tags[tag] != found.commit):
+    if tag is not None and tag in found.tags and (moved or found.tags[tag] != found.commit):
         raise OutputError(
             f"{found.repo} has a tag {tag} already, of another state", "choose another --tag"
         )
