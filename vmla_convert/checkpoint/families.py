@@ -27,6 +27,7 @@ from vmla_convert.checkpoint.keymap import (
     strip_wrappers,
 )
 from vmla_convert.checkpoint.known import known_model
+from vmla_convert.checkpoint.licences import strictest
 from vmla_convert.checkpoint.lora import Lora, open_lora, parse_lora
 from vmla_convert.checkpoint.source import TensorSource, TensorSpec, located, open_source
 from vmla_convert.checkpoint.views import unfuse
@@ -240,6 +241,9 @@ def recognise_source(
     if not how.loras or opened.missing:
         return opened
     loras = tuple(open_lora(*parse_lora(option), opened.specs()) for option in how.loras)
+    if not any(option.startswith("licence=") for option in how.overrides):
+        licence = strictest((config.licence, *(lora.licence for lora in loras)))
+        opened = replace(opened, config=replace(config, licence=licence))
     return replace(opened, loras=loras)
 
 
@@ -351,9 +355,6 @@ def _settings(
     for text in how.overrides:
         override(typed, text)
     _check_names(typed, "'{}' in --set")
-    if how.loras and "licence" not in typed:
-        # Nobody knows what a LoRA's licence does to the whole.
-        typed["licence"] = "unknown"
     return _merged(settings, typed)
 
 

@@ -164,8 +164,9 @@ def _losses(record: Mapping[str, Any]) -> str:
             _table(["", "step", "velocity error", "flow loss above the dense model's"], rows)
         )
         told.append(
-            f"On {measured['clips']} held-out clips of {measured['source']}, of the chunks that "
-            "read the cache. The velocity error is squared, relative to the dense model's velocity."
+            f"On {measured['clips']} held-out clips ({_public(measured['source'])}), of the chunks "
+            "that read the cache; the weights that did best on them were kept. The velocity error "
+            "is squared, relative to the dense model's velocity."
         )
     elif "recovered" in record:
         told.append("No error of the whole model was measured, neither before nor after recovery.")

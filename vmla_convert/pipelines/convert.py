@@ -411,7 +411,12 @@ def _origin(source: Source, checkpoint: OpenCheckpoint, progress: Progress) -> d
     """What was converted, by content: for people, for later commands, and to know it again."""
     how = source if isinstance(source, SourceConfig) else SourceConfig(str(source))
     loras = [
-        {"name": lora.path.name, "sha256": fingerprint(lora.path), "scale": lora.scale}
+        {
+            "name": lora.path.name,
+            "sha256": fingerprint(lora.path),
+            "scale": lora.scale,
+            "licence": lora.licence,
+        }
         for lora in checkpoint.loras
     ]
     return {
