@@ -164,6 +164,22 @@ def test_the_card_that_is_pushed_names_its_repository(converted: Path, stub: Hub
     assert "this folder" in (converted / "README.md").read_text(), "the folder stays as it is"
 
 
+def test_folders_of_this_machine_stay_here(converted: Path, tmp_path: Path, stub: Hub) -> None:
+    folder = shutil.copytree(converted, tmp_path / "out")
+    record = json.loads((folder / "conversion.json").read_text())
+    record["source"]["asked"]["loras"] = ["/home/me/lora.pt:0.5"]
+    record["convert"]["data"]["source"] = "/home/me/latents.safetensors"
+    (folder / "conversion.json").write_text(json.dumps(record))
+    push(folder, REPO)
+    files = stub.repos[REPO].files
+    assert not any(b"/home/me" in blob.content for blob in files.values())
+    there = json.loads(files["conversion.json"].content)
+    assert there["source"]["asked"]["loras"] == ["lora.pt:0.5"]
+    assert there["convert"]["data"]["source"] == "latents.safetensors"
+    assert there["source"]["sha256"] == record["source"]["sha256"]
+    assert push(folder, REPO).uploaded == {}
+
+
 def test_a_card_of_the_users_own_goes_up_as_it_is(
     converted: Path, tmp_path: Path, stub: Hub
 ) -> None:
@@ -219,6 +235,20 @@ def test_a_refusal_is_one_sentence(
     ran = vmla("push", converted, REPO)
     assert refused(ran)
     assert message in ran.err
+
+
+def test_a_hub_that_is_away_is_told(
+    converted: Path, stub: Hub, vmla: Vmla, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    ran = vmla("push", converted, REPO)
+    assert refused(ran)
+    assert "talking to the Hub broke off" in ran.err
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    ran = vmla("push", converted, REPO)
+    assert refused(ran)
+    assert "HF_HUB_OFFLINE is set" in ran.err
+    assert stub.asked == []
 
 
 def test_a_token_that_a_server_sends_back_is_struck_out(
@@ -292,3 +322,30 @@ def test_what_is_no_name_is_not_pushed_to(
     assert refused(ran)
     assert "owner/name" in ran.err
     assert stub.asked == []
+
+
+@pytest.mark.usefixtures("stub")
+def test_a_private_conversion_is_for_those_who_may_see_it(
+    converted: Path, vmla: Vmla, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(converted, REPO, private=True)
+    for token, message in (
+        ("", f"there is no repository {REPO} on the Hub, or it is private"),
+        ("hf_nobody_knows_this_one", f"the Hub does not let you read {REPO}"),
+    ):
+        monkeypatch.setenv("HF_TOKEN", token)
+        ran = vmla("inspect", REPO)
+        assert refused(ran)
+        assert message in ran.err
+        assert "hf auth login" in ran.err
+        assert not token or token not in ran.err
+    monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
+    assert torch.equal(says(load(REPO)), says(load(converted)))
+
+
+def test_a_revision_that_is_not_there_is_told(converted: Path, stub: Hub, vmla: Vmla) -> None:
+    push(converted, REPO)
+    ran = vmla("inspect", f"{REPO}@v9")
+    assert refused(ran)
+    assert f"{REPO} has no revision 'v9'" in ran.err
+    assert stub.served == 0

@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from vmla_convert.checkpoint.hub import first_line, without_token
+from vmla_convert.checkpoint.hub import BESIDE, first_line, without_token
 from vmla_convert.checkpoint.source import INDEX_SUFFIX, PICKLE_SUFFIXES
 from vmla_convert.errors import OutputError
 
-RECORD = "conversion.json"
-"""By this file a repository is known for one that holds a conversion."""
-
+# By this file a repository is known for one that holds a conversion.
+_RECORD = BESIDE[1]
 _WEIGHTS = (".safetensors", INDEX_SUFFIX)
 _LOGIN = "log in with a token that may write: hf auth login"
 _AGAIN = "run it again: what is there is kept"
@@ -77,7 +76,7 @@ def compare(repo: str, files: Mapping[str, Path]) -> Difference:
     same = tuple(name for name, file in files.items() if name in there and _same(file, there[name]))
     stale = tuple(name for name in there if name.endswith(_WEIGHTS) and name not in files)
     foreign = [name for name in there if name.endswith((*_WEIGHTS, *PICKLE_SUFFIXES))]
-    if foreign and RECORD not in there:
+    if foreign and not any(name.endswith(_RECORD) for name in there):
         raise OutputError(
             f"{repo} holds weights that are no conversion: {foreign[0]}",
             "push to another name, so as not to replace them",

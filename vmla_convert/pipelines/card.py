@@ -44,7 +44,8 @@ def model_card(
     parts = [
         f"---\n{_metadata(config, origin).to_yaml()}\n---",
         f"# {origin.get('name', 'A checkpoint')}, converted to a latent KV cache",
-        f"Converted by [vmla-convert](https://pypi.org/project/vmla-convert/): each layer caches "
+        "Converted by vmla-convert to a cache like that of "
+        "[VideoMLA](https://arxiv.org/abs/2605.30351): each layer caches "
         f"{config.cache_scalars_per_token():.4g} numbers per token instead of "
         f"{config.geometry.dense_cache_scalars} ({config.cache_cut():.1%} less).",
         f"![frames of a rollout]({strip})" if strip else "",
@@ -62,6 +63,17 @@ def is_untouched(card: str) -> bool:
     """Whether a card is as `model_card` made it, so that another may take its place."""
     text, seal, digest = card.rpartition(_SEAL)
     return bool(seal) and digest == f"{_digest(text)} -->\n"
+
+
+def without_folders(value: Any) -> Any:
+    """A record as others may see it: of files that lay somewhere the names alone."""
+    if isinstance(value, Mapping):
+        return {name: without_folders(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(entry) for entry in value]
+    return (
+        PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
+    )
 
 
 def _digest(text: str) -> str:
@@ -164,8 +176,8 @@ def _losses(record: Mapping[str, Any]) -> str:
             _table(["", "step", "velocity error", "flow loss above the dense model's"], rows)
         )
         told.append(
-            f"On {measured['clips']} held-out clips ({_public(measured['source'])}), of the chunks "
-            "that read the cache; the weights that did best on them were kept. The velocity error "
+            f"On {measured['clips']} held-out clips ({without_folders(measured['source'])}), of the "
+            "chunks that read the cache; the weights that did best on them were kept. The velocity error "
             "is squared, relative to the dense model's velocity."
         )
     elif "recovered" in record:
@@ -199,7 +211,7 @@ def _settings(config: ModelConfig, origin: Mapping[str, Any]) -> str:
         ["SHA-256 of its weights", f"`{origin.get('sha256', UNKNOWN)}`"],
         ["its family", config.family],
         ["its base model", config.base_model],
-        ["its licence", config.licence],
+        ["licence of the whole", config.licence],
         ["LoRAs merged before", ", ".join(merged) or "none"],
     ]
     return _table(["setting", "value"], rows)
@@ -211,19 +223,8 @@ def _recipe(record: Mapping[str, Any]) -> str:
     settings = {name: record[name] for name in kept if name in record}
     if asked := record.get("source", {}).get("asked"):
         settings = {"source": asked, **settings}
-    text = json.dumps(_public(settings), indent=2, ensure_ascii=False)
+    text = json.dumps(without_folders(settings), indent=2, ensure_ascii=False)
     return f"```json\n{text}\n```\n\nThe whole record is in `conversion.json`."
-
-
-def _public(value: Any) -> Any:
-    """The same without the folders of whoever made it."""
-    if isinstance(value, Mapping):
-        return {name: _public(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_public(entry) for entry in value]
-    return (
-        PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
-    )
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,8 +14,14 @@ from vmla_convert.checkpoint.source import located, weight_files
 from vmla_convert.checkpoint.upload import Difference, compare, upload
 from vmla_convert.config import ModelConfig
 from vmla_convert.errors import CheckpointError, ConfigError, OutputError
-from vmla_convert.pipelines.card import CARD_NAME, STRIPS, is_untouched, model_card
-from vmla_convert.pipelines.load import empty_model, read_provenance
+from vmla_convert.pipelines.card import (
+    CARD_NAME,
+    STRIPS,
+    is_untouched,
+    model_card,
+    without_folders,
+)
+from vmla_convert.pipelines.load import CONVERSION_NAME, empty_model, read_provenance
 
 _CONVERT = "make one first: vmla convert CKPT -o OUT"
 
@@ -77,6 +84,11 @@ def push(
             strip = next((name for name in STRIPS if name in files), None)
             files[CARD_NAME] = Path(made) / CARD_NAME
             files[CARD_NAME].write_text(model_card(config, record, repo, strip), "utf-8")
+        if (public := without_folders(record)) != record:
+            name = next(name for name in files if name.endswith(CONVERSION_NAME))
+            files[name] = Path(made) / CONVERSION_NAME
+            text = json.dumps(public, indent=2, ensure_ascii=False)
+            files[name].write_text(f"{text}\n", "utf-8")
         sizes = {name: file.stat().st_size for name, file in files.items()}
         found = compare(repo, files)
         _check(found, private, tag)
