@@ -10,7 +10,7 @@ import pytest
 import torch
 from checkpoints import MODEL, Vmla, refused
 from conftest import chunk_timesteps, tiny_clip
-from hub_stub import READ_TOKEN, TOKEN, Hub, Refusal
+from hub_stub import READ_TOKEN, TOKEN, Blob, Hub, Refusal
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save_file
 
@@ -89,10 +89,12 @@ def test_only_what_changed_goes_up(sharded: Path, tmp_path: Path, stub: Hub) -> 
 def test_weights_of_an_earlier_conversion_go(sharded: Path, converted: Path, stub: Hub) -> None:
     """They would be found beside the new ones, and taken for them."""
     push(sharded, REPO)
+    apart = {"vae/model.safetensors": Blob(b"another part", large=True)}
+    stub.repos[REPO].commit(stub.repos[REPO].files | apart)
     pushed = push(converted, REPO)
     gone = {path.name for path in sharded.iterdir()} - {path.name for path in converted.iterdir()}
     assert set(pushed.removed) == gone
-    assert "model.safetensors" in stub.repos[REPO].files
+    assert {"model.safetensors", *apart} <= stub.repos[REPO].files.keys()
     assert not gone & stub.repos[REPO].files.keys()
     assert torch.equal(says(load(REPO)), says(load(converted)))
 

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
 from vmla_convert.checkpoint.hub import BESIDE, first_line, without_token
@@ -32,7 +32,7 @@ class Difference:
         private: Whether only some may see it; None where there is none.
         changed: Files that it lacks or has otherwise.
         same: Files that it has already.
-        stale: Weights of an earlier conversion that are none of these.
+        stale: Weights of an earlier conversion, in the folder of these.
         tags: Name to commit.
     """
 
@@ -74,7 +74,12 @@ def compare(repo: str, files: Mapping[str, Path]) -> Difference:
         }
         refs = api.list_repo_refs(repo)
     same = tuple(name for name, file in files.items() if name in there and _same(file, there[name]))
-    stale = tuple(name for name in there if name.endswith(_WEIGHTS) and name not in files)
+    folders = {PurePosixPath(name).parent for name in files if name.endswith(_WEIGHTS)}
+    stale = tuple(
+        name
+        for name in there
+        if name.endswith(_WEIGHTS) and name not in files and PurePosixPath(name).parent in folders
+    )
     foreign = [name for name in there if name.endswith((*_WEIGHTS, *PICKLE_SUFFIXES))]
     if foreign and not any(name.endswith(_RECORD) for name in there):
         raise OutputError(

@@ -45,8 +45,8 @@ def model_card(
         f"---\n{_metadata(config, origin).to_yaml()}\n---",
         f"# {origin.get('name', 'A checkpoint')}, converted to a latent KV cache",
         "Converted by vmla-convert to a cache like that of "
-        "[VideoMLA](https://arxiv.org/abs/2605.30351): each layer caches "
-        f"{config.cache_scalars_per_token():.4g} numbers per token instead of "
+        "[VideoMLA](https://arxiv.org/abs/2605.30351): each layer "
+        f"caches {config.cache_scalars_per_token():.4g} numbers per token instead of "
         f"{config.geometry.dense_cache_scalars} ({config.cache_cut():.1%} less).",
         f"![frames of a rollout]({strip})" if strip else "",
         f"## Licence\n\n{_licence(config, origin)}",
@@ -176,9 +176,9 @@ def _losses(record: Mapping[str, Any]) -> str:
             _table(["", "step", "velocity error", "flow loss above the dense model's"], rows)
         )
         told.append(
-            f"On {measured['clips']} held-out clips ({without_folders(measured['source'])}), of the "
-            "chunks that read the cache; the weights that did best on them were kept. The velocity error "
-            "is squared, relative to the dense model's velocity."
+            f"On {measured['clips']} held-out clips ({without_folders(measured['source'])}), of "
+            "the chunks that read the cache; the weights that did best on them were kept. The "
+            "velocity error is squared, relative to the dense model's velocity."
         )
     elif "recovered" in record:
         told.append("No error of the whole model was measured, neither before nor after recovery.")
