@@ -79,16 +79,7 @@ def push(
     config, record = _conversion(folder)
     with TemporaryDirectory() as made:
         files = _files(folder)
-        card = files.get(CARD_NAME)
-        if card is None or is_untouched(card.read_text("utf-8")):
-            strip = next((name for name in STRIPS if name in files), None)
-            files[CARD_NAME] = Path(made) / CARD_NAME
-            files[CARD_NAME].write_text(model_card(config, record, repo, strip), "utf-8")
-        if (public := without_folders(record)) != record:
-            name = next(name for name in files if name.endswith(CONVERSION_NAME))
-            files[name] = Path(made) / CONVERSION_NAME
-            text = json.dumps(public, indent=2, ensure_ascii=False)
-            files[name].write_text(f"{text}\n", "utf-8")
+        files |= _made_public(Path(made), files, repo, config, record)
         sizes = {name: file.stat().st_size for name, file in files.items()}
         found = compare(repo, files)
         _check(found, private, tag)
@@ -127,6 +118,24 @@ def _files(folder: Path) -> dict[str, Path]:
     pages = [folder / name for name in (CARD_NAME, *STRIPS)]
     found = [*weight_files(folder), main, *beside, *pages]
     return {file.relative_to(folder).as_posix(): file for file in found if file.is_file()}
+
+
+def _made_public(
+    place: Path, files: dict[str, Path], repo: str, config: ModelConfig, record: dict[str, Any]
+) -> dict[str, Path]:
+    """What goes up in place of a file of the folder, written to `place`: card and record."""
+    made: dict[str, Path] = {}
+    card = files.get(CARD_NAME)
+    if card is None or is_untouched(card.read_text("utf-8")):
+        strip = next((name for name in STRIPS if name in files), None)
+        made[CARD_NAME] = place / CARD_NAME
+        made[CARD_NAME].write_text(model_card(config, record, repo, strip), "utf-8")
+    if (public := without_folders(record)) != record:
+        name = next(name for name in files if name.endswith(CONVERSION_NAME))
+        made[name] = place / CONVERSION_NAME
+        text = json.dumps(public, indent=2, ensure_ascii=False)
+        made[name].write_text(f"{text}\n", "utf-8")
+    return made
 
 
 def _check(found: Difference, private: bool, tag: str | None) -> None:
