@@ -279,7 +279,7 @@ def test_the_card_inherits_the_licence_and_leaves_an_unknown_base_model_out(
 def test_the_card_says_which_layer_it_is_and_what_it_caches(folder: Path) -> None:
     card, model = (folder / "README.md").read_text(), load(folder)
     assert model.config.mla is not None
-    assert "caches 13 numbers per\ntoken instead of 96 (86.5% less)" in card
+    assert "caches 13 numbers per token instead of 96 (86.5% less)" in card
     for name, value in to_dict(model.config.mla.layer).items():
         assert f"{name} = {value}" in card
 

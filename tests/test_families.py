@@ -47,6 +47,7 @@ from vmla_convert.checkpoint.families import (
 from vmla_convert.checkpoint.geometry import native_shapes
 from vmla_convert.checkpoint.keymap import TEXT_TO_VIDEO, fill
 from vmla_convert.checkpoint.known import KNOWN, KnownModel
+from vmla_convert.checkpoint.licences import read_licence
 from vmla_convert.checkpoint.writer import write_checkpoint
 from vmla_convert.config import (
     CachePolicy,
@@ -582,6 +583,27 @@ def test_a_lora_makes_the_licence_unknown(
     assert opened_config(path).licence == "other"
     config = open_checkpoint(path, SourceConfig(overrides=overrides, loras=(lora,))).config
     assert config.licence == licence
+
+
+@pytest.mark.parametrize(
+    ("stated", "licence"),
+    [
+        ({"license": "apache-2.0"}, "cc-by-nc-4.0"),
+        ({"modelspec.license": "CC-BY-NC-SA-4.0"}, "cc-by-nc-sa-4.0"),
+        ({"license": "my own terms"}, "unknown"),
+        ({}, "unknown"),
+    ],
+)
+def test_the_stricter_licence_of_model_and_lora_holds(
+    stated: dict[str, str], licence: str, tmp_path: Path
+) -> None:
+    path = write_longlive(tmp_path, sane())
+    write_json(path.parent / "config.json", native_config(vmla={"licence": "cc-by-nc-4.0"}))
+    lora = path.parent / "lora.safetensors"
+    save_file(torch.load(path.parent / "lora.pt")["generator_lora"], lora, stated)
+    opened = open_checkpoint(path, SourceConfig(loras=(str(lora),)))
+    assert opened.config.licence == licence
+    assert opened.loras[0].licence == read_licence(next(iter(stated.values()), None))
 
 
 def test_loras_add_up_by_their_scales(tmp_path: Path) -> None:

@@ -179,15 +179,24 @@ def test_maps_of_truncated_heads_are_trained_too(dense: CausalWanModel) -> None:
 def test_the_recovered_folder_is_a_converted_one_that_says_how(
     converted: Path, recovered: tuple[Path, list[Row]]
 ) -> None:
-    out, _ = recovered
-    for name in ("config.json", "README.md"):
-        assert (out / name).read_bytes() == (converted / name).read_bytes()
+    out, rows = recovered
+    assert (out / "config.json").read_bytes() == (converted / "config.json").read_bytes()
     was, now = (json.loads((f / "conversion.json").read_text()) for f in (converted, out))
     told = now.pop("recovered")
     assert now == was | {"recover": to_dict(CONFIG)}
     assert told["kept_steps"].keys() == {"layer by layer", "distilling"}
     assert told["learning_rate"] == CONFIG.training.lr
     assert told["clips"] == open_clips(CLIPS).record()
+    measured = {(row.metric, row.step): row.value for row in rows}
+    for point, step in (("first", 0), ("last", 6)):
+        assert told["errors"][point] == {
+            "step": step,
+            "velocity_error": measured["velocity_error", step],
+            "flow_loss": measured["flow_loss", step],
+        }
+    assert told["errors"]["dense_flow_loss"] == measured["flow_loss", None]
+    assert told["errors"]["clips"] == EVALUATE.clips
+    assert f"{measured['velocity_error', 6]:.3g}" in (out / "README.md").read_text()
     assert [path.name for path in out.parent.iterdir()] == ["recovered"]
 
 

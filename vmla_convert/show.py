@@ -10,6 +10,7 @@ from vmla_convert.console import out
 if TYPE_CHECKING:
     from vmla_convert.pipelines.inspect import Inspection
     from vmla_convert.pipelines.outlook import Outlook
+    from vmla_convert.pipelines.publish import Push
 
 
 def show_decision(rows_file: Path) -> None:
@@ -46,6 +47,31 @@ def show_outlook(outlook: Outlook) -> None:
     )
     files = [[name, f"{nbytes:,}"] for name, nbytes in outlook.files.items()]
     out.table("Weights", ["file", "bytes"], [*files, ["together", f"{outlook.nbytes:,}"]])
+
+
+def show_push(push: Push, dry_run: bool) -> None:
+    """Print what went up, or would."""
+    if out.json:
+        out.data(push)
+        return
+    out.data(
+        {
+            "repository": f"{push.url} ({'private' if push.private else 'public'})",
+            "commit": push.commit or ("none yet: it would be made" if dry_run else "-"),
+            **({"tag": push.tag} if push.tag else {}),
+            **({"removed": ", ".join(push.removed)} if push.removed else {}),
+        }
+    )
+    words = ["would go up", "would stay as it is"] if dry_run else ["uploaded", "there already"]
+    files = [
+        [name, f"{nbytes:,}", word]
+        for word, group in zip(words, (push.uploaded, push.kept), strict=True)
+        for name, nbytes in group.items()
+    ]
+    total = sum(push.uploaded.values())
+    out.table("Files", ["file", "bytes", ""], [*files, ["together", f"{total:,}", words[0]]])
+    if not dry_run:
+        out.say(f'next: vmla generate {push.repo} --prompt "…" -o clip.mp4')
 
 
 def show_inspection(inspection: Inspection) -> None:

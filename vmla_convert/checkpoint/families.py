@@ -27,6 +27,7 @@ from vmla_convert.checkpoint.keymap import (
     strip_wrappers,
 )
 from vmla_convert.checkpoint.known import known_model
+from vmla_convert.checkpoint.licences import strictest
 from vmla_convert.checkpoint.lora import Lora, open_lora, parse_lora
 from vmla_convert.checkpoint.source import TensorSource, TensorSpec, located, open_source
 from vmla_convert.checkpoint.views import unfuse
@@ -199,13 +200,19 @@ def require_whole(opened: OpenCheckpoint) -> None:
 def recognise(path: Path, how: SourceConfig | None = None) -> OpenCheckpoint:
     """As `open_checkpoint`, but unknown and missing tensors are only listed."""
     how = how or SourceConfig()
-    source = unfuse(open_source(path, how.key))
-    file_config = _read_config(path)
+    return recognise_source(open_source(path, how.key), _read_config(path), how)
+
+
+def recognise_source(
+    source: TensorSource, file_config: Mapping[str, Any], how: SourceConfig
+) -> OpenCheckpoint:
+    """As `recognise`, of a source that is open already and the config.json that lies beside it."""
+    path, source = source.path, unfuse(source)
     stored_specs = source.specs()
     clean = strip_wrappers(stored_specs)
     specs = {name: stored_specs[stored] for name, stored in clean.items()}
     _refuse_quantised(specs, path)
-    if file_config.get("format") == FORMAT:
+    if is_ours(file_config):
         changes = _deployment(how, path)
         model = _converted_model(file_config, path)
         if changes:
@@ -234,6 +241,9 @@ def recognise(path: Path, how: SourceConfig | None = None) -> OpenCheckpoint:
     if not how.loras or opened.missing:
         return opened
     loras = tuple(open_lora(*parse_lora(option), opened.specs()) for option in how.loras)
+    if not any(option.startswith("licence=") for option in how.overrides):
+        licence = strictest((config.licence, *(lora.licence for lora in loras)))
+        opened = replace(opened, config=replace(config, licence=licence))
     return replace(opened, loras=loras)
 
 
@@ -243,7 +253,12 @@ def is_converted(path: Path) -> bool:
     Raises:
         CheckpointError: Nothing loadable is at `path`, or its config.json is not JSON.
     """
-    return _read_config(path).get("format") == FORMAT
+    return is_ours(_read_config(path))
+
+
+def is_ours(file_config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is one of our own folders'."""
+    return file_config.get("format") == FORMAT
 
 
 def converted_config(config: ModelConfig) -> dict[str, Any]:
@@ -252,7 +267,15 @@ def converted_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    file = located(path).parent / "config.json"
+    return read_config(located(path).parent / "config.json")
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A config.json; empty where there is none.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
     if not file.is_file():
         return {}
     try:
@@ -332,9 +355,6 @@ def _settings(
     for text in how.overrides:
         override(typed, text)
     _check_names(typed, "'{}' in --set")
-    if how.loras and "licence" not in typed:
-        # Nobody knows what a LoRA's licence does to the whole.
-        typed["licence"] = "unknown"
     return _merged(settings, typed)
 
 

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from vmla_convert.checkpoint.known import KNOWN, known_by_repo
-from vmla_convert.checkpoint.source import INDEX_SUFFIX, PICKLE_SUFFIXES
+from vmla_convert.checkpoint.source import (
+    INDEX_SUFFIX,
+    PICKLE_SUFFIXES,
+    TensorSource,
+    open_headers,
+)
 from vmla_convert.errors import CheckpointError, did_you_mean
+from vmla_convert.progress import Progress
 
 # huggingface_hub takes half a second to import, and most checkpoints are local: hence the imports
 # inside functions.
@@ -65,7 +73,67 @@ def fetch(repo: str, file: str | None = None) -> Path:
             not whole in the cache while the Hub cannot be reached.
     """
     listing = _list(repo)
+    return _fetch(listing, _choose(listing, file))
+
+
+@dataclass(frozen=True)
+class Headers:
+    """What can be known of a checkpoint on the Hub before its weights are here.
+
+    Attributes:
+        source: Its tensors, of which none can be read.
+        config: The config.json beside it, where there is one, in the Hub's cache.
+    """
+
+    source: TensorSource
+    config: Path | None
+
+
+def fetch_headers(
+    repo: str, file: str | None = None, progress: Progress | None = None
+) -> Headers | Path:
+    """Fetch no more of a checkpoint than its headers, where that is less than all that is not here.
+
+    Args:
+        repo: As for `fetch`.
+        file: As for `fetch`.
+        progress: Told of a download that headers cannot spare.
+
+    Returns:
+        The local file, as `fetch`, where its weights are in the Hub's cache, where the Hub cannot
+        be reached, or where it is a pickle: those have no header.
+
+    Raises:
+        CheckpointError: As `fetch`.
+    """
+    listing = _list(repo)
     chosen = _choose(listing, file)
+    if listing.away:
+        return _fetch(listing, chosen)
+    index = _download(listing, chosen) if chosen.endswith(INDEX_SUFFIX) else None
+    weights = [chosen] if index is None else _shards(listing, chosen, index)
+    lacking = sum(_missing_bytes(listing, name) for name in weights)
+    if not lacking or chosen.endswith(PICKLE_SUFFIXES):
+        if lacking and progress:
+            progress.note(
+                f"{chosen} of {listing.repo} is a torch pickle, which has no header: "
+                f"downloading {lacking / 1e9:.2f} GB"
+            )
+        return _fetch(listing, chosen)
+    folder = PurePosixPath(chosen).parent
+    config = str(folder / BESIDE[0])
+    headers = {
+        str(PurePosixPath(name).relative_to(folder)): _header(listing, name) for name in weights
+    }
+    weight_map = None if index is None else _weight_map(listing, chosen, index)
+    return Headers(
+        open_headers(Path(listing.repo), headers, weight_map),
+        _download(listing, config) if config in listing.files else None,
+    )
+
+
+def _fetch(listing: _Listing, chosen: str) -> Path:
+    """A file with what belongs to it."""
     folder = PurePosixPath(chosen).parent
     for beside in BESIDE:
         if (file_beside := str(folder / beside)) in listing.files:
@@ -208,35 +276,79 @@ def _require(listing: _Listing, file: str) -> None:
 
 
 def _shards(listing: _Listing, file: str, index: Path) -> list[str]:
-    """An index's shards: every one inside its folder, as `open_source` requires, and there."""
+    """An index's shards, as paths in the repository."""
+    folder = PurePosixPath(file).parent
+    return [str(folder / name) for name in sorted(set(_weight_map(listing, file, index).values()))]
+
+
+def _weight_map(listing: _Listing, file: str, index: Path) -> dict[str, str]:
+    """Tensor to shard: each inside the index's folder, as `open_source` requires, and there."""
     title = f"'{file}' of {listing.repo}"
     hint = "tell its authors, or name another with --file"
     try:
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        paths = [PurePosixPath(name) for name in names]
+        weight_map = dict(json.loads(index.read_text("utf-8"))["weight_map"])
+        paths = [PurePosixPath(name) for name in sorted(set(weight_map.values()))]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{title} is not a safetensors index", hint) from error
-    shards = [str(PurePosixPath(file).parent / path) for path in paths]
-    for path, shard in zip(paths, shards, strict=True):
+    for path in paths:
         if path.is_absolute() or ".." in path.parts:
             raise CheckpointError(
                 f"{title} points outside its folder: {path}", "do not use this checkpoint"
             )
-        if shard not in listing.files:
+        if (shard := str(PurePosixPath(file).parent / path)) not in listing.files:
             if listing.away:
                 raise _lacking(listing, f"'{shard}' of {listing.repo}")
             raise CheckpointError(f"{title} needs {path}, which is not there", hint)
-    return shards
+    return weight_map
 
 
 def _download(listing: _Listing, file: str) -> Path:
     from huggingface_hub import hf_hub_download
+
+    with _reported(listing, file):
+        return Path(
+            hf_hub_download(
+                listing.repo, file, revision=listing.revision, local_files_only=bool(listing.away)
+            )
+        )
+
+
+def _missing_bytes(listing: _Listing, file: str) -> int:
+    """How much `_download` would have to fetch."""
+    from huggingface_hub import hf_hub_download
+
+    with _reported(listing, file):
+        told = hf_hub_download(listing.repo, file, revision=listing.revision, dry_run=True)
+    return told.file_size or 0 if told.will_download else 0
+
+
+def _header(listing: _Listing, file: str) -> dict[str, dict[str, Any]]:
+    """What a safetensors file says of each tensor; nothing but that is fetched."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import SafetensorsParsingError
+
+    title = f"'{file}' of {listing.repo}"
+    with _reported(listing, file):
+        try:
+            told = HfApi().parse_safetensors_file_metadata(
+                listing.repo, file, revision=listing.revision
+            )
+        except SafetensorsParsingError as error:
+            raise CheckpointError(
+                f"{title} is not a whole safetensors file", "tell its authors, or name another"
+            ) from error
+    return {name: vars(tensor) for name, tensor in told.tensors.items()}
+
+
+@contextmanager
+def _reported(listing: _Listing, file: str) -> Iterator[None]:
+    """Whatever goes wrong with a file of the Hub, in one sentence."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        path = hf_hub_download(
-            listing.repo, file, revision=listing.revision, local_files_only=bool(listing.away)
-        )
+        yield
+    except CheckpointError:
+        raise
     except Exception as error:  # networks and disks fail in many ways, under two HTTP libraries
         cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
         if cause and (refusal := _refusal(cause, listing.repo, listing.revision)):
@@ -246,10 +358,9 @@ def _download(listing: _Listing, file: str) -> Path:
             cut_off = _Listing(listing.repo, listing.revision, listing.files, away)
             raise _lacking(cut_off, f"'{file}' of {listing.repo}") from error
         raise CheckpointError(
-            f"'{file}' of {listing.repo} could not be downloaded: {_first_line(error)}",
+            f"'{file}' of {listing.repo} could not be downloaded: {first_line(error)}",
             "try again; whole files are kept",
         ) from error
-    return Path(path)
 
 
 def _refusal(error: BaseException, repo: str, revision: str) -> CheckpointError | None:
@@ -300,5 +411,14 @@ def _lacking(listing: _Listing, what: str, how: str = "not in the Hub's cache") 
     )
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def first_line(error: BaseException) -> str:
+    """What went wrong, with no token in it whatever a server sent back."""
+    return without_token((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def without_token(text: str) -> str:
+    """The text with this user's token struck out."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return text.replace(token, "(your token)") if token else text

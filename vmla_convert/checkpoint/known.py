@@ -32,6 +32,7 @@ class KnownModel:
             says is left out. Licences are those of the weights.
         file: Which file of the repository it is; None where the repository holds only this model.
         siblings: Other files of the repository with the same settings.
+        terms: Where the licence is `other`, its name and where it stands.
         note: What is uncertain, in one sentence without a final period; empty when nothing is.
     """
 
@@ -41,6 +42,7 @@ class KnownModel:
     settings: Mapping[str, Any]
     file: str | None = None
     siblings: tuple[str, ...] = ()
+    terms: tuple[str, str] | None = None
     note: str = ""
 
 
@@ -122,6 +124,10 @@ KNOWN: dict[str, KnownModel] = {
             "licence": "other",
             "base_model": "TencentARC/RollingForcing",
         },
+        terms=(
+            "license-terms-of-rollingforcing",
+            "https://github.com/TencentARC/RollingForcing/blob/a1477d0/LICENSE",
+        ),
         note="its five chunks at five noise levels are denoised here one after the other",
     ),
     "causvid": KnownModel(
@@ -245,6 +251,11 @@ KNOWN: dict[str, KnownModel] = {
             "sampler": {"denoising_step_list": _FIFTY_STEPS, "renoise": False},
             "licence": "other",
         },
+        # So its card calls the Skywork Community License.
+        terms=(
+            "skywork-license",
+            "https://github.com/SkyworkAI/SkyReels-V2/blob/main/LICENSE.txt",
+        ),
         note=_NEEDS_GUIDANCE,
     ),
     "wan-2.1": KnownModel(

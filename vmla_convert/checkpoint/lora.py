@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from vmla_convert.checkpoint.geometry import blocks
 from vmla_convert.checkpoint.keymap import DIFFUSERS_RULES, fill, listed, strip_wrappers
+from vmla_convert.checkpoint.licences import UNKNOWN, read_licence
 from vmla_convert.checkpoint.source import TensorSource, TensorSpec, open_source
 from vmla_convert.errors import CheckpointError, ConfigError
 
@@ -27,6 +28,8 @@ from vmla_convert.errors import CheckpointError, ConfigError
 _STATE_KEY = "generator_lora"
 _ADAPTER_CONFIG = "adapter_config.json"
 _DIFFUSERS_METADATA = "lora_adapter_metadata"
+# Of the metadata standard that kohya's trainers keep, and without its prefix.
+_LICENCES = ("modelspec.license", "license")
 
 _PREFIXES = re.compile(r"^(?:(?:base_model|model|diffusion_model|transformer)\.)*")
 _KOHYA_PREFIX = "lora_unet_"
@@ -91,12 +94,14 @@ class Lora:
         scale: How much of it is merged; 1 as it was trained.
         source: Where the bytes are.
         deltas: Native name to what is added there.
+        licence: As its file states it; `unknown` where it does not.
     """
 
     path: Path
     scale: float
     source: TensorSource = field(repr=False)
     deltas: Mapping[str, _Delta] = field(repr=False)
+    licence: str = UNKNOWN
 
     def apply(self, native: str, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor with this LoRA merged; one that it does not change comes back as it is.
@@ -164,7 +169,7 @@ def open_lora(path: Path, scale: float, specs: Mapping[str, TensorSpec]) -> Lora
                     "keep one of the two",
                 )
             deltas[native] = _Delta(own, factor if part in _LOW_RANK else 1.0)
-    return Lora(path, scale, source, deltas)
+    return Lora(path, scale, source, deltas, _licence_of(path))
 
 
 def parse_lora(option: str) -> tuple[Path, float]:
@@ -392,8 +397,9 @@ def _read_settings(path: Path) -> _Settings:
 def _read_table(path: Path) -> dict[str, Any]:
     """PEFT's adapter_config.json, or else what diffusers puts into a file's metadata."""
     file = (path if path.is_dir() else path.parent) / _ADAPTER_CONFIG
+    within = _read_metadata(path).get(_DIFFUSERS_METADATA, "{}")
     try:
-        table = json.loads(file.read_text("utf-8") if file.is_file() else _read_metadata(path))
+        table = json.loads(file.read_text("utf-8") if file.is_file() else within)
     except ValueError as error:
         raise CheckpointError(
             f"the settings of {path} are not JSON: {error}", _MEND_SETTINGS
@@ -403,9 +409,14 @@ def _read_table(path: Path) -> dict[str, Any]:
     return {key.removeprefix("transformer."): value for key, value in table.items()}
 
 
-def _read_metadata(path: Path) -> str:
+def _licence_of(path: Path) -> str:
+    told = _read_metadata(path)
+    return read_licence(next((told[key] for key in _LICENCES if key in told), None))
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if len(files) != 1 or files[0].suffix != ".safetensors":
-        return "{}"
+        return {}
     with safe_open(files[0], framework="np") as opened:
-        return (opened.metadata() or {}).get(_DIFFUSERS_METADATA, "{}")
+        return opened.metadata() or {}

@@ -115,8 +115,40 @@ def open_source(path: Path, key: str | None = None) -> TensorSource:
         raise CheckpointError(
             f"{file} has no '{key}': safetensors files are flat", "leave the key out"
         )
-    headers = {shard: _read_header(shard) for shard in _weight_files(file)}
-    files = _read_index(file) if _is_index(file) else dict.fromkeys(headers[file], file)
+    index = _read_index(file) if _is_index(file) else None
+    return _joined(path, file, {shard: _read_header(shard) for shard in weight_files(file)}, index)
+
+
+def open_headers(
+    path: Path, headers: Mapping[str, Mapping[str, Any]], index: Mapping[str, str] | None
+) -> TensorSource:
+    """A safetensors checkpoint of which only the headers are here: `specs`, but nothing to read.
+
+    Args:
+        path: What the user pointed at.
+        headers: File name to what its header says of each tensor.
+        index: Tensor to file name, where there are several.
+
+    Raises:
+        CheckpointError: As `open_source`, where the files do not fit each other or are quantised.
+    """
+    for name, header in headers.items():
+        _refuse_packed(path / name, header)
+    places = {Path(name): _placed(path / name, 0, header) for name, header in headers.items()}
+    shards = None if index is None else {name: Path(file) for name, file in index.items()}
+    return _joined(path, path, places, shards)
+
+
+def _joined(
+    path: Path,
+    file: Path,
+    headers: Mapping[Path, dict[str, _Place]],
+    index: Mapping[str, Path] | None,
+) -> TensorSource:
+    """One source of several files, each tensor in the file that the index says."""
+    files = index
+    if files is None:
+        files = {name: shard for shard, header in headers.items() for name in header}
     if absent := sorted(name for name, shard in files.items() if name not in headers[shard]):
         raise CheckpointError(
             f"{file} lists tensors that its shards do not hold: {', '.join(absent[:5])}",
@@ -153,13 +185,23 @@ def located(path: Path) -> Path:
     )
 
 
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold a checkpoint's tensors, in order of name.
+
+    Raises:
+        CheckpointError: Nothing loadable is at `path`.
+    """
+    file = located(path)
+    return sorted(set(_read_index(file).values())) if _is_index(file) else [file]
+
+
 def fingerprint(path: Path, progress: Progress | None = None) -> str:
     """SHA-256 of the weights in hex: of the file, or of a folder's shards in order of name.
 
     Raises:
         CheckpointError: Nothing loadable is at `path`.
     """
-    digest, files = hashlib.sha256(), _weight_files(located(path))
+    digest, files = hashlib.sha256(), weight_files(path)
     total = sum(-(-file.stat().st_size // _BLOCK) for file in files)
     for block in (progress or Silent()).track(_blocks(files), "hashing", total):
         digest.update(block)
@@ -260,10 +302,6 @@ def _is_index(file: Path) -> bool:
     return file.name.endswith(INDEX_SUFFIX)
 
 
-def _weight_files(file: Path) -> list[Path]:
-    return sorted(set(_read_index(file).values())) if _is_index(file) else [file]
-
-
 def _read_index(index: Path) -> dict[str, Path]:
     """Tensor name to shard, every shard inside the index's folder and there."""
     try:
@@ -290,10 +328,7 @@ def _read_index(index: Path) -> dict[str, Path]:
 def _read_header(file: Path) -> dict[str, _Place]:
     try:
         start, header = _parse_header(file)
-        for name, entry in header.items():
-            dtype = entry.get("dtype")
-            if isinstance(dtype, str) and dtype not in _DTYPES:
-                raise _quantised(file, name, dtype)
+        _refuse_packed(file, header)
         with safe_open(file, framework="np"):
             pass  # the library has now checked every shape and offset against the file's size
     except (SafetensorError, OSError, ValueError) as error:
@@ -301,6 +336,18 @@ def _read_header(file: Path) -> dict[str, _Place]:
         raise CheckpointError(
             f"{file} is not a whole safetensors file: {reason}", "download it again"
         ) from error
+    return _placed(file, start, header)
+
+
+def _refuse_packed(file: Path, header: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, entry in header.items():
+        dtype = entry.get("dtype")
+        if isinstance(dtype, str) and dtype not in _DTYPES:
+            raise _quantised(file, name, dtype)
+
+
+def _placed(file: Path, start: int, header: Mapping[str, Mapping[str, Any]]) -> dict[str, _Place]:
+    """Every tensor of a header whose data begin at `start`."""
     return {
         name: _Place(
             file,

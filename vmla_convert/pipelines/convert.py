@@ -29,6 +29,7 @@ from vmla_convert.errors import CheckpointError, ConfigError, did_you_mean
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.factor import DATA_INITS, assume_evidence
 from vmla_convert.pipelines.calibrate import calibrate, check_clips, deployed_phases
+from vmla_convert.pipelines.card import model_card
 from vmla_convert.pipelines.codecs import require_demo_codec
 from vmla_convert.pipelines.data import ClipSource, hash_files, latent_files, open_clips
 from vmla_convert.pipelines.factoring import (
@@ -58,7 +59,6 @@ from vmla_convert.pipelines.plan import (
     plan_ranks,
     uniform_plan,
 )
-from vmla_convert.pipelines.publish import model_card
 from vmla_convert.pipelines.shelf import FolderShelf, Shelf
 from vmla_convert.pipelines.versions import versions
 from vmla_convert.progress import Progress, Silent, Timed
@@ -185,7 +185,7 @@ def convert(
         }
         writer.write_json("config.json", converted_config(final))
         writer.write_json(CONVERSION_NAME, provenance)
-        writer.write_text("README.md", model_card(final, origin))
+        writer.write_text("README.md", model_card(final, provenance))
     if shelf is not None:
         shelf.remove()
     return Conversion(out, final, seconds, factor_seconds, peak, truncation)
@@ -412,7 +412,12 @@ def _origin(source: Source, checkpoint: OpenCheckpoint, progress: Progress) -> d
     """What was converted, by content: for people, for later commands, and to know it again."""
     how = source if isinstance(source, SourceConfig) else SourceConfig(str(source))
     loras = [
-        {"name": lora.path.name, "sha256": fingerprint(lora.path), "scale": lora.scale}
+        {
+            "name": lora.path.name,
+            "sha256": fingerprint(lora.path),
+            "scale": lora.scale,
+            "licence": lora.licence,
+        }
         for lora in checkpoint.loras
     ]
     return {

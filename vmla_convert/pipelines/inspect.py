@@ -8,10 +8,10 @@ import torch
 
 from vmla_convert.checkpoint.families import OpenCheckpoint, recognise, require_whole
 from vmla_convert.checkpoint.known import known_model
-from vmla_convert.config import ConvertConfig, ModelConfig
+from vmla_convert.config import ConvertConfig, ModelConfig, SourceConfig
 from vmla_convert.maths.spectra import effective_rank, energy_at_rank, weight_spectrum
 from vmla_convert.pipelines.factoring import layer_weights, planned_config
-from vmla_convert.pipelines.load import Source, locate
+from vmla_convert.pipelines.load import Source, locate, recognise_named
 from vmla_convert.pipelines.plan import check_sizes, uniform_plan
 from vmla_convert.progress import Progress, Silent
 
@@ -74,20 +74,20 @@ def inspect_checkpoint(
     progress: Progress | None = None,
     spectra: bool = False,
 ) -> Inspection:
-    """Read a checkpoint's headers.
+    """Read a checkpoint's headers; of one on the Hub no more than those are downloaded.
 
     Args:
         source: A file or folder, `demo`, or a Hub id; with settings if need be.
         config: Sizes to compare with; the default ones if None.
         progress: Where to draw.
-        spectra: Read key and value weights too, and decompose them layer by layer.
+        spectra: Read key and value weights too, and decompose them layer by layer; they are
+            downloaded if they must be.
 
     Raises:
         CheckpointError: The source is no checkpoint of a known layout.
         ConfigError: The sizes do not fit it.
     """
-    path, how = locate(source)
-    checkpoint = recognise(path, how)
+    checkpoint = recognise(*locate(source)) if spectra else recognise_named(source, progress)
     model = converted = checkpoint.config
     spectrum: list[LayerSpectrum] = []
     if model.mla is None:
@@ -100,7 +100,7 @@ def inspect_checkpoint(
             spectrum = _spectrum(checkpoint, ranks.kv_lora_rank[0], progress or Silent())
     specs, frames = checkpoint.specs().values(), model.cache.window_frames
     return Inspection(
-        path=how.checkpoint,
+        path=source.checkpoint if isinstance(source, SourceConfig) else str(source),
         family=checkpoint.family,
         known_model=checkpoint.known,
         note=known_model(checkpoint.known).note if checkpoint.known else "",

@@ -11,13 +11,22 @@ from typing import Any
 
 import torch
 
-from vmla_convert.checkpoint.families import OpenCheckpoint, is_converted, open_checkpoint
-from vmla_convert.checkpoint.hub import fetch, is_repo
+from vmla_convert.checkpoint.families import (
+    OpenCheckpoint,
+    is_converted,
+    is_ours,
+    open_checkpoint,
+    read_config,
+    recognise,
+    recognise_source,
+)
+from vmla_convert.checkpoint.hub import fetch, fetch_headers, is_repo
 from vmla_convert.checkpoint.known import known_by_repo, known_model
 from vmla_convert.checkpoint.source import fingerprint, located
 from vmla_convert.config import SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError
 from vmla_convert.layers.dit import Block, CausalWanModel
+from vmla_convert.progress import Progress
 from vmla_convert.tables import from_dict
 
 DEMO = "demo"
@@ -39,24 +48,62 @@ def open_named(source: Source) -> OpenCheckpoint:
     return open_checkpoint(path, how)
 
 
+def recognise_named(source: Source, progress: Progress | None = None) -> OpenCheckpoint:
+    """Know the checkpoint that a user's word means, whole or not; of the Hub's by headers alone.
+
+    Tensors of a checkpoint on the Hub that is not in its cache cannot be read from the result.
+
+    Raises:
+        CheckpointError: It cannot be found or recognised.
+        ConfigError: A setting is unknown or does not fit.
+    """
+    how = _settled(source)
+    if not _is_remote(how.checkpoint):
+        return recognise(*locate(how))
+    found = fetch_headers(how.checkpoint, _file_of(how), progress)
+    if isinstance(found, Path):
+        return recognise(found, how if is_converted(found) else _known(how))
+    config = read_config(found.config) if found.config else {}
+    return recognise_source(found.source, config, how if is_ours(config) else _known(how))
+
+
 def locate(source: Source) -> tuple[Path, SourceConfig]:
     """Where a checkpoint lies, fetched from the Hub if it must be, and what is known of it.
 
     Raises:
         CheckpointError: It cannot be found.
     """
-    how = source if isinstance(source, SourceConfig) else SourceConfig(str(source))
-    name, path = how.checkpoint, Path(how.checkpoint)
+    how = _settled(source)
+    name = how.checkpoint
     if name == DEMO:
         return Path(str(files("vmla_convert") / "demo" / "checkpoint")) / (how.file or ""), how
-    if path.exists() or not is_repo(name):
-        return path / (how.file or ""), how
-    repo, known = name.partition("@")[0], known_model(how.model) if how.model else None
-    path = fetch(name, how.file or (known.file if known and repo in known.repos else None))
-    if is_converted(path):
-        return path, how
-    model = how.model or known_by_repo(name, how.file)
-    return path, replace(how, model=model, overrides=(f"base_model={repo}", *how.overrides))
+    if not _is_remote(name):
+        return Path(name) / (how.file or ""), how
+    path = fetch(name, _file_of(how))
+    return path, how if is_converted(path) else _known(how)
+
+
+def _settled(source: Source) -> SourceConfig:
+    return source if isinstance(source, SourceConfig) else SourceConfig(str(source))
+
+
+def _is_remote(name: str) -> bool:
+    """Whether a name means a repository of the Hub: no path that is there may look like one."""
+    return name != DEMO and not Path(name).exists() and is_repo(name)
+
+
+def _file_of(how: SourceConfig) -> str | None:
+    """The file of a repository that was asked for, by name or by the model that it is."""
+    known = known_model(how.model) if how.model else None
+    repo = how.checkpoint.partition("@")[0]
+    return how.file or (known.file if known and repo in known.repos else None)
+
+
+def _known(how: SourceConfig) -> SourceConfig:
+    """With what a dense checkpoint's repository tells of it."""
+    base = f"base_model={how.checkpoint.partition('@')[0]}"
+    model = how.model or known_by_repo(how.checkpoint, how.file)
+    return replace(how, model=model, overrides=(base, *how.overrides))
 
 
 def compute_device() -> torch.device:
@@ -132,13 +179,22 @@ def build(
     dtype: torch.dtype = torch.float32,
 ) -> CausalWanModel:
     """The model of an open checkpoint, in evaluation mode and frozen."""
-    with torch.device("meta"):
-        model = CausalWanModel(checkpoint.config)
-    expected = model.state_dict()
-    _check_tensors(checkpoint, {name: tuple(t.shape) for name, t in expected.items()})
-    state = {name: checkpoint.read(name).to(device, dtype) for name in expected}
+    model = empty_model(checkpoint)
+    state = {name: checkpoint.read(name).to(device, dtype) for name in model.state_dict()}
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def empty_model(checkpoint: OpenCheckpoint) -> CausalWanModel:
+    """The model of an open checkpoint, without weights: all that its headers can tell is checked.
+
+    Raises:
+        CheckpointError: A tensor is not the one that the config asks for.
+    """
+    with torch.device("meta"):
+        model = CausalWanModel(checkpoint.config)
+    _check_tensors(checkpoint, {name: tuple(t.shape) for name, t in model.state_dict().items()})
+    return model
 
 
 def build_shell(checkpoint: OpenCheckpoint, device: torch.device | str = "cpu") -> CausalWanModel:

@@ -1,67 +1,152 @@
-"""What a converted folder says about itself."""
+"""Push a conversion to the Hub, from where `load` takes it by its id."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import ModelCardData
-
+from vmla_convert.checkpoint.families import open_checkpoint
+from vmla_convert.checkpoint.hub import BESIDE, is_repo
+from vmla_convert.checkpoint.source import located, weight_files
+from vmla_convert.checkpoint.upload import Difference, compare, upload
 from vmla_convert.config import ModelConfig
-from vmla_convert.tables import to_dict
+from vmla_convert.errors import CheckpointError, ConfigError, OutputError
+from vmla_convert.pipelines.card import (
+    CARD_NAME,
+    STRIPS,
+    is_untouched,
+    model_card,
+    without_folders,
+)
+from vmla_convert.pipelines.load import CONVERSION_NAME, empty_model, read_provenance
+
+_CONVERT = "make one first: vmla convert CKPT -o OUT"
 
 
-def model_card(config: ModelConfig, origin: Mapping[str, Any]) -> str:
-    """README.md of a converted checkpoint: licence and base model are the source's, never ours.
+@dataclass(frozen=True)
+class Push:
+    """What a push did, or would do.
+
+    Attributes:
+        repo: "owner/name".
+        url: Its page.
+        commit: That holds the files; of a dry run the newest there, None where there is none.
+        private: Whether only its owner may see it.
+        tag: Of the commit.
+        uploaded: Bytes of the files that were not there, by name.
+        kept: Those of files that were.
+        removed: Weights of an earlier conversion.
+    """
+
+    repo: str
+    url: str
+    commit: str | None
+    private: bool
+    tag: str | None
+    uploaded: dict[str, int]
+    kept: dict[str, int]
+    removed: tuple[str, ...]
+
+
+def push(
+    folder: Path,
+    repo: str,
+    private: bool = False,
+    tag: str | None = None,
+    message: str | None = None,
+    dry_run: bool = False,
+) -> Push:
+    """Upload a conversion, its record and its card; what is there already is not sent again.
 
     Args:
-        config: Of the converted model.
-        origin: What it was converted from, as conversion.json has it under `source`.
+        folder: From `convert` or `recover`.
+        repo: "owner/name"; it is made if there is none.
+        private: Whether only its owner may see it, if it is made now.
+        tag: A name for this state of it.
+        message: Of the commit.
+        dry_run: Only look.
+
+    Raises:
+        CheckpointError: The folder is no whole conversion.
+        ConfigError: `repo` is no name of a repository.
+        OutputError: The Hub refuses, or cannot be reached.
     """
-    name = origin.get("name", "a checkpoint")
-    merged = [f"{lora['name']} (scale {lora['scale']:g})" for lora in origin.get("loras", ())]
-    assert config.mla is not None
-    data = ModelCardData(
-        license=config.licence,
-        base_model=config.base_model if config.base_model != "unknown" else None,
-        library_name="vmla-convert",
-        tags=["vmla", "latent-kv-cache", "causal-video-diffusion"],
+    if not is_repo(repo) or "@" in repo:
+        raise ConfigError(f"'{repo}' is no name of a repository", "give it as owner/name")
+    config, record = _conversion(folder)
+    with TemporaryDirectory() as made:
+        files = _files(folder)
+        files |= _made_public(Path(made), files, repo, config, record)
+        sizes = {name: file.stat().st_size for name, file in files.items()}
+        found = compare(repo, files)
+        _check(found, private, tag)
+        commit = found.commit if dry_run else upload(found, files, private, tag, message)
+    return Push(
+        repo,
+        found.url,
+        commit,
+        private=private if found.private is None else found.private,
+        tag=tag,
+        uploaded={name: sizes[name] for name in found.changed},
+        kept={name: sizes[name] for name in found.same},
+        removed=found.stale,
     )
-    ranks = config.mla.kv_lora_rank
-    ropes = tuple(2 * len(pairs) for pairs in config.mla.rope_pairs)
-    nope = config.mla.qk_nope_head_dim
-    truncated = f"| qk_nope_head_dim | {nope} |\n" if nope else ""
-    dense = config.geometry.dense_cache_scalars
-    return f"""---
-{data.to_yaml()}
----
-
-# {name}, converted to a latent KV cache
-
-Converted by vmla-convert: each layer caches {config.cache_scalars_per_token():.4g} numbers per
-token instead of {dense} ({config.cache_cut():.1%} less).
-
-| setting | value |
-|---|---|
-| init | {config.mla.init} |
-| layer | {", ".join(f"{name} = {value}" for name, value in to_dict(config.mla.layer).items())} |
-| kv_lora_rank, layer by layer | {_listed(ranks)} |
-| qk_rope_head_dim | {_listed(ropes)} |
-{truncated}| family of the source | {config.family} |
-| LoRAs merged before | {", ".join(merged) or "none"} |
-| licence of the source | {config.licence} |
-| base model | {config.base_model} |
-
-```python
-import vmla_convert as vmla
-
-model = vmla.load("this folder")
-```
-
-How it was made, with the source's hash and all settings: `conversion.json`.
-"""
 
 
-def _listed(values: tuple[int, ...]) -> str:
-    """One number where all layers share it."""
-    return ", ".join(map(str, values[:1] if len(set(values)) == 1 else values))
+def _conversion(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """What a folder holds, checked as far as its headers tell."""
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}", _CONVERT)
+    checkpoint = open_checkpoint(folder)
+    if checkpoint.config.mla is None:
+        raise CheckpointError(f"{folder} is not a converted checkpoint", _CONVERT)
+    empty_model(checkpoint)
+    if not (record := read_provenance(folder)):
+        raise CheckpointError(
+            f"{folder} has no conversion.json, which says what it was made of", _CONVERT
+        )
+    return checkpoint.config, record
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """All of a conversion, by name in the repository, and nothing else that may lie there."""
+    main = located(folder)
+    beside = [main.parent / name for name in BESIDE]
+    pages = [folder / name for name in (CARD_NAME, *STRIPS)]
+    found = [*weight_files(folder), main, *beside, *pages]
+    return {file.relative_to(folder).as_posix(): file for file in found if file.is_file()}
+
+
+def _made_public(
+    place: Path, files: dict[str, Path], repo: str, config: ModelConfig, record: dict[str, Any]
+) -> dict[str, Path]:
+    """What goes up in place of a file of the folder, written to `place`: card and record."""
+    made: dict[str, Path] = {}
+    card = files.get(CARD_NAME)
+    if card is None or is_untouched(card.read_text("utf-8")):
+        strip = next((name for name in STRIPS if name in files), None)
+        made[CARD_NAME] = place / CARD_NAME
+        made[CARD_NAME].write_text(model_card(config, record, repo, strip), "utf-8")
+    if (public := without_folders(record)) != record:
+        name = next(name for name in files if name.endswith(CONVERSION_NAME))
+        made[name] = place / CONVERSION_NAME
+        text = json.dumps(public, indent=2, ensure_ascii=False)
+        made[name].write_text(f"{text}\n", "utf-8")
+    return made
+
+
+def _check(found: Difference, private: bool, tag: str | None) -> None:
+    """Refuse, before anything goes up, what would fail or surprise after."""
+    if private and found.private is False:
+        raise OutputError(
+            f"{found.repo} is there already, and public",
+            f"make it private at {found.url}/settings, or push to another name",
+        )
+    moved = found.changed or found.stale
+    if tag is not None and tag in found.tags and (moved or found.tags[tag] != found.commit):
+        raise OutputError(
+            f"{found.repo} has a tag {tag} already, of another state", "choose another --tag"
+        )

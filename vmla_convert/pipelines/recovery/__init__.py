@@ -26,6 +26,7 @@ from vmla_convert.config import EvaluateConfig, ModelConfig, RecoverConfig
 from vmla_convert.errors import CheckpointError, ConfigError, OutputError, VmlaError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines.calibrate import check_clips
+from vmla_convert.pipelines.card import model_card
 from vmla_convert.pipelines.codecs import open_codec
 from vmla_convert.pipelines.data import open_clips, source_kind
 from vmla_convert.pipelines.evaluate import HeldOut, dense_rows
@@ -42,7 +43,6 @@ from vmla_convert.pipelines.load import (
 )
 from vmla_convert.pipelines.prepare import CODEC_HINT, prepare_clips
 from vmla_convert.pipelines.processes import check_shares, processes
-from vmla_convert.pipelines.publish import model_card
 from vmla_convert.pipelines.recovery.stages import (
     LAYERWISE,
     Folders,
@@ -205,8 +205,10 @@ class _Run:
         weights = gathered(student.state_dict())
         if not self.processes.is_main_process:
             return rows
-        self._write(student.config, weights, provenance, recovered)
-        return rows + _finish_state(self.folders.state)
+        rows += _read_curve(self.folders.state)
+        self._write(student.config, weights, provenance, recovered, rows)
+        shutil.rmtree(self.folders.state)
+        return rows
 
     def _recovered(self) -> tuple[list[Row], CausalWanModel, Recovered]:
         """All stages, with no more of both models in memory at a time than each needs."""
@@ -291,6 +293,7 @@ class _Run:
         weights: dict[str, Tensor],
         provenance: dict[str, Any],
         recovered: Recovered,
+        rows: list[Row],
     ) -> None:
         specs, clips = self.source.specs(), open_clips(self.config.data)
         record = {
@@ -299,6 +302,7 @@ class _Run:
                 "kept_steps": recovered.kept,
                 "learning_rate": recovered.learning_rate,
                 "clips": clips.record(),
+                **self._errors(rows),
             },
         }
         write_checkpoint(
@@ -307,9 +311,22 @@ class _Run:
             {
                 "config.json": converted_config(config),
                 CONVERSION_NAME: provenance | record,
-                "README.md": model_card(config, provenance.get("source", {})),
+                "README.md": model_card(config, provenance | record),
             },
         )
+
+    def _errors(self, rows: list[Row]) -> dict[str, Any]:
+        """What was measured of the whole model first and last; nothing where nothing was."""
+        points: dict[int, dict[str, float]] = {}
+        for row in rows:
+            if row.step is not None:
+                points.setdefault(row.step, {"step": row.step})[row.metric] = row.value
+        dense = [row.value for row in rows if row.metric == "flow_loss" and row.step is None]
+        if not points:
+            return {}
+        first, last = points[min(points)], points[max(points)]
+        held_out = {"source": self.evaluation.data.source, "clips": self.evaluation.clips}
+        return {"errors": {**held_out, "first": first, "last": last, "dense_flow_loss": dense[0]}}
 
 
 def _opened(
@@ -383,11 +400,9 @@ def _curve(state: Path) -> Path:
     return state / "curve.jsonl"
 
 
-def _finish_state(state: Path) -> list[Row]:
-    """Read the curve, then drop the state: the run is complete."""
+def _read_curve(state: Path) -> list[Row]:
     curve, rows = _curve(state), dict[tuple[str, int | None], Row]()
     if curve.is_file():
         # A resumed run measures again what came after its last checkpoint; it finds the same.
         rows = {(row.metric, row.step): row for row in read_rows(curve)}
-    shutil.rmtree(state)
     return list(rows.values())

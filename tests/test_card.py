@@ -1,0 +1,155 @@
+"""A model card says what is known, inherits what is not ours, and invents nothing."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from checkpoints import MODEL
+from huggingface_hub import ModelCard
+
+from vmla_convert.config import MLAConfig
+from vmla_convert.pipelines.card import is_untouched, model_card
+
+MLA = MLAConfig(kv_lora_rank=(8, 8), rope_pairs=((0, 1), (2, 3)), init="calibrated")
+CONFIG = replace(MODEL, mla=MLA, base_model="someone/dense")
+RECORD: dict[str, Any] = {
+    "source": {
+        "name": "dense.pt",
+        "sha256": "abc123",
+        "known_model": None,
+        "asked": {"file": None, "loras": ["/home/me/secret/lora.pt:0.5"]},
+        "loras": [],
+    },
+    "convert": {"init": "calibrated", "data": {"source": "/home/me/secret/latents.safetensors"}},
+    "versions": {"vmla_convert": "0.1.0"},
+    "convert_seconds": 12.5,
+}
+ERRORS = {
+    "source": "demo",
+    "clips": 48,
+    "first": {"step": 0, "velocity_error": 0.0123, "flow_loss": 0.55},
+    "last": {"step": 140, "velocity_error": 0.00456, "flow_loss": 0.51},
+    "dense_flow_loss": 0.5,
+}
+
+
+def read(card: str) -> dict[str, Any]:
+    """Its metadata, as the Hub's own library reads it."""
+    return ModelCard(card).data.to_dict()
+
+
+def test_the_metadata_is_what_the_hub_reads() -> None:
+    assert read(model_card(CONFIG, RECORD)) == {
+        "license": "apache-2.0",
+        "base_model": "someone/dense",
+        "library_name": "vmla-convert",
+        "pipeline_tag": "text-to-video",
+        "tags": ["vmla", "latent-kv-cache", "causal-video-diffusion"],
+    }
+
+
+def test_what_is_unknown_stays_so() -> None:
+    card = model_card(replace(CONFIG, licence="unknown", base_model="unknown"), RECORD)
+    assert read(card)["license"] == "unknown"
+    assert "base_model" not in read(card)
+    assert "**The licence of these weights is unknown**" in card
+
+
+@pytest.mark.parametrize(
+    ("known", "name", "link"),
+    [
+        ("rolling-forcing", "license-terms-of-rollingforcing", "TencentARC/RollingForcing"),
+        ("skyreels-v2-df", "skywork-license", "SkyworkAI/SkyReels-V2"),
+        (None, "unknown", "huggingface.co/someone/dense"),
+    ],
+)
+def test_special_terms_are_named_and_linked(known: str | None, name: str, link: str) -> None:
+    record = {**RECORD, "source": {**RECORD["source"], "known_model": known}}
+    card = model_card(replace(CONFIG, licence="other"), record)
+    told = read(card)
+    assert (told["license"], told["license_name"]) == ("other", name)
+    assert link in told["license_link"]
+    assert f"[{name}]({told['license_link']})" in card
+
+
+def test_merged_loras_are_named_with_their_licences() -> None:
+    loras = [
+        {"name": "a.safetensors", "scale": 0.5, "sha256": "1", "licence": "mit"},
+        {"name": "b.pt", "scale": 1.0, "sha256": "2"},
+    ]
+    card = model_card(CONFIG, {**RECORD, "source": {**RECORD["source"], "loras": loras}})
+    assert "a.safetensors (scale 0.5), b.pt (scale 1)" in card
+    assert "The licence of the merged LoRA a.safetensors is mit." in card
+    assert "The licence of the merged LoRA b.pt is unknown." in card
+
+
+def test_the_cache_table_is_the_configs() -> None:
+    card = model_card(CONFIG, RECORD)
+    dense = replace(CONFIG, mla=None)
+    for seconds in (5, 30, 60):
+        frames = seconds * 8
+        row = f"| {seconds} s | {frames} | {dense.cache_bytes(frames):,} "
+        assert f"{row}| {CONFIG.cache_bytes(frames):,} |" in card
+    window = f"| **its window** | 6 | {dense.cache_bytes(6):,} | {CONFIG.cache_bytes(6):,} |"
+    assert window in card
+
+
+def test_a_wan_model_has_four_latent_frames_a_second() -> None:
+    assert "| 60 s | 240 |" in model_card(replace(CONFIG, codec="wan"), RECORD)
+
+
+def test_errors_that_were_measured_are_told() -> None:
+    card = model_card(CONFIG, {**RECORD, "recovered": {"errors": ERRORS}})
+    assert "| before training | 0 | 0.0123 | +10.00% |" in card
+    assert "| recovered | 140 | 0.00456 | +2.00% |" in card
+    assert "48 held-out clips (demo)" in card
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({}, "no error of the whole model was measured"),
+        ({"recovered": {"kept_steps": {}}}, "No error of the whole model was measured"),
+        ({"head_truncation_error": [0.1, 0.3]}, "Narrowing the heads dropped 0.2 of the"),
+    ],
+)
+def test_errors_that_were_not_are_not_invented(more: dict[str, Any], said: str) -> None:
+    card = model_card(CONFIG, {**RECORD, **more})
+    assert said in card
+    assert "| recovered |" not in card
+
+
+def test_how_it_was_made_is_told_without_whose_folders_it_was_in() -> None:
+    card = model_card(CONFIG, RECORD)
+    assert "dense.pt" in card
+    assert "`abc123`" in card
+    assert '"source": "latents.safetensors"' in card
+    assert '"lora.pt:0.5"' in card
+    assert '"vmla_convert": "0.1.0"' in card
+    assert "/home/me" not in card
+    assert "12.5" not in card
+
+
+def test_how_to_use_it_is_ready_to_paste() -> None:
+    card = model_card(CONFIG, RECORD, repo="me/model")
+    assert 'vmla generate "me/model" --prompt "7" -o clip.mp4' in card
+    assert 'vmla.load("me/model")' in card
+    assert "![" not in card
+    assert "![frames of a rollout](strip.png)" in model_card(CONFIG, RECORD, strip="strip.png")
+
+
+def test_an_edit_is_noticed() -> None:
+    card = model_card(CONFIG, RECORD)
+    assert is_untouched(card)
+    assert not is_untouched(card.replace("12", "13", 1))
+    assert not is_untouched(card + "More.\n")
+    assert not is_untouched("# A card of another program\n")
+
+
+def test_a_record_that_says_nothing_makes_a_card() -> None:
+    card = model_card(CONFIG, {})
+    assert read(card)["license"] == "apache-2.0"
+    assert not re.search(r"\bNone\b", card)

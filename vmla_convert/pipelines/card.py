@@ -1,0 +1,237 @@
+"""What a converted folder says about itself: facts of its config and its record, nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import PurePath
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from vmla_convert.checkpoint.known import KNOWN
+from vmla_convert.checkpoint.licences import OTHER, UNKNOWN
+from vmla_convert.config import ModelConfig
+from vmla_convert.tables import to_dict
+
+CARD_NAME = "README.md"
+STRIPS = ("strip.png", "compare.png")
+"""Pictures that a card shows, where one lies in the folder; the first of them."""
+
+_SEAL = "<!-- made by vmla-convert: "
+_SECONDS = (5, 30, 60)
+# Wan: 16 frames a second, four to a latent one. The demo world: eight, each its own latent.
+_LATENTS_A_SECOND = {"wan": 4, "demo": 8}
+
+
+def model_card(
+    config: ModelConfig,
+    record: Mapping[str, Any],
+    repo: str | None = None,
+    strip: str | None = None,
+) -> str:
+    """README.md of a converted checkpoint: licence and base model are the source's, never ours.
+
+    Args:
+        config: Of the converted model.
+        record: What made it, as conversion.json has it.
+        repo: Where it will be on the Hub, if it will.
+        strip: A picture beside the card.
+    """
+    origin = record.get("source", {})
+    parts = [
+        f"---\n{_metadata(config, origin).to_yaml()}\n---",
+        f"# {origin.get('name', 'A checkpoint')}, converted to a latent KV cache",
+        "Converted by vmla-convert to a cache like that of "
+        "[VideoMLA](https://arxiv.org/abs/2605.30351): each layer "
+        f"caches {config.cache_scalars_per_token():.4g} numbers per token instead of "
+        f"{config.geometry.dense_cache_scalars} ({config.cache_cut():.1%} less).",
+        f"![frames of a rollout]({strip})" if strip else "",
+        f"## Licence\n\n{_licence(config, origin)}",
+        f"## How to use it\n\n{_usage(repo or 'this folder', config)}",
+        f"## What the cache takes\n\n{_cache(config)}",
+        f"## What the conversion loses\n\n{_losses(record)}",
+        f"## How it was made\n\n{_settings(config, origin)}\n\n{_recipe(record)}",
+    ]
+    text = "\n\n".join(filter(None, parts)) + "\n\n"
+    return f"{text}{_SEAL}{_digest(text)} -->\n"
+
+
+def is_untouched(card: str) -> bool:
+    """Whether a card is as `model_card` made it, so that another may take its place."""
+    text, seal, digest = card.rpartition(_SEAL)
+    return bool(seal) and digest == f"{_digest(text)} -->\n"
+
+
+def without_folders(value: Any) -> Any:
+    """A record as others may see it: of files that lay somewhere the names alone."""
+    if isinstance(value, Mapping):
+        return {name: without_folders(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(entry) for entry in value]
+    return (
+        PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
+    )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _metadata(config: ModelConfig, origin: Mapping[str, Any]) -> ModelCardData:
+    name, link = _terms(config, origin) if config.licence == OTHER else (None, None)
+    return ModelCardData(
+        license=config.licence,
+        license_name=name,
+        license_link=link,
+        base_model=config.base_model if config.base_model != UNKNOWN else None,
+        library_name="vmla-convert",
+        pipeline_tag="text-to-video",
+        tags=["vmla", "latent-kv-cache", "causal-video-diffusion"],
+    )
+
+
+def _terms(config: ModelConfig, origin: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Name of a special licence and where it stands, if that is known."""
+    known = KNOWN.get(origin.get("known_model") or "")
+    if known and known.terms:
+        return known.terms
+    page = f"https://huggingface.co/{config.base_model}"
+    return UNKNOWN, page if config.base_model != UNKNOWN else None
+
+
+def _licence(config: ModelConfig, origin: Mapping[str, Any]) -> str:
+    """That of the weights, in words."""
+    base = config.base_model
+    source = f"[{base}](https://huggingface.co/{base})" if base != UNKNOWN else "its source"
+    licence = config.licence
+    if licence == UNKNOWN:
+        told = (
+            "**The licence of these weights is unknown**: that of what they were made of is not "
+            "known to the program that made them. Do not take that for a permission."
+        )
+    elif licence == OTHER:
+        name, link = _terms(config, origin)
+        terms = f"[{name}]({link})" if link else f"{name}"
+        told = f"These weights are bound by the terms of {source}: {terms}. Read them before use."
+    else:
+        told = f"These weights keep the licence of {source}: {licence}."
+    loras = [
+        f"The licence of the merged LoRA {lora['name']} is {lora.get('licence', UNKNOWN)}."
+        for lora in origin.get("loras", ())
+    ]
+    changed = "They are changed: see how they were made, below."
+    return " ".join([told, *loras, changed])
+
+
+def _usage(place: str, config: ModelConfig) -> str:
+    prompt = "7" if config.codec == "demo" else "a red kite over the sea"
+    frames = 60 * _LATENTS_A_SECOND[config.codec]
+    return f"""```sh
+pip install vmla-convert
+vmla generate "{place}" --prompt "{prompt}" -o clip.mp4
+```
+
+```python
+import vmla_convert as vmla
+
+model = vmla.load("{place}")
+for chunk in vmla.generate(model, prompt="{prompt}", frames={frames}):
+    ...  # clean latents, chunk by chunk
+```"""
+
+
+def _cache(config: ModelConfig) -> str:
+    """Bytes by length, dense and converted."""
+    dense, rate = replace(config, mla=None), _LATENTS_A_SECOND[config.codec]
+    window = config.cache.window_frames
+    lengths = [(f"{seconds} s", seconds * rate) for seconds in _SECONDS]
+    rows = [
+        [label, frames, f"{dense.cache_bytes(frames):,}", f"{config.cache_bytes(frames):,}"]
+        for label, frames in [*lengths, ("**its window**", window)]
+    ]
+    return (
+        _table(["video kept", "latent frames", "dense (bytes)", "converted (bytes)"], rows)
+        + "\n\nOne video, two bytes a number. When it streams, it keeps its window and no more, "
+        "however long the video."
+    )
+
+
+def _losses(record: Mapping[str, Any]) -> str:
+    """Errors of the whole model, as far as they were measured."""
+    told: list[str] = []
+    measured = record.get("recovered", {}).get("errors", {})
+    if measured:
+        dense = measured["dense_flow_loss"]
+        rows = [
+            [name, point["step"], f"{point['velocity_error']:.3g}", _above(point, dense)]
+            for name, point in (
+                ("before training", measured["first"]),
+                ("recovered", measured["last"]),
+            )
+        ]
+        told.append(
+            _table(["", "step", "velocity error", "flow loss above the dense model's"], rows)
+        )
+        told.append(
+            f"On {measured['clips']} held-out clips ({without_folders(measured['source'])}), of "
+            "the chunks that read the cache; the weights that did best on them were kept. The "
+            "velocity error is squared, relative to the dense model's velocity."
+        )
+    elif "recovered" in record:
+        told.append("No error of the whole model was measured, neither before nor after recovery.")
+    else:
+        told.append(
+            "It was not trained after its conversion, and no error of the whole model was "
+            "measured: see `vmla eval`."
+        )
+    if truncation := record.get("head_truncation_error"):
+        mean = sum(truncation) / len(truncation)
+        told.append(f"Narrowing the heads dropped {mean:.3g} of the content keys' energy.")
+    return "\n\n".join(told)
+
+
+def _above(point: Mapping[str, Any], dense: float) -> str:
+    return f"{point['flow_loss'] / dense - 1:+.2%}"
+
+
+def _settings(config: ModelConfig, origin: Mapping[str, Any]) -> str:
+    assert config.mla is not None
+    merged = [f"{lora['name']} (scale {lora['scale']:g})" for lora in origin.get("loras", ())]
+    nope = config.mla.qk_nope_head_dim
+    rows = [
+        ["init", config.mla.init],
+        ["layer", ", ".join(f"{k} = {v}" for k, v in to_dict(config.mla.layer).items())],
+        ["kv_lora_rank, layer by layer", _listed(config.mla.kv_lora_rank)],
+        ["qk_rope_head_dim", _listed([2 * len(pairs) for pairs in config.mla.rope_pairs])],
+        *([["qk_nope_head_dim", nope]] if nope else []),
+        ["source", origin.get("name", UNKNOWN)],
+        ["SHA-256 of its weights", f"`{origin.get('sha256', UNKNOWN)}`"],
+        ["its family", config.family],
+        ["its base model", config.base_model],
+        ["licence of the whole", config.licence],
+        ["LoRAs merged before", ", ".join(merged) or "none"],
+    ]
+    return _table(["setting", "value"], rows)
+
+
+def _recipe(record: Mapping[str, Any]) -> str:
+    """All settings; those that say how long it took are in the record only."""
+    kept = ("convert", "recover", "versions")
+    settings = {name: record[name] for name in kept if name in record}
+    if asked := record.get("source", {}).get("asked"):
+        settings = {"source": asked, **settings}
+    text = json.dumps(without_folders(settings), indent=2, ensure_ascii=False)
+    return f"```json\n{text}\n```\n\nThe whole record is in `conversion.json`."
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def _listed(values: Sequence[int]) -> str:
+    """One number where all layers share it."""
+    return ", ".join(map(str, values[:1] if len(set(values)) == 1 else values))
