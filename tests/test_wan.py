@@ -593,3 +593,23 @@ class TestCommand:
         assert refused(ran)
         assert "--base" in ran.err
         assert not list(tmp_path.iterdir())
+
+
+def test_components_come_from_the_hub_part_by_part(
+    config: ModelConfig, wan_folder: Path, codec: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening takes two small files; the VAE alone is fetched to decode."""
+    taken: list[str] = []
+
+    def fetched(repo: str, *parts: str) -> Path:
+        assert repo == "someone/wan@v1"
+        taken.extend(parts)
+        return wan_folder
+
+    monkeypatch.setattr("vmla_convert.checkpoint.components.fetch_parts", fetched)
+    remote = open_codec(config, CodecConfig("someone/wan@v1"))
+    assert taken == ["vae/config.json", "text_encoder/config.json"]
+    assert torch.equal(remote.decode(latents(1)), codec.decode(latents(1)))
+    assert taken[2:] == ["vae/"]
+    assert torch.equal(remote.encode_prompts([PROMPT]), codec.encode_prompts([PROMPT]))
+    assert sorted(taken[3:]) == ["text_encoder/", "tokenizer/"]
