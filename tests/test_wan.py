@@ -26,6 +26,7 @@ from vmla_convert.config import (
     CodecConfig,
     ConvertConfig,
     DataConfig,
+    GenerateConfig,
     Geometry,
     ModelConfig,
     SourceConfig,
@@ -34,6 +35,7 @@ from vmla_convert.errors import CheckpointError, ConfigError, MissingExtraError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines import wan as pipeline
 from vmla_convert.pipelines.codecs import Codec, open_codec
+from vmla_convert.pipelines.compare import compare
 from vmla_convert.pipelines.convert import convert
 from vmla_convert.pipelines.data import open_clips
 from vmla_convert.pipelines.generate import (
@@ -352,8 +354,8 @@ class TestGenerating:
 
         chunks = generate(model, PROMPT, 8, switches=[Switch(4, ["a city"])], text=Counting())
         next(chunks)
-        assert read == [[PROMPT], ["a city"]]
-        assert len(list(chunks)) == 3 and len(read) == 2
+        assert read == [[PROMPT, "a city"]]
+        assert len(list(chunks)) == 3 and len(read) == 1
 
 
 class TestPrefix:
@@ -431,6 +433,16 @@ class TestPrefix:
             with pytest.raises(ConfigError, match=name) as caught:
                 read_prefix(tmp_path / name, codec, LATENT_SIZE, 3)
             assert caught.value.hint
+
+
+def test_a_comparison_shows_and_scores_nothing(
+    source: SourceConfig, converted: Path, codec: Codec, tmp_path: Path
+) -> None:
+    """Scores need the ground truth that only the demo world has."""
+    config = GenerateConfig((PROMPT,), frames=3)
+    models = load(source), load(converted)
+    assert compare(*models, config, tmp_path / "a.mp4", codec=codec) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"a.mp4", "a.png"}
 
 
 class TestFilm:
