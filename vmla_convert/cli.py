@@ -551,7 +551,7 @@ def generate(
     ] = None,
     frames: Annotated[
         int | None,
-        typer.Option(min=1, help="The same in latent frames; 20 where neither is given."),
+        typer.Option(min=1, help="The same in latent frames; 20 if neither is given."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of all noise.")] = 0,
     compare: Annotated[
