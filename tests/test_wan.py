@@ -474,10 +474,11 @@ class TestFilm:
     ) -> None:
         """A chunk's pixels are gone before the next chunk but one is made."""
         made: list[weakref.ref[Tensor]] = []
+        decoder = codec.decoder()
 
         class Watched:
             def decode(self, latents: Tensor) -> Tensor:
-                pixels = codec.decode(latents)
+                pixels = decoder.decode(latents)
                 made.append(weakref.ref(pixels))
                 return pixels
 
