@@ -234,10 +234,10 @@ def test_every_converted_layer_tells_how_much_of_its_rank_it_fills(
 ) -> None:
     config = replace(CONVERT, init=init, layer=layer, kv_lora_rank=8, qk_rope_head_dim=None)
     model = convert_model(dense, config, evidence_of(dense, measured, layer))
-    rows = learned_spectrum_rows(model, seed=3)
+    rows = learned_spectrum_rows(model, 5, seed=3)
     assert [row.layer for row in rows] == [0, 1]
     assert {row.metric for row in rows} == {"effective_rank_99"}
-    told = {"run": run_name(model.config), "init": init, "seed": 3, **to_dict(layer)}
+    told = {"run": run_name(model.config), "init": init, "seed": 3, "step": 5, **to_dict(layer)}
     assert all(has_fields(row, told) and 0 < row.value <= 8 for row in rows)
     read = model.state_dict().__getitem__
     for row in rows:
@@ -258,7 +258,9 @@ def test_the_operator_of_truncated_heads_is_what_queries_see_of_it(
     for attention in model.self_attentions():
         # As recovery may leave it: no longer of orthonormal rows.
         attention.get_parameter("q_nope_map")[0] *= 100
-    for row, attention in zip(learned_spectrum_rows(model), model.self_attentions(), strict=True):
+    for row, attention in zip(
+        learned_spectrum_rows(model, 0), model.self_attentions(), strict=True
+    ):
         weights = {name: tensor.double() for name, tensor in attention.state_dict().items()}
         rows = weights["kv_b_proj_k.weight"].unflatten(0, (2, 6))
         keys = torch.cat([a.mT @ u for a, u in zip(weights["q_nope_map"], rows, strict=True)])

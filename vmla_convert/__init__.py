@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vmla_convert.pipelines.codecs import open_codec
     from vmla_convert.pipelines.convert import convert
     from vmla_convert.pipelines.generate import generate
     from vmla_convert.pipelines.inspect import inspect_checkpoint as inspect
@@ -22,13 +23,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "convert", "generate", "inspect", "load"]
+__all__ = ["__version__", "convert", "generate", "inspect", "load", "open_codec"]
 
 _LAZY = {
     "convert": ("vmla_convert.pipelines.convert", "convert"),
     "generate": ("vmla_convert.pipelines.generate", "generate"),
     "inspect": ("vmla_convert.pipelines.inspect", "inspect_checkpoint"),
     "load": ("vmla_convert.pipelines.load", "load"),
+    "open_codec": ("vmla_convert.pipelines.codecs", "open_codec"),
 }
 
 

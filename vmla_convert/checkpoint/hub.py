@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NoReturn
 
 from vmla_convert.checkpoint.known import KNOWN, known_by_repo
 from vmla_convert.checkpoint.source import (
@@ -145,6 +145,29 @@ def _fetch(listing: _Listing, chosen: str) -> Path:
     return path
 
 
+def fetch_parts(repo: str, *parts: str) -> Path:
+    """Fetch files of a repository that is no checkpoint alone, or find them in the Hub's cache.
+
+    Args:
+        repo: "owner/name" or "owner/name@revision".
+        parts: Files, and folders with a final slash.
+
+    Returns:
+        The local folder that stands for the repository.
+
+    Raises:
+        CheckpointError: As `fetch`.
+    """
+    listing, root = _list(repo), Path()
+    for part in parts:
+        files = sorted(f for f in listing.files if _is_in(f, part))
+        if not files:
+            _refuse_part(listing, part)
+        for file in files:
+            root = _download(listing, file).parents[file.count("/")]
+    return root
+
+
 @dataclass(frozen=True)
 class _Listing:
     """The files of a repository: all of them, or those in the cache while the Hub is `away`.
@@ -259,6 +282,19 @@ def _only(found: list[str], listing: _Listing, where: str) -> str:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _is_in(file: str, part: str) -> bool:
+    return file == part or (part.endswith("/") and file.startswith(part))
+
+
+def _refuse_part(listing: _Listing, part: str) -> NoReturn:
+    if listing.away:
+        raise _lacking(listing, f"'{part}' of {listing.repo}")
+    raise CheckpointError(
+        f"{listing.repo} has no {part}",
+        f"see https://huggingface.co/{listing.repo}/tree/{listing.revision}",
+    )
 
 
 def _require(listing: _Listing, file: str) -> None:

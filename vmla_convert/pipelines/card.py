@@ -14,6 +14,7 @@ from huggingface_hub import ModelCardData
 from vmla_convert.checkpoint.known import KNOWN
 from vmla_convert.checkpoint.licences import OTHER, UNKNOWN
 from vmla_convert.config import ModelConfig
+from vmla_convert.pipelines.codecs import latent_frames_per_second
 from vmla_convert.tables import to_dict
 
 CARD_NAME = "README.md"
@@ -22,8 +23,6 @@ STRIPS = ("strip.png", "compare.png")
 
 _SEAL = "<!-- made by vmla-convert: "
 _SECONDS = (5, 30, 60)
-# Wan: 16 frames a second, four to a latent one. The demo world: eight, each its own latent.
-_LATENTS_A_SECOND = {"wan": 4, "demo": 8}
 
 
 def model_card(
@@ -128,7 +127,7 @@ def _licence(config: ModelConfig, origin: Mapping[str, Any]) -> str:
 
 def _usage(place: str, config: ModelConfig) -> str:
     prompt = "7" if config.codec == "demo" else "a red kite over the sea"
-    frames = 60 * _LATENTS_A_SECOND[config.codec]
+    frames = round(60 * latent_frames_per_second(config))
     return f"""```sh
 pip install vmla-convert
 vmla generate "{place}" --prompt "{prompt}" -o clip.mp4
@@ -145,9 +144,9 @@ for chunk in vmla.generate(model, prompt="{prompt}", frames={frames}):
 
 def _cache(config: ModelConfig) -> str:
     """Bytes by length, dense and converted."""
-    dense, rate = replace(config, mla=None), _LATENTS_A_SECOND[config.codec]
+    dense, rate = replace(config, mla=None), latent_frames_per_second(config)
     window = config.cache.window_frames
-    lengths = [(f"{seconds} s", seconds * rate) for seconds in _SECONDS]
+    lengths = [(f"{seconds} s", round(seconds * rate)) for seconds in _SECONDS]
     rows = [
         [label, frames, f"{dense.cache_bytes(frames):,}", f"{config.cache_bytes(frames):,}"]
         for label, frames in [*lengths, ("**its window**", window)]
