@@ -14,6 +14,7 @@ from vmla_convert import config
 from vmla_convert.config import (
     PAPER_LAYER,
     CachePolicy,
+    CodecConfig,
     ConvertConfig,
     DataConfig,
     DMDConfig,
@@ -68,6 +69,7 @@ EVERY_CONFIG: list[Any] = [
     DENSE.cache,
     SamplerConfig(denoising_step_list=(1000, 500), shift=3.0, renoise=False),
     RuntimeConfig("absorbed", 16, "int4", "int8", offload=True),
+    CodecConfig("a/b", vae_tiling=True, cpu_offload=True),
     CONVERTED.mla,
     SPLIT,
     FOLDED,
