@@ -338,10 +338,11 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, Path, object]
     """The recipes that a command ran, in place of running them."""
     calls: list[tuple[Recipe, Path, object]] = []
 
-    def record(recipe: Recipe, folder: Path, _: object, only: object) -> None:
+    def record(recipe: Recipe, folder: Path, _: object, only: object) -> bool:
         calls.append((recipe, folder, only))
         folder.mkdir()
         (folder / "made").touch()
+        return True
 
     monkeypatch.setattr("vmla_convert.recipe.run_recipe", record)
     return calls

@@ -220,7 +220,12 @@ def test_spectra_are_told_for_every_layer_with_and_without_data(
         for layer in range(MODEL.geometry.num_layers)
     }
     energy = [row for row in rows if row.metric == "energy_at_rank"]
-    assert all(row.kv_lora_rank == 8 and 0 < row.value < 1 for row in energy)
+    at_eight = [row.value for row in energy if row.kv_lora_rank == 8]
+    assert len(at_eight) == 4
+    assert all(0 < value < 1 for value in at_eight)
+    drawn = [row.kv_lora_rank for row in energy if (row.run, row.layer) == ("weights", 0)]
+    assert drawn == sorted(set(drawn), key=lambda rank: rank or 0)
+    assert (drawn[0], drawn[-1]) == (1, MODEL.geometry.dim)
     ranks = [row.value for row in rows if row.metric == "effective_rank_99"]
     assert all(8 < rank <= MODEL.geometry.dim for rank in ranks)
 
