@@ -44,7 +44,11 @@ class Section:
         marked: Index into `table` of the line that stands out.
         image: Path of a PNG, relative to the report's folder.
         alt: What the image shows.
+        data: Path of the CSV that holds what the image draws, likewise.
+        images: What further images show, by path.
+        code: Commands to copy.
         link: Path of another file, relative to the report's folder.
+        anchor: Name to link to the section by.
     """
 
     title: str
@@ -54,7 +58,11 @@ class Section:
     marked: int | None = None
     image: str = ""
     alt: str = ""
+    data: str = ""
+    images: dict[str, str] = field(default_factory=dict)
+    code: str = ""
     link: str = ""
+    anchor: str = ""
 
 
 def to_markdown(title: str, sections: Sequence[Section]) -> str:
@@ -68,7 +76,12 @@ def to_markdown(title: str, sections: Sequence[Section]) -> str:
             blocks.append(_markdown_table(section.table, section.marked))
         if section.image:
             blocks.append(f"![{section.alt}]({section.image})")
+        blocks += [f"![{alt}]({image})\n\n{alt}" for image, alt in section.images.items()]
+        if section.data:
+            blocks.append(f"Data: [{section.data}]({section.data})")
         blocks += section.paragraphs
+        if section.code:
+            blocks.append(f"```sh\n{section.code}\n```")
         if section.link:
             blocks.append(f"[{section.link}]({section.link})")
     return "\n\n".join(blocks) + "\n"
@@ -109,11 +122,22 @@ def _html_section(section: Section, folder: Path) -> str:
     if section.image:
         source = _image_source(folder, section.image)
         parts.append(f'<figure><img src="{source}" alt="{escape(section.alt)}"></figure>')
+    for image, alt in section.images.items():
+        source, alt = _image_source(folder, image), escape(alt)
+        parts.append(
+            f'<figure><img src="{source}" alt="{alt}"><figcaption>{alt}</figcaption></figure>'
+        )
+    if section.data:
+        data = escape(section.data)
+        parts.append(f'<p>Data: <a href="{data}">{data}</a></p>')
     parts += [f"<p>{escape(paragraph)}</p>" for paragraph in section.paragraphs]
+    if section.code:
+        parts.append(f"<pre><code>{escape(section.code)}</code></pre>")
     if section.link:
         link = escape(section.link)
         parts.append(f'<p><a href="{link}">{link}</a></p>')
-    return "<section>\n" + "\n".join(parts) + "\n</section>"
+    anchor = f' id="{escape(section.anchor)}"' if section.anchor else ""
+    return f"<section{anchor}>\n" + "\n".join(parts) + "\n</section>"
 
 
 def _html_table(table: list[list[str]], marked: int | None) -> str:
