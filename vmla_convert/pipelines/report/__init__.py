@@ -13,7 +13,7 @@ from vmla_convert.config import ReportConfig
 from vmla_convert.errors import VmlaError
 from vmla_convert.pipelines.report.pages import to_html, to_markdown
 from vmla_convert.pipelines.report.panels import Chart, chart_csv
-from vmla_convert.pipelines.report.plots import draw_chart
+from vmla_convert.pipelines.report.plots import draw_chart, save_figure
 from vmla_convert.pipelines.report.sections import PLOTS, draw_charts, report_sections
 from vmla_convert.pipelines.report.tables import decisive_table
 from vmla_convert.results import read_rows
@@ -68,7 +68,7 @@ def _save_plots(folder: Path, charts: dict[str, Chart]) -> list[Path]:
     written: list[Path] = []
     for name, figure in figures.items():
         image, data = folder / f"{name}.png", folder / f"{name}.csv"
-        figure.savefig(image)
+        save_figure(figure, image)
         data.write_text(chart_csv(charts[name]), encoding="utf-8")
         written += [image, data]
     return written

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from vmla_convert.pipelines.report.panels import (
+    GREY,
     INIT_COLOURS,
     INK,
     MARKERS,
@@ -28,6 +30,7 @@ from vmla_convert.results import Row
 
 MOST_PANELS = 18
 MOST_ROLLOUTS = 6
+DASHES = ["-", "--", ":", "-."]
 ROLLOUT_METRICS = {
     "background_psnr": ("background PSNR", "higher is better"),
     "digit_accuracy": ("digit accuracy", "higher is better"),
@@ -55,11 +58,20 @@ def recovery_loss_chart(points: Sequence[Point], bound: float) -> Chart | None:
     def percent(point: Point) -> dict[int, float]:
         return {step: 100 * loss for step, loss in point.losses.items()}
 
-    guide = Guide(100 * bound, f"bound +{100 * bound:g} %")
+    name = f"bound +{100 * bound:g} %"
+    guide = Guide(100 * bound, name, named=False)
     ylabel = "flow loss above dense (%)"
     return _small_multiples(
         [
-            Panel(title, layer, "step of recovery", ylabel, lines, yscale="symlog", guides=[guide])
+            Panel(
+                title,
+                "\n".join(filter(None, (layer, f"dashed: {name}"))),
+                "step of recovery",
+                ylabel,
+                lines,
+                yscale="symlog",
+                guides=[guide],
+            )
             for title, layer, lines in _recovery_panels(points, percent)
         ]
     )
@@ -91,9 +103,12 @@ def drift_chart(rows: Sequence[Row], points: Sequence[Point]) -> Chart | None:
 
 
 def _small_multiples(panels: list[Panel], most_columns: int = 3) -> Chart | None:
-    """Two columns for up to four panels, three for more."""
+    """Two columns for up to four panels, three for more; all of one measure on one scale."""
     if not panels:
         return None
+    if len({panel.ylabel for panel in panels}) == 1:
+        heights = [y for panel in panels for line in panel.lines for y in line.ys]
+        panels = [replace(panel, cover=[min(heights), max(heights)]) for panel in panels]
     if len(panels) <= 4:
         return Chart(panels, columns=min(2, len(panels)), height=3.4)
     return Chart(panels, columns=most_columns, height=2.7 if most_columns > 2 else 3.4)
@@ -150,13 +165,13 @@ def _segment_lines(
     """Unit and lines of one metric, dense first; nothing where it was not measured."""
     measured = [row for row in rows if row.metric == metric and row.segment is not None]
     names = _rollout_names(measured, points)
-    palette = list(INIT_COLOURS.values())
-    looks = {key: (palette[i % 6], MARKERS[i % 6]) for i, key in enumerate(names)}
+    looks = _rollout_looks(names, points)
     lines: list[Line] = []
     for key, name in {"dense": "dense", **names}.items():
         curve = _segment_curve([row for row in measured if _rollout_key(row) == key], metric)
-        look = looks.get(key, (INK, "X"))
-        lines += filter(None, [curve_line(name, *look, curve)])
+        colour, marker, dash = looks.get(key, (INK, "X", "-"))
+        line = curve_line(name, colour, marker, curve)
+        lines += [replace(line, dash=dash)] if line is not None else []
     return [(measured[0].unit, lines)] if lines else []
 
 
@@ -178,6 +193,21 @@ def _rollout_names(measured: Sequence[Row], points: Sequence[Point]) -> dict[str
     keys = keys[:MOST_ROLLOUTS]
     short = {k: order[k].name if k in order else "-".join(k.split("-")[:2]) for k in keys}
     return short if len(set(short.values())) == len(short) else {key: key for key in keys}
+
+
+def _rollout_looks(
+    names: Iterable[str], points: Sequence[Point]
+) -> dict[str, tuple[str, str, str]]:
+    """Colour of the init, as in every plot; its settings differ in marker and dashes."""
+    inits = {_point_rollout_key(point): point.init for point in points}
+    colours = {init: look[0] for init, look in init_looks(inits.values()).items()}
+    spare = [colour for colour in INIT_COLOURS.values() if colour not in colours.values()]
+    looks: dict[str, tuple[str, str, str]] = {}
+    for number, key in enumerate(names):
+        colour = colours.get(inits.get(key, ""), (spare or [GREY])[number % max(1, len(spare))])
+        place = sum(look[0] == colour for look in looks.values())
+        looks[key] = colour, MARKERS[place % len(MARKERS)], DASHES[place % len(DASHES)]
+    return looks
 
 
 def _rollout_key(row: Row) -> str:

@@ -42,6 +42,7 @@ class Line:
         hollow: How many markers, from the first on, are not filled.
         marker_size: In points.
         glyph: A letter inside each marker.
+        notes: Words beside each marker.
         shift: To the right, in points, so that markers at one place stand side by side.
         alpha: Opacity.
         stepped: Whether the line keeps its height up to the next x.
@@ -58,6 +59,7 @@ class Line:
     hollow: int = 0
     marker_size: float = 4.0
     glyph: str = ""
+    notes: list[str] = field(default_factory=list)
     shift: float = 0.0
     alpha: float = 1.0
     stepped: bool = False
@@ -65,11 +67,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Guide:
-    """A dashed line across a panel, with its name on it."""
+    """A dashed line across a panel, with its name on it where `named`."""
 
     value: float
     label: str
     upright: bool = False
+    named: bool = True
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,8 @@ class Panel:
         yscale: Likewise.
         guides: Lines to compare with.
         ylimits: Of the axis; None chooses them.
+        cover: Heights that the axis has to reach, so that panels can be compared.
         xticks: Labels by place; None chooses them.
-        equal: Whether both axes have the same range.
     """
 
     title: str
@@ -99,8 +102,8 @@ class Panel:
     yscale: str = "linear"
     guides: list[Guide] = field(default_factory=list)
     ylimits: tuple[float, float] | None = None
+    cover: list[float] = field(default_factory=list)
     xticks: dict[float, str] | None = None
-    equal: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vmla_convert.errors import MissingExtraError
 from vmla_convert.pipelines.report.panels import GREY, INK, Chart, Grid, Guide, Line, Panel
@@ -20,7 +22,6 @@ LABEL_INCHES = 0.19
 FRAME_INCHES = 1.0  # of a panel's height that titles and axis labels take
 LEAST_LOG_RANGE = 6.0
 LOG_ROOM = 1.25
-NUMBERED_CELLS = 400
 
 
 def draw_chart(chart: Chart) -> Figure:
@@ -49,6 +50,16 @@ def draw_chart(chart: Chart) -> Figure:
             _draw_panel(ax, panel, LABEL_INCHES / (chart.height - FRAME_INCHES))
         _finish(ax, panel, small)
     return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG of at most 256 colours, a third of the size it would have."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    picture = Image.open(buffer).convert("RGB")
+    picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def spread_apart(positions: Sequence[float], gap: float, top: float = math.inf) -> list[float]:
@@ -88,7 +99,8 @@ def _draw_panel(ax: Axes, panel: Panel, label_gap: float) -> None:
     _scale_heights(ax, panel)
     _scale_widths(ax, panel)
     for guide in panel.guides:
-        _name_guide(ax, guide)
+        if guide.named:
+            _name_guide(ax, guide)
     _label_ends(ax, [line for line in panel.lines if line.named], label_gap)
 
 
@@ -96,10 +108,13 @@ def _draw_line(ax: Axes, line: Line) -> None:
     """The line, then its markers one by one, where some are hollow or carry a letter."""
     from matplotlib.transforms import ScaledTranslation
 
-    figure = ax.get_figure()
-    assert figure is not None
-    shift = ScaledTranslation(line.shift / 72, 0, figure.dpi_scale_trans)  # pyright: ignore
-    how = {"color": line.colour, "alpha": line.alpha, "transform": ax.transData + shift}
+    how: dict[str, Any] = {"color": line.colour, "alpha": line.alpha}
+    if line.shift:
+        figure = ax.get_figure()
+        assert figure is not None
+        shift = ScaledTranslation(line.shift / 72, 0, figure.dpi_scale_trans)  # pyright: ignore
+        # Axes do not see what is shifted: a panel with shifts sets its own range, by `xticks`.
+        how["transform"] = ax.transData + shift
     if line.width:
         drawstyle = "steps-post" if line.stepped else "default"
         behind = 1 if line.stepped else 2
@@ -109,6 +124,11 @@ def _draw_line(ax: Axes, line: Line) -> None:
         )  # fmt: skip
     if not line.marker:
         return
+    for x, y, note in zip(line.xs, line.ys, line.notes, strict=False):
+        ax.annotate(
+            note, (x, y), (line.marker_size, 0), "data", "offset points", color=GREY,
+            fontsize=7.5, va="center",
+        )  # fmt: skip
     rings = line.hollow and line.marker_size > 12
     for number, (x, y) in enumerate(zip(line.xs, line.ys, strict=True)):
         hollow = number < line.hollow
@@ -130,9 +150,11 @@ def _scale_heights(ax: Axes, panel: Panel) -> None:
 
     heights = [y for line in panel.lines for y in line.ys]
     heights += [guide.value for guide in panel.guides if not guide.upright]
+    heights += panel.cover
     if panel.yscale == "symlog":
         ax.set_yscale("symlog", linthresh=1)
-        ax.set_ylim(2 * min(0.0, *heights), 2.5 * max(1.0, *heights))
+        # A zero keeps room below, for markers on it.
+        ax.set_ylim(min(-0.3, 2 * min(heights)), 2.5 * max(1.0, *heights))
     elif panel.yscale == "log":
         low, high = min(heights), max(heights)
         room = max(LOG_ROOM, math.sqrt(LEAST_LOG_RANGE / (high / low)))
@@ -161,23 +183,22 @@ def _scale_widths(ax: Axes, panel: Panel) -> None:
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ax.xaxis.set_minor_locator(NullLocator())
+    elif any(guide.upright for guide in panel.guides):
+        ax.margins(x=0.08)
     elif all(x == round(x) for line in panel.lines for x in line.xs):
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
 
 
 def _name_guide(ax: Axes, guide: Guide) -> None:
-    """The guide's name on it, at the end where lines begin and names of lines are not."""
-    how = {"color": GREY, "fontsize": 7.5, "zorder": 2}
+    """The guide's name on it, at its start: names of lines are at their ends."""
+    behind = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.5}
+    how: dict[str, Any] = {"color": GREY, "fontsize": 7.5, "zorder": 2.5, "bbox": behind}
     if guide.upright:
         to_axes = ax.get_xaxis_transform()
-        ax.annotate(
-            guide.label, (guide.value, 1), (3, -3), to_axes, "offset points", va="top", **how
-        )
-    elif guide.label:
+        ax.annotate(guide.label, (guide.value, 0), (3, 4), to_axes, "offset points", **how)
+    else:
         to_axes = ax.get_yaxis_transform()
-        ax.annotate(
-            guide.label, (1, guide.value), (-2, 2), to_axes, "offset points", ha="right", **how
-        )
+        ax.annotate(guide.label, (0, guide.value), (3, 2.5), to_axes, "offset points", **how)
 
 
 def _label_ends(ax: Axes, lines: Sequence[Line], gap: float) -> None:
@@ -215,13 +236,13 @@ def _draw_grid(ax: Axes, grid: Grid) -> None:
         cmap=grid.colours,
         vmin=low,
         vmax=high,
-        edgecolors="#ececea",
+        edgecolors="face" if grid.scale else "#ececea",
         linewidth=0.4,
     )
     ax.set_ylim(layers[-1] + 0.5, layers[0] - 0.5)
     if grid.scale:
         _draw_scale(ax, grid, mesh)
-    elif len(grid.cells) <= NUMBERED_CELLS:
+    else:
         _number_cells(ax, grid)
     _draw_bands(ax, grid, indices)
     _tick_integers(ax)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from vmla_convert.pipelines.report.points import PLAIN, Dense, Kept, Point, size
 from vmla_convert.pipelines.report.wording import format_cut, format_number
 
 MOST_BESIDE = 6
-BESIDE_POINTS = 11.0
+BESIDE_POINTS = 9.0
 CROWDED_POINTS = 60.0
 LEAST_TICK_SHARE = 0.11
 
@@ -46,20 +47,23 @@ class Placed(NamedTuple):
         return math.inf if reached is None else reached
 
 
-def quality_chart(points: Sequence[Point], dense: Dense | None, best: Point | None) -> Chart | None:
-    """Flow loss, then velocity_error, against the bytes that a token takes in a layer.
+def quality_chart(
+    points: Sequence[Point], dense: Dense | None, best: Point | None, bound: float
+) -> Chart | None:
+    """Flow loss above dense, then velocity_error, against the bytes of a token in a layer.
 
     Args:
         points: All settings.
         dense: Drawn among them where its size and its loss are known.
         best: The recommended one, which gets a ring.
+        bound: Flow loss allowed above the dense model's, as a share of it.
     """
     sized = [point for point in points if math.isfinite(point.size)]
-    losses = _placed(sized, lambda point: point.flow_losses, best)
-    errors = _placed(sized, lambda point: point.errors, best)
+    losses = _placed(sized, lambda p: {s: 100 * x for s, x in p.losses.items()}, best)
+    errors = _placed(sized, lambda p: {s: x for s, x in p.errors.items() if x > 0}, best)
     panels: list[Panel] = []
     if losses:
-        panels.append(_loss_panel(losses, dense, best))
+        panels.append(_loss_panel(losses, dense, best, bound))
     if errors:
         panels.append(
             Panel(
@@ -78,34 +82,33 @@ def quality_chart(points: Sequence[Point], dense: Dense | None, best: Point | No
 
 def speed_chart(points: Sequence[Point], best: Point | None) -> Chart | None:
     """velocity_error against seconds of a step, relative to the dense model's."""
-    timed = {
-        init: [
-            (p.seconds_ratio, p.final_error)
-            for p in points
-            if p.init == init and _drawable(p.seconds_ratio) and _drawable(p.final_error)
-        ]
-        for init in init_looks(point.init for point in points)
-    }
-    looks = init_looks(init for init, places in timed.items() if places)
-    if not looks:
-        return None
-    lines = [
-        Line(
-            init,
-            *look,
-            [x for x, _ in timed[init] if x is not None],
-            [y for _, y in timed[init]],
-            width=0,
-            marker_size=7,
-        )
-        for init, look in looks.items()
+    timed = [
+        (point, ratio)
+        for point in points
+        if (ratio := point.seconds_ratio) and _drawable(ratio) and _drawable(point.final_error)
     ]
-    ringed = best is not None and (best.seconds_ratio, best.final_error) in timed[best.init]
-    if best is not None and best.seconds_ratio is not None and ringed:
-        lines.append(_ring(best.seconds_ratio, best.final_error))
+    if not timed:
+        return None
+    front = _speed_front(timed)
+    lines: list[Line] = []
+    for init, look in init_looks(point.init for point, _ in timed).items():
+        own = [(point, ratio) for point, ratio in timed if point.init == init]
+        lines.append(
+            Line(
+                init,
+                *look,
+                [ratio for _, ratio in own],
+                [point.final_error for point, _ in own],
+                width=0,
+                marker_size=7,
+                notes=[_speed_note(point) if point in front else "" for point, _ in own],
+            )
+        )
+    rings = [_ring(ratio, point.final_error) for point, ratio in timed if point == best]
+    lines += rings
     panel = Panel(
         "Quality against speed",
-        "each marker a setting; lower left is best" + ("; ring: recommended" if ringed else ""),
+        "each marker a setting; lower left is best" + ("; ring: recommended" if rings else ""),
         "seconds of a denoising step (dense model = 1)",
         "velocity error (share)",
         lines,
@@ -115,25 +118,37 @@ def speed_chart(points: Sequence[Point], best: Point | None) -> Chart | None:
     return Chart([panel], height=3.8)
 
 
-def _loss_panel(placed: list[Placed], dense: Dense | None, best: Point | None) -> Panel:
-    """Flow loss with the dense model at its own place."""
-    lines, guides = _setting_lines(placed, best), list[Guide]()
-    known = dense is not None and _drawable(dense.flow_loss)
-    if dense is not None and dense.flow_loss is not None and known:
-        guides.append(Guide(dense.flow_loss, "" if dense.size else "dense"))
-        if dense.size:
-            xs, ys = [dense.size], [dense.flow_loss]
-            lines.append(Line("dense", INK, "X", xs, ys, width=0, marker_size=8))
+def _speed_front(timed: Sequence[tuple[Point, float]]) -> list[Point]:
+    """Settings that no other beats in both, the ones to choose from."""
+    front: list[Point] = []
+    for point, _ in sorted(timed, key=lambda pair: (pair[1], pair[0].final_error)):
+        if not front or point.final_error < front[-1].final_error:
+            front.append(point)
+    return front
+
+
+def _speed_note(point: Point) -> str:
+    size = f"{format_number(point.size)} bytes" if math.isfinite(point.size) else point.split
+    return ", ".join(filter(None, (size, point.kept.words)))
+
+
+def _loss_panel(
+    placed: list[Placed], dense: Dense | None, best: Point | None, bound: float
+) -> Panel:
+    """Flow loss above dense, with the dense model at its own place."""
+    lines = _setting_lines(placed, best)
+    if dense is not None and dense.size:
+        lines.append(Line("dense", INK, "X", [dense.size], [0.0], width=0, marker_size=8))
     return Panel(
         "Flow loss against bytes",
-        _reading(placed, best) + ("; dashed: dense" if guides else ""),
+        _reading(placed, best),
         "cache (bytes per token and layer; change against the dense model's)",
-        "flow loss (squared velocity)",
+        "flow loss above dense (%)",
         lines,
         xscale="log",
-        yscale="log",
-        guides=guides,
-        xticks=_size_ticks(placed, dense if known else None),
+        yscale="symlog",
+        guides=[Guide(100 * bound, f"bound +{100 * bound:g} %")],
+        xticks=_size_ticks(placed, dense),
     )
 
 
@@ -159,10 +174,10 @@ def _placed(
     """
     drawn: list[Placed] = []
     for point in points:
-        start, end = (curve(point).get(step) for step in (0, point.last_step))
-        ends = [value if _drawable(value) else None for value in (start, end)]
-        if ends != [None, None]:
-            drawn.append(Placed(point, ends[0], ends[1]))
+        finite = {step: y for step, y in curve(point).items() if math.isfinite(y)}
+        start, end = finite.get(0), finite.get(point.last_step)
+        if start is not None or end is not None:
+            drawn.append(Placed(point, start, end))
     return [
         place
         for group in size_groups([place.point for place in drawn])
@@ -230,7 +245,10 @@ def _front(placed: Sequence[Placed]) -> Line:
     if xs[-1] < largest:
         xs.append(largest)
         ys.append(ys[-1])
-    return Line("best so far", LIGHT, "", xs, ys, named=False, width=6, alpha=0.6, stepped=True)
+    return Line(
+        "best so far", LIGHT, "", xs, ys, named=False, width=6, alpha=0.6, stepped=True,
+        shift=_middle_shift([place for place in placed if place.reached in ys]),
+    )  # fmt: skip
 
 
 def _init_line(init: str, colour: str, own: Sequence[Placed]) -> Line:
@@ -238,7 +256,15 @@ def _init_line(init: str, colour: str, own: Sequence[Placed]) -> Line:
     best: dict[float, float] = {}
     for place in own:
         best[place.point.size] = min(place.reached, best.get(place.point.size, math.inf))
-    return Line(init, colour, "", list(best), list(best.values()), width=1.2, dash=":", alpha=0.6)
+    return Line(
+        init, colour, "", list(best), list(best.values()), width=1.2, dash=":", alpha=0.6,
+        shift=_middle_shift(own),
+    )  # fmt: skip
+
+
+def _middle_shift(placed: Sequence[Placed]) -> float:
+    """Where a line through several settings runs, so that it meets their markers."""
+    return statistics.median_low(place.shift for place in placed)
 
 
 def _ring(x: float, y: float, shift: float = 0.0) -> Line:

@@ -6,16 +6,18 @@ import math
 from collections.abc import Sequence
 
 from vmla_convert.pipelines.report.panels import Chart, Grid
-from vmla_convert.pipelines.report.points import Point, group_medians, point_key
+from vmla_convert.pipelines.report.points import PLAIN, Point, group_medians, point_key
 from vmla_convert.results import Row
 
 XLABEL = "RoPE pair of a head (index)"
 ROW_INCHES, FRAME_INCHES = 0.17, 1.3
 
 
-def rope_pairs_chart(rows: Sequence[Row], points: Sequence[Point]) -> Chart | None:
+def rope_pairs_chart(
+    rows: Sequence[Row], points: Sequence[Point], best: Point | None
+) -> Chart | None:
     """How many rope keys of each layer turn as each pair."""
-    own = _rows_of_best(rows, points, "rope_pair")
+    own = _rows_of_best(rows, points, best, "rope_pair")
     if not own:
         return None
     cells, bands = _cells(own, "rope_pair")
@@ -35,7 +37,7 @@ def rope_pairs_chart(rows: Sequence[Row], points: Sequence[Point]) -> Chart | No
     return Chart([grid], height=_height(len(layers)))
 
 
-def phases_chart(rows: Sequence[Row], points: Sequence[Point]) -> Chart | None:
+def phases_chart(rows: Sequence[Row], points: Sequence[Point], best: Point | None) -> Chart | None:
     """The expected phase of each layer and pair that is folded into content: length and angle."""
     kinds = {
         "phase_length": ("Length of the phase", (0.0, 1.0), "viridis", "mean |phase|"),
@@ -48,7 +50,7 @@ def phases_chart(rows: Sequence[Row], points: Sequence[Point]) -> Chart | None:
     panels: list[Grid] = []
     layers = 0
     for metric, (title, limits, colours, scale) in kinds.items():
-        own = _rows_of_best(rows, points, metric)
+        own = _rows_of_best(rows, points, best, metric)
         if own:
             cells, bands = _cells(own, metric)
             layers = max(layers, len({layer for layer, _ in cells}))
@@ -63,14 +65,20 @@ def _height(layers: int) -> float:
     return FRAME_INCHES + ROW_INCHES * max(layers, 6)
 
 
-def _rows_of_best(rows: Sequence[Row], points: Sequence[Point], metric: str) -> list[Row]:
-    """Rows of the most accurate point that has any of the metric."""
+def _rows_of_best(
+    rows: Sequence[Row], points: Sequence[Point], best: Point | None, metric: str
+) -> list[Row]:
+    """Rows of the recommended point, or of the most accurate one that has any of the metric."""
     measured = [r for r in rows if r.metric == metric and None not in (r.layer, r.pair)]
     if not measured:
         return []
-    errors = {p.key: p.final_error for p in reversed(points)}
-    best = min(map(point_key, measured), key=lambda key: errors.get(key, math.inf))
-    return [row for row in measured if point_key(row) == best]
+    errors = {p.key: p.final_error for p in points if p.kept == PLAIN}
+    keys = {point_key(row) for row in measured}
+    if best is not None and best.key in keys:
+        shown = best.key
+    else:
+        shown = min(sorted(keys), key=lambda key: errors.get(key, math.inf))
+    return [row for row in measured if point_key(row) == shown]
 
 
 def _cells(rows: Sequence[Row], metric: str) -> tuple[dict[tuple[int, int], float], dict[int, str]]:
@@ -80,5 +88,5 @@ def _cells(rows: Sequence[Row], metric: str) -> tuple[dict[tuple[int, int], floa
 
 
 def _name(row: Row, points: Sequence[Point]) -> str:
-    names = (point.name for point in points if point.key == point_key(row))
+    names = (p.name for p in points if p.key == point_key(row) and p.kept == PLAIN)
     return next(names, row.run)

@@ -39,13 +39,13 @@ from vmla_convert.pipelines.report.tables import (
 )
 from vmla_convert.results import Row
 
-STRIPS_BYTES = 1_000_000  # of strips inside the page, which is to stay under 3 MB
+STRIPS_BYTES = 600_000  # of strips inside the page, which is to stay under 3 MB
 
 # Heading, what the picture shows, and a sentence to read it by.
 PLOTS = {
     "quality": (
         "Quality against bytes",
-        "flow loss and velocity_error of every setting against bytes per token",
+        "flow loss above dense and velocity_error of every setting against bytes per token",
         "Where settings are many, the best of each init and way of keeping is drawn; the table "
         "above has all.",
     ),
@@ -110,14 +110,14 @@ def draw_charts(rows: Sequence[Row], bound: float) -> dict[str, Chart]:
     recommended = recommend(points, bound)
     best = recommended.point if recommended is not None else None
     charts = {
-        "quality": quality_chart(points, dense, best),
+        "quality": quality_chart(points, dense, best, bound),
         "speed": speed_chart(points, best),
         "recovery": recovery_chart(points),
         "recovery_loss": recovery_loss_chart(points, bound),
         "spectra": spectra_chart(rows, dense, best),
         "effective_rank": effective_rank_chart(rows),
-        "rope_pairs": rope_pairs_chart(rows, points),
-        "phases": phases_chart(rows, points),
+        "rope_pairs": rope_pairs_chart(rows, points, best),
+        "phases": phases_chart(rows, points, best),
         "rollout": rollout_chart(rows, points),
         "drift": drift_chart(rows, points),
     }

@@ -39,7 +39,8 @@ SPECTRA_RUNS = {
 def spectra_chart(rows: Sequence[Row], dense: Dense | None, best: Point | None) -> Chart | None:
     """Kept energy by rank, then the 99 %-energy rank and the chosen rank by layer."""
     spectra = [row for row in rows if row.run in SPECTRA_RUNS and row.layer is not None]
-    panels = [*_energy_panels(spectra), *_rank_panels(spectra, rows, dense, best)]
+    ranks = _chosen_by_layer(spectra, rows, best)
+    panels = [*_energy_panels(spectra, ranks), *_rank_panels(spectra, ranks, dense)]
     return Chart(panels, columns=min(2, len(panels)), height=3.6) if panels else None
 
 
@@ -76,7 +77,7 @@ def effective_rank_chart(rows: Sequence[Row]) -> Chart | None:
     return Chart(panels, columns=min(2, len(panels)), height=3.6) if panels else None
 
 
-def _energy_panels(spectra: Sequence[Row]) -> list[Panel]:
+def _energy_panels(spectra: Sequence[Row], chosen: Mapping[int, float]) -> list[Panel]:
     """Cumulative spectra where several ranks were measured, else energy at the one by layer."""
     energies = [row for row in spectra if row.metric == "energy_at_rank" and row.kv_lora_rank]
     ranks = {row.kv_lora_rank for row in energies}
@@ -84,7 +85,9 @@ def _energy_panels(spectra: Sequence[Row]) -> list[Panel]:
         return [
             panel
             for run, look in SPECTRA_RUNS.items()
-            for panel in _cumulative_panels([r for r in energies if r.run == run], *look)
+            for panel in _cumulative_panels(
+                [r for r in energies if r.run == run], *look[:2], chosen
+            )
         ]
     panels: list[Panel] = []
     for rank in sorted(ranks, key=lambda rank: rank or 0):
@@ -96,9 +99,10 @@ def _energy_panels(spectra: Sequence[Row]) -> list[Panel]:
     return panels
 
 
-def _cumulative_panels(energies: Sequence[Row], name: str, colour: str, marker: str) -> list[Panel]:
+def _cumulative_panels(
+    energies: Sequence[Row], name: str, colour: str, chosen: Mapping[int, float]
+) -> list[Panel]:
     """One panel for one kind of spectrum: a thin line per layer and the median of them."""
-    del marker
     curves: defaultdict[int, dict[int, float]] = defaultdict(dict)
     at = group_medians(energies, "energy_at_rank", lambda r: (r.layer or 0, r.kv_lora_rank or 0))
     for (layer, rank), energy in at.items():
@@ -116,6 +120,10 @@ def _cumulative_panels(energies: Sequence[Row], name: str, colour: str, marker: 
     ranks = sorted(set.intersection(*map(set, curves.values())))
     median = {r: statistics.median(curve[r] for curve in curves.values()) for r in ranks}
     lines += filter(None, [curve_line("median", colour, "", median)])
+    guides = [Guide(ENERGY, "99 %")]
+    if chosen:
+        rank = statistics.median(chosen.values())
+        guides.append(Guide(rank, f"R {format_number(rank)}", upright=True))
     where = "stacked key and value weights" if name == "weights" else "the same on activations"
     return [
         Panel(
@@ -125,23 +133,18 @@ def _cumulative_panels(energies: Sequence[Row], name: str, colour: str, marker: 
             "energy kept (share)",
             lines,
             xscale="log",
-            guides=[Guide(ENERGY, "99 %")],
+            guides=guides,
             ylimits=(0.0, 1.05),
         )
     ]
 
 
 def _rank_panels(
-    spectra: Sequence[Row], rows: Sequence[Row], dense: Dense | None, best: Point | None
+    spectra: Sequence[Row], ranks: Mapping[int, float], dense: Dense | None
 ) -> list[Panel]:
     lines = _run_lines(spectra, "effective_rank_99")
     if not lines:
         return []
-    ranks = _ranks_of(rows, best)
-    if best is not None and best.kv_lora_rank and not ranks:
-        # Rows of a point whose layers share one rank need not repeat it for each.
-        layers = {row.layer for row in spectra if row.layer is not None}
-        ranks = {layer: float(best.kv_lora_rank) for layer in layers}
     chosen = curve_line("chosen", GREY, "D", ranks)
     width = dense.scalars / 2 if dense is not None and dense.scalars else None
     return [
@@ -165,12 +168,18 @@ def _run_lines(rows: Sequence[Row], metric: str) -> list[Line]:
     return lines
 
 
-def _ranks_of(rows: Sequence[Row], point: Point | None) -> dict[int, float]:
-    """R by layer of one point."""
-    if point is None:
+def _chosen_by_layer(
+    spectra: Sequence[Row], rows: Sequence[Row], best: Point | None
+) -> dict[int, float]:
+    """R by layer of the recommended point; empty without one, or where its rows tell none."""
+    if best is None:
         return {}
-    own = [r for r in rows if point_key(r) == point.key and r.init == point.init]
-    return group_medians(own, "kv_lora_rank", lambda row: row.layer)
+    own = [r for r in rows if point_key(r) == best.key and r.init == best.init]
+    ranks = group_medians(own, "kv_lora_rank", lambda row: row.layer)
+    if ranks or not best.kv_lora_rank:
+        return ranks
+    # Rows of a point whose layers share one rank need not repeat it for each.
+    return {row.layer: float(best.kv_lora_rank) for row in spectra if row.layer is not None}
 
 
 def _chosen_ranks(rows: Sequence[Row]) -> dict[tuple[str, str | None, int], float]:
@@ -217,7 +226,7 @@ def _saturation_panels(
                     "layer (index)",
                     "share of R",
                     lines,
-                    guides=[Guide(1.0, "all of R")],
+                    guides=[Guide(1.0, "all of R", named=False)],
                     ylimits=(max(0.0, min(0.8, lowest - 0.05)), 1.06),
                 )
             )
