@@ -91,7 +91,7 @@ def answer_reasons(best: Recommendation | None, dense: Dense | None) -> list[str
         small = best.smaller
         reasons.append(
             f"Of the smaller caches, the best is {_setting(small)}: {format_size(small)}, "
-            f"with flow loss {format_excess(small.final_loss)} over the bound."
+            f"with flow loss {format_excess(small.final_loss)}, over the bound."
         )
     if point.seconds_ratio is not None and math.isfinite(point.seconds_ratio):
         reasons.append(f"Speed: {format_speed(point.seconds_ratio)}.")

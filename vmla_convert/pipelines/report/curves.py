@@ -80,7 +80,14 @@ def recovery_loss_chart(points: Sequence[Point], bound: float) -> Chart | None:
 def rollout_chart(rows: Sequence[Row], points: Sequence[Point]) -> Chart | None:
     """Quality per segment, dense beside converted, a panel for each metric that was measured."""
     panels = [
-        Panel(f"Rollout: {name}", how, "segment of the rollout (index)", f"{name} ({unit})", lines)
+        Panel(
+            f"Rollout: {name}",
+            how,
+            "segment of the rollout (index)",
+            f"{name} ({unit})",
+            lines,
+            ylimits=(0.0, 1.05) if unit.startswith("share") else None,
+        )
         for metric, (name, how) in ROLLOUT_METRICS.items()
         for unit, lines in _segment_lines(rows, points, metric)
     ]

@@ -23,6 +23,7 @@ INIT_COLOURS = {
     "xecomla": "#56B4E9",
 }
 OTHER_COLOURS = ["#000000"]
+LEAST_LOG_WIDTH = math.log(4)  # sizes that rounding keeps apart are not to look far apart
 MARKERS = ["o", "s", "D", "^", "v", "P", "X"]
 
 

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vmla_convert.errors import MissingExtraError
-from vmla_convert.pipelines.report.panels import GREY, INK, Chart, Grid, Guide, Line, Panel
+from vmla_convert.pipelines.report.panels import (
+    GREY,
+    INK,
+    LEAST_LOG_WIDTH,
+    Chart,
+    Grid,
+    Guide,
+    Line,
+    Panel,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -126,7 +135,7 @@ def _draw_line(ax: Axes, line: Line) -> None:
         return
     for x, y, note in zip(line.xs, line.ys, line.notes, strict=False):
         ax.annotate(
-            note, (x, y), (line.marker_size, 0), "data", "offset points", color=GREY,
+            note, (x, y), (line.marker_size, 5), "data", "offset points", color=GREY,
             fontsize=7.5, va="center",
         )  # fmt: skip
     rings = line.hollow and line.marker_size > 12
@@ -172,11 +181,11 @@ def _scale_widths(ax: Axes, panel: Panel) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     if panel.xticks is not None:
-        low, high = min(panel.xticks), max(panel.xticks)
-        widths = [x for line in panel.lines for x in line.xs]
-        low, high = min(low, *widths), max(high, *widths)
-        spread = math.log(high / low) or 1.0
-        ax.set_xlim(low * math.exp(-0.12 * spread), high * math.exp(0.1 * spread))
+        widths = [*panel.xticks, *(x for line in panel.lines for x in line.xs)]
+        low, high = min(widths), max(widths)
+        spread = max(LEAST_LOG_WIDTH, math.log(high / low))
+        room = (1.2 * spread - math.log(high / low)) / 2
+        ax.set_xlim(low * math.exp(-room), high * math.exp(room))
         ax.set_xticks(list(panel.xticks), list(panel.xticks.values()))
         ax.xaxis.set_minor_locator(NullLocator())
     elif panel.xscale == "log":
@@ -195,7 +204,7 @@ def _name_guide(ax: Axes, guide: Guide) -> None:
     how: dict[str, Any] = {"color": GREY, "fontsize": 7.5, "zorder": 2.5, "bbox": behind}
     if guide.upright:
         to_axes = ax.get_xaxis_transform()
-        ax.annotate(guide.label, (guide.value, 0), (3, 4), to_axes, "offset points", **how)
+        ax.annotate(guide.label, (guide.value, 0.88), (3, 0), to_axes, "offset points", **how)
     else:
         to_axes = ax.get_yaxis_transform()
         ax.annotate(guide.label, (0, guide.value), (3, 2.5), to_axes, "offset points", **how)
@@ -291,12 +300,14 @@ def _tick_integers(ax: Axes) -> None:
 def _finish(ax: Axes, panel: Panel | Grid, small: bool) -> None:
     """Axes and titles, the same on every plot."""
     bands = 13 if isinstance(panel, Grid) and any(panel.bands.values()) else 0
-    pad = bands + (18 if panel.subtitle else 6)
+    lines = panel.subtitle.count("\n") + 1 if panel.subtitle else 0
+    pad = 6 + bands + 12 * lines
     ax.set_title(panel.title, loc="left", color=INK, fontsize=9.5 if small else 11, pad=pad)
-    ax.annotate(
-        panel.subtitle, (0, 1), (0, 5 + bands), "axes fraction", "offset points", color=GREY,
-        fontsize=7.5 if small else 8.5,
-    )  # fmt: skip
+    if panel.subtitle:
+        ax.annotate(
+            panel.subtitle, (0, 1), (0, 4 + bands), "axes fraction", "offset points", color=GREY,
+            fontsize=7.5 if small else 8.5, va="bottom",
+        )  # fmt: skip
     size = 8 if small else 9
     ax.set_xlabel(panel.xlabel, color=INK, fontsize=size)
     ax.set_ylabel(panel.ylabel, color=INK, fontsize=size)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from vmla_convert.pipelines.report.panels import (
     INK,
+    LEAST_LOG_WIDTH,
     LIGHT,
     Chart,
     Guide,
@@ -136,18 +137,18 @@ def _loss_panel(
     placed: list[Placed], dense: Dense | None, best: Point | None, bound: float
 ) -> Panel:
     """Flow loss above dense, with the dense model at its own place."""
-    lines = _setting_lines(placed, best)
+    lines, name = _setting_lines(placed, best), f"bound +{100 * bound:g} %"
     if dense is not None and dense.size:
         lines.append(Line("dense", INK, "X", [dense.size], [0.0], width=0, marker_size=8))
     return Panel(
         "Flow loss against bytes",
-        _reading(placed, best),
+        f"{_reading(placed, best)}; dashed: {name}",
         "cache (bytes per token and layer; change against the dense model's)",
         "flow loss above dense (%)",
         lines,
         xscale="log",
         yscale="symlog",
-        guides=[Guide(100 * bound, f"bound +{100 * bound:g} %")],
+        guides=[Guide(100 * bound, name, named=False)],
         xticks=_size_ticks(placed, dense),
     )
 
@@ -235,31 +236,48 @@ def _stem(place: Placed, colour: str, marker: str) -> Line:
 
 def _front(placed: Sequence[Placed]) -> Line:
     """The least value that any cache up to each size reaches."""
-    xs: list[float] = []
-    ys: list[float] = []
-    for place in sorted(placed, key=lambda place: (place.point.size, place.reached)):
-        if not ys or place.reached < ys[-1]:
-            xs.append(place.point.size)
-            ys.append(place.reached)
+    best = _improving(placed)
     largest = max(place.point.size for place in placed)
-    if xs[-1] < largest:
-        xs.append(largest)
-        ys.append(ys[-1])
+    ends = [(place.point.size, place.reached) for place in best]
+    ends += [(largest, ends[-1][1])] if ends[-1][0] < largest else []
     return Line(
-        "best so far", LIGHT, "", xs, ys, named=False, width=6, alpha=0.6, stepped=True,
-        shift=_middle_shift([place for place in placed if place.reached in ys]),
-    )  # fmt: skip
+        "best so far",
+        LIGHT,
+        "",
+        [x for x, _ in ends],
+        [y for _, y in ends],
+        named=False,
+        width=6,
+        alpha=0.6,
+        stepped=True,
+        shift=_middle_shift(best),
+    )
 
 
 def _init_line(init: str, colour: str, own: Sequence[Placed]) -> Line:
-    """A dotted line through the best of an init at each size, which carries its name."""
-    best: dict[float, float] = {}
-    for place in own:
-        best[place.point.size] = min(place.reached, best.get(place.point.size, math.inf))
+    """A dotted line through what an init gains with size, which carries its name."""
+    best = _improving(own)
     return Line(
-        init, colour, "", list(best), list(best.values()), width=1.2, dash=":", alpha=0.6,
+        init,
+        colour,
+        "",
+        [place.point.size for place in best],
+        [place.reached for place in best],
+        width=1.2,
+        dash=":",
+        alpha=0.6,
         shift=_middle_shift(own),
-    )  # fmt: skip
+    )
+
+
+def _improving(placed: Sequence[Placed]) -> list[Placed]:
+    """The best of each size, where it is better than all smaller ones."""
+    best: list[Placed] = []
+    for group in size_groups([place.point for place in placed]):
+        here = min((p for p in placed if p.point in group), key=lambda place: place.reached)
+        if not best or here.reached < best[-1].reached:
+            best.append(here)
+    return best
 
 
 def _middle_shift(placed: Sequence[Placed]) -> float:
@@ -278,7 +296,7 @@ def _size_ticks(placed: Sequence[Placed], dense: Dense | None) -> dict[float, st
     """A tick at each size, but for those too close to the last one."""
     groups = [(group[0].size, group[-1]) for group in size_groups([p.point for p in placed])]
     largest = dense.size if dense is not None and dense.size else groups[-1][0]
-    spread = math.log(largest / groups[0][0])
+    spread = max(LEAST_LOG_WIDTH, math.log(largest / groups[0][0]))
     ticks: dict[float, str] = {}
     for size, last in groups:
         if not ticks or math.log(size / list(ticks)[-1]) >= LEAST_TICK_SHARE * spread:

@@ -261,7 +261,7 @@ def _operator_panels(
     lines = [
         Line(
             init, *looks[init], [x for x, _ in sorted(own)], [y for _, y in sorted(own)],
-            width=0, marker_size=5, alpha=0.7,
+            named=False, width=0, marker_size=5, alpha=0.7,
         )
         for init, own in sorted(places.items())
     ]  # fmt: skip
@@ -270,7 +270,7 @@ def _operator_panels(
     return [
         Panel(
             "Learned operators fill their rank",
-            "a marker per layer and setting; dashed: all of R",
+            "a marker per layer and setting, coloured as before; dashed: all of R",
             "R (directions)",
             "99 %-energy rank (directions)",
             [full, *lines],
