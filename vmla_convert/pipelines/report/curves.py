@@ -110,15 +110,15 @@ def drift_chart(rows: Sequence[Row], points: Sequence[Point]) -> Chart | None:
 
 
 def _small_multiples(panels: list[Panel], most_columns: int = 3) -> Chart | None:
-    """Two columns for up to four panels, three for more; all of one measure on one scale."""
+    """Three columns where two do not come out even; panels of one measure on one scale."""
     if not panels:
         return None
     if len({panel.ylabel for panel in panels}) == 1:
         heights = [y for panel in panels for line in panel.lines for y in line.ys]
         panels = [replace(panel, cover=[min(heights), max(heights)]) for panel in panels]
-    if len(panels) <= 4:
-        return Chart(panels, columns=min(2, len(panels)), height=3.4)
-    return Chart(panels, columns=most_columns, height=2.7 if most_columns > 2 else 3.4)
+    columns = 2 if len(panels) in (2, 4) else most_columns
+    height = 2.7 if columns > 2 and len(panels) > columns else 3.4
+    return Chart(panels, columns=min(columns, len(panels)), height=height)
 
 
 def _recovery_panels(

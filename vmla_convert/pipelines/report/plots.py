@@ -221,14 +221,21 @@ def _label_ends(ax: Axes, lines: Sequence[Line], gap: float) -> None:
         ax.annotate(
             line.label,
             end,
-            (1.02, height),
+            (1.04, height),
             "data",
             "axes fraction",
             color=line.colour,
             fontsize=9,
             fontweight="bold",
             va="center",
-            arrowprops={"arrowstyle": "-", "color": line.colour, "lw": 0.6, "alpha": 0.5},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": line.colour,
+                "lw": 0.6,
+                "alpha": 0.5,
+                "relpos": (0, 0.5),  # at the name's left edge, clear of other names
+                "shrinkB": 0,
+            },
         )
 
 
