@@ -306,11 +306,14 @@ def test_report_is_written_from_rows(tmp_path: Path, vmla: Vmla) -> None:
             step=0)
         for metric, value in (("velocity_error", 0.1), ("flow_loss", 0.2))
     ]  # fmt: skip
-    append_rows(tmp_path / "rows.jsonl", rows)
-    ran = vmla("report", tmp_path, "--title", "Mine")
+    append_rows(tmp_path / "rows.jsonl", [*rows, Row("flow_loss", 0.15, "1", "dense")])
+    ran = vmla("report", tmp_path, "--title", "Mine", "--loss-bound", "0.4")
     assert ran.code == 0
     assert f"wrote: {tmp_path / 'report.md'}" in ran.out.splitlines()
     assert (tmp_path / "report.md").read_text().startswith("# Mine")
+    assert "flow loss +33 % against the dense model (bound: +40 %)" in (
+        (tmp_path / "report.md").read_text()
+    )
 
 
 def test_report_refuses_a_folder_without_rows(tmp_path: Path, vmla: Vmla) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import math
 import re
 import subprocess
@@ -14,18 +16,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from report_rows import full_rows, without_points
 
 from vmla_convert.errors import MissingExtraError, VmlaError
 from vmla_convert.pipelines.report import decisive_table, write_report
-from vmla_convert.pipelines.report.panels import recovery_panels
-from vmla_convert.pipelines.report.plots import draw_plots, spread_apart
+from vmla_convert.pipelines.report.answer import recommend
+from vmla_convert.pipelines.report.curves import recovery_chart, recovery_loss_chart
+from vmla_convert.pipelines.report.panels import Grid, Panel, chart_csv
+from vmla_convert.pipelines.report.plots import draw_chart, spread_apart
 from vmla_convert.pipelines.report.points import read_points
+from vmla_convert.pipelines.report.sections import PLOTS, draw_charts
+from vmla_convert.pipelines.report.tables import failed_table, memory_table, speed_table
 from vmla_convert.results import Row, append_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-pytest.importorskip("matplotlib")
+Text = pytest.importorskip("matplotlib.text").Text
 
 DENSE_LOSS, DENSE_SCALARS = 0.04, 256
 VOID_TAGS = {"meta", "img", "br", "link", "hr"}
@@ -154,16 +161,21 @@ def test_recommends_the_most_accurate_point_of_the_largest_cut_within_the_bound(
 ) -> None:
     markdown = report_on(tmp_path, sweep_rows())["report.md"].read_text()
     assert "Use calibrated with kv_lora_rank 16 and qk_rope_head_dim 8." in markdown
+    assert "It takes 25 numbers per token and layer instead of 256" in markdown
     assert "cuts the cache by 90.2 %" in markdown
-    assert "velocity_error 0.006 after 20 steps of recovery" in markdown
+    assert "after 20 steps of recovery, velocity_error 0.006" in markdown
     assert "flow loss +12 % against the dense model (bound: +15 %)" in markdown
+    assert (
+        "Runner-up, of the same size and less accurate: calibrated with kv_lora_rank 20" in markdown
+    )
+    assert "Of the smaller caches, the best is calibrated with kv_lora_rank 8" in markdown
     assert "**calibrated** | **–** | **25 (16+8)**" in markdown
 
 
 def test_recommends_a_layer_too_and_says_that_nothing_was_recovered(tmp_path: Path) -> None:
     markdown = report_on(tmp_path, step0_rows())["report.md"].read_text()
     assert "Use calibrated with kv_lora_rank 24 (dense reconstructed joint stored)." in markdown
-    assert "velocity_error 0.02 without recovery" in markdown
+    assert "without recovery, velocity_error 0.02" in markdown
     assert "current_chunk | dense, latent" in markdown
     assert "k_norm | stored" in markdown
 
@@ -172,6 +184,7 @@ def test_recommends_what_a_token_costs_where_layers_differ(tmp_path: Path) -> No
     rows = [*dense_rows(), *divided(point_rows("calibrated", 12, 0, [0.06], [0.1], layer=DEFAULT))]
     markdown = report_on(tmp_path, rows)["report.md"].read_text()
     assert "Use calibrated with 13 numbers per token, divided among layers" in markdown
+    assert "vmla convert CKPT -o OUT --init calibrated --cut 0.9492 --current-chunk" in markdown
 
 
 def test_a_looser_bound_allows_a_larger_cut(tmp_path: Path) -> None:
@@ -270,6 +283,9 @@ def test_layers_of_one_init_and_size_are_points_of_their_own() -> None:
 
 def axes_with_data(axes: Axes) -> bool:
     heights = [float(y) for line in axes.get_lines() for y in line.get_ydata()]  # pyright: ignore
+    for mesh in axes.collections:
+        values = mesh.get_array()
+        heights += [] if values is None else values.ravel().tolist()
     return len(heights) > 0 and all(math.isfinite(height) for height in heights)
 
 
@@ -277,8 +293,8 @@ def axes_with_data(axes: Axes) -> bool:
     ("rows", "names"),
     [
         ([*sweep_rows(), *spectra_rows(), *rollout_rows()],
-         ["quality", "recovery", "spectra", "rollout"]),
-        (sweep_rows(), ["quality", "recovery"]),
+         ["quality", "recovery", "recovery_loss", "spectra", "rollout"]),
+        (sweep_rows(), ["quality", "recovery", "recovery_loss"]),
         ([*dense_rows(), *point_rows("random", 16, 8, [0.6], [9.0])], ["quality"]),
         (step0_rows(), ["quality"]),
         (spectra_rows(), ["spectra"]),
@@ -286,17 +302,47 @@ def axes_with_data(axes: Axes) -> bool:
         (dense_rows(), []),
         (point_rows("random", 16, 8, [math.nan, math.nan], [math.nan, math.nan]), []),
         (point_rows("random", 16, 8, [0.6, math.nan], [9.0, math.nan]), ["quality", "recovery"]),
+        (full_rows(), list(PLOTS)),
+        (without_points(full_rows([(16, 8)], layers=2, seeds=1)), list(PLOTS)),
     ],
 )  # fmt: skip
 def test_draws_what_the_rows_allow_and_no_empty_axes(rows: list[Row], names: list[str]) -> None:
-    figures = draw_plots(rows, bound=0.15)
-    assert list(figures) == names
-    for figure in figures.values():
-        assert figure.axes
-        for axes in figure.axes:
+    charts = draw_charts(rows, bound=0.15)
+    assert list(charts) == names
+    for chart in charts.values():
+        figure = draw_chart(chart)
+        panels = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
+        assert len(panels) == len(chart.panels) > 0
+        for axes in panels:
             assert axes_with_data(axes)
             assert axes.get_xlabel()
             assert axes.get_ylabel()
+
+
+def test_every_line_lies_within_its_axes() -> None:
+    for name, chart in draw_charts(full_rows(layers=3, seeds=1), bound=0.15).items():
+        for panel, axes in zip(chart.panels, draw_chart(chart).axes, strict=False):
+            if isinstance(panel, Panel):
+                (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+                for line in panel.lines:
+                    assert left <= min(line.xs) <= max(line.xs) <= right, (name, line.label)
+                    assert low <= min(line.ys) <= max(line.ys) <= high, (name, line.label)
+
+
+def test_many_sizes_and_layers_stay_few_panels() -> None:
+    rows = [
+        row
+        for rank in (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+        for layer in (PAPER, DEFAULT, PAPER | {"latent": "split"})
+        for row in point_rows("calibrated", rank, 4, [0.2, 0.1], [0.2, 0.1], layer=layer)
+    ]
+    chart = recovery_chart(read_points([*dense_rows(), *rows]))
+    assert chart is not None
+    assert 12 <= len(chart.panels) <= 18
+    titles = [panel.title for panel in chart.panels]
+    assert titles[0].startswith("26 bytes")
+    assert titles[-1].startswith("522 bytes")
+    assert len({tuple(p.cover) for p in chart.panels if isinstance(p, Panel)}) == 1
 
 
 def test_layers_that_recover_have_panels_of_their_own() -> None:
@@ -306,25 +352,152 @@ def test_layers_that_recover_have_panels_of_their_own() -> None:
         for init in ("random", "calibrated")
         for row in point_rows(init, 20, 4, [error, error / 2], [error, error], layer=layer)
     ]
-    panels = recovery_panels(read_points([*dense_rows(), *both]), 0.05)
-    assert len(panels) == 4
-    for panel, layer in zip(panels, (DEFAULT, DEFAULT, PAPER, PAPER), strict=True):
-        assert " ".join(layer.values()) in panel.title
-        assert [line.label for line in panel.lines] == ["random", "calibrated"]
-    alone, _ = recovery_panels(read_points([*dense_rows(), *both[: len(both) // 2]]), 0.05)
-    assert "decoupled" not in alone.title
+    charts = [
+        recovery_chart(read_points([*dense_rows(), *both])),
+        recovery_loss_chart(read_points([*dense_rows(), *both]), 0.05),
+    ]
+    for chart in charts:
+        assert chart is not None
+        for panel, layer in zip(chart.panels, (DEFAULT, PAPER), strict=True):
+            assert isinstance(panel, Panel)
+            assert " ".join(layer.values()) in panel.subtitle
+            assert [line.label for line in panel.lines] == ["random", "calibrated"]
+    alone = recovery_chart(read_points([*dense_rows(), *both[: len(both) // 2]]))
+    assert alone is not None
+    assert "decoupled" not in alone.panels[0].subtitle
 
 
-def test_labels_at_the_line_ends_do_not_overlap() -> None:
-    rows = [*sweep_rows(), *spectra_rows()]
-    figures = [*draw_plots(rows, 0.15).values(), *draw_plots(step0_rows(), 0.15).values()]
-    for figure in figures:
+@pytest.mark.parametrize(
+    "rows", [[*sweep_rows(), *spectra_rows()], step0_rows(), full_rows(layers=3, seeds=1)]
+)
+def test_labels_at_the_line_ends_do_not_overlap(rows: list[Row]) -> None:
+    for chart in draw_charts(rows, 0.15).values():
+        figure = draw_chart(chart)
         figure.draw_without_rendering()
-        for axes in figure.axes:
-            boxes = [t.get_window_extent() for t in axes.texts if t.get_fontweight() == "bold"]
-            assert boxes
+        for panel, axes in zip(chart.panels, figure.axes, strict=False):
+            if isinstance(panel, Grid):
+                continue
+            named = {line.label for line in panel.lines if line.named}
+            labels = [t for t in axes.texts if t.get_text() in named]
+            boxes = [Text.get_window_extent(label) for label in labels]  # without its leader
+            assert len(boxes) >= len(named)
             for i, box in enumerate(boxes):
                 assert not any(box.overlaps(other) for other in boxes[i + 1 :])
+
+
+def test_csv_holds_what_is_drawn() -> None:
+    charts = draw_charts(full_rows([(16, 8)], layers=2, pairs=6, seeds=1), bound=0.15)
+    for chart in charts.values():
+        header, *lines = csv.reader(chart_csv(chart).splitlines())
+        assert header == ["panel", "line", "x", "y"]
+        values = sum(
+            len(panel.cells)
+            if isinstance(panel, Grid)
+            else sum(len(line.xs) for line in panel.lines) + len(panel.guides)
+            for panel in chart.panels
+        )
+        assert len(lines) == values
+    quality = [line[1:] for line in csv.reader(chart_csv(charts["quality"]).splitlines())]
+    name = "calibrated 16+8 int4, latent decoupled joint stored"
+    assert [name, "26.0", str(0.5 / 25**1.5 * 0.2 * 1.5)] in quality
+    assert ["dense", "512", "0.0"] in quality
+    pairs = list(csv.reader(chart_csv(charts["rope_pairs"]).splitlines()))
+    # Four rope keys, pairs (7 p + 3 l) mod 6 below 4: those of layer 0 in order.
+    assert [line[3] for line in pairs if line[1] == "layer 0"] == ["1.0"] * 4 + ["0.0"] * 2
+
+
+def test_recommends_a_quantised_cache_that_is_smaller() -> None:
+    rows = full_rows([(8, 4), (16, 8)], layers=1, pairs=3)
+    best = recommend(read_points(rows), 0.15)
+    assert best is not None
+    assert best.within_bound
+    assert best.runner_up is not None
+    assert best.point.name == "calibrated 8+4 int4"
+    assert best.point.nbytes == 14
+    assert best.point.cut == pytest.approx(1 - 14 / 512)
+    assert best.runner_up.name == "calibrated 8+4 int8"
+    strict = recommend(read_points(rows), 0.03)
+    assert strict is not None
+    assert strict.smaller is not None
+    assert (strict.point.name, strict.point.nbytes) == ("calibrated 16+8 int4", 26)
+    assert strict.smaller.name == "calibrated 8+4 int8"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The report of a whole sweep, with everything beside its rows that a report can show."""
+    folder = tmp_path_factory.mktemp("whole")
+    recipe = {
+        "recipe": {"source": {"checkpoint": "demo"}, "recover": {"layerwise_steps": 40}},
+        "versions": {"torch": "2.13.0"},
+        "command": "vmla sweep mine -o runs/mine",
+    }
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    (folder / "strips").mkdir()
+    for name in ("random-16+8-0", "calibrated-8+4-0", "calibrated-16+8-0"):
+        (folder / "strips" / f"{name}.png").write_bytes(bytes(250_000))
+    return report_on(folder, full_rows([(8, 4), (16, 8)], layers=3, pairs=6))
+
+
+def test_says_how_to_use_it_with_the_settings_of_the_run(whole: dict[str, Path]) -> None:
+    markdown = whole["report.md"].read_text()
+    assert (
+        "vmla convert demo -o OUT --init calibrated --kv-lora-rank 8 --qk-rope-head-dim 4 "
+        "--current-chunk latent --positions decoupled --latent joint --k-norm stored\n"
+        "vmla recover OUT --teacher demo -o OUT-recovered --steps 60 --layerwise-steps 40\n"
+        'vmla generate OUT-recovered --prompt "…" -o clip.mp4 --cache-dtype int4\n'
+    ) in markdown
+    assert "medians over 2 seeds: velocity_error from 0.0032 to 0.00352" in markdown
+    assert "| version of torch | 2.13.0 |" in markdown
+    assert "| command | vmla sweep mine -o runs/mine |" in markdown
+    assert "| recover.layerwise_steps | 40 |" in markdown
+    assert "| sweep_seconds, all runs | 16.0 |" in markdown
+
+
+@pytest.mark.parametrize("text", ["not json", "[1]"])
+def test_refuses_settings_that_it_cannot_read(tmp_path: Path, text: str) -> None:
+    (tmp_path / "recipe.json").write_text(text)
+    with pytest.raises(VmlaError, match=r"recipe\.json"):
+        report_on(tmp_path, sweep_rows())
+
+
+def test_tables_of_failures_memory_and_speed() -> None:
+    rows = full_rows([(8, 4), (16, 8)], layers=1, pairs=3)
+    points = read_points(rows)
+    assert failed_table(rows)[1:] == [["random-2+2", "1", "training diverged at step 12"]]
+    memory = memory_table(rows, points)
+    assert memory[0] == ["cache", "batch", "window", "5 s", "30 s", "60 s"]
+    assert memory[1] == ["dense", "1", "1.33 MB", "2.21 MB", "13.3 MB", "26.5 MB"]
+    assert memory[2][0] == "calibrated 16+8 and 2 more of this size"
+    assert [line[1] for line in memory[1:]] == ["1"] * 3 + ["4"] * 3
+    speed = speed_table(rows, points)
+    assert speed[:2] == [["setting", "step", "step / dense"], ["dense", "80 ms", "1"]]
+    assert ["calibrated 8+4", "50.4 ms", "0.63"] in speed
+    assert failed_table(sweep_rows()) == []
+    assert memory_table(sweep_rows(), points) == []
+    assert speed_table(sweep_rows(), points) == []
+
+
+def test_table_shows_how_caches_are_kept_and_the_spread_over_seeds() -> None:
+    header, dense, *lines = decisive_table(full_rows([(8, 4)], layers=1, pairs=3))
+    assert header[2:6] == ["scalars/token", "kept as", "bytes/token", "cache cut"]
+    assert dense[2:6] == ["256", "model", "512", "0 %"]
+    assert lines[0][2:8] == [
+        "13 (8+4)", "int4", "14", "97.3 %", "–", "0.00336 (0.0032 to 0.00352)"
+    ]  # fmt: skip
+
+
+def test_rows_of_points_without_a_key_give_the_same_points() -> None:
+    rows = full_rows([(8, 4)], layers=1, pairs=3)
+    assert read_points(without_points(rows)) == read_points(rows)
+
+
+def test_strips_come_with_the_recommended_first_and_stay_small(whole: dict[str, Path]) -> None:
+    markdown = whole["report.md"].read_text()
+    shown = re.findall(r"\]\(strips/(.*)\.png\)", markdown)
+    assert shown == ["calibrated-8+4-0", "calibrated-16+8-0"]
+    assert "Shown are 2 of the 3 in strips/" in markdown
+    assert whole["report.html"].stat().st_size < 2_000_000
 
 
 def test_spread_apart_keeps_order_and_gap() -> None:
@@ -337,12 +510,14 @@ def test_spread_apart_keeps_order_and_gap() -> None:
 
 def test_writes_each_plot_and_removes_stale_ones(tmp_path: Path) -> None:
     written = report_on(tmp_path, [*sweep_rows(), *spectra_rows(), *rollout_rows()])
-    expected = {"quality.png", "recovery.png", "spectra.png", "rollout.png"}
+    names = ("quality", "recovery", "recovery_loss", "spectra", "rollout")
+    expected = {f"{name}.{kind}" for name in names for kind in ("png", "csv")}
     assert set(written) == {"report.md", "report.html", *expected}
     assert all(path.stat().st_size > 5_000 for path in written.values() if path.suffix == ".png")
     (tmp_path / "rows.jsonl").unlink()
     report_on(tmp_path, spectra_rows())
-    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["spectra.png"]
+    left = sorted(path.name for path in (tmp_path / "plots").iterdir())
+    assert left == ["spectra.csv", "spectra.png"]
 
 
 def test_sections_follow_their_rows(tmp_path: Path) -> None:
@@ -353,8 +528,21 @@ def test_sections_follow_their_rows(tmp_path: Path) -> None:
     write_report(tmp_path)
     headings = re.findall(r"^## (.*)$", (tmp_path / "report.md").read_text(), re.MULTILINE)
     assert headings == [
-        "Answer", "Every setting", "Quality against bytes", "Recovery", "Spectra", "Rollout",
-        "Provenance",
+        "Which setting to use", "Every setting", "Quality against bytes",
+        "Velocity error from step 0 through recovery", "Flow loss from step 0 through recovery",
+        "Spectra", "Rollout", "Provenance",
+    ]  # fmt: skip
+
+
+def test_a_whole_sweep_is_answered_in_the_order_of_the_questions(whole: dict[str, Path]) -> None:
+    headings = re.findall(r"^## (.*)$", whole["report.md"].read_text(), re.MULTILINE)
+    assert headings == [
+        "Which setting to use", "Every setting", "What failed", "Quality against bytes",
+        "Quality against speed", "Velocity error from step 0 through recovery",
+        "Flow loss from step 0 through recovery", "Spectra",
+        "Effective rank, before and after recovery", "Chosen RoPE pairs",
+        "Phases folded into content", "Rollout strips", "Rollout", "Drift", "Memory", "Speed",
+        "Provenance", "Settings of the run",
     ]  # fmt: skip
 
 
@@ -364,8 +552,8 @@ def test_html_is_one_balanced_file_with_every_value(tmp_path: Path) -> None:
     text = path.read_text()
     page = Page(text)
     assert {cell for line in decisive_table(rows) for cell in line} <= set(page.texts)
-    embedded = [r for r in page.references if r.startswith("data:image/png;base64,")]
-    assert len(embedded) == 4
+    images = [r for r in page.references if r.startswith("data:image/png;base64,")]
+    assert len(images) == 5
     assert not re.search("https?://", text)
     assert "light-dark(" in text
     assert path.stat().st_size < 3_000_000

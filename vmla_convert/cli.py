@@ -17,6 +17,7 @@ from vmla_convert.config import (
     DMDConfig,
     EvaluateConfig,
     RecoverConfig,
+    ReportConfig,
     RuntimeConfig,
     SourceConfig,
     TrainingConfig,
@@ -770,14 +771,22 @@ def sweep(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder with rows.jsonl.", metavar="DIR")],
-    title: Annotated[str, typer.Option(help="Heading of the report.")] = "Conversion report",
+    title: Annotated[str, typer.Option(help="Heading of the report.")] = ReportConfig.title,
+    loss_bound: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Flow loss that the recommended setting may have above the dense model's, as a "
+            "share of it.",
+        ),
+    ] = ReportConfig.loss_bound,
     json: Json = False,
 ) -> None:
     """Write report.md, report.html and plots from the rows in a folder."""
     from vmla_convert.pipelines.report import write_report
 
     out.json = json
-    for path in write_report(folder, title):
+    for path in write_report(folder, title, loss_bound):
         out.path("wrote", path)
 
 

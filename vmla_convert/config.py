@@ -738,6 +738,23 @@ class SweepConfig:
         ]
 
 
+@dataclass(frozen=True)
+class ReportConfig:
+    """The report stage.
+
+    Attributes:
+        title: Of the page.
+        loss_bound: Flow loss that a recommended setting may have above the dense model's, as a
+            share of it.
+    """
+
+    title: str = "Conversion report"
+    loss_bound: float = 0.15
+
+    def __post_init__(self) -> None:
+        _require_number(self, "loss_bound")
+
+
 def _require_number(config: Any, *names: str) -> None:
     for name in names:
         value: float = getattr(config, name)

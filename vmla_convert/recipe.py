@@ -21,6 +21,7 @@ from vmla_convert.config import (
     EvaluateConfig,
     GenerateConfig,
     RecoverConfig,
+    ReportConfig,
     SourceConfig,
     SweepConfig,
     TeacherConfig,
@@ -44,17 +45,6 @@ class RecipeInfo:
 
     name: str
     description: str
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """The report stage.
-
-    Attributes:
-        title: Of the page.
-    """
-
-    title: str = "Conversion report"
 
 
 @dataclass(frozen=True)
@@ -419,7 +409,7 @@ def _run_report(recipe: Recipe, out: Path, progress: Progress) -> None:  # noqa:
     from vmla_convert.pipelines.report import write_report
 
     assert recipe.report is not None
-    write_report(out, recipe.report.title)
+    write_report(out, recipe.report.title, recipe.report.loss_bound)
 
 
 _RUNNERS: dict[str, Callable[[Recipe, Path, Progress], None]] = {

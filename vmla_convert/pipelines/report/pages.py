@@ -60,7 +60,9 @@ class Section:
         marked: Index into `table` of the line that stands out.
         image: Path of a PNG, relative to the report's folder.
         alt: What the image shows.
-        data: Path of the CSV with the image's figures, relative to the report's folder.
+        data: Path of the CSV with what the image draws, relative to the report's folder.
+        images: What further images show, by path.
+        code: Commands to copy.
         link: Path of another file, relative to the report's folder.
     """
 
@@ -72,6 +74,8 @@ class Section:
     image: str = ""
     alt: str = ""
     data: str = ""
+    images: dict[str, str] = field(default_factory=dict)
+    code: str = ""
     link: str = ""
 
 
@@ -86,8 +90,14 @@ def to_markdown(title: str, sections: Sequence[Section]) -> str:
             blocks.append(markdown_table(section.table, section.marked))
         if section.image:
             blocks.append(f"![{section.alt}]({section.image})")
+        blocks += [f"![{alt}]({image})\n\n{alt}" for image, alt in section.images.items()]
+        if section.data:
+            blocks.append(f"[{section.data}]({section.data})")
         blocks += section.paragraphs
-        blocks += [f"[{path}]({path})" for path in (section.data, section.link) if path]
+        if section.code:
+            blocks.append(f"```sh\n{section.code}\n```")
+        if section.link:
+            blocks.append(f"[{section.link}]({section.link})")
     return "\n\n".join(blocks) + "\n"
 
 
@@ -102,7 +112,8 @@ def to_html(title: str, sections: Sequence[Section], folder: Path) -> str:
     """
     style, script = _asset("page.css"), _asset("page.js")
     names = _section_ids([section.title for section in sections])
-    sources = _image_sources(folder, [section.image for section in sections if section.image])
+    images = [path for section in sections for path in (section.image, *section.images) if path]
+    sources = _image_sources(folder, images)
     return PAGE.format(
         policy=_content_policy(style, script),
         title=escape(title),
@@ -173,7 +184,11 @@ def _html_section(name: str, section: Section, sources: dict[str, str]) -> str:
     if section.image:
         source = sources[section.image]
         parts.append(_html_figure(section.image, section.alt, section.data, source))
+    for image, alt in section.images.items():
+        parts.append(_html_figure(image, alt, "", sources[image]))
     parts += [f"<p>{escape(paragraph)}</p>" for paragraph in section.paragraphs]
+    if section.code:
+        parts.append(f'<pre tabindex="0"><code>{escape(section.code)}</code></pre>')
     if section.link:
         parts.append(f"<p>{_html_link(section.link, section.link)}</p>")
     kind = ' class="answer"' if section.lead else ""

@@ -1,20 +1,17 @@
-"""What each plot shows, as panels of labelled lines; no drawing here."""
+"""What a plot shows, as panels of labelled lines or cells; no drawing here.
+
+Everything that is drawn is in these, so that a plot's CSV can hold all of it.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from vmla_convert.pipelines.report.points import (
-    Point,
-    format_number,
-    format_sizes,
-    group_medians,
-    read_dense,
-    size_groups,
-)
-from vmla_convert.results import Row
+INK, GREY, LIGHT = "#1a1a1a", "#595959", "#d5d5d2"
 
 # Okabe-Ito without its yellow, which is too pale for lines on white.
 INIT_COLOURS = {
@@ -26,28 +23,57 @@ INIT_COLOURS = {
     "xecomla": "#56B4E9",
 }
 OTHER_COLOURS = ["#000000"]
+LEAST_LOG_WIDTH = math.log(4)  # sizes that rounding keeps apart are not to look far apart
 MARKERS = ["o", "s", "D", "^", "v", "P", "X"]
-SPECTRA_RUNS = {
-    "weights": ("weights", "#D55E00", "o"),
-    "weights_x_activations": ("on activations", "#0072B2", "s"),
-}
-ROLLOUT_METRICS = {
-    "background_psnr": "background PSNR",
-    "digit_accuracy": "digit accuracy",
-    "motion_error": "motion error",
-    "drift": "drift",
-}
 
 
 @dataclass(frozen=True)
 class Line:
-    """One labelled line of a panel."""
+    """One line of a panel, or markers alone.
+
+    Attributes:
+        label: In the CSV, and at the line's end where `named`.
+        colour: Of line, markers and label.
+        marker: As matplotlib names it; empty for none.
+        xs: At least one.
+        ys: As many.
+        named: Whether the label is drawn.
+        width: Of the line in points; 0 draws markers alone.
+        dash: As matplotlib names it.
+        hollow: How many markers, from the first on, are not filled.
+        marker_size: In points.
+        glyph: A letter inside each marker.
+        notes: Words beside each marker.
+        shift: To the right, in points, so that markers at one place stand side by side.
+        alpha: Opacity.
+        stepped: Whether the line keeps its height up to the next x.
+    """
 
     label: str
     colour: str
     marker: str
     xs: list[float]
     ys: list[float]
+    named: bool = True
+    width: float = 1.8
+    dash: str = "-"
+    hollow: int = 0
+    marker_size: float = 4.0
+    glyph: str = ""
+    notes: list[str] = field(default_factory=list)
+    shift: float = 0.0
+    alpha: float = 1.0
+    stepped: bool = False
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A dashed line across a panel, with its name on it where `named`."""
+
+    value: float
+    label: str
+    upright: bool = False
+    named: bool = True
 
 
 @dataclass(frozen=True)
@@ -55,126 +81,95 @@ class Panel:
     """One pair of axes: what it shows and its lines.
 
     Attributes:
-        title: What is shown; a second line becomes the subtitle.
+        title: What is shown.
+        subtitle: How to read it.
         xlabel: With its unit.
         ylabel: With its unit.
-        yscale: As matplotlib names it.
         lines: At least one, each with at least one point.
-        reference: Height of a dashed line, which the title explains.
+        xscale: As matplotlib names it.
+        yscale: Likewise.
+        guides: Lines to compare with.
+        ylimits: Of the axis; None chooses them.
+        cover: Heights that the axis has to reach, so that panels can be compared.
+        xticks: Labels by place; None chooses them.
     """
 
     title: str
+    subtitle: str
     xlabel: str
     ylabel: str
-    yscale: str
     lines: list[Line]
-    reference: float | None = None
+    xscale: str = "linear"
+    yscale: str = "linear"
+    guides: list[Guide] = field(default_factory=list)
+    ylimits: tuple[float, float] | None = None
+    cover: list[float] = field(default_factory=list)
+    xticks: dict[float, str] | None = None
 
 
-def recovery_panels(points: Sequence[Point], bound: float) -> list[Panel]:
-    """For each cache size and layer: velocity_error, then flow loss above dense, by step."""
-    recovered = [point for point in points if point.last_step > 0]
-    layers = list(dict.fromkeys(point.layer for point in recovered))
-    groups = [
-        [point for point in same_size if point.layer == layer]
-        for same_size in size_groups(recovered)
-        for layer in layers
-    ]
-    panels: list[Panel] = []
-    for here in filter(None, groups):
-        where = (
-            f"{format_sizes(here)} scalars per token"
-            if math.isfinite(here[-1].size)
-            else "cache of unknown size"
-        )
-        layer = f", {here[0].layer}" if len(layers) > 1 else ""
-        steps = "recovery (optimiser steps)"
-        errors = _init_lines(here, lambda p: {s: e for s, e in p.errors.items() if e > 0})
-        losses = _init_lines(here, lambda p: {s: 100 * loss for s, loss in p.losses.items()})
-        if errors:
-            title = f"Velocity{layer}\n{where}"
-            panels.append(Panel(title, steps, "velocity error (share)", "log", errors))
-        if losses:
-            bound_percent = f"{100 * bound:g} %"
-            title = f"Flow loss{layer}\n{where}; dashed: {bound_percent} bound"
-            ylabel = "flow loss above dense (%)"
-            panels.append(Panel(title, steps, ylabel, "symlog", losses, 100 * bound))
-    return panels
+@dataclass(frozen=True)
+class Grid:
+    """One pair of axes with a coloured cell per layer and index.
+
+    Attributes:
+        title: What is shown.
+        subtitle: How to read it.
+        xlabel: Of the index.
+        ylabel: Of the layers.
+        cells: Value by (layer, index).
+        bands: Name of the part of the axis that each index belongs to.
+        limits: Of the colours.
+        colours: A colour map, as matplotlib names it.
+        scale: Name of the colour scale; empty draws the values into the cells instead.
+    """
+
+    title: str
+    subtitle: str
+    xlabel: str
+    ylabel: str
+    cells: dict[tuple[int, int], float]
+    bands: dict[int, str]
+    limits: tuple[float, float]
+    colours: str
+    scale: str = ""
 
 
-def spectra_panels(rows: Sequence[Row]) -> list[Panel]:
-    """Per layer: directions needed for 99 % of the energy, and energy kept at each rank."""
-    spectra = [row for row in rows if row.run in SPECTRA_RUNS and row.layer is not None]
-    dense = read_dense(rows)
-    width = dense.scalars / 2 if dense is not None and dense.scalars else None
-    dashed = f"; dashed: full width {format_number(width)}" if width is not None else ""
-    ranks = _spectra_lines(spectra, "effective_rank_99")
-    panels: list[Panel] = []
-    if ranks:
-        title = f"Rank that keeps 99 % of the energy\nlower converts better{dashed}"
-        ylabel = "effective rank (directions)"
-        panels.append(Panel(title, "layer (index)", ylabel, "linear", ranks, width))
-    energies = [row for row in spectra if row.metric == "energy_at_rank"]
-    for rank in sorted({row.kv_lora_rank or 0 for row in energies}):
-        at_rank = [row for row in energies if (row.kv_lora_rank or 0) == rank]
-        lines = _spectra_lines(at_rank, "energy_at_rank")
-        where = f"rank {rank}" if rank else "the chosen rank"
-        title = f"Energy kept at {where}\nhigher converts better"
-        if lines:
-            ylabel = f"energy kept ({at_rank[0].unit})"
-            panels.append(Panel(title, "layer (index)", ylabel, "linear", lines))
-    return panels
+@dataclass(frozen=True)
+class Chart:
+    """One picture.
+
+    Attributes:
+        panels: From left to right, then down.
+        columns: Panels in a row.
+        height: Of a row of panels, in inches.
+    """
+
+    panels: Sequence[Panel | Grid]
+    columns: int = 1
+    height: float = 3.4
 
 
-def rollout_panels(rows: Sequence[Row]) -> list[Panel]:
-    """Per segment of a rollout, dense beside converted: one panel for each measured metric."""
-    segments = [row for row in rows if row.segment is not None]
-    runs = list(dict.fromkeys(row.run for row in segments))
-    palette = [*INIT_COLOURS.values(), *OTHER_COLOURS]
-    converted = [run for run in runs if run != "dense"]
-    looks = {run: (palette[i % 6], MARKERS[i % len(MARKERS)]) for i, run in enumerate(converted)}
-    looks["dense"] = ("#000000", "X")
-    # Init and sizes name a run, unless layers differ.
-    short = {run: "-".join(run.split("-")[:2]) for run in runs}
-    labels = short if len(set(short.values())) == len(runs) else {run: run for run in runs}
-    panels: list[Panel] = []
-    for metric, name in ROLLOUT_METRICS.items():
-        measured = [row for row in segments if row.metric == metric]
-        lines: list[Line] = []
-        for run in runs:
-            of_run = _last_step_rows([row for row in measured if row.run == run])
-            curve = group_medians(of_run, metric, lambda row: row.segment)
-            lines += filter(None, [_line(labels[run], *looks[run], curve)])
-        if lines:
-            ylabel = f"{name} ({measured[0].unit})"
-            title = f"Rollout: {name}"
-            panels.append(Panel(title, "segment (index in the rollout)", ylabel, "linear", lines))
-    return panels
+def chart_csv(chart: Chart) -> str:
+    """Everything that a chart draws: panel, line, x, y; a line of a grid is a layer."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["panel", "line", "x", "y"])
+    for panel in chart.panels:
+        if isinstance(panel, Grid):
+            cells = sorted(panel.cells.items())
+            writer.writerows([panel.title, f"layer {y}", x, v] for (y, x), v in cells)
+            continue
+        title = " ".join(filter(None, (panel.title, panel.subtitle)))
+        for line in panel.lines:
+            pairs = zip(line.xs, line.ys, strict=True)
+            writer.writerows([title, line.label, x, y] for x, y in pairs)
+        for guide in panel.guides:
+            place = [guide.value, ""] if guide.upright else ["", guide.value]
+            writer.writerow([title, guide.label, *place])
+    return text.getvalue()
 
 
-def _init_lines(points: Sequence[Point], curve: Callable[[Point], dict[int, float]]) -> list[Line]:
-    """A line per init: its best split, named in the label where the points differ in it."""
-    looks = init_looks(point.init for point in points)
-    several = len({point.split for point in points}) > 1
-    best: dict[str, Point] = {}
-    for point in sorted(points, key=lambda point: point.final_error):
-        best.setdefault(point.init, point)
-    lines = [
-        _line(f"{init} {p.split}" if several else init, *looks[init], curve(p))
-        for init, p in best.items()
-    ]
-    return [line for line in lines if line is not None]
-
-
-def _spectra_lines(rows: Sequence[Row], metric: str) -> list[Line]:
-    lines: list[Line] = []
-    for run, look in SPECTRA_RUNS.items():
-        curve = group_medians((r for r in rows if r.run == run), metric, lambda row: row.layer)
-        lines += filter(None, [_line(*look, curve)])
-    return lines
-
-
-def _line(label: str, colour: str, marker: str, curve: Mapping[int, float]) -> Line | None:
+def curve_line(label: str, colour: str, marker: str, curve: Mapping[int, float]) -> Line | None:
     """A line through the finite values of a curve; None when there are none."""
     finite = sorted((x, y) for x, y in curve.items() if math.isfinite(y))
     if not finite:
@@ -192,8 +187,3 @@ def init_looks(inits: Iterable[str]) -> dict[str, tuple[str, str]]:
         name: ((INIT_COLOURS | colours)[name], MARKERS[known.index(name) % len(MARKERS)])
         for name in names
     }
-
-
-def _last_step_rows(rows: list[Row]) -> list[Row]:
-    last = max((row.step or 0 for row in rows), default=0)
-    return [row for row in rows if (row.step or 0) == last]

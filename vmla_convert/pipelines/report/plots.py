@@ -1,86 +1,74 @@
-"""The report's plots, drawn from rows; matplotlib is imported only when one is drawn."""
+"""Charts drawn in one style; matplotlib is imported only when one is drawn."""
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import TYPE_CHECKING
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vmla_convert.errors import MissingExtraError
 from vmla_convert.pipelines.report.panels import (
+    GREY,
+    INK,
+    LEAST_LOG_WIDTH,
+    Chart,
+    Grid,
+    Guide,
     Line,
     Panel,
-    init_looks,
-    recovery_panels,
-    rollout_panels,
-    spectra_panels,
 )
-from vmla_convert.pipelines.report.points import (
-    Point,
-    format_cut,
-    format_number,
-    format_sizes,
-    read_dense,
-    read_points,
-    size_groups,
-)
-from vmla_convert.results import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, GREY, GRID = "#1a1a1a", "#595959", "#e3e3e3"
+RULE = "#e3e3e3"
 WIDTH_INCHES = 8.6
+LABEL_INCHES = 0.19
+FRAME_INCHES = 1.0  # of a panel's height that titles and axis labels take
 LEAST_LOG_RANGE = 6.0
-LABEL_GAP = 0.075  # share of the height of the axes
+LOG_ROOM = 1.25
 
 
-def draw_plots(rows: Sequence[Row], bound: float) -> dict[str, Figure]:
-    """Every plot that the rows allow, by name; a plot without data is left out.
-
-    Args:
-        rows: All rows of the report.
-        bound: Flow loss allowed above the dense model's, as a share of it.
+def draw_chart(chart: Chart) -> Figure:
+    """A chart as a figure: panels in rows; a last one alone in two columns takes the whole row.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    points, dense = read_points(rows), read_dense(rows)
-    drawn = {
-        "quality": draw_quality(points, dense.scalars if dense is not None else None),
-        "recovery": _draw_panels(recovery_panels(points, bound)),
-        "spectra": _draw_panels(spectra_panels(rows)),
-        "rollout": _draw_panels(rollout_panels(rows)),
-    }
-    return {name: figure for name, figure in drawn.items() if figure is not None}
-
-
-def draw_quality(points: Sequence[Point], dense_scalars: float | None) -> Figure | None:
-    """velocity_error against cache size: a stem per point from step 0 down to its last step."""
-    shown = _best_layers([p for p in points if p.scalars and any(map(_drawable, _stem(p)))])
-    if not shown:
-        return None
-    figure = _new_figure(4.6)
-    ax = figure.add_subplot()
-    _draw_sizes(ax, shown)
-    places = _side_by_side(shown)
-    looks = init_looks(point.init for point in shown)
-    lines = [
-        _draw_init(ax, init, *look, [(p, x) for p, x in places if p.init == init])
-        for init, look in looks.items()
-    ]
-    against = f" {format_number(dense_scalars)}" if dense_scalars is not None else ""
-    panel = Panel(
-        "Quality against bytes\nhollow: at step 0; filled: after recovery; lower left is best",
-        f"cache size: scalars per token and layer (change against the dense model's{against})",
-        "velocity error (share of the dense velocity)",
-        "log",
-        lines,
-    )
-    _finish(ax, panel)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("the report's plots", "plots") from error
+    rows = math.ceil(len(chart.panels) / chart.columns)
+    size = WIDTH_INCHES, 0.2 + chart.height * rows
+    figure = Figure(size, dpi=144, facecolor="white", layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # pyright: ignore
+    grid = figure.add_gridspec(rows, chart.columns)
+    for i, panel in enumerate(chart.panels):
+        row, column = divmod(i, chart.columns)
+        alone = chart.columns == 2 and column == 0 and i == len(chart.panels) - 1
+        ax = figure.add_subplot(grid[row, :] if alone else grid[row, column])
+        small = chart.columns > 2
+        if isinstance(panel, Grid):
+            _draw_grid(ax, panel)
+        else:
+            _draw_panel(ax, panel, LABEL_INCHES / (chart.height - FRAME_INCHES))
+        _finish(ax, panel, small)
     return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG of at most 256 colours, a third of the size it would have."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    picture = Image.open(buffer).convert("RGB")
+    picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def spread_apart(positions: Sequence[float], gap: float, top: float = math.inf) -> list[float]:
@@ -107,172 +95,230 @@ def spread_apart(positions: Sequence[float], gap: float, top: float = math.inf) 
     return moved
 
 
-def _new_figure(height: float) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("the report's plots", "plots") from error
-    return Figure((WIDTH_INCHES, height), dpi=144, facecolor="white", layout="constrained")
+def _draw_panel(ax: Axes, panel: Panel, label_gap: float) -> None:
+    ax.set_xscale(panel.xscale)
+    if panel.yscale != "symlog":
+        ax.set_yscale(panel.yscale)
+    for line in panel.lines:
+        _draw_line(ax, line)
+    for guide in panel.guides:
+        draw = ax.axvline if guide.upright else ax.axhline
+        draw(guide.value, color=GREY, lw=1, ls="--", zorder=1)
+    ax.grid(axis="y", color=RULE, lw=0.8)
+    _scale_heights(ax, panel)
+    _scale_widths(ax, panel)
+    for guide in panel.guides:
+        if guide.named:
+            _name_guide(ax, guide)
+    _label_ends(ax, [line for line in panel.lines if line.named], label_gap)
 
 
-def _draw_panels(panels: Sequence[Panel]) -> Figure | None:
-    """Panels two to a row; a last one without a neighbour takes the whole row."""
-    if not panels:
-        return None
-    lines_of_panels = math.ceil(len(panels) / 2)
-    figure = _new_figure(0.3 + 3.4 * lines_of_panels)
-    grid = figure.add_gridspec(lines_of_panels, 2)
-    for i, panel in enumerate(panels):
-        alone = i == len(panels) - 1 and i % 2 == 0
-        ax = figure.add_subplot(grid[i // 2, :] if alone else grid[i // 2, i % 2])
-        for line in panel.lines:
-            ax.plot(line.xs, line.ys, color=line.colour, marker=line.marker, ms=4, lw=1.8)
-        _finish(ax, panel)
-    return figure
+def _draw_line(ax: Axes, line: Line) -> None:
+    """The line, then its markers one by one, where some are hollow or carry a letter."""
+    from matplotlib.transforms import ScaledTranslation
 
-
-def _draw_init(
-    ax: Axes, init: str, colour: str, marker: str, places: list[tuple[Point, float]]
-) -> Line:
-    """The stems of one init; returns the line through its best point of each size."""
-    best: dict[float, tuple[float, float]] = {}
-    for point, x in places:
-        start, end = _stem(point)
-        if _drawable(start):
-            ax.plot([x], [start], marker=marker, ms=7, mfc="white", mec=colour, mew=1.6, zorder=3)
-        if _drawable(end) and point.last_step > 0:
-            ax.plot([x], [end], marker=marker, ms=7, color=colour, zorder=3)
-        if _drawable(start) and _drawable(end):
-            ax.plot([x, x], [start, end], color=colour, lw=1.2, alpha=0.7)
-        reached = end if _drawable(end) else start
-        if reached < best.get(point.size, (0.0, math.inf))[1]:
-            best[point.size] = (x, reached)
-    xs, ys = [x for x, _ in best.values()], [y for _, y in best.values()]
-    ax.plot(xs, ys, color=colour, lw=1.2, ls=":", zorder=1)
-    return Line(init, colour, marker, xs, ys)
-
-
-def _stem(point: Point) -> tuple[float, float]:
-    """velocity_error at step 0 and at the last step; infinite where there is none."""
-    return point.errors.get(0, math.inf), point.final_error
-
-
-def _best_layers(points: Sequence[Point]) -> list[Point]:
-    """Of each init and size the points of its best layer; a sweep over layers has too many."""
-    best: dict[tuple[str, float], Point] = {}
-    for point in sorted(points, key=lambda point: point.final_error):
-        best.setdefault((point.init, point.size), point)
-    return [p for p in points if p.layer == best[p.init, p.size].layer]
-
-
-def _side_by_side(points: Sequence[Point]) -> list[tuple[Point, float]]:
-    """Each point with its place on the log axis, beside its neighbours of about the same size."""
-    groups = size_groups(points)
-    centres = [_centre(group) for group in groups]
-    gaps = [math.log(b / a) for a, b in pairwise(centres)]
-    crowd = max(len(group) for group in groups)
-    step = min(0.025 * (sum(gaps) or 1.0), 0.7 * min(gaps, default=1.0) / crowd)
-    return [
-        (point, centre * math.exp((i - (len(group) - 1) / 2) * step))
-        for group, centre in zip(groups, centres, strict=True)
-        for i, point in enumerate(sorted(group, key=_name))
-    ]
-
-
-def _centre(group: Sequence[Point]) -> float:
-    return math.sqrt(group[0].size * group[-1].size)
-
-
-def _name(point: Point) -> tuple[str, str]:
-    return point.init, point.split
-
-
-def _draw_sizes(ax: Axes, points: Sequence[Point]) -> None:
-    """A log axis with a tick at each size; sizes too close to the last tick get none."""
-    from matplotlib.ticker import NullLocator
-
-    groups = {_centre(group): group for group in size_groups(points)}
-    sizes = sorted(groups)
-    spread = math.log(sizes[-1] / sizes[0]) or 1.0
-    ticks: list[float] = []
-    for size in sizes:
-        if not ticks or math.log(size / ticks[-1]) >= 0.12 * spread:
-            ticks.append(size)
-    labels = [_size_label(groups[size]) for size in ticks]
-    ax.set_xscale("log")
-    ax.set_xlim(sizes[0] * math.exp(-0.15 * spread), sizes[-1] * math.exp(0.15 * spread))
-    ax.set_xticks(ticks, labels)
-    ax.xaxis.set_minor_locator(NullLocator())
-
-
-def _size_label(group: Sequence[Point]) -> str:
-    cut = group[-1].cut
-    return format_sizes(group) + (f"\n−{format_cut(cut)}" if cut is not None else "")
-
-
-def _finish(ax: Axes, panel: Panel) -> None:
-    """Axes, titles and direct labels, the same on every plot."""
-    title, _, subtitle = panel.title.partition("\n")
-    ax.set_title(title, loc="left", color=INK, fontsize=11, pad=18 if subtitle else 6)
-    if subtitle:
+    how: dict[str, Any] = {"color": line.colour, "alpha": line.alpha}
+    if line.shift:
+        figure = ax.get_figure()
+        assert figure is not None
+        shift = ScaledTranslation(line.shift / 72, 0, figure.dpi_scale_trans)  # pyright: ignore
+        # Axes do not see what is shifted: a panel with shifts sets its own range, by `xticks`.
+        how["transform"] = ax.transData + shift
+    if line.width:
+        drawstyle = "steps-post" if line.stepped else "default"
+        behind = 1 if line.stepped else 2
+        ax.plot(
+            line.xs, line.ys, lw=line.width, ls=line.dash, drawstyle=drawstyle, zorder=behind,
+            solid_capstyle="round", **how,
+        )  # fmt: skip
+    if not line.marker:
+        return
+    for x, y, note in zip(line.xs, line.ys, line.notes, strict=False):
         ax.annotate(
-            subtitle, (0, 1), (0, 5), "axes fraction", "offset points", color=GREY, fontsize=8.5
-        )
-    ax.set_xlabel(panel.xlabel, color=INK, fontsize=9)
-    ax.set_ylabel(panel.ylabel, color=INK, fontsize=9)
-    ax.tick_params(labelsize=8.5, colors=GREY, which="both", length=3)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color(GREY)
-    ax.grid(axis="y", color=GRID, lw=0.8)
-    ax.set_axisbelow(True)
-    if panel.reference is not None:
-        ax.axhline(panel.reference, color=GREY, lw=1, ls="--", zorder=1)
-    _scale(ax, panel)
-    _label_ends(ax, panel.lines)
+            note, (x, y), (line.marker_size, 5), "data", "offset points", color=GREY,
+            fontsize=7.5, va="center",
+        )  # fmt: skip
+    rings = line.hollow and line.marker_size > 12
+    for number, (x, y) in enumerate(zip(line.xs, line.ys, strict=True)):
+        hollow = number < line.hollow
+        fill = "none" if rings else "white" if hollow else line.colour
+        ax.plot(
+            [x], [y], marker=line.marker, ms=line.marker_size, mfc=fill, mec=line.colour,
+            mew=1.5 if hollow else 0.6, zorder=4 if rings else 3, **how,
+        )  # fmt: skip
+        if line.glyph:
+            ink = line.colour if hollow else "white"
+            ax.annotate(
+                line.glyph, (x, y), (line.shift, -0.3), "data", "offset points", color=ink,
+                fontsize=6, fontweight="bold", ha="center", va="center", zorder=5,
+            )  # fmt: skip
 
 
-def _scale(ax: Axes, panel: Panel) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+def _scale_heights(ax: Axes, panel: Panel) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+    heights = [y for line in panel.lines for y in line.ys]
+    heights += [guide.value for guide in panel.guides if not guide.upright]
+    heights += panel.cover
     if panel.yscale == "symlog":
         ax.set_yscale("symlog", linthresh=1)
-        heights = [y for line in panel.lines for y in line.ys]
-        ax.set_ylim(2 * min(0.0, *heights), 2.5 * max(1.0, panel.reference or 0.0, *heights))
-    else:
-        ax.set_yscale(panel.yscale)
-    if panel.yscale == "log":
-        low, high = ax.get_ylim()
-        room = max(1.0, math.sqrt(LEAST_LOG_RANGE / (high / low)))
+        # A zero keeps room below, for markers on it.
+        ax.set_ylim(min(-0.3, 2 * min(heights)), 2.5 * max(1.0, *heights))
+    elif panel.yscale == "log":
+        low, high = min(heights), max(heights)
+        room = max(LOG_ROOM, math.sqrt(LEAST_LOG_RANGE / (high / low)))
         ax.set_ylim(low / room, high * room)
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        subs = (1, 2, 5) if high / low < 100 else (1, 3) if high / low < 1e4 else (1,)
+        ax.yaxis.set_major_locator(LogLocator(subs=subs))
     if panel.yscale != "linear":
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ax.yaxis.set_minor_locator(NullLocator())
-    if ax.get_xscale() == "linear":
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if panel.ylimits is not None:
+        ax.set_ylim(*panel.ylimits)
 
 
-def _label_ends(ax: Axes, lines: Sequence[Line]) -> None:
+def _scale_widths(ax: Axes, panel: Panel) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    if panel.xticks is not None:
+        widths = [*panel.xticks, *(x for line in panel.lines for x in line.xs)]
+        low, high = min(widths), max(widths)
+        spread = max(LEAST_LOG_WIDTH, math.log(high / low))
+        room = (1.2 * spread - math.log(high / low)) / 2
+        ax.set_xlim(low * math.exp(-room), high * math.exp(room))
+        ax.set_xticks(list(panel.xticks), list(panel.xticks.values()))
+        ax.xaxis.set_minor_locator(NullLocator())
+    elif panel.xscale == "log":
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.xaxis.set_minor_locator(NullLocator())
+    elif any(guide.upright for guide in panel.guides):
+        ax.margins(x=0.08)
+    elif all(x == round(x) for line in panel.lines for x in line.xs):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+
+
+def _name_guide(ax: Axes, guide: Guide) -> None:
+    """The guide's name on it, at its start: names of lines are at their ends."""
+    behind = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.5}
+    how: dict[str, Any] = {"color": GREY, "fontsize": 7.5, "zorder": 2.5, "bbox": behind}
+    if guide.upright:
+        to_axes = ax.get_xaxis_transform()
+        ax.annotate(guide.label, (guide.value, 0.88), (3, 0), to_axes, "offset points", **how)
+    else:
+        to_axes = ax.get_yaxis_transform()
+        ax.annotate(guide.label, (0, guide.value), (3, 2.5), to_axes, "offset points", **how)
+
+
+def _label_ends(ax: Axes, lines: Sequence[Line], gap: float) -> None:
     """Name each line at the right edge, moved apart where names would touch."""
     ax.set_xlim(ax.get_xlim())
     ax.set_ylim(ax.get_ylim())
     to_axes = ax.transData + ax.transAxes.inverted()
-    heights = [float(to_axes.transform((line.xs[-1], line.ys[-1]))[1]) for line in lines]
-    for line, height in zip(lines, spread_apart(heights, LABEL_GAP, top=1.0), strict=True):
+    ends = [max(zip(line.xs, line.ys, strict=True)) for line in lines]
+    heights = [float(to_axes.transform(end)[1]) for end in ends]
+    for line, end, height in zip(lines, ends, spread_apart(heights, gap, top=1.0), strict=True):
         ax.annotate(
             line.label,
-            (line.xs[-1], line.ys[-1]),
-            (1.02, height),
+            end,
+            (1.04, height),
             "data",
             "axes fraction",
             color=line.colour,
             fontsize=9,
             fontweight="bold",
             va="center",
-            arrowprops={"arrowstyle": "-", "color": line.colour, "lw": 0.6, "alpha": 0.5},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": line.colour,
+                "lw": 0.6,
+                "alpha": 0.5,
+                "relpos": (0, 0.5),  # at the name's left edge, clear of other names
+                "shrinkB": 0,
+            },
         )
 
 
-def _drawable(value: float) -> bool:
-    """Whether a value has a place on a log axis."""
-    return math.isfinite(value) and value > 0
+def _draw_grid(ax: Axes, grid: Grid) -> None:
+    """A cell per layer and index, bands named above, numbers or a scale for the values."""
+    layers = sorted({layer for layer, _ in grid.cells})
+    indices = sorted({index for _, index in grid.cells})
+    table = [[grid.cells.get((layer, i), math.nan) for i in indices] for layer in layers]
+    low, high = grid.limits
+    mesh = ax.pcolormesh(
+        [*(i - 0.5 for i in indices), indices[-1] + 0.5],
+        [*(layer - 0.5 for layer in layers), layers[-1] + 0.5],
+        table,
+        cmap=grid.colours,
+        vmin=low,
+        vmax=high,
+        edgecolors="face" if grid.scale else "#ececea",
+        linewidth=0.4,
+    )
+    ax.set_ylim(layers[-1] + 0.5, layers[0] - 0.5)
+    if grid.scale:
+        _draw_scale(ax, grid, mesh)
+    else:
+        _number_cells(ax, grid)
+    _draw_bands(ax, grid, indices)
+    _tick_integers(ax)
+
+
+def _draw_scale(ax: Axes, grid: Grid, mesh: object) -> None:
+    figure = ax.get_figure()
+    assert figure is not None
+    low, high = grid.limits
+    bar = figure.colorbar(mesh, ax=ax, pad=0.015, aspect=25)  # pyright: ignore
+    bar.set_label(grid.scale, color=INK, fontsize=9)
+    bar.set_ticks([low, (low + high) / 2, high])
+    around = math.isclose(high, math.pi)
+    bar.set_ticklabels(["−π", "0", "π"] if around else [f"{v:g}" for v in bar.get_ticks()])
+    bar.ax.tick_params(labelsize=8.5, colors=GREY, length=3)
+    bar.outline.set_visible(False)  # pyright: ignore
+
+
+def _number_cells(ax: Axes, grid: Grid) -> None:
+    for (layer, index), value in grid.cells.items():
+        if value > 1:
+            ink = "white" if value > 0.55 * grid.limits[1] else INK
+            ax.text(index, layer, f"{value:g}", color=ink, fontsize=7, ha="center", va="center")
+
+
+def _draw_bands(ax: Axes, grid: Grid, indices: Sequence[int]) -> None:
+    """Which part of the axis is time, height and width, above the cells."""
+    for name, group in groupby(indices, key=lambda index: grid.bands.get(index, "")):
+        members = list(group)
+        start, end = members[0] - 0.5, members[-1] + 0.5
+        if start > indices[0]:
+            ax.axvline(start, color=INK, lw=1.4)
+        ax.annotate(
+            name, ((start + end) / 2, 1), (0, 3), ax.get_xaxis_transform(), "offset points",
+            color=INK, fontsize=8.5, fontweight="bold", ha="center",
+        )  # fmt: skip
+
+
+def _tick_integers(ax: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+
+
+def _finish(ax: Axes, panel: Panel | Grid, small: bool) -> None:
+    """Axes and titles, the same on every plot."""
+    bands = 13 if isinstance(panel, Grid) and any(panel.bands.values()) else 0
+    lines = panel.subtitle.count("\n") + 1 if panel.subtitle else 0
+    pad = 6 + bands + 12 * lines
+    ax.set_title(panel.title, loc="left", color=INK, fontsize=9.5 if small else 11, pad=pad)
+    if panel.subtitle:
+        ax.annotate(
+            panel.subtitle, (0, 1), (0, 4 + bands), "axes fraction", "offset points", color=GREY,
+            fontsize=7.5 if small else 8.5, va="bottom",
+        )  # fmt: skip
+    size = 8 if small else 9
+    ax.set_xlabel(panel.xlabel, color=INK, fontsize=size)
+    ax.set_ylabel(panel.ylabel, color=INK, fontsize=size)
+    ax.tick_params(labelsize=size - 0.5, colors=GREY, which="both", length=3)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color(GREY)
+    ax.set_axisbelow(True)

@@ -7,39 +7,62 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
+from vmla_convert.pipelines.report.wording import format_number
 from vmla_convert.results import Row
 
 K = TypeVar("K", bound=Hashable)
 
-LAYER_HEADER = ["init", "layer", "scalars/token", "cache cut"]
-RECOVERY_HEADER = [
-    *LAYER_HEADER,
-    "velocity_error step 0",
-    "velocity_error after recovery",
-    "flow loss above dense step 0",
-    "flow loss above dense after recovery",
-]
-STEP0_HEADER = [
-    *LAYER_HEADER,
-    "velocity_error",
-    "flow_loss",
-    "flow_loss_dense",
-    "flow loss above dense",
-    "seconds",
-]
-ABSENT = "–"
 SAME_SIZE = 1.06
+BYTES_PER_NUMBER = 2  # of a cache that is not quantised, wherever rows count bytes
+CHOICES = ("current_chunk", "positions", "latent", "k_norm")
+
+
+class Kept(NamedTuple):
+    """How a cache is kept, where that is not simply as the model computes it."""
+
+    cache_dtype: str = ""
+    rope_dtype: str = ""
+    dense_recent_frames: int = 0
+
+    @property
+    def words(self) -> str:
+        """`int8`, `int4, rope int8`, `2 recent frames dense`; empty for the plain cache."""
+        frames = self.dense_recent_frames
+        parts = [
+            self.cache_dtype,
+            f"rope {self.rope_dtype}" if self.rope_dtype else "",
+            f"{frames} recent frames dense" if frames else "",
+        ]
+        return ", ".join(filter(None, parts))
+
+
+PLAIN = Kept()
 
 
 @dataclass(frozen=True)
 class Dense:
-    """The dense model, which every point is measured against; None where no row says it."""
+    """The dense model, which every point is measured against; None where no row says it.
+
+    Attributes:
+        scalars: Numbers cached per token and layer.
+        nbytes: Bytes they take.
+        flow_loss: On held-out clips.
+        flow_loss_other_past: The same when another clip is put in the past.
+        step_seconds: Of one denoising step.
+    """
 
     scalars: float | None
+    nbytes: float | None
     flow_loss: float | None
     flow_loss_other_past: float | None
+    step_seconds: float | None
+
+    @property
+    def size(self) -> float | None:
+        """Bytes per token and layer, at two bytes a number where no row says them."""
+        return _size(self.nbytes, self.scalars)
 
 
 @dataclass(frozen=True)
@@ -47,30 +70,53 @@ class Point:
     """One setting of the converter; medians over its seeds.
 
     Attributes:
-        run: Its name in the rows.
+        key: What its rows are grouped by: `point`, or `run` where they have none.
         init: How the projections were initialised.
-        layer: Its choices as one phrase; empty where rows tell none.
+        kept: How its cache is kept: a quantised cache makes a setting of its own.
+        choices: Its layer's choices, by name; empty where rows tell none.
+        ranks: Rule that divided the budget.
         kv_lora_rank: Rank of the content latent; None where layers differ.
         qk_rope_head_dim: Width of the shared rope key; None where layers differ.
         scalars: Numbers cached per token and layer.
+        nbytes: Bytes they take; None where no row says.
         cut: Share of the dense cache that is gone.
+        recovery_steps: Steps of distillation that were asked for.
         errors: velocity_error by step of recovery.
         flow_losses: Flow loss by step.
         losses: Flow loss above the dense model's by step, as a share of the dense model's.
+        error_spread: Least and greatest velocity_error over seeds at the last step.
+        loss_spread: Likewise of `losses`.
+        seeds: How many there are.
         seconds: Of the conversion.
+        step_seconds: Of one denoising step.
+        seconds_ratio: The same over the dense model's; below 1 is faster.
     """
 
-    run: str
+    key: str
     init: str
-    layer: str
+    kept: Kept
+    choices: dict[str, str]
+    ranks: str | None
     kv_lora_rank: int | None
     qk_rope_head_dim: int | None
     scalars: float | None
+    nbytes: float | None
     cut: float | None
+    recovery_steps: int | None
     errors: dict[int, float]
     flow_losses: dict[int, float]
     losses: dict[int, float]
+    error_spread: tuple[float, float] | None
+    loss_spread: tuple[float, float] | None
+    seeds: int
     seconds: float | None
+    step_seconds: float | None
+    seconds_ratio: float | None
+
+    @property
+    def layer(self) -> str:
+        """The layer's choices as one phrase; empty where rows tell none."""
+        return " ".join(self.choices.values())
 
     @property
     def split(self) -> str:
@@ -81,9 +127,18 @@ class Point:
         return "+".join(format_number(n) for n in sizes if n is not None)
 
     @property
+    def name(self) -> str:
+        """Init, split and how it is kept: `calibrated 16+8 int8`."""
+        return " ".join(filter(None, (self.init, self.split, self.kept.words)))
+
+    @property
     def size(self) -> float:
-        """Cache size to sort by; a point without one comes last."""
-        return math.inf if self.scalars is None else self.scalars
+        """Bytes per token and layer, which settings are sorted by; infinite where unknown.
+
+        At two bytes a number where no row says bytes.
+        """
+        size = _size(self.nbytes, self.scalars)
+        return math.inf if size is None else size
 
     @property
     def last_step(self) -> int:
@@ -101,19 +156,6 @@ class Point:
         return self.losses.get(self.last_step)
 
 
-@dataclass(frozen=True)
-class Recommendation:
-    """The point to use.
-
-    Attributes:
-        point: The setting.
-        within_bound: Whether its flow loss meets the bound; None when no row tells.
-    """
-
-    point: Point
-    within_bound: bool | None
-
-
 def group_medians(
     rows: Iterable[Row], metric: str, key: Callable[[Row], K | None]
 ) -> dict[K, float]:
@@ -123,10 +165,29 @@ def group_medians(
     """
     groups: defaultdict[K, list[float]] = defaultdict(list)
     for row in rows:
-        name = key(row)
-        if row.metric == metric and name is not None:
+        name = key(row) if row.metric == metric else None
+        if name is not None:
             groups[name].append(row.value)
     return {name: _median_value(values) for name, values in groups.items()}
+
+
+def median_of(rows: Iterable[Row], metric: str) -> float | None:
+    """Median value of a metric, or None without rows of it."""
+    values = [row.value for row in rows if row.metric == metric]
+    return _median_value(values) if values else None
+
+
+def point_key(row: Row) -> str:
+    """What rows of one setting share, whatever their seed."""
+    return row.point or row.run
+
+
+def kept_as(row: Row) -> Kept:
+    """How the cache was kept that a row measured."""
+    cache, rope = (
+        "" if dtype in (None, "model") else dtype for dtype in (row.cache_dtype, row.rope_dtype)
+    )
+    return Kept(cache, rope, row.dense_recent_frames or 0)
 
 
 def read_dense(rows: Sequence[Row]) -> Dense | None:
@@ -135,44 +196,29 @@ def read_dense(rows: Sequence[Row]) -> Dense | None:
     if not dense_rows:
         return None
     return Dense(
-        scalars=_median(dense_rows, "cache_scalars_per_token"),
-        flow_loss=_median(dense_rows, "flow_loss"),
-        flow_loss_other_past=_median(dense_rows, "flow_loss_other_past"),
+        scalars=median_of(dense_rows, "cache_scalars_per_token"),
+        nbytes=median_of(dense_rows, "cache_bytes_per_token"),
+        flow_loss=median_of(dense_rows, "flow_loss"),
+        flow_loss_other_past=median_of(dense_rows, "flow_loss_other_past"),
+        step_seconds=median_of(dense_rows, "step_seconds"),
     )
 
 
 def read_points(rows: Sequence[Row]) -> list[Point]:
     """Every measured setting, sorted by cache size, then by error after recovery."""
     dense = read_dense(rows)
-    groups: defaultdict[tuple[str, str], list[Row]] = defaultdict(list)
+    groups: defaultdict[tuple[str, str], defaultdict[Kept, list[Row]]]
+    groups = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        if row.init is not None:
-            groups[row.run, row.init].append(row)
-    points = [_point(group, dense) for group in groups.values()]
+        if row.init is not None and row.metric != "failed":
+            groups[point_key(row), row.init][kept_as(row)].append(row)
+    points = [
+        _point(kept, own, kinds.get(PLAIN, own), dense)
+        for kinds in groups.values()
+        for kept, own in kinds.items()
+    ]
     measured = [point for point in points if point.errors or point.losses]
     return sorted(measured, key=lambda point: (point.size, point.final_error))
-
-
-def recommend(points: Sequence[Point], bound: float) -> Recommendation | None:
-    """The most accurate point at the largest cut whose flow loss stays within the bound.
-
-    Args:
-        points: As `read_points` gives them.
-        bound: Flow loss allowed above the dense model's, as a share of it.
-
-    Returns:
-        When no point meets the bound, or none says its flow loss, the most accurate of all; None
-        when no point has a finite error.
-    """
-    finite = [point for point in points if math.isfinite(point.final_error)]
-    if not finite:
-        return None
-    known = [point for point in finite if point.final_loss is not None]
-    meeting = [point for point in known if (point.final_loss or 0.0) <= bound]
-    if meeting:
-        return Recommendation(min(meeting, key=lambda p: (p.size, p.final_error)), True)
-    best = min(finite, key=lambda point: (point.final_error, point.size))
-    return Recommendation(best, False if known else None)
 
 
 def size_groups(points: Sequence[Point]) -> list[list[Point]]:
@@ -186,114 +232,84 @@ def size_groups(points: Sequence[Point]) -> list[list[Point]]:
     return groups
 
 
-def format_sizes(group: Sequence[Point]) -> str:
-    """Numbers per token of a group of `size_groups`: one, or the least and the most."""
-    return "–".join(dict.fromkeys(format_number(p.size) for p in (group[0], group[-1])))
+def is_step_ratio(row: Row) -> bool:
+    """Whether a row compares seconds of a whole step, not of an attention or of a layer alone."""
+    return row.metric == "seconds_ratio" and not row.unit.startswith(("attention", "layer"))
 
 
-def decisive_table(rows: Sequence[Row]) -> list[list[str]]:
-    """The table that decides: header, the dense model, then a line per point.
-
-    Args:
-        rows: Rows of a sweep or of one conversion.
-
-    Returns:
-        Lines of cells; the first line is the header. The dense model's line is there only when
-        rows about it are.
-    """
-    dense, points = read_dense(rows), read_points(rows)
-    recovered = any(point.last_step > 0 for point in points)
-    table = [RECOVERY_HEADER if recovered else STEP0_HEADER]
-    if dense is not None:
-        scalars, loss = format_number(dense.scalars), format_number(dense.flow_loss)
-        losses = ["+0 %", ABSENT] if recovered else [loss, loss, "+0 %", ABSENT]
-        errors = ["0", ABSENT] if recovered else ["0"]
-        table.append(["dense", ABSENT, scalars, "0 %", *errors, *losses])
-    if recovered:
-        return table + [_recovery_cells(point) for point in points]
-    return table + [_step0_cells(point, dense) for point in points]
+def _size(nbytes: float | None, scalars: float | None) -> float | None:
+    if nbytes is not None:
+        return nbytes
+    return None if scalars is None else BYTES_PER_NUMBER * scalars
 
 
-def format_number(value: float | None) -> str:
-    """Three significant digits; whole numbers in full."""
-    if value is None:
-        return ABSENT
-    if not math.isfinite(value):
-        return "diverged"
-    return str(round(value)) if value == round(value) else f"{value:.3g}"
-
-
-def format_cut(cut: float | None) -> str:
-    """A share as a percentage with one decimal."""
-    return ABSENT if cut is None else f"{100 * cut:.1f} %"
-
-
-def format_excess(share: float | None) -> str:
-    """Flow loss above dense, signed; one decimal below 10 %."""
-    if share is None or not math.isfinite(share):
-        return format_number(share)
-    percent = 100 * share
-    return f"{percent:+.1f} %" if abs(percent) < 10 else f"{percent:+.0f} %"
-
-
-def _point(rows: list[Row], dense: Dense | None) -> Point:
+def _point(kept: Kept, rows: list[Row], plain: list[Row], dense: Dense | None) -> Point:
+    """A point from its own rows; what does not depend on how it is kept, from the plain ones."""
     first = rows[0]
-    scalars = _median(rows, "cache_scalars_per_token")
-    cut = _median(rows, "cache_cut")
-    if cut is None and scalars is not None and dense is not None and dense.scalars:
-        cut = 1 - scalars / dense.scalars
+    scalars = median_of(plain, "cache_scalars_per_token")
+    nbytes = median_of(rows, "cache_bytes_per_token")
+    cut = _cut(rows, nbytes, scalars, dense)
+    errors = group_medians(rows, "velocity_error", lambda row: row.step)
     flow_losses = group_medians(rows, "flow_loss", lambda row: row.step)
     losses: dict[int, float] = {}
     if dense is not None and dense.flow_loss:
         losses = {step: loss / dense.flow_loss - 1 for step, loss in sorted(flow_losses.items())}
-    errors = group_medians(rows, "velocity_error", lambda row: row.step)
-    choices = (first.current_chunk, first.positions, first.latent, first.k_norm)
+    last = max(errors or losses, default=0)
+    loss_spread = _spread(rows, "flow_loss", last)
+    if loss_spread is not None and dense is not None and dense.flow_loss:
+        low, high = loss_spread
+        loss_spread = low / dense.flow_loss - 1, high / dense.flow_loss - 1
+    step_seconds = median_of(rows, "step_seconds")
     return Point(
-        run=first.run,
+        key=point_key(first),
         init=first.init or "",
-        layer=" ".join(choice for choice in choices if choice is not None),
+        kept=kept,
+        choices={n: choice for n in CHOICES if (choice := getattr(first, n)) is not None},
+        ranks=first.ranks,
         kv_lora_rank=first.kv_lora_rank,
         qk_rope_head_dim=first.qk_rope_head_dim,
         scalars=scalars,
+        nbytes=nbytes,
         cut=cut,
+        recovery_steps=first.recovery_steps,
         errors=dict(sorted(errors.items())),
         flow_losses=flow_losses,
         losses=losses,
-        seconds=_median(rows, "convert_seconds"),
+        error_spread=_spread(rows, "velocity_error", last),
+        loss_spread=loss_spread,
+        seeds=len({row.seed for row in rows}),
+        seconds=median_of(plain, "convert_seconds"),
+        step_seconds=step_seconds,
+        seconds_ratio=_ratio(rows, step_seconds, dense),
     )
 
 
-def _setting_cells(point: Point) -> list[str]:
-    sizes = "" if point.kv_lora_rank is None else f" ({point.split})"
-    scalars = format_number(point.scalars) + sizes
-    return [point.init, point.layer or ABSENT, scalars, format_cut(point.cut)]
+def _cut(
+    rows: list[Row], nbytes: float | None, scalars: float | None, dense: Dense | None
+) -> float | None:
+    """Of bytes where both are known: quantising cuts too."""
+    if dense is not None and dense.nbytes and nbytes is not None:
+        return 1 - nbytes / dense.nbytes
+    cut = median_of(rows, "cache_cut")
+    if cut is None and scalars is not None and dense is not None and dense.scalars:
+        return 1 - scalars / dense.scalars
+    return cut
 
 
-def _recovery_cells(point: Point) -> list[str]:
-    recovered = point.last_step > 0
-    return [
-        *_setting_cells(point),
-        format_number(point.errors.get(0)),
-        format_number(point.errors.get(point.last_step)) if recovered else ABSENT,
-        format_excess(point.losses.get(0)),
-        format_excess(point.final_loss) if recovered else ABSENT,
+def _ratio(rows: list[Row], step_seconds: float | None, dense: Dense | None) -> float | None:
+    measured = median_of(filter(is_step_ratio, rows), "seconds_ratio")
+    if measured is not None or step_seconds is None or dense is None or not dense.step_seconds:
+        return measured
+    return step_seconds / dense.step_seconds
+
+
+def _spread(rows: Iterable[Row], metric: str, step: int) -> tuple[float, float] | None:
+    values = [
+        math.inf if math.isnan(row.value) else row.value
+        for row in rows
+        if row.metric == metric and row.step == step
     ]
-
-
-def _step0_cells(point: Point, dense: Dense | None) -> list[str]:
-    return [
-        *_setting_cells(point),
-        format_number(point.errors.get(0)),
-        format_number(point.flow_losses.get(0)),
-        format_number(dense.flow_loss if dense else None),
-        format_excess(point.losses.get(0)),
-        format_number(point.seconds),
-    ]
-
-
-def _median(rows: Iterable[Row], metric: str) -> float | None:
-    values = [row.value for row in rows if row.metric == metric]
-    return _median_value(values) if values else None
+    return (min(values), max(values)) if values else None
 
 
 def _median_value(values: list[float]) -> float:
