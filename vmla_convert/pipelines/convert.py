@@ -20,10 +20,15 @@ import torch
 from torch import Tensor
 
 from vmla_convert import __version__
-from vmla_convert.checkpoint.families import OpenCheckpoint, converted_config
+from vmla_convert.checkpoint.families import OpenCheckpoint
 from vmla_convert.checkpoint.known import known_model
 from vmla_convert.checkpoint.source import TensorSpec, fingerprint
-from vmla_convert.checkpoint.writer import CheckpointWriter, check_place, partial_folder
+from vmla_convert.checkpoint.writer import (
+    CheckpointWriter,
+    check_place,
+    copied_bytes,
+    partial_folder,
+)
 from vmla_convert.config import PAPER_LAYER, ConvertConfig, ModelConfig, RankPlan, SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError, did_you_mean
 from vmla_convert.layers.dit import CausalWanModel
@@ -42,6 +47,12 @@ from vmla_convert.pipelines.factoring import (
     planned_config,
     with_branches,
 )
+from vmla_convert.pipelines.folders import (
+    LAYOUTS,
+    converted_files,
+    find_components,
+    named_layout,
+)
 from vmla_convert.pipelines.load import (
     CONVERSION_NAME,
     Source,
@@ -58,7 +69,6 @@ from vmla_convert.pipelines.plan import (
     plan_ranks,
     uniform_plan,
 )
-from vmla_convert.pipelines.publish import model_card
 from vmla_convert.pipelines.shelf import FolderShelf, Shelf
 from vmla_convert.progress import Progress, Silent, Timed
 from vmla_convert.tables import from_dict, to_dict
@@ -118,6 +128,7 @@ def convert(
     config: ConvertConfig | None = None,
     progress: Progress | None = None,
     resume: bool = False,
+    layout: str = "native",
 ) -> Conversion:
     """Convert a dense checkpoint into a folder that `load` and `generate` take.
 
@@ -130,11 +141,13 @@ def convert(
         config: Init, layer, sizes and calibration.
         progress: Where to draw.
         resume: Go on with a conversion of the same source and settings that was interrupted.
+        layout: Of the folder: `native`, our own; or `diffusers`, a pipeline's, with text encoder
+            and VAE where the source has them.
 
     Raises:
         CheckpointError: The source cannot be read, is of no known layout, is converted already, or
             holds a number that is not finite.
-        ConfigError: The init or a size does not fit the model.
+        ConfigError: The init or a size does not fit the model, or the layout is unknown.
         OutputError: `out` is taken, or cannot be written.
     """
     started = perf_counter()
@@ -143,7 +156,9 @@ def convert(
     if checkpoint.known and (note := known_model(checkpoint.known).note):
         progress.note(f"{checkpoint.known}: {note}")
     rough = plan_conversion(checkpoint, config)
-    check_place(out, rough.nbytes, resume)
+    form = named_layout(layout)
+    components = find_components(checkpoint.source.path, form)
+    check_place(out, rough.nbytes + copied_bytes(components), resume)
     if measures(config):
         open_measured(checkpoint.config, config)
     origin = _origin(source, checkpoint, progress)
@@ -165,7 +180,9 @@ def convert(
         "settings": to_dict(config),
         "plan": to_dict(ranks),
     }
-    with CheckpointWriter(out, plan.specs, identity=identity, resume=resume) as writer:
+    with CheckpointWriter(
+        out, plan.specs, identity=identity, resume=resume, layout=form, copies=components
+    ) as writer:
         branches = _write_tensors(checkpoint, plan, config, evidence, writer, progress)
         factor_seconds = perf_counter() - factor_started
         final = with_branches(plan.config, branches)
@@ -182,9 +199,7 @@ def convert(
             "stage_seconds": progress.seconds,
             "peak_rss_bytes": peak,
         }
-        writer.write_json("config.json", converted_config(final))
-        writer.write_json(CONVERSION_NAME, provenance)
-        writer.write_text("README.md", model_card(final, origin))
+        writer.write_files(converted_files(final, provenance, form, components))
     if shelf is not None:
         shelf.remove()
     return Conversion(out, final, seconds, factor_seconds, peak, truncation)
@@ -224,7 +239,10 @@ def read_plan(path: Path) -> RankPlan:
     Raises:
         ConfigError: There is no plan.
     """
-    file = path / CONVERSION_NAME if path.is_dir() else path
+    file = path
+    if path.is_dir():
+        places = [layout.place(CONVERSION_NAME) for layout in LAYOUTS.values()]
+        file = next((path / place for place in places if (path / place).is_file()), path)
     try:
         return from_dict(RankPlan, json.loads(file.read_text())["plan"], "plan")
     except (OSError, ValueError, KeyError, TypeError) as error:
