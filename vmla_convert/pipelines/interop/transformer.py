@@ -20,10 +20,10 @@ from vmla_convert.tables import from_dict, to_dict
 
 try:
     # By these names in this very module, diffusers finds out how to load a class of ours.
-    from diffusers import ConfigMixin, ModelMixin
-    from diffusers.configuration_utils import register_to_config
-    from diffusers.loaders import PeftAdapterMixin
+    from diffusers.configuration_utils import ConfigMixin, register_to_config
+    from diffusers.loaders.peft import PeftAdapterMixin
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
+    from diffusers.models.modeling_utils import ModelMixin
     from diffusers.utils.accelerate_utils import apply_forward_hook
 except ImportError as error:
     raise MissingExtraError("diffusers' pipelines", "wan") from error
@@ -62,7 +62,7 @@ class VMLATransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return wrapped.eval() if not model.training else wrapped
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls,
         pretrained_model_name_or_path: Source,
         subfolder: str | None = None,
@@ -155,8 +155,8 @@ def _one_device(device_map: str | torch.device | dict[str, Any] | None) -> torch
         ConfigError: The model was to be divided.
     """
     if isinstance(device_map, dict):
-        device_map = device_map.get("") if device_map.keys() == {""} else "several"
-    if device_map in ("several", "auto", "balanced", "balanced_low_0", "sequential"):
+        return _one_device(device_map[""] if device_map.keys() == {""} else "auto")
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
         raise ConfigError(
             "a VMLATransformer is not divided over devices",
             "name one device, or call enable_model_cpu_offload() on the pipeline",
