@@ -161,7 +161,9 @@ def test_eval_refuses_a_converted_teacher(converted: Path, vmla: Vmla) -> None:
     assert refused(vmla("eval", converted, "--teacher", converted))
 
 
-def test_generate_writes_a_video_and_a_sheet(converted: Path, tmp_path: Path, vmla: Vmla) -> None:
+def test_generate_writes_a_video_and_its_first_frame(
+    converted: Path, tmp_path: Path, vmla: Vmla
+) -> None:
     video = tmp_path / "clips" / "a.mp4"
     ran = vmla("generate", converted, "--prompt", "7", "--prompt", "a two", "-o", video,
                "--frames", "3")  # fmt: skip
@@ -187,6 +189,10 @@ def test_generate_writes_a_video_and_a_sheet(converted: Path, tmp_path: Path, vm
         (("--rope-dtype", "int8"), "rope keys"),
         (("--dtype", "int8"), "float32 or bfloat16"),
         (("--switch", "soon:2"), "FRAME:PROMPT"),
+        (("--prompt-at", "2s:a cat"), "a cat"),
+        (("--seconds", "0"), "--seconds 60"),
+        (("--seconds", "1", "--frames", "4"), "one of them"),
+        (("--image", "nowhere.png"), "nowhere.png"),
         (("--set", "cache.window_frames=1"), "make the window larger"),
         (("--set", "licence=mine"), "converted already"),
         (("--compare", "nowhere"), "nowhere"),

@@ -9,7 +9,14 @@ import torch
 from conftest import noise, tiny_config
 
 from vmla_convert.errors import ConfigError, VmlaError
-from vmla_convert.pipelines.codecs import DIGIT_WORDS, DemoCodec, open_codec, require_demo_codec
+from vmla_convert.pipelines.codecs import (
+    DIGIT_WORDS,
+    DemoCodec,
+    check_prompts,
+    latent_frames_per_second,
+    open_codec,
+    require_demo_codec,
+)
 
 CODEC = DemoCodec()
 
@@ -53,12 +60,34 @@ def test_a_prompt_without_one_digit_is_refused(prompt: str) -> None:
     assert "--prompt" in caught.value.hint
 
 
-def test_only_the_demo_codec_is_wired_in() -> None:
+def test_a_model_names_its_codec() -> None:
     config = tiny_config()
     assert isinstance(open_codec(dataclasses.replace(config, codec="demo")), DemoCodec)
-    with pytest.raises(ConfigError, match="not wired in") as caught:
+    with pytest.raises(ConfigError, match="no text encoder and VAE are known") as caught:
         open_codec(config)
-    assert "vmla generate demo" in caught.value.hint
+    assert "--base" in caught.value.hint
     with pytest.raises(ConfigError, match="calibration needs") as caught:
         require_demo_codec(config, "calibration")
     assert "--no-calibration" in caught.value.hint
+
+
+def test_prompts_are_checked_as_their_codec_reads_them() -> None:
+    config = tiny_config()
+    check_prompts(config, ["a cat", "7"])
+    with pytest.raises(VmlaError, match="'a cat' must name one digit"):
+        check_prompts(dataclasses.replace(config, codec="demo"), ["7", "a cat"])
+
+
+def test_time_is_counted_in_latent_frames() -> None:
+    config = tiny_config()
+    wide = dataclasses.replace(config, geometry=dataclasses.replace(config.geometry, in_dim=48))
+    skyreels = dataclasses.replace(config, family="skyreels_diffusers")
+    demo = dataclasses.replace(config, codec="demo")
+    rates = [latent_frames_per_second(c) for c in (config, wide, skyreels, demo)]
+    assert rates == [4, 6, 6, 8]
+
+
+def test_the_demo_decodes_chunk_by_chunk_as_whole() -> None:
+    latents, decoder = noise(2, 3, 12, 3, 4), CODEC.decoder()
+    parts = [decoder.decode(part) for part in latents.split(2, dim=1)]
+    assert torch.equal(torch.cat(parts, dim=1), CODEC.decode(latents))

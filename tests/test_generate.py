@@ -17,10 +17,12 @@ from vmla_convert.errors import ConfigError, OutputError, VmlaError
 from vmla_convert.layers.cache import KVCache
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines import generate as pipeline
+from vmla_convert.pipelines.codecs import DemoCodec
 from vmla_convert.pipelines.compare import compare
 from vmla_convert.pipelines.generate import (
     Switch,
     check_video_path,
+    clip_frames,
     generate,
     parse_switch,
     rollout,
@@ -29,6 +31,8 @@ from vmla_convert.pipelines.generate import (
 from vmla_convert.pipelines.load import load
 
 pytest_plugins = ["checkpoints"]
+
+CODEC = DemoCodec()
 
 
 @pytest.fixture(params=["teacher", "converted", "budgeted"])
@@ -251,12 +255,25 @@ def test_a_switch_needs_a_prompt_for_each_clip(dense: CausalWanModel) -> None:
         next(generate(dense, "7", 8, switches=[Switch(4, ["1", "2"])]))
 
 
-@pytest.mark.parametrize("text", ["", "7", "a:7", "-1:7", "3:", ":7"])
-def test_a_switch_is_a_frame_and_a_prompt(text: str) -> None:
-    assert parse_switch("40: a two: dancing", 2, False) == Switch(40, ["a two: dancing"] * 2, False)
+@pytest.mark.parametrize("text", ["", "7", "a:7", "-1:7", "3:", ":7", "s:7", "1.5:7", "3m:7"])
+def test_a_switch_is_a_time_and_a_prompt(text: str) -> None:
+    expected = Switch(40, ["a two: dancing"] * 2, False)
+    for time in ("40", "10s", "10 s", " 10.0s"):
+        assert parse_switch(f"{time}: a two: dancing", 2, False, 4.0) == expected
     with pytest.raises(ConfigError, match="FRAME:PROMPT") as caught:
-        parse_switch(text, 1, True)
+        parse_switch(text, 1, True, 4.0)
     assert caught.value.hint
+
+
+def test_a_length_is_in_seconds_or_in_frames() -> None:
+    assert clip_frames(None, None, 4.0) == 20
+    assert clip_frames(None, 7, 4.0) == 7
+    assert clip_frames(60, None, 4.0) == 240
+    assert clip_frames(0.01, None, 4.0) == 1
+    for seconds, frames in ((1.0, 4), (0.0, None), (-1.0, None), (float("nan"), None)):
+        with pytest.raises(ConfigError) as caught:
+            clip_frames(seconds, frames, 4.0)
+        assert caught.value.hint
 
 
 def test_a_quantised_rollout_is_near_and_an_offloaded_one_the_same(converted: Path) -> None:
@@ -286,7 +303,7 @@ def test_a_video_is_refused_before_any_work_where_it_cannot_go(tmp_path: Path) -
 
 def test_clips_land_as_video_and_sheet(dense: CausalWanModel, tmp_path: Path) -> None:
     video = rollout(dense, ["1", "2"], 3)
-    paths = write_clips(tmp_path / "clip.mp4", {"dense": video, "copy": video}, ["1", "2"])
+    paths = write_clips(tmp_path / "clip.mp4", {"dense": video, "copy": video}, ["1", "2"], CODEC)
     assert [path.name for path in paths] == ["clip.mp4", "clip.png"]
     assert (tmp_path / "clip.mp4").read_bytes()[4:8] == b"ftyp"
     assert (tmp_path / "clip.png").read_bytes()[1:4] == b"PNG"

@@ -105,9 +105,11 @@ class TestOwnSamples:
         assert len(shards(tmp_path / "cut.partial")) == 1
         prompts: list[list[str]] = []
 
-        def counted(model: CausalWanModel, part: list[str], *args: Any) -> Iterator[Tensor]:
+        def counted(
+            model: CausalWanModel, part: list[str], *args: Any, **more: Any
+        ) -> Iterator[Tensor]:
             prompts.append(part)
-            return generate(model, part, *args)
+            return generate(model, part, *args, **more)
 
         monkeypatch.setattr(pipeline, "generate", counted)
         prepare_clips(OWN, dense, tmp_path / "cut", ORIGIN)
@@ -164,9 +166,9 @@ class TestOwnSamples:
 
     def test_need_a_codec(self, dense: CausalWanModel, tmp_path: Path) -> None:
         dense.config = replace(dense.config, codec="wan")
-        with pytest.raises(ConfigError, match="sampling the dense model needs Wan") as caught:
+        with pytest.raises(ConfigError, match="no text encoder and VAE are known") as caught:
             prepare_clips(OWN, dense, tmp_path / "clips", ORIGIN)
-        assert "safetensors" in caught.value.hint
+        assert "--base" in caught.value.hint
 
 
 def test_prepared_clips_calibrate_a_conversion(
@@ -375,7 +377,7 @@ class TestVideos:
 
     def test_need_a_codec(self, footage: Path, dense: CausalWanModel, tmp_path: Path) -> None:
         dense.config = replace(dense.config, codec="wan")
-        with pytest.raises(ConfigError, match="encoding videos needs Wan"):
+        with pytest.raises(ConfigError, match="no text encoder and VAE are known"):
             encoded(footage, dense, tmp_path / "clips")
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vmla_convert.config import (
+    CodecConfig,
     ConvertConfig,
     DataConfig,
     DMDConfig,
@@ -100,6 +101,14 @@ Deployment = Annotated[
         "--set",
         help="Override the window or the sampler: --set cache.window_frames=12, "
         "--set cache.dense_recent_frames=2 (the newest past frames also dense, and exact).",
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder or Hub id in diffusers' layout that text encoder and VAE come from. Default: "
+        "what lies beside the checkpoint, else Wan's own.",
     ),
 ]
 CacheDtype = Annotated[
@@ -398,6 +407,7 @@ def recover(
     frames: Annotated[
         int, typer.Option(min=1, help="Latent frames of a clip.", rich_help_panel="Clips")
     ] = (DataConfig.frames),
+    base: Base = None,
     train: Annotated[
         str,
         typer.Option(
@@ -514,6 +524,7 @@ def recover(
             "frames": frames,
             "clips": clips,
             "prompts": list(read_prompts(prompts)) if prompts else [],
+            "base": base,
         },
     }
     for change in settings or ():
@@ -540,7 +551,13 @@ def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[list[str], typer.Option(help="Repeat for several clips.")],
     video: Annotated[Path, typer.Option("--out", "-o", help="An .mp4 to write.")],
-    frames: Annotated[int, typer.Option(min=1, help="Latent frames.")] = 20,
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="How long; a Wan model makes 4 latent frames a second, the demo 8."),
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="The same in latent frames.  [default: 20]")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of all noise.")] = 0,
     compare: Annotated[
         str | None, typer.Option(help="A second checkpoint, shown beside from the same noise.")
@@ -549,12 +566,33 @@ def generate(
     switch: Annotated[
         list[str] | None,
         typer.Option(
-            help="FRAME:PROMPT, another prompt from a frame on, for all clips; repeat for more."
+            "--prompt-at",
+            "--switch",
+            metavar="TIME:PROMPT",
+            help="Another prompt from then on, for all clips: '20s:a dog', or '80:a dog' in latent "
+            "frames; repeat for more.",
         ),
     ] = None,
     keep_sink: Annotated[
         bool, typer.Option(help="At a switch, keep what the sink holds of the first prompt.")
     ] = True,
+    prefix: Annotated[
+        Path | None,
+        typer.Option(
+            "--prefix",
+            "--image",
+            metavar="FILE",
+            help="An image or a video that the clip begins with, and goes on from.",
+        ),
+    ] = None,
+    base: Base = None,
+    vae_tiling: Annotated[
+        bool, typer.Option("--vae-tiling", help="Decode frames in overlapping tiles: less memory.")
+    ] = CodecConfig.vae_tiling,
+    cpu_offload: Annotated[
+        bool,
+        typer.Option("--cpu-offload", help="Text encoder and VAE on the GPU only while they work."),
+    ] = CodecConfig.cpu_offload,
     cache_dtype: CacheDtype = RuntimeConfig.cache_dtype,
     rope_dtype: RopeDtype = RuntimeConfig.rope_dtype,
     backend: Annotated[
@@ -584,11 +622,29 @@ def generate(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Generate video from prompts, streaming through the cache; a contact sheet lands beside."""
+    """Generate video from prompts, written as it comes; its first frame lands beside as a PNG.
+
+    With --compare, clips are kept until both are done, and a contact sheet lands there instead.
+    """
     import torch
 
     from vmla_convert.layers.dit import check_runtime
-    from vmla_convert.pipelines.generate import check_video_path, parse_switch, rollout, write_clips
+    from vmla_convert.pipelines.codecs import (
+        check_prompts,
+        latent_frames_per_second,
+        open_codec,
+    )
+    from vmla_convert.pipelines.generate import (
+        check_video_path,
+        clip_frames,
+        parse_switch,
+        read_prefix,
+        rollout,
+        track_chunks,
+        write_clips,
+        write_film,
+    )
+    from vmla_convert.pipelines.generate import generate as run
     from vmla_convert.pipelines.load import build, compute_device, open_named
 
     out.json = json
@@ -603,7 +659,6 @@ def generate(
         "offload": offload,
     }
     runtime = from_dict(RuntimeConfig, options)
-    switches = [parse_switch(text, len(prompt), keep_sink) for text in switch or ()]
     names = [checkpoint, *([compare] if compare else [])]
     opened = {
         label: open_named(SourceConfig(name, overrides=tuple(settings or ())))
@@ -616,20 +671,36 @@ def generate(
     }
     for label, source in opened.items():
         check_runtime(source.config, ways[label])
+    first = next(iter(opened.values()))
+    rate = latent_frames_per_second(first.config)
+    length = clip_frames(seconds, frames, rate)
+    switches = [parse_switch(text, len(prompt), keep_sink, rate) for text in switch or ()]
+    check_prompts(first.config, (*prompt, *(p for s in switches for p in s.prompts)))
     device = compute_device()
-    precision = dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    precision = getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    how = CodecConfig(base, vae_tiling, cpu_offload)
+    codec = open_codec(first.config, how, first.source.path, device, precision)
+    given = read_prefix(prefix, codec, first.config.latent_size, length) if prefix else None
     clips: dict[str, Tensor] = {}
     sizes: dict[str, int] = {}
+    written: list[Path] = []
     with out.progress() as progress:
         for label, source in opened.items():
-            model, way = build(source, device, getattr(torch, precision)), ways[label]
-            task = f"generating ({label})"
+            model, way = build(source, device, precision), ways[label]
             if compiled:
                 model.compile_blocks()
-            clips[label] = rollout(model, prompt, frames, seed, progress, task, way, switches)
             sizes[f"cache of {label} (bytes)"] = model.cache_bytes(len(prompt), way)
+            task = f"generating ({label})"
+            if compare:
+                clips[label] = rollout(
+                    model, prompt, length, seed, progress, task, way, switches, codec, given
+                )
+            else:
+                chunks = run(model, prompt, length, seed, way, switches, codec, given)
+                chunks = track_chunks(progress, chunks, task, model, length, given)
+                written = write_film(video, chunks, codec)
     out.data(sizes)
-    for path in write_clips(video, clips, prompt):
+    for path in written or write_clips(video, clips, prompt, codec):
         out.path("wrote", path)
 
 

@@ -116,6 +116,22 @@ class RuntimeConfig:
 
 
 @dataclass(frozen=True)
+class CodecConfig:
+    """Where Wan's text encoder and VAE come from, and how they run; the demo's need neither.
+
+    Attributes:
+        base: A folder or Hub id in diffusers' layout. None takes what lies beside the checkpoint,
+            else what is known of the model.
+        vae_tiling: Decode and encode frames in overlapping tiles, in less memory.
+        cpu_offload: Keep both in host memory, and on the device only while they work.
+    """
+
+    base: str | None = None
+    vae_tiling: bool = False
+    cpu_offload: bool = False
+
+
+@dataclass(frozen=True)
 class SamplerConfig:
     """Few-step flow sampling.
 
@@ -386,6 +402,8 @@ class DataConfig:
         prompts: Of `self`, one clip after the other; or the one of videos that have none beside
             them.
         clips: How many are sampled for `self`.
+        base: Where the text encoder and VAE come from, as of `CodecConfig`; only for clips that
+            are made.
     """
 
     source: str = "demo"
@@ -394,6 +412,7 @@ class DataConfig:
     seed: int = 0
     prompts: tuple[str, ...] = ()
     clips: int = 128
+    base: str | None = None
 
     def __post_init__(self) -> None:
         _require(self, 1, "frames")

@@ -202,7 +202,7 @@ def _check_inputs(recipe: Recipe, out: Path, stages: list[str]) -> None:
 def _check_source(recipe: Recipe, out: Path, stages: list[str]) -> None:
     """The source opens, every conversion of it can be done, and every prompt can be read."""
     from vmla_convert.checkpoint.families import open_checkpoint
-    from vmla_convert.pipelines.codecs import open_codec
+    from vmla_convert.pipelines.codecs import check_prompts, open_codec
     from vmla_convert.pipelines.convert import plan_conversion
     from vmla_convert.pipelines.load import locate
 
@@ -213,7 +213,8 @@ def _check_source(recipe: Recipe, out: Path, stages: list[str]) -> None:
     for conversion in _conversions(recipe, stages):
         plan_conversion(checkpoint, conversion)
     if recipe.generate and "generate" in stages:
-        open_codec(checkpoint.config).encode_prompts(list(recipe.generate.prompts))
+        open_codec(checkpoint.config, checkpoint=path)
+        check_prompts(checkpoint.config, recipe.generate.prompts)
 
 
 def _conversions(recipe: Recipe, stages: list[str]) -> list[ConvertConfig]:
@@ -299,15 +300,17 @@ def _run_sweep(recipe: Recipe, out: Path, progress: Progress) -> None:
 
 
 def _run_generate(recipe: Recipe, out: Path, progress: Progress) -> None:
+    from vmla_convert.pipelines.codecs import open_codec
     from vmla_convert.pipelines.compare import compare
-    from vmla_convert.pipelines.load import compute_device, load
+    from vmla_convert.pipelines.load import build, compute_device, load, open_named
     from vmla_convert.results import append_rows
 
     assert recipe.generate is not None
     if not (out / "compare.png").exists():
-        device = compute_device()
-        models = load(recipe.source, device), load(out / "converted", device)
-        rows = compare(*models, recipe.generate, out / "compare.mp4", progress)
+        device, source = compute_device(), open_named(recipe.source)
+        models = build(source, device), load(out / "converted", device)
+        codec = open_codec(source.config, checkpoint=source.source.path, device=device)
+        rows = compare(*models, recipe.generate, out / "compare.mp4", progress, codec)
         append_rows(out / ROWS_NAME, rows)
 
 

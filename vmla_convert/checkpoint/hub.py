@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
 from vmla_convert.checkpoint.known import KNOWN, known_by_repo
 from vmla_convert.checkpoint.source import INDEX_SUFFIX, PICKLE_SUFFIXES
@@ -75,6 +76,29 @@ def fetch(repo: str, file: str | None = None) -> Path:
         for shard in _shards(listing, chosen, path):
             _download(listing, shard)
     return path
+
+
+def fetch_parts(repo: str, *parts: str) -> Path:
+    """Fetch files of a repository that is no checkpoint alone, or find them in the Hub's cache.
+
+    Args:
+        repo: "owner/name" or "owner/name@revision".
+        parts: Files, and folders with a final slash.
+
+    Returns:
+        The local folder that stands for the repository.
+
+    Raises:
+        CheckpointError: As `fetch`.
+    """
+    listing, root = _list(repo), Path()
+    for part in parts:
+        files = sorted(f for f in listing.files if _is_in(f, part))
+        if not files:
+            _refuse_part(listing, part)
+        for file in files:
+            root = _download(listing, file).parents[file.count("/")]
+    return root
 
 
 @dataclass(frozen=True)
@@ -191,6 +215,19 @@ def _only(found: list[str], listing: _Listing, where: str) -> str:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _is_in(file: str, part: str) -> bool:
+    return file == part or (part.endswith("/") and file.startswith(part))
+
+
+def _refuse_part(listing: _Listing, part: str) -> NoReturn:
+    if listing.away:
+        raise _lacking(listing, f"'{part}' of {listing.repo}")
+    raise CheckpointError(
+        f"{listing.repo} has no {part}",
+        f"see https://huggingface.co/{listing.repo}/tree/{listing.revision}",
+    )
 
 
 def _require(listing: _Listing, file: str) -> None:

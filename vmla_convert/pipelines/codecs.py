@@ -1,28 +1,92 @@
 """Between prompts and pixels on one side, contexts and latents on the other.
 
 A model needs two things around it: a text encoder (prompts to context) and a video codec (latents
-to pixels). Those of the demo live here, in full; no others are wired in yet.
+to pixels). Those of the demo live here, in full; Wan's are in `wan.py`, on top of diffusers and
+transformers, which are imported only when they are needed.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmla_convert.config import ModelConfig
+from vmla_convert.config import CodecConfig, ModelConfig
 from vmla_convert.errors import ConfigError, VmlaError
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-_GENERATE_HINT = (
-    "generate runs the demo and its conversions: vmla generate demo --prompt 7 -o clip.mp4"
-)
 _CONVERT_HINT = (
     "convert takes --no-calibration, or --data FILE.safetensors with latents and context"
 )
+
+
+class TextEncoder(Protocol):
+    """Reads prompts."""
+
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
+        """Contexts (B, text_len, text_dim), 0 after the end of a prompt; on the CPU.
+
+        Raises:
+            VmlaError: A prompt cannot be read.
+        """
+        ...
+
+
+class VideoDecoder(Protocol):
+    """Decodes one video chunk by chunk, with what it remembers of the chunks before."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The next latents (B, F, C, h, w) to pixels (B, F', 3, H, W), about −1 … 1."""
+        ...
+
+
+class VideoCodec(Protocol):
+    """Turns pixels into latents, and back.
+
+    Attributes:
+        frames_per_second: Of pixels.
+        enlarged: Side of the square that one pixel becomes in files.
+    """
+
+    frames_per_second: int
+    enlarged: int
+
+    def pixel_shape(self, frames: int, latent_size: tuple[int, int]) -> tuple[int, int, int]:
+        """Frames, height and width of the pixels that become latents of this many and this size."""
+        ...
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Pixels (B, F', 3, H, W) to latents (B, F, C, h, w), as the model sees them; on the CPU.
+
+        F' is a number of frames that `pixel_shape` can give.
+        """
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """A whole clip at once; as `decoder` does it."""
+        ...
+
+    def decoder(self) -> VideoDecoder:
+        """A decoder at the start of a video; several may be used in turns."""
+        ...
+
+
+class Codec(TextEncoder, VideoCodec, Protocol):
+    """Both.
+
+    Attributes:
+        name: What the latents and contexts that it makes depend on.
+        default_prompts: What a model of this codec is asked for when nobody names a prompt.
+    """
+
+    name: str
+    default_prompts: tuple[str, ...]
 
 
 class DemoCodec:
@@ -31,12 +95,12 @@ class DemoCodec:
     A prompt names one digit, as a numeral or a word, and becomes a context with one entry that is
     not 0. A latent frame is the frame itself with 2x2 pixels folded into channels, so Wan's
     (1, 2, 2) patch applies.
-
-    Attributes:
-        default_prompts: What a model of this codec is asked for when nobody names a prompt.
     """
 
+    name = "demo"
     default_prompts = tuple("0123456789")
+    frames_per_second = 8
+    enlarged = 8
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """Contexts (B, 1, 10) of the digits that the prompts name, as of `encode_labels`.
@@ -67,24 +131,69 @@ class DemoCodec:
         """Latents (B, F, 12, h, w) to pixels (B, F, 3, 2h, 2w)."""
         return F.pixel_shuffle(latents, 2)
 
+    def decoder(self) -> VideoDecoder:
+        """Itself: frames know nothing of each other."""
+        return self
+
 
 def open_codec(
     config: ModelConfig,
-    purpose: str = "running this checkpoint",
-    hint: str = _GENERATE_HINT,
-) -> DemoCodec:
-    """The codec a model names.
+    how: CodecConfig | None = None,
+    checkpoint: Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Codec:
+    """The codec a model names. Wan's weights are read, or fetched, when they are first needed.
 
     Args:
         config: Of the model.
-        purpose: What was to be done, as the subject of a sentence.
-        hint: What can be done without; by default, what can be generated.
+        how: Where its weights come from, and how they run.
+        checkpoint: File or folder that the model was read from; components beside it are taken.
+        device: Where it works.
+        dtype: Of its weights; by default bfloat16 on a GPU, else float32.
 
     Raises:
-        ConfigError: It needs components that this version does not load yet.
+        CheckpointError: The components are not there.
+        ConfigError: None are known, or they do not fit the model.
+        MissingExtraError: diffusers or transformers are not installed.
     """
-    require_demo_codec(config, purpose, hint)
-    return DemoCodec()
+    if config.codec == "demo":
+        return DemoCodec()
+    from vmla_convert.pipelines.wan import open_wan_codec
+
+    device = torch.device(device)
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return open_wan_codec(config, how or CodecConfig(), checkpoint, device, dtype)
+
+
+def frames_per_second(config: ModelConfig) -> int:
+    """Frames of pixels a second that a model was trained on."""
+    if config.codec == "demo":
+        return DemoCodec.frames_per_second
+    # Wan 2.1 and 2.2 A14B make 16, Wan 2.2 5B and SkyReels-V2 make 24 (their configs).
+    fast = config.family.startswith("skyreels") or config.geometry.in_dim == 48
+    return 24 if fast else 16
+
+
+def latent_frames_per_second(config: ModelConfig) -> float:
+    """Latent frames a second of a model's video, but for the first, which is one of pixels."""
+    stride = 1 if config.codec == "demo" else WAN_TEMPORAL_STRIDE
+    return frames_per_second(config) / stride
+
+
+WAN_TEMPORAL_STRIDE = 4
+"""Frames of pixels that become one latent frame, after the first, in all of Wan's VAEs."""
+
+
+def check_prompts(config: ModelConfig, prompts: Iterable[str]) -> None:
+    """Refuse a prompt that a model cannot read, before any work is done with it or others.
+
+    Raises:
+        VmlaError: The demo model is asked for something else than one digit.
+    """
+    if config.codec == "demo":
+        for prompt in prompts:
+            prompted_digit(prompt)
 
 
 def require_demo_codec(
@@ -92,7 +201,7 @@ def require_demo_codec(
     purpose: str,
     hint: str = _CONVERT_HINT,
 ) -> None:
-    """Refuse what only the demo model can do in this version.
+    """Refuse what only a model of the demo world can do.
 
     Args:
         config: Of the model.
@@ -103,10 +212,7 @@ def require_demo_codec(
         ConfigError: The model's text encoder and VAE are not the demo's.
     """
     if config.codec != "demo":
-        raise ConfigError(
-            f"{purpose} needs Wan's text encoder and VAE, which are not wired in yet",
-            hint,
-        )
+        raise ConfigError(f"{purpose} needs the demo's latents, and this model's are Wan's", hint)
 
 
 def prompted_digit(prompt: str) -> int:

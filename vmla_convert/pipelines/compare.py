@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vmla_convert.config import GenerateConfig
 from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.pipelines.codecs import Codec, open_codec
 from vmla_convert.pipelines.evaluate import rollout_rows
 from vmla_convert.pipelines.generate import rollout, write_clips
 from vmla_convert.progress import Progress
@@ -18,8 +19,11 @@ def compare(
     config: GenerateConfig,
     path: Path,
     progress: Progress | None = None,
+    codec: Codec | None = None,
 ) -> list[Row]:
     """Write `path` (mp4) and a contact sheet beside it, and return the scores of both models.
+
+    Only the demo world can be scored, which has ground truth; of others there are no rows.
 
     Args:
         dense: The source.
@@ -27,17 +31,28 @@ def compare(
         config: Prompts, length and seed.
         path: Of the mp4.
         progress: Where to draw.
+        codec: Of both models; by default the dense model's own, opened anew.
     """
     prompts = list(config.prompts)
+    codec = codec or open_codec(dense.config, device=dense.patch_embedding.weight.device)
     models = {"dense": dense, "converted": converted}
     clips = {
-        name: rollout(model, prompts, config.frames, config.seed, progress, f"rolling out {name}")
+        name: rollout(
+            model,
+            prompts,
+            config.frames,
+            config.seed,
+            progress,
+            f"rolling out {name}",
+            codec=codec,
+        )
         for name, model in models.items()
     }
     rows: list[Row] = []
-    for name, model in models.items():
+    scored = models if dense.config.codec == "demo" else {}
+    for name, model in scored.items():
         rows += rollout_rows(clips[name], prompts, model.config, config.seed)
     # Files last: a restarted recipe takes them as the sign that nothing is left to score.
     shown = {name: video[: config.shown] for name, video in clips.items()}
-    write_clips(path, shown, prompts[: config.shown])
+    write_clips(path, shown, prompts[: config.shown], codec)
     return rows

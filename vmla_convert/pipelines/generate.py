@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,10 +16,18 @@ from torch import Tensor
 from vmla_convert.config import RuntimeConfig
 from vmla_convert.errors import ConfigError, OutputError
 from vmla_convert.layers.dit import CausalWanModel, Prompt
-from vmla_convert.pipelines.codecs import open_codec
+from vmla_convert.pipelines.codecs import Codec, TextEncoder, VideoCodec, open_codec
 from vmla_convert.pipelines.data import seeded
-from vmla_convert.pipelines.sample import recache, sample_chunk
-from vmla_convert.pipelines.video import contact_sheet, side_by_side, write_mp4
+from vmla_convert.pipelines.sample import recache, sample_chunk, write_clean
+from vmla_convert.pipelines.video import (
+    contact_sheet,
+    fit_frame,
+    open_mp4,
+    read_frames,
+    side_by_side,
+    write_mp4,
+    write_png,
+)
 from vmla_convert.progress import Progress, Silent
 
 
@@ -43,6 +53,8 @@ def generate(
     seed: int = 0,
     runtime: RuntimeConfig | None = None,
     switches: Sequence[Switch] = (),
+    text: TextEncoder | None = None,
+    prefix: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Yield clean latent chunks (B, F, C, height, width), one prompt each row.
 
@@ -56,26 +68,42 @@ def generate(
         seed: Of all noise.
         runtime: Precision of the cache and how it is read.
         switches: Where other prompts take over; the window is then written again under them.
+        text: What reads the prompts, all of them before the first chunk; by default the model's
+            own, opened anew.
+        prefix: Clean latents (1 or B, P, C, height, width) that the video begins with. They are
+            yielded too, and count among `frames`.
 
     Raises:
-        ConfigError: `frames` is not positive, a switch has another number of prompts or comes after
-            the last chunk, or the model cannot be run so.
+        ConfigError: `frames` is not positive or all prefix, a switch has another number of prompts
+            or comes after the last chunk, or the model cannot be run so.
         VmlaError: The model's text encoder cannot read a prompt.
     """
-    if frames < 1:
-        raise ConfigError(f"frames {frames} must be at least 1")
-    config = model.config
     prompts = [prompt] if isinstance(prompt, str) else prompt
+    config, weight = model.config, model.patch_embedding.weight
+    given = 0 if prefix is None else prefix.shape[1]
+    if frames <= given:
+        raise ConfigError(
+            f"frames {frames} must be at least {given + 1}",
+            "ask for more frames than the prefix has" if given else "",
+        )
     waiting = sorted(switches, key=lambda switch: switch.frame)
-    _check_switches(waiting, len(prompts), frames, config.chunk_frames)
-    contexts = [_encoded(model, names) for names in (prompts, *(s.prompts for s in waiting))]
+    _check_switches(waiting, len(prompts), range(given, frames, config.chunk_frames))
+    text = text or open_codec(config, device=weight.device)
+    contexts = [
+        text.encode_prompts(names).to(weight) for names in (prompts, *(s.prompts for s in waiting))
+    ]
     cache, current = model.new_cache(len(prompts), runtime), _read(model, contexts.pop(0))
     # Only a switch looks back at latents.
     held = -(-config.cache.window_frames // config.chunk_frames)
     past: deque[Tensor] = deque(maxlen=held if waiting else 0)
-    weight = model.patch_embedding.weight
+    if prefix is not None:
+        clean = prefix.to(weight).expand(len(prompts), -1, -1, -1, -1)
+        for chunk in opening_chunks(clean, config.chunk_frames):
+            write_clean(model, chunk, current, cache)
+            past.append(chunk)
+            yield chunk
     shape = (len(prompts), config.chunk_frames, config.geometry.in_dim, *config.latent_size)
-    for index, start in enumerate(range(0, frames, config.chunk_frames)):
+    for index, start in enumerate(range(given, frames, config.chunk_frames)):
         due = [switch for switch in waiting if switch.frame <= start]
         if due:
             waiting, contexts = waiting[len(due) :], contexts[len(due) - 1 :]
@@ -89,23 +117,31 @@ def generate(
         yield chunk[:, : frames - start]
 
 
-def _check_switches(switches: list[Switch], clips: int, frames: int, chunk_frames: int) -> None:
-    last = (frames - 1) // chunk_frames * chunk_frames
+def opening_chunks(clean: Tensor, chunk_frames: int) -> list[Tensor]:
+    """A clean prefix (B, P, C, height, width) as the chunks that it is written to the cache in.
+
+    What does not fill a chunk comes first: an image, one latent frame, is a chunk of its own, and
+    all chunks after it are whole. Models with an independent first frame were trained so
+    (Self-Forcing, causal inference); others see an opening that is shorter than those they know.
+    """
+    whole, rest = divmod(clean.shape[1], chunk_frames)
+    sizes = [rest] * (rest > 0) + [chunk_frames] * whole
+    return list(clean.split(sizes, dim=1))
+
+
+def _check_switches(switches: list[Switch], clips: int, starts: range) -> None:
     for switch in switches:
         if len(switch.prompts) != clips:
             raise ConfigError(
                 f"{len(switch.prompts)} prompts from frame {switch.frame} on, {clips} before",
                 "give as many prompts as there are clips",
             )
-        if switch.frame > last:
+        if switch.frame > starts[-1]:
             raise ConfigError(
-                f"a switch at frame {switch.frame} comes after the start of the last chunk, {last}",
-                f"switch at frame {last} or before, or ask for more frames",
+                f"a switch at frame {switch.frame} comes after the start of the last chunk, "
+                f"{starts[-1]}",
+                f"switch at frame {starts[-1]} or before, or ask for more frames",
             )
-
-
-def _encoded(model: CausalWanModel, prompts: list[str]) -> Tensor:
-    return open_codec(model.config).encode_prompts(prompts).to(model.patch_embedding.weight)
 
 
 @torch.no_grad()
@@ -122,50 +158,151 @@ def rollout(
     label: str = "generating",
     runtime: RuntimeConfig | None = None,
     switches: Sequence[Switch] = (),
+    codec: Codec | None = None,
+    prefix: Tensor | None = None,
 ) -> Tensor:
-    """A whole rollout as pixels (B, frames, 3, H, W) in −1 … 1."""
-    progress = progress or Silent()
-    chunks = -(-frames // model.config.chunk_frames)
-    made = generate(model, prompts, frames, seed, runtime, switches)
-    latents = list(progress.track(made, label, chunks))
-    return open_codec(model.config).decode(torch.cat(latents, dim=1)).float().cpu().clamp(-1, 1)
+    """A whole rollout as pixels (B, F', 3, H, W) in −1 … 1; arguments as `generate`."""
+    codec = codec or open_codec(model.config, device=model.patch_embedding.weight.device)
+    made = generate(model, prompts, frames, seed, runtime, switches, codec, prefix)
+    latents = list(track_chunks(progress or Silent(), made, label, model, frames, prefix))
+    return codec.decode(torch.cat(latents, dim=1)).float().cpu().clamp(-1, 1)
 
 
-def parse_switch(text: str, clips: int, keep_sink: bool) -> Switch:
-    """`FRAME:PROMPT`, the same prompt for all clips.
+def track_chunks(
+    progress: Progress,
+    chunks: Iterable[Tensor],
+    label: str,
+    model: CausalWanModel,
+    frames: int,
+    prefix: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """Yield what `generate` yields for this model, frames and prefix, and draw how far it is."""
+    size = model.config.chunk_frames
+    given = 0 if prefix is None else prefix.shape[1]
+    total = -(-given // size) + -((given - frames) // size)
+    return progress.track(chunks, label, total)
+
+
+def clip_frames(seconds: float | None, frames: int | None, rate: float) -> int:
+    """Latent frames of a clip, asked for either way; 20 by default.
+
+    Raises:
+        ConfigError: Both ways, or for no time at all.
+    """
+    if seconds is None:
+        return 20 if frames is None else frames
+    if frames is not None:
+        raise ConfigError("--seconds and --frames both say how long", "give one of them")
+    if not seconds > 0 or seconds == float("inf"):
+        raise ConfigError(f"{seconds:g} seconds are no time", "try --seconds 60")
+    return max(1, round(seconds * rate))
+
+
+def parse_switch(text: str, clips: int, keep_sink: bool, rate: float) -> Switch:
+    """`FRAME:PROMPT` or `SECONDSs:PROMPT`, the same prompt for all clips.
+
+    Args:
+        text: What the user wrote.
+        clips: How many.
+        keep_sink: As of `Switch`.
+        rate: Latent frames a second.
 
     Raises:
         ConfigError: It is no such thing.
     """
-    frame, colon, prompt = text.partition(":")
-    if not (colon and frame.strip().isdecimal() and prompt.strip()):
-        raise ConfigError(f"'{text}' is not FRAME:PROMPT", 'try --switch "40:a bouncing three"')
-    return Switch(int(frame), [prompt.strip()] * clips, keep_sink)
+    match = re.fullmatch(r"\s*(?:(\d+)|(\d+(?:\.\d+)?)\s*s)\s*:(.*)", text, re.DOTALL)
+    if match is None or not match[3].strip():
+        raise ConfigError(
+            f"'{text}' is not FRAME:PROMPT or SECONDSs:PROMPT",
+            'try --prompt-at "20s:a bouncing three"',
+        )
+    frame = int(match[1]) if match[1] else round(float(match[2]) * rate)
+    return Switch(frame, [match[3].strip()] * clips, keep_sink)
+
+
+def read_prefix(path: Path, codec: VideoCodec, latent_size: tuple[int, int], frames: int) -> Tensor:
+    """Latents (1, P, C, height, width) of an image or a video that a clip is to begin with.
+
+    Frames are taken as they come, at any rate, cut to the model's size at the centre. Where a video
+    has frames that do not fill a latent one, the first ones are left out, so that what follows goes
+    on from its end.
+
+    Args:
+        path: Of anything that PyAV plays.
+        codec: Of the model.
+        latent_size: Height and width.
+        frames: Latent frames of the whole clip.
+
+    Raises:
+        ConfigError: The file cannot be read, or is as long as the clip.
+        MissingExtraError: PyAV is not installed.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no image or video at {path}", "give a file: --prefix FILE")
+    most, *size = codec.pixel_shape(frames, latent_size)
+    pixels = [fit_frame(frame, size) for frame in islice(read_frames(path), most)]
+    if len(pixels) == most:
+        raise ConfigError(
+            f"{path} fills all {frames} latent frames of the clip", "ask for more: --seconds 60"
+        )
+    fitting = (codec.pixel_shape(count, latent_size)[0] for count in range(frames, 0, -1))
+    count = next((count for count in fitting if count <= len(pixels)), 0)
+    if not count:
+        raise ConfigError(f"{path} holds no frame", "give another image or video")
+    return codec.encode(torch.stack(pixels[-count:])[None])
 
 
 def check_video_path(path: Path) -> None:
-    """Refuse, before any work, a path that `write_clips` must not write to.
+    """Refuse, before any work, a path that `write_film` or `write_clips` must not write to.
 
     Args:
-        path: Of the mp4; the contact sheet beside it is checked too.
+        path: Of the mp4; the picture beside it is checked too.
 
     Raises:
         OutputError: A file exists, or the path is no mp4.
     """
     if path.suffix != ".mp4":
         raise OutputError(f"{path} does not end in .mp4", "try -o clip.mp4")
-    for file in (path, _sheet_path(path)):
+    for file in (path, _picture_path(path)):
         if file.exists():
             raise OutputError(f"{file} exists already", "choose another -o, or remove it")
 
 
-def write_clips(path: Path, clips: dict[str, Tensor], prompts: list[str]) -> list[Path]:
+def write_film(path: Path, chunks: Iterable[Tensor], codec: VideoCodec) -> list[Path]:
+    """Write a rollout as it comes, in memory that does not grow with its length.
+
+    The first frame stands in a PNG beside the mp4 as soon as it is decoded; when something goes
+    wrong after that, neither file stays.
+
+    Args:
+        path: Of the mp4; the PNG takes its name.
+        chunks: Latents (B, F, C, height, width) of B clips, shown one below the other.
+        codec: That decodes them.
+    """
+    decoder, picture = codec.decoder(), _picture_path(path)
+    try:
+        with open_mp4(path, codec.frames_per_second, codec.enlarged) as write:
+            for index, chunk in enumerate(chunks):
+                frames = torch.cat(list(decoder.decode(chunk)), dim=-2)
+                if index == 0:
+                    write_png(picture, frames[0], codec.enlarged)
+                write(frames)
+    except BaseException:
+        picture.unlink(missing_ok=True)
+        raise
+    return [path, picture]
+
+
+def write_clips(
+    path: Path, clips: dict[str, Tensor], prompts: list[str], codec: VideoCodec
+) -> list[Path]:
     """Write rollouts of the same prompts as one mp4 and one contact sheet beside it.
 
     Args:
         path: Of the mp4; the sheet takes its name with .png.
         clips: Rollouts (B, F, 3, H, W) by the name of the model, shown side by side in this order.
         prompts: B of them, one below the other.
+        codec: That decoded them.
     """
     rows = [
         (f"{name} · {prompt}", video[index])
@@ -176,11 +313,11 @@ def write_clips(path: Path, clips: dict[str, Tensor], prompts: list[str]) -> lis
     joined = columns[0]
     for video in columns[1:]:
         joined = torch.stack([side_by_side(a, b) for a, b in zip(joined, video, strict=True)])
-    sheet = _sheet_path(path)
-    write_mp4(path, torch.cat(list(joined), dim=-2))
-    contact_sheet(sheet, rows, group=len(clips))
+    sheet = _picture_path(path)
+    write_mp4(path, torch.cat(list(joined), dim=-2), codec.frames_per_second, codec.enlarged)
+    contact_sheet(sheet, rows, scale=-(-codec.enlarged // 2), group=len(clips))
     return [path, sheet]
 
 
-def _sheet_path(video: Path) -> Path:
+def _picture_path(video: Path) -> Path:
     return video.with_suffix(".png")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import count, cycle, islice
 from pathlib import Path
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from vmla_convert import __version__
 from vmla_convert.checkpoint.writer import partial_folder
-from vmla_convert.config import DataConfig, ModelConfig
+from vmla_convert.config import CodecConfig, DataConfig, ModelConfig
 from vmla_convert.errors import ConfigError, OutputError
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.pipelines.codecs import DemoCodec, open_codec
+from vmla_convert.pipelines.codecs import Codec, check_prompts, open_codec
 from vmla_convert.pipelines.data import seeded, source_kind, video_files
 from vmla_convert.pipelines.generate import generate
 from vmla_convert.pipelines.shelf import FolderShelf, Tensors
@@ -28,7 +28,6 @@ from vmla_convert.tables import to_dict
 CLIPS_PER_SHARD = 8
 # Of all clips that are sampled together; Wan 1.3B takes about 6 GiB for one of 21 frames.
 CACHE_BYTES_AT_ONCE = 8 << 30
-CODEC_HINT = "encode clips elsewhere: --data takes safetensors of latents and context"
 
 
 def prepare_clips(
@@ -37,6 +36,7 @@ def prepare_clips(
     folder: Path,
     origin: Any,
     progress: Progress | None = None,
+    codec: Codec | None = None,
 ) -> DataConfig:
     """Turn clips that need a model into latents on disk; what is latents already stays as it is.
 
@@ -51,24 +51,28 @@ def prepare_clips(
         origin: What tells the dense model's weights from others, JSON-able, such as the `source` of
             a conversion's record.
         progress: Where to draw.
+        codec: That encodes; by default the model's own, opened anew.
 
     Returns:
         The config of the same clips as latents.
 
     Raises:
+        CheckpointError: The model's text encoder and VAE are not there.
         ConfigError: There are no clips, they are too few, a video cannot be read or has no prompt,
-            or the model's codec is not there.
-        MissingExtraError: Videos cannot be read without PyAV.
+            or no text encoder and VAE are known for the model.
+        MissingExtraError: Videos cannot be read without PyAV, nor encoded without the extra [wan].
         OutputError: The folder holds something else, or cannot be written.
         VmlaError: The model's text encoder cannot read a prompt.
     """
     kind = source_kind(config.source)
     if kind in ("demo", "latents"):
         return config
+    device = dense.patch_embedding.weight.device
+    codec = codec or open_codec(dense.config, CodecConfig(config.base), device=device)
     if kind == "self":
-        work = _OwnSamples.planned(config, dense, origin)
+        work = _OwnSamples.planned(config, dense, codec, origin)
     else:
-        work = _Videos.planned(config, dense.config)
+        work = _Videos.planned(config, dense.config, codec)
     done = folder.exists()
     # The shelf refuses a folder of other work.
     shelf = FolderShelf(folder if done else partial_folder(folder), work.identity())
@@ -105,14 +109,15 @@ class _OwnSamples:
 
     config: DataConfig
     dense: CausalWanModel
-    codec: DemoCodec
+    codec: Codec
     origin: Any
     prompts: tuple[str, ...]
 
     @classmethod
-    def planned(cls, config: DataConfig, dense: CausalWanModel, origin: Any) -> _OwnSamples:
+    def planned(
+        cls, config: DataConfig, dense: CausalWanModel, codec: Codec, origin: Any
+    ) -> _OwnSamples:
         """Find out what to sample."""
-        codec = open_codec(dense.config, "sampling the dense model", CODEC_HINT)
         prompts = config.prompts or codec.default_prompts
         if not prompts:
             raise ConfigError(
@@ -122,12 +127,13 @@ class _OwnSamples:
 
     def identity(self) -> Any:
         """What the latents depend on."""
-        how = [self.config.frames, self.config.clips, self.config.seed, self.prompts]
+        config = self.config
+        how = [config.frames, config.clips, config.seed, self.prompts, self.codec.name]
         return [__version__, how, to_dict(self.dense.config), self.origin]
 
     def fill(self, shelf: FolderShelf, progress: Progress) -> None:
         """Sample every shard that is not there."""
-        _check_prompts(self.codec, self.prompts)
+        check_prompts(self.dense.config, self.prompts)
         prompts = list(islice(cycle(self.prompts), self.config.clips))
         size = self._clips_at_once()
         batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
@@ -138,7 +144,8 @@ class _OwnSamples:
     def _sampled(self, prompts: list[str], index: int) -> Tensors:
         """One shard, from noise of its own: whatever was sampled before, it comes out the same."""
         seed = seeded(self.config.seed, index, "self").initial_seed()
-        chunks = list(generate(self.dense, prompts, self.config.frames, seed))
+        frames, text = self.config.frames, self.codec
+        chunks = list(generate(self.dense, prompts, frames, seed, text=text))
         # In the model's own dtype: that is exact, and what bf16 models make takes half the space.
         latents = torch.cat(chunks, dim=1).cpu()
         return {"latents": latents, "context": self.codec.encode_prompts(prompts)}
@@ -156,13 +163,12 @@ class _Videos:
 
     config: DataConfig
     model: ModelConfig
-    codec: DemoCodec
+    codec: Codec
     prompts: dict[Path, str]
 
     @classmethod
-    def planned(cls, config: DataConfig, model: ModelConfig) -> _Videos:
+    def planned(cls, config: DataConfig, model: ModelConfig, codec: Codec) -> _Videos:
         """Find out what to encode."""
-        codec = open_codec(model, "encoding videos", CODEC_HINT)
         files = video_files(Path(config.source))
         return cls(config, model, codec, {file: _prompt_of(file, config) for file in files})
 
@@ -175,7 +181,7 @@ class _Videos:
             [file.relative_to(root).as_posix(), told.st_size, told.st_mtime_ns, prompt]
             for file, told, prompt in stats
         ]
-        how = [self.model.codec, self.model.latent_size, self.config.frames]
+        how = [self.codec.name, self.model.latent_size, self.config.frames]
         return [__version__, how, videos]
 
     def fill(self, shelf: FolderShelf, progress: Progress) -> None:
@@ -184,7 +190,7 @@ class _Videos:
         A second start decodes again what it has: where a clip lies in its file is known by no other
         way, and encoding is what takes long.
         """
-        _check_prompts(self.codec, self.prompts.values())
+        check_prompts(self.model, self.prompts.values())
         for file in self.prompts:
             check_playable(file)
         clips = self._clips(progress)
@@ -228,12 +234,6 @@ def _prompt_of(video: Path, config: DataConfig) -> str:
         f"{video} has no prompt",
         f"write one into {sidecar.name} beside it, or give one for all videos by --prompts FILE",
     )
-
-
-def _check_prompts(codec: DemoCodec, prompts: Iterable[str]) -> None:
-    """Refuse a prompt that cannot be read before any work is done with the others."""
-    for prompt in dict.fromkeys(prompts):
-        codec.encode_prompts([prompt])
 
 
 def _shard_name(index: int) -> str:

@@ -67,6 +67,13 @@ def sample_chunk(
 
 
 @torch.no_grad()
+def write_clean(model: CausalWanModel, chunk: Tensor, prompt: Prompt, cache: KVCache) -> None:
+    """Write a clean chunk (B, F, C, height, width) to the cache as its next frames."""
+    cache.open_chunk(chunk.shape[1])
+    model.stream(chunk, chunk.new_zeros(chunk.shape[:2]), prompt, cache)
+
+
+@torch.no_grad()
 def recache(
     model: CausalWanModel,
     chunks: list[Tensor],
@@ -93,5 +100,4 @@ def recache(
     for chunk, size in zip(chunks, sizes, strict=True):
         part, skipped = chunk[:, skipped:], max(0, skipped - size)
         if part.shape[1]:
-            cache.open_chunk(part.shape[1])
-            model.stream(part, part.new_zeros(part.shape[:2]), prompt, cache)
+            write_clean(model, part, prompt, cache)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -28,13 +28,22 @@ NUMBER_LINE = NUMBER_SIZE + 5
 
 
 def write_mp4(path: Path, video: Tensor, fps: int = 8, scale: int = 8) -> None:
-    """Write a clip as H.264, each pixel enlarged to a square; parent folders are made.
+    """Write a clip (F, 3, H, W) in −1 … 1; other arguments and errors as `open_mp4`."""
+    with open_mp4(path, fps, scale) as write:
+        write(video)
+
+
+@contextmanager
+def open_mp4(path: Path, fps: int = 8, scale: int = 8) -> Iterator[Callable[[Tensor], None]]:
+    """Write H.264 as frames come, each pixel enlarged to a square; parent folders are made.
 
     Args:
         path: Where; replaced in one step when the file is complete.
-        video: (F, 3, H, W) in −1 … 1.
         fps: Frames per second.
         scale: Side of the square that one pixel becomes.
+
+    Yields:
+        What takes the next frames (F, 3, H, W) in −1 … 1, all of one size.
 
     Raises:
         MissingExtraError: PyAV is not installed.
@@ -44,14 +53,29 @@ def write_mp4(path: Path, video: Tensor, fps: int = 8, scale: int = 8) -> None:
         import av
     except ImportError as error:
         raise MissingExtraError("video files", "video") from error
-    pixels = _pad_to_even(_to_bytes(video, scale))
     with _complete_or_absent(path) as partial, av.open(str(partial), "w", format="mp4") as file:
         stream = file.add_stream("libx264", rate=fps, options={"crf": "16"})
-        stream.height, stream.width = pixels.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        for frame in pixels.numpy():
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+
+        def write(frames: Tensor) -> None:
+            pixels = _pad_to_even(_to_bytes(frames, scale))
+            if not stream.codec_context.is_open:
+                stream.height, stream.width = pixels.shape[1:3]
+            for frame in pixels.numpy():
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+
+        yield write
         file.mux(stream.encode())
+
+
+def write_png(path: Path, frame: Tensor, scale: int = 1) -> None:
+    """Write one frame (3, H, W) in −1 … 1; other arguments and errors as `open_mp4`."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingExtraError("pictures", "video") from error
+    with _complete_or_absent(path) as partial:
+        Image.fromarray(_to_bytes(frame[None], scale)[0].numpy()).save(partial, format="PNG")
 
 
 def read_frames(path: Path) -> Iterator[Tensor]:

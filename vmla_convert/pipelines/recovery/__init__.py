@@ -22,11 +22,11 @@ from torch import Tensor
 
 from vmla_convert.checkpoint.families import OpenCheckpoint, converted_config
 from vmla_convert.checkpoint.writer import write_checkpoint
-from vmla_convert.config import EvaluateConfig, ModelConfig, RecoverConfig
+from vmla_convert.config import CodecConfig, EvaluateConfig, ModelConfig, RecoverConfig
 from vmla_convert.errors import CheckpointError, ConfigError, OutputError, VmlaError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines.calibrate import check_clips
-from vmla_convert.pipelines.codecs import open_codec
+from vmla_convert.pipelines.codecs import Codec, open_codec
 from vmla_convert.pipelines.data import open_clips, source_kind
 from vmla_convert.pipelines.evaluate import HeldOut, dense_rows
 from vmla_convert.pipelines.load import (
@@ -40,7 +40,7 @@ from vmla_convert.pipelines.load import (
     read_block,
     read_provenance,
 )
-from vmla_convert.pipelines.prepare import CODEC_HINT, prepare_clips
+from vmla_convert.pipelines.prepare import prepare_clips
 from vmla_convert.pipelines.processes import check_shares, processes
 from vmla_convert.pipelines.publish import model_card
 from vmla_convert.pipelines.recovery.stages import (
@@ -101,7 +101,7 @@ def recover(
     processes = _processes(world)
     progress = progress if progress and processes.is_main_process else Silent()
     source, dense = _opened(converted, teacher, out)
-    _check_settings(config, dense.config, processes.num_processes)
+    _check_settings(config, dense, processes.num_processes)
     run = _Run(source, dense, out, config, evaluation, progress, processes)
     rows = run.rows(read_provenance(converted))
     processes.wait_for_everyone()
@@ -122,7 +122,7 @@ def plan_recovery(
     """
     processes = _processes(world)
     source, dense = _opened(converted, teacher, out)
-    _check_settings(config, dense.config, processes.num_processes)
+    _check_settings(config, dense, processes.num_processes)
     kind, clips = source_kind(config.data.source), f"made into {_beside(out, 'clips')}"
     with torch.device("meta"):
         student = CausalWanModel(source.config).requires_grad_(False)
@@ -252,8 +252,9 @@ class _Run:
         if source_kind(data.source) not in _MADE:
             return
         dense, origin = build(self.dense, self.device), provenance.get("source")
+        codec = _codec_of(self.dense, self.config, self.device)
         with self.processes.main_process_first():
-            made = prepare_clips(data, dense, self.clips, origin, self.progress)
+            made = prepare_clips(data, dense, self.clips, origin, self.progress, codec)
         self.config = replace(self.config, data=made)
         if evaluated.source == data.source:
             held_out = replace(evaluated, source=made.source)
@@ -327,10 +328,11 @@ def _opened(
     return source, dense
 
 
-def _check_settings(config: RecoverConfig, dense: ModelConfig, world: int) -> None:
+def _check_settings(config: RecoverConfig, dense: OpenCheckpoint, world: int) -> None:
     """Refuse, before anything is written, what a stage would fail on later.
 
     Raises:
+        CheckpointError: Clips have to be made, and the text encoder and VAE are not there.
         ConfigError: The batch or the models do not divide, or clips are not there, too short, or
             cannot be made.
     """
@@ -343,15 +345,20 @@ def _check_settings(config: RecoverConfig, dense: ModelConfig, world: int) -> No
         )
     if not any(stage_steps(config).values()):
         raise ConfigError("no stage has any steps", "give some: --steps 100")
-    if config.data.frames < 2 * dense.chunk_frames:
+    if config.data.frames < 2 * dense.config.chunk_frames:
         raise ConfigError(
             f"clips of {config.data.frames} frames have no chunk with a past",
-            f"use at least {2 * dense.chunk_frames} frames",
+            f"use at least {2 * dense.config.chunk_frames} frames",
         )
     if source_kind(config.data.source) in _MADE:
-        open_codec(dense, "making clips", CODEC_HINT)
+        _codec_of(dense, config, torch.device("cpu"))
     else:
-        check_clips(dense, open_clips(config.data).batch(0, 1))
+        check_clips(dense.config, open_clips(config.data).batch(0, 1))
+
+
+def _codec_of(dense: OpenCheckpoint, config: RecoverConfig, device: torch.device) -> Codec:
+    """The codec that makes clips."""
+    return open_codec(dense.config, CodecConfig(config.data.base), dense.source.path, device)
 
 
 def _processes(world: int | None) -> PartialState:

@@ -1,0 +1,595 @@
+"""Wan's own components, tiny and random: prompts in, video out, chunk by chunk as whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from checkpoints import Vmla, refused
+from conftest import noise
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_wan import LATENT_SIZE, SETTINGS, TEXT_DIM, tiny_wide_vae
+from torch import Tensor
+
+from vmla_convert.checkpoint.components import Components, find_components
+from vmla_convert.config import (
+    CodecConfig,
+    ConvertConfig,
+    DataConfig,
+    Geometry,
+    ModelConfig,
+    SourceConfig,
+)
+from vmla_convert.errors import CheckpointError, ConfigError, MissingExtraError
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.pipelines import wan as pipeline
+from vmla_convert.pipelines.codecs import Codec, open_codec
+from vmla_convert.pipelines.convert import convert
+from vmla_convert.pipelines.data import open_clips
+from vmla_convert.pipelines.generate import (
+    Switch,
+    generate,
+    opening_chunks,
+    read_prefix,
+    write_film,
+)
+from vmla_convert.pipelines.load import load, open_named
+from vmla_convert.pipelines.prepare import prepare_clips
+from vmla_convert.pipelines.video import read_frames, write_mp4, write_png
+from vmla_convert.pipelines.wan import WanCodec, clean_prompt
+
+pytest_plugins = ["checkpoints", "tiny_wan"]
+
+PROMPT = "a cat walks on a red roof"
+SET = [word for setting in SETTINGS for word in ("--set", setting)]
+
+
+@pytest.fixture(scope="module")
+def source(wan_folder: Path) -> SourceConfig:
+    return SourceConfig(str(wan_folder), overrides=SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def config(source: SourceConfig) -> ModelConfig:
+    return open_named(source).config
+
+
+@pytest.fixture(scope="module")
+def codec(config: ModelConfig, wan_folder: Path) -> WanCodec:
+    opened = open_codec(config, CodecConfig(str(wan_folder)))
+    assert isinstance(opened, WanCodec)
+    return opened
+
+
+@pytest.fixture(scope="module")
+def converted(source: SourceConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wan_latent") / "converted"
+    convert(source, folder, ConvertConfig(calibrate=False, cut=0.5))
+    return folder
+
+
+@pytest.fixture(params=["dense", "converted"])
+def model(request: pytest.FixtureRequest, source: SourceConfig, converted: Path) -> CausalWanModel:
+    return load(source if request.param == "dense" else converted)
+
+
+def latents(frames: int, batch: int = 1, seed: int = 0) -> Tensor:
+    return noise(batch, frames, 16, *LATENT_SIZE, seed=seed)
+
+
+def reference_vae(codec: WanCodec) -> Any:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
+    return AutoencoderKLWan.from_pretrained(codec.components.folder("vae"))
+
+
+def wide_codec(wan_folder: Path, config: ModelConfig, folder: Path) -> WanCodec:
+    """Wan 2.2's VAE beside the tiny text encoder."""
+    for part in ("text_encoder", "tokenizer"):
+        shutil.copytree(wan_folder / part, folder / part)
+    tiny_wide_vae().save_pretrained(folder / "vae")
+    geometry = replace(config.geometry, in_dim=48, out_dim=48)
+    opened = open_codec(replace(config, geometry=geometry), CodecConfig(str(folder)))
+    assert isinstance(opened, WanCodec)
+    return opened
+
+
+class TestText:
+    def test_is_what_diffusers_makes_of_it(self, codec: WanCodec, wan_folder: Path) -> None:
+        """Padded and masked there, read alone here: equal to rounding."""
+        from diffusers.pipelines.wan.pipeline_wan import WanPipeline
+
+        prompts = [PROMPT, "", " two  dogs\n&amp;amp; a “city” at night " * 3]
+        whole = WanPipeline.from_pretrained(wan_folder)
+        expected, _ = whole.encode_prompt(
+            prompts, do_classifier_free_guidance=False, max_sequence_length=512
+        )
+        contexts = codec.encode_prompts(prompts)
+        assert contexts.shape == (3, 512, TEXT_DIM)
+        torch.testing.assert_close(contexts, expected, atol=1e-5, rtol=1e-4)
+
+    def test_is_zero_after_its_end(self, codec: WanCodec) -> None:
+        context = codec.encode_prompts([PROMPT])[0]
+        length = int(context.any(-1).sum())
+        assert 1 < length < 100
+        assert context[:length].any(-1).all() and not context[length:].any()
+
+    def test_that_is_too_long_is_cut(self, codec: WanCodec) -> None:
+        context = codec.encode_prompts(["cat " * 2000])
+        assert context.shape == (1, 512, TEXT_DIM)
+        assert context.any(-1).all()
+
+    def test_is_cleaned(self) -> None:
+        assert clean_prompt("  a\n\tcat &amp;lt;3 dâ€™oh ") == "a cat <3 d'oh"
+
+
+class TestDecoding:
+    @pytest.mark.parametrize("sizes", [[1, 1, 1, 1, 1], [3, 2], [1, 3, 1], [5]])
+    def test_in_chunks_equals_whole_to_the_bit(self, sizes: list[int], codec: WanCodec) -> None:
+        clip, decoder = latents(5, batch=2), codec.decoder()
+        parts = [decoder.decode(part) for part in clip.split(sizes, dim=1)]
+        assert [p.shape[1] for p in parts] == [4 * n - 3 * (not i) for i, n in enumerate(sizes)]
+        assert torch.equal(torch.cat(parts, dim=1), codec.decode(clip))
+
+    def test_is_diffusers_own_to_the_bit(self, codec: WanCodec) -> None:
+        vae, clip = reference_vae(codec), latents(4, batch=2)
+        mean, deviation = (
+            torch.tensor(values).view(1, -1, 1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        with torch.no_grad():
+            expected = vae.decode(clip.transpose(1, 2) * deviation + mean).sample
+        pixels = codec.decode(clip)
+        assert pixels.shape == (2, 13, 3, 32, 48)
+        assert pixels.std() > 0.1
+        assert torch.equal(pixels, expected.transpose(1, 2))
+
+    def test_in_turns_does_not_mix_videos(self, codec: WanCodec) -> None:
+        clips = [latents(4, seed=seed) for seed in (1, 2)]
+        decoders = [codec.decoder() for _ in clips]
+        made: list[list[Tensor]] = [[], []]
+        for frame in range(4):
+            for clip, decoder, parts in zip(clips, decoders, made, strict=True):
+                parts.append(decoder.decode(clip[:, frame : frame + 1]))
+                codec.encode(noise(1, 5, 3, 32, 48).clamp(-1, 1))
+        for clip, parts in zip(clips, made, strict=True):
+            assert torch.equal(torch.cat(parts, dim=1), codec.decode(clip))
+
+    def test_remembers_no_more_of_a_longer_video(self, codec: WanCodec) -> None:
+        decoder: Any = codec.decoder()
+
+        def held() -> int:
+            return sum(t.nbytes for t in decoder._features[0].cache if isinstance(t, Tensor))
+
+        sizes = [held() for _ in range(8) if decoder.decode(latents(1)) is not None]
+        assert sizes[2] > 0 and set(sizes[2:]) == {sizes[2]}
+
+    def test_of_wan_2_2_is_diffusers_own_too(
+        self, wan_folder: Path, config: ModelConfig, tmp_path: Path
+    ) -> None:
+        codec = wide_codec(wan_folder, config, tmp_path)
+        clip, decoder = noise(1, 4, 48, *LATENT_SIZE), codec.decoder()
+        assert codec.pixel_shape(4, LATENT_SIZE) == (13, 64, 96)
+        assert codec.frames_per_second == 24
+        pixels = torch.cat([decoder.decode(part) for part in clip.split(1, dim=1)], dim=1)
+        vae = reference_vae(codec)
+        mean, deviation = (
+            torch.tensor(values).view(1, -1, 1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        with torch.no_grad():
+            expected = vae.decode(clip.transpose(1, 2) * deviation + mean).sample
+        assert torch.equal(pixels, expected.transpose(1, 2))
+
+    def test_in_tiles_is_near_and_streams(
+        self, config: ModelConfig, wan_folder: Path, codec: Codec, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tiled = open_codec(config, CodecConfig(str(wan_folder), vae_tiling=True))
+        clip = latents(3)
+        assert torch.equal(tiled.decode(clip), codec.decode(clip))  # one tile covers it
+        monkeypatch.setattr(pipeline, "TILE_PIXELS", 32)
+        monkeypatch.setattr(pipeline, "TILE_OVERLAP", 16)
+        whole, decoder = tiled.decode(clip), tiled.decoder()
+        parts = [decoder.decode(part) for part in clip.split(1, dim=1)]
+        assert torch.equal(torch.cat(parts, dim=1), whole)
+        # Attention and borders see less of the frame in a tile, so this is near, not equal.
+        error = (whole - codec.decode(clip)).square().mean() / codec.decode(clip).square().mean()
+        assert 0 < error < 0.2
+
+
+class TestEncoding:
+    def test_is_diffusers_own_normalised(self, codec: WanCodec) -> None:
+        video, vae = noise(2, 9, 3, 32, 48).clamp(-1, 1), reference_vae(codec)
+        with torch.no_grad():
+            modes = vae.encode(video.transpose(1, 2)).latent_dist.mode().transpose(1, 2)
+        got = codec.encode(video)
+        assert got.shape == (2, 3, 16, *LATENT_SIZE)
+        mean, deviation = (
+            torch.tensor(values).view(-1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        torch.testing.assert_close(got * deviation + mean, modes)
+
+    def test_takes_the_frames_that_pixel_shape_tells(self, codec: WanCodec) -> None:
+        for frames in (1, 2, 5):
+            pixels, height, width = codec.pixel_shape(frames, LATENT_SIZE)
+            assert (pixels, height, width) == (4 * frames - 3, 32, 48)
+            assert codec.encode(torch.zeros(1, pixels, 3, height, width)).shape[1] == frames
+
+
+def test_components_may_stay_in_host_memory(
+    config: ModelConfig, wan_folder: Path, codec: Codec
+) -> None:
+    """Here there is only one memory; what counts is that nothing else changes."""
+    offloaded = open_codec(config, CodecConfig(str(wan_folder), cpu_offload=True))
+    assert torch.equal(offloaded.encode_prompts([PROMPT]), codec.encode_prompts([PROMPT]))
+    assert torch.equal(offloaded.decode(latents(2)), codec.decode(latents(2)))
+
+
+def test_components_may_be_bfloat16(config: ModelConfig, wan_folder: Path, codec: Codec) -> None:
+    half = open_codec(config, CodecConfig(str(wan_folder)), dtype=torch.bfloat16)
+    assert half.encode_prompts([PROMPT]).dtype == torch.bfloat16
+    pixels = half.decode(latents(2))
+    assert pixels.dtype == torch.float32
+    assert (pixels - codec.decode(latents(2))).abs().mean() < 0.05
+
+
+class TestWhereComponentsAre:
+    def test_beside_the_checkpoint(self, config: ModelConfig, wan_folder: Path) -> None:
+        for place in (wan_folder, wan_folder / "transformer"):
+            assert find_components(config, checkpoint=place) == Components(str(wan_folder))
+
+    def test_where_the_user_says(self, config: ModelConfig, wan_folder: Path) -> None:
+        assert find_components(config, "owner/name", wan_folder).base == "owner/name"
+        assert find_components(config, str(wan_folder)).base == str(wan_folder)
+
+    @pytest.mark.parametrize(
+        ("channels", "base_model", "found"),
+        [
+            (16, "gdhe17/Self-Forcing", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+            (16, "unknown", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+            (16, "Wan-AI/Wan2.1-T2V-14B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers"),
+            (48, "Efficient-Large-Model/LongLive-2.0-5B", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"),
+        ],
+    )
+    def test_by_what_is_known(
+        self, channels: int, base_model: str, found: str, config: ModelConfig
+    ) -> None:
+        geometry = Geometry(1536, 8960, 12, 30, channels, channels)
+        real = replace(config, geometry=geometry, base_model=base_model)
+        assert find_components(real).base == found
+
+    def test_nowhere(self, config: ModelConfig, converted: Path, tmp_path: Path) -> None:
+        (tmp_path / "vae").mkdir()
+        for base, error in ((None, ConfigError), ("no/such/place", CheckpointError),
+                            (str(tmp_path), CheckpointError)):  # fmt: skip
+            with pytest.raises(error) as caught:
+                find_components(config, base, converted)
+            assert "--base" in caught.value.hint
+
+    @pytest.mark.parametrize("package", pipeline.PACKAGES)
+    def test_need_the_extra(
+        self, package: str, source: SourceConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        opened = open_named(source)
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(MissingExtraError) as caught:
+            open_codec(opened.config, checkpoint=opened.source.path)
+        assert "[wan]" in caught.value.hint
+
+    @pytest.mark.parametrize("part", ["vae", "text_encoder"])
+    def test_of_another_model_are_refused(
+        self, part: str, config: ModelConfig, wan_folder: Path, tmp_path: Path
+    ) -> None:
+        folder = shutil.copytree(wan_folder, tmp_path / "other")
+        file = folder / part / "config.json"
+        table = json.loads(file.read_text())
+        file.write_text(json.dumps({**table, "z_dim": 48, "d_model": 4096}))
+        with pytest.raises(ConfigError, match=rf"{part} .* makes .* (48|4096)") as caught:
+            open_codec(config, CodecConfig(str(folder)))
+        assert "--base" in caught.value.hint
+
+    @pytest.mark.parametrize("damage", ["gone", "cut", "lacking", "table"])
+    @pytest.mark.parametrize("part", ["vae", "text_encoder"])
+    def test_that_are_damaged_are_named(
+        self, part: str, damage: str, config: ModelConfig, wan_folder: Path, tmp_path: Path
+    ) -> None:
+        from safetensors.torch import save_file
+
+        folder = shutil.copytree(wan_folder, tmp_path / "damaged")
+        (file,) = (folder / part).glob("*.safetensors")
+        if damage == "gone":
+            file.unlink()
+        elif damage == "cut":
+            file.write_bytes(file.read_bytes()[:-100])
+        elif damage == "table":
+            (folder / part / "config.json").write_text("[]")
+        else:
+            tensors = load_file(file)
+            del tensors[max(tensors)]
+            save_file(tensors, file, {"format": "pt"})
+        with pytest.raises(CheckpointError, match=part) as caught:
+            codec = open_codec(config, CodecConfig(str(folder)))
+            codec.encode_prompts([PROMPT]) if part != "vae" else codec.decode(latents(1))
+        assert caught.value.hint
+
+
+class TestGenerating:
+    def test_is_decided_by_the_seed(self, model: CausalWanModel, codec: Codec) -> None:
+        def made(seed: int) -> Tensor:
+            return torch.cat(list(generate(model, PROMPT, 6, seed, text=codec)), dim=1)
+
+        assert torch.equal(made(3), made(3))
+        assert not torch.equal(made(3), made(4))
+        assert made(3).shape == (1, 6, 16, *LATENT_SIZE)
+
+    def test_obeys_its_prompts(self, model: CausalWanModel, codec: Codec) -> None:
+        clips = [list(generate(model, p, 4, text=codec)) for p in (PROMPT, "two dogs")]
+        assert not torch.equal(clips[0][0], clips[1][0])
+        switched = list(generate(model, PROMPT, 4, switches=[Switch(2, ["two dogs"])], text=codec))
+        assert torch.equal(switched[0], clips[0][0])
+        assert not torch.equal(switched[1], clips[0][1])
+
+    def test_reads_all_prompts_once_before_the_first_chunk(
+        self, model: CausalWanModel, codec: Codec
+    ) -> None:
+        read: list[list[str]] = []
+
+        class Counting:
+            def encode_prompts(self, prompts: list[str]) -> Tensor:
+                read.append(prompts)
+                return codec.encode_prompts(prompts)
+
+        chunks = generate(model, PROMPT, 8, switches=[Switch(4, ["a city"])], text=Counting())
+        next(chunks)
+        assert read == [[PROMPT], ["a city"]]
+        assert len(list(chunks)) == 3 and len(read) == 2
+
+
+class TestPrefix:
+    @pytest.mark.parametrize(
+        ("given", "sizes"), [(1, [1]), (2, [2]), (3, [1, 2]), (4, [2, 2]), (5, [1, 2, 2])]
+    )
+    def test_is_written_with_its_rest_first(self, given: int, sizes: list[int]) -> None:
+        clean = latents(given)
+        chunks = opening_chunks(clean, 2)
+        assert [chunk.shape[1] for chunk in chunks] == sizes
+        assert torch.equal(torch.cat(chunks, dim=1), clean)
+
+    @pytest.mark.parametrize("given", [1, 2, 3, 7])
+    def test_begins_the_clip_and_is_gone_on_from(
+        self, given: int, model: CausalWanModel, codec: Codec
+    ) -> None:
+        def made(prefix: Tensor | None, frames: int = given + 3) -> Tensor:
+            chunks = generate(model, [PROMPT, "a city"], frames, text=codec, prefix=prefix)
+            return torch.cat(list(chunks), dim=1)
+
+        prefix = latents(given)
+        clip = made(prefix)
+        assert clip.shape[:2] == (2, given + 3)
+        assert torch.equal(clip[:, :given], prefix.expand(2, -1, -1, -1, -1))
+        # The noise is that of the same clip without a prefix: what differs is the past.
+        assert not torch.equal(clip[:, given:], made(None, 3))
+        assert not torch.equal(clip[:, given:], made(latents(given, seed=9))[:, given:])
+
+    def test_of_what_was_generated_goes_on_as_before(
+        self, model: CausalWanModel, codec: Codec, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whole chunks in the cache are the same, whether generated or given."""
+        from vmla_convert.pipelines import generate as module
+
+        whole = torch.cat(list(generate(model, PROMPT, 8, text=codec)), dim=1)
+        seeded = module.seeded
+        monkeypatch.setattr(module, "seeded", lambda seed, i, name: seeded(seed, i + 2, name))
+        again = generate(model, PROMPT, 8, text=codec, prefix=whole[:, :4])
+        assert torch.equal(torch.cat(list(again), dim=1), whole)
+
+    def test_needs_room_in_the_clip(self, model: CausalWanModel, codec: Codec) -> None:
+        for frames in (2, 3):
+            with pytest.raises(ConfigError, match="at least 4") as caught:
+                next(generate(model, PROMPT, frames, text=codec, prefix=latents(3)))
+            assert caught.value.hint
+
+    def test_may_be_followed_by_another_prompt(self, model: CausalWanModel, codec: Codec) -> None:
+        switch = Switch(5, ["two dogs"])
+        plain, other = (
+            torch.cat(list(generate(model, PROMPT, 9, 0, None, s, codec, latents(3))), dim=1)
+            for s in ((), (switch,))
+        )
+        assert torch.equal(plain[:, :5], other[:, :5])
+        assert not torch.equal(plain[:, 5:], other[:, 5:])
+
+    def test_is_read_from_an_image(self, codec: Codec, tmp_path: Path) -> None:
+        Image.new("RGB", (200, 90), (255, 0, 0)).save(tmp_path / "red.jpg")
+        red = torch.tensor([1.0, -1, -1]).view(1, 1, 3, 1, 1).expand(1, 1, 3, 32, 48)
+        got = read_prefix(tmp_path / "red.jpg", codec, LATENT_SIZE, 4)
+        torch.testing.assert_close(got, codec.encode(red), atol=0.05, rtol=0)
+
+    @pytest.mark.parametrize(("frames", "given"), [(1, 1), (4, 1), (5, 2), (12, 3)])
+    def test_is_the_end_of_a_video(
+        self, frames: int, given: int, codec: Codec, tmp_path: Path
+    ) -> None:
+        write_mp4(tmp_path / "a.mp4", noise(frames, 3, 32, 48).clamp(-1, 1), scale=1)
+        pixels = torch.stack(list(read_frames(tmp_path / "a.mp4")))[-(4 * given - 3) :]
+        got = read_prefix(tmp_path / "a.mp4", codec, LATENT_SIZE, 8)
+        assert torch.equal(got, codec.encode(pixels[None]))
+
+    def test_that_cannot_be_read_is_named(self, codec: Codec, tmp_path: Path) -> None:
+        (tmp_path / "text.png").write_text("no image")
+        write_mp4(tmp_path / "long.mp4", torch.zeros(9, 3, 32, 48), scale=1)
+        for name in ("nowhere.png", "text.png", "long.mp4"):
+            with pytest.raises(ConfigError, match=name) as caught:
+                read_prefix(tmp_path / name, codec, LATENT_SIZE, 3)
+            assert caught.value.hint
+
+
+class TestFilm:
+    def test_shows_the_first_frame_before_the_second_chunk(
+        self, codec: Codec, tmp_path: Path
+    ) -> None:
+        seen: list[bool] = []
+
+        def chunks() -> Iterator[Tensor]:
+            for chunk in latents(6).split(2, dim=1):
+                seen.append((tmp_path / "a.png").is_file())
+                assert not (tmp_path / "a.mp4").exists()
+                yield chunk
+
+        paths = write_film(tmp_path / "a.mp4", chunks(), codec)
+        assert seen == [False, True, True]
+        assert [path.name for path in paths] == ["a.mp4", "a.png"]
+        first = torch.from_numpy(np.array(Image.open(tmp_path / "a.png"))).permute(2, 0, 1)
+        expected = (codec.decode(latents(6))[0, 0] + 1) * 127.5
+        assert (first - expected).abs().max() <= 0.5 + 1e-3
+        with av.open(str(tmp_path / "a.mp4")) as file:
+            stream = file.streams.video[0]
+            assert stream.average_rate == 16
+            assert (stream.height, stream.width, len(list(file.decode(stream)))) == (32, 48, 21)
+
+    def test_takes_one_chunk_at_a_time(self, codec: Codec, tmp_path: Path) -> None:
+        """A chunk's pixels are gone before the next chunk is made."""
+        import weakref
+
+        made: list[weakref.ref[Tensor]] = []
+
+        class Watched:
+            def decode(self, latents: Tensor) -> Tensor:
+                pixels = codec.decode(latents)
+                made.append(weakref.ref(pixels))
+                return pixels
+
+        watched: Any = Watched()
+
+        class Watching(WanCodec):
+            def decoder(self) -> Any:
+                return watched
+
+        def chunks() -> Iterator[Tensor]:
+            for _ in range(4):
+                assert not [ref for ref in made[:-1] if ref() is not None]
+                yield latents(1)
+
+        assert isinstance(codec, WanCodec)
+        watching = Watching(codec.config, codec.components, codec.how, codec.device, codec.dtype)
+        write_film(tmp_path / "a.mp4", chunks(), watching)
+        assert len(made) == 4
+
+    def test_leaves_nothing_when_it_fails(self, codec: Codec, tmp_path: Path) -> None:
+        def chunks() -> Iterator[Tensor]:
+            yield latents(1)
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            write_film(tmp_path / "a.mp4", chunks(), codec)
+        assert not list(tmp_path.iterdir())
+
+
+class TestClips:
+    def test_of_its_own_are_sampled(
+        self, source: SourceConfig, codec: Codec, tmp_path: Path
+    ) -> None:
+        dense = load(source)
+        data = DataConfig("self", frames=4, clips=4, prompts=(PROMPT, "two dogs"))
+        prepared = prepare_clips(data, dense, tmp_path / "clips", "origin", codec=codec)
+        batch = open_clips(prepared).batch(0, 2)
+        assert batch.latents.shape == (2, 4, 16, *LATENT_SIZE)
+        assert batch.context.shape == (2, 512, TEXT_DIM)
+
+    def test_of_videos_are_encoded_with_one_frame_first(
+        self, source: SourceConfig, codec: Codec, tmp_path: Path, wan_folder: Path
+    ) -> None:
+        videos = tmp_path / "videos"
+        write_mp4(videos / "a.mp4", noise(27, 3, 32, 48).clamp(-1, 1), scale=1)
+        data = DataConfig(str(videos), frames=4, prompts=(PROMPT,), base=str(wan_folder))
+        prepare_clips(data, load(source), tmp_path / "clips", "origin")
+        (file,) = (tmp_path / "clips").glob("*.safetensors")
+        stored, pixels = load_file(file), torch.stack(list(read_frames(videos / "a.mp4")))
+        # 27 frames are two clips of 13 = 1 + 3 * 4, and one frame left.
+        for clip, start in zip(stored["latents"], (0, 13), strict=True):
+            assert torch.equal(clip, codec.encode(pixels[None, start : start + 13])[0])
+        assert torch.equal(stored["context"], codec.encode_prompts([PROMPT, PROMPT]))
+
+    def test_calibrate_recover_and_measure(
+        self, tmp_path: Path, vmla: Vmla, wan_folder: Path
+    ) -> None:
+        (tmp_path / "prompts.txt").write_text(f"{PROMPT}\ntwo dogs\n")
+        clips, out, again = (tmp_path / name for name in ("out.clips", "mla", "out"))
+        assert vmla("convert", wan_folder, "-o", out, *SET, "--no-calibration").code == 0
+        ran = vmla("recover", out, "--teacher", wan_folder, "-o", again, "--data", "self",
+                   "--prompts", tmp_path / "prompts.txt", "--clips", "4", "--frames", "4",
+                   "--steps", "2", "--layerwise-steps", "0", "--batch-size", "2",
+                   "--lr", "0.001")  # fmt: skip
+        assert (ran.code, clips.is_dir()) == (0, True), ran.err
+        measured = vmla("eval", again, "--teacher", wan_folder, "--data", clips, "--clips", "2",
+                        "--json")  # fmt: skip
+        assert measured.code == 0 and "velocity_error" in measured.out
+        calibrated = tmp_path / "calibrated"
+        ran = vmla("convert", wan_folder, "-o", calibrated, *SET, "--data", clips,
+                   "--calibration-clips", "2", "--frames", "4")  # fmt: skip
+        assert ran.code == 0, ran.err
+
+
+class TestCommand:
+    def test_makes_the_same_film_again(
+        self, converted: Path, wan_folder: Path, tmp_path: Path, vmla: Vmla
+    ) -> None:
+        common = ("--prompt", PROMPT, "--base", wan_folder, "--seconds", "2",
+                  "--prompt-at", "1s:two dogs")  # fmt: skip
+        films = [tmp_path / "a.mp4", tmp_path / "b.mp4"]
+        for film in films:
+            ran = vmla("generate", converted, *common, "-o", film)
+            assert ran.code == 0, ran.err
+        assert films[0].read_bytes() == films[1].read_bytes()
+        assert len(list(read_frames(films[0]))) == 29
+        ran = vmla("generate", converted, *common, "-o", tmp_path / "c.mp4", "--seed", "1")
+        assert (tmp_path / "c.mp4").read_bytes() != films[0].read_bytes()
+
+    def test_finds_components_beside_a_dense_checkpoint(
+        self, wan_folder: Path, tmp_path: Path, vmla: Vmla
+    ) -> None:
+        ran = vmla("generate", wan_folder, "--prompt", PROMPT, "--frames", "3", *SET,
+                   "-o", tmp_path / "a.mp4", "--vae-tiling", "--cpu-offload")  # fmt: skip
+        assert ran.code == 0, ran.err
+        assert len(list(read_frames(tmp_path / "a.mp4"))) == 9
+
+    def test_goes_on_from_an_image(
+        self, converted: Path, wan_folder: Path, tmp_path: Path, vmla: Vmla
+    ) -> None:
+        write_png(tmp_path / "cat.png", noise(3, 32, 48).clamp(-1, 1))
+        for option in ("--image", "--prefix"):
+            film = tmp_path / f"{option[2:]}.mp4"
+            ran = vmla("generate", converted, "--prompt", PROMPT, "--base", wan_folder,
+                       "--frames", "4", option, tmp_path / "cat.png", "-o", film)  # fmt: skip
+            assert ran.code == 0, ran.err
+            assert len(list(read_frames(film))) == 13
+
+    def test_compares_side_by_side(
+        self, converted: Path, wan_folder: Path, tmp_path: Path, vmla: Vmla
+    ) -> None:
+        ran = vmla("generate", converted, "--prompt", PROMPT, "--frames", "3", "--compare",
+                   converted.parent / "again", "-o", tmp_path / "a.mp4")  # fmt: skip
+        assert refused(ran)
+        shutil.copytree(converted, tmp_path / "again")
+        ran = vmla("generate", converted, "--prompt", PROMPT, "--frames", "3", "--compare",
+                   tmp_path / "again", "--base", wan_folder, "-o", tmp_path / "a.mp4")  # fmt: skip
+        assert ran.code == 0, ran.err
+        frames = list(read_frames(tmp_path / "a.mp4"))
+        assert (len(frames), frames[0].shape[-1]) == (9, 98)
+
+    def test_says_what_to_name_where_nothing_is_known(
+        self, converted: Path, tmp_path: Path, vmla: Vmla
+    ) -> None:
+        ran = vmla("generate", converted, "--prompt", PROMPT, "-o", tmp_path / "a.mp4")
+        assert refused(ran)
+        assert "--base" in ran.err
+        assert not list(tmp_path.iterdir())

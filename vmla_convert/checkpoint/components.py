@@ -1,0 +1,141 @@
+"""Where the text encoder, tokenizer and VAE of a video model lie: folders in diffusers' layout."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vmla_convert.checkpoint.hub import fetch_parts, is_repo
+from vmla_convert.checkpoint.source import located
+from vmla_convert.config import ModelConfig
+from vmla_convert.errors import CheckpointError, ConfigError
+
+Part = Literal["vae", "text_encoder", "tokenizer"]
+PARTS: tuple[Part, ...] = ("vae", "text_encoder", "tokenizer")
+
+# Repositories that hold all parts, by the channels of the latents and the width of the contexts.
+# Wan 2.1, 2.2 A14B and what was trained from them share one VAE, 2.2 5B has its own, and all one
+# text encoder (Wan22 wan/configs; SKY's model cards), so that the smallest repository does for
+# models whose own base holds none, as Self-Forcing's. See `known.py` for the abbreviations.
+REPOSITORIES: dict[tuple[int, int], tuple[str, ...]] = {
+    (16, 4096): (
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+        "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+        "Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers",
+    ),
+    (48, 4096): ("Wan-AI/Wan2.2-TI2V-5B-Diffusers",),
+}
+
+_HINT = (
+    "name a folder or Hub id that holds vae/, text_encoder/ and tokenizer/: "
+    "--base Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+)
+
+
+@dataclass(frozen=True)
+class Components:
+    """A pipeline's folders, here or on the Hub; what is on the Hub is fetched when it is needed.
+
+    Attributes:
+        base: A folder, or a Hub id `owner/name[@revision]`.
+    """
+
+    base: str
+
+    def folder(self, part: Part) -> Path:
+        """The local folder of one part, whole.
+
+        Raises:
+            CheckpointError: It cannot be had.
+        """
+        return (self._local or fetch_parts(self.base, f"{part}/")) / part
+
+    def settings(self, part: Part) -> dict[str, Any]:
+        """The config.json of one part, without its weights.
+
+        Raises:
+            CheckpointError: It cannot be had, or is no JSON table.
+        """
+        name = f"{part}/config.json"
+        file = (self._local or fetch_parts(self.base, name)) / name
+        try:
+            table = json.loads(file.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file} cannot be read as JSON", _HINT) from error
+        if not isinstance(table, dict):
+            raise CheckpointError(f"{file} is not a JSON table", _HINT)
+        return table
+
+    @property
+    def _local(self) -> Path | None:
+        path = Path(self.base)
+        return path if path.exists() or not is_repo(self.base) else None
+
+
+def find_components(
+    config: ModelConfig, base: str | None = None, checkpoint: Path | None = None
+) -> Components:
+    """The components that go with a model.
+
+    In this order: those that the user names, those beside the checkpoint, those of the base model
+    if its repository holds them, those of a repository with the same latents and contexts.
+
+    Args:
+        config: Of the model.
+        base: A folder or Hub id that the user names.
+        checkpoint: File or folder that the model was read from.
+
+    Raises:
+        CheckpointError: What the user names lacks a part.
+        ConfigError: Nothing is named, and nothing known.
+    """
+    if base is None and checkpoint is not None:
+        beside = _beside(checkpoint)
+        if beside is not None:
+            return Components(str(beside))
+    if base is None:
+        base = known_components(config)
+    components = Components(base)
+    _check_whole(components)
+    return components
+
+
+def known_components(config: ModelConfig) -> str:
+    """The repository whose components a model takes.
+
+    Raises:
+        ConfigError: None is known.
+    """
+    geometry = config.geometry
+    known = REPOSITORIES.get((geometry.in_dim, geometry.text_dim), ())
+    if not known:
+        raise ConfigError(
+            f"no text encoder and VAE are known for latents of {geometry.in_dim} channels and "
+            f"contexts of {geometry.text_dim}",
+            _HINT,
+        )
+    return config.base_model if config.base_model in known else known[0]
+
+
+def _beside(checkpoint: Path) -> Path | None:
+    """The folder that holds a checkpoint, or the one above, where all parts are."""
+    folder = located(checkpoint).parent
+    for place in (folder, folder.parent):
+        # What the Hub's cache holds of a repository need not be all of it.
+        cached = place.parent.name == "snapshots"
+        if not cached and all((place / part).is_dir() for part in PARTS):
+            return place
+    return None
+
+
+def _check_whole(components: Components) -> None:
+    base = Path(components.base)
+    if is_repo(components.base) and not base.exists():
+        return  # The Hub is asked when a part is needed.
+    if not base.is_dir():
+        raise CheckpointError(f"there is no folder {base}", _HINT)
+    if lacking := [part for part in PARTS if not (base / part).is_dir()]:
+        raise CheckpointError(f"{base} holds no {lacking[0]}/", _HINT)
