@@ -28,6 +28,7 @@ from vmla_convert.checkpoint.lora import open_lora
 from vmla_convert.checkpoint.source import TensorSpec
 from vmla_convert.config import ConvertConfig, LayerConfig, RuntimeConfig, SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError, MissingExtraError
+from vmla_convert.pipelines.codecs import open_codec
 from vmla_convert.pipelines.convert import convert
 from vmla_convert.pipelines.export import export
 from vmla_convert.pipelines.interop import pipeline as module
@@ -207,6 +208,17 @@ def test_a_seed_gives_what_generate_gives(folder: str, request: pytest.FixtureRe
     )
     assert isinstance(found, tuple)
     assert torch.equal(found[0], wanted.transpose(1, 2))
+
+
+def test_a_seed_and_a_prompt_give_what_generate_gives(wan_converted: Path, wan_pipe: Any) -> None:
+    codec = open_codec(wan_pipe.transformer.wan.config, checkpoint=wan_converted)
+    made = vmla.generate(load(wan_converted), PROMPT, frames=4, seed=2, text=codec)
+    latents = torch.cat(list(made), dim=1)
+    shared: dict[str, Any] = {"num_frames": 13}
+    found = wan_pipe(PROMPT, generator=seeded_with(2), output_type="latent", **shared).frames
+    assert torch.equal(found, latents.transpose(1, 2))
+    pixels = wan_pipe(PROMPT, generator=seeded_with(2), output_type="pt", **shared).frames
+    assert torch.allclose(2 * pixels - 1, codec.decode(latents), atol=1e-5)
 
 
 def test_runtime_reaches_the_cache(demo_pipe: Any) -> None:

@@ -50,8 +50,8 @@ from vmla_convert.pipelines.factoring import (
 from vmla_convert.pipelines.folders import (
     LAYOUTS,
     converted_files,
-    find_components,
     named_layout,
+    parts_to_copy,
 )
 from vmla_convert.pipelines.load import (
     CONVERSION_NAME,
@@ -157,7 +157,7 @@ def convert(
         progress.note(f"{checkpoint.known}: {note}")
     rough = plan_conversion(checkpoint, config)
     form = named_layout(layout)
-    components = find_components(checkpoint.source.path, form)
+    components = parts_to_copy(checkpoint.source.path, form)
     check_place(out, rough.nbytes + copied_bytes(components), resume)
     if measures(config):
         open_measured(checkpoint.config, config)

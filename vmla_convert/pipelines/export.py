@@ -9,7 +9,7 @@ from vmla_convert.checkpoint.layouts import DIFFUSERS, NATIVE, WAN, Layout
 from vmla_convert.checkpoint.source import STATE_KEYS
 from vmla_convert.checkpoint.writer import CheckpointWriter, write_pickle
 from vmla_convert.errors import ConfigError, did_you_mean
-from vmla_convert.pipelines.folders import Files, converted_files, dense_files, find_components
+from vmla_convert.pipelines.folders import Files, converted_files, dense_files, parts_to_copy
 from vmla_convert.pipelines.load import Source, locate, read_provenance
 from vmla_convert.progress import Progress, Silent
 
@@ -61,7 +61,7 @@ def export(
     chosen = layout or _LAYOUT_OF_FAMILY.get(checkpoint.config.family, "native")
     _check_words(chosen, key)
     form = _form(chosen, converted=checkpoint.config.mla is not None)
-    components = find_components(path, form)
+    components = parts_to_copy(path, form)
     if checkpoint.config.mla is None:
         files = dense_files(checkpoint.config, form, components)
     else:

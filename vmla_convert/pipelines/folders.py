@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vmla_convert.checkpoint.components import PARTS
 from vmla_convert.checkpoint.families import converted_config
 from vmla_convert.checkpoint.layouts import DIFFUSERS, NATIVE, Layout
 from vmla_convert.checkpoint.source import located
@@ -21,9 +22,6 @@ LAYOUTS = {"native": NATIVE, "diffusers": DIFFUSERS}
 """Of a converted folder, by the name that `--layout` takes."""
 
 PIPELINE_NAME = "model_index.json"
-COMPONENTS = ("vae", "text_encoder", "tokenizer")
-"""Of a pipeline, those that no conversion changes."""
-
 Files = dict[str, str | dict[str, Any]]
 """Text, or a table, by the path in the folder."""
 
@@ -54,7 +52,7 @@ def converted_files(
         config: Of the converted model.
         record: What made it; it becomes conversion.json.
         layout: Of the folder.
-        components: From `find_components`.
+        components: From `parts_to_copy`.
     """
     files: Files = {
         layout.place("config.json"): converted_config(config),
@@ -73,7 +71,7 @@ def dense_files(config: ModelConfig, layout: Layout, components: Mapping[str, Pa
     Args:
         config: Of the model.
         layout: Of the folder.
-        components: From `find_components`.
+        components: From `parts_to_copy`.
     """
     if layout is not DIFFUSERS:
         return {layout.place("config.json"): wan_config(config)}
@@ -93,8 +91,8 @@ def wan_config(config: ModelConfig) -> dict[str, Any]:
     return {"_class_name": "WanModel", "model_type": "t2v", **geometry, "vmla": _settings(config)}
 
 
-def find_components(path: Path, layout: Layout) -> dict[str, Path]:
-    """Folders to copy: text encoder, tokenizer and VAE of the pipeline that a checkpoint is in.
+def parts_to_copy(path: Path, layout: Layout) -> dict[str, Path]:
+    """Text encoder, tokenizer and VAE of the pipeline that a checkpoint is in.
 
     Args:
         path: The checkpoint, as `open_checkpoint` takes it.
@@ -108,7 +106,7 @@ def find_components(path: Path, layout: Layout) -> dict[str, Path]:
     in_pipeline = weights.name == DIFFUSERS.folder and (root / PIPELINE_NAME).is_file()
     if layout is not DIFFUSERS or not in_pipeline:
         return {}
-    return {name: root / name for name in COMPONENTS if (root / name).is_dir()}
+    return {name: root / name for name in PARTS if (root / name).is_dir()}
 
 
 def _wan_transformer_config(config: ModelConfig) -> dict[str, Any]:
@@ -154,7 +152,7 @@ def _pipeline_files(
     }
     # None is diffusers' word for a component that is not in the folder.
     known = _read_index(next(iter(components.values())).parent) if components else {}
-    for name in COMPONENTS:
+    for name in PARTS:
         index[name] = known.get(name, [None, None]) if name in components else [None, None]
     scheduler = {
         "_class_name": _SCHEDULER,

@@ -13,7 +13,7 @@ from vmla_convert.checkpoint.writer import check_place, copied_bytes, planned_fi
 from vmla_convert.config import ConvertConfig, Geometry
 from vmla_convert.maths.spectra import truncate
 from vmla_convert.pipelines.convert import measures, open_measured, plan_conversion
-from vmla_convert.pipelines.folders import find_components, named_layout
+from vmla_convert.pipelines.folders import named_layout, parts_to_copy
 from vmla_convert.pipelines.load import Source, open_named
 
 # A common disk, bytes a second; nothing is written to find out.
@@ -61,7 +61,7 @@ def foresee(
     checkpoint = open_named(source)
     plan = plan_conversion(checkpoint, config)
     form = named_layout(layout)
-    components = find_components(checkpoint.source.path, form)
+    components = parts_to_copy(checkpoint.source.path, form)
     check_place(out, plan.nbytes + copied_bytes(components), resume)
     geometry, tokens = checkpoint.config.geometry, _calibration_tokens(checkpoint, config)
     own = config.layer.reads_own_latents

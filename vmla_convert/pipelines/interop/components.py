@@ -1,35 +1,18 @@
-"""Wan's text encoder and VAE, as a diffusers pipeline holds them: modules that may be swapped."""
+"""Wan's text encoder and VAE as a diffusers pipeline has them: modules that may be swapped.
+
+Both are called whole, by `forward` and `decode`, which is what brings an offloaded one to its
+device, and what the VAE's own tiling goes with; `WanCodec` drives their insides.
+"""
 
 from __future__ import annotations
-
-import html
-from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from vmla_convert.checkpoint.components import Components, Part
 from vmla_convert.config import Geometry
-from vmla_convert.errors import CheckpointError
-
-
-def load_component(components: Components, part: Part, dtype: torch.dtype) -> Any:
-    """One part of a pipeline.
-
-    Raises:
-        CheckpointError: It cannot be had.
-    """
-    folder = components.folder(part)
-    try:
-        if part == "tokenizer":
-            return AutoTokenizer.from_pretrained(folder)
-        if part == "text_encoder":
-            return UMT5EncoderModel.from_pretrained(folder, dtype=dtype)
-        return AutoencoderKLWan.from_pretrained(folder, torch_dtype=dtype)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded: {error}", "download it again") from error
+from vmla_convert.pipelines.wan import clean_prompt
 
 
 def encode_prompts(
@@ -53,18 +36,9 @@ def encode_prompts(
         read = tokenizer(
             clean_prompt(prompt), truncation=True, max_length=geometry.text_len, return_tensors="pt"
         )
-        # Called as a module, which is what brings an offloaded one to its device.
         hidden = text_encoder(read["input_ids"].to(device)).last_hidden_state[0]
         context[: len(hidden)] = hidden.to(context)
     return contexts
-
-
-def clean_prompt(prompt: str) -> str:
-    """As Wan cleans it: broken Unicode mended, HTML entities undone, white space single."""
-    import ftfy
-
-    # Twice, as Wan does: of "&amp;lt;" stays "<".
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
 
 
 def decode_latents(vae: AutoencoderKLWan, latents: Tensor, device: torch.device) -> Tensor:

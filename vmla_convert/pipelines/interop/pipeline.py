@@ -11,8 +11,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from vmla_convert.checkpoint.components import PARTS, Part, find_components
-from vmla_convert.config import ModelConfig, RuntimeConfig, SamplerConfig
+from vmla_convert.checkpoint.components import PARTS, Part
+from vmla_convert.config import CodecConfig, ModelConfig, RuntimeConfig, SamplerConfig
 from vmla_convert.errors import ConfigError, MissingExtraError, did_you_mean
 from vmla_convert.layers.dit import CausalWanModel, Prompt
 from vmla_convert.maths.flow import TRAIN_TIMESTEPS, sampler_sigmas
@@ -22,6 +22,7 @@ from vmla_convert.pipelines.interop.adapters import LoraReport, find_lora, read_
 from vmla_convert.pipelines.interop.transformer import VMLATransformer
 from vmla_convert.pipelines.load import Source, locate
 from vmla_convert.pipelines.sample import State, sample_chunk
+from vmla_convert.pipelines.wan import open_wan_codec
 
 try:
     from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -39,7 +40,6 @@ try:
     from vmla_convert.pipelines.interop.components import (
         decode_latents,
         encode_prompts,
-        load_component,
     )
 except ImportError as error:
     raise MissingExtraError("diffusers' pipelines", "wan") from error
@@ -49,6 +49,7 @@ logger = logging.get_logger(__name__)
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 # Pixels to a latent: of Wan's VAEs, which may say otherwise in space, and of the demo's.
 _WAN_STRIDES, _DEMO_STRIDES = (4, 8), (1, 2)
+_CPU = torch.device("cpu")
 
 Callback = (
     Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
@@ -132,8 +133,8 @@ class VMLAPipeline(DiffusionPipeline, LoraBaseMixin):
         config: ModelConfig = transformer.wan.config
         lacking: list[Part] = [part for part in PARTS if part not in components]
         if config.codec == "wan" and lacking:
-            found = find_components(config, base, locate(source)[0])
-            components |= {part: load_component(found, part, dtype) for part in lacking}
+            codec = open_wan_codec(config, CodecConfig(base), locate(source)[0], _CPU, dtype)
+            components |= {part: codec.component(part) for part in lacking}
         shift = config.sampler.shift
         components.setdefault("scheduler", FlowMatchEulerDiscreteScheduler(shift=shift))
         return cls(transformer, **components)
