@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from safetensors.torch import load_file
 
 from vmla_convert.checkpoint.families import converted_config, open_checkpoint
 from vmla_convert.checkpoint.layouts import DIFFUSERS, Layout
-from vmla_convert.checkpoint.writer import write_checkpoint
+from vmla_convert.checkpoint.source import TensorSpec
+from vmla_convert.checkpoint.writer import CheckpointWriter, write_checkpoint
 from vmla_convert.config import LayerConfig, SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError, OutputError
 from vmla_convert.pipelines.convert import convert, read_plan
@@ -156,6 +158,56 @@ def test_a_source_without_components_leaves_their_places_empty(
 def test_an_outlook_names_the_files_of_the_layout(teacher: Path, tmp_path: Path) -> None:
     outlook = foresee(teacher, tmp_path / "out", BUDGETED, layout="diffusers")
     assert list(outlook.files) == ["transformer/diffusion_pytorch_model.safetensors"]
+
+
+def test_a_pipelines_folder_goes_on_where_it_was_cut(tmp_path: Path) -> None:
+    config = tiny_config(mla=tiny_mla(EVERY_LAYER[0]))
+    state = tiny_model(config).state_dict()
+    specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in state.items()}
+    vae = tmp_path / "base" / "vae"
+    vae.mkdir(parents=True)
+    (tmp_path / "blob").write_text("weights")
+    (vae / "config.json").symlink_to(tmp_path / "blob")  # as the Hub's cache has it
+    files = {"transformer/config.json": transformer_config(config), "README.md": "card"}
+
+    def write(out: str, cut: bool) -> None:
+        how: dict[str, Any] = {"shard_bytes": 20_000, "layout": DIFFUSERS, "copies": {"vae": vae}}
+        with CheckpointWriter(tmp_path / out, specs, identity={}, resume=True, **how) as writer:
+            for index, (name, tensor) in enumerate(state.items()):
+                if cut and index == 20:
+                    raise KeyboardInterrupt
+                if name not in writer.written:
+                    writer.add(name, tensor)
+                if index == 15:
+                    writer.commit(None)
+            writer.write_files(files)
+
+    with pytest.raises(KeyboardInterrupt):
+        write("cut", cut=True)
+    assert [path.name for path in tmp_path.glob("cut*")] == ["cut.partial"]
+    write("cut", cut=False)
+    write("whole", cut=False)
+    one, other = (
+        {path.relative_to(root).as_posix(): path.read_bytes() for path in files_of(root)}
+        for root in (tmp_path / "cut", tmp_path / "whole")
+    )
+    assert one == other
+    assert one["vae/config.json"] == b"weights"
+    assert not (tmp_path / "cut" / "vae" / "config.json").is_symlink()
+    assert "transformer/diffusion_pytorch_model.safetensors.index.json" in one
+    assert all(torch.equal(load(tmp_path / "cut").state_dict()[n], t) for n, t in state.items())
+
+
+def files_of(root: Path) -> list[Path]:
+    return [path for path in root.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b/c", "/tmp/x", "transformer/../x"])
+def test_a_file_that_leads_elsewhere_is_refused(name: str, tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path / "out", {}, layout=DIFFUSERS) as writer:
+        with pytest.raises(OutputError, match="cannot be a file"):
+            writer.write_text(name, "")
+        writer.write_text("scheduler/scheduler_config.json", "{}")
 
 
 def test_a_tensor_without_a_name_in_the_layout_is_refused(tmp_path: Path) -> None:

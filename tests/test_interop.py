@@ -491,6 +491,14 @@ def test_offloading_brings_each_part_when_it_is_needed(
     assert order == ["UMT5EncoderModel", "VMLATransformer", "AutoencoderKLWan"]
 
 
+def test_offloading_module_by_module_leaves_the_transformer_whole(wan_pipe: Any) -> None:
+    """Not called: where the device is the CPU, accelerate fails on diffusers' own pipelines too."""
+    wan_pipe.enable_sequential_cpu_offload(device="cpu")
+    assert not any(hasattr(module, "_hf_hook") for module in wan_pipe.transformer.modules())
+    assert wan_pipe.transformer.device == torch.device("cpu")
+    assert wan_pipe.vae.device == torch.device("meta")
+
+
 def test_the_public_names_are_lazy() -> None:
     code = (
         "import sys, vmla_convert\n"
