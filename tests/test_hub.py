@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import constants, errors
 from safetensors.torch import save_file
 
-from vmla_convert.checkpoint.hub import fetch, is_repo
+from vmla_convert.checkpoint.hub import fetch, fetch_parts, is_repo
 from vmla_convert.checkpoint.source import open_source
 from vmla_convert.errors import CheckpointError
 
@@ -569,3 +569,41 @@ def test_an_interrupted_download_does_not_count(put: Put, tmp_path: Path) -> Non
     put(REPO, FILE, pickled(tmp_path))
     (snapshot(tmp_path, REPO) / FILE).resolve().unlink()
     assert refused(REPO).message.startswith(f"{REPO} is neither a path here nor in the Hub's cache")
+
+
+class TestParts:
+    def test_are_all_files_of_a_folder(self, hub: FakeHub) -> None:
+        repo = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+        root = fetch_parts(repo, "text_encoder/", "vae/config.json")
+        assert root == hub.folder / repo
+        assert hub.taken == [*(f for f in sorted(REPOS[repo]) if f.startswith("text_encoder/")),
+                             "vae/config.json"]  # fmt: skip
+
+    def test_are_taken_of_a_revision(self, hub: FakeHub) -> None:
+        fetch_parts("Wan-AI/Wan2.1-T2V-1.3B-Diffusers@v1", "tokenizer/")
+        assert hub.revisions == {"v1"}
+
+    def test_that_are_not_there_are_named(self, hub: FakeHub) -> None:
+        for part in ("vae/", "vae/config.json"):
+            with pytest.raises(CheckpointError, match=f"gdhe17/Self-Forcing has no {part}") as e:
+                fetch_parts("gdhe17/Self-Forcing", part)
+            assert "https://huggingface.co/gdhe17/Self-Forcing" in e.value.hint
+        assert hub.taken == []
+
+    def test_in_the_cache_serve_without_a_network(
+        self, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cached = tmp_path / "cache" / "models--someone--text" / "snapshots" / COMMIT / "vae"
+        cached.mkdir(parents=True)
+        (cached / "config.json").write_text("{}")
+        reference = tmp_path / "cache" / "models--someone--text" / "refs" / "main"
+        reference.parent.mkdir()
+        reference.write_text(COMMIT)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(
+            huggingface_hub, "hf_hub_download", lambda _, file, **__: str(cached.parent / file)
+        )
+        hub.listing_error = errors.OfflineModeIsEnabled("offline")
+        assert fetch_parts("someone/text", "vae/") == cached.parent
+        with pytest.raises(CheckpointError, match="'tokenizer/' of someone/text is not in the"):
+            fetch_parts("someone/text", "tokenizer/")

@@ -28,6 +28,7 @@ from vmla_convert.checkpoint.lora import open_lora
 from vmla_convert.checkpoint.source import TensorSpec
 from vmla_convert.config import ConvertConfig, LayerConfig, RuntimeConfig, SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError, MissingExtraError
+from vmla_convert.pipelines import load as loading
 from vmla_convert.pipelines.codecs import open_codec
 from vmla_convert.pipelines.convert import convert
 from vmla_convert.pipelines.export import export
@@ -140,6 +141,22 @@ def test_a_converted_pipeline_holds_the_transformer(wan_converted: Path) -> None
     assert all(torch.equal(model.wan.state_dict()[name], t) for name, t in wanted.items())
     weights = load_file(wan_converted / "transformer" / "diffusion_pytorch_model.safetensors")
     assert {"blocks.1.attn1.to_q.weight", "blocks.1.attn1.kv_a_proj.weight"} <= weights.keys()
+
+
+def test_a_hub_id_has_its_revision_and_subfolder(
+    wan_converted: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def fetch(repo: str, file: str | None = None) -> Path:
+        asked.append((repo, file))
+        return wan_converted / "transformer"
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loading, "fetch", fetch)
+    model = VMLATransformer.from_pretrained("someone/pipe", subfolder="transformer", revision="v1")
+    assert asked == [("someone/pipe@v1", "transformer")]
+    assert model.wan.config == load(wan_converted).config
 
 
 def test_a_transformer_of_a_config_alone_is_random() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from vmla_convert.config import (
     CodecConfig,
     ConvertConfig,
     DataConfig,
+    GenerateConfig,
     Geometry,
     ModelConfig,
     SourceConfig,
@@ -34,6 +36,7 @@ from vmla_convert.errors import CheckpointError, ConfigError, MissingExtraError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines import wan as pipeline
 from vmla_convert.pipelines.codecs import Codec, open_codec
+from vmla_convert.pipelines.compare import compare
 from vmla_convert.pipelines.convert import convert
 from vmla_convert.pipelines.data import open_clips
 from vmla_convert.pipelines.generate import (
@@ -352,8 +355,8 @@ class TestGenerating:
 
         chunks = generate(model, PROMPT, 8, switches=[Switch(4, ["a city"])], text=Counting())
         next(chunks)
-        assert read == [[PROMPT], ["a city"]]
-        assert len(list(chunks)) == 3 and len(read) == 2
+        assert read == [[PROMPT, "a city"]]
+        assert len(list(chunks)) == 3 and len(read) == 1
 
 
 class TestPrefix:
@@ -433,6 +436,16 @@ class TestPrefix:
             assert caught.value.hint
 
 
+def test_a_comparison_shows_and_scores_nothing(
+    source: SourceConfig, converted: Path, codec: Codec, tmp_path: Path
+) -> None:
+    """Scores need the ground truth that only the demo world has."""
+    config = GenerateConfig((PROMPT,), frames=3)
+    models = load(source), load(converted)
+    assert compare(*models, config, tmp_path / "a.mp4", codec=codec) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"a.mp4", "a.png"}
+
+
 class TestFilm:
     def test_shows_the_first_frame_before_the_second_chunk(
         self, codec: Codec, tmp_path: Path
@@ -456,32 +469,26 @@ class TestFilm:
             assert stream.average_rate == 16
             assert (stream.height, stream.width, len(list(file.decode(stream)))) == (32, 48, 21)
 
-    def test_takes_one_chunk_at_a_time(self, codec: Codec, tmp_path: Path) -> None:
-        """A chunk's pixels are gone before the next chunk is made."""
-        import weakref
-
+    def test_takes_one_chunk_at_a_time(
+        self, codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A chunk's pixels are gone before the next chunk but one is made."""
         made: list[weakref.ref[Tensor]] = []
+        decoder = codec.decoder()
 
         class Watched:
             def decode(self, latents: Tensor) -> Tensor:
-                pixels = codec.decode(latents)
+                pixels = decoder.decode(latents)
                 made.append(weakref.ref(pixels))
                 return pixels
 
-        watched: Any = Watched()
-
-        class Watching(WanCodec):
-            def decoder(self) -> Any:
-                return watched
-
         def chunks() -> Iterator[Tensor]:
             for _ in range(4):
-                assert not [ref for ref in made[:-1] if ref() is not None]
+                assert all(pixels() is None for pixels in made[:-1])
                 yield latents(1)
 
-        assert isinstance(codec, WanCodec)
-        watching = Watching(codec.config, codec.components, codec.how, codec.device, codec.dtype)
-        write_film(tmp_path / "a.mp4", chunks(), watching)
+        monkeypatch.setattr(codec, "decoder", Watched)
+        write_film(tmp_path / "a.mp4", chunks(), codec)
         assert len(made) == 4
 
     def test_leaves_nothing_when_it_fails(self, codec: Codec, tmp_path: Path) -> None:
@@ -593,3 +600,23 @@ class TestCommand:
         assert refused(ran)
         assert "--base" in ran.err
         assert not list(tmp_path.iterdir())
+
+
+def test_components_come_from_the_hub_part_by_part(
+    config: ModelConfig, wan_folder: Path, codec: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening takes two small files; the VAE alone is fetched to decode."""
+    taken: list[str] = []
+
+    def fetched(repo: str, *parts: str) -> Path:
+        assert repo == "someone/wan@v1"
+        taken.extend(parts)
+        return wan_folder
+
+    monkeypatch.setattr("vmla_convert.checkpoint.components.fetch_parts", fetched)
+    remote = open_codec(config, CodecConfig("someone/wan@v1"))
+    assert taken == ["vae/config.json", "text_encoder/config.json"]
+    assert torch.equal(remote.decode(latents(1)), codec.decode(latents(1)))
+    assert taken[2:] == ["vae/"]
+    assert torch.equal(remote.encode_prompts([PROMPT]), codec.encode_prompts([PROMPT]))
+    assert sorted(taken[3:]) == ["text_encoder/", "tokenizer/"]

@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vmla_convert.pipelines.codecs import open_codec
     from vmla_convert.pipelines.convert import convert
     from vmla_convert.pipelines.generate import generate
     from vmla_convert.pipelines.inspect import inspect_checkpoint as inspect
@@ -32,6 +33,7 @@ __all__ = [
     "generate",
     "inspect",
     "load",
+    "open_codec",
 ]
 
 _LAZY = {
@@ -41,6 +43,7 @@ _LAZY = {
     "generate": ("vmla_convert.pipelines.generate", "generate"),
     "inspect": ("vmla_convert.pipelines.inspect", "inspect_checkpoint"),
     "load": ("vmla_convert.pipelines.load", "load"),
+    "open_codec": ("vmla_convert.pipelines.codecs", "open_codec"),
 }
 
 

@@ -107,7 +107,8 @@ Base = Annotated[
     str | None,
     typer.Option(
         metavar="DIR",
-        help="Folder or Hub id in diffusers' layout that text encoder and VAE come from. Default: "
+        rich_help_panel="Wan's text encoder and VAE",
+        help="Folder or Hub id in diffusers' layout that both come from. Default: "
         "what lies beside the checkpoint, else Wan's own.",
     ),
 ]
@@ -556,7 +557,8 @@ def generate(
         typer.Option(help="How long; a Wan model makes 4 latent frames a second, the demo 8."),
     ] = None,
     frames: Annotated[
-        int | None, typer.Option(min=1, help="The same in latent frames.  [default: 20]")
+        int | None,
+        typer.Option(min=1, help="The same in latent frames; 20 if neither is given."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of all noise.")] = 0,
     compare: Annotated[
@@ -587,11 +589,20 @@ def generate(
     ] = None,
     base: Base = None,
     vae_tiling: Annotated[
-        bool, typer.Option("--vae-tiling", help="Decode frames in overlapping tiles: less memory.")
+        bool,
+        typer.Option(
+            "--vae-tiling",
+            help="Decode frames in overlapping tiles: less memory.",
+            rich_help_panel="Wan's text encoder and VAE",
+        ),
     ] = CodecConfig.vae_tiling,
     cpu_offload: Annotated[
         bool,
-        typer.Option("--cpu-offload", help="Text encoder and VAE on the GPU only while they work."),
+        typer.Option(
+            "--cpu-offload",
+            help="Keep both in host memory, and on the GPU only while they work.",
+            rich_help_panel="Wan's text encoder and VAE",
+        ),
     ] = CodecConfig.cpu_offload,
     cache_dtype: CacheDtype = RuntimeConfig.cache_dtype,
     rope_dtype: RopeDtype = RuntimeConfig.rope_dtype,
@@ -698,7 +709,7 @@ def generate(
             else:
                 chunks = run(model, prompt, length, seed, way, switches, codec, given)
                 chunks = track_chunks(progress, chunks, task, model, length, given)
-                written = write_film(video, chunks, codec)
+                written = write_film(video, chunks, codec, progress)
     out.data(sizes)
     for path in written or write_clips(video, clips, prompt, codec):
         out.path("wrote", path)

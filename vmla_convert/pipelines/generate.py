@@ -89,9 +89,9 @@ def generate(
     waiting = sorted(switches, key=lambda switch: switch.frame)
     _check_switches(waiting, len(prompts), range(given, frames, config.chunk_frames))
     text = text or open_codec(config, device=weight.device)
-    contexts = [
-        text.encode_prompts(names).to(weight) for names in (prompts, *(s.prompts for s in waiting))
-    ]
+    # All in one go: an encoder that waits in host memory then comes to the device once.
+    named = [name for names in (prompts, *(s.prompts for s in waiting)) for name in names]
+    contexts = list(text.encode_prompts(named).to(weight).split(len(prompts)))
     cache, current = model.new_cache(len(prompts), runtime), _read(model, contexts.pop(0))
     # Only a switch looks back at latents.
     held = -(-config.cache.window_frames // config.chunk_frames)
@@ -268,7 +268,9 @@ def check_video_path(path: Path) -> None:
             raise OutputError(f"{file} exists already", "choose another -o, or remove it")
 
 
-def write_film(path: Path, chunks: Iterable[Tensor], codec: VideoCodec) -> list[Path]:
+def write_film(
+    path: Path, chunks: Iterable[Tensor], codec: VideoCodec, progress: Progress | None = None
+) -> list[Path]:
     """Write a rollout as it comes, in memory that does not grow with its length.
 
     The first frame stands in a PNG beside the mp4 as soon as it is decoded; when something goes
@@ -278,17 +280,22 @@ def write_film(path: Path, chunks: Iterable[Tensor], codec: VideoCodec) -> list[
         path: Of the mp4; the PNG takes its name.
         chunks: Latents (B, F, C, height, width) of B clips, shown one below the other.
         codec: That decodes them.
+        progress: Where to tell of the first frame.
     """
-    decoder, picture = codec.decoder(), _picture_path(path)
+    progress = progress or Silent()
+    decoder, picture, shown = codec.decoder(), _picture_path(path), False
     try:
         with open_mp4(path, codec.frames_per_second, codec.enlarged) as write:
-            for index, chunk in enumerate(chunks):
+            for chunk in chunks:
                 frames = torch.cat(list(decoder.decode(chunk)), dim=-2)
-                if index == 0:
+                if not shown:
                     write_png(picture, frames[0], codec.enlarged)
+                    progress.note(f"first frame: {picture}")
+                    shown = True
                 write(frames)
     except BaseException:
-        picture.unlink(missing_ok=True)
+        if shown:
+            picture.unlink(missing_ok=True)
         raise
     return [path, picture]
 
