@@ -25,7 +25,7 @@ from vmla_convert.results import Row, append_rows
 pytest_plugins = ["checkpoints"]
 
 COMMANDS = {"convert", "demo", "eval", "generate", "inspect", "recipes", "recover"}
-COMMANDS |= {"push", "report", "run", "sweep"}
+COMMANDS |= {"export", "push", "report", "run", "sweep"}
 
 
 def command_lines(group: TyperGroup, before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

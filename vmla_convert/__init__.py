@@ -19,13 +19,26 @@ if TYPE_CHECKING:
     from vmla_convert.pipelines.convert import convert
     from vmla_convert.pipelines.generate import generate
     from vmla_convert.pipelines.inspect import inspect_checkpoint as inspect
+    from vmla_convert.pipelines.interop.pipeline import VMLAPipeline
+    from vmla_convert.pipelines.interop.transformer import VMLATransformer
     from vmla_convert.pipelines.load import load
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "convert", "generate", "inspect", "load", "open_codec"]
+__all__ = [
+    "VMLAPipeline",
+    "VMLATransformer",
+    "__version__",
+    "convert",
+    "generate",
+    "inspect",
+    "load",
+    "open_codec",
+]
 
 _LAZY = {
+    "VMLAPipeline": ("vmla_convert.pipelines.interop.pipeline", "VMLAPipeline"),
+    "VMLATransformer": ("vmla_convert.pipelines.interop.transformer", "VMLATransformer"),
     "convert": ("vmla_convert.pipelines.convert", "convert"),
     "generate": ("vmla_convert.pipelines.generate", "generate"),
     "inspect": ("vmla_convert.pipelines.inspect", "inspect_checkpoint"),

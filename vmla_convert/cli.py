@@ -254,6 +254,13 @@ def convert(
             "are, new ones as float32."
         ),
     ] = None,
+    layout: Annotated[
+        str,
+        typer.Option(
+            help="native, or diffusers: a pipeline's folder, with text encoder and VAE where the "
+            "source has them."
+        ),
+    ] = "native",
     resume: Annotated[
         bool, typer.Option(help="Go on with an interrupted conversion of the same settings.")
     ] = False,
@@ -299,11 +306,11 @@ def convert(
     if dry_run:
         from vmla_convert.pipelines.outlook import foresee
 
-        show_outlook(foresee(source, folder, config, resume))
+        show_outlook(foresee(source, folder, config, resume, layout))
         return
     try:
         with out.progress() as progress:
-            done = pipeline.convert(source, folder, config, progress, resume)
+            done = pipeline.convert(source, folder, config, progress, resume, layout)
     except KeyboardInterrupt:
         if pipeline.is_begun(folder):
             out.say("what is done is kept; to go on: the same command with --resume")
@@ -756,6 +763,41 @@ def evaluate(
         rows += cache_rows(model.config, runtime=kept)
     cells = [[row.run, row.metric, row.value, row.unit] for row in rows]
     out.table("Held-out measurement", ["run", "metric", "value", "unit"], cells)
+
+
+@app.command()
+def export(
+    checkpoint: Checkpoint,
+    folder: OutFolder,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            help="native (Wan's names, safetensors), diffusers (a pipeline's folder) or "
+            "self_forcing (one model.pt). Default: as the family of the checkpoint has it."
+        ),
+    ] = None,
+    state: Annotated[
+        str | None,
+        typer.Option(
+            help="With self_forcing, the state dict to write: generator_ema (the default), "
+            "generator, model …"
+        ),
+    ] = None,
+    file: File = None,
+    key: Key = None,
+    model: Model = None,
+    settings: Settings = None,
+    loras: Loras = None,
+    json: Json = False,
+) -> None:
+    """Write a checkpoint, dense or converted, under the names that other programs read."""
+    from vmla_convert.pipelines.export import export as run
+
+    out.json = json
+    source = _source(checkpoint, file, key, model, settings, loras)
+    with out.progress() as progress:
+        written = run(source, folder, layout, state, progress)
+    out.path("wrote", written)
 
 
 @app.command()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from vmla_convert.checkpoint.geometry import blocks, native_shapes, read_geometry, strict
 from vmla_convert.checkpoint.keymap import (
+    CONVERTED_DIFFUSERS_RULES,
     DIFFUSERS_RULES,
     FPS,
     IMAGE_TO_VIDEO,
@@ -88,6 +89,8 @@ class Family:
         return self.wrapped in (None, wrapped) and all(mark in names for mark in self.marks)
 
 
+# Every layer has a query, whatever a conversion made of its keys.
+_DIFFUSERS_MARK = "blocks.0.attn1.to_q.weight"
 _NATIVE, _DIFFUSERS = "blocks.0.self_attn.k.weight", "blocks.0.attn1.to_k.weight"
 # The first that detects wins. Self-Forcing, Causal-Forcing, Rolling-Forcing, CausVid, LongLive,
 # Reward-Forcing, Krea and others write one layout; `known.py` tells them apart.
@@ -217,8 +220,12 @@ def recognise_source(
         model = _converted_model(file_config, path)
         if changes:
             model = from_dict(ModelConfig, _merged(to_dict(model), changes))
-        converted = OpenCheckpoint(source, "vmla", clean, model)
-        return _checked(converted, clean, {})
+        # Under diffusers' names where the folder is of that layout.
+        rules = CONVERTED_DIFFUSERS_RULES if _DIFFUSERS_MARK in clean else None
+        ours, odd = match_native(clean, rules) if rules else ({name: name for name in clean}, [])
+        named = {native: clean[name] for native, name in ours.items()}
+        converted = OpenCheckpoint(source, "vmla", named, model, unknown=tuple(sorted(odd)))
+        return _checked(converted, named, {})
     wrapped = source.key is not None or any(name != stored for name, stored in clean.items())
     family = _detect(clean, wrapped, path)
     found, unknown = match_native(clean, family.rules)

@@ -56,6 +56,22 @@ _SINGLE = (
     ("blocks.{i}.cross_attn.norm_k.weight", "blocks.{i}.attn2.norm_k.weight"),
     ("head.modulation", "scale_shift_table"),
 )
+# What a conversion adds, under the names that a converted folder in diffusers' layout gives it.
+_LATENT_WEIGHT_AND_BIAS = tuple(
+    (f"blocks.{{i}}.self_attn.{part}", f"blocks.{{i}}.attn1.{part}")
+    for part in (
+        "kv_a_proj",
+        "kv_b_proj_k",
+        "kv_b_proj_v",
+        "k_rope_proj",
+        "k_norm_proj",
+        "k_norm_latent",
+    )
+)
+_LATENT_SINGLE = tuple(
+    (f"blocks.{{i}}.self_attn.{part}", f"blocks.{{i}}.attn1.{part}")
+    for part in ("q_rope_map", "q_nope_map", "k_norm_floor")
+)
 _IMAGE_WEIGHT_AND_BIAS = (
     ("img_emb.proj.0", "condition_embedder.image_embedder.norm1"),
     ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
@@ -89,6 +105,7 @@ def _expand(
 TEXT_TO_VIDEO = _expand(_WEIGHT_AND_BIAS, _SINGLE)
 IMAGE_TO_VIDEO = _expand(_IMAGE_WEIGHT_AND_BIAS, _IMAGE_SINGLE)
 DIFFUSERS_RULES = TEXT_TO_VIDEO + IMAGE_TO_VIDEO
+CONVERTED_DIFFUSERS_RULES = TEXT_TO_VIDEO + _expand(_LATENT_WEIGHT_AND_BIAS, _LATENT_SINGLE)
 # SkyReels-V2's embedding of the frame rate.
 FPS = tuple(
     Rule(native, foreign)

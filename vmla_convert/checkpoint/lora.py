@@ -120,6 +120,20 @@ class Lora:
         change = change.reshape(tensor.shape)
         return tensor.to(exact).add(change, alpha=self.scale * delta.factor).to(tensor.dtype)
 
+    def pair(self, native: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Down (r, …) and up (d, r), float32, whose product a weight gains, scaled as merged.
+
+        None where the change is no product.
+
+        Raises:
+            CheckpointError: The LoRA's own numbers are not all finite.
+        """
+        delta = self.deltas[native]
+        if len(delta.names) == 1:
+            return None
+        down, up = (self._read(name).float() for name in delta.names)
+        return down, up * (self.scale * delta.factor)
+
     def _read(self, name: str) -> torch.Tensor:
         tensor = self.source.read(name)
         if not tensor.isfinite().all():

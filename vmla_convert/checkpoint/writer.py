@@ -9,17 +9,19 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 
-from vmla_convert.checkpoint.source import TensorSpec
+from vmla_convert.checkpoint.layouts import NATIVE, Layout
+from vmla_convert.checkpoint.source import INDEX_SUFFIX, TensorSpec
 from vmla_convert.errors import ConfigError, OutputError
 
-INDEX_NAME = "model.safetensors.index.json"
+INDEX_NAME = f"{NATIVE.stem}{INDEX_SUFFIX}"
+PICKLE_NAME = "model.pt"
 SHARD_BYTES = 5 * 1000**3
 
 _RECORD, _DRAFT = ".progress.json", ".progress.new"
@@ -67,28 +69,36 @@ class CheckpointWriter:
         shard_bytes: int = SHARD_BYTES,
         identity: Mapping[str, Any] | None = None,
         resume: bool = False,
+        layout: Layout = NATIVE,
+        copies: Mapping[str, Path] | None = None,
     ) -> None:
         """Plan the shards; nothing is written yet.
 
         Args:
             out: The folder to make; may exist when empty.
-            specs: Every tensor that will be added.
+            specs: Every tensor that will be added, by native name.
             shard_bytes: Largest size of a shard; a tensor that is larger gets its own.
             identity: What is written, from what; JSON-able. None: nothing can be committed.
             resume: Go on with what a writer of the same identity and specs left, if it left any.
+            layout: Where in the folder the weights lie, and under which names.
+            copies: Folders to copy as they are, by the name that they get in `out`.
 
         Raises:
             OutputError: `out` is taken, or a dtype is none of a checkpoint's.
+            CheckpointError: A tensor has no name in the layout.
         """
         _refuse_taken(out)
-        split = _split(specs, shard_bytes)
-        self._out = out
+        self._stored = layout.stored_names(specs)
+        named = {self._stored[name]: spec for name, spec in specs.items()}
+        split = _split(named, shard_bytes, layout)
+        self._out, self._layout = out, layout
+        self._copies = dict(copies or {})
         self._partial, self._folder = _places(out)
         self._record = self._partial / _RECORD
         self._specs = dict(specs)
         self._file_of = split.tensor_to_filename
         self._shards = {
-            file: _lay_out({name: specs[name] for name in names})
+            file: _lay_out({name: named[name] for name in names})
             for file, names in split.filename_to_tensors.items()
         }
         # As JSON gives it back, so that it compares with a record.
@@ -158,11 +168,12 @@ class CheckpointWriter:
         found = TensorSpec(tuple(tensor.shape), tensor.dtype)
         if found != self._specs[name]:
             raise OutputError(f"'{name}' is {found}, planned was {self._specs[name]}", _BUG)
-        file = self._file_of[name]
+        stored = self._stored[name]
+        file = self._file_of[stored]
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         self._unsynced.add(file)
         with self._reported(self._folder / file), (self._folder / file).open("r+b") as stream:
-            stream.seek(self._shards[file].offsets[name])
+            stream.seek(self._shards[file].offsets[stored])
             stream.write(flat.view(torch.uint8).numpy().data)
         self._written.add(name)
 
@@ -194,19 +205,38 @@ class CheckpointWriter:
             _sync(self._partial.parent)
         self._state = json.loads(text)["state"]
 
+    def write_files(self, files: Mapping[str, str | dict[str, Any]]) -> None:
+        """Put texts and JSON tables into the folder, by their names."""
+        for name, content in files.items():
+            if isinstance(content, str):
+                self.write_text(name, content)
+            else:
+                self.write_json(name, content)
+
     def write_json(self, name: str, obj: Any) -> None:
-        """Put a JSON file beside the weights."""
-        self.write_text(name, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
+        """Put a JSON file into the folder."""
+        self.write_text(name, _as_json(obj))
 
     def write_text(self, name: str, text: str) -> None:
-        """Put a text file beside the weights; a second of that name takes the place of the first.
+        """Put a text file into the folder; a second of that name takes the place of the first.
+
+        Args:
+            name: A file beside the weights, or a path in a layout that has folders.
+            text: What it holds.
 
         Raises:
             OutputError: The name leads elsewhere or is the weights' own.
         """
-        if not name or Path(name).name != name or name in self._shards or name == INDEX_NAME:
+        path = PurePosixPath(name)
+        deep = len(path.parts) > (2 if self._layout.folder else 1)
+        astray = not name or str(path) != name or ".." in path.parts or path.is_absolute() or deep
+        if astray or name in self._shards or name == self._index:
             raise OutputError(f"'{name}' cannot be a file beside the weights", _BUG)
         self._texts[name] = text
+
+    @property
+    def _index(self) -> str:
+        return self._layout.place(f"{self._layout.stem}{INDEX_SUFFIX}")
 
     def _take_up(self) -> bool:
         """Go on from the last commit; False where this run starts afresh."""
@@ -233,7 +263,7 @@ class CheckpointWriter:
                 f"{self._partial} was begun with another {', '.join(other) or 'set of tensors'}",
                 f"run with the same settings as before, or remove {self._partial}",
             )
-        for file in {self._file_of[name] for name in written}:
+        for file in {self._file_of[self._stored[name]] for name in written}:
             path = self._folder / file
             if not path.exists() or path.stat().st_size != self._shards[file].nbytes:
                 raise self._damaged(path)
@@ -249,6 +279,7 @@ class CheckpointWriter:
 
     def _check_space(self) -> None:
         need = sum(shard.nbytes for shard in self._shards.values())
+        need += copied_bytes(self._copies)
         for path in map(self._folder.joinpath, self._shards):
             if path.exists():  # with holes, where nothing was written yet
                 need -= path.stat().st_blocks * 512
@@ -257,11 +288,12 @@ class CheckpointWriter:
     def _make(self) -> None:
         """Every shard at full size with its header; what was committed stays as it is."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        for path in self._folder.iterdir():
-            if path.name not in self._shards:
+        for path in self._folder.rglob("*"):
+            if path.is_file() and path.relative_to(self._folder).as_posix() not in self._shards:
                 path.unlink()
         for file, shard in self._shards.items():
             path = self._folder / file
+            path.parent.mkdir(exist_ok=True)
             path.touch()
             with path.open("r+b") as stream:
                 # Holes, not posix_fallocate: where a file system knows none, that writes every
@@ -277,12 +309,17 @@ class CheckpointWriter:
         texts = dict(self._texts)
         if len(self._shards) > 1:
             total = sum(spec.nbytes for spec in self._specs.values())
-            index = {"metadata": {"total_size": total}, "weight_map": self._file_of}
-            texts[INDEX_NAME] = json.dumps(index, indent=2) + "\n"
+            places = {name: Path(file).name for name, file in self._file_of.items()}
+            index = {"metadata": {"total_size": total}, "weight_map": places}
+            texts[self._index] = json.dumps(index, indent=2) + "\n"
         with self._reported(self._out):
             for name, text in texts.items():
-                (self._folder / name).write_text(text, "utf-8")
-                _sync(self._folder / name)
+                path = self._folder / name
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(text, "utf-8")
+                _sync(path)
+            for name, source in self._copies.items():
+                _copy_folder(source, self._folder / name)
             self._sync_shards()
             os.rename(self._folder, self._out)
             _sync(self._out.parent)
@@ -290,6 +327,8 @@ class CheckpointWriter:
     def _sync_shards(self) -> None:
         for file in sorted(self._unsynced):
             _sync(self._folder / file)
+        for folder in (path for path in self._folder.rglob("*") if path.is_dir()):
+            _sync(folder)
         _sync(self._folder)
         self._unsynced.clear()
 
@@ -342,11 +381,15 @@ def check_place(out: Path, nbytes: int, resume: bool) -> None:
         _require_room(out, nbytes)
 
 
-def planned_files(specs: dict[str, TensorSpec], shard_bytes: int = SHARD_BYTES) -> dict[str, int]:
+def planned_files(
+    specs: dict[str, TensorSpec], shard_bytes: int = SHARD_BYTES, layout: Layout = NATIVE
+) -> dict[str, int]:
     """The weight files that a writer would make, and their bytes."""
-    split = _split(specs, shard_bytes)
+    stored = layout.stored_names(specs)
+    named = {stored[name]: spec for name, spec in specs.items()}
+    split = _split(named, shard_bytes, layout)
     return {
-        file: _lay_out({name: specs[name] for name in names}).nbytes
+        file: _lay_out({name: named[name] for name in names}).nbytes
         for file, names in split.filename_to_tensors.items()
     }
 
@@ -356,21 +399,71 @@ def write_checkpoint(
     tensors: Mapping[str, torch.Tensor],
     files: Mapping[str, str | dict[str, Any]],
     shard_bytes: int = SHARD_BYTES,
+    layout: Layout = NATIVE,
 ) -> None:
     """Write tensors that are already in memory, with text files and JSON tables beside them.
+
+    Args:
+        out: The folder to make.
+        tensors: By native name.
+        files: Text, or a table, by the path in `out`.
+        shard_bytes: Largest size of a shard.
+        layout: Where in the folder the weights lie, and under which names.
 
     Raises:
         OutputError: `out` is taken or cannot be written.
     """
     specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    with CheckpointWriter(out, specs, shard_bytes) as writer:
+    with CheckpointWriter(out, specs, shard_bytes, layout=layout) as writer:
         for name, tensor in tensors.items():
             writer.add(name, tensor)
+        writer.write_files(files)
+
+
+def write_pickle(
+    out: Path,
+    state: Mapping[str, torch.Tensor],
+    key: str,
+    files: Mapping[str, str | dict[str, Any]],
+) -> Path:
+    """Write one torch pickle of a state dict, with text files and JSON tables beside it.
+
+    Args:
+        out: The folder to make.
+        state: Its tensors.
+        key: The name of the state dict in the pickle.
+        files: Text, or a table, by name.
+
+    Returns:
+        The pickle in `out`.
+
+    Raises:
+        OutputError: `out` is taken or cannot be written.
+    """
+    check_place(out, sum(tensor.nbytes for tensor in state.values()), resume=False)
+    partial, folder = _places(out)
+    try:
+        folder.mkdir(parents=True)
+        torch.save({key: dict(state)}, folder / PICKLE_NAME)
         for name, content in files.items():
-            if isinstance(content, str):
-                writer.write_text(name, content)
-            else:
-                writer.write_json(name, content)
+            text = content if isinstance(content, str) else _as_json(content)
+            (folder / name).write_text(text, "utf-8")
+        for path in (*folder.iterdir(), folder):
+            _sync(path)
+        os.rename(folder, out)
+        _sync(out.parent)
+    except (OSError, RuntimeError) as error:  # torch's writer knows no OSError
+        raise OutputError(
+            f"{out} cannot be written: {error}",
+            "check the space and rights there, or choose another -o",
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out / PICKLE_NAME
+
+
+def _as_json(table: Any) -> str:
+    return json.dumps(table, indent=2, ensure_ascii=False) + "\n"
 
 
 _BUG = "this is a fault of the program: please report it"
@@ -459,11 +552,27 @@ def _require_room(out: Path, need: int) -> None:
         )
 
 
-def _split(specs: dict[str, TensorSpec], shard_bytes: int) -> StateDictSplit:
+def copied_bytes(copies: Mapping[str, Path]) -> int:
+    """Bytes of folders that are copied."""
+    files = (path for folder in copies.values() for path in folder.rglob("*"))
+    return sum(path.stat().st_size for path in files if path.is_file())
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    """Contents only, also of links: the files of the Hub's cache are links out of the folder."""
+    for path in source.rglob("*"):
+        if path.is_file():
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+            _sync(copy)
+
+
+def _split(specs: dict[str, TensorSpec], shard_bytes: int, layout: Layout) -> StateDictSplit:
     return split_state_dict_into_shards_factory(
         specs,
         get_storage_size=lambda spec: spec.nbytes,
-        filename_pattern="model{suffix}.safetensors",
+        filename_pattern=layout.place(f"{layout.stem}{{suffix}}.safetensors"),
         max_shard_size=shard_bytes,
     )
 

@@ -20,16 +20,20 @@ import torch
 from torch import Tensor
 
 from vmla_convert import __version__
-from vmla_convert.checkpoint.families import OpenCheckpoint, converted_config
+from vmla_convert.checkpoint.families import OpenCheckpoint
 from vmla_convert.checkpoint.known import known_model
 from vmla_convert.checkpoint.source import TensorSpec, fingerprint
-from vmla_convert.checkpoint.writer import CheckpointWriter, check_place, partial_folder
+from vmla_convert.checkpoint.writer import (
+    CheckpointWriter,
+    check_place,
+    copied_bytes,
+    partial_folder,
+)
 from vmla_convert.config import PAPER_LAYER, ConvertConfig, ModelConfig, RankPlan, SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError, did_you_mean
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.factor import DATA_INITS, assume_evidence
 from vmla_convert.pipelines.calibrate import calibrate, check_clips, deployed_phases
-from vmla_convert.pipelines.card import model_card
 from vmla_convert.pipelines.codecs import require_demo_codec
 from vmla_convert.pipelines.data import ClipSource, hash_files, latent_files, open_clips
 from vmla_convert.pipelines.factoring import (
@@ -42,6 +46,12 @@ from vmla_convert.pipelines.factoring import (
     layer_weights,
     planned_config,
     with_branches,
+)
+from vmla_convert.pipelines.folders import (
+    LAYOUTS,
+    converted_files,
+    named_layout,
+    parts_to_copy,
 )
 from vmla_convert.pipelines.load import (
     CONVERSION_NAME,
@@ -119,6 +129,7 @@ def convert(
     config: ConvertConfig | None = None,
     progress: Progress | None = None,
     resume: bool = False,
+    layout: str = "native",
 ) -> Conversion:
     """Convert a dense checkpoint into a folder that `load` and `generate` take.
 
@@ -131,11 +142,13 @@ def convert(
         config: Init, layer, sizes and calibration.
         progress: Where to draw.
         resume: Go on with a conversion of the same source and settings that was interrupted.
+        layout: Of the folder: `native`, our own; or `diffusers`, a pipeline's, with text encoder
+            and VAE where the source has them.
 
     Raises:
         CheckpointError: The source cannot be read, is of no known layout, is converted already, or
             holds a number that is not finite.
-        ConfigError: The init or a size does not fit the model.
+        ConfigError: The init or a size does not fit the model, or the layout is unknown.
         OutputError: `out` is taken, or cannot be written.
     """
     started = perf_counter()
@@ -144,7 +157,9 @@ def convert(
     if checkpoint.known and (note := known_model(checkpoint.known).note):
         progress.note(f"{checkpoint.known}: {note}")
     rough = plan_conversion(checkpoint, config)
-    check_place(out, rough.nbytes, resume)
+    form = named_layout(layout)
+    components = parts_to_copy(checkpoint.source.path, form)
+    check_place(out, rough.nbytes + copied_bytes(components), resume)
     if measures(config):
         open_measured(checkpoint.config, config)
     origin = _origin(source, checkpoint, progress)
@@ -166,7 +181,9 @@ def convert(
         "settings": to_dict(config),
         "plan": to_dict(ranks),
     }
-    with CheckpointWriter(out, plan.specs, identity=identity, resume=resume) as writer:
+    with CheckpointWriter(
+        out, plan.specs, identity=identity, resume=resume, layout=form, copies=components
+    ) as writer:
         branches = _write_tensors(checkpoint, plan, config, evidence, writer, progress)
         factor_seconds = perf_counter() - factor_started
         final = with_branches(plan.config, branches)
@@ -183,9 +200,7 @@ def convert(
             "stage_seconds": progress.seconds,
             "peak_rss_bytes": peak,
         }
-        writer.write_json("config.json", converted_config(final))
-        writer.write_json(CONVERSION_NAME, provenance)
-        writer.write_text("README.md", model_card(final, provenance))
+        writer.write_files(converted_files(final, provenance, form, components))
     if shelf is not None:
         shelf.remove()
     return Conversion(out, final, seconds, factor_seconds, peak, truncation)
@@ -225,7 +240,10 @@ def read_plan(path: Path) -> RankPlan:
     Raises:
         ConfigError: There is no plan.
     """
-    file = path / CONVERSION_NAME if path.is_dir() else path
+    file = path
+    if path.is_dir():
+        places = [layout.place(CONVERSION_NAME) for layout in LAYOUTS.values()]
+        file = next((path / place for place in places if (path / place).is_file()), path)
     try:
         return from_dict(RankPlan, json.loads(file.read_text())["plan"], "plan")
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -9,10 +9,11 @@ from time import perf_counter
 import torch
 
 from vmla_convert.checkpoint.families import OpenCheckpoint
-from vmla_convert.checkpoint.writer import check_place, planned_files
+from vmla_convert.checkpoint.writer import check_place, copied_bytes, planned_files
 from vmla_convert.config import ConvertConfig, Geometry
 from vmla_convert.maths.spectra import truncate
 from vmla_convert.pipelines.convert import measures, open_measured, plan_conversion
+from vmla_convert.pipelines.folders import named_layout, parts_to_copy
 from vmla_convert.pipelines.load import Source, open_named
 
 # A common disk, bytes a second; nothing is written to find out.
@@ -45,7 +46,13 @@ class Outlook:
     seconds: float
 
 
-def foresee(source: Source, out: Path, config: ConvertConfig, resume: bool = False) -> Outlook:
+def foresee(
+    source: Source,
+    out: Path,
+    config: ConvertConfig,
+    resume: bool = False,
+    layout: str = "native",
+) -> Outlook:
     """Check a conversion as `convert` would, and say what it would do.
 
     Raises:
@@ -53,7 +60,9 @@ def foresee(source: Source, out: Path, config: ConvertConfig, resume: bool = Fal
     """
     checkpoint = open_named(source)
     plan = plan_conversion(checkpoint, config)
-    check_place(out, plan.nbytes, resume)
+    form = named_layout(layout)
+    components = parts_to_copy(checkpoint.source.path, form)
+    check_place(out, plan.nbytes + copied_bytes(components), resume)
     geometry, tokens = checkpoint.config.geometry, _calibration_tokens(checkpoint, config)
     own = config.layer.reads_own_latents
     measured = 2 * (3 if own else 1) * geometry.dim**2 * 8 * geometry.num_layers
@@ -63,7 +72,7 @@ def foresee(source: Source, out: Path, config: ConvertConfig, resume: bool = Fal
         out=str(out),
         cache_scalars_per_token=plan.config.cache_scalars_per_token(),
         cache_cut=plan.config.cache_cut(),
-        files=(files := planned_files(plan.specs)),
+        files=(files := planned_files(plan.specs, layout=form)),
         nbytes=sum(files.values()),
         working_bytes=measured + activations if tokens else 0,
         seconds=_seconds(checkpoint, config, plan.nbytes, tokens),

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vmla_convert.checkpoint.writer import write_pickle
 from vmla_convert.config import DataConfig, ModelConfig, TeacherConfig
 from vmla_convert.errors import OutputError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines.data import open_clips, open_openings, seeded
+from vmla_convert.pipelines.folders import wan_config
 from vmla_convert.pipelines.losses import flow_matching, make_example
 from vmla_convert.pipelines.training import clip_examples, train
 from vmla_convert.progress import Progress
 from vmla_convert.results import Row, append_rows
-from vmla_convert.tables import to_dict
 
-WEIGHTS_NAME = "model.pt"
 HELD_OUT_CLIPS = 24
 
 
@@ -73,20 +70,8 @@ def pretrain(config: TeacherConfig, out: Path, progress: Progress | None = None)
 
 def save_self_forcing(state: dict[str, Tensor], config: ModelConfig, folder: Path) -> None:
     """Write `model.pt` (bf16, key `generator_ema`, prefix `model.`) and Wan's `config.json`."""
-    partial = folder.with_name(folder.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
     weights = {f"model.{name}": tensor.bfloat16() for name, tensor in state.items()}
-    torch.save({"generator_ema": weights}, partial / WEIGHTS_NAME)
-    text = json.dumps(_wan_config(config), indent=2)
-    (partial / "config.json").write_text(text + "\n")
-    os.rename(partial, folder)
-
-
-def _wan_config(config: ModelConfig) -> dict[str, Any]:
-    """Native Wan's keys, and ours for what Wan keeps elsewhere under `vmla`."""
-    geometry, rest = to_dict(config.geometry), to_dict(config)
-    del geometry["patch_size"], geometry["text_dim"], rest["geometry"], rest["family"]
-    return {"_class_name": "WanModel", "model_type": "t2v", **geometry, "vmla": rest}
+    write_pickle(folder, weights, "generator_ema", {"config.json": wan_config(config)})
 
 
 def _initialise(model: CausalWanModel) -> None:

@@ -29,6 +29,7 @@ def sample_chunk(
     cache: KVCache,
     draw: Callable[[], Tensor],
     visit: Callable[[State], None] | None = None,
+    stepped: Callable[[State], Tensor] | None = None,
 ) -> Tensor:
     """Denoise the cache's open chunk, then write it to the cache clean.
 
@@ -40,6 +41,7 @@ def sample_chunk(
             inference).
         draw: Fresh noise as `noise`, for samplers that add it.
         visit: Called with every state before it is denoised.
+        stepped: Called with every state after a step; what it returns is gone on with.
 
     Returns:
         The clean latents, shaped as `noise`.
@@ -58,6 +60,8 @@ def sample_chunk(
             x = interpolate(clean, draw().to(noise), ones * following)
         else:
             x = x + (following - sigma) * velocity
+        if stepped is not None:
+            x = stepped(State(x, following))
     model.stream(x, torch.zeros_like(ones), prompt, cache)
     return x
 

@@ -158,6 +158,16 @@ class WanCodec:
         with self._working(self._vae):
             yield
 
+    def component(self, part: Part) -> Any:
+        """A component by itself, as a diffusers pipeline holds it; read when first asked for.
+
+        Raises:
+            CheckpointError: It cannot be had.
+        """
+        if part == "vae":
+            return self._vae
+        return self._text_encoder if part == "text_encoder" else self._tokenizer
+
     @cached_property
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer

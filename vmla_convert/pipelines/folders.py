@@ -1,0 +1,170 @@
+"""The files of a checkpoint folder that are not weights, for each layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vmla_convert.checkpoint.components import PARTS
+from vmla_convert.checkpoint.families import converted_config
+from vmla_convert.checkpoint.layouts import DIFFUSERS, NATIVE, Layout
+from vmla_convert.checkpoint.source import located
+from vmla_convert.config import ModelConfig
+from vmla_convert.errors import CheckpointError, ConfigError, did_you_mean
+from vmla_convert.maths.flow import TRAIN_TIMESTEPS
+from vmla_convert.pipelines.card import model_card
+from vmla_convert.pipelines.load import CONVERSION_NAME
+from vmla_convert.tables import to_dict
+
+LAYOUTS = {"native": NATIVE, "diffusers": DIFFUSERS}
+"""Of a converted folder, by the name that `--layout` takes."""
+
+PIPELINE_NAME = "model_index.json"
+Files = dict[str, str | dict[str, Any]]
+"""Text, or a table, by the path in the folder."""
+
+# By the module that defines it, as diffusers records a class that is not its own.
+_TRANSFORMER = ("vmla_convert.pipelines.interop.transformer", "VMLATransformer")
+_DENSE_TRANSFORMER = ("diffusers", "WanTransformer3DModel")
+_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+_WAN_TEXT_LEN = 512
+
+
+def named_layout(name: str) -> Layout:
+    """The layout of a converted folder.
+
+    Raises:
+        ConfigError: There is none of this name.
+    """
+    if name not in LAYOUTS:
+        raise ConfigError(f"unknown layout '{name}'", did_you_mean(name, LAYOUTS))
+    return LAYOUTS[name]
+
+
+def converted_files(
+    config: ModelConfig, record: Mapping[str, Any], layout: Layout, components: Mapping[str, Path]
+) -> Files:
+    """What lies beside a converted checkpoint's weights.
+
+    Args:
+        config: Of the converted model.
+        record: What made it; it becomes conversion.json.
+        layout: Of the folder.
+        components: From `parts_to_copy`.
+    """
+    files: Files = {
+        layout.place("config.json"): converted_config(config),
+        layout.place(CONVERSION_NAME): dict(record),
+        "README.md": model_card(config, record),
+    }
+    if layout is not DIFFUSERS:
+        return files
+    files[layout.place("config.json")] = transformer_config(config)
+    return files | _pipeline_files("VMLAPipeline", _TRANSFORMER, config, components)
+
+
+def dense_files(config: ModelConfig, layout: Layout, components: Mapping[str, Path]) -> Files:
+    """What lies beside a dense checkpoint's weights, readable to what reads its family.
+
+    Args:
+        config: Of the model.
+        layout: Of the folder.
+        components: From `parts_to_copy`.
+    """
+    if layout is not DIFFUSERS:
+        return {layout.place("config.json"): wan_config(config)}
+    table = {layout.place("config.json"): _wan_transformer_config(config)}
+    return table | _pipeline_files("WanPipeline", _DENSE_TRANSFORMER, config, components)
+
+
+def transformer_config(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of a `VMLATransformer`; `vmla_convert.load` reads it too."""
+    return {"_class_name": _TRANSFORMER[1], **converted_config(config)}
+
+
+def wan_config(config: ModelConfig) -> dict[str, Any]:
+    """Native Wan's keys, and ours for what Wan keeps elsewhere under `vmla`."""
+    geometry = to_dict(config.geometry)
+    del geometry["patch_size"], geometry["text_dim"]
+    return {"_class_name": "WanModel", "model_type": "t2v", **geometry, "vmla": _settings(config)}
+
+
+def parts_to_copy(path: Path, layout: Layout) -> dict[str, Path]:
+    """Text encoder, tokenizer and VAE of the pipeline that a checkpoint is in.
+
+    Args:
+        path: The checkpoint, as `open_checkpoint` takes it.
+        layout: Of the folder to be; only a pipeline has a place for them.
+
+    Raises:
+        CheckpointError: There is no checkpoint.
+    """
+    weights = located(path).parent
+    root = weights.parent
+    in_pipeline = weights.name == DIFFUSERS.folder and (root / PIPELINE_NAME).is_file()
+    if layout is not DIFFUSERS or not in_pipeline:
+        return {}
+    return {name: root / name for name in PARTS if (root / name).is_dir()}
+
+
+def _wan_transformer_config(config: ModelConfig) -> dict[str, Any]:
+    geometry = config.geometry
+    table = {
+        "_class_name": _DENSE_TRANSFORMER[1],
+        "attention_head_dim": geometry.head_dim,
+        "cross_attn_norm": True,
+        "eps": geometry.eps,
+        "ffn_dim": geometry.ffn_dim,
+        "freq_dim": geometry.freq_dim,
+        "in_channels": geometry.in_dim,
+        "num_attention_heads": geometry.num_heads,
+        "num_layers": geometry.num_layers,
+        "out_channels": geometry.out_dim,
+        "patch_size": list(geometry.patch_size),
+        "qk_norm": "rms_norm_across_heads",
+        "text_dim": geometry.text_dim,
+        "vmla": _settings(config),
+    }
+    # diffusers has no such key, and reports those that it does not know.
+    told = {} if geometry.text_len == _WAN_TEXT_LEN else {"text_len": geometry.text_len}
+    return table | told
+
+
+def _settings(config: ModelConfig) -> dict[str, Any]:
+    """What no tensor tells."""
+    settings = to_dict(config)
+    del settings["geometry"], settings["family"]
+    return settings
+
+
+def _pipeline_files(
+    pipeline: str,
+    transformer: tuple[str, str],
+    config: ModelConfig,
+    components: Mapping[str, Path],
+) -> Files:
+    index: dict[str, Any] = {
+        "_class_name": pipeline,
+        "scheduler": ["diffusers", _SCHEDULER],
+        "transformer": list(transformer),
+    }
+    # None is diffusers' word for a component that is not in the folder.
+    known = _read_index(next(iter(components.values())).parent) if components else {}
+    for name in PARTS:
+        index[name] = known.get(name, [None, None]) if name in components else [None, None]
+    scheduler = {
+        "_class_name": _SCHEDULER,
+        "num_train_timesteps": int(TRAIN_TIMESTEPS),
+        "shift": config.sampler.shift,
+    }
+    return {PIPELINE_NAME: index, "scheduler/scheduler_config.json": scheduler}
+
+
+def _read_index(root: Path) -> dict[str, Any]:
+    file = root / PIPELINE_NAME
+    try:
+        return dict(json.loads(file.read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{file} is not a JSON table", "mend or remove it") from error

@@ -1,0 +1,164 @@
+"""Our causal model as one of diffusers' models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from vmla_convert.checkpoint.layouts import DIFFUSERS
+from vmla_convert.checkpoint.writer import write_checkpoint
+from vmla_convert.config import ModelConfig, SourceConfig
+from vmla_convert.errors import ConfigError, MissingExtraError
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.pipelines.folders import transformer_config
+from vmla_convert.pipelines.load import Source, load
+from vmla_convert.tables import from_dict, to_dict
+
+try:
+    # By these names in this very module, diffusers finds out how to load a class of ours.
+    from diffusers.configuration_utils import ConfigMixin, register_to_config
+    from diffusers.loaders.peft import PeftAdapterMixin
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+    from diffusers.models.modeling_utils import ModelMixin
+    from diffusers.utils.accelerate_utils import apply_forward_hook
+except ImportError as error:
+    raise MissingExtraError("diffusers' pipelines", "wan") from error
+
+# How diffusers reads files, which is not how these are read.
+_NO_MATTER = frozenset(
+    {"disable_mmap", "low_cpu_mem_usage", "max_memory", "offload_folder", "offload_state_dict"}
+) | {"use_safetensors"}
+
+
+class VMLATransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """A dense or converted causal model, with diffusers' verbs for loading, saving and adapters.
+
+    Attributes:
+        wan: The model itself.
+    """
+
+    _supports_gradient_checkpointing = False
+
+    @register_to_config
+    def __init__(self, model: dict[str, Any]) -> None:
+        """Random weights.
+
+        Args:
+            model: A `ModelConfig` as `to_dict` gives it, and as config.json keeps it.
+        """
+        super().__init__()
+        self.wan = CausalWanModel(from_dict(ModelConfig, model, "model"))
+
+    @classmethod
+    def wrap(cls, model: CausalWanModel) -> Self:
+        """The same model, its weights shared."""
+        with torch.device("meta"):
+            wrapped = cls(to_dict(model.config))
+        wrapped.wan = model
+        return wrapped.eval() if not model.training else wrapped
+
+    @classmethod
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls,
+        pretrained_model_name_or_path: Source,
+        subfolder: str | None = None,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        device_map: str | torch.device | dict[str, Any] | None = None,
+        **others: Any,
+    ) -> Self:
+        """Load any checkpoint that `vmla_convert.load` takes, frozen and in evaluation mode.
+
+        Args:
+            pretrained_model_name_or_path: A file or folder, `demo`, or a Hub id.
+            subfolder: A folder in it.
+            torch_dtype: Of all weights; float32 by default.
+            dtype: The same, by its newer name.
+            revision: Of a Hub id.
+            device_map: One device for all of it.
+            others: What diffusers' own loader takes; refused unless it is of no matter here.
+
+        Raises:
+            CheckpointError: It is no checkpoint of a known layout.
+            ConfigError: An option that is not for these models.
+        """
+        if odd := [name for name, value in others.items() if value and name not in _NO_MATTER]:
+            raise ConfigError(
+                f"VMLATransformer.from_pretrained does not take '{odd[0]}'",
+                "leave it out; HF_HOME and HF_TOKEN say where the Hub's cache is and who you are",
+            )
+        given = pretrained_model_name_or_path
+        source = given if isinstance(given, SourceConfig) else SourceConfig(str(given))
+        name = f"{source.checkpoint}@{revision}" if revision else source.checkpoint
+        source = replace(source, checkpoint=name, file=subfolder or source.file)
+        wanted = dtype or torch_dtype or torch.float32
+        return cls.wrap(load(source, _one_device(device_map), wanted))
+
+    def save_pretrained(self, save_directory: str | Path) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Write config.json and safetensors, under diffusers' names where it has them.
+
+        Args:
+            save_directory: A folder that is not there yet, or is empty; it appears whole.
+
+        Raises:
+            OutputError: It is taken or cannot be written.
+        """
+        write_checkpoint(
+            Path(save_directory),
+            self.wan.state_dict(),
+            {"config.json": transformer_config(self.wan.config)},
+            layout=replace(DIFFUSERS, folder=""),
+        )
+
+    @apply_forward_hook
+    def ready(self) -> CausalWanModel:
+        """The model to stream with, brought first to its device by a pipeline that offloads."""
+        return self.wan
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Velocity of a clip as one chunk that sees all of itself; arguments as Wan's in diffusers.
+
+        Streaming through a cache is what `VMLAPipeline` does.
+
+        Args:
+            hidden_states: Latents (B, C, F, height, width).
+            timestep: (B,) or (), 0 to 1000.
+            encoder_hidden_states: Prompt (B, text_len, text_dim).
+            return_dict: False for a tuple.
+
+        Returns:
+            As `hidden_states`.
+        """
+        batch, _, frames, _, _ = hidden_states.shape
+        times = timestep.expand(batch)[:, None].expand(batch, frames)
+        places = torch.arange(frames, device=hidden_states.device)
+        latents = hidden_states.transpose(1, 2)
+        velocity = self.wan(latents, times, encoder_hidden_states, places).transpose(1, 2)
+        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+
+def _one_device(device_map: str | torch.device | dict[str, Any] | None) -> torch.device | str:
+    """A map's only device.
+
+    Raises:
+        ConfigError: The model was to be divided.
+    """
+    if isinstance(device_map, dict):
+        return _one_device(device_map[""] if device_map.keys() == {""} else "auto")
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        raise ConfigError(
+            "a VMLATransformer is not divided over devices",
+            "name one device, or call enable_model_cpu_offload() on the pipeline",
+        )
+    return device_map if device_map is not None else "cpu"
