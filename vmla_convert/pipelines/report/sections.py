@@ -39,6 +39,7 @@ from vmla_convert.pipelines.report.tables import (
 )
 from vmla_convert.results import Row
 
+STRIPS_SHOWN = 3
 STRIPS_BYTES = 600_000  # of strips inside the page, which is to stay under 3 MB
 
 # Heading, what the picture shows, and a sentence to read it by.
@@ -231,15 +232,16 @@ def _strip_sections(
     room = STRIPS_BYTES
     for path in sorted(files, key=place):
         room -= path.stat().st_size
-        if images and room < 0:
+        if len(images) == STRIPS_SHOWN or (images and room < 0):
             break
         name = names.get(key_of(path), key_of(path))
         images[f"strips/{path.name}"] = (
-            f"{name}: dense, converted and their difference at start, middle and end"
+            f"{name}: dense, converted and their difference, from start to end"
         )
     notes = [
-        "From top to bottom or left to right: the dense rollout, the converted one, and their "
-        "difference, at the start, the middle and the end. " + _shown_words(len(images), len(files))
+        "From top to bottom: the dense rollout, the converted one with a cache that is not "
+        "quantised, and their difference, grey where there is none. "
+        + _shown_words(len(images), len(files))
     ]
     return [Section("Rollout strips", images=images, paragraphs=notes)]
 
