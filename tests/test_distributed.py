@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +53,13 @@ def launched(*command: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+def same_but_for_rounding(one: dict[str, Any], two: dict[str, Any]) -> None:
+    """Errors at the start and the end, as conversion.json has them."""
+    for moment in ("first", "last"):
+        assert one.pop(moment) == pytest.approx(two.pop(moment), rel=1e-5)
+    assert one == two
+
+
 def test_two_processes_recover_as_one_does_with_the_whole_batch(
     teacher: Path, converted: Path, tmp_path: Path, vmla: Vmla
 ) -> None:
@@ -73,6 +81,7 @@ def test_two_processes_recover_as_one_does_with_the_whole_batch(
     records = [json.loads((f / "conversion.json").read_text()) for f in (one, two)]
     assert records[1]["recover"]["training"].pop("accumulate") == 2
     assert records[0]["recover"]["training"].pop("accumulate") == 1
+    same_but_for_rounding(*(record["recovered"].pop("errors") for record in records))
     assert records[0] == records[1]
 
 
@@ -104,6 +113,7 @@ def test_a_sharded_recovery_is_that_of_one_process(
         # What has no gradient moves by its rounding.
         assert (alone[name] - sharded[name]).abs().max() <= 0.05 * moved + 1e-6, name
     records = [json.loads((f / "conversion.json").read_text()) for f in (one, two)]
+    same_but_for_rounding(*(record["recovered"].pop("errors") for record in records))
     assert records[0]["recovered"] == records[1]["recovered"]
     # Steps that are not kept are measured too.
     curves = [json.loads(told.splitlines()[0]) for told in (single.out, ran.stdout)]
