@@ -24,7 +24,7 @@ from vmla_convert.pipelines.report.answer import recommend
 from vmla_convert.pipelines.report.curves import recovery_chart, recovery_loss_chart
 from vmla_convert.pipelines.report.panels import Grid, Panel, chart_csv
 from vmla_convert.pipelines.report.plots import draw_chart, spread_apart
-from vmla_convert.pipelines.report.points import read_points
+from vmla_convert.pipelines.report.points import read_points, setting_names
 from vmla_convert.pipelines.report.sections import PLOTS, draw_charts
 from vmla_convert.pipelines.report.tables import failed_table, memory_table, speed_table
 from vmla_convert.results import Row, append_rows
@@ -621,3 +621,21 @@ def test_runs_without_torch(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
     assert result.stdout.split() == ["False", "False"]
+
+
+def test_settings_of_one_name_are_told_apart_by_what_differs_in_their_layers() -> None:
+    rows = [
+        *dense_rows(),
+        *(
+            row
+            for layer in (PAPER, DEFAULT)
+            for row in point_rows("random", 20, 4, [0.2], [0.1], layer=layer)
+        ),
+        *point_rows("random", 16, 4, [0.2], [0.1], layer=DEFAULT),
+    ]
+    names = list(setting_names(read_points(rows)).values())
+    assert sorted(names) == [
+        "random 16+4",
+        "random 20+4 (dense reconstructed)",
+        "random 20+4 (latent decoupled)",
+    ]

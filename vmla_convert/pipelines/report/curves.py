@@ -21,8 +21,8 @@ from vmla_convert.pipelines.report.panels import (
 from vmla_convert.pipelines.report.points import (
     Point,
     group_medians,
-    kept_as,
-    point_key,
+    setting_key,
+    setting_names,
     size_groups,
 )
 from vmla_convert.pipelines.report.wording import format_number
@@ -175,7 +175,7 @@ def _segment_lines(
     looks = _rollout_looks(names, points)
     lines: list[Line] = []
     for key, name in {"dense": "dense", **names}.items():
-        curve = _segment_curve([row for row in measured if _rollout_key(row) == key], metric)
+        curve = _segment_curve([row for row in measured if setting_key(row) == key], metric)
         colour, marker, dash = looks.get(key, (INK, "X", "-"))
         line = curve_line(name, colour, marker, curve)
         lines += [replace(line, dash=dash)] if line is not None else []
@@ -191,22 +191,20 @@ def _segment_curve(rows: list[Row], metric: str) -> dict[int, float]:
 
 def _rollout_names(measured: Sequence[Row], points: Sequence[Point]) -> dict[str, str]:
     """What converted models are drawn, the most accurate, and how lines call them."""
-    order = {
-        _point_rollout_key(p): p for p in sorted(points, key=lambda p: p.final_error, reverse=True)
-    }
-    keys = list(dict.fromkeys(map(_rollout_key, measured)))
-    keys = [key for key in keys if key != "dense"]
-    keys.sort(key=lambda key: order[key].final_error if key in order else math.inf)
-    keys = keys[:MOST_ROLLOUTS]
-    short = {k: order[k].name if k in order else "-".join(k.split("-")[:2]) for k in keys}
-    return short if len(set(short.values())) == len(short) else {key: key for key in keys}
+    names = setting_names(points)
+    errors = dict(zip(names, (point.final_error for point in points), strict=True))
+    keys = [key for key in dict.fromkeys(map(setting_key, measured)) if key != "dense"]
+    keys = sorted(keys, key=lambda key: errors.get(key, math.inf))[:MOST_ROLLOUTS]
+    # Rows of a rollout alone name a run that no point has.
+    short = {key: names.get(key, "-".join(key.split("-")[:2])) for key in keys}
+    return short if len(set(short.values())) == len(short) else {k: names.get(k, k) for k in keys}
 
 
 def _rollout_looks(
     names: Iterable[str], points: Sequence[Point]
 ) -> dict[str, tuple[str, str, str]]:
     """Colour of the init, as in every plot; its settings differ in marker and dashes."""
-    inits = {_point_rollout_key(point): point.init for point in points}
+    inits = dict(zip(setting_names(points), (point.init for point in points), strict=True))
     colours = {init: look[0] for init, look in init_looks(inits.values()).items()}
     spare = [colour for colour in INIT_COLOURS.values() if colour not in colours.values()]
     looks: dict[str, tuple[str, str, str]] = {}
@@ -215,11 +213,3 @@ def _rollout_looks(
         place = sum(look[0] == colour for look in looks.values())
         looks[key] = colour, MARKERS[place % len(MARKERS)], DASHES[place % len(DASHES)]
     return looks
-
-
-def _rollout_key(row: Row) -> str:
-    return " ".join(filter(None, (point_key(row), kept_as(row).words)))
-
-
-def _point_rollout_key(point: Point) -> str:
-    return " ".join(filter(None, (point.key, point.kept.words)))

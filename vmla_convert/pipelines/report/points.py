@@ -177,6 +177,28 @@ def median_of(rows: Iterable[Row], metric: str) -> float | None:
     return _median_value(values) if values else None
 
 
+def setting_key(row: Row) -> str:
+    """What a row's setting is told apart by: its point, and how the cache is kept."""
+    return " ".join(filter(None, (point_key(row), kept_as(row).words)))
+
+
+def setting_names(points: Sequence[Point]) -> dict[str, str]:
+    """Short names by `setting_key`; those that share one get what differs in their layers too."""
+    short = [point.name for point in points]
+    layers = [point.layer.split() for point in points]
+
+    def name(point: Point) -> str:
+        if short.count(point.name) == 1:
+            return point.name
+        words = enumerate(point.layer.split())
+        differing = [
+            word for i, word in words if any(word not in each[i : i + 1] for each in layers)
+        ]
+        return f"{point.name} ({' '.join(differing) or point.key})"
+
+    return {" ".join(filter(None, (p.key, p.kept.words))): name(p) for p in points}
+
+
 def point_key(row: Row) -> str:
     """What rows of one setting share, whatever their seed."""
     return row.point or row.run

@@ -21,7 +21,13 @@ from vmla_convert.pipelines.report.curves import (
 )
 from vmla_convert.pipelines.report.pages import Section
 from vmla_convert.pipelines.report.panels import Chart
-from vmla_convert.pipelines.report.points import Dense, Point, read_dense, read_points
+from vmla_convert.pipelines.report.points import (
+    Dense,
+    Point,
+    read_dense,
+    read_points,
+    setting_names,
+)
 from vmla_convert.pipelines.report.quality import quality_chart, speed_chart
 from vmla_convert.pipelines.report.rope import phases_chart, rope_pairs_chart
 from vmla_convert.pipelines.report.spectra import (
@@ -220,7 +226,9 @@ def _strip_sections(
     by_error = sorted(points, key=lambda point: point.final_error)
     first = [best.point] if best is not None else []
     order = list(dict.fromkeys(point.key for point in [*first, *by_error]))
-    names = {point.key: point.name for point in reversed(by_error)}
+    # Strips are of caches that are not quantised, whose name is that of the point.
+    names = setting_names(by_error)
+    several = len({path.stem.rpartition("-")[2] for path in files}) > 1
 
     def key_of(path: Path) -> str:
         return path.stem.rpartition("-")[0]
@@ -235,6 +243,7 @@ def _strip_sections(
         if len(images) == STRIPS_SHOWN or (images and room < 0):
             break
         name = names.get(key_of(path), key_of(path))
+        name += f", seed {path.stem.rpartition('-')[2]}" if several else ""
         images[f"strips/{path.name}"] = (
             f"{name}: dense, converted and their difference, from start to end"
         )

@@ -11,11 +11,11 @@ from vmla_convert.pipelines.report.points import (
     Point,
     group_medians,
     is_step_ratio,
-    kept_as,
     median_of,
-    point_key,
     read_dense,
     read_points,
+    setting_key,
+    setting_names,
 )
 from vmla_convert.pipelines.report.wording import (
     ABSENT,
@@ -84,11 +84,11 @@ def memory_table(rows: Sequence[Row], points: Sequence[Point]) -> Table:
     cells = group_medians(
         measured,
         "cache_bytes",
-        lambda r: (_setting_key(r), r.batch or 1, r.clip_seconds or 0.0, r.frames or 0),
+        lambda r: (setting_key(r), r.batch or 1, r.clip_seconds or 0.0, r.frames or 0),
     )
     settings = list(dict.fromkeys((key, batch) for key, batch, _, _ in cells))
     settings.sort(key=lambda setting: (setting[1], setting[0] != "dense"))
-    names = _setting_names(points)
+    names = setting_names(points)
     sizes: defaultdict[tuple[int, tuple[float | None, ...]], list[str]] = defaultdict(list)
     for key, batch in settings:
         amounts = tuple(cells.get((key, batch, *length)) for length in lengths)
@@ -106,11 +106,11 @@ def speed_table(rows: Sequence[Row], points: Sequence[Point]) -> Table:
     timed = [row for row in rows if row.metric == "step_seconds" or is_step_ratio(row)]
     groups: defaultdict[tuple[str, str, int], list[Row]] = defaultdict(list)
     for row in timed:
-        groups[_setting_key(row), row.backend or ABSENT, row.frames or 0].append(row)
+        groups[setting_key(row), row.backend or ABSENT, row.frames or 0].append(row)
     # Elsewhere ratios may compare anything: without a single step there is no table of steps.
     if not any(row.metric == "step_seconds" or row.init for row in timed):
         return []
-    names = _setting_names(points)
+    names = setting_names(points)
     several = len({(backend, frames) for _, backend, frames in groups}) > 1
     head = ["setting", *(["backend", "frames"] if several else [])]
     table = [[*head, "step", "step / dense"]]
@@ -228,21 +228,6 @@ def _error(point: Point) -> str:
 def _scalars(point: Point) -> str:
     sizes = "" if point.kv_lora_rank is None else f" ({point.split})"
     return format_number(point.scalars) + sizes
-
-
-def _setting_key(row: Row) -> str:
-    return " ".join(filter(None, (point_key(row), kept_as(row).words)))
-
-
-def _setting_names(points: Sequence[Point]) -> dict[str, str]:
-    """Short names by key; settings that share one get their layer too."""
-    short = [point.name for point in points]
-    return {
-        " ".join(filter(None, (p.key, p.kept.words))): (
-            p.name if short.count(p.name) == 1 else f"{p.name} ({p.layer or p.key})"
-        )
-        for p in points
-    }
 
 
 def _shared_name(who: Sequence[str]) -> str:
