@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
@@ -165,6 +166,16 @@ def test_every_recipe_parses_and_dry_runs(file: Path, tmp_path: Path, vmla: Vmla
     ran = vmla("run", file, "-o", tmp_path / "out", "--dry-run", *scaled, *hardest)
     assert ran.code == 0
     assert ", ".join(recipe.stages()) in ran.out
+    assert ("points" in ran.out) == ("sweep" in recipe.stages())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_says_beforehand_how_many_points_it_has(tmp_path: Path, vmla: Vmla) -> None:
+    wanted = ("--set", "demo=true", "--set", "sweep.seeds=[0, 1, 2]")
+    ran = vmla("sweep", "rank_ablation", "-o", tmp_path / "out", "--dry-run", *wanted)
+    assert ran.code == 0
+    assert re.search(r"^points +30 *$", ran.out, re.MULTILINE)
+    assert re.search(r"^stages +sweep, report *$", ran.out, re.MULTILINE)
     assert not list(tmp_path.iterdir())
 
 

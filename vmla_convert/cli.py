@@ -133,6 +133,7 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a key of the recipe: --set recover.training.steps=50"),
 ]
+DryRun = Annotated[bool, typer.Option(help="Check the recipe, show what it would do, and stop.")]
 RecipeFile = Annotated[
     str, typer.Argument(help="A TOML file, or a name from 'vmla recipes'.", metavar="RECIPE")
 ]
@@ -805,9 +806,13 @@ def sweep(
     recipe: RecipeFile,
     folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for rows and report.")],
     overrides: Set = None,
+    dry_run: DryRun = False,
 ) -> None:
-    """Run the sweep of a recipe, and nothing else of it but the report."""
-    _run(recipe, folder, overrides, only=("sweep", "report"))
+    """Run the sweep of a recipe, and nothing else of it but the report.
+
+    Points are shared by processes: torchrun --nproc_per_node N -m vmla_convert sweep RECIPE -o DIR
+    """
+    _run(recipe, folder, overrides, ("sweep", "report"), dry_run)
 
 
 @app.command()
@@ -865,17 +870,12 @@ def run(
     recipe: RecipeFile,
     folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for everything it writes.")],
     overrides: Set = None,
-    dry_run: Annotated[bool, typer.Option(help="Check the recipe, show its stages, stop.")] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Run a recipe from its first stage to its last; an interrupted run goes on where it was."""
-    from vmla_convert.recipe import STAGES, check_recipe, read_recipe
+    from vmla_convert.recipe import STAGES
 
-    if dry_run:
-        parsed = read_recipe(recipe, overrides)
-        check_recipe(parsed, folder)
-        out.data({"recipe": parsed.recipe.name, "stages": parsed.stages(), "would write": folder})
-        return
-    _run(recipe, folder, overrides, only=STAGES)
+    _run(recipe, folder, overrides, STAGES, dry_run)
 
 
 @app.command()
@@ -925,10 +925,23 @@ def _source(
     return SourceConfig(checkpoint, file, key, model, tuple(settings or ()), tuple(loras or ()))
 
 
-def _run(recipe: str, folder: Path, overrides: list[str] | None, only: tuple[str, ...]) -> None:
-    from vmla_convert.recipe import ROWS_NAME, read_recipe, run_recipe
+def _run(
+    recipe: str,
+    folder: Path,
+    overrides: list[str] | None,
+    only: tuple[str, ...],
+    dry_run: bool,
+) -> None:
+    from vmla_convert.recipe import ROWS_NAME, check_recipe, count_points, read_recipe, run_recipe
 
     parsed = read_recipe(recipe, overrides)
+    if dry_run:
+        check_recipe(parsed, folder, only)
+        stages = [stage for stage in parsed.stages() if stage in only]
+        points = {"points": count_points(parsed)} if "sweep" in stages else {}
+        told = {"recipe": parsed.recipe.name, "stages": stages, **points, "would write": folder}
+        out.data(told)
+        return
     with out.progress() as progress:
         leads = run_recipe(parsed, folder, progress, only)
     if not leads:

@@ -166,6 +166,16 @@ def check_recipe(recipe: Recipe, out: Path, only: tuple[str, ...] = STAGES) -> N
         _check_source(recipe, out, stages)
 
 
+def count_points(recipe: Recipe) -> int:
+    """How many points the sweep of a recipe has; 0 without one."""
+    from vmla_convert.pipelines.sweep import sweep_points
+
+    if recipe.sweep is None:
+        return 0
+    shared, recovery = recipe.convert or ConvertConfig(), recipe.recover or RecoverConfig()
+    return len(sweep_points(recipe.sweep, shared, recovery))
+
+
 def run_recipe(
     recipe: Recipe,
     out: Path,
