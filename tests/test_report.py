@@ -20,7 +20,7 @@ from report_rows import full_rows, without_points
 
 from vmla_convert.errors import MissingExtraError, VmlaError
 from vmla_convert.pipelines.report import decisive_table, write_report
-from vmla_convert.pipelines.report.answer import recommend
+from vmla_convert.pipelines.report.answer import how_to_use, recommend
 from vmla_convert.pipelines.report.curves import recovery_chart, recovery_loss_chart
 from vmla_convert.pipelines.report.panels import Grid, Panel, chart_csv
 from vmla_convert.pipelines.report.plots import draw_chart, spread_apart
@@ -639,3 +639,22 @@ def test_settings_of_one_name_are_told_apart_by_what_differs_in_their_layers() -
         "random 20+4 (dense reconstructed)",
         "random 20+4 (latent decoupled)",
     ]
+
+
+def test_commands_name_clips_rate_and_truncated_heads_of_the_run() -> None:
+    (point,) = read_points(
+        [*dense_rows(), *point_rows("calibrated", 20, 8, [0.2, 0.1], [0.1, 0.1])]
+    )
+    data = {"source": "latents.safetensors", "frames": 21}
+    recipe = {
+        "source": {"checkpoint": "owner/name"},
+        "convert": {"data": data},
+        "recover": {"data": data, "layerwise_steps": 0, "training": {"lr": 0.001}},
+        "sweep": {"head_splits": [[28, 4], [24, 8]]},
+    }
+    convert, recover, _ = how_to_use(point, None, recipe).splitlines()
+    assert convert.endswith("--qk-nope-head-dim 24 --data latents.safetensors --frames 21")
+    assert recover == (
+        "vmla recover OUT --teacher owner/name -o OUT-recovered --steps 10 --layerwise-steps 0 "
+        "--lr 0.001 --data latents.safetensors --frames 21"
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,14 +110,19 @@ def how_to_use(point: Point, dense: Dense | None, recipe: dict[str, Any]) -> str
         recipe: Of the run, as `recipe.json` holds it; empty where there is none.
     """
     source = str(recipe.get("source", {}).get("checkpoint", "CKPT"))
-    lines = [_convert_command(point, dense, source)]
+    convert, recover = recipe.get("convert") or {}, recipe.get("recover") or {}
+    truncated = _truncated_heads(point, (recipe.get("sweep") or {}).get("head_splits") or ())
+    lines = [_convert_command(point, dense, source) + truncated + _clips(convert)]
     made = "OUT"
     if point.recovery_steps or point.last_step:
         made = "OUT-recovered"
         steps = str(point.recovery_steps or point.last_step)
         words = ["vmla", "recover", "OUT", "--teacher", source, "-o", made, "--steps", steps]
-        layerwise = (recipe.get("recover") or {}).get("layerwise_steps")
-        lines.append(words + (["--layerwise-steps", str(layerwise)] if layerwise else []))
+        if recover.get("layerwise_steps") is not None:
+            words += ["--layerwise-steps", str(recover["layerwise_steps"])]
+        if (rate := recover.get("training", {}).get("lr")) is not None:
+            words += ["--lr", f"{rate:g}"]
+        lines.append(words + _clips(recover))
     words = ["vmla", "generate", made, "--prompt", "…", "-o", "clip.mp4"]
     kept = point.kept
     words += ["--cache-dtype", kept.cache_dtype] if kept.cache_dtype else []
@@ -148,6 +153,7 @@ def _setting(point: Point) -> str:
         sizes = f"kv_lora_rank {point.kv_lora_rank}"
         if point.qk_rope_head_dim:
             sizes += f" and qk_rope_head_dim {point.qk_rope_head_dim}"
+    sizes += f" by the rule {point.ranks}" if point.ranks else ""
     layer = f" ({point.layer})" if point.layer else ""
     kept = f", cache kept as {point.kept.words}" if point.kept.words else ""
     return f"{point.init} with {sizes}{layer}{kept}"
@@ -204,6 +210,22 @@ def _dense_note(dense: Dense) -> str:
         return f"{note}."
     other = format_number(dense.flow_loss_other_past)
     return f"{note}, and {other} when another clip is put in its past: the cache matters."
+
+
+def _clips(stage: dict[str, Any]) -> list[str]:
+    """Where a stage's clips came from, unless it is the demo world."""
+    data = stage.get("data", {})
+    if data.get("source", "demo") == "demo":
+        return []
+    return ["--data", str(data["source"]), "--frames", str(data.get("frames", 0))]
+
+
+def _truncated_heads(point: Point, splits: Iterable[Sequence[int]]) -> list[str]:
+    """The content width that a sweep over splits of a head gave with this rope width."""
+    for nope, rope in splits:
+        if rope == point.qk_rope_head_dim:
+            return ["--qk-nope-head-dim", str(nope)]
+    return []
 
 
 def _convert_command(point: Point, dense: Dense | None, source: str) -> list[str]:
