@@ -1,0 +1,272 @@
+"""Checkpoints: what one is, what it would cost converted, and the same weights written anew."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated
+
+import typer
+
+from vmla_convert.cli.options import (
+    CacheScalars,
+    Checkpoint,
+    Cut,
+    Data,
+    File,
+    Json,
+    Key,
+    KvLoraRank,
+    Loras,
+    Model,
+    OutFolder,
+    Settings,
+)
+from vmla_convert.config import ConvertConfig, DataConfig, SourceConfig
+from vmla_convert.console import out
+from vmla_convert.show import show_inspection, show_outlook
+
+
+def inspect(
+    checkpoint: Checkpoint,
+    file: File = None,
+    key: Key = None,
+    model: Model = None,
+    settings: Settings = None,
+    loras: Loras = None,
+    cache_scalars: CacheScalars = None,
+    cut: Cut = None,
+    kv_lora_rank: KvLoraRank = None,
+    spectra: Annotated[
+        bool, typer.Option(help="Also how low-rank each layer's weights are; reads them.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Show what a checkpoint is, what its cache costs, and what a latent cache would cost."""
+    from vmla_convert.pipelines.inspect import inspect_checkpoint
+
+    out.json = json
+    source = _source(checkpoint, file, key, model, settings, loras)
+    sizes = ConvertConfig(cache_scalars=cache_scalars, cut=cut, kv_lora_rank=kv_lora_rank)
+    with out.progress() as progress:
+        inspection = inspect_checkpoint(source, sizes, progress, spectra)
+    if json:
+        out.data(inspection)
+    else:
+        show_inspection(inspection)
+
+
+def convert(
+    checkpoint: Checkpoint,
+    folder: OutFolder,
+    file: File = None,
+    key: Key = None,
+    model: Model = None,
+    settings: Settings = None,
+    loras: Loras = None,
+    cache_scalars: CacheScalars = None,
+    cut: Cut = None,
+    kv_lora_rank: KvLoraRank = None,
+    qk_rope_head_dim: Annotated[
+        int | None,
+        typer.Option(help="Width of the shared rope key, even, with --positions decoupled."),
+    ] = None,
+    qk_nope_head_dim: Annotated[
+        int | None,
+        typer.Option(
+            help="Truncate the content part of every head, with --positions decoupled: 96 with a "
+            "rope key of 32 makes heads of 128, which fused attention kernels are fastest at. The "
+            "cache stays as it is."
+        ),
+    ] = None,
+    ranks: Annotated[
+        str | None,
+        typer.Option(
+            help="How the numbers are divided: budget (by predicted error; the default where the "
+            "init predicts it), energy, or uniform."
+        ),
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="Sizes of an earlier conversion: its folder or conversion.json."),
+    ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            help="calibrated (the default), spectral (the paper), random; or what a converter of "
+            "language models would do: transmla, mha2mla, xecomla."
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="videomla: the paper's layer, init and shares; other options override."),
+    ] = None,
+    current_chunk: Annotated[
+        str | None,
+        typer.Option(help="dense: only the past is read from latents; latent: the chunk too."),
+    ] = None,
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            help="reconstructed: keys are rebuilt, then rotated; decoupled: a shared rope key."
+        ),
+    ] = None,
+    latent: Annotated[
+        str | None, typer.Option(help="joint: keys and values share the latent; or split.")
+    ] = None,
+    k_norm: Annotated[
+        str | None,
+        typer.Option(help="stored: one more number, exact; latent: predicted; or rebuilt."),
+    ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibration/--no-calibration", help="Measure activations, or assume white inputs."
+        ),
+    ] = ConvertConfig.calibrate,
+    data: Data = DataConfig.source,
+    calibration_clips: Annotated[
+        int, typer.Option(min=1, help="Clips that activations are measured on.")
+    ] = ConvertConfig.calibration_clips,
+    frames: Annotated[
+        int, typer.Option(min=1, help="Latent frames of each, from its first on.")
+    ] = DataConfig.frames,
+    seed: Annotated[
+        int, typer.Option(help="Of the calibration noise, or of the random init.")
+    ] = ConvertConfig.seed,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Write all weights as bfloat16, float16 or float32. Default: kept ones as they "
+            "are, new ones as float32."
+        ),
+    ] = None,
+    layout: Annotated[
+        str,
+        typer.Option(
+            help="native, or diffusers: a pipeline's folder, with text encoder and VAE where the "
+            "source has them."
+        ),
+    ] = "native",
+    resume: Annotated[
+        bool, typer.Option(help="Go on with an interrupted conversion of the same settings.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option(help="Show what would be written, and stop.")] = False,
+    json: Json = False,
+) -> None:
+    """Convert a dense checkpoint into a folder with a latent cache.
+
+    The source is read block by block, so it need not fit in memory.
+    """
+    from vmla_convert.pipelines import convert as pipeline
+
+    out.json = json
+    layer = {
+        "current_chunk": current_chunk,
+        "positions": positions,
+        "latent": latent,
+        "k_norm": k_norm,
+    }
+    sizes = {
+        "cache_scalars": cache_scalars,
+        "cut": cut,
+        "kv_lora_rank": kv_lora_rank,
+        "qk_rope_head_dim": qk_rope_head_dim,
+        "qk_nope_head_dim": qk_nope_head_dim,
+        "plan": pipeline.read_plan(plan) if plan else None,
+    }
+    config = pipeline.convert_config(
+        preset,
+        layer,
+        sizes,
+        {
+            "init": init,
+            "ranks": ranks,
+            "calibrate": calibrate,
+            "calibration_clips": calibration_clips,
+            "data": {"source": data, "frames": frames},
+            "seed": seed,
+            "dtype": dtype,
+        },
+    )
+    source = _source(checkpoint, file, key, model, settings, loras)
+    if dry_run:
+        from vmla_convert.pipelines.outlook import foresee
+
+        show_outlook(foresee(source, folder, config, resume, layout))
+        return
+    try:
+        with out.progress() as progress:
+            done = pipeline.convert(source, folder, config, progress, resume, layout)
+    except KeyboardInterrupt:
+        if pipeline.is_begun(folder):
+            out.say("what is done is kept; to go on: the same command with --resume")
+        raise
+    truncation = done.head_truncation_error
+    out.data(
+        {
+            "numbers cached per token and layer": done.config.cache_scalars_per_token(),
+            "cache cut": done.config.cache_cut(),
+            **({"head truncation error": fmean(truncation)} if truncation else {}),
+            "seconds": done.convert_seconds,
+        }
+    )
+    out.path("wrote", folder)
+    if not json:
+        words = [
+            "vmla",
+            "recover",
+            str(folder),
+            "--teacher",
+            checkpoint,
+            "-o",
+            f"{folder}-recovered",
+        ]
+        words += ["--data", data] if data != DataConfig.source else []
+        out.say(f"next: {shlex.join(words)}")
+
+
+def export(
+    checkpoint: Checkpoint,
+    folder: OutFolder,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            help="native (Wan's names, safetensors), diffusers (a pipeline's folder) or "
+            "self_forcing (one model.pt). Default: as the family of the checkpoint has it."
+        ),
+    ] = None,
+    state: Annotated[
+        str | None,
+        typer.Option(
+            help="With self_forcing, the state dict to write: generator_ema (the default), "
+            "generator, model …"
+        ),
+    ] = None,
+    file: File = None,
+    key: Key = None,
+    model: Model = None,
+    settings: Settings = None,
+    loras: Loras = None,
+    json: Json = False,
+) -> None:
+    """Write a checkpoint, dense or converted, under the names that other programs read."""
+    from vmla_convert.pipelines.export import export as run
+
+    out.json = json
+    source = _source(checkpoint, file, key, model, settings, loras)
+    with out.progress() as progress:
+        written = run(source, folder, layout, state, progress)
+    out.path("wrote", written)
+
+
+def _source(
+    checkpoint: str,
+    file: str | None,
+    key: str | None,
+    model: str | None,
+    settings: list[str] | None,
+    loras: list[str] | None,
+) -> SourceConfig:
+    return SourceConfig(checkpoint, file, key, model, tuple(settings or ()), tuple(loras or ()))

@@ -1,0 +1,201 @@
+"""Video from a checkpoint, or from two side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vmla_convert.cli.options import (
+    Base,
+    CacheDtype,
+    Checkpoint,
+    Deployment,
+    Json,
+    RopeDtype,
+)
+from vmla_convert.config import CodecConfig, RuntimeConfig, SourceConfig
+from vmla_convert.console import out
+from vmla_convert.errors import ConfigError
+from vmla_convert.tables import from_dict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[list[str], typer.Option(help="Repeat for several clips.")],
+    video: Annotated[Path, typer.Option("--out", "-o", help="An .mp4 to write.")],
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="How long; a Wan model makes 4 latent frames a second, the demo 8."),
+    ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(min=1, help="The same in latent frames; 20 if neither is given."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of all noise.")] = 0,
+    compare: Annotated[
+        str | None, typer.Option(help="A second checkpoint, shown beside from the same noise.")
+    ] = None,
+    settings: Deployment = None,
+    switch: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompt-at",
+            "--switch",
+            metavar="TIME:PROMPT",
+            help="Another prompt from then on, for all clips: '20s:a dog', or '80:a dog' in latent "
+            "frames; repeat for more.",
+        ),
+    ] = None,
+    keep_sink: Annotated[
+        bool, typer.Option(help="At a switch, keep what the sink holds of the first prompt.")
+    ] = True,
+    prefix: Annotated[
+        Path | None,
+        typer.Option(
+            "--prefix",
+            "--image",
+            metavar="FILE",
+            help="An image or a video that the clip begins with, and goes on from.",
+        ),
+    ] = None,
+    base: Base = None,
+    vae_tiling: Annotated[
+        bool,
+        typer.Option(
+            "--vae-tiling",
+            help="Decode frames in overlapping tiles: less memory.",
+            rich_help_panel="Wan's text encoder and VAE",
+        ),
+    ] = CodecConfig.vae_tiling,
+    cpu_offload: Annotated[
+        bool,
+        typer.Option(
+            "--cpu-offload",
+            help="Keep both in host memory, and on the GPU only while they work.",
+            rich_help_panel="Wan's text encoder and VAE",
+        ),
+    ] = CodecConfig.cpu_offload,
+    cache_dtype: CacheDtype = RuntimeConfig.cache_dtype,
+    rope_dtype: RopeDtype = RuntimeConfig.rope_dtype,
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="How latents are read: materialised (keys and values rebuilt), absorbed (with "
+            "decoupled positions), or auto, the faster one; it may be another on another machine."
+        ),
+    ] = RuntimeConfig.backend,
+    tile_mib: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Most MiB of rebuilt keys and values at a time. Default: 64, on a GPU 1024.",
+        ),
+    ] = RuntimeConfig.tile_mib,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Keep the cache in host memory.")
+    ] = RuntimeConfig.offload,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of weights and cache: float32 or bfloat16, the default on a GPU."),
+    ] = None,
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile all but the self-attention; for long rollouts."),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Generate video from prompts, written as it comes; its first frame lands beside as a PNG.
+
+    With --compare, clips are kept until both are done, and a contact sheet lands there instead.
+    """
+    import torch
+
+    from vmla_convert.layers.dit import check_runtime
+    from vmla_convert.pipelines.codecs import (
+        check_prompts,
+        latent_frames_per_second,
+        open_codec,
+    )
+    from vmla_convert.pipelines.generate import (
+        check_video_path,
+        clip_frames,
+        parse_switch,
+        read_prefix,
+        rollout,
+        track_chunks,
+        write_clips,
+        write_film,
+    )
+    from vmla_convert.pipelines.generate import generate as run
+    from vmla_convert.pipelines.load import build, compute_device, open_named
+
+    out.json = json
+    check_video_path(video)
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ConfigError(f"no dtype '{dtype}'", "use float32 or bfloat16")
+    options = {
+        "backend": backend,
+        "tile_mib": tile_mib,
+        "cache_dtype": cache_dtype,
+        "rope_dtype": rope_dtype,
+        "offload": offload,
+    }
+    runtime = from_dict(RuntimeConfig, options)
+    names = [checkpoint, *([compare] if compare else [])]
+    opened = {
+        label: open_named(SourceConfig(name, overrides=tuple(settings or ())))
+        for label, name in zip(_labels(names), names, strict=True)
+    }
+    # Beside a dense model that is compared, the options are the latent cache's.
+    ways = {
+        label: runtime if source.config.mla or not compare else RuntimeConfig(offload=offload)
+        for label, source in opened.items()
+    }
+    for label, source in opened.items():
+        check_runtime(source.config, ways[label])
+    first = next(iter(opened.values()))
+    rate = latent_frames_per_second(first.config)
+    length = clip_frames(seconds, frames, rate)
+    switches = [parse_switch(text, len(prompt), keep_sink, rate) for text in switch or ()]
+    check_prompts(first.config, (*prompt, *(p for s in switches for p in s.prompts)))
+    device = compute_device()
+    precision = getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    how = CodecConfig(base, vae_tiling, cpu_offload)
+    codec = open_codec(first.config, how, first.source.path, device, precision)
+    given = read_prefix(prefix, codec, first.config.latent_size, length) if prefix else None
+    clips: dict[str, Tensor] = {}
+    sizes: dict[str, int] = {}
+    written: list[Path] = []
+    with out.progress() as progress:
+        for label, source in opened.items():
+            model, way = build(source, device, precision), ways[label]
+            if compiled:
+                model.compile_blocks()
+            sizes[f"cache of {label} (bytes)"] = model.cache_bytes(len(prompt), way)
+            task = f"generating ({label})"
+            if compare:
+                clips[label] = rollout(
+                    model, prompt, length, seed, progress, task, way, switches, codec, given
+                )
+            else:
+                chunks = run(model, prompt, length, seed, way, switches, codec, given)
+                chunks = track_chunks(progress, chunks, task, model, length, given)
+                written = write_film(video, chunks, codec, progress)
+    out.data(sizes)
+    for path in written or write_clips(video, clips, prompt, codec):
+        out.path("wrote", path)
+
+
+def _labels(names: list[str]) -> list[str]:
+    """A short name for each checkpoint; the whole path where short ones would be the same."""
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            f"{names[0]} cannot be compared with itself", "give another checkpoint to --compare"
+        )
+    short = [Path(name).name for name in names]
+    return short if all(short) and len(set(short)) == len(short) else names

@@ -1,0 +1,106 @@
+"""What a conversion costs in quality: measured, and reported."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vmla_convert.cli.options import (
+    CacheDtype,
+    Checkpoint,
+    Data,
+    Deployment,
+    Json,
+    RopeDtype,
+    Teacher,
+)
+from vmla_convert.config import (
+    DataConfig,
+    EvaluateConfig,
+    ReportConfig,
+    RuntimeConfig,
+    SourceConfig,
+)
+from vmla_convert.console import out
+from vmla_convert.errors import CheckpointError
+from vmla_convert.tables import from_dict
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    teacher: Teacher,
+    clips: Annotated[int, typer.Option(min=2, help="Held-out clips.")] = EvaluateConfig.clips,
+    data: Data = DataConfig.source,
+    settings: Deployment = None,
+    cache_dtype: CacheDtype = RuntimeConfig.cache_dtype,
+    rope_dtype: RopeDtype = RuntimeConfig.rope_dtype,
+    json: Json = False,
+) -> None:
+    """Measure a converted checkpoint against its dense source on held-out clips.
+
+    With a window or a cache dtype of its own, clips are streamed, through caches of that window.
+    """
+    from vmla_convert.layers.dit import check_runtime
+    from vmla_convert.pipelines.evaluate import HeldOut, dense_rows
+    from vmla_convert.pipelines.load import as_teacher, compute_device, load
+    from vmla_convert.pipelines.recovery import check_pair
+    from vmla_convert.pipelines.rows import cache_rows, error_rows
+
+    out.json = json
+    device = compute_device()
+    dense = load(as_teacher(teacher, checkpoint), device)
+    model = load(SourceConfig(checkpoint, overrides=tuple(settings or ())), device)
+    check_pair(model, dense)
+    runtime = from_dict(RuntimeConfig, {"cache_dtype": cache_dtype, "rope_dtype": rope_dtype})
+    check_runtime(model.config, runtime)
+    if model.config.mla is None:
+        _check_is_teacher(checkpoint, teacher)
+    streamed = bool(settings) or runtime != RuntimeConfig()
+    dense.config = replace(dense.config, cache=model.config.cache)
+    held_out = HeldOut(dense, EvaluateConfig(clips, DataConfig(data, seed=1)), streamed)
+    rows = dense_rows(dense, held_out)
+    if model.config.mla is not None:
+        kept = runtime if streamed else None
+        errors = held_out.measure(model, kept)
+        rows += error_rows(errors, model.config, None, runtime=kept)
+        rows += cache_rows(model.config, runtime=kept)
+    cells = [[row.run, row.metric, row.value, row.unit] for row in rows]
+    out.table("Held-out measurement", ["run", "metric", "value", "unit"], cells)
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder with rows.jsonl.", metavar="DIR")],
+    title: Annotated[str, typer.Option(help="Heading of the report.")] = ReportConfig.title,
+    loss_bound: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Flow loss that the recommended setting may have above the dense model's, as a "
+            "share of it.",
+        ),
+    ] = ReportConfig.loss_bound,
+    json: Json = False,
+) -> None:
+    """Write report.md, report.html and plots from the rows in a folder."""
+    from vmla_convert.pipelines.report import write_report
+
+    out.json = json
+    for path in write_report(folder, title, loss_bound):
+        out.path("wrote", path)
+
+
+def _check_is_teacher(checkpoint: str, teacher: str) -> None:
+    """Refuse a second dense model: errors against the teacher are told of converted ones only."""
+    from vmla_convert.checkpoint.source import fingerprint
+    from vmla_convert.pipelines.load import locate
+
+    # By content, as one checkpoint may be given as a file and as its folder.
+    one, other = (fingerprint(locate(name)[0]) for name in (checkpoint, teacher))
+    if one != other:
+        raise CheckpointError(
+            f"{checkpoint} is dense, but not the teacher {teacher}",
+            "give a converted CKPT; a dense CKPT must be the teacher itself",
+        )
