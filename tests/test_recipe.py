@@ -6,7 +6,7 @@ import re
 from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import NoReturn, get_args, get_type_hints
 
 import pytest
 from checkpoints import PowerCut, PowerCutError, Vmla, refused, untimed
@@ -480,6 +480,50 @@ def test_only_the_stages_asked_for_run(tiny: Path, tmp_path: Path) -> None:
         "recipe.json",
         "rows.jsonl",
     }
+
+
+def test_a_sweep_that_came_to_its_end_grows_and_tries_failed_points_again(
+    teacher: Path, tmp_path: Path, vmla: Vmla, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = tmp_path / "recipe.toml", tmp_path / "out"
+    recipe.write_text(SWEEP_ALONE.format(teacher=teacher))
+
+    def failing(*_: object) -> NoReturn:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("vmla_convert.pipelines.sweep.measure_point", failing)
+    ran = vmla("sweep", recipe, "-o", out)
+    assert ran.code == 2
+    assert "1 of the sweep's points failed" in ran.err
+    monkeypatch.undo()
+    assert vmla("sweep", recipe, "-o", out).code == 0
+    assert vmla("sweep", recipe, "-o", out, "--set", "sweep.seeds=[0, 1]").code == 0
+    rows = read_rows(out / "rows.jsonl")
+    assert [r.seed for r in rows if r.metric == "velocity_error"] == [0, 1]
+    assert not [row for row in rows if row.metric == "failed"]
+    other = vmla("sweep", recipe, "-o", out, "--set", "evaluate.clips=5")
+    assert refused(other)
+    assert "exists already" in other.err
+
+
+SWEEP_ALONE = """
+[recipe]
+name = "alone"
+description = "one point"
+[source]
+checkpoint = "{teacher}"
+[evaluate]
+clips = 4
+data = {{ frames = 6, seed = 1 }}
+[convert]
+calibration_clips = 4
+data = {{ frames = 6 }}
+[sweep]
+alone = true
+recover = false
+inits = ["random"]
+cuts = [0.8]
+"""
 
 
 def test_a_finished_run_is_refused_and_kept(tiny: Path, finished: Path, vmla: Vmla) -> None:

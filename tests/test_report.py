@@ -24,7 +24,7 @@ from vmla_convert.pipelines.report.answer import how_to_use, recommend
 from vmla_convert.pipelines.report.curves import recovery_chart, recovery_loss_chart
 from vmla_convert.pipelines.report.panels import Grid, Panel, chart_csv
 from vmla_convert.pipelines.report.plots import draw_chart, spread_apart
-from vmla_convert.pipelines.report.points import read_points, setting_names
+from vmla_convert.pipelines.report.points import read_dense, read_points, setting_names
 from vmla_convert.pipelines.report.sections import PLOTS, draw_charts
 from vmla_convert.pipelines.report.tables import failed_table, memory_table, speed_table
 from vmla_convert.results import Row, append_rows
@@ -423,6 +423,20 @@ def test_recommends_a_quantised_cache_that_is_smaller() -> None:
     assert strict.smaller.name == "calibrated 8+4 int8"
 
 
+def test_a_difference_of_rounding_in_size_does_not_recommend_a_worse_setting() -> None:
+    rows = [
+        *dense_rows(),
+        *divided(point_rows("spectral", 20, 4, [0.02], [0.14])),
+        *divided(point_rows("calibrated", 21, 4, [0.0003], [0.02])),
+        *divided(point_rows("calibrated", 40, 4, [0.0001], [0.01])),
+    ]
+    best = recommend(read_points(rows), 0.15)
+    assert best is not None and best.runner_up is not None
+    assert (best.point.init, best.runner_up.init) == ("calibrated", "spectral")
+    assert best.point.scalars == 26
+    assert best.smaller is None
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The report of a whole sweep, with everything beside its rows that a report can show."""
@@ -642,19 +656,33 @@ def test_settings_of_one_name_are_told_apart_by_what_differs_in_their_layers() -
 
 
 def test_commands_name_clips_rate_and_truncated_heads_of_the_run() -> None:
-    (point,) = read_points(
-        [*dense_rows(), *point_rows("calibrated", 20, 8, [0.2, 0.1], [0.1, 0.1])]
-    )
+    rows = [*dense_rows(), *point_rows("calibrated", 20, 8, [0.2, 0.1], [0.1, 0.1])]
+    (point,) = read_points(rows)
     data = {"source": "latents.safetensors", "frames": 21}
     recipe = {
-        "source": {"checkpoint": "owner/name"},
+        "source": {"checkpoint": "owner/name", "loras": ["a.pt:0.5"], "overrides": ["codec=wan"]},
         "convert": {"data": data},
-        "recover": {"data": data, "layerwise_steps": 0, "training": {"lr": 0.001}},
+        "recover": {
+            "data": data,
+            "layerwise_steps": 0,
+            "train": "attention",
+            "levels": "both",
+            "training": {"lr": 0.001, "batch_size": 8, "seed": 3},
+        },
         "sweep": {"head_splits": [[28, 4], [24, 8]]},
     }
     convert, recover, _ = how_to_use(point, None, recipe).splitlines()
-    assert convert.endswith("--qk-nope-head-dim 24 --data latents.safetensors --frames 21")
+    assert convert.endswith(
+        "--qk-nope-head-dim 24 --set codec=wan --lora a.pt:0.5 --data latents.safetensors "
+        "--frames 21"
+    )
     assert recover == (
         "vmla recover OUT --teacher owner/name -o OUT-recovered --steps 10 --layerwise-steps 0 "
-        "--lr 0.001 --data latents.safetensors --frames 21"
+        "--lr 0.001 --data latents.safetensors --frames 21 --set 'train=\"attention\"' "
+        "--set training.batch_size=8"
     )
+    ruled = replace(point, ranks="uniform", recovery_steps=0)
+    convert, recover, _ = how_to_use(ruled, read_dense(rows), {}).splitlines()
+    assert "--kv-lora-rank" not in convert
+    assert "--cut 0.8867" in convert and convert.endswith("--ranks uniform")
+    assert "--steps 0" in recover

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from checkpoints import (
     evidence_of,
     untimed,
 )
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from vmla_convert.config import LayerConfig, SweepConfig
 from vmla_convert.errors import ConfigError
@@ -33,7 +34,7 @@ from vmla_convert.pipelines.factoring import convert_model
 from vmla_convert.pipelines.load import load
 from vmla_convert.pipelines.rows import run_name
 from vmla_convert.pipelines.shelf import MemoryShelf
-from vmla_convert.pipelines.sweep import grid, shared, sweep, sweep_points
+from vmla_convert.pipelines.sweep import Team, grid, shared, sweep, sweep_points
 from vmla_convert.pipelines.sweep.grid import SweepPoint
 from vmla_convert.pipelines.sweep.shared import Shared
 from vmla_convert.progress import Progress
@@ -224,6 +225,66 @@ def test_a_point_that_fails_is_a_row_that_says_why_and_is_tried_again(
     again = run(dense, file)
     assert not [row for row in again if row.metric == "failed"]
     assert Counter(untimed(again)) == Counter(untimed(whole[1]))
+
+
+def test_a_conversion_that_fails_leaves_the_others_alone(
+    dense: CausalWanModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def diverging(*_: object) -> NoReturn:
+        raise RuntimeError("did not converge")
+
+    monkeypatch.setitem(factor.INITS, "spectral", diverging)
+    config = replace(GRID, inits=("random", "spectral"), seeds=(0,), recover=False)
+    rows = run(dense, tmp_path / "rows.jsonl", config)
+    told = {row.init: row.note for row in rows if row.metric == "failed"}
+    assert told == {"spectral": "RuntimeError: did not converge"}
+    assert [row.init for row in rows if row.metric == "velocity_error"] == ["random"]
+    monkeypatch.undo()
+    again = run(dense, tmp_path / "rows.jsonl", config)
+    assert [r.init for r in again if r.metric == "velocity_error"] == ["random", "spectral"]
+    assert not [row for row in again if row.metric == "failed"]
+
+
+def test_a_point_that_lacks_what_is_asked_for_is_measured_anew(
+    dense: CausalWanModel, tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    plain = replace(GRID, inits=("calibrated",), seeds=(0,), recover=False)
+    run(dense, file, plain)
+    rows = run(dense, file, replace(plain, cache_dtypes=("int4",)))
+    dtypes = [row.cache_dtype for row in rows if row.metric == "velocity_error"]
+    assert dtypes == [None, "int4"]
+    assert len([row for row in rows if row.metric == "cache_cut"]) == 1
+
+
+def test_a_line_that_a_kill_cut_short_is_dropped(dense: CausalWanModel, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    config = replace(GRID, inits=("calibrated",), seeds=(0,), recover=False)
+    whole = run(dense, file, config)
+    file.write_bytes(file.read_bytes() + b'{"metric": "velocity_err')
+    assert run(dense, file, config) == whole
+
+
+def test_free_processes_take_the_next_point_until_there_are_none() -> None:
+    store = HashStore()
+    shares = [Team(rank, 2, store).share(range(5)) for rank in (0, 1)]
+    taken = [next(shares[0]), next(shares[1]), next(shares[1]), next(shares[0])]
+    assert taken == [0, 1, 2, 3]
+    assert [list(share) for share in shares] == [[4], []]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"seeds": (0, 0)},
+        {"cuts": (0.9, 0.9)},
+        {"ranks": ("budget",), "kv_lora_ranks": (8,)},
+        {"cuts": (0.9,), "head_splits": ((20, 4),)},
+    ],
+)
+def test_an_axis_that_acts_on_nothing_or_repeats_itself_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        SweepConfig(**wrong)
 
 
 MANY = [

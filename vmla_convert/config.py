@@ -717,6 +717,17 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         _require(self, 0, "rollout_frames")
+        for name in ("inits", "layers", "cuts", "kv_lora_ranks", "ranks", "seeds"):
+            values: tuple[Any, ...] = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ConfigError(f"{name} names a value twice", "name each once")
+        if self.ranks and not self.cuts:
+            raise ConfigError("ranks divide cuts, and there are none", "add cuts = [0.92]")
+        if (self.qk_rope_head_dims or self.head_splits) and self.cuts and not self.kv_lora_ranks:
+            raise ConfigError(
+                "rope widths go with explicit ranks, and there are only cuts",
+                "add kv_lora_ranks = [192], or leave them out",
+            )
         if self.qk_rope_head_dims and self.head_splits:
             raise ConfigError(
                 "qk_rope_head_dims and head_splits both name rope widths", "leave one of them out"

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
@@ -206,15 +206,16 @@ def run_recipe(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return _run_together(recipe, out, progress, only)
     check_recipe(recipe, out, only)
-    _claim_folder(recipe, out)
-    for stage in recipe.stages():
-        if stage in only:
-            _RUNNERS[stage](recipe, out, progress)
+    stages = [stage for stage in recipe.stages() if stage in only]
+    _claim_folder(recipe, out, stages)
+    for stage in stages:
+        _RUNNERS[stage](recipe, out, progress)
     (out / _RUNNING).unlink()
     return True
 
 
 _RUNNING = ".running"
+_SWEEPING = {"sweep", "report"}
 RECIPE_NAME = "recipe.json"
 """What a run was made with, beside its rows."""
 
@@ -224,7 +225,7 @@ def _run_together(recipe: Recipe, out: Path, progress: Progress, only: tuple[str
     stages = [stage for stage in recipe.stages() if stage in only]
     if "sweep" not in stages:
         return _recover_together(recipe, out, progress, stages)
-    if others := [stage for stage in stages if stage not in ("sweep", "report")]:
+    if others := [stage for stage in stages if stage not in _SWEEPING]:
         raise ConfigError(
             f"several processes share a sweep by itself, not with {' and '.join(others)}",
             "start 'vmla sweep' on them, and 'vmla run' on one",
@@ -239,7 +240,7 @@ def _recover_together(recipe: Recipe, out: Path, progress: Progress, stages: lis
     leads = state.is_main_process
     if leads:
         check_recipe(recipe, out, tuple(stages))
-        _claim_folder(recipe, out)
+        _claim_folder(recipe, out, stages)
     state.wait_for_everyone()
     for stage in stages:
         if leads or stage == "recover":
@@ -256,7 +257,7 @@ def _sweep_together(recipe: Recipe, out: Path, progress: Progress, stages: list[
     team = join_team()
     if team.leads:
         check_recipe(recipe, out, tuple(stages))
-        _claim_folder(recipe, out)
+        _claim_folder(recipe, out, stages)
         team.announce("claimed")
     team.await_leader("claimed")
     _run_sweep(recipe, out, progress if team.leads else Silent(), team)
@@ -318,8 +319,8 @@ def _conversions(recipe: Recipe, stages: list[str]) -> list[ConvertConfig]:
     return conversions
 
 
-def _claim_folder(recipe: Recipe, out: Path) -> None:
-    """Take an empty folder, or one that this recipe left unfinished."""
+def _claim_folder(recipe: Recipe, out: Path, stages: Collection[str]) -> None:
+    """Take an empty folder, one that this recipe left unfinished, or a sweep to go on with."""
     marker, settings = out / _RUNNING, json.dumps(to_dict(recipe), indent=2)
     if marker.is_file():
         if marker.read_text() == settings:
@@ -328,12 +329,24 @@ def _claim_folder(recipe: Recipe, out: Path) -> None:
             f"{out} holds an unfinished run with other settings",
             "choose another -o, or the settings it was started with",
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    goes_on = set(stages) <= _SWEEPING and _swept_before(recipe, out)
+    if not goes_on and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} exists already", "choose another -o, or remove it")
     out.mkdir(parents=True, exist_ok=True)
     told = {"recipe": to_dict(recipe), "versions": versions()}
     (out / RECIPE_NAME).write_text(json.dumps(told, indent=2) + "\n")
     marker.write_text(settings)
+
+
+def _swept_before(recipe: Recipe, out: Path) -> bool:
+    """Whether a folder holds points of this recipe; its grid and its report may have changed."""
+    try:
+        told = json.loads((out / RECIPE_NAME).read_text())["recipe"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    now = json.loads(json.dumps(to_dict(recipe)))
+    tables = (set(told) | set(now)) - {"recipe", *_SWEEPING}
+    return all(told.get(table) == now.get(table) for table in tables)
 
 
 def _run_teacher(recipe: Recipe, out: Path, progress: Progress) -> None:

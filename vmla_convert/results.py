@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from vmla_convert.errors import VmlaError
+
+FAILED = "failed"
+"""Metric of a point that could not be done."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,9 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab", buffering=0) as file:
-        file.write(_lines(rows))
+        left = memoryview(_lines(rows))
+        while left:
+            left = left[file.write(left) :]
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
@@ -79,6 +85,17 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_bytes(_lines(rows))
     partial.replace(path)
+
+
+def count_failures(path: Path) -> int:
+    """How many points of a sweep failed; 0 where there are no rows."""
+    return sum(row.metric == FAILED for row in read_rows(path)) if path.is_file() else 0
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cut off a last line that was not written to its end, as a kill may leave it."""
+    if path.is_file() and (data := path.read_bytes()) and not data.endswith(b"\n"):
+        os.truncate(path, data.rfind(b"\n") + 1)
 
 
 def _lines(rows: Iterable[Row]) -> bytes:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vmla_convert.console import out
+from vmla_convert.errors import VmlaError
 from vmla_convert.show import show_decision
 
 recipes_app = typer.Typer(invoke_without_command=True)
@@ -86,6 +87,7 @@ def _run(
     dry_run: bool,
 ) -> None:
     from vmla_convert.recipe import ROWS_NAME, check_recipe, count_points, read_recipe, run_recipe
+    from vmla_convert.results import count_failures
 
     parsed = read_recipe(recipe, overrides)
     if dry_run:
@@ -103,3 +105,8 @@ def _run(
         show_decision(folder / ROWS_NAME)
     for path in sorted(folder.iterdir()):
         out.path("wrote", path)
+    if failed := count_failures(folder / ROWS_NAME):
+        raise VmlaError(
+            f"{failed} of the sweep's points failed; the report says why",
+            "start the same command again to try them once more",
+        )

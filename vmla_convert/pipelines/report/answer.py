@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vmla_convert.pipelines.report.points import Dense, Point
+from vmla_convert.config import ConvertConfig, RecoverConfig
+from vmla_convert.pipelines.report.points import Dense, Point, size_groups
 from vmla_convert.pipelines.report.wording import (
     format_cut,
     format_excess,
@@ -16,6 +18,7 @@ from vmla_convert.pipelines.report.wording import (
     format_speed,
     join_words,
 )
+from vmla_convert.tables import to_dict
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Recommendation:
 def recommend(points: Sequence[Point], bound: float) -> Recommendation | None:
     """The smallest cache whose flow loss stays within the bound; of equals the most accurate.
 
+    Sizes that only rounding keeps apart count as equal.
+
     Args:
         points: As `read_points` gives them.
         bound: Flow loss allowed above the dense model's, as a share of it.
@@ -54,8 +59,12 @@ def recommend(points: Sequence[Point], bound: float) -> Recommendation | None:
     if not meeting:
         best = min(finite, key=lambda point: (point.final_error, point.size))
         return Recommendation(best, False if known else None)
-    best, *others = sorted(meeting, key=lambda point: (point.size, point.final_error))
-    smaller = [point for point in known if point.size < best.size]
+    best, *others = [
+        point
+        for group in size_groups(meeting)
+        for point in sorted(group, key=lambda point: (point.final_error, point.size))
+    ]
+    smaller = [point for point in known if point.size < best.size and point not in meeting]
     return Recommendation(
         best, True, next(iter(others), None), min(smaller, key=_finite_loss, default=None)
     )
@@ -109,20 +118,23 @@ def how_to_use(point: Point, dense: Dense | None, recipe: dict[str, Any]) -> str
         dense: What a cut is a share of.
         recipe: Of the run, as `recipe.json` holds it; empty where there is none.
     """
-    source = str(recipe.get("source", {}).get("checkpoint", "CKPT"))
+    told = recipe.get("source", {})
+    source = str(told.get("checkpoint", "CKPT"))
     convert, recover = recipe.get("convert") or {}, recipe.get("recover") or {}
     truncated = _truncated_heads(point, (recipe.get("sweep") or {}).get("head_splits") or ())
-    lines = [_convert_command(point, dense, source) + truncated + _clips(convert)]
+    convert_words = _convert_command(point, dense, source) + truncated
+    lines = [convert_words + _reading(told) + _calibration(convert) + _clips(convert)]
     made = "OUT"
-    if point.recovery_steps or point.last_step:
+    if point.recovery_steps is not None or point.last_step:
         made = "OUT-recovered"
-        steps = str(point.recovery_steps or point.last_step)
+        # Old rows tell only the last step, of all stages together.
+        steps = str(point.last_step if point.recovery_steps is None else point.recovery_steps)
         words = ["vmla", "recover", "OUT", "--teacher", source, "-o", made, "--steps", steps]
         if recover.get("layerwise_steps") is not None:
             words += ["--layerwise-steps", str(recover["layerwise_steps"])]
         if (rate := recover.get("training", {}).get("lr")) is not None:
             words += ["--lr", f"{rate:g}"]
-        lines.append(words + _clips(recover))
+        lines.append(words + _clips(recover) + _other_settings(recover))
     words = ["vmla", "generate", made, "--prompt", "…", "-o", "clip.mp4"]
     kept = point.kept
     words += ["--cache-dtype", kept.cache_dtype] if kept.cache_dtype else []
@@ -176,11 +188,12 @@ def _figures(point: Point, dense: Dense | None) -> str:
 def _beaten(other: Point, best: Point) -> str:
     facts = f"velocity_error {format_number(other.final_error)}"
     facts += f" and flow loss {format_excess(other.final_loss)}"
-    if other.size == best.size:
+    if len(size_groups([other, best])) == 1:
+        same = "the same size" if other.size == best.size else "about the same size"
         return (
-            f"Runner-up, of the same size and less accurate: {_setting(other)}, with {facts}."
+            f"Runner-up, of {same} and less accurate: {_setting(other)}, with {facts}."
             if other.final_error > best.final_error
-            else f"As good, and of the same size: {_setting(other)}, with {facts}."
+            else f"As good, and of {same}: {_setting(other)}, with {facts}."
         )
     more = f"{format_excess(other.size / best.size - 1).removeprefix('+')} more"
     return (
@@ -212,6 +225,43 @@ def _dense_note(dense: Dense) -> str:
     return f"{note}, and {other} when another clip is put in its past: the cache matters."
 
 
+def _reading(source: dict[str, Any]) -> list[str]:
+    """How a checkpoint was read, which decides what it is."""
+    words: list[str] = []
+    for name in ("file", "key", "model"):
+        words += [f"--{name}", str(source[name])] if source.get(name) else []
+    for setting in source.get("overrides", ()):
+        words += ["--set", setting]
+    for lora in source.get("loras", ()):
+        words += ["--lora", lora]
+    return words
+
+
+def _calibration(convert: dict[str, Any]) -> list[str]:
+    clips = convert.get("calibration_clips", ConvertConfig.calibration_clips)
+    words = [] if convert.get("calibrate", True) else ["--no-calibration"]
+    differs = clips != ConvertConfig.calibration_clips
+    return words + (["--calibration-clips", str(clips)] if differs else [])
+
+
+def _other_settings(recover: dict[str, Any]) -> list[str]:
+    """Settings of the recovery that are not its defaults, and that no option above says."""
+    default, words = to_dict(RecoverConfig()), list[str]()
+    said = {"layerwise_steps", "data", "training"}
+    tables = {"": ({k: v for k, v in recover.items() if k not in said}, default)}
+    training = {k: v for k, v in recover.get("training", {}).items() if k not in _SAID_OF_TRAINING}
+    tables["training."] = training, default["training"]
+    for prefix, (settings, usual) in tables.items():
+        for name, value in settings.items():
+            if value != usual.get(name) and not isinstance(value, dict):
+                words += ["--set", f"{prefix}{name}={json.dumps(value)}"]
+    return words
+
+
+# Options of their own say these; a sweep gives each point its seed.
+_SAID_OF_TRAINING = {"steps", "lr", "seed"}
+
+
 def _clips(stage: dict[str, Any]) -> list[str]:
     """Where a stage's clips came from, unless it is the demo world."""
     data = stage.get("data", {})
@@ -230,7 +280,8 @@ def _truncated_heads(point: Point, splits: Iterable[Sequence[int]]) -> list[str]
 
 def _convert_command(point: Point, dense: Dense | None, source: str) -> list[str]:
     words = ["vmla", "convert", source, "-o", "OUT", "--init", point.init]
-    if point.kv_lora_rank is not None:
+    # A rule divides a budget, and refuses a rank, also where it gave all layers the same.
+    if point.kv_lora_rank is not None and not point.ranks:
         words += ["--kv-lora-rank", str(point.kv_lora_rank)]
         if point.qk_rope_head_dim:
             words += ["--qk-rope-head-dim", str(point.qk_rope_head_dim)]

@@ -7,32 +7,31 @@ that cannot be done is a row that says why.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 from vmla_convert.config import ConvertConfig, EvaluateConfig, RecoverConfig, SweepConfig
 from vmla_convert.errors import VmlaError
 from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.pipelines.codecs import check_prompts
 from vmla_convert.pipelines.data import open_clips
-from vmla_convert.pipelines.evaluate import dense_rows, spectrum_rows
+from vmla_convert.pipelines.evaluate import HeldOut, dense_rows, spectrum_rows
 from vmla_convert.pipelines.plan import check_sizes, uniform_plan
 from vmla_convert.pipelines.rows import device_name, memory_rows
 from vmla_convert.pipelines.shelf import FolderShelf
 from vmla_convert.pipelines.sweep.grid import SweepPoint, digest, grid, sweep_points
 from vmla_convert.pipelines.sweep.point import Bench, labelled, measure_point
 from vmla_convert.pipelines.sweep.rollouts import Rollout, roll_out, score
-from vmla_convert.pipelines.sweep.shared import Shared
+from vmla_convert.pipelines.sweep.shared import FAILURES, Shared
 from vmla_convert.pipelines.sweep.team import Team, join_team
 from vmla_convert.progress import Progress, Silent, Timed
-from vmla_convert.results import Row, append_rows, read_rows, write_rows
+from vmla_convert.results import FAILED, Row, append_rows, drop_torn_line, read_rows, write_rows
 from vmla_convert.tables import to_dict
 
 __all__ = ["SweepPoint", "Team", "grid", "join_team", "labelled", "sweep", "sweep_points"]
 
 SHELF_NAME = ".shared"
-FAILED = "failed"
-# What a point may die of without taking the others along: no memory, no numbers, no convergence.
-_FAILURES = (VmlaError, RuntimeError, ArithmeticError, ValueError, MemoryError)
 
 
 def sweep(
@@ -68,6 +67,8 @@ def sweep(
         check_sizes(teacher.config, point.conversion)
     if config.recover:
         open_clips(recover_config.data)  # or say now why not
+    if config.rollout_frames:
+        check_prompts(teacher.config, config.rollout_prompts)
     work = _Sweep(teacher, config, convert_config, evaluate_config, rows_file, points)
     if team.leads:
         work.prepare(progress)
@@ -103,14 +104,17 @@ class _Sweep:
 
     def prepare(self, progress: Progress) -> None:
         """What is done once, by one process: the dense model's rows, and all conversions."""
-        written = self._forget_failures()
-        if {(point.key, point.seed) for point in self.points} <= _done(written):
+        drop_torn_line(self.rows_file)
+        written = self._forget_unfinished()
+        if {(point.key, point.seed) for point in self.points} <= self._done(written):
             return
+        held_out = self.bench.held_out  # before hours of work: its clips may not fit
         timed = Timed(progress)
         measured = self.shared.measure(timed)
         self.shared.convert(timed)
         rollout = self._roll_dense_out(progress)
-        rows = [] if any(row.run == "dense" for row in written) else self._dense_rows(rollout)
+        told = any(row.run == "dense" for row in written)
+        rows = [] if told else self._dense_rows(held_out, rollout)
         if not any(row.metric == "effective_rank_99" for row in written):
             size = uniform_plan(self.teacher.config, self.points[0].conversion).kv_lora_rank[0]
             rows += spectrum_rows(self.teacher, measured, size)
@@ -122,7 +126,7 @@ class _Sweep:
 
     def run(self, progress: Progress, team: Team) -> None:
         """The points that are this process's to do."""
-        done = _done(read_rows(self.rows_file))
+        done = self._done(read_rows(self.rows_file))
         total = len(self.points) if team.size == 1 else None
         for point in progress.track(team.share(self.points), "sweep", total):
             if (point.key, point.seed) not in done:
@@ -132,7 +136,7 @@ class _Sweep:
         try:
             student, seconds = self.shared.student(point.conversion)
             return measure_point(student, point, self.bench, seconds, progress)
-        except _FAILURES as error:
+        except FAILURES as error:
             reason = error.message if isinstance(error, VmlaError) else _first_line(error)
             name = f"{point.conversion.init} {point.key}"
             progress.note(f"{name} failed: {reason}")
@@ -140,15 +144,28 @@ class _Sweep:
             row = Row(FAILED, 1.0, "point", name, init=conversion.init, note=reason)
             return [labelled(row, point)]
 
-    def _forget_failures(self) -> list[Row]:
+    def _done(self, rows: Sequence[Row]) -> set[tuple[str | None, int]]:
+        """Keys and seeds of points of which all is told that is asked for, here or elsewhere."""
+        config = self.config
+        wanted = {("velocity_error", dtype) for dtype in (None, *config.cache_dtypes)}
+        wanted |= {("seconds_ratio", None)} if config.timed else set()
+        wanted |= {("drift", None)} if config.rollout_frames else set()
+        told = defaultdict[tuple[str | None, int], set[tuple[str, str | None]]](set)
+        for row in rows:
+            told[row.point, row.seed].add((row.metric, row.cache_dtype))
+        return {point for point, metrics in told.items() if wanted <= metrics}
+
+    def _forget_unfinished(self) -> list[Row]:
+        """Drop what is told of points of the grid that failed, or that lack what is asked for."""
         written = read_rows(self.rows_file) if self.rows_file.exists() else []
-        kept = [row for row in written if row.metric != FAILED]
+        again = {(point.key, point.seed) for point in self.points} - self._done(written)
+        kept = [row for row in written if (row.point, row.seed) not in again]
         if len(kept) < len(written):
             write_rows(self.rows_file, kept)
         return kept
 
-    def _dense_rows(self, rollout: list[Rollout]) -> list[Row]:
-        rows = dense_rows(self.teacher, self.bench.held_out) + memory_rows(self.teacher.config)
+    def _dense_rows(self, held_out: HeldOut, rollout: list[Rollout]) -> list[Row]:
+        rows = dense_rows(self.teacher, held_out) + memory_rows(self.teacher.config)
         return rows + [row for each in rollout for row in score(each, self.config, 0)]
 
     def _roll_dense_out(self, progress: Progress) -> list[Rollout]:
@@ -162,11 +179,6 @@ class _Sweep:
 
     def _dense_rollout(self) -> Rollout:
         return Rollout(self.teacher.config, self.shelf.get("rollout")["latents"])
-
-
-def _done(rows: Sequence[Row]) -> set[tuple[str | None, int]]:
-    """Keys and seeds of points that were measured, here or by another stage."""
-    return {(row.point, row.seed) for row in rows if row.metric == "velocity_error"}
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from time import perf_counter
 
 from vmla_convert.config import EvaluateConfig, RuntimeConfig, SweepConfig
+from vmla_convert.errors import VmlaError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines.evaluate import HeldOut, learned_spectrum_rows
 from vmla_convert.pipelines.recovery.stages import recover_model
@@ -91,7 +92,10 @@ def measure_point(
         rollout = roll_out(student, bench.config, progress)
         rows += score(rollout, bench.config, seed)
         path = bench.strips / f"{point.key}-{seed}.png"
-        draw_strip(path, bench.dense_rollout(), rollout, bench.config)
+        try:
+            draw_strip(path, bench.dense_rollout(), rollout, bench.config)
+        except VmlaError as error:  # a picture is not worth a recovered point
+            progress.note(error.message)
     return [labelled(row, point) for row in rows]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from time import perf_counter
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vmla_convert.config import ConvertConfig, LayerConfig, RankPlan
+from vmla_convert.errors import VmlaError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.factor import (
     DATA_INITS,
@@ -47,6 +49,9 @@ from vmla_convert.progress import Progress, Silent
 from vmla_convert.tables import to_dict
 
 _SECONDS = "seconds"
+
+FAILURES = (VmlaError, RuntimeError, ArithmeticError, ValueError, MemoryError)
+"""What a point may die of without taking the others along: no memory, numbers, or convergence."""
 
 
 class Shared:
@@ -89,22 +94,21 @@ class Shared:
     def convert(self, progress: Progress | None = None) -> None:
         """Make every conversion that the shelf lacks; calibration comes first.
 
-        Raises:
-            ConfigError: A budget is too small.
+        One that fails is left out: `student` tries it by itself, and tells why.
         """
-        progress = progress or Silent()
-        lacking = {
-            name: each
-            for name, each in self.conversions.items()
-            if not all(self.shelf.has(_of_layer(name, layer)) for layer in self._layers())
-        }
-        plans = self._plan(lacking, progress)
-        for layer in progress.track(self._layers() if lacking else [], "converting"):
-            self._convert_layer(layer, lacking, plans)
+        lacking = {n: each for n, each in self.conversions.items() if not self._is_made(n)}
+        self._make(lacking, progress or Silent(), suppress(*FAILURES))
 
     def student(self, conversion: ConvertConfig) -> tuple[CausalWanModel, float]:
-        """A conversion as a model, and its seconds, with its share of what others use too."""
+        """A conversion as a model, and its seconds, with its share of what others use too.
+
+        Raises:
+            ConfigError: Its budget is too small, or whatever else it fails of.
+        """
         name = _name(conversion)
+        if not self._is_made(name):
+            self.measure()
+            self._make({name: self.conversions[name]}, Silent(), nullcontext())
         planned = planned_config(self.teacher.config, conversion, self._read_plan(name))
         branches: list[Branch] = []
         tensors, seconds = dict[str, Tensor](), 0.0
@@ -118,6 +122,20 @@ class Shared:
     def plan(self, conversion: ConvertConfig) -> RankPlan:
         """The sizes of a conversion's layers."""
         return self._read_plan(_name(conversion))
+
+    def _is_made(self, name: str) -> bool:
+        return all(self.shelf.has(_of_layer(name, layer)) for layer in self._layers())
+
+    def _make(
+        self,
+        conversions: dict[str, ConvertConfig],
+        progress: Progress,
+        leave_out: AbstractContextManager[object],
+    ) -> None:
+        """Plan and convert, with `leave_out` around each step that can fail."""
+        plans = self._plan(conversions, progress, leave_out)
+        for layer in progress.track(self._layers() if plans else [], "converting"):
+            self._convert_layer(layer, conversions, plans, leave_out)
 
     def _layers(self) -> range:
         return range(self.teacher.config.geometry.num_layers)
@@ -144,9 +162,12 @@ class Shared:
         return of
 
     def _plan(
-        self, conversions: dict[str, ConvertConfig], progress: Progress
+        self,
+        conversions: dict[str, ConvertConfig],
+        progress: Progress,
+        leave_out: AbstractContextManager[object],
     ) -> dict[str, RankPlan]:
-        """Sizes of all conversions, from predictions that those with one kind of layer share."""
+        """Sizes of conversions, from predictions that those with one kind of layer share."""
         model = self.teacher.config
         wanted = {name: wanted_curves(model, each) for name, each in conversions.items()}
         most: dict[tuple[LayerConfig, tuple[int, ...], bool], int] = {}
@@ -160,44 +181,64 @@ class Shared:
             evidence = self._evidence(layer, weights)
             for kind, largest in most.items():
                 choices, counts, calibrated = kind
-                known = evidence(replace(self.common, layer=choices, calibrate=calibrated))
-                curve = predict_errors(weights, choices, known, largest, counts)
-                predicted[kind].append(curve)
+                with leave_out:
+                    known = evidence(replace(self.common, layer=choices, calibrate=calibrated))
+                    curve = predict_errors(weights, choices, known, largest, counts)
+                    predicted[kind].append(curve)
         plans: dict[str, RankPlan] = {}
         for name, each in conversions.items():
             curves = wanted[name]
-            plans[name] = uniform_plan(model, each)
-            if curves is not None:
+            if curves is None:
+                plans[name] = uniform_plan(model, each)
+            elif len(predicted[_kind(each, curves)]) == len(self._layers()):
                 own = [c.up_to(curves.most) for c in predicted[_kind(each, curves)]]
-                plans[name] = divide(model, each, own)
-            self.shelf.put(f"plan-{name}", _plan_tensors(plans[name]))
+                with leave_out:
+                    plans[name] = divide(model, each, own)
+        for name, plan in plans.items():
+            self.shelf.put(f"plan-{name}", _plan_tensors(plan))
         return plans
 
     def _convert_layer(
-        self, layer: int, conversions: dict[str, ConvertConfig], plans: dict[str, RankPlan]
+        self,
+        layer: int,
+        conversions: dict[str, ConvertConfig],
+        plans: dict[str, RankPlan],
+        leave_out: AbstractContextManager[object],
     ) -> None:
-        weights, read = self._weights(layer), self.teacher.state_dict().__getitem__
+        weights = self._weights(layer)
         evidence = self._evidence(layer, weights)
-        groups = defaultdict[Hashable, list[str]](list)
-        for name, each in conversions.items():
-            groups[_alike(each, plans[name].rope_pairs[layer])].append(name)
-        for names in groups.values():
-            first = conversions[names[0]]
-            shapes = {name: layer_shape(conversions[name], plans[name], layer) for name in names}
-            known = evidence(first) if first.init in DATA_INITS else None
+        groups = defaultdict[Hashable, dict[str, ConvertConfig]](dict)
+        for name, plan in plans.items():
+            each = conversions[name]
+            groups[_alike(each, plan.rope_pairs[layer])][name] = each
+        for group in groups.values():
+            with leave_out:
+                self._convert_group(layer, group, plans, weights, evidence)
+
+    def _convert_group(
+        self,
+        layer: int,
+        group: dict[str, ConvertConfig],
+        plans: dict[str, RankPlan],
+        weights: KVWeights,
+        evidence: Callable[[ConvertConfig], Evidence],
+    ) -> None:
+        """Solve a layer once for conversions that are alike in it but for size; cut it for each."""
+        first, read = next(iter(group.values())), self.teacher.state_dict().__getitem__
+        shapes = {name: layer_shape(each, plans[name], layer) for name, each in group.items()}
+        started = perf_counter()
+        known = evidence(first) if first.init in DATA_INITS else None
+        draws = seeded(first.seed, layer, "init")
+        solved = INITS[first.init](weights, _largest(list(shapes.values())), known, draws)
+        share = (perf_counter() - started) / len(group)
+        for name, each in group.items():
             started = perf_counter()
-            draws = seeded(first.seed, layer, "init")
-            solved = INITS[first.init](weights, _largest(list(shapes.values())), known, draws)
-            share = (perf_counter() - started) / len(names)
-            for name in names:
-                started, each = perf_counter(), conversions[name]
-                factors = cut(weights, solved, shapes[name])
-                factors = narrowed(factors, weights, known, each)
-                planned = planned_config(self.teacher.config, each, plans[name])
-                tensors = latent_tensors(factors, read, planned, layer)
-                seconds = torch.tensor(share + perf_counter() - started, dtype=torch.float64)
-                group = tensors | _branch_tensors(branch_of(factors)) | {_SECONDS: seconds}
-                self.shelf.put(_of_layer(name, layer), group)
+            factors = narrowed(cut(weights, solved, shapes[name]), weights, known, each)
+            planned = planned_config(self.teacher.config, each, plans[name])
+            tensors = latent_tensors(factors, read, planned, layer)
+            seconds = torch.tensor(share + perf_counter() - started, dtype=torch.float64)
+            made = tensors | _branch_tensors(branch_of(factors)) | {_SECONDS: seconds}
+            self.shelf.put(_of_layer(name, layer), made)
 
     def _read_plan(self, name: str) -> RankPlan:
         lists = {field: tuple(t.tolist()) for field, t in self.shelf.get(f"plan-{name}").items()}

@@ -11,8 +11,11 @@ from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
+import torch
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.rendezvous import rendezvous
+
+from vmla_convert.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -66,15 +69,23 @@ def join_team() -> Team:
     """The processes that were started together; from here on this one computes by itself.
 
     Each keeps one GPU, where there are any. Must be called before CUDA is touched.
+
+    Raises:
+        ConfigError: There are fewer GPUs than processes.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return Team()
     store, rank, size = next(rendezvous("env://"))
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    devices = visible.split(",") if visible else [str(index) for index in range(local + 1)]
-    os.environ["CUDA_VISIBLE_DEVICES"] = devices[local % len(devices)]
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if 0 < count <= local:
+        raise ConfigError(
+            f"there are more processes than the {count} GPUs here",
+            f"start {count} of them: torchrun --nproc_per_node {count} …",
+        )
+    if count:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local]
     for name in _PLACE:
         os.environ.pop(name, None)
     return Team(rank, size, store)
