@@ -137,6 +137,9 @@ def test_how_to_use_it_is_ready_to_paste() -> None:
     card = model_card(CONFIG, RECORD, repo="me/model")
     assert 'vmla generate "me/model" --prompt "7" -o clip.mp4' in card
     assert 'vmla.load("me/model")' in card
+    assert 'pip install "vmla-convert[video]"' in card
+    of_wan = model_card(replace(CONFIG, codec="wan"), RECORD, repo="me/model")
+    assert 'pip install "vmla-convert[wan,video]"' in of_wan
     assert "![" not in card
     assert "![frames of a rollout](strip.png)" in model_card(CONFIG, RECORD, strip="strip.png")
 

@@ -323,3 +323,9 @@ def test_a_comparison_leaves_no_files_before_it_is_scored(
     assert not list(tmp_path.iterdir())
     assert compare(dense, dense, config, tmp_path / "a.mp4")
     assert {path.name for path in tmp_path.iterdir()} == {"a.mp4", "a.png"}
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 12, 12, 12), (1, 1, 12, 6, 12), (1, 1, 4, 12, 12), (12,)])
+def test_a_prefix_that_does_not_fit_is_refused(dense: CausalWanModel, shape: tuple[int]) -> None:
+    with pytest.raises(ConfigError, match="prefix"):
+        next(generate(dense, ["1", "2"], 40, prefix=torch.zeros(shape)))

@@ -18,6 +18,7 @@ import torch
 from conftest import EVERY_LAYER, layer_id, noise, tiny_config, tiny_mla, tiny_model
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_wan import WanPipeline
+from hub_stub import Hub
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_wan import SETTINGS
@@ -33,11 +34,12 @@ from vmla_convert.pipelines.codecs import open_codec
 from vmla_convert.pipelines.convert import convert
 from vmla_convert.pipelines.export import export
 from vmla_convert.pipelines.interop import pipeline as module
+from vmla_convert.pipelines.interop.adapters import find_lora
 from vmla_convert.pipelines.interop.pipeline import VMLAPipeline, evenly_spaced
 from vmla_convert.pipelines.interop.transformer import VMLATransformer
 from vmla_convert.pipelines.load import load
 
-pytest_plugins = ["checkpoints", "tiny_wan"]
+pytest_plugins = ["checkpoints", "hub_stub", "tiny_wan"]
 
 PROMPT = "a cat walks on a red roof"
 
@@ -683,3 +685,12 @@ def test_the_lines_of_the_readme_work(
     exec(lines.replace("runs/mla-recovered", str(converted)), {})
     with Image.open("seven.gif") as clip:
         assert clip.n_frames == 20  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_lora_from_the_hub_comes_with_its_settings(stub: Hub, tmp_path: Path) -> None:
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file({"blocks.0.self_attn.q.lora_A.weight": torch.zeros(1)}, weights)
+    settings = b'{"lora_alpha": 8, "r": 2}'
+    stub.put("user/lora", {weights.name: weights.read_bytes(), "adapter_config.json": settings})
+    path = find_lora("user/lora", weights.name)
+    assert (path.parent / "adapter_config.json").read_bytes() == settings

@@ -13,15 +13,18 @@ from conftest import chunk_timesteps, tiny_clip
 from hub_stub import READ_TOKEN, TOKEN, Blob, Hub, Refusal
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save_file
+from tiny_wan import SETTINGS
 
 from vmla_convert.checkpoint.source import fingerprint
 from vmla_convert.checkpoint.writer import write_checkpoint
-from vmla_convert.errors import VmlaError
+from vmla_convert.config import ConvertConfig, SourceConfig
+from vmla_convert.errors import CheckpointError, ConfigError, VmlaError
 from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.pipelines.convert import convert
 from vmla_convert.pipelines.load import load
 from vmla_convert.pipelines.publish import push
 
-pytest_plugins = ["checkpoints", "hub_stub"]
+pytest_plugins = ["checkpoints", "hub_stub", "tiny_wan"]
 
 # That huggingface-hub 2.4 uploads in a way that its HTTP library calls old is not ours to mend.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -351,3 +354,30 @@ def test_a_revision_that_is_not_there_is_told(converted: Path, stub: Hub, vmla: 
     assert refused(ran)
     assert f"{REPO} has no revision 'v9'" in ran.err
     assert stub.served == 0
+
+
+def test_a_pipelines_folder_goes_up_whole(wan_folder: Path, tmp_path: Path, stub: Hub) -> None:
+    folder = tmp_path / "pipe"
+    source = SourceConfig(str(wan_folder), overrides=SETTINGS)
+    convert(source, folder, ConvertConfig(calibrate=False), layout="diffusers")
+    pushed = push(folder, REPO)
+    names = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    assert set(pushed.uploaded) == names <= set(stub.repos[REPO].files)
+    assert {"model_index.json", "vae/config.json", "tokenizer/tokenizer_config.json"} <= names
+    here, there = load(folder).state_dict(), load(REPO).state_dict()
+    assert all(torch.equal(tensor, there[name]) for name, tensor in here.items())
+
+
+@pytest.mark.parametrize("tag", ["", "v 1", "../x", "a/b"])
+def test_a_name_that_no_tag_can_have_is_refused_first(sharded: Path, stub: Hub, tag: str) -> None:
+    with pytest.raises(ConfigError, match="tag"):
+        push(sharded, REPO, tag=tag)
+    assert not stub.asked
+
+
+def test_a_page_in_another_encoding_is_named(sharded: Path, stub: Hub, tmp_path: Path) -> None:
+    folder = shutil.copytree(sharded, tmp_path / "out")
+    (folder / "README.md").write_bytes(b"# caf\xe9\n")
+    with pytest.raises(CheckpointError, match=r"README\.md is not in UTF-8"):
+        push(folder, REPO)
+    assert not stub.repos

@@ -30,9 +30,11 @@ from vmla_convert.config import (
     MLAConfig,
     ModelConfig,
     RuntimeConfig,
+    SamplerConfig,
 )
 from vmla_convert.layers.cache import KVCache
 from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.maths.flow import sampler_sigmas
 from vmla_convert.maths.masks import block_causal_mask
 from vmla_convert.pipelines.sample import sample_chunk
 
@@ -260,6 +262,33 @@ def test_a_sampled_chunk_leaves_what_a_pass_over_its_clean_latents_leaves(
         model.stream(x, torch.zeros_like(timestep), prompt, clean)
     following = [rollout(model, latents, timestep, context, cache) for cache in (sampled, clean)]
     assert torch.equal(*following)
+
+
+@torch.no_grad()
+def test_a_bf16_model_is_given_the_timesteps_that_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sampler = SamplerConfig(tuple(range(1000, 0, -20)), shift=8.0, renoise=False)
+    config = dataclasses.replace(tiny_config(cache=CachePolicy(6)), sampler=sampler)
+    model = tiny_model(config).bfloat16()
+    told: list[float] = []
+    stream = model.stream
+
+    def noted(x: Tensor, times: Tensor, *rest: Any, **how: Any) -> Tensor:
+        assert x.dtype == torch.bfloat16
+        told.append(times[0, 0].item())
+        return stream(x, times, *rest, **how)
+
+    monkeypatch.setattr(model, "stream", noted)
+    latents, _, context = clip_of(config, 2)
+    start, cache = latents.bfloat16(), model.new_cache(2)
+    cache.open_chunk(2)
+    prompt = model.read_prompt(context.bfloat16())
+    x = sample_chunk(model, start, prompt, cache, partial(torch.randn, start.shape))
+    assert x.dtype == torch.bfloat16
+    sigmas = sampler_sigmas(sampler.denoising_step_list, sampler.shift)
+    assert told == pytest.approx((1000 * sigmas).tolist(), rel=1e-6)
+    assert len(set(told)) == 51
 
 
 # Long rollouts

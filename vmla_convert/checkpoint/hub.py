@@ -41,6 +41,9 @@ _NO_TRANSFORMER = re.compile(
 )
 _EXPERTS = ({"high_noise_model", "low_noise_model"}, {"transformer", "transformer_2"})
 
+# Of a LoRA by PEFT: without its alpha the scale would be another.
+_ADAPTER_SETTINGS = "adapter_config.json"
+
 _TIMEOUT = 10.0
 
 
@@ -135,7 +138,7 @@ def fetch_headers(
 def _fetch(listing: _Listing, chosen: str) -> Path:
     """A file with what belongs to it."""
     folder = PurePosixPath(chosen).parent
-    for beside in BESIDE:
+    for beside in (*BESIDE, _ADAPTER_SETTINGS):
         if (file_beside := str(folder / beside)) in listing.files:
             _download(listing, file_beside)
     path = _download(listing, chosen)

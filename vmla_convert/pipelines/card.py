@@ -128,8 +128,9 @@ def _licence(config: ModelConfig, origin: Mapping[str, Any]) -> str:
 def _usage(place: str, config: ModelConfig) -> str:
     prompt = "7" if config.codec == "demo" else "a red kite over the sea"
     frames = round(60 * latent_frames_per_second(config))
+    extras = "video" if config.codec == "demo" else "wan,video"
     return f"""```sh
-pip install vmla-convert
+pip install "vmla-convert[{extras}]"
 vmla generate "{place}" --prompt "{prompt}" -o clip.mp4
 ```
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vmla_convert.config import RuntimeConfig
+from vmla_convert.config import ModelConfig, RuntimeConfig
 from vmla_convert.errors import ConfigError, OutputError
 from vmla_convert.layers.dit import CausalWanModel, Prompt
 from vmla_convert.pipelines.codecs import Codec, TextEncoder, VideoCodec, open_codec
@@ -74,12 +74,14 @@ def generate(
             yielded too, and count among `frames`.
 
     Raises:
-        ConfigError: `frames` is not positive or all prefix, a switch has another number of prompts
-            or comes after the last chunk, or the model cannot be run so.
+        ConfigError: `frames` is not positive or all prefix, the prefix does not fit, a switch has
+            another number of prompts or comes after the last chunk, or the model cannot be run so.
         VmlaError: The model's text encoder cannot read a prompt.
     """
     prompts = [prompt] if isinstance(prompt, str) else prompt
     config, weight = model.config, model.patch_embedding.weight
+    if prefix is not None:
+        _check_prefix(prefix, config, len(prompts))
     given = 0 if prefix is None else prefix.shape[1]
     if frames <= given:
         raise ConfigError(
@@ -127,6 +129,16 @@ def opening_chunks(clean: Tensor, chunk_frames: int) -> list[Tensor]:
     whole, rest = divmod(clean.shape[1], chunk_frames)
     sizes = [rest] * (rest > 0) + [chunk_frames] * whole
     return list(clean.split(sizes, dim=1))
+
+
+def _check_prefix(prefix: Tensor, config: ModelConfig, clips: int) -> None:
+    wanted = [config.geometry.in_dim, *config.latent_size]
+    fits = prefix.ndim == 5 and prefix.shape[0] in (1, clips) and prefix.shape[1] > 0
+    if not fits or list(prefix.shape[2:]) != wanted:
+        raise ConfigError(
+            f"a prefix of shape {list(prefix.shape)} does not fit {clips} clips of frames {wanted}",
+            "encode it with this model's own codec, one for all clips or one for each",
+        )
 
 
 def _check_switches(switches: list[Switch], clips: int, starts: range) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +22,7 @@ from vmla_convert.pipelines.card import (
     model_card,
     without_folders,
 )
+from vmla_convert.pipelines.folders import PIPELINE_NAME
 from vmla_convert.pipelines.load import CONVERSION_NAME, empty_model, read_provenance
 
 _CONVERT = "make one first: vmla convert CKPT -o OUT"
@@ -71,11 +73,13 @@ def push(
 
     Raises:
         CheckpointError: The folder is no whole conversion.
-        ConfigError: `repo` is no name of a repository.
+        ConfigError: `repo` is no name of a repository, or `tag` none of a tag.
         OutputError: The Hub refuses, or cannot be reached.
     """
     if not is_repo(repo) or "@" in repo:
         raise ConfigError(f"'{repo}' is no name of a repository", "give it as owner/name")
+    if tag is not None and not re.fullmatch(r"\w[\w.-]*", tag):
+        raise ConfigError(f"'{tag}' is no name of a tag", "try --tag v1")
     config, record = _conversion(folder)
     with TemporaryDirectory() as made:
         files = _files(folder)
@@ -116,8 +120,27 @@ def _files(folder: Path) -> dict[str, Path]:
     main = located(folder)
     beside = [main.parent / name for name in BESIDE]
     pages = [folder / name for name in (CARD_NAME, *STRIPS)]
-    found = [*weight_files(folder), main, *beside, *pages]
+    found = [*weight_files(folder), main, *beside, *pages, *_pipeline_files(folder)]
     return {file.relative_to(folder).as_posix(): file for file in found if file.is_file()}
+
+
+def _pipeline_files(folder: Path) -> list[Path]:
+    """Of a folder in diffusers' layout the index and the components beside the transformer."""
+    index = folder / PIPELINE_NAME
+    if not index.is_file():
+        return []
+    named = json.loads(index.read_text("utf-8"))
+    parts = [folder / name for name, what in named.items() if isinstance(what, list)]
+    return [index, *(file for part in parts for file in sorted(part.rglob("*")))]
+
+
+def _read_page(page: Path) -> str:
+    try:
+        return page.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{page} is not in UTF-8", "save it so, or remove it to have a card made"
+        ) from error
 
 
 def _made_public(
@@ -126,7 +149,7 @@ def _made_public(
     """What goes up in place of a file of the folder, written to `place`: card and record."""
     made: dict[str, Path] = {}
     card = files.get(CARD_NAME)
-    if card is None or is_untouched(card.read_text("utf-8")):
+    if card is None or is_untouched(_read_page(card)):
         strip = next((name for name in STRIPS if name in files), None)
         made[CARD_NAME] = place / CARD_NAME
         made[CARD_NAME].write_text(model_card(config, record, repo, strip), "utf-8")

@@ -33,6 +33,9 @@ def sample_chunk(
 ) -> Tensor:
     """Denoise the cache's open chunk, then write it to the cache clean.
 
+    Timesteps and the chunk on its way are float32 at least, whatever the model's dtype: bfloat16
+    would round both, and fifty steps at a large shift would have steps of no length among them.
+
     Args:
         model: Dense or converted.
         noise: (B, F, C, height, width), standard normal.
@@ -47,23 +50,24 @@ def sample_chunk(
         The clean latents, shaped as `noise`.
     """
     sampler = model.config.sampler
-    sigmas = sampler_sigmas(sampler.denoising_step_list, sampler.shift).to(noise)
-    batch, frames = noise.shape[:2]
-    ones = noise.new_ones(batch, frames)
-    x = noise
+    x = noise.to(torch.promote_types(noise.dtype, torch.float32))
+    sigmas = sampler_sigmas(sampler.denoising_step_list, sampler.shift).to(x)
+    ones = x.new_ones(noise.shape[:2])
     for sigma, following in pairwise(sigmas):
         if visit is not None:
             visit(State(x, sigma))
-        velocity = model.stream(x, ones * sigma * TRAIN_TIMESTEPS, prompt, cache, keep=False)
+        times = ones * sigma * TRAIN_TIMESTEPS
+        velocity = model.stream(x.to(noise), times, prompt, cache, keep=False).to(x)
         clean = predict_clean(x, velocity, ones * sigma)
         if sampler.renoise:
-            x = interpolate(clean, draw().to(noise), ones * following)
+            x = interpolate(clean, draw().to(x), ones * following)
         else:
             x = x + (following - sigma) * velocity
         if stepped is not None:
-            x = stepped(State(x, following))
-    model.stream(x, torch.zeros_like(ones), prompt, cache)
-    return x
+            x = stepped(State(x, following)).to(x)
+    clean = x.to(noise)
+    model.stream(clean, torch.zeros_like(ones), prompt, cache)
+    return clean
 
 
 @torch.no_grad()
