@@ -620,3 +620,13 @@ def test_components_come_from_the_hub_part_by_part(
     assert taken[2:] == ["vae/"]
     assert torch.equal(remote.encode_prompts([PROMPT]), codec.encode_prompts([PROMPT]))
     assert sorted(taken[3:]) == ["text_encoder/", "tokenizer/"]
+
+
+def test_models_of_two_worlds_are_not_compared(
+    wan_folder: Path, teacher: Path, tmp_path: Path, vmla: Vmla
+) -> None:
+    common = ("--prompt", "7", "--frames", "4", "-o", tmp_path / "out.mp4")
+    ran = vmla("generate", teacher, *common, "--compare", wan_folder)
+    assert refused(ran)
+    assert "differ in codec" in ran.err
+    assert not list(tmp_path.iterdir())

@@ -122,6 +122,7 @@ def generate(
         open_codec,
     )
     from vmla_convert.pipelines.generate import (
+        check_comparable,
         check_video_path,
         clip_frames,
         parse_switch,
@@ -158,6 +159,7 @@ def generate(
     }
     for label, source in opened.items():
         check_runtime(source.config, ways[label])
+    check_comparable([source.config for source in opened.values()])
     first = next(iter(opened.values()))
     rate = latent_frames_per_second(first.config)
     length = clip_frames(seconds, frames, rate)

@@ -16,7 +16,13 @@ from torch import Tensor
 from vmla_convert.config import ModelConfig, RuntimeConfig
 from vmla_convert.errors import ConfigError, OutputError
 from vmla_convert.layers.dit import CausalWanModel, Prompt
-from vmla_convert.pipelines.codecs import Codec, TextEncoder, VideoCodec, open_codec
+from vmla_convert.pipelines.codecs import (
+    Codec,
+    TextEncoder,
+    VideoCodec,
+    latent_frames_per_second,
+    open_codec,
+)
 from vmla_convert.pipelines.data import seeded
 from vmla_convert.pipelines.sample import recache, sample_chunk, write_clean
 from vmla_convert.pipelines.video import (
@@ -129,6 +135,23 @@ def opening_chunks(clean: Tensor, chunk_frames: int) -> list[Tensor]:
     whole, rest = divmod(clean.shape[1], chunk_frames)
     sizes = [rest] * (rest > 0) + [chunk_frames] * whole
     return list(clean.split(sizes, dim=1))
+
+
+def check_comparable(models: Sequence[ModelConfig]) -> None:
+    """Models that are shown side by side read the same prompts and make the same latents.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    kinds = {
+        (m.codec, m.geometry.in_dim, m.geometry.text_dim, m.geometry.text_len, m.latent_size)
+        for m in models
+    }
+    if len(kinds) > 1 or len(set(map(latent_frames_per_second, models))) > 1:
+        raise ConfigError(
+            "the models to compare differ in codec, latent size or frame rate",
+            "compare a conversion with the dense checkpoint that it came from",
+        )
 
 
 def _check_prefix(prefix: Tensor, config: ModelConfig, clips: int) -> None:
