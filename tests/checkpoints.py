@@ -68,6 +68,7 @@ MODEL = ModelConfig(
     codec="demo",
     family="self_forcing",
     licence="apache-2.0",
+    frames_per_second=8,
 )
 CLIPS = DataConfig(frames=6)
 # The paper's layer at explicit sizes, which rows can name.

@@ -80,11 +80,11 @@ def test_prompts_are_checked_as_their_codec_reads_them() -> None:
 
 def test_time_is_counted_in_latent_frames() -> None:
     config = tiny_config()
-    wide = dataclasses.replace(config, geometry=dataclasses.replace(config.geometry, in_dim=48))
-    skyreels = dataclasses.replace(config, family="skyreels_diffusers")
-    demo = dataclasses.replace(config, codec="demo")
-    rates = [latent_frames_per_second(c) for c in (config, wide, skyreels, demo)]
-    assert rates == [4, 6, 6, 8]
+    fast = dataclasses.replace(config, frames_per_second=24)
+    demo = dataclasses.replace(config, codec="demo", frames_per_second=8)
+    rates = [latent_frames_per_second(c) for c in (config, fast, demo)]
+    assert rates == [4, 6, 8]
+    assert open_codec(demo).frames_per_second == 8
 
 
 def test_the_demo_decodes_chunk_by_chunk_as_whole() -> None:

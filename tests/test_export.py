@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoints import BUDGETED, MODEL, Vmla, refused
 from conftest import EVERY_LAYER, layer_id, tiny_config, tiny_mla, tiny_model
+from family_files import GEOMETRY, write_skyreels
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -112,6 +113,15 @@ def test_settings_travel_with_a_dense_export(wan_folder: Path, tmp_path: Path) -
     export(source, tmp_path / "out")
     config = load(tmp_path / "out").config
     assert (config.chunk_frames, config.licence) == (1, "apache-2.0")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_frame_rate_outlives_its_family(layout: str, tmp_path: Path) -> None:
+    """Its embedding went into a bias, so by its names it is one of Wan's."""
+    tensors = dict(tiny_model(tiny_config(GEOMETRY)).state_dict())
+    export(write_skyreels(tmp_path / "source", tensors), tmp_path / "out", layout)
+    config = open_checkpoint(tmp_path / "out").config
+    assert (config.family == "skyreels", config.frames_per_second) == (False, 24)
 
 
 @pytest.mark.parametrize("layer", EVERY_LAYER, ids=layer_id)

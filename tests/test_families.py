@@ -30,6 +30,7 @@ from family_files import (
     write_pickle,
     write_rolling_forcing,
     write_skyreels,
+    write_skyreels_diffusers,
     write_wan,
     write_weights,
 )
@@ -275,6 +276,21 @@ def test_a_frame_rate_is_in_a_bias_and_nowhere_else(tmp_path: Path) -> None:
     assert differ == {"time_projection.1.bias"}
 
 
+def test_a_model_knows_its_frames_per_second(tmp_path: Path) -> None:
+    """Wan 2.1 makes 16; SkyReels-V2, and what reads Wan 2.2's other VAE, make 24."""
+    wide = dataclasses.replace(SMALL, in_dim=48, out_dim=48)
+    rates = [
+        open_checkpoint(path).config.frames_per_second
+        for path in (
+            small_wan(tmp_path / "wan", native()),
+            small_wan(tmp_path / "wide", native(wide), native_config(wide)),
+            write_skyreels(tmp_path / "skyreels", sane()),
+            write_skyreels_diffusers(tmp_path / "other", sane()),
+        )
+    ]
+    assert rates == [16, 24, 24, 24]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_frame_rate_is_added_in_float32_and_rounded_once(
     dtype: torch.dtype, tmp_path: Path
@@ -425,6 +441,7 @@ TABLE = {
     "codec": "demo",
     "licence": "apache-2.0",
     "base_model": "Wan-AI/Wan2.1-T2V-1.3B",
+    "frames_per_second": 12,
 }
 
 
@@ -440,6 +457,7 @@ def test_a_table_in_config_json_gives_the_rest(tmp_path: Path) -> None:
         "wan",
         "apache-2.0",
         "Wan-AI/Wan2.1-T2V-1.3B",
+        12,
     )
     assert TABLE.keys() == DEFAULTS.keys()
 

@@ -102,7 +102,8 @@ def wide_codec(wan_folder: Path, config: ModelConfig, folder: Path) -> WanCodec:
         shutil.copytree(wan_folder / part, folder / part)
     tiny_wide_vae().save_pretrained(folder / "vae")
     geometry = replace(config.geometry, in_dim=48, out_dim=48)
-    opened = open_codec(replace(config, geometry=geometry), CodecConfig(str(folder)))
+    wide = replace(config, geometry=geometry, frames_per_second=24)
+    opened = open_codec(wide, CodecConfig(str(folder)))
     assert isinstance(opened, WanCodec)
     return opened
 

@@ -283,7 +283,21 @@ class MLAConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that `vmla_convert.load` needs to rebuild a model, dense or converted."""
+    """Everything that `vmla_convert.load` needs to rebuild a model, dense or converted.
+
+    Attributes:
+        geometry: Sizes of its layers.
+        latent_size: Height and width of a latent frame.
+        chunk_frames: Latent frames that are generated together.
+        cache: What of the past is kept.
+        sampler: How a chunk is drawn from noise.
+        codec: Whose text encoder and VAE it goes with.
+        family: The layout that its checkpoint was read from.
+        licence: Of the weights, by its Hub identifier.
+        base_model: Hub id of what it was trained from.
+        frames_per_second: Of the pixels that its latents stand for.
+        mla: What became of its self-attention; None for a dense model.
+    """
 
     geometry: Geometry
     latent_size: tuple[int, int]
@@ -294,10 +308,11 @@ class ModelConfig:
     family: str = "wan"
     licence: str = "unknown"
     base_model: str = "unknown"
+    frames_per_second: int = 16
     mla: MLAConfig | None = None
 
     def __post_init__(self) -> None:
-        _require(self, 1, "chunk_frames")
+        _require(self, 1, "chunk_frames", "frames_per_second")
         _, rows, columns = self.geometry.patch_size
         height, width = self.latent_size
         if min(height, width) < 1 or height % rows or width % columns:

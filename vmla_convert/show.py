@@ -100,6 +100,7 @@ def show_inspection(inspection: Inspection) -> None:
             "chunk, window, sink (frames)": (
                 f"{model.chunk_frames}, {model.cache.window_frames}, {model.cache.sink_frames}"
             ),
+            "frames of pixels a second": model.frames_per_second,
             "sampler steps, shift": (
                 f"{', '.join(map(str, model.sampler.denoising_step_list))}; {model.sampler.shift:g}"
             ),

@@ -55,9 +55,11 @@ DEFAULTS: dict[str, Any] = {
     "codec": "wan",
     "licence": "unknown",
     "base_model": "unknown",
+    "frames_per_second": ModelConfig.frames_per_second,
 }
-# Wan 2.2's other VAE has 48 channels, and 16 pixels to a latent.
-_WIDE_VAE = {48: {"latent_size": (44, 80)}}
+# Wan 2.2's other VAE has 48 channels, and 16 pixels to a latent; its model makes 24 frames a
+# second.
+_WIDE_VAE = {48: {"latent_size": (44, 80), "frames_per_second": 24}}
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _QUANTISED = re.compile(
@@ -77,12 +79,14 @@ class Family:
         marks: Tensors, without wrappers, that it has.
         rules: Its names to native ones.
         wrapped: Whether a trainer's wrappers are around its names; None for either.
+        frames_per_second: Of pixels, unless more is known of the model.
     """
 
     name: str
     marks: tuple[str, ...]
     rules: tuple[Rule, ...]
     wrapped: bool | None = None
+    frames_per_second: int = ModelConfig.frames_per_second
 
     def detect(self, names: Mapping[str, str], wrapped: bool) -> bool:
         """Whether a checkpoint with these names is of this family."""
@@ -95,8 +99,18 @@ _NATIVE, _DIFFUSERS = "blocks.0.self_attn.k.weight", "blocks.0.attn1.to_k.weight
 # The first that detects wins. Self-Forcing, Causal-Forcing, Rolling-Forcing, CausVid, LongLive,
 # Reward-Forcing, Krea and others write one layout; `known.py` tells them apart.
 FAMILIES = (
-    Family("skyreels", (_NATIVE, "fps_embedding.weight"), NATIVE_RULES + NATIVE_FPS),
-    Family("skyreels_diffusers", (_DIFFUSERS, "fps_embedding.weight"), DIFFUSERS_RULES + FPS),
+    Family(
+        "skyreels",
+        (_NATIVE, "fps_embedding.weight"),
+        NATIVE_RULES + NATIVE_FPS,
+        frames_per_second=24,
+    ),
+    Family(
+        "skyreels_diffusers",
+        (_DIFFUSERS, "fps_embedding.weight"),
+        DIFFUSERS_RULES + FPS,
+        frames_per_second=24,
+    ),
     Family("diffusers", (_DIFFUSERS,), DIFFUSERS_RULES),
     Family("self_forcing", (_NATIVE,), NATIVE_RULES, wrapped=True),
     Family("wan", (_NATIVE,), NATIVE_RULES, wrapped=False),
@@ -232,7 +246,7 @@ def recognise_source(
     names = {native: clean[name] for native, name in found.items()}
     _refuse_image_to_video(names, path)
     geometry = read_geometry({n: specs[name] for n, name in found.items()}, file_config, path)
-    settings = _settings(geometry, how, file_config, path)
+    settings = _settings(geometry, family, how, file_config, path)
     config = _dense_model({**settings, **_own(geometry, family)}, path)
     conditioning = {rule.native: names.pop(rule.native) for rule in FPS if rule.native in names}
     opened = OpenCheckpoint(
@@ -338,10 +352,15 @@ def _deployment(how: SourceConfig, path: Path) -> dict[str, Any]:
 
 
 def _settings(
-    geometry: Geometry, how: SourceConfig, file_config: Mapping[str, Any], path: Path
+    geometry: Geometry,
+    family: Family,
+    how: SourceConfig,
+    file_config: Mapping[str, Any],
+    path: Path,
 ) -> dict[str, Any]:
     """`DEFAULTS`, and over them what is known of the model, what its folder says, what was set."""
-    settings = _merged(DEFAULTS, _WIDE_VAE.get(geometry.in_dim, {}))
+    settings = {**DEFAULTS, "frames_per_second": family.frames_per_second}
+    settings = _merged(settings, _WIDE_VAE.get(geometry.in_dim, {}))
     if how.model:
         known = known_model(how.model)
         if geometry.dim not in known.widths:

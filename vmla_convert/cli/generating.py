@@ -30,7 +30,9 @@ def generate(
     video: Annotated[Path, typer.Option("--out", "-o", help="An .mp4 to write.")],
     seconds: Annotated[
         float | None,
-        typer.Option(help="How long; a Wan model makes 4 latent frames a second, the demo 8."),
+        typer.Option(
+            help="How long; Wan makes 4 latent frames a second, at 24 fps 6, and the demo 8."
+        ),
     ] = None,
     frames: Annotated[
         int | None,

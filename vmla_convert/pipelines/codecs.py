@@ -99,8 +99,11 @@ class DemoCodec:
 
     name = "demo"
     default_prompts = tuple("0123456789")
-    frames_per_second = 8
     enlarged = 8
+
+    def __init__(self, frames_per_second: int = 8) -> None:
+        """Of the world itself there is only one; how fast it is shown may differ."""
+        self.frames_per_second = frames_per_second
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """Contexts (B, 1, 10) of the digits that the prompts name, as of `encode_labels`.
@@ -158,7 +161,7 @@ def open_codec(
         MissingExtraError: diffusers or transformers are not installed.
     """
     if config.codec == "demo":
-        return DemoCodec()
+        return DemoCodec(config.frames_per_second)
     from vmla_convert.pipelines.wan import open_wan_codec
 
     device = torch.device(device)
@@ -166,19 +169,10 @@ def open_codec(
     return open_wan_codec(config, how or CodecConfig(), checkpoint, device, dtype)
 
 
-def frames_per_second(config: ModelConfig) -> int:
-    """Frames of pixels a second that a model was trained on."""
-    if config.codec == "demo":
-        return DemoCodec.frames_per_second
-    # Wan 2.1 and 2.2 A14B make 16, Wan 2.2 5B and SkyReels-V2 make 24 (their configs).
-    fast = config.family.startswith("skyreels") or config.geometry.in_dim == 48
-    return 24 if fast else 16
-
-
 def latent_frames_per_second(config: ModelConfig) -> float:
     """Latent frames a second of a model's video, but for the first, which is one of pixels."""
     stride = 1 if config.codec == "demo" else WAN_TEMPORAL_STRIDE
-    return frames_per_second(config) / stride
+    return config.frames_per_second / stride
 
 
 WAN_TEMPORAL_STRIDE = 4

@@ -20,7 +20,7 @@ from vmla_convert.checkpoint.components import Components, Part, find_components
 from vmla_convert.config import CodecConfig, ModelConfig
 from vmla_convert.errors import CheckpointError, ConfigError, MissingExtraError
 from vmla_convert.maths.tiles import Tile, blend, cover
-from vmla_convert.pipelines.codecs import WAN_TEMPORAL_STRIDE, VideoDecoder, frames_per_second
+from vmla_convert.pipelines.codecs import WAN_TEMPORAL_STRIDE, VideoDecoder
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ class WanCodec:
         self.config, self.components, self.how = config, components, how
         self.device, self.dtype = device, dtype
         self.name = f"wan, from {components.base}"
-        self.frames_per_second = frames_per_second(config)
+        self.frames_per_second = config.frames_per_second
         settings = components.settings("vae")
         # diffusers' defaults, which the config.json of Wan 2.1's VAE leaves out.
         self.stride = int(settings.get("scale_factor_spatial") or 8)
