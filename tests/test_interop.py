@@ -240,6 +240,21 @@ def test_a_seed_and_a_prompt_give_what_generate_gives(wan_converted: Path, wan_p
     assert torch.allclose(2 * pixels - 1, codec.decode(latents), atol=1e-5)
 
 
+def test_in_bfloat16_too(wan_converted: Path) -> None:
+    """Rounded at the same places: prompts are read and latents scaled by the same functions."""
+    half = torch.bfloat16
+    pipe = quiet(VMLAPipeline.from_pretrained(wan_converted, torch_dtype=half))
+    codec = open_codec(pipe.transformer.wan.config, checkpoint=wan_converted, dtype=half)
+    model = load(wan_converted, dtype=half)
+    latents = torch.cat(list(vmla.generate(model, PROMPT, frames=4, seed=2, text=codec)), dim=1)
+    shared: dict[str, Any] = {"num_frames": 13}
+    found = pipe(PROMPT, generator=seeded_with(2), output_type="latent", **shared).frames
+    assert found.dtype == half
+    assert torch.equal(found, latents.transpose(1, 2))
+    pixels = pipe(PROMPT, generator=seeded_with(2), output_type="pt", **shared).frames
+    assert torch.equal(pixels, (codec.decode(latents) / 2 + 0.5).clamp(0, 1))
+
+
 def test_runtime_reaches_the_cache(demo_pipe: Any) -> None:
     how = RuntimeConfig(cache_dtype="int4")
     model = demo_pipe.transformer.wan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import sys
@@ -20,7 +21,7 @@ from conftest import noise
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_wan import LATENT_SIZE, SETTINGS, TEXT_DIM, tiny_wide_vae
-from torch import Tensor
+from torch import Tensor, nn
 
 from vmla_convert.checkpoint.components import Components, find_components
 from vmla_convert.config import (
@@ -34,9 +35,11 @@ from vmla_convert.config import (
 )
 from vmla_convert.errors import CheckpointError, ConfigError, MissingExtraError
 from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.pipelines import load as loading
 from vmla_convert.pipelines import wan as pipeline
-from vmla_convert.pipelines.codecs import Codec, open_codec
+from vmla_convert.pipelines.codecs import Codec, KnownPrompts, open_codec
 from vmla_convert.pipelines.compare import compare
+from vmla_convert.pipelines.components import clean_prompt
 from vmla_convert.pipelines.convert import convert
 from vmla_convert.pipelines.data import open_clips
 from vmla_convert.pipelines.generate import (
@@ -49,7 +52,7 @@ from vmla_convert.pipelines.generate import (
 from vmla_convert.pipelines.load import load, open_named
 from vmla_convert.pipelines.prepare import prepare_clips
 from vmla_convert.pipelines.video import read_frames, write_mp4, write_png
-from vmla_convert.pipelines.wan import WanCodec, clean_prompt
+from vmla_convert.pipelines.wan import WanCodec
 
 pytest_plugins = ["checkpoints", "tiny_wan"]
 
@@ -230,14 +233,102 @@ class TestEncoding:
             assert (pixels, height, width) == (4 * frames - 3, 32, 48)
             assert codec.encode(torch.zeros(1, pixels, 3, height, width)).shape[1] == frames
 
+    def test_in_tiles_is_near(
+        self, config: ModelConfig, wan_folder: Path, codec: Codec, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(pipeline, "TILE_PIXELS", 32)
+        monkeypatch.setattr(pipeline, "TILE_OVERLAP", 16)
+        tiled = open_codec(config, CodecConfig(str(wan_folder), vae_tiling=True))
+        video = noise(1, 5, 3, 32, 48).clamp(-1, 1)
+        whole = codec.encode(video)
+        error = (tiled.encode(video) - whole).square().mean() / whole.square().mean()
+        assert 0 < error < 0.2
 
+
+# The same memory by another name, so that moves between the two can be told apart.
+DEVICE, HOST = torch.device("cpu", 0), torch.device("cpu")
+
+
+@pytest.mark.parametrize("offload", [False, True])
 def test_components_may_stay_in_host_memory(
-    config: ModelConfig, wan_folder: Path, codec: Codec
+    offload: bool, config: ModelConfig, wan_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Here there is only one memory; what counts is that nothing else changes."""
-    offloaded = open_codec(config, CodecConfig(str(wan_folder), cpu_offload=True))
-    assert torch.equal(offloaded.encode_prompts([PROMPT]), codec.encode_prompts([PROMPT]))
-    assert torch.equal(offloaded.decode(latents(2)), codec.decode(latents(2)))
+    """Brought to the device for as long as they work, or once for all."""
+    how = CodecConfig(str(wan_folder), cpu_offload=offload)
+    codec = open_codec(config, how, device=DEVICE)
+    places: dict[str, list[torch.device]] = {}
+    move = nn.Module.to
+
+    def to(self: nn.Module, place: Any) -> nn.Module:
+        places.setdefault(type(self).__name__, []).append(torch.device(place))
+        return move(self, place)
+
+    monkeypatch.setattr(nn.Module, "to", to)
+    codec.encode_prompts([PROMPT])
+    codec.decode(latents(1))
+    codec.encode(torch.zeros(1, 1, 3, 32, 48))
+    once = [DEVICE, HOST] if offload else [DEVICE]
+    loaded = HOST if offload else DEVICE
+    assert places == {
+        "UMT5EncoderModel": [loaded, *once],
+        "AutoencoderKLWan": [loaded, *once, *once],
+    }
+
+
+class TestTextEncoder:
+    """It is several times as large as the video model, and done once all prompts are read."""
+
+    def weights(self, codec: Codec) -> weakref.ref[nn.Module]:
+        assert isinstance(codec, WanCodec)
+        return weakref.ref(codec.component("text_encoder"))
+
+    def test_is_let_go_when_all_prompts_are_read(
+        self, config: ModelConfig, wan_folder: Path, codec: Codec
+    ) -> None:
+        own = open_codec(config, CodecConfig(str(wan_folder)))
+        held = self.weights(own)
+        read = KnownPrompts(own, [PROMPT, "two dogs", PROMPT])
+        gc.collect()
+        assert held() is None
+        again = ["two dogs", PROMPT]
+        expected = codec.encode_prompts(again)
+        assert torch.equal(read.encode_prompts(again), expected)
+        assert torch.equal(own.encode_prompts(again), expected)
+
+    def test_that_generate_opened_is_gone_before_the_first_chunk(
+        self, wan_folder: Path, model: CausalWanModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        held: list[weakref.ref[nn.Module]] = []
+
+        def opened(config: ModelConfig, **how: Any) -> Codec:
+            own = open_codec(config, CodecConfig(str(wan_folder)), **how)
+            held.append(self.weights(own))
+            return own
+
+        monkeypatch.setattr("vmla_convert.pipelines.generate.open_codec", opened)
+        chunks = generate(model, PROMPT, frames=4)
+        next(chunks)
+        gc.collect()
+        assert [weights() for weights in held] == [None]
+        assert len(list(chunks)) == 1
+
+
+def test_code_and_pickles_of_a_base_are_not_run(
+    config: ModelConfig, wan_folder: Path, tmp_path: Path
+) -> None:
+    """Anyone can name anything a base."""
+    base = tmp_path / "base"
+    shutil.copytree(wan_folder, base)
+    for part, name in (("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        file = base / part / f"{name}.safetensors"
+        stem = "pytorch_model" if part == "text_encoder" else name
+        torch.save(load_file(file), file.with_name(f"{stem}.bin"))
+        file.unlink()
+    codec = open_codec(config, CodecConfig(str(base)))
+    with pytest.raises(CheckpointError, match=r"vae/ of .* cannot be loaded"):
+        codec.decode(latents(1))
+    with pytest.raises(CheckpointError, match=r"text_encoder/ of .* cannot be loaded"):
+        codec.encode_prompts([PROMPT])
 
 
 def test_components_may_be_bfloat16(config: ModelConfig, wan_folder: Path, codec: Codec) -> None:
@@ -492,13 +583,19 @@ class TestFilm:
         write_film(tmp_path / "a.mp4", chunks(), codec)
         assert len(made) == 4
 
-    def test_leaves_nothing_when_it_fails(self, codec: Codec, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "weights cannot be read")])
+    def test_leaves_nothing_when_it_fails(
+        self, error: BaseException, codec: Codec, tmp_path: Path
+    ) -> None:
+        """What made the frames fail is told, and not taken for a fault of the film's."""
+
         def chunks() -> Iterator[Tensor]:
             yield latents(1)
-            raise KeyboardInterrupt
+            raise error
 
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(type(error)) as caught:
             write_film(tmp_path / "a.mp4", chunks(), codec)
+        assert caught.value is error
         assert not list(tmp_path.iterdir())
 
 
@@ -581,9 +678,25 @@ class TestCommand:
             assert ran.code == 0, ran.err
             assert len(list(read_frames(film))) == 13
 
-    def test_compares_side_by_side(
-        self, converted: Path, wan_folder: Path, tmp_path: Path, vmla: Vmla
+    def test_compares_side_by_side_and_holds_one_model_at_a_time(
+        self,
+        converted: Path,
+        wan_folder: Path,
+        tmp_path: Path,
+        vmla: Vmla,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        held: list[weakref.ref[CausalWanModel]] = []
+        real = loading.build
+
+        def build(*args: Any) -> CausalWanModel:
+            gc.collect()
+            assert [model() for model in held] == [None] * len(held)
+            model = real(*args)
+            held.append(weakref.ref(model))
+            return model
+
+        monkeypatch.setattr(loading, "build", build)
         ran = vmla("generate", converted, "--prompt", PROMPT, "--frames", "3", "--compare",
                    converted.parent / "again", "-o", tmp_path / "a.mp4")  # fmt: skip
         assert refused(ran)
@@ -593,6 +706,7 @@ class TestCommand:
         assert ran.code == 0, ran.err
         frames = list(read_frames(tmp_path / "a.mp4"))
         assert (len(frames), frames[0].shape[-1]) == (9, 98)
+        assert len(held) == 2
 
     def test_says_what_to_name_where_nothing_is_known(
         self, converted: Path, tmp_path: Path, vmla: Vmla

@@ -21,6 +21,8 @@ from vmla_convert.errors import ConfigError
 from vmla_convert.tables import from_dict
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
 
@@ -70,7 +72,7 @@ def generate(
         bool,
         typer.Option(
             "--vae-tiling",
-            help="Decode frames in overlapping tiles: less memory.",
+            help="Decode frames, and encode those of --prefix, in overlapping tiles: less memory.",
             rich_help_panel="Wan's text encoder and VAE",
         ),
     ] = CodecConfig.vae_tiling,
@@ -119,6 +121,7 @@ def generate(
 
     from vmla_convert.layers.dit import check_runtime
     from vmla_convert.pipelines.codecs import (
+        KnownPrompts,
         check_prompts,
         latent_frames_per_second,
         open_codec,
@@ -127,9 +130,9 @@ def generate(
         check_comparable,
         check_video_path,
         clip_frames,
+        decoded,
         parse_switch,
         read_prefix,
-        rollout,
         track_chunks,
         write_clips,
         write_film,
@@ -166,7 +169,8 @@ def generate(
     rate = latent_frames_per_second(first.config)
     length = clip_frames(seconds, frames, rate)
     switches = [parse_switch(text, len(prompt), keep_sink, rate) for text in switch or ()]
-    check_prompts(first.config, (*prompt, *(p for s in switches for p in s.prompts)))
+    named = [*prompt, *(told for one in switches for told in one.prompts)]
+    check_prompts(first.config, named)
     device = compute_device()
     precision = getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     how = CodecConfig(base, vae_tiling, cpu_offload)
@@ -176,20 +180,23 @@ def generate(
     sizes: dict[str, int] = {}
     written: list[Path] = []
     with out.progress() as progress:
-        for label, source in opened.items():
-            model, way = build(source, device, precision), ways[label]
+        # The demo's are read at once.
+        text = KnownPrompts(codec, named, progress if first.config.codec == "wan" else None)
+
+        def chunks_of(label: str) -> Iterator[Tensor]:
+            """What a model makes; only while it makes it does it take memory."""
+            model, way = build(opened[label], device, precision), ways[label]
             if compiled:
                 model.compile_blocks()
             sizes[f"cache of {label} (bytes)"] = model.cache_bytes(len(prompt), way)
+            made = run(model, prompt, length, seed, way, switches, text, given)
             task = f"generating ({label})"
-            if compare:
-                clips[label] = rollout(
-                    model, prompt, length, seed, progress, task, way, switches, codec, given
-                )
-            else:
-                chunks = run(model, prompt, length, seed, way, switches, codec, given)
-                chunks = track_chunks(progress, chunks, task, model, length, given)
-                written = write_film(video, chunks, codec, progress)
+            yield from track_chunks(progress, made, task, model.config, length, given)
+
+        if compare:
+            clips = {label: decoded(chunks_of(label), codec) for label in opened}
+        else:
+            written = write_film(video, chunks_of(*opened), codec, progress)
     out.data(sizes)
     for path in written or write_clips(video, clips, prompt, codec):
         out.path("wrote", path)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vmla_convert.config import CodecConfig, ModelConfig
 from vmla_convert.errors import ConfigError, VmlaError
+from vmla_convert.progress import Progress, Silent
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -88,6 +89,31 @@ class Codec(TextEncoder, VideoCodec, Protocol):
     name: str
     default_prompts: tuple[str, ...]
 
+    def free_text_encoder(self) -> None:
+        """Forget the text encoder's weights until prompts come again."""
+        ...
+
+
+class KnownPrompts:
+    """Contexts of prompts that were read in one go, after which their encoder was let go."""
+
+    def __init__(
+        self, codec: Codec, prompts: Iterable[str], progress: Progress | None = None
+    ) -> None:
+        """Read them all; that takes as long as loading the encoder does.
+
+        Raises:
+            VmlaError: A prompt cannot be read.
+        """
+        unique = list(dict.fromkeys(prompts))
+        for named in (progress or Silent()).track([unique], "reading prompts"):
+            self._contexts = dict(zip(named, codec.encode_prompts(named), strict=True))
+        codec.free_text_encoder()
+
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
+        """Contexts (B, text_len, text_dim) of prompts that were read."""
+        return torch.stack([self._contexts[prompt] for prompt in prompts])
+
 
 class DemoCodec:
     """Text and video of the moving-digits world; nothing is learned.
@@ -137,6 +163,9 @@ class DemoCodec:
     def decoder(self) -> VideoDecoder:
         """Itself: frames know nothing of each other."""
         return self
+
+    def free_text_encoder(self) -> None:
+        """There are no weights to forget."""
 
 
 def open_codec(

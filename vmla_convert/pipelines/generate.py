@@ -96,10 +96,11 @@ def generate(
         )
     waiting = sorted(switches, key=lambda switch: switch.frame)
     _check_switches(waiting, len(prompts), range(given, frames, config.chunk_frames))
-    text = text or open_codec(config, device=weight.device)
-    # All in one go: an encoder that waits in host memory then comes to the device once.
+    # All in one go: an encoder that waits in host memory then comes to the device once, and one
+    # that was opened here is let go before the first chunk.
     named = [name for names in (prompts, *(s.prompts for s in waiting)) for name in names]
-    contexts = list(text.encode_prompts(named).to(weight).split(len(prompts)))
+    read = (text or open_codec(config, device=weight.device)).encode_prompts(named)
+    contexts = list(read.to(weight).split(len(prompts)))
     cache, current = model.new_cache(len(prompts), runtime), _read(model, contexts.pop(0))
     # Only a switch looks back at latents.
     held = -(-config.cache.window_frames // config.chunk_frames)
@@ -197,22 +198,27 @@ def rollout(
     prefix: Tensor | None = None,
 ) -> Tensor:
     """A whole rollout as pixels (B, F', 3, H, W) in −1 … 1; arguments as `generate`."""
-    codec = codec or open_codec(model.config, device=model.patch_embedding.weight.device)
+    config = model.config
+    codec = codec or open_codec(config, device=model.patch_embedding.weight.device)
     made = generate(model, prompts, frames, seed, runtime, switches, codec, prefix)
-    latents = list(track_chunks(progress or Silent(), made, label, model, frames, prefix))
-    return codec.decode(torch.cat(latents, dim=1)).float().cpu().clamp(-1, 1)
+    return decoded(track_chunks(progress or Silent(), made, label, config, frames, prefix), codec)
+
+
+def decoded(chunks: Iterable[Tensor], codec: VideoCodec) -> Tensor:
+    """All chunks (B, F, C, h, w) of a rollout as pixels (B, F', 3, H, W) in −1 … 1, on the CPU."""
+    return codec.decode(torch.cat(list(chunks), dim=1)).float().cpu().clamp(-1, 1)
 
 
 def track_chunks(
     progress: Progress,
     chunks: Iterable[Tensor],
     label: str,
-    model: CausalWanModel,
+    config: ModelConfig,
     frames: int,
     prefix: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """Yield what `generate` yields for this model, frames and prefix, and draw how far it is."""
-    size = model.config.chunk_frames
+    """Yield what `generate` yields for such a model, frames and prefix, and draw how far it is."""
+    size = config.chunk_frames
     given = 0 if prefix is None else prefix.shape[1]
     total = -(-given // size) + -((given - frames) // size)
     return progress.track(chunks, label, total)

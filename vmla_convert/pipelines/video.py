@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -53,7 +53,9 @@ def open_mp4(path: Path, fps: int = 8, scale: int = 8) -> Iterator[Callable[[Ten
         import av
     except ImportError as error:
         raise MissingExtraError("video files", "video") from error
-    with _complete_or_absent(path) as partial, av.open(str(partial), "w", format="mp4") as file:
+    with _complete_or_absent(path) as partial, ExitStack() as opened:
+        with _writing(path):
+            file = opened.enter_context(av.open(str(partial), "w", format="mp4"))
         stream = file.add_stream("libx264", rate=fps, options={"crf": "16"})
         stream.pix_fmt = "yuv420p"
 
@@ -61,11 +63,14 @@ def open_mp4(path: Path, fps: int = 8, scale: int = 8) -> Iterator[Callable[[Ten
             pixels = _pad_to_even(_to_bytes(frames, scale))
             if not stream.codec_context.is_open:
                 stream.height, stream.width = pixels.shape[1:3]
-            for frame in pixels.numpy():
-                file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            with _writing(path):
+                for frame in pixels.numpy():
+                    file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
 
         yield write
-        file.mux(stream.encode())
+        with _writing(path):
+            file.mux(stream.encode())
+            file.close()
 
 
 def write_png(path: Path, frame: Tensor, scale: int = 1) -> None:
@@ -74,8 +79,9 @@ def write_png(path: Path, frame: Tensor, scale: int = 1) -> None:
         from PIL import Image
     except ImportError as error:
         raise MissingExtraError("pictures", "video") from error
-    with _complete_or_absent(path) as partial:
-        Image.fromarray(_to_bytes(frame[None], scale)[0].numpy()).save(partial, format="PNG")
+    pixels = _to_bytes(frame[None], scale)[0].numpy()
+    with _complete_or_absent(path) as partial, _writing(path):
+        Image.fromarray(pixels).save(partial, format="PNG")
 
 
 def read_frames(path: Path) -> Iterator[Tensor]:
@@ -153,7 +159,7 @@ def contact_sheet(
             _write_numbers(draw, strip, (left, top), small)
         for k, cell in enumerate(strip.pixels.numpy()):
             sheet.paste(Image.fromarray(cell), (left + strip.right(k), top))
-    with _complete_or_absent(path) as partial:
+    with _complete_or_absent(path) as partial, _writing(path):
         sheet.save(partial, format="PNG", optimize=True)
 
 
@@ -254,13 +260,26 @@ def _complete_or_absent(path: Path) -> Iterator[Path]:
         OutputError: The file cannot be written.
     """
     partial = path.with_name(f"{path.name}.partial")
-    try:
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+    try:
         yield partial
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+        with _writing(path):
+            partial.replace(path)
     finally:
-        # An unwritable parent is already an error of its own.
+        # An unwritable folder is already an error of its own.
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What fails here is a file that cannot be written, and not what it was to hold.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error

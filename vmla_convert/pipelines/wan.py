@@ -5,7 +5,6 @@ Both are read when they are first needed, so that opening a codec costs two smal
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -21,6 +20,7 @@ from vmla_convert.config import CodecConfig, ModelConfig
 from vmla_convert.errors import CheckpointError, ConfigError, MissingExtraError
 from vmla_convert.maths.tiles import Tile, blend, cover
 from vmla_convert.pipelines.codecs import WAN_TEMPORAL_STRIDE, VideoDecoder
+from vmla_convert.pipelines.components import denormalise, normalise, read_contexts
 
 T = TypeVar("T")
 
@@ -86,19 +86,12 @@ class WanCodec:
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """Contexts (B, text_len, text_dim) of what the prompts say, 0 after their ends."""
         geometry = self.config.geometry
-        contexts = torch.zeros(len(prompts), geometry.text_len, geometry.text_dim, dtype=self.dtype)
         with self._working(self._text_encoder) as encoder:
-            for context, prompt in zip(contexts, prompts, strict=True):
-                read = self._tokenizer(
-                    clean_prompt(prompt),
-                    truncation=True,
-                    max_length=geometry.text_len,
-                    return_tensors="pt",
-                )
-                # Alone, a prompt needs no padding, which the encoder would not see anyway.
-                hidden = encoder(read.input_ids.to(self.device)).last_hidden_state[0]
-                context[: len(hidden)] = hidden.to(context)
-        return contexts
+            return read_contexts(encoder, self._tokenizer, prompts, geometry, self.device)
+
+    def free_text_encoder(self) -> None:
+        """Forget the text encoder's weights until prompts come again."""
+        vars(self).pop("_text_encoder", None)
 
     def pixel_shape(self, frames: int, latent_size: tuple[int, int]) -> tuple[int, int, int]:
         """Frames, height and width of the pixels that become latents of this many and this size."""
@@ -113,12 +106,10 @@ class WanCodec:
             modes = [
                 vae.encode(clip[None].transpose(1, 2).to(self.device, self.dtype))
                 .latent_dist.mode()
-                .float()
                 .cpu()
                 for clip in video
             ]
-        mean, deviation = self._scale()
-        return ((torch.cat(modes) - mean) / deviation).transpose(1, 2)
+        return normalise(torch.cat(modes), self._vae.config).transpose(1, 2)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, F, C, h, w) of a whole video to pixels (B, 1 + 4·(F − 1), 3, H, W)."""
@@ -148,9 +139,8 @@ class WanCodec:
 
     def denormalised(self, latents: Tensor) -> Tensor:
         """Latents (B, F, C, h, w) as the VAE sees them, (B, C, F, h, w), where it works."""
-        mean, deviation = self._scale()
-        latents = latents.float().cpu().transpose(1, 2)
-        return (latents * deviation + mean).to(self.device, self.dtype)
+        latents = latents.transpose(1, 2).to(self.device)
+        return denormalise(latents, self._vae.config).to(self.dtype)
 
     @contextmanager
     def vae_working(self) -> Iterator[None]:
@@ -172,7 +162,8 @@ class WanCodec:
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return self._read("tokenizer", AutoTokenizer.from_pretrained)
+        # Unless told not to, transformers asks on the terminal whether to run a folder's own code.
+        return self._read("tokenizer", AutoTokenizer.from_pretrained, trust_remote_code=False)
 
     @cached_property
     def _text_encoder(self) -> Any:
@@ -186,17 +177,10 @@ class WanCodec:
 
         vae = self._load("vae", AutoencoderKLWan.from_pretrained, torch_dtype=self.dtype)
         if self.how.vae_tiling:
-            vae.enable_tiling()
+            # Of what is encoded; what is decoded chunk by chunk is tiled below.
+            stride = TILE_PIXELS - TILE_OVERLAP
+            vae.enable_tiling(TILE_PIXELS, TILE_PIXELS, stride, stride)
         return vae
-
-    def _scale(self) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the VAE's latents, (C, 1, 1, 1) each."""
-        config = self._vae.config
-        mean, deviation = (
-            torch.tensor(values).view(-1, 1, 1, 1)
-            for values in (config.latents_mean, config.latents_std)
-        )
-        return mean, deviation
 
     def _check_fits(self, part: Part, what: str, found: int | None, wanted: int) -> None:
         if found != wanted:
@@ -208,7 +192,8 @@ class WanCodec:
 
     def _load(self, part: Part, load: Callable[..., Any], **options: Any) -> Any:
         """A frozen module, refused where its files lack any of its weights."""
-        module, told = self._read(part, load, output_loading_info=True, **options)
+        options |= {"output_loading_info": True, "use_safetensors": True}
+        module, told = self._read(part, load, **options)
         if told["missing_keys"]:
             raise CheckpointError(
                 f"{part}/ of {self.components.base} lacks {min(told['missing_keys'])}",
@@ -289,15 +274,6 @@ class _Decoder:
             self._codec.decode_frame(features, tile.cut(frame))
             for tile, features in zip(self._tiles, self._features, strict=True)
         ]
-
-
-def clean_prompt(prompt: str) -> str:
-    """As Wan cleans it: broken Unicode mended, HTML entities undone, white space single."""
-    import ftfy
-
-    # Twice, as Wan does: of "&amp;lt;" stays "<".
-    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
-    return " ".join(text.split())
 
 
 @contextmanager

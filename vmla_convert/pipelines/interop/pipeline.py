@@ -17,6 +17,7 @@ from vmla_convert.errors import ConfigError, MissingExtraError, did_you_mean
 from vmla_convert.layers.dit import CausalWanModel, Prompt
 from vmla_convert.maths.flow import TRAIN_TIMESTEPS, sampler_sigmas
 from vmla_convert.pipelines.codecs import DemoCodec
+from vmla_convert.pipelines.components import denormalise, read_contexts
 from vmla_convert.pipelines.data import seeded
 from vmla_convert.pipelines.interop.adapters import LoraReport, find_lora, read_lora
 from vmla_convert.pipelines.interop.transformer import VMLATransformer
@@ -36,11 +37,6 @@ try:
     from diffusers.utils import logging
     from diffusers.video_processor import VideoProcessor
     from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
-
-    from vmla_convert.pipelines.interop.components import (
-        decode_latents,
-        encode_prompts,
-    )
 except ImportError as error:
     raise MissingExtraError("diffusers' pipelines", "wan") from error
 
@@ -346,7 +342,7 @@ class VMLAPipeline(DiffusionPipeline, LoraBaseMixin):
                 "this pipeline has no text encoder", "load it with base=, or give prompt_embeds"
             )
         device = self._execution_device
-        return encode_prompts(self.text_encoder, self.tokenizer, prompts, config.geometry, device)
+        return read_contexts(self.text_encoder, self.tokenizer, prompts, config.geometry, device)
 
     def _pixels(self, latents: Tensor, output_type: str) -> Any:
         """Videos, in the form asked for, of latents (B, C, F, h, w)."""
@@ -355,7 +351,9 @@ class VMLAPipeline(DiffusionPipeline, LoraBaseMixin):
         elif self.vae is None:
             raise ConfigError("this pipeline has no VAE", 'load it with base=, or ask for "latent"')
         else:
-            video = decode_latents(self.vae, latents, self._execution_device)
+            # Called whole, which is what brings it to its device and what its own tiling goes with.
+            inputs = denormalise(latents.to(self._execution_device), self.vae.config)
+            video = self.vae.decode(inputs.to(self.vae.dtype), return_dict=False)[0]
         return self.video_processor.postprocess_video(video.float(), output_type)
 
     def _check_tensor_inputs(self, names: Sequence[str]) -> None:
