@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,22 @@ def test_a_source_without_components_leaves_their_places_empty(
     assert index["vae"] == index["text_encoder"] == index["tokenizer"] == [None, None]
     scheduler = json.loads((tmp_path / "out" / "scheduler/scheduler_config.json").read_text())
     assert scheduler["shift"] == MODEL.sampler.shift
+
+
+def test_components_need_not_be_in_a_pipeline_nor_be_all(wan_folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(wan_folder / "transformer", source)
+    shutil.copytree(wan_folder / "vae", source / "vae")
+    (source / "tokenizer").mkdir()  # of no component
+    export(source, tmp_path / "out", "diffusers")
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert index["vae"] == ["diffusers", "AutoencoderKLWan"]
+    assert index["text_encoder"] == index["tokenizer"] == [None, None]
+    assert {place.name for place in (tmp_path / "out").iterdir() if place.is_dir()} == {
+        "scheduler",
+        "transformer",
+        "vae",
+    }
 
 
 def test_an_outlook_names_the_files_of_the_layout(teacher: Path, tmp_path: Path) -> None:

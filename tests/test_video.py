@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +52,28 @@ def test_mp4_shows_every_frame_enlarged(tmp_path: Path) -> None:
         stream = file.streams.video[0]
         assert (stream.codec.name, stream.pix_fmt) == ("h264", "yuv420p")
         assert stream.average_rate == 5
+
+
+ENCODE = """
+import sys, torch
+from pathlib import Path
+from vmla_convert.pipelines.video import write_mp4
+
+torch.manual_seed(0)
+wide = torch.nn.functional.interpolate(torch.randn(1, 3, 4, 6), (32, 74), mode="bilinear")[0]
+clip = torch.stack([wide[:, :, 2 * frame :][:, :, :48] for frame in range(13)])
+write_mp4(Path(sys.argv[1]), clip, scale=1)
+"""
+
+
+def test_the_same_frames_become_the_same_bytes(tmp_path: Path) -> None:
+    """Whatever lay in memory before; glibc fills it with one byte or another."""
+    files = [tmp_path / "85.mp4", tmp_path / "170.mp4"]
+    for file in files:
+        environment = {**os.environ, "MALLOC_PERTURB_": file.stem}
+        subprocess.run([sys.executable, "-c", ENCODE, file], env=environment, check=True)
+    one, other = (file.read_bytes() for file in files)
+    assert one == other
 
 
 def test_odd_sizes_are_padded_to_even(tmp_path: Path) -> None:

@@ -52,3 +52,31 @@ def test_from_a_pipeline_to_the_hub_and_back_to_the_same_frames(
     assert isinstance(loaded, CausalWanModel)
     for name, tensor in local.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_a_pipeline_on_the_hub_brings_its_own_components(
+    wan_folder: Path, tmp_path: Path, stub: Hub, vmla: Vmla
+) -> None:
+    """Taken when they are needed, and of the commit that the weights are of."""
+    files = {
+        file.relative_to(wan_folder).as_posix(): file.read_bytes()
+        for file in wan_folder.rglob("*")
+        if file.is_file()
+    }
+    stub.put("user/wan", files)
+    settings = [word for setting in SETTINGS for word in ("--set", setting)]
+    cut = ("--no-calibration", "--cut", 0.5, *settings, "--layout", "diffusers")
+    made = vmla("convert", "user/wan", "-o", tmp_path / "there", *cut)
+    assert made.code == 0, made.err
+    commit = stub.repos["user/wan"].head
+    assert (
+        f"text encoder and VAE stay on the Hub, to be fetched when needed: --base user/wan@{commit}"
+        in " ".join(made.err.split())
+    )
+    assert not (tmp_path / "there" / "vae").exists()
+    assert not stub.calls("GET", "*/vae/*")
+    film = ("--prompt", PROMPT, "--frames", 4, "-o")
+    for name, source in (("here", wan_folder), ("there", "user/wan")):
+        ran = vmla("generate", source, *settings, *film, tmp_path / f"{name}.mp4")
+        assert ran.code == 0, ran.err
+    assert (tmp_path / "here.mp4").read_bytes() == (tmp_path / "there.mp4").read_bytes()

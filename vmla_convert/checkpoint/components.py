@@ -7,13 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vmla_convert.checkpoint.hub import fetch_parts, is_repo
+from vmla_convert.checkpoint.hub import cached_repo, fetch_parts, has_parts, is_repo
 from vmla_convert.checkpoint.source import located
 from vmla_convert.config import ModelConfig
 from vmla_convert.errors import CheckpointError, ConfigError
 
 Part = Literal["vae", "text_encoder", "tokenizer"]
 PARTS: tuple[Part, ...] = ("vae", "text_encoder", "tokenizer")
+_SETTINGS: dict[Part, str] = {
+    "vae": "config.json",
+    "text_encoder": "config.json",
+    "tokenizer": "tokenizer_config.json",
+}
 
 # Repositories that hold all parts, by the channels of the latents and the width of the contexts.
 # Wan 2.1, 2.2 A14B and what was trained from them share one VAE, 2.2 5B has its own, and all one
@@ -80,8 +85,9 @@ def find_components(
 ) -> Components:
     """The components that go with a model.
 
-    In this order: those that the user names, those beside the checkpoint, those of the base model
-    if its repository holds them, those of a repository with the same latents and contexts.
+    In this order: those that the user names, those beside the checkpoint, here or in its repository
+    on the Hub, those of the base model if its repository holds them, those of a repository with the
+    same latents and contexts.
 
     Args:
         config: Of the model.
@@ -93,12 +99,8 @@ def find_components(
         ConfigError: Nothing is named, and nothing known.
     """
     if base is None and checkpoint is not None:
-        beside = _beside(checkpoint)
-        if beside is not None:
-            return Components(str(beside))
-    if base is None:
-        base = known_components(config)
-    components = Components(base)
+        base = _base_beside(checkpoint)
+    components = Components(base if base is not None else known_components(config))
     _check_whole(components)
     return components
 
@@ -120,15 +122,43 @@ def known_components(config: ModelConfig) -> str:
     return config.base_model if config.base_model in known else known[0]
 
 
-def _beside(checkpoint: Path) -> Path | None:
-    """The folder that holds a checkpoint, or the one above, where all parts are."""
+def parts_beside(checkpoint: Path) -> dict[Part, Path]:
+    """The components in the folder of a checkpoint or, as in a pipeline's, in the one above.
+
+    Of a checkpoint in the Hub's cache there are none, as what else is there of its repository need
+    not be whole: see `repository_with_parts`.
+
+    Raises:
+        CheckpointError: There is no checkpoint.
+    """
     folder = located(checkpoint).parent
+    if cached_repo(folder) is not None:
+        return {}
     for place in (folder, folder.parent):
-        # What the Hub's cache holds of a repository need not be all of it.
-        cached = place.parent.name == "snapshots"
-        if not cached and all((place / part).is_dir() for part in PARTS):
-            return place
-    return None
+        found: dict[Part, Path] = {
+            part: place / part for part in PARTS if (place / part / _SETTINGS[part]).is_file()
+        }
+        if found:
+            return found
+    return {}
+
+
+def repository_with_parts(checkpoint: Path) -> str | None:
+    """The Hub id that a checkpoint in the Hub's cache is of, if that holds all parts too.
+
+    Raises:
+        CheckpointError: There is no checkpoint, or its repository cannot be read.
+    """
+    repo = cached_repo(located(checkpoint))
+    holds = repo is not None and has_parts(repo, *(f"{part}/" for part in PARTS))
+    return repo if holds else None
+
+
+def _base_beside(checkpoint: Path) -> str | None:
+    found = parts_beside(checkpoint)
+    if len(found) == len(PARTS):
+        return str(found["vae"].parent)
+    return repository_with_parts(checkpoint)
 
 
 def _check_whole(components: Components) -> None:

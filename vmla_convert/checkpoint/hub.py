@@ -171,6 +171,27 @@ def fetch_parts(repo: str, *parts: str) -> Path:
     return root
 
 
+def has_parts(repo: str, *parts: str) -> bool:
+    """Whether a repository holds these files and folders, as for `fetch_parts`.
+
+    Where the Hub cannot be reached, what is in its cache decides.
+
+    Raises:
+        CheckpointError: The repository cannot be read.
+    """
+    files = _list(repo).files
+    return all(any(_is_in(file, part) for file in files) for part in parts)
+
+
+def cached_repo(path: Path) -> str | None:
+    """The Hub id, "owner/name@commit", of a file in the Hub's cache; None of any other file."""
+    for index, part in enumerate(path.parts):
+        folder, _, name = path.parts[index - 1].partition("--")
+        if part == "snapshots" and folder == "models" and len(path.parts) > index + 1:
+            return f"{name.replace('--', '/')}@{path.parts[index + 1]}"
+    return None
+
+
 @dataclass(frozen=True)
 class _Listing:
     """The files of a repository: all of them, or those in the cache while the Hub is `away`.

@@ -158,7 +158,7 @@ def convert(
         progress.note(f"{checkpoint.known}: {note}")
     rough = plan_conversion(checkpoint, config)
     form = named_layout(layout)
-    components = parts_to_copy(checkpoint.source.path, form)
+    components = parts_to_copy(checkpoint.source.path, form, progress)
     check_place(out, rough.nbytes + copied_bytes(components), resume)
     if measures(config):
         open_measured(checkpoint.config, config)

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vmla_convert.checkpoint.components import PARTS
+from vmla_convert.checkpoint.components import PARTS, Part, parts_beside, repository_with_parts
 from vmla_convert.checkpoint.families import converted_config
 from vmla_convert.checkpoint.layouts import DIFFUSERS, NATIVE, Layout
-from vmla_convert.checkpoint.source import located
 from vmla_convert.config import ModelConfig
 from vmla_convert.errors import CheckpointError, ConfigError, did_you_mean
 from vmla_convert.maths.flow import TRAIN_TIMESTEPS
 from vmla_convert.pipelines.card import model_card
 from vmla_convert.pipelines.load import CONVERSION_NAME
+from vmla_convert.progress import Progress
 from vmla_convert.tables import to_dict
 
 LAYOUTS = {"native": NATIVE, "diffusers": DIFFUSERS}
@@ -29,6 +29,12 @@ Files = dict[str, str | dict[str, Any]]
 _TRANSFORMER = ("vmla_convert.pipelines.interop.transformer", "VMLATransformer")
 _DENSE_TRANSFORMER = ("diffusers", "WanTransformer3DModel")
 _SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+# As Wan's own pipelines have them; an index beside the components knows better.
+_CLASSES: dict[Part, tuple[str, str]] = {
+    "vae": ("diffusers", "AutoencoderKLWan"),
+    "text_encoder": ("transformers", "UMT5EncoderModel"),
+    "tokenizer": ("transformers", "T5TokenizerFast"),
+}
 _WAN_TEXT_LEN = 512
 
 
@@ -91,22 +97,24 @@ def wan_config(config: ModelConfig) -> dict[str, Any]:
     return {"_class_name": "WanModel", "model_type": "t2v", **geometry, "vmla": _settings(config)}
 
 
-def parts_to_copy(path: Path, layout: Layout) -> dict[str, Path]:
-    """Text encoder, tokenizer and VAE of the pipeline that a checkpoint is in.
+def parts_to_copy(path: Path, layout: Layout, progress: Progress | None = None) -> dict[str, Path]:
+    """Text encoder, tokenizer and VAE that lie beside a checkpoint.
 
     Args:
         path: The checkpoint, as `open_checkpoint` takes it.
         layout: Of the folder to be; only a pipeline has a place for them.
+        progress: Told what is left on the Hub: no one wants gigabytes fetched and copied unasked.
 
     Raises:
-        CheckpointError: There is no checkpoint.
+        CheckpointError: There is no checkpoint, or its repository cannot be read.
     """
-    weights = located(path).parent
-    root = weights.parent
-    in_pipeline = weights.name == DIFFUSERS.folder and (root / PIPELINE_NAME).is_file()
-    if layout is not DIFFUSERS or not in_pipeline:
+    if layout is not DIFFUSERS:
         return {}
-    return {name: root / name for name in PARTS if (root / name).is_dir()}
+    if progress is not None and (repo := repository_with_parts(path)):
+        progress.note(
+            f"text encoder and VAE stay on the Hub, to be fetched when needed: --base {repo}"
+        )
+    return {part: place for part, place in parts_beside(path).items()}
 
 
 def _wan_transformer_config(config: ModelConfig) -> dict[str, Any]:
@@ -150,10 +158,11 @@ def _pipeline_files(
         "scheduler": ["diffusers", _SCHEDULER],
         "transformer": list(transformer),
     }
-    # None is diffusers' word for a component that is not in the folder.
     known = _read_index(next(iter(components.values())).parent) if components else {}
-    for name in PARTS:
-        index[name] = known.get(name, [None, None]) if name in components else [None, None]
+    for part in PARTS:
+        named = known.get(part, list(_CLASSES[part]))
+        # None is diffusers' word for a component that is not in the folder.
+        index[part] = named if part in components else [None, None]
     scheduler = {
         "_class_name": _SCHEDULER,
         "num_train_timesteps": int(TRAIN_TIMESTEPS),
@@ -163,7 +172,10 @@ def _pipeline_files(
 
 
 def _read_index(root: Path) -> dict[str, Any]:
+    """A pipeline's index; empty where there is none."""
     file = root / PIPELINE_NAME
+    if not file.is_file():
+        return {}
     try:
         return dict(json.loads(file.read_text("utf-8")))
     except (OSError, ValueError, TypeError) as error:
