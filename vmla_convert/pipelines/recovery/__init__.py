@@ -21,7 +21,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from vmla_convert.checkpoint.families import OpenCheckpoint, converted_config
-from vmla_convert.checkpoint.writer import write_checkpoint
+from vmla_convert.checkpoint.writer import refuse_taken, write_checkpoint
 from vmla_convert.config import CodecConfig, EvaluateConfig, ModelConfig, RecoverConfig
 from vmla_convert.errors import CheckpointError, ConfigError, OutputError, VmlaError
 from vmla_convert.layers.dit import CausalWanModel
@@ -336,6 +336,7 @@ def _opened(
     """Student and teacher, if they fit and `out` is free."""
     if out.exists():
         raise OutputError(f"{out} exists already", "choose another -o, or remove it")
+    refuse_taken(out)  # what would be refused at the end, after all the training
     source, dense = open_named(converted), open_named(as_teacher(teacher, str(converted)))
     if source.config.mla is None:
         raise CheckpointError(
