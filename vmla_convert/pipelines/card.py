@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import PurePath
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from vmla_convert.checkpoint.hub import is_repo
 from vmla_convert.checkpoint.known import KNOWN
 from vmla_convert.checkpoint.licences import OTHER, UNKNOWN
 from vmla_convert.config import ModelConfig
+from vmla_convert.errors import ConfigError
 from vmla_convert.pipelines.codecs import latent_frames_per_second
-from vmla_convert.tables import to_dict
+from vmla_convert.tables import override, to_dict
 
 CARD_NAME = "README.md"
 STRIPS = ("strip.png", "compare.png")
 """Pictures that a card shows, where one lies in the folder; the first of them."""
+
+# What the strings of a record are, by the key that they, or lists of them, are under; whatever is
+# not named here is taken for a path as soon as it has a folder in it, also the keys themselves.
+_PROMPTS, _LICENCES, _OVERRIDES = "prompts", "licence", "overrides"
+_REPOS = ("checkpoint", "base_model")
+_REPOS_OR_FOLDERS = "base"
+
+# How a path begins that cannot be taken for anything else: not so "MIT/X11".
+_ROOTED = re.compile(r"~|\.{0,2}[/\\]|[A-Za-z]:[/\\]|file:")
 
 _SEAL = "<!-- made by vmla-convert: "
 _SECONDS = (5, 30, 60)
@@ -39,8 +51,15 @@ def model_card(
         repo: Where it will be on the Hub, if it will.
         strip: A picture beside the card.
     """
+    record = without_folders(record)
+    licence, base_model = config.licence, config.base_model
+    config = replace(
+        config,
+        licence=_public(_LICENCES, licence),
+        base_model=base_model if is_repo(base_model) else UNKNOWN,
+    )
     origin = record.get("source", {})
-    parts = [
+    sections = [
         f"---\n{_metadata(config, origin).to_yaml()}\n---",
         f"# {origin.get('name', 'A checkpoint')}, converted to a latent KV cache",
         "Converted by vmla-convert to a cache like that of "
@@ -54,7 +73,7 @@ def model_card(
         f"## What the conversion loses\n\n{_losses(record)}",
         f"## How it was made\n\n{_settings(config, origin)}\n\n{_recipe(record)}",
     ]
-    text = "\n\n".join(filter(None, parts)) + "\n\n"
+    text = "\n\n".join(filter(None, sections)) + "\n\n"
     return f"{text}{_SEAL}{_digest(text)} -->\n"
 
 
@@ -64,15 +83,66 @@ def is_untouched(card: str) -> bool:
     return bool(seal) and digest == f"{_digest(text)} -->\n"
 
 
-def without_folders(value: Any) -> Any:
-    """A record as others may see it: of files that lay somewhere the names alone."""
+def without_folders(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record as others may see it: of what lay in somebody's folders the names alone.
+
+    What a string is, its key says. Ids of the Hub stay whole where one is meant: a source's
+    `checkpoint` and a `base_model` are nothing else, and a `file` beside such a `checkpoint` is a
+    path in that repository. A `base` may be a folder too: records have that as an absolute path
+    (`data.recorded`); in an older one, which has it as it was typed, what looks like an id passes
+    for one unless it is there as a path.
+    """
+    public: dict[str, Any] = {}
+    for key, value in record.items():
+        in_repo = key == "file" and is_repo(str(record.get("checkpoint", "")))
+        public[_free(_name(key), public)] = value if in_repo else _public(key, value)
+    return public
+
+
+def _public(key: str, value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {name: without_folders(entry) for name, entry in value.items()}
+        return without_folders(value)
     if isinstance(value, list | tuple):
-        return [without_folders(entry) for entry in value]
-    return (
-        PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
-    )
+        return [_public(key, entry) for entry in value]
+    if not isinstance(value, str) or key == _PROMPTS:
+        return value
+    if key == _LICENCES:
+        return _name(value) if _ROOTED.match(value) else value
+    if key == _OVERRIDES:
+        return _public_override(value)
+    if key in _REPOS and is_repo(value):
+        return value
+    if key == _REPOS_OR_FOLDERS and is_repo(value) and not Path(value).exists():
+        return value
+    return _name(value)
+
+
+def _public_override(text: str) -> str:
+    """A `key=value` by what its key says of the value; as it was typed, where that can stay."""
+    typed: dict[str, Any] = {}
+    try:
+        override(typed, text)
+    except ConfigError:
+        return _name(text)
+    path = text.partition("=")[0]
+    *_, key = path.split(".")
+    value: Any = typed
+    for part in path.split("."):
+        value = value[part]
+    public = _public(key, value)
+    if public == value:
+        return text
+    return f"{path}={public if isinstance(public, str) else json.dumps(public)}"
+
+
+def _name(path: str) -> str:
+    """The last part of a path of any system, with the scale that may follow a LoRA's."""
+    return re.split(r"[/\\]+", path.rstrip("/\\"))[-1]
+
+
+def _free(key: str, taken: Mapping[str, Any]) -> str:
+    """Nothing is lost where two keys are alike without their folders."""
+    return key if key not in taken else _free(f"{key}'", taken)
 
 
 def _digest(text: str) -> str:
@@ -176,7 +246,7 @@ def _losses(record: Mapping[str, Any]) -> str:
             _table(["", "step", "velocity error", "flow loss above the dense model's"], rows)
         )
         told.append(
-            f"On {measured['clips']} held-out clips ({without_folders(measured['source'])}), of "
+            f"On {measured['clips']} held-out clips ({measured['source']}), of "
             "the chunks that read the cache; the weights that did best on them were kept. The "
             "velocity error is squared, relative to the dense model's velocity."
         )
@@ -223,7 +293,7 @@ def _recipe(record: Mapping[str, Any]) -> str:
     settings = {name: record[name] for name in kept if name in record}
     if asked := record.get("source", {}).get("asked"):
         settings = {"source": asked, **settings}
-    text = json.dumps(without_folders(settings), indent=2, ensure_ascii=False)
+    text = json.dumps(settings, indent=2, ensure_ascii=False)
     return f"```json\n{text}\n```\n\nThe whole record is in `conversion.json`."
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -146,18 +146,21 @@ def _read_page(page: Path) -> str:
 def _made_public(
     place: Path, files: dict[str, Path], repo: str, config: ModelConfig, record: dict[str, Any]
 ) -> dict[str, Path]:
-    """What goes up in place of a file of the folder, written to `place`: card and record."""
+    """What goes up in place of a file of the folder, written to `place`: card, record, config."""
     made: dict[str, Path] = {}
     card = files.get(CARD_NAME)
     if card is None or is_untouched(_read_page(card)):
         strip = next((name for name in STRIPS if name in files), None)
         made[CARD_NAME] = place / CARD_NAME
         made[CARD_NAME].write_text(model_card(config, record, repo, strip), "utf-8")
-    if (public := without_folders(record)) != record:
-        name = next(name for name in files if name.endswith(CONVERSION_NAME))
-        made[name] = place / CONVERSION_NAME
-        text = json.dumps(public, indent=2, ensure_ascii=False)
-        made[name].write_text(f"{text}\n", "utf-8")
+    inside = PurePosixPath(next(name for name in files if name.endswith(CONVERSION_NAME))).parent
+    for beside in BESIDE:
+        name = str(inside / beside)
+        told = json.loads(files[name].read_text("utf-8"))
+        if (public := without_folders(told)) != told:
+            made[name] = place / beside
+            text = json.dumps(public, indent=2, ensure_ascii=False)
+            made[name].write_text(f"{text}\n", "utf-8")
     return made
 
 

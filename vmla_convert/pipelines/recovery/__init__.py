@@ -28,7 +28,7 @@ from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines.calibrate import check_clips
 from vmla_convert.pipelines.card import model_card
 from vmla_convert.pipelines.codecs import Codec, open_codec
-from vmla_convert.pipelines.data import open_clips, source_kind
+from vmla_convert.pipelines.data import open_clips, recorded, source_kind
 from vmla_convert.pipelines.evaluate import HeldOut, dense_rows
 from vmla_convert.pipelines.load import (
     CONVERSION_NAME,
@@ -298,7 +298,7 @@ class _Run:
     ) -> None:
         specs, clips = self.source.specs(), open_clips(self.config.data)
         record = {
-            "recover": to_dict(self.asked),
+            "recover": to_dict(replace(self.asked, data=recorded(self.asked.data))),
             "recovered": {
                 "kept_steps": recovered.kept,
                 "learning_rate": recovered.learning_rate,
