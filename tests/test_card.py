@@ -285,6 +285,28 @@ def test_how_to_use_it_is_ready_to_paste() -> None:
     assert "![frames of a rollout](strip.png)" in model_card(CONFIG, RECORD, strip="strip.png")
 
 
+def test_a_pipelines_folder_is_shown_to_users_of_diffusers() -> None:
+    card = model_card(CONFIG, RECORD, repo="me/model", parts=[])
+    assert 'VMLAPipeline.from_pretrained("me/model")  # then' in card
+    assert 'pipe("7", num_frames=40, output_type="pil")' in card
+    assert "duration=125)" in card
+    assert "base=" not in card
+    assert "VMLAPipeline" not in model_card(CONFIG, RECORD, repo="me/model")
+
+
+def test_a_pipelines_own_text_encoder_and_vae_are_named() -> None:
+    """Of a repository nothing is fetched that is not named, and Wan's own need not be these."""
+    wan, parts = replace(CONFIG, codec="wan"), ("vae", "text_encoder", "tokenizer")
+    card = model_card(wan, RECORD, repo="me/model", parts=parts)
+    assert 'vmla generate "me/model" --base "me/model" --prompt' in card
+    assert 'VMLAPipeline.from_pretrained("me/model", base="me/model")' in card
+    assert 'open_codec(model.config, CodecConfig("me/model"))' in card
+    assert "num_frames=81" in card
+    lacking = model_card(wan, RECORD, repo="me/model", parts=parts[:2])
+    assert "VMLAPipeline" in lacking
+    assert not re.search("--base|base=|CodecConfig", lacking)
+
+
 def test_an_edit_is_noticed() -> None:
     card = model_card(CONFIG, RECORD)
     assert is_untouched(card)

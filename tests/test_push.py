@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -430,6 +432,35 @@ def test_a_pipelines_folder_goes_up_whole(wan_folder: Path, tmp_path: Path, stub
     assert {"model_index.json", "vae/config.json", "tokenizer/tokenizer_config.json"} <= names
     here, there = load(folder).state_dict(), load(REPO).state_dict()
     assert all(torch.equal(tensor, there[name]) for name, tensor in here.items())
+
+
+def test_a_pipelines_card_says_what_runs(
+    wan_folder: Path, tmp_path: Path, stub: Hub, vmla: Vmla, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of its lines, on shorter clips, with the repository's own text encoder and VAE."""
+    how = ConvertConfig("spectral", cut=0.5)
+    convert(
+        SourceConfig(str(wan_folder), overrides=SETTINGS),
+        tmp_path / "pipe",
+        how,
+        layout="diffusers",
+    )
+    push(tmp_path / "pipe", REPO)
+    card = stub.repos[REPO].files["README.md"].content.decode()
+    assert f'VMLAPipeline.from_pretrained("{REPO}", base="{REPO}")' in card
+    own = (tmp_path / "pipe" / "README.md").read_text()
+    assert 'VMLAPipeline.from_pretrained("this folder", base="this folder")' in own
+    monkeypatch.chdir(tmp_path)
+    shell, *programs = re.findall(r"```(?:sh|python)\n(.*?)```", card, re.DOTALL)
+    command = shlex.split(shell.splitlines()[1])
+    assert vmla(*command[1:], "--frames", "2").code == 0
+    assert (tmp_path / "clip.mp4").is_file()
+    assert len(programs) == 2
+    for program in programs:
+        short = program.replace("frames=240", "frames=2").replace("num_frames=81", "num_frames=5")
+        assert short != program
+        exec(short, {})
+    assert (tmp_path / "clip.gif").is_file()
 
 
 @pytest.mark.parametrize("tag", ["", "v 1", "../x", "a/b"])

@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from vmla_convert.checkpoint.components import PARTS
 from vmla_convert.checkpoint.hub import is_repo
 from vmla_convert.checkpoint.known import KNOWN
 from vmla_convert.checkpoint.licences import OTHER, UNKNOWN
 from vmla_convert.config import ModelConfig
 from vmla_convert.errors import ConfigError
-from vmla_convert.pipelines.codecs import latent_frames_per_second
+from vmla_convert.pipelines.codecs import frames_per_second, latent_frames_per_second
 from vmla_convert.tables import override, to_dict
 
 CARD_NAME = "README.md"
@@ -35,6 +36,7 @@ _ROOTED = re.compile(r"~|\.{0,2}[/\\]|[A-Za-z]:[/\\]|file:")
 
 _SEAL = "<!-- made by vmla-convert: "
 _SECONDS = (5, 30, 60)
+_CLIP_SECONDS = 5
 
 
 def model_card(
@@ -42,6 +44,7 @@ def model_card(
     record: Mapping[str, Any],
     repo: str | None = None,
     strip: str | None = None,
+    parts: Collection[str] | None = None,
 ) -> str:
     """README.md of a converted checkpoint: licence and base model are the source's, never ours.
 
@@ -50,6 +53,8 @@ def model_card(
         record: What made it, as conversion.json has it.
         repo: Where it will be on the Hub, if it will.
         strip: A picture beside the card.
+        parts: Of a folder in diffusers' layout, which of text encoder, tokenizer and VAE it holds;
+            None in other layouts.
     """
     record = without_folders(record)
     licence, base_model = config.licence, config.base_model
@@ -68,7 +73,7 @@ def model_card(
         f"{config.geometry.dense_cache_scalars} ({config.cache_cut():.1%} less).",
         f"![frames of a rollout]({strip})" if strip else "",
         f"## Licence\n\n{_licence(config, origin)}",
-        f"## How to use it\n\n{_usage(repo or 'this folder', config)}",
+        f"## How to use it\n\n{_usage(repo or 'this folder', config, parts)}",
         f"## What the cache takes\n\n{_cache(config)}",
         f"## What the conversion loses\n\n{_losses(record)}",
         f"## How it was made\n\n{_settings(config, origin)}\n\n{_recipe(record)}",
@@ -195,21 +200,46 @@ def _licence(config: ModelConfig, origin: Mapping[str, Any]) -> str:
     return " ".join([told, *loras, changed])
 
 
-def _usage(place: str, config: ModelConfig) -> str:
+def _usage(place: str, config: ModelConfig, parts: Collection[str] | None) -> str:
     prompt = "7" if config.codec == "demo" else "a red kite over the sea"
     frames = round(60 * latent_frames_per_second(config))
     extras = "video" if config.codec == "demo" else "wan,video"
-    return f"""```sh
+    # Of a repository nobody fetches more than is named: its own components are, where it has all.
+    own = set(PARTS) <= set(parts or ())
+    option = f' --base "{place}"' if own else ""
+    imports, codec, text = "", "", ""
+    if own:
+        imports = "\nfrom vmla_convert.config import CodecConfig"
+        codec = f'\ncodec = vmla.open_codec(model.config, CodecConfig("{place}"))'
+        text = ", text=codec"
+    told = f"""```sh
 pip install "vmla-convert[{extras}]"
-vmla generate "{place}" --prompt "{prompt}" -o clip.mp4
+vmla generate "{place}"{option} --prompt "{prompt}" -o clip.mp4
 ```
 
 ```python
-import vmla_convert as vmla
+import vmla_convert as vmla{imports}
 
-model = vmla.load("{place}")
-for chunk in vmla.generate(model, prompt="{prompt}", frames={frames}):
+model = vmla.load("{place}"){codec}
+for chunk in vmla.generate(model, prompt="{prompt}", frames={frames}{text}):
     ...  # clean latents, chunk by chunk
+```"""
+    return told if parts is None else f"{told}\n\n{_pipeline_usage(place, prompt, config, own)}"
+
+
+def _pipeline_usage(place: str, prompt: str, config: ModelConfig, own: bool) -> str:
+    """The same with diffusers."""
+    rate = frames_per_second(config)
+    frames = _CLIP_SECONDS * rate + (config.codec != "demo")  # Wan's first latent frame is one
+    base = f', base="{place}"' if own else ""
+    return f"""With diffusers (`pip install "vmla-convert[wan]"`):
+
+```python
+from vmla_convert import VMLAPipeline
+
+pipe = VMLAPipeline.from_pretrained("{place}"{base})  # then .to("cuda"), where there is one
+frames = pipe("{prompt}", num_frames={frames}, output_type="pil").frames[0]
+frames[0].save("clip.gif", save_all=True, append_images=frames[1:], duration={round(1000 / rate)})
 ```"""
 
 

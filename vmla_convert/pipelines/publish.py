@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from vmla_convert.checkpoint.components import PARTS
 from vmla_convert.checkpoint.families import open_checkpoint
 from vmla_convert.checkpoint.hub import BESIDE, is_repo
 from vmla_convert.checkpoint.source import located, weight_files
@@ -152,7 +153,9 @@ def _made_public(
     if card is None or is_untouched(_read_page(card)):
         strip = next((name for name in STRIPS if name in files), None)
         made[CARD_NAME] = place / CARD_NAME
-        made[CARD_NAME].write_text(model_card(config, record, repo, strip), "utf-8")
+        parts = [part for part in PARTS if any(name.startswith(f"{part}/") for name in files)]
+        text = model_card(config, record, repo, strip, parts if PIPELINE_NAME in files else None)
+        made[CARD_NAME].write_text(text, "utf-8")
     inside = PurePosixPath(next(name for name in files if name.endswith(CONVERSION_NAME))).parent
     for beside in BESIDE:
         name = str(inside / beside)
