@@ -434,6 +434,27 @@ def test_a_pipelines_folder_goes_up_whole(wan_folder: Path, tmp_path: Path, stub
     assert all(torch.equal(tensor, there[name]) for name, tensor in here.items())
 
 
+def test_where_a_component_lay_does_not_go_up(wan_folder: Path, tmp_path: Path, stub: Hub) -> None:
+    base = shutil.copytree(wan_folder, tmp_path / "base")
+    origins = {
+        "vae/config.json": ("_name_or_path", "/home/me/secret-project/vae", "vae"),
+        "text_encoder/config.json": ("_name_or_path", "Wan-AI/Wan2.1-T2V", "Wan-AI/Wan2.1-T2V"),
+        "tokenizer/tokenizer_config.json": ("name_or_path", "../secret-project/words", "words"),
+    }
+    for name, (key, origin, _) in origins.items():
+        table = json.loads((base / name).read_text()) | {key: origin, "odd": "/not/a folder"}
+        (base / name).write_text(json.dumps(table))
+    source = SourceConfig(str(base), overrides=SETTINGS)
+    convert(source, tmp_path / "pipe", ConvertConfig("spectral", cut=0.5), layout="diffusers")
+    push(tmp_path / "pipe", REPO)
+    files = stub.repos[REPO].files
+    assert not any(b"secret-project" in blob.content for blob in files.values())
+    for name, (key, _, public) in origins.items():
+        table = json.loads((base / name).read_text())
+        assert json.loads(files[name].content) == table | {key: public}
+    assert push(tmp_path / "pipe", REPO).uploaded == {}
+
+
 def test_a_pipelines_card_says_what_runs(
     wan_folder: Path, tmp_path: Path, stub: Hub, vmla: Vmla, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,7 +29,7 @@ STRIPS = ("strip.png", "compare.png")
 # not named here is taken for a path as soon as it has a folder in it, also the keys themselves.
 _PROMPTS, _LICENCES, _OVERRIDES = "prompts", "licence", "overrides"
 _REPOS = ("checkpoint", "base_model")
-_REPOS_OR_FOLDERS = "base"
+_REPOS_OR_FOLDERS = ("base", "_name_or_path", "name_or_path")
 
 # How a path begins that cannot be taken for anything else: not so "MIT/X11".
 _ROOTED = re.compile(r"~|\.{0,2}[/\\]|[A-Za-z]:[/\\]|file:")
@@ -117,7 +117,7 @@ def _public(key: str, value: Any) -> Any:
         return _public_override(value)
     if key in _REPOS and is_repo(value):
         return value
-    if key == _REPOS_OR_FOLDERS and is_repo(value) and not Path(value).exists():
+    if key in _REPOS_OR_FOLDERS and is_repo(value) and not Path(value).exists():
         return value
     return _name(value)
 
