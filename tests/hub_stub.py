@@ -95,6 +95,7 @@ class Hub(ThreadingHTTPServer):
         refusals: In force.
         cut: The line is cut halfway through uploads to the large storage with such a path.
         asked: Method and path of every request.
+        meanwhile: Done before every answer, as by somebody else.
         served: Bytes of files that were sent.
         received: Files and parts that went into the large storage, in that order.
     """
@@ -109,6 +110,7 @@ class Hub(ThreadingHTTPServer):
         self.refusals: list[Refusal] = []
         self.cut: str | None = None
         self.asked: list[tuple[str, str]] = []
+        self.meanwhile: Callable[[], object] = lambda: None
         self.served = 0
         self.received: list[str] = []
         self.lock = threading.Lock()
@@ -154,6 +156,7 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         with self.hub.lock:
             self.hub.asked.append((self.command, path))
+            self.hub.meanwhile()
         self.query = parse_qs(urlsplit(self.path).query)
         for refusal in self.hub.refusals:
             if refusal.method == self.command and fnmatch(path, refusal.path):

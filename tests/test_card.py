@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
 
 import pytest
 from checkpoints import MODEL
 from huggingface_hub import ModelCard
 
-from vmla_convert.config import MLAConfig
-from vmla_convert.pipelines.card import is_untouched, model_card
+from vmla_convert.checkpoint.hub import is_repo
+from vmla_convert.config import ConvertConfig, DataConfig, MLAConfig, RecoverConfig, SourceConfig
+from vmla_convert.pipelines.card import is_untouched, model_card, without_folders
+from vmla_convert.pipelines.data import recorded
+from vmla_convert.tables import to_dict
+
+T = TypeVar("T")
 
 MLA = MLAConfig(kv_lora_rank=(8, 8), rope_pairs=((0, 1), (2, 3)), init="calibrated")
 CONFIG = replace(MODEL, mla=MLA, base_model="someone/dense")
@@ -133,6 +140,140 @@ def test_how_it_was_made_is_told_without_whose_folders_it_was_in() -> None:
     assert "12.5" not in card
 
 
+SECRET = "secret-project"
+# Of every system, and as users type them; few of them are absolute paths of this one.
+FOLDERS = (
+    f"{SECRET}/",
+    f"./{SECRET}/",
+    f"../../{SECRET}/",
+    f"../{SECRET}/a b/",
+    f"~/{SECRET}/",
+    f"~{SECRET}/",
+    f"/home/me/{SECRET}/",
+    f"/{SECRET}//",
+    f"file:///{SECRET}/",
+    f"C:\\Users\\{SECRET}\\",
+    f"C:/{SECRET}/",
+    f"\\\\server\\{SECRET}\\",
+    f"..\\{SECRET}\\",
+)
+NAMES = ("x.safetensors", "clips", "my lora.pt", "v1.2", "clips/", "x.pt:0.5", "x.pt:-1e-3")
+PATHS = [folder + name for folder in FOLDERS for name in NAMES]
+
+
+def secretly(cls: type[T], path: str) -> T:
+    """A config with a path in every field that takes any text, also in those yet to come."""
+    texts: dict[str, Any] = {}
+    for name, hint in get_type_hints(cls).items():
+        if hint in (str, str | None):
+            texts[name] = path
+        elif hint == tuple[str, ...] and name != "prompts":
+            texts[name] = (path,)
+    return cls(**texts)
+
+
+def record_of(path: str) -> dict[str, Any]:
+    """As `convert` and `recover` put it together of such configs, and with fields of no config."""
+    asked, data = to_dict(secretly(SourceConfig, path)), secretly(DataConfig, path)
+    overrides = [f"base_model={path}", f"licence=./{path}", f"codec='{path}'", path]
+    return {
+        "source": {
+            "name": "dense.pt",
+            "state_key": path,
+            "asked": {**asked, "overrides": overrides},
+            "loras": [{"name": path, "scale": 0.5, "licence": f"./{path}", "sha256": "1"}],
+        },
+        "convert": to_dict(ConvertConfig(data=data)),
+        "recover": to_dict(RecoverConfig(data=data)),
+        "recovered": {
+            "clips": {"files": [path], path: {path: 1}},
+            "errors": {**ERRORS, "source": path},
+        },
+        "versions": {"vmla_convert": "0.1.0"},
+        "more": [path, {"where": path, path: path}],
+    }
+
+
+# Of a folder that is not there, what looks like an id of the Hub is told by the record alone.
+@pytest.mark.parametrize("path", [path for path in PATHS if not is_repo(path)])
+def test_no_folder_is_told_of_whatever_field_it_is_in(path: str) -> None:
+    record = record_of(path)
+    config = replace(CONFIG, base_model=path, licence=f"./{path}")
+    public = without_folders(record)
+    for told in (json.dumps(public), model_card(config, record), model_card(config, public)):
+        assert SECRET not in told
+    assert without_folders(public) == public
+    assert count(public) == count(record)
+
+
+def count(value: Any) -> int:
+    """How many values a table holds."""
+    if isinstance(value, dict):
+        return sum(map(count, value.values()))
+    return sum(map(count, value)) if isinstance(value, list | tuple) else 1
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_local_path_becomes_its_name(path: str) -> None:
+    name = re.split(r"[/\\]", path.rstrip("/"))[-1]
+    source = {"asked": {"loras": [path], "overrides": [f"a.b={path}", "cache.window_frames=12"]}}
+    asked = without_folders(source)["asked"]
+    assert asked == {"loras": [name], "overrides": [f"a.b={name}", "cache.window_frames=12"]}
+    assert without_folders({path: 1}) == {name: 1}
+
+
+@pytest.mark.parametrize("revision", ["", "@v1", "@refs/pr/3"])
+def test_ids_of_the_hub_stay_whole(revision: str) -> None:
+    repo = f"Wan-AI/Wan2.1-T2V-1.3B-Diffusers{revision}"
+    record = {
+        "source": {
+            "asked": {
+                "checkpoint": repo,
+                "file": "checkpoints/self_forcing_dmd.pt",
+                "overrides": [f"base_model={repo}", f'base_model="{repo}"', "licence=MIT/X11"],
+            }
+        },
+        "convert": {"data": {"source": "demo", "base": repo}},
+        "recover": {"data": {"source": "self", "prompts": ["/imagine a cat/dog", "~"]}},
+        "versions": {"torch": "2.9.0+cpu"},
+    }
+    assert without_folders(record) == record
+    assert "checkpoints/self_forcing_dmd.pt" in model_card(CONFIG, record)
+
+
+def test_a_file_is_a_path_in_a_repository_only_where_one_is_named() -> None:
+    for local in ({}, {"checkpoint": "../dense"}, {"checkpoint": "demo"}):
+        asked = without_folders({**local, "file": f"{SECRET}/model.pt"})
+        assert asked["file"] == "model.pt"
+
+
+def test_a_folder_that_looks_like_an_id_is_told_by_the_record_or_by_being_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / SECRET / "pipe").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    typed = {"base": f"{SECRET}/pipe"}
+    assert without_folders(typed) == {"base": "pipe"}
+    told = to_dict(recorded(DataConfig(base=typed["base"])))
+    # Where somebody pushes from another folder, and the path no longer leads there.
+    monkeypatch.chdir("/")
+    assert without_folders(told)["base"] == "pipe"
+    assert Path(told["base"]) == tmp_path / SECRET / "pipe", "for its owner it stays where it is"
+    assert without_folders(typed) == typed
+    for data in (DataConfig(), DataConfig(base="owner/name@v1")):
+        assert recorded(data) == data
+
+
+def test_keys_that_differ_by_folder_alone_are_all_kept() -> None:
+    assert list(without_folders({"a/x": 1, "b/x": 2, "x": 3}).values()) == [1, 2, 3]
+
+
+def test_a_base_model_that_is_none_of_the_hub_is_not_linked_to() -> None:
+    card = model_card(replace(CONFIG, base_model=f"../{SECRET}/dense"), RECORD)
+    assert "base_model" not in read(card)
+    assert "https://huggingface.co/" not in card
+
+
 def test_how_to_use_it_is_ready_to_paste() -> None:
     card = model_card(CONFIG, RECORD, repo="me/model")
     assert 'vmla generate "me/model" --prompt "7" -o clip.mp4' in card
@@ -142,6 +283,28 @@ def test_how_to_use_it_is_ready_to_paste() -> None:
     assert 'pip install "vmla-convert[wan,video]"' in of_wan
     assert "![" not in card
     assert "![frames of a rollout](strip.png)" in model_card(CONFIG, RECORD, strip="strip.png")
+
+
+def test_a_pipelines_folder_is_shown_to_users_of_diffusers() -> None:
+    card = model_card(CONFIG, RECORD, repo="me/model", parts=[])
+    assert 'VMLAPipeline.from_pretrained("me/model")  # then' in card
+    assert 'pipe("7", num_frames=40, output_type="pil")' in card
+    assert "duration=125)" in card
+    assert "base=" not in card
+    assert "VMLAPipeline" not in model_card(CONFIG, RECORD, repo="me/model")
+
+
+def test_a_pipelines_own_text_encoder_and_vae_are_named() -> None:
+    """Of a repository nothing is fetched that is not named, and Wan's own need not be these."""
+    wan, parts = replace(CONFIG, codec="wan"), ("vae", "text_encoder", "tokenizer")
+    card = model_card(wan, RECORD, repo="me/model", parts=parts)
+    assert 'vmla generate "me/model" --base "me/model" --prompt' in card
+    assert 'VMLAPipeline.from_pretrained("me/model", base="me/model")' in card
+    assert 'open_codec(model.config, CodecConfig("me/model"))' in card
+    assert "num_frames=81" in card
+    lacking = model_card(wan, RECORD, repo="me/model", parts=parts[:2])
+    assert "VMLAPipeline" in lacking
+    assert not re.search("--base|base=|CodecConfig", lacking)
 
 
 def test_an_edit_is_noticed() -> None:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import BUDGETED, MODEL, Vmla, refused
+from checkpoints import BUDGETED, MODEL, PowerCut, PowerCutError, Vmla, refused
 from conftest import EVERY_LAYER, layer_id, tiny_config, tiny_mla, tiny_model
 from family_files import GEOMETRY, write_skyreels
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from vmla_convert.checkpoint.families import converted_config, open_checkpoint
+from vmla_convert.checkpoint.families import (
+    OpenCheckpoint,
+    converted_config,
+    open_checkpoint,
+)
 from vmla_convert.checkpoint.layouts import DIFFUSERS, Layout
 from vmla_convert.checkpoint.source import TensorSpec
 from vmla_convert.checkpoint.writer import CheckpointWriter, write_checkpoint
@@ -254,6 +260,113 @@ def test_an_export_that_fails_leaves_nothing(
     with pytest.raises(OutputError, match="no space left"):
         export(converted, tmp_path / "out", layout)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No weights are read any more."""
+
+    def refuse(_: OpenCheckpoint, name: str) -> torch.Tensor:
+        pytest.fail(f"{name} was read")
+
+    monkeypatch.setattr(OpenCheckpoint, "read", refuse)
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_place_is_refused_before_weights_are_read(
+    layout: str, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, file = tmp_path / "taken", tmp_path / "file"
+    taken.mkdir()
+    (taken / "mine").write_text("mine")
+    file.write_text("mine")
+    for out in (taken, file, file / "out"):
+        with pytest.raises(OutputError, match=r"already there|is a file"):
+            export(converted, out, layout)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(OutputError, match="GB are free"):
+        export(converted, tmp_path / "out", layout)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "mine", "taken"]
+
+
+def test_a_taken_place_is_refused_before_anything_is_fetched(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    with pytest.raises(OutputError, match="already there"):
+        export("owner/that-nobody-asks-for", tmp_path / "taken")
+
+
+def killed(source: Path, out: Path, layout: str, touch: int) -> bool:
+    """Export in a process of its own that ends before a certain reading of a tensor or file."""
+    child = os.fork()
+    if child == 0:
+        left = iter(range(touch))
+
+        def end(read: Any) -> Any:
+            def or_end(*args: Any, **more: Any) -> Any:
+                if next(left, None) is None:
+                    os._exit(9)
+                return read(*args, **more)
+
+            return or_end
+
+        try:
+            OpenCheckpoint.read = end(OpenCheckpoint.read)
+            os.fsync = end(os.fsync)
+            export(source, out, layout)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, 9)
+    return status == 9
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_a_killed_export_left_is_in_nobodys_way(
+    layout: str, converted: Path, tmp_path: Path
+) -> None:
+    export(converted, tmp_path / "whole", layout)
+    whole = {path.name: path.read_bytes() for path in files_of(tmp_path / "whole")}
+    tensors = len(open_checkpoint(converted).names)
+    for touch in (0, 3, tensors, tensors + 1):
+        place = tmp_path / str(touch)
+        place.mkdir()
+        assert killed(converted, place / "out", layout, touch)
+        assert [path.name for path in place.iterdir()] == ["out.partial"]
+        export(converted, place / "out", layout)
+        assert [path.name for path in place.iterdir()] == ["out"]
+        assert {path.name: path.read_bytes() for path in files_of(place / "out")} == whole
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_export_spares_what_is_not_its_own(layout: str, converted: Path, tmp_path: Path) -> None:
+    for name in ("other", "out"):
+        (tmp_path / f"{name}.partial" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "other.partial" / "mine").write_text("mine")
+    (tmp_path / "out.partial" / ".progress.json").write_text("a conversion")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OutputError, match="in the way: it holds other files"):
+        export(converted, tmp_path / "other", layout)
+    with pytest.raises(OutputError, match="holds an interrupted conversion") as caught:
+        export(converted, tmp_path / "out", layout)
+    assert "vmla convert with --resume" in caught.value.hint
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_interrupted_conversion_outlives_an_export_to_its_place(
+    teacher: Path, converted: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(PowerCutError):
+        convert(teacher, out, BUDGETED, PowerCut("converting", 1))
+    for layout in LAYOUTS:
+        with pytest.raises(OutputError, match="holds an interrupted conversion"):
+            export(converted, out, layout)
+    convert(teacher, out, BUDGETED, resume=True)
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_what_cannot_be_exported_is_refused(teacher: Path, tmp_path: Path, vmla: Vmla) -> None:

@@ -11,12 +11,15 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from hub_stub import Hub, Refusal
 from huggingface_hub import constants, errors
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
-from vmla_convert.checkpoint.hub import fetch, fetch_parts, is_repo
+from vmla_convert.checkpoint.hub import Headers, fetch, fetch_headers, fetch_parts, is_repo
 from vmla_convert.checkpoint.source import open_source
 from vmla_convert.errors import CheckpointError
+
+pytest_plugins = ["hub_stub"]
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -106,6 +109,7 @@ class FakeHub:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.taken: list[str] = []
+        self.listed: set[str] = set()
         self.revisions: set[str] = set()
         self.listing_error: Exception | None = None
         self.download_error: Exception | None = None
@@ -114,8 +118,9 @@ class FakeHub:
         assert timeout > 0
         if self.listing_error is not None:
             raise self.listing_error
-        self.revisions.add(revision)
-        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=f) for f in REPOS[repo]])
+        self.listed.add(revision)
+        files = [SimpleNamespace(rfilename=f) for f in REPOS[repo]]
+        return SimpleNamespace(sha=COMMIT, siblings=files)
 
     def download(self, repo: str, file: str, *, revision: str, local_files_only: bool) -> str:
         assert not local_files_only
@@ -230,10 +235,11 @@ def test_the_checkpoint_is_picked_with_what_belongs_to_it(
 
 def test_the_revision_is_the_one_that_was_asked_for(hub: FakeHub) -> None:
     fetch("Wan-AI/Wan2.1-T2V-14B@v1")
-    assert hub.revisions == {"v1"}
-    hub.revisions.clear()
+    assert hub.listed == {"v1"}
+    hub.listed.clear()
     fetch("Wan-AI/Wan2.1-T2V-14B")
-    assert hub.revisions == {"main"}
+    assert hub.listed == {"main"}
+    assert hub.revisions == {COMMIT}, "what it meant when it was listed"
 
 
 def refused(repo: str, file: str | None = None) -> CheckpointError:
@@ -581,7 +587,7 @@ class TestParts:
 
     def test_are_taken_of_a_revision(self, hub: FakeHub) -> None:
         fetch_parts("Wan-AI/Wan2.1-T2V-1.3B-Diffusers@v1", "tokenizer/")
-        assert hub.revisions == {"v1"}
+        assert (hub.listed, hub.revisions) == ({"v1"}, {COMMIT})
 
     def test_that_are_not_there_are_named(self, hub: FakeHub) -> None:
         for part in ("vae/", "vae/config.json"):
@@ -607,3 +613,137 @@ class TestParts:
         assert fetch_parts("someone/text", "vae/") == cached.parent
         with pytest.raises(CheckpointError, match="'tokenizer/' of someone/text is not in the"):
             fetch_parts("someone/text", "tokenizer/")
+
+
+# A repository that changes while it is read
+
+MOVING = "someone/moving"
+
+
+def version(number: int) -> dict[str, bytes]:
+    """A checkpoint of which every file says of which version it is."""
+    shards = {name: f"x-0000{i}-of-00002.safetensors" for i, name in enumerate("ab", 1)}
+    files = {"x.safetensors.index.json": json.dumps({"weight_map": shards, "version": number})}
+    files["config.json"] = json.dumps({"version": number})
+    weights = {file: save({name: torch.full((number,), 1.0)}) for name, file in shards.items()}
+    return weights | {name: text.encode() for name, text in files.items()}
+
+
+def versions_in(folder: Path) -> set[int]:
+    texts = (json.loads(file.read_text())["version"] for file in folder.glob("*.json"))
+    shards = (next(iter(open_source(f).specs().values())) for f in folder.glob("*.safetensors"))
+    return {*texts, *(spec.shape[0] for spec in shards)}
+
+
+def fetched() -> set[int]:
+    return versions_in(fetch(MOVING).parent)
+
+
+def parts_fetched() -> set[int]:
+    return versions_in(fetch_parts(MOVING, *version(1)))
+
+
+def headers_fetched() -> set[int]:
+    found = fetch_headers(MOVING)
+    assert isinstance(found, Headers)
+    assert found.config is not None
+    read = {json.loads(found.config.read_text())["version"]}
+    return read | {spec.shape[0] for spec in found.source.specs().values()}
+
+
+class Push:
+    """Somebody pushes version after version, once before each of the requests named."""
+
+    def __init__(self, stub: Hub, *requests: int) -> None:
+        self.stub, self.requests, self.pushed = stub, requests, 1
+        stub.put(MOVING, version(1))
+        stub.asked.clear()
+        stub.meanwhile = self
+
+    def __call__(self) -> None:
+        if len(self.stub.asked) in self.requests:
+            self.pushed += 1
+            self.stub.put(MOVING, version(self.pushed))
+
+
+@pytest.mark.parametrize("read", [fetched, parts_fetched, headers_fetched])
+def test_a_fetch_is_of_one_commit_whenever_somebody_pushes(
+    read: Callable[[], set[int]], stub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    request, more = 1, True
+    while more:
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / str(request)))
+        push = Push(stub, request)
+        found = read()
+        assert len(found) == 1, f"a push before request {request} mixed {found}"
+        seen += found
+        more = push.pushed > 1
+        request += 1
+    assert request > 5
+    # Before the listing it is the new one, after it the old one.
+    assert seen == [2, *[1] * (len(seen) - 1)]
+
+
+def test_what_was_fetched_by_a_name_is_found_by_it_without_the_hub(
+    stub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = stub.put(MOVING, version(1))
+    first = repo.head
+    repo.tags["v1"] = first
+    stub.put(MOVING, version(2))
+    names = {MOVING: 2, f"{MOVING}@main": 2, f"{MOVING}@v1": 1, f"{MOVING}@{first}": 1}
+    for name in (MOVING, f"{MOVING}@v1"):
+        fetch(name)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for name, number in names.items():
+        assert versions_in(fetch(name).parent) == {number}
+        assert versions_in(fetch_parts(name, *version(1))) == {number}
+    # As every program that shares the cache finds it.
+    told = huggingface_hub.hf_hub_download(MOVING, "config.json", local_files_only=True)
+    assert json.loads(Path(told).read_text()) == {"version": 2}
+
+
+def test_a_name_follows_its_branch(stub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (1, 2):
+        stub.put(MOVING, version(number))
+        assert fetched() == {number}
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert fetched() == {2}
+
+
+def test_a_fetch_that_breaks_off_leaves_what_was_whole(
+    stub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub.put(MOVING, version(1))
+    fetch(MOVING)
+    stub.put(MOVING, version(2))
+    stub.refusals.append(Refusal("GET", "*-00002-of-00002.safetensors", 500))
+    with pytest.raises(CheckpointError):
+        fetch(MOVING)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert fetched() == {1}
+
+
+def test_looking_at_headers_leaves_what_was_whole(
+    stub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub.put(MOVING, version(1))
+    fetch(MOVING)
+    stub.put(MOVING, version(2))
+    assert headers_fetched() == {2}
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert fetched() == {1}
+
+
+def test_a_cache_that_cannot_be_written_to_serves(
+    stub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub.put(MOVING, version(1))
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    fetch(f"{MOVING}@{stub.repos[MOVING].head}")
+    monkeypatch.setattr("vmla_convert.checkpoint.hub.os.replace", refuse)
+    assert fetched() == {1}

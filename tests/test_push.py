@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import MODEL, Vmla, refused
+from checkpoints import CLIPS, CONVERT, EVALUATE, MODEL, RECOVER, Vmla, refused
 from conftest import chunk_timesteps, tiny_clip
 from hub_stub import READ_TOKEN, TOKEN, Blob, Hub, Refusal
 from huggingface_hub import ModelCard, constants
@@ -21,8 +24,9 @@ from vmla_convert.config import ConvertConfig, SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError, VmlaError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines.convert import convert
-from vmla_convert.pipelines.load import load
+from vmla_convert.pipelines.load import as_teacher, load
 from vmla_convert.pipelines.publish import push
+from vmla_convert.pipelines.recovery import recover
 
 pytest_plugins = ["checkpoints", "hub_stub", "tiny_wan"]
 
@@ -183,6 +187,68 @@ def test_folders_of_this_machine_stay_here(converted: Path, tmp_path: Path, stub
     assert there["convert"]["data"]["source"] == "latents.safetensors"
     assert there["source"]["sha256"] == record["source"]["sha256"]
     assert push(folder, REPO).uploaded == {}
+
+
+def test_no_folder_that_a_conversion_was_given_goes_up(
+    teacher: Path, tmp_path: Path, stub: Hub, vmla: Vmla, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = tmp_path / "secret-project"
+    shutil.copytree(teacher, secret / "models" / "dense")
+    save_file(
+        {"latents": torch.randn(4, 6, 12, 12, 12), "context": torch.randn(4, 1, 10)},
+        secret / "clips.safetensors",
+    )
+    save_file({"blocks.0.self_attn.q.diff": torch.zeros(48, 48)}, secret / "lora.safetensors")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    there = "../secret-project"
+    ran = vmla(
+        *("convert", f"{there}/models", "--file", "dense/model.pt", "-o", "out"),
+        *("--lora", f"{there}/lora.safetensors:0.5", "--data", f"{there}/clips.safetensors"),
+        *("--set", f"base_model={there}/models", "--calibration-clips", "2", "--frames", "6"),
+    )
+    assert ran.code == 0, ran.err
+    push(Path("out"), REPO)
+    files = stub.repos[REPO].files
+    assert not any(b"secret-project" in blob.content for blob in files.values())
+    asked = json.loads(files["conversion.json"].content)["source"]["asked"]
+    assert asked == {
+        "file": "model.pt",
+        "loras": ["lora.safetensors:0.5"],
+        "overrides": ["base_model=models"],
+    }
+    assert torch.equal(says(load(REPO)), says(load("out")))
+
+
+@pytest.mark.usefixtures("few_layerwise_clips")
+def test_a_base_that_was_a_folder_is_known_for_one_from_anywhere(
+    teacher: Path, tmp_path: Path, stub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret-project" / "pipe").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    data = replace(CLIPS, base="secret-project/pipe")  # an id of the Hub, by its looks
+    convert(teacher, Path("out"), replace(CONVERT, data=data))
+    recover("out", teacher, Path("recovered"), replace(RECOVER, data=data), EVALUATE)
+    monkeypatch.chdir("/")
+    push(tmp_path / "recovered", REPO)
+    files = stub.repos[REPO].files
+    assert not any(b"secret-project" in blob.content for blob in files.values())
+    record = json.loads(files["conversion.json"].content)
+    assert record["convert"]["data"]["base"] == record["recover"]["data"]["base"] == "pipe"
+
+
+def test_what_was_a_repository_stays_one(teacher: Path, tmp_path: Path, stub: Hub) -> None:
+    """A published record serves to read the dense model again, as its own does."""
+    files = {f"checkpoints/{file.name}": file.read_bytes() for file in teacher.iterdir()}
+    stub.put("someone/dense", {**files, "checkpoints/other.pt": b"another"})
+    source = SourceConfig("someone/dense@main", file="checkpoints/model.pt")
+    convert(source, tmp_path / "out", ConvertConfig("spectral", cut=0.5))
+    push(tmp_path / "out", REPO)
+    there = json.loads(stub.repos[REPO].files["conversion.json"].content)
+    assert there == json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert there["source"]["asked"]["checkpoint"] == "someone/dense@main"
+    for converted in (REPO, str(tmp_path / "out")):
+        assert as_teacher("someone/dense", converted).file == source.file
 
 
 def test_a_card_of_the_users_own_goes_up_as_it_is(
@@ -366,6 +432,56 @@ def test_a_pipelines_folder_goes_up_whole(wan_folder: Path, tmp_path: Path, stub
     assert {"model_index.json", "vae/config.json", "tokenizer/tokenizer_config.json"} <= names
     here, there = load(folder).state_dict(), load(REPO).state_dict()
     assert all(torch.equal(tensor, there[name]) for name, tensor in here.items())
+
+
+def test_where_a_component_lay_does_not_go_up(wan_folder: Path, tmp_path: Path, stub: Hub) -> None:
+    base = shutil.copytree(wan_folder, tmp_path / "base")
+    origins = {
+        "vae/config.json": ("_name_or_path", "/home/me/secret-project/vae", "vae"),
+        "text_encoder/config.json": ("_name_or_path", "Wan-AI/Wan2.1-T2V", "Wan-AI/Wan2.1-T2V"),
+        "tokenizer/tokenizer_config.json": ("name_or_path", "../secret-project/words", "words"),
+    }
+    for name, (key, origin, _) in origins.items():
+        table = json.loads((base / name).read_text()) | {key: origin, "odd": "/not/a folder"}
+        (base / name).write_text(json.dumps(table))
+    source = SourceConfig(str(base), overrides=SETTINGS)
+    convert(source, tmp_path / "pipe", ConvertConfig("spectral", cut=0.5), layout="diffusers")
+    push(tmp_path / "pipe", REPO)
+    files = stub.repos[REPO].files
+    assert not any(b"secret-project" in blob.content for blob in files.values())
+    for name, (key, _, public) in origins.items():
+        table = json.loads((base / name).read_text())
+        assert json.loads(files[name].content) == table | {key: public}
+    assert push(tmp_path / "pipe", REPO).uploaded == {}
+
+
+def test_a_pipelines_card_says_what_runs(
+    wan_folder: Path, tmp_path: Path, stub: Hub, vmla: Vmla, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of its lines, on shorter clips, with the repository's own text encoder and VAE."""
+    how = ConvertConfig("spectral", cut=0.5)
+    convert(
+        SourceConfig(str(wan_folder), overrides=SETTINGS),
+        tmp_path / "pipe",
+        how,
+        layout="diffusers",
+    )
+    push(tmp_path / "pipe", REPO)
+    card = stub.repos[REPO].files["README.md"].content.decode()
+    assert f'VMLAPipeline.from_pretrained("{REPO}", base="{REPO}")' in card
+    own = (tmp_path / "pipe" / "README.md").read_text()
+    assert 'VMLAPipeline.from_pretrained("this folder", base="this folder")' in own
+    monkeypatch.chdir(tmp_path)
+    shell, *programs = re.findall(r"```(?:sh|python)\n(.*?)```", card, re.DOTALL)
+    command = shlex.split(shell.splitlines()[1])
+    assert vmla(*command[1:], "--frames", "2").code == 0
+    assert (tmp_path / "clip.mp4").is_file()
+    assert len(programs) == 2
+    for program in programs:
+        short = program.replace("frames=240", "frames=2").replace("num_frames=81", "num_frames=5")
+        assert short != program
+        exec(short, {})
+    assert (tmp_path / "clip.gif").is_file()
 
 
 @pytest.mark.parametrize("tag", ["", "v 1", "../x", "a/b"])

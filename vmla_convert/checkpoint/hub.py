@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
+from uuid import uuid4
 
 from vmla_convert.checkpoint.known import KNOWN, known_by_repo
 from vmla_convert.checkpoint.source import (
@@ -61,7 +63,8 @@ def is_repo(name: str) -> bool:
 def fetch(repo: str, file: str | None = None) -> Path:
     """Fetch a checkpoint from the Hub, or find it in the Hub's cache when it cannot be reached.
 
-    Fetched are the file, the shards of an index, and what of `BESIDE` lies there.
+    Fetched are the file, the shards of an index, and what of `BESIDE` lies there, all of the one
+    commit that the revision means when the fetch begins.
 
     Args:
         repo: "owner/name" or "owner/name@revision".
@@ -145,11 +148,14 @@ def _fetch(listing: _Listing, chosen: str) -> Path:
     if chosen.endswith(INDEX_SUFFIX):
         for shard in _shards(listing, chosen, path):
             _download(listing, shard)
+    _remember(listing)
     return path
 
 
 def fetch_parts(repo: str, *parts: str) -> Path:
     """Fetch files of a repository that is no checkpoint alone, or find them in the Hub's cache.
+
+    They are of one commit, as with `fetch`.
 
     Args:
         repo: "owner/name" or "owner/name@revision".
@@ -168,6 +174,7 @@ def fetch_parts(repo: str, *parts: str) -> Path:
             _refuse_part(listing, part)
         for file in files:
             root = _download(listing, file).parents[file.count("/")]
+    _remember(listing)
     return root
 
 
@@ -198,13 +205,16 @@ class _Listing:
 
     Attributes:
         repo: "owner/name".
-        revision: A branch, tag or commit.
+        revision: A branch, tag or commit, as it was asked for.
+        commit: What the revision meant when it was listed. Everything is read of it: by the name
+            of a branch, a push in between would give files of two commits.
         files: Paths in the repository.
         away: Why the Hub cannot be asked; empty when it can.
     """
 
     repo: str
     revision: str
+    commit: str
     files: frozenset[str]
     away: str = ""
 
@@ -220,27 +230,56 @@ def _list(repo: str) -> _Listing:
     name, revision = match[1], match[2] or "main"
     try:
         # list_repo_files tries for 23 seconds where there is no network; this fails at once.
-        siblings = HfApi().model_info(name, revision=revision, timeout=_TIMEOUT).siblings
-        return _Listing(name, revision, frozenset(file.rfilename for file in siblings or []))
+        told = HfApi().model_info(name, revision=revision, timeout=_TIMEOUT)
+        files = frozenset(file.rfilename for file in told.siblings or [])
+        return _Listing(name, revision, told.sha or revision, files)
     except Exception as error:  # networks fail in many ways, under two HTTP libraries
         if refusal := _refusal(error, name, revision):
             raise refusal from error
-        cached = frozenset(_cached_files(name, revision))
-        listing = _Listing(name, revision, cached, _why_away(error))
+        commit = _cached_commit(name, revision)
+        cached = frozenset(_cached_files(name, commit))
+        listing = _Listing(name, revision, commit, cached, _why_away(error))
         if not cached:
             raise _lacking(listing, name, "neither a path here nor in the Hub's cache") from error
         return listing
 
 
-def _cached_files(repo: str, revision: str) -> list[str]:
-    """What the Hub's cache holds of a revision; interrupted downloads are links to nothing."""
+def _cache_folder(repo: str) -> Path:
     from huggingface_hub import constants
 
-    folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
-    reference = folder / "refs" / revision
-    commit = reference.read_text("utf-8").strip() if reference.is_file() else revision
-    snapshot = folder / "snapshots" / commit
+    return Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+
+
+def _cached_commit(repo: str, revision: str) -> str:
+    """What a revision meant when the Hub was last asked for it; itself, where it is a commit."""
+    reference = _cache_folder(repo) / "refs" / revision
+    return reference.read_text("utf-8").strip() if reference.is_file() else revision
+
+
+def _cached_files(repo: str, commit: str) -> list[str]:
+    """What the Hub's cache holds of a commit; interrupted downloads are links to nothing."""
+    snapshot = _cache_folder(repo) / "snapshots" / commit
     return [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*") if file.is_file()]
+
+
+def _remember(listing: _Listing) -> None:
+    """Note in the Hub's cache which commit the revision means; offline it is looked up there.
+
+    huggingface_hub does so itself where it downloads by the name of a branch or tag, and before it
+    does; here it is done once all files are here, so that until then an older commit that is whole
+    stays the one that is found.
+    """
+    if listing.away or listing.commit == listing.revision:
+        return
+    if _cached_commit(listing.repo, listing.revision) == listing.commit:
+        return
+    reference = _cache_folder(listing.repo) / "refs" / listing.revision
+    draft = reference.with_name(f"{reference.name}.{uuid4().hex[:8]}.tmp")
+    # A cache that cannot be written to serves all the same, as long as there is a network.
+    with suppress(OSError):
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(listing.commit, "utf-8")
+        os.replace(draft, reference)
 
 
 def _choose(listing: _Listing, file: str | None) -> str:
@@ -368,7 +407,7 @@ def _download(listing: _Listing, file: str) -> Path:
     with _reported(listing, file):
         return Path(
             hf_hub_download(
-                listing.repo, file, revision=listing.revision, local_files_only=bool(listing.away)
+                listing.repo, file, revision=listing.commit, local_files_only=bool(listing.away)
             )
         )
 
@@ -378,7 +417,7 @@ def _missing_bytes(listing: _Listing, file: str) -> int:
     from huggingface_hub import hf_hub_download
 
     with _reported(listing, file):
-        told = hf_hub_download(listing.repo, file, revision=listing.revision, dry_run=True)
+        told = hf_hub_download(listing.repo, file, revision=listing.commit, dry_run=True)
     return told.file_size or 0 if told.will_download else 0
 
 
@@ -391,7 +430,7 @@ def _header(listing: _Listing, file: str) -> dict[str, dict[str, Any]]:
     with _reported(listing, file):
         try:
             told = HfApi().parse_safetensors_file_metadata(
-                listing.repo, file, revision=listing.revision
+                listing.repo, file, revision=listing.commit
             )
         except SafetensorsParsingError as error:
             raise CheckpointError(
@@ -415,7 +454,7 @@ def _reported(listing: _Listing, file: str) -> Iterator[None]:
             raise refusal from error
         if isinstance(error, LocalEntryNotFoundError):
             away = listing.away or _why_away(cause)
-            cut_off = _Listing(listing.repo, listing.revision, listing.files, away)
+            cut_off = replace(listing, away=away)
             raise _lacking(cut_off, f"'{file}' of {listing.repo}") from error
         raise CheckpointError(
             f"'{file}' of {listing.repo} could not be downloaded: {first_line(error)}",

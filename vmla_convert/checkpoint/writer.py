@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -60,6 +60,7 @@ class CheckpointWriter:
     An exception removes it all, unless there is a record and the exception is not a mistake of the
     user's (ConfigError). A later writer can then go on from the record. So it can
     after a kill at any instant: what a record counts as written was synced before the record was.
+    What a kill left without a record is discarded by writers that commit nothing; a record never.
     """
 
     def __init__(
@@ -78,7 +79,8 @@ class CheckpointWriter:
             out: The folder to make; may exist when empty.
             specs: Every tensor that will be added, by native name.
             shard_bytes: Largest size of a shard; a tensor that is larger gets its own.
-            identity: What is written, from what; JSON-able. None: nothing can be committed.
+            identity: What is written, from what; JSON-able. None: nothing can be committed, nor
+                gone on with.
             resume: Go on with what a writer of the same identity and specs left, if it left any.
             layout: Where in the folder the weights lie, and under which names.
             copies: Folders to copy as they are, by the name that they get in `out`.
@@ -87,7 +89,7 @@ class CheckpointWriter:
             OutputError: `out` is taken, or a dtype is none of a checkpoint's.
             CheckpointError: A tensor has no name in the layout.
         """
-        _refuse_taken(out)
+        _refuse_foreign(out)
         self._stored = layout.stored_names(specs)
         named = {self._stored[name]: spec for name, spec in specs.items()}
         split = _split(named, shard_bytes, layout)
@@ -103,7 +105,7 @@ class CheckpointWriter:
         }
         # As JSON gives it back, so that it compares with a record.
         self._identity = None if identity is None else json.loads(json.dumps(dict(identity)))
-        self._resume = resume
+        self._resume = None if identity is None else resume
         self._written: set[str] = set()
         self._unsynced = set(self._shards)
         self._texts: dict[str, str] = {}
@@ -240,12 +242,8 @@ class CheckpointWriter:
 
     def _take_up(self) -> bool:
         """Go on from the last commit; False where this run starts afresh."""
-        # Without `checkpoint/` the folder is what a kill left after publishing.
-        if self._identity is None or not self._folder.exists():
-            return False
-        if not self._resume:
-            raise _interrupted(self._partial)
-        if not self._record.exists():
+        _refuse_unfinished(self._out, self._resume)
+        if self._identity is None or not (self._folder.exists() and self._record.exists()):
             return False
         try:
             record = json.loads(self._record.read_text("utf-8"))
@@ -372,13 +370,24 @@ def check_place(out: Path, nbytes: int, resume: bool) -> None:
     Raises:
         OutputError: `out` is taken, an interrupted conversion is in the way, or space is lacking.
     """
-    _refuse_taken(out)
-    partial, folder = _places(out)
-    if folder.exists():
-        if not resume:
-            raise _interrupted(partial)
-    else:
+    refuse_taken(out, resume)
+    if not _places(out)[1].exists():
         _require_room(out, nbytes)
+
+
+def refuse_taken(out: Path, resume: bool | None = None) -> None:
+    """Refuse, before any work, a place where a checkpoint cannot be written, however small.
+
+    Args:
+        out: The folder to make.
+        resume: Whether to go on with what an interrupted run left there. None is for commands that
+            cannot, and start anew: what a kill left of one of them is in nobody's way.
+
+    Raises:
+        OutputError: `out` is taken, or an interrupted conversion is in the way.
+    """
+    _refuse_foreign(out)
+    _refuse_unfinished(out, resume)
 
 
 def planned_files(
@@ -422,7 +431,8 @@ def write_checkpoint(
 
 def write_pickle(
     out: Path,
-    state: Mapping[str, torch.Tensor],
+    nbytes: int,
+    tensors: Iterable[tuple[str, torch.Tensor]],
     key: str,
     files: Mapping[str, str | dict[str, Any]],
 ) -> Path:
@@ -430,7 +440,8 @@ def write_pickle(
 
     Args:
         out: The folder to make.
-        state: Its tensors.
+        nbytes: Of all tensors; the place is refused before the first is asked for.
+        tensors: The state dict by name; all of it is in memory while it is written.
         key: The name of the state dict in the pickle.
         files: Text, or a table, by name.
 
@@ -440,26 +451,38 @@ def write_pickle(
     Raises:
         OutputError: `out` is taken or cannot be written.
     """
-    check_place(out, sum(tensor.nbytes for tensor in state.values()), resume=False)
+    refuse_taken(out)
     partial, folder = _places(out)
     try:
-        folder.mkdir(parents=True)
-        torch.save({key: dict(state)}, folder / PICKLE_NAME)
-        for name, content in files.items():
-            text = content if isinstance(content, str) else _as_json(content)
-            (folder / name).write_text(text, "utf-8")
-        for path in (*folder.iterdir(), folder):
-            _sync(path)
-        os.rename(folder, out)
-        _sync(out.parent)
+        with _told(out):
+            if partial.exists():  # what a kill left
+                shutil.rmtree(partial)
+            _require_room(out, nbytes)
+            folder.mkdir(parents=True)
+        state = dict(tensors)
+        with _told(out):
+            torch.save({key: state}, folder / PICKLE_NAME)
+            for name, content in files.items():
+                text = content if isinstance(content, str) else _as_json(content)
+                (folder / name).write_text(text, "utf-8")
+            for path in (*folder.iterdir(), folder):
+                _sync(path)
+            os.rename(folder, out)
+            _sync(out.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out / PICKLE_NAME
+
+
+@contextmanager
+def _told(out: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, RuntimeError) as error:  # torch's writer knows no OSError
         raise OutputError(
             f"{out} cannot be written: {error}",
             "check the space and rights there, or choose another -o",
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return out / PICKLE_NAME
 
 
 def _as_json(table: Any) -> str:
@@ -519,7 +542,8 @@ def _places(out: Path) -> tuple[Path, Path]:
     return partial, partial / "checkpoint"
 
 
-def _refuse_taken(out: Path) -> None:
+def _refuse_foreign(out: Path) -> None:
+    """Refuse what somebody else put there, or another run finished."""
     empty = out.is_dir() and not out.is_symlink() and not out.is_mount() and not any(out.iterdir())
     if (out.exists() or out.is_symlink()) and not empty:
         raise OutputError(f"{out} is already there", "choose another -o or remove it")
@@ -536,9 +560,18 @@ def _refuse_taken(out: Path) -> None:
         )
 
 
-def _interrupted(partial: Path) -> OutputError:
-    return OutputError(
-        f"{partial} holds an interrupted conversion", "add --resume to go on with it, or remove it"
+def _refuse_unfinished(out: Path, resume: bool | None) -> None:
+    """Refuse what an interrupted run left, if it is to be kept and not gone on with."""
+    partial, folder = _places(out)
+    if resume or not folder.exists():  # without it, this is what a kill left after publishing
+        return
+    if resume is None and not (partial / _RECORD).exists():
+        return
+    raise OutputError(
+        f"{partial} holds an interrupted conversion",
+        "go on with it by vmla convert with --resume, remove it, or choose another -o"
+        if resume is None
+        else "add --resume to go on with it, or remove it",
     )
 
 

@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import PurePath
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from vmla_convert.checkpoint.components import PARTS
+from vmla_convert.checkpoint.hub import is_repo
 from vmla_convert.checkpoint.known import KNOWN
 from vmla_convert.checkpoint.licences import OTHER, UNKNOWN
 from vmla_convert.config import ModelConfig
-from vmla_convert.pipelines.codecs import latent_frames_per_second
-from vmla_convert.tables import to_dict
+from vmla_convert.errors import ConfigError
+from vmla_convert.pipelines.codecs import frames_per_second, latent_frames_per_second
+from vmla_convert.tables import override, to_dict
 
 CARD_NAME = "README.md"
 STRIPS = ("strip.png", "compare.png")
 """Pictures that a card shows, where one lies in the folder; the first of them."""
 
+# What the strings of a record are, by the key that they, or lists of them, are under; whatever is
+# not named here is taken for a path as soon as it has a folder in it, also the keys themselves.
+_PROMPTS, _LICENCES, _OVERRIDES = "prompts", "licence", "overrides"
+_REPOS = ("checkpoint", "base_model")
+_REPOS_OR_FOLDERS = ("base", "_name_or_path", "name_or_path")
+
+# How a path begins that cannot be taken for anything else: not so "MIT/X11".
+_ROOTED = re.compile(r"~|\.{0,2}[/\\]|[A-Za-z]:[/\\]|file:")
+
 _SEAL = "<!-- made by vmla-convert: "
 _SECONDS = (5, 30, 60)
+_CLIP_SECONDS = 5
 
 
 def model_card(
@@ -30,6 +44,7 @@ def model_card(
     record: Mapping[str, Any],
     repo: str | None = None,
     strip: str | None = None,
+    parts: Collection[str] | None = None,
 ) -> str:
     """README.md of a converted checkpoint: licence and base model are the source's, never ours.
 
@@ -38,9 +53,18 @@ def model_card(
         record: What made it, as conversion.json has it.
         repo: Where it will be on the Hub, if it will.
         strip: A picture beside the card.
+        parts: Of a folder in diffusers' layout, which of text encoder, tokenizer and VAE it holds;
+            None in other layouts.
     """
+    record = without_folders(record)
+    licence, base_model = config.licence, config.base_model
+    config = replace(
+        config,
+        licence=_public(_LICENCES, licence),
+        base_model=base_model if is_repo(base_model) else UNKNOWN,
+    )
     origin = record.get("source", {})
-    parts = [
+    sections = [
         f"---\n{_metadata(config, origin).to_yaml()}\n---",
         f"# {origin.get('name', 'A checkpoint')}, converted to a latent KV cache",
         "Converted by vmla-convert to a cache like that of "
@@ -49,12 +73,12 @@ def model_card(
         f"{config.geometry.dense_cache_scalars} ({config.cache_cut():.1%} less).",
         f"![frames of a rollout]({strip})" if strip else "",
         f"## Licence\n\n{_licence(config, origin)}",
-        f"## How to use it\n\n{_usage(repo or 'this folder', config)}",
+        f"## How to use it\n\n{_usage(repo or 'this folder', config, parts)}",
         f"## What the cache takes\n\n{_cache(config)}",
         f"## What the conversion loses\n\n{_losses(record)}",
         f"## How it was made\n\n{_settings(config, origin)}\n\n{_recipe(record)}",
     ]
-    text = "\n\n".join(filter(None, parts)) + "\n\n"
+    text = "\n\n".join(filter(None, sections)) + "\n\n"
     return f"{text}{_SEAL}{_digest(text)} -->\n"
 
 
@@ -64,15 +88,66 @@ def is_untouched(card: str) -> bool:
     return bool(seal) and digest == f"{_digest(text)} -->\n"
 
 
-def without_folders(value: Any) -> Any:
-    """A record as others may see it: of files that lay somewhere the names alone."""
+def without_folders(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record as others may see it: of what lay in somebody's folders the names alone.
+
+    What a string is, its key says. Ids of the Hub stay whole where one is meant: a source's
+    `checkpoint` and a `base_model` are nothing else, and a `file` beside such a `checkpoint` is a
+    path in that repository. A `base` may be a folder too: records have that as an absolute path
+    (`data.recorded`); in an older one, which has it as it was typed, what looks like an id passes
+    for one unless it is there as a path.
+    """
+    public: dict[str, Any] = {}
+    for key, value in record.items():
+        in_repo = key == "file" and is_repo(str(record.get("checkpoint", "")))
+        public[_free(_name(key), public)] = value if in_repo else _public(key, value)
+    return public
+
+
+def _public(key: str, value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {name: without_folders(entry) for name, entry in value.items()}
+        return without_folders(value)
     if isinstance(value, list | tuple):
-        return [without_folders(entry) for entry in value]
-    return (
-        PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
-    )
+        return [_public(key, entry) for entry in value]
+    if not isinstance(value, str) or key == _PROMPTS:
+        return value
+    if key == _LICENCES:
+        return _name(value) if _ROOTED.match(value) else value
+    if key == _OVERRIDES:
+        return _public_override(value)
+    if key in _REPOS and is_repo(value):
+        return value
+    if key in _REPOS_OR_FOLDERS and is_repo(value) and not Path(value).exists():
+        return value
+    return _name(value)
+
+
+def _public_override(text: str) -> str:
+    """A `key=value` by what its key says of the value; as it was typed, where that can stay."""
+    typed: dict[str, Any] = {}
+    try:
+        override(typed, text)
+    except ConfigError:
+        return _name(text)
+    path = text.partition("=")[0]
+    *_, key = path.split(".")
+    value: Any = typed
+    for part in path.split("."):
+        value = value[part]
+    public = _public(key, value)
+    if public == value:
+        return text
+    return f"{path}={public if isinstance(public, str) else json.dumps(public)}"
+
+
+def _name(path: str) -> str:
+    """The last part of a path of any system, with the scale that may follow a LoRA's."""
+    return re.split(r"[/\\]+", path.rstrip("/\\"))[-1]
+
+
+def _free(key: str, taken: Mapping[str, Any]) -> str:
+    """Nothing is lost where two keys are alike without their folders."""
+    return key if key not in taken else _free(f"{key}'", taken)
 
 
 def _digest(text: str) -> str:
@@ -125,21 +200,46 @@ def _licence(config: ModelConfig, origin: Mapping[str, Any]) -> str:
     return " ".join([told, *loras, changed])
 
 
-def _usage(place: str, config: ModelConfig) -> str:
+def _usage(place: str, config: ModelConfig, parts: Collection[str] | None) -> str:
     prompt = "7" if config.codec == "demo" else "a red kite over the sea"
     frames = round(60 * latent_frames_per_second(config))
     extras = "video" if config.codec == "demo" else "wan,video"
-    return f"""```sh
+    # Of a repository nobody fetches more than is named: its own components are, where it has all.
+    own = set(PARTS) <= set(parts or ())
+    option = f' --base "{place}"' if own else ""
+    imports, codec, text = "", "", ""
+    if own:
+        imports = "\nfrom vmla_convert.config import CodecConfig"
+        codec = f'\ncodec = vmla.open_codec(model.config, CodecConfig("{place}"))'
+        text = ", text=codec"
+    told = f"""```sh
 pip install "vmla-convert[{extras}]"
-vmla generate "{place}" --prompt "{prompt}" -o clip.mp4
+vmla generate "{place}"{option} --prompt "{prompt}" -o clip.mp4
 ```
 
 ```python
-import vmla_convert as vmla
+import vmla_convert as vmla{imports}
 
-model = vmla.load("{place}")
-for chunk in vmla.generate(model, prompt="{prompt}", frames={frames}):
+model = vmla.load("{place}"){codec}
+for chunk in vmla.generate(model, prompt="{prompt}", frames={frames}{text}):
     ...  # clean latents, chunk by chunk
+```"""
+    return told if parts is None else f"{told}\n\n{_pipeline_usage(place, prompt, config, own)}"
+
+
+def _pipeline_usage(place: str, prompt: str, config: ModelConfig, own: bool) -> str:
+    """The same with diffusers."""
+    rate = frames_per_second(config)
+    frames = _CLIP_SECONDS * rate + (config.codec != "demo")  # Wan's first latent frame is one
+    base = f', base="{place}"' if own else ""
+    return f"""With diffusers (`pip install "vmla-convert[wan]"`):
+
+```python
+from vmla_convert import VMLAPipeline
+
+pipe = VMLAPipeline.from_pretrained("{place}"{base})  # then .to("cuda"), where there is one
+frames = pipe("{prompt}", num_frames={frames}, output_type="pil").frames[0]
+frames[0].save("clip.gif", save_all=True, append_images=frames[1:], duration={round(1000 / rate)})
 ```"""
 
 
@@ -176,7 +276,7 @@ def _losses(record: Mapping[str, Any]) -> str:
             _table(["", "step", "velocity error", "flow loss above the dense model's"], rows)
         )
         told.append(
-            f"On {measured['clips']} held-out clips ({without_folders(measured['source'])}), of "
+            f"On {measured['clips']} held-out clips ({measured['source']}), of "
             "the chunks that read the cache; the weights that did best on them were kept. The "
             "velocity error is squared, relative to the dense model's velocity."
         )
@@ -223,7 +323,7 @@ def _recipe(record: Mapping[str, Any]) -> str:
     settings = {name: record[name] for name in kept if name in record}
     if asked := record.get("source", {}).get("asked"):
         settings = {"source": asked, **settings}
-    text = json.dumps(without_folders(settings), indent=2, ensure_ascii=False)
+    text = json.dumps(settings, indent=2, ensure_ascii=False)
     return f"```json\n{text}\n```\n\nThe whole record is in `conversion.json`."
 
 

@@ -11,7 +11,7 @@ import re
 import resource
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -35,7 +35,13 @@ from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.factor import DATA_INITS, assume_evidence
 from vmla_convert.pipelines.calibrate import calibrate, check_clips, deployed_phases
 from vmla_convert.pipelines.codecs import require_demo_codec
-from vmla_convert.pipelines.data import ClipSource, hash_files, latent_files, open_clips
+from vmla_convert.pipelines.data import (
+    ClipSource,
+    hash_files,
+    latent_files,
+    open_clips,
+    recorded,
+)
 from vmla_convert.pipelines.factoring import (
     Branch,
     branch_from,
@@ -58,6 +64,7 @@ from vmla_convert.pipelines.load import (
     Source,
     build_shell,
     compute_device,
+    is_remote,
     open_named,
     read_block,
 )
@@ -191,7 +198,7 @@ def convert(
         seconds, peak = perf_counter() - started, peak_rss_bytes()
         provenance = {
             "source": origin,
-            "convert": to_dict(config),
+            "convert": to_dict(replace(config, data=recorded(config.data))),
             "plan": to_dict(ranks),
             **({"head_truncation_error": truncation} if truncation else {}),
             "versions": versions(),
@@ -438,13 +445,17 @@ def _origin(source: Source, checkpoint: OpenCheckpoint, progress: Progress) -> d
         }
         for lora in checkpoint.loras
     ]
+    # A repository is named, which `file` is then a path in; where a folder lay is nobody's affair.
+    asked = to_dict(how)
+    if not is_remote(how.checkpoint):
+        del asked["checkpoint"]
     return {
         "name": Path(how.checkpoint).resolve().name,
         "sha256": fingerprint(checkpoint.source.path, progress),
         "state_key": checkpoint.source.key,
         "family": checkpoint.family,
         "known_model": checkpoint.known,
-        "asked": {name: value for name, value in to_dict(how).items() if name != "checkpoint"},
+        "asked": asked,
         "loras": loras,
     }
 

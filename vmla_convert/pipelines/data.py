@@ -6,6 +6,7 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -14,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vmla_convert.checkpoint.hub import is_repo
 from vmla_convert.config import DataConfig
 from vmla_convert.demo.world import TRAIN_IMAGES, Clips, Split, digit_images, sample_clips
 from vmla_convert.errors import ConfigError
@@ -255,6 +257,14 @@ def open_clips(config: DataConfig, sink_frames: int = 0) -> DemoClips | LatentCl
             "here --data takes demo, or a safetensors file or folder of latents and context",
         )
     return LatentClips(config)
+
+
+def recorded(config: DataConfig) -> DataConfig:
+    """As a record has it: with a local `base` by its absolute path, which no Hub id looks like."""
+    base = config.base
+    if base is None or (is_repo(base) and not Path(base).exists()):
+        return config
+    return replace(config, base=str(Path(base).absolute()))
 
 
 def open_openings(config: DataConfig, chunk_frames: int) -> ClipSource:

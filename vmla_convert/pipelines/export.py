@@ -7,7 +7,7 @@ from pathlib import Path
 from vmla_convert.checkpoint.families import OpenCheckpoint, open_checkpoint
 from vmla_convert.checkpoint.layouts import DIFFUSERS, NATIVE, WAN, Layout
 from vmla_convert.checkpoint.source import STATE_KEYS
-from vmla_convert.checkpoint.writer import CheckpointWriter, write_pickle
+from vmla_convert.checkpoint.writer import CheckpointWriter, refuse_taken, write_pickle
 from vmla_convert.errors import ConfigError, did_you_mean
 from vmla_convert.pipelines.folders import Files, converted_files, dense_files, parts_to_copy
 from vmla_convert.pipelines.load import Source, locate, read_provenance
@@ -35,13 +35,14 @@ def export(
 ) -> Path:
     """Write a dense or converted checkpoint into a folder of another layout, bit by bit the same.
 
-    The folder opens again with `load`. A dense one is what its family's programs read, with what
-    they keep elsewhere as a table `vmla` in config.json; a converted one has new tensors, and our
-    own config.json beside them.
+    The folder opens again with `load`, and appears whole or not at all; what a kill left of an
+    export is discarded by the next one to the same place. A dense one is what its family's programs
+    read, with what they keep elsewhere as a table `vmla` in config.json; a converted one has new
+    tensors, and our own config.json beside them.
 
     Args:
         source: Checkpoint file or folder, `demo`, or a Hub id; with settings and LoRAs if need be.
-        out: Folder to write; it appears whole or not at all.
+        out: Folder to write; where it is taken or lacks space, no weights are read.
         layout: `native`, Wan's names, safetensors; `diffusers`, a pipeline's folder, with text
             encoder and VAE where the source has them; `self_forcing`, one `model.pt` in its
             trainer's wrappers, held in memory while it is written. None for the family's own.
@@ -56,6 +57,7 @@ def export(
         ConfigError: The layout is unknown, or has no place for a key.
         OutputError: `out` is taken, or cannot be written.
     """
+    refuse_taken(out)  # before anything is fetched
     path, how = locate(source)
     checkpoint = open_checkpoint(path, how)
     chosen = layout or _LAYOUT_OF_FAMILY.get(checkpoint.config.family, "native")
@@ -98,5 +100,6 @@ def _write_wrapped(
     checkpoint: OpenCheckpoint, out: Path, key: str, files: Files, progress: Progress
 ) -> Path:
     names = progress.track(checkpoint.names, "reading")
-    state = {f"{_PREFIX}{name}": checkpoint.read(name) for name in names}
-    return write_pickle(out, state, key, files)
+    nbytes = sum(spec.nbytes for spec in checkpoint.specs().values())
+    tensors = ((f"{_PREFIX}{name}", checkpoint.read(name)) for name in names)
+    return write_pickle(out, nbytes, tensors, key, files)

@@ -63,7 +63,7 @@ def converted_files(
     files: Files = {
         layout.place("config.json"): converted_config(config),
         layout.place(CONVERSION_NAME): dict(record),
-        "README.md": model_card(config, record),
+        "README.md": model_card(config, record, parts=components if layout is DIFFUSERS else None),
     }
     if layout is not DIFFUSERS:
         return files

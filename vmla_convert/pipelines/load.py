@@ -58,7 +58,7 @@ def recognise_named(source: Source, progress: Progress | None = None) -> OpenChe
         ConfigError: A setting is unknown or does not fit.
     """
     how = _settled(source)
-    if not _is_remote(how.checkpoint):
+    if not is_remote(how.checkpoint):
         return recognise(*locate(how))
     found = fetch_headers(how.checkpoint, _file_of(how), progress)
     if isinstance(found, Path):
@@ -77,7 +77,7 @@ def locate(source: Source) -> tuple[Path, SourceConfig]:
     name = how.checkpoint
     if name == DEMO:
         return Path(str(files("vmla_convert") / "demo" / "checkpoint")) / (how.file or ""), how
-    if not _is_remote(name):
+    if not is_remote(name):
         return Path(name) / (how.file or ""), how
     path = fetch(name, _file_of(how))
     return path, how if is_converted(path) else _known(how)
@@ -87,7 +87,7 @@ def _settled(source: Source) -> SourceConfig:
     return source if isinstance(source, SourceConfig) else SourceConfig(str(source))
 
 
-def _is_remote(name: str) -> bool:
+def is_remote(name: str) -> bool:
     """Whether a name means a repository of the Hub: no path that is there may look like one."""
     return name != DEMO and not Path(name).exists() and is_repo(name)
 

@@ -71,7 +71,9 @@ def pretrain(config: TeacherConfig, out: Path, progress: Progress | None = None)
 def save_self_forcing(state: dict[str, Tensor], config: ModelConfig, folder: Path) -> None:
     """Write `model.pt` (bf16, key `generator_ema`, prefix `model.`) and Wan's `config.json`."""
     weights = {f"model.{name}": tensor.bfloat16() for name, tensor in state.items()}
-    write_pickle(folder, weights, "generator_ema", {"config.json": wan_config(config)})
+    nbytes = sum(tensor.nbytes for tensor in weights.values())
+    files = {"config.json": wan_config(config)}
+    write_pickle(folder, nbytes, weights.items(), "generator_ema", files)
 
 
 def _initialise(model: CausalWanModel) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from vmla_convert.checkpoint.families import open_checkpoint
+from vmla_convert.checkpoint.components import PARTS
+from vmla_convert.checkpoint.families import open_checkpoint, read_config
 from vmla_convert.checkpoint.hub import BESIDE, is_repo
 from vmla_convert.checkpoint.source import located, weight_files
 from vmla_convert.checkpoint.upload import Difference, compare, upload
@@ -25,6 +26,7 @@ from vmla_convert.pipelines.card import (
 from vmla_convert.pipelines.folders import PIPELINE_NAME
 from vmla_convert.pipelines.load import CONVERSION_NAME, empty_model, read_provenance
 
+_ORIGINS = ("_name_or_path", "name_or_path")
 _CONVERT = "make one first: vmla convert CKPT -o OUT"
 
 
@@ -146,19 +148,37 @@ def _read_page(page: Path) -> str:
 def _made_public(
     place: Path, files: dict[str, Path], repo: str, config: ModelConfig, record: dict[str, Any]
 ) -> dict[str, Path]:
-    """What goes up in place of a file of the folder, written to `place`: card and record."""
+    """What goes up in place of a file of the folder, written to `place`: card, and tables."""
     made: dict[str, Path] = {}
     card = files.get(CARD_NAME)
     if card is None or is_untouched(_read_page(card)):
         strip = next((name for name in STRIPS if name in files), None)
         made[CARD_NAME] = place / CARD_NAME
-        made[CARD_NAME].write_text(model_card(config, record, repo, strip), "utf-8")
-    if (public := without_folders(record)) != record:
-        name = next(name for name in files if name.endswith(CONVERSION_NAME))
-        made[name] = place / CONVERSION_NAME
-        text = json.dumps(public, indent=2, ensure_ascii=False)
-        made[name].write_text(f"{text}\n", "utf-8")
+        parts = [part for part in PARTS if any(name.startswith(f"{part}/") for name in files)]
+        text = model_card(config, record, repo, strip, parts if PIPELINE_NAME in files else None)
+        made[CARD_NAME].write_text(text, "utf-8")
+    inside = PurePosixPath(next(name for name in files if name.endswith(CONVERSION_NAME))).parent
+    tables = {str(inside / name): without_folders for name in BESIDE}
+    # Of others' tables nothing else may change: a tokenizer's words may look like paths.
+    tables |= {name: _without_origin for name in files if _is_of_component(PurePosixPath(name))}
+    for name, stripped in tables.items():
+        told = read_config(files[name])
+        if (public := stripped(told)) != told:
+            made[name] = place / name.replace("/", "--")
+            text = json.dumps(public, indent=2, ensure_ascii=False)
+            made[name].write_text(f"{text}\n", "utf-8")
     return made
+
+
+def _is_of_component(name: PurePosixPath) -> bool:
+    """Whether a table says how a text encoder, tokenizer or VAE was made, and so where it lay."""
+    return name.parts[0] in PARTS and name.name in ("config.json", "tokenizer_config.json")
+
+
+def _without_origin(table: dict[str, Any]) -> dict[str, Any]:
+    """A component's settings without the folder that diffusers or transformers read it from."""
+    origin = {name: table[name] for name in _ORIGINS if name in table}
+    return table | without_folders(origin)
 
 
 def _check(found: Difference, private: bool, tag: str | None) -> None:

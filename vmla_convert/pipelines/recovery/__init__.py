@@ -21,14 +21,14 @@ from accelerate import PartialState
 from torch import Tensor
 
 from vmla_convert.checkpoint.families import OpenCheckpoint, converted_config
-from vmla_convert.checkpoint.writer import write_checkpoint
+from vmla_convert.checkpoint.writer import refuse_taken, write_checkpoint
 from vmla_convert.config import CodecConfig, EvaluateConfig, ModelConfig, RecoverConfig
 from vmla_convert.errors import CheckpointError, ConfigError, OutputError, VmlaError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines.calibrate import check_clips
 from vmla_convert.pipelines.card import model_card
 from vmla_convert.pipelines.codecs import Codec, open_codec
-from vmla_convert.pipelines.data import open_clips, source_kind
+from vmla_convert.pipelines.data import open_clips, recorded, source_kind
 from vmla_convert.pipelines.evaluate import HeldOut, dense_rows
 from vmla_convert.pipelines.load import (
     CONVERSION_NAME,
@@ -298,7 +298,7 @@ class _Run:
     ) -> None:
         specs, clips = self.source.specs(), open_clips(self.config.data)
         record = {
-            "recover": to_dict(self.asked),
+            "recover": to_dict(replace(self.asked, data=recorded(self.asked.data))),
             "recovered": {
                 "kept_steps": recovered.kept,
                 "learning_rate": recovered.learning_rate,
@@ -336,6 +336,7 @@ def _opened(
     """Student and teacher, if they fit and `out` is free."""
     if out.exists():
         raise OutputError(f"{out} exists already", "choose another -o, or remove it")
+    refuse_taken(out)  # what would be refused at the end, after all the training
     source, dense = open_named(converted), open_named(as_teacher(teacher, str(converted)))
     if source.config.mla is None:
         raise CheckpointError(
