@@ -18,6 +18,7 @@ from vmla_convert.errors import ConfigError, OutputError, VmlaError
 from vmla_convert.maths.factor import INITS
 from vmla_convert.pipelines.load import load, open_named
 from vmla_convert.pipelines.plan import check_sizes
+from vmla_convert.pipelines.processes import check_shares
 from vmla_convert.pipelines.sweep import grid
 from vmla_convert.recipe import (
     STAGES,
@@ -140,6 +141,16 @@ def test_the_recipes_of_real_checkpoints_name_models_that_are_known() -> None:
         source = read_recipe(file).source
         assert is_repo(source.checkpoint)
         assert known_by_repo(source.checkpoint, source.file)
+
+
+@pytest.mark.parametrize("file", REAL, ids=lambda file: file.stem)
+def test_the_recipe_of_a_real_checkpoint_trains_on_one_clip_at_a_time(file: Path) -> None:
+    recipe, scaled = read_recipe(file), read_recipe(file, ["demo=true"])
+    assert recipe.recover and scaled.recover
+    training, processes = recipe.recover.training, 8 if recipe.recover.shard else 1
+    assert training.batch_size == training.accumulate * processes
+    check_shares(training, processes)
+    check_shares(scaled.recover.training, 1)
 
 
 @pytest.mark.parametrize("file", REAL, ids=lambda file: file.stem)

@@ -19,7 +19,7 @@ from vmla_convert.maths.spectra import (
     energy_at_rank,
     weight_spectrum,
 )
-from vmla_convert.pipelines.calibrate import LayerReads
+from vmla_convert.pipelines.calibrate import LayerReads, clips_at_once
 from vmla_convert.pipelines.codecs import prompted_digit, require_demo_codec
 from vmla_convert.pipelines.data import open_clips, seeded
 from vmla_convert.pipelines.factoring import layer_weights
@@ -32,7 +32,8 @@ from vmla_convert.pipelines.losses import (
 from vmla_convert.pipelines.rows import Errors, cache_rows, error_rows, row_fields
 from vmla_convert.results import Row
 
-CLIPS_AT_ONCE = 8
+# Whose noise is drawn together, whatever their size: figures do not depend on what passes together.
+CLIPS_DRAWN = 8
 SEGMENTS = 4
 RANKS_DRAWN = 20
 
@@ -66,11 +67,11 @@ class HeldOut:
         clips = open_clips(config.data)
         self.examples = [
             make_example(
-                clips.batch(index, min(CLIPS_AT_ONCE, config.clips - start), "held_out"),
+                clips.batch(index, min(CLIPS_DRAWN, config.clips - start), "held_out"),
                 self.config.chunk_frames,
                 seeded(config.data.seed, index, "evaluation"),
             )
-            for index, start in enumerate(range(0, config.clips, CLIPS_AT_ONCE))
+            for index, start in enumerate(range(0, config.clips, CLIPS_DRAWN))
         ]
         size = tuple(self.examples[0].latents.shape[-2:])
         if streamed and size != self.config.latent_size:
@@ -111,11 +112,18 @@ class HeldOut:
     def _velocity(
         self, model: nn.Module, example: Example, runtime: RuntimeConfig | None = None
     ) -> Tensor:
-        example = example.to(next(model.parameters()).device)
+        past = example.latents.chunk(2, dim=1)[0]
+        size = clips_at_once(self.config.geometry, past)
+        parts = zip(*(tensor.split(size) for tensor in example), strict=True)
+        return torch.cat([self._part(model, Example(*part), runtime) for part in parts])
+
+    def _part(self, model: nn.Module, part: Example, runtime: RuntimeConfig | None) -> Tensor:
+        """As many clips as pass the model together."""
+        part = part.to(next(model.parameters()).device)
         if self.streamed:
             assert isinstance(model, CausalWanModel)
-            return streamed_velocity(model, example, runtime).cpu()
-        return predicted_velocity(model, self.config, example).cpu()
+            return streamed_velocity(model, part, runtime).cpu()
+        return predicted_velocity(model, self.config, part).cpu()
 
 
 def _with_past(example: Example, past: Tensor) -> Example:
