@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,10 +23,11 @@ from checkpoints import (
     evidence_of,
     untimed,
 )
+from safetensors import SafetensorError
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from vmla_convert.config import LayerConfig, SweepConfig
-from vmla_convert.errors import ConfigError
+from vmla_convert.errors import ConfigError, OutputError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths import factor
 from vmla_convert.maths.projections import LayerShape
@@ -33,7 +37,7 @@ from vmla_convert.pipelines.evaluate import HeldOut
 from vmla_convert.pipelines.factoring import convert_model
 from vmla_convert.pipelines.load import load
 from vmla_convert.pipelines.rows import run_name
-from vmla_convert.pipelines.shelf import MemoryShelf
+from vmla_convert.pipelines.shelf import FolderShelf, MemoryShelf
 from vmla_convert.pipelines.sweep import Team, grid, shared, sweep, sweep_points
 from vmla_convert.pipelines.sweep.grid import SweepPoint
 from vmla_convert.pipelines.sweep.shared import Shared
@@ -225,6 +229,88 @@ def test_a_point_that_fails_is_a_row_that_says_why_and_is_tried_again(
     again = run(dense, file)
     assert not [row for row in again if row.metric == "failed"]
     assert Counter(untimed(again)) == Counter(untimed(whole[1]))
+
+
+def failing_at(
+    measure: Callable[..., list[Row]], init: str, error: Exception
+) -> Callable[..., list[Row]]:
+    """`measure_point`, but for points of one init."""
+
+    def measured(student: CausalWanModel, point: SweepPoint, *rest: object) -> list[Row]:
+        if point.conversion.init == init:
+            raise error
+        return measure(student, point, *rest)
+
+    return measured
+
+
+UNTRAINED = replace(GRID, inits=("random", "spectral", "calibrated"), seeds=(0,), recover=False)
+NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a.safetensors")
+
+
+def test_a_file_that_one_point_misses_is_that_points_failure(
+    dense: CausalWanModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lost = FileNotFoundError(errno.ENOENT, "No such file", "a.safetensors")
+    failing = failing_at(pipeline.measure_point, "spectral", lost)
+    monkeypatch.setattr(pipeline, "measure_point", failing)
+    rows = run(dense, tmp_path / "rows.jsonl", UNTRAINED)
+    (told,) = [(row.init, row.note) for row in rows if row.metric == "failed"]
+    assert told[0] == "spectral"
+    assert "a.safetensors" in (told[1] or "")
+    assert [r.init for r in rows if r.metric == "velocity_error"] == ["random", "calibrated"]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_full_disk_ends_the_sweep_and_what_was_measured_is_kept(
+    wrapped: bool, dense: CausalWanModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file, error = tmp_path / "rows.jsonl", NO_SPACE
+    if wrapped:
+        error = OutputError("a.safetensors cannot be written")
+        error.__cause__ = SafetensorError("I/O error: No space left on device (os error 28)")
+    failing = failing_at(pipeline.measure_point, "spectral", error)
+    monkeypatch.setattr(pipeline, "measure_point", failing)
+    with pytest.raises(OutputError, match=r"disk is full.*a\.safetensors") as caught:
+        run(dense, file, UNTRAINED)
+    assert str(file) in caught.value.hint
+    kept = read_rows(file)
+    assert not [row for row in kept if row.metric == "failed"]
+    assert [row.init for row in kept if row.metric == "velocity_error"] == ["random"]
+    monkeypatch.undo()
+    rows = run(dense, file, UNTRAINED)
+    assert rows[: len(kept)] == kept
+    assert [r.init for r in rows if r.metric == "velocity_error"] == list(UNTRAINED.inits)
+
+
+def test_a_disk_that_fills_up_while_all_are_converted_ends_the_sweep_there(
+    dense: CausalWanModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tried: list[str] = []
+
+    def full(_: object, name: str, __: object) -> NoReturn:
+        tried.append(name)
+        raise NO_SPACE
+
+    write = FolderShelf._write  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(
+        FolderShelf, "_write", lambda *a: (full if "converted-" in a[1] else write)(*a)
+    )
+    with pytest.raises(OutputError, match="disk is full"):
+        run(dense, tmp_path / "rows.jsonl", UNTRAINED)
+    assert len(tried) == 1
+
+
+def test_rows_that_cannot_be_written_end_the_sweep_with_a_sentence(
+    dense: CausalWanModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refused(*_: object) -> NoReturn:
+        raise PermissionError(errno.EACCES, "Permission denied", "rows.jsonl")
+
+    monkeypatch.setattr(pipeline, "append_rows", refused)
+    with pytest.raises(OutputError, match="Permission denied") as caught:
+        run(dense, tmp_path / "rows.jsonl", UNTRAINED)
+    assert caught.value.hint
 
 
 def test_a_conversion_that_fails_leaves_the_others_alone(

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vmla_convert.config import ConvertConfig, EvaluateConfig, RecoverConfig, SweepConfig
-from vmla_convert.errors import VmlaError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines.codecs import check_prompts
 from vmla_convert.pipelines.data import open_clips
@@ -20,10 +19,11 @@ from vmla_convert.pipelines.evaluate import HeldOut, dense_rows, spectrum_rows
 from vmla_convert.pipelines.plan import check_sizes, uniform_plan
 from vmla_convert.pipelines.rows import device_name, memory_rows
 from vmla_convert.pipelines.shelf import FolderShelf
+from vmla_convert.pipelines.sweep.failures import FAILURES, first_line, is_full_disk, keeping
 from vmla_convert.pipelines.sweep.grid import SweepPoint, digest, grid, sweep_points
 from vmla_convert.pipelines.sweep.point import Bench, labelled, measure_point
 from vmla_convert.pipelines.sweep.rollouts import Rollout, roll_out, score
-from vmla_convert.pipelines.sweep.shared import FAILURES, Shared
+from vmla_convert.pipelines.sweep.shared import Shared
 from vmla_convert.pipelines.sweep.team import Team, join_team
 from vmla_convert.progress import Progress, Silent, Timed
 from vmla_convert.results import FAILED, Row, append_rows, drop_torn_line, read_rows, write_rows
@@ -60,6 +60,7 @@ def sweep(
     Raises:
         ConfigError: An init or a size of the grid does not fit the model, or there are no clips to
             recover on; before any work.
+        OutputError: The disk is full, or a file that all points share is lost.
     """
     progress, team = progress or Silent(), team or Team()
     points = sweep_points(config, convert_config, recover_config)
@@ -70,11 +71,12 @@ def sweep(
     if config.rollout_frames:
         check_prompts(teacher.config, config.rollout_prompts)
     work = _Sweep(teacher, config, convert_config, evaluate_config, rows_file, points)
-    if team.leads:
-        work.prepare(progress)
-        team.announce("prepared")
-    team.await_leader("prepared")
-    work.run(progress, team)
+    with keeping(rows_file):
+        if team.leads:
+            work.prepare(progress)
+            team.announce("prepared")
+        team.await_leader("prepared")
+        work.run(progress, team)
     team.announce("done")
     if team.leads:
         team.await_all("done")
@@ -137,7 +139,9 @@ class _Sweep:
             student, seconds = self.shared.student(point.conversion)
             return measure_point(student, point, self.bench, seconds, progress)
         except FAILURES as error:
-            reason = error.message if isinstance(error, VmlaError) else _first_line(error)
+            if is_full_disk(error):
+                raise
+            reason = first_line(error)
             name = f"{point.conversion.init} {point.key}"
             progress.note(f"{name} failed: {reason}")
             conversion = point.conversion
@@ -179,8 +183,3 @@ class _Sweep:
 
     def _dense_rollout(self) -> Rollout:
         return Rollout(self.teacher.config, self.shelf.get("rollout")["latents"])
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
