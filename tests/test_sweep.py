@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ from checkpoints import (
 from safetensors import SafetensorError
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
+from vmla_convert import progress
 from vmla_convert.config import LayerConfig, SweepConfig
 from vmla_convert.errors import ConfigError, OutputError
 from vmla_convert.layers.dit import CausalWanModel
@@ -41,8 +42,10 @@ from vmla_convert.pipelines.shelf import FolderShelf, MemoryShelf
 from vmla_convert.pipelines.sweep import Team, grid, shared, sweep, sweep_points
 from vmla_convert.pipelines.sweep.grid import SweepPoint
 from vmla_convert.pipelines.sweep.shared import Shared
-from vmla_convert.progress import Progress
+from vmla_convert.progress import Progress, Silent
 from vmla_convert.results import Row, append_rows, read_rows
+
+T = TypeVar("T")
 
 pytest_plugins = ["checkpoints"]
 pytestmark = pytest.mark.usefixtures("few_layerwise_clips")
@@ -357,6 +360,48 @@ def test_free_processes_take_the_next_point_until_there_are_none() -> None:
     taken = [next(shares[0]), next(shares[1]), next(shares[1]), next(shares[0])]
     assert taken == [0, 1, 2, 3]
     assert [list(share) for share in shares] == [[4], []]
+
+
+def test_the_first_process_draws_what_all_have_done(dense: CausalWanModel, tmp_path: Path) -> None:
+    class Bars(Silent):
+        """Notes how far the bar of the sweep is at every step of a recovery."""
+
+        def __init__(self) -> None:
+            self.total, self.at, self.seen = 0, -1, list[int]()
+
+        def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+            for item in super().track(items, label, total):
+                if label == "sweep":
+                    assert isinstance(items, Sized)
+                    self.total, self.at = len(items), self.at + 1
+                if label == "distilling":
+                    self.seen.append(self.at)
+                    if self.at == 1:  # meanwhile the other comes to the end of its second
+                        other.finish()
+                yield item
+            self.at += label == "sweep"
+
+    store, bars = HashStore(), Bars()
+    other = Team(1, 2, store)
+    theirs = other.share(range(len(POINTS)))
+    assert [next(theirs), next(theirs)] == [0, 1]
+    other.finish()
+    other.announce("done")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "GLANCE", 0.0)
+        sweep(
+            dense,
+            GRID,
+            CONVERT,
+            RECOVER,
+            EVALUATE,
+            tmp_path / "rows.jsonl",
+            bars,
+            Team(0, 2, store),
+        )
+    assert (bars.total, bars.at) == (4, 4)
+    # Within its own first point it shows what the other does meanwhile.
+    assert bars.seen == [1, *3 * [2], *4 * [3]]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from vmla_convert.config import ConvertConfig, EvaluateConfig, RecoverConfig, SweepConfig
@@ -25,7 +26,7 @@ from vmla_convert.pipelines.sweep.point import Bench, labelled, measure_point
 from vmla_convert.pipelines.sweep.rollouts import Rollout, roll_out, score
 from vmla_convert.pipelines.sweep.shared import Shared
 from vmla_convert.pipelines.sweep.team import Team, join_team
-from vmla_convert.progress import Progress, Silent, Timed
+from vmla_convert.progress import Joint, Progress, Silent, Timed
 from vmla_convert.results import FAILED, Row, append_rows, drop_torn_line, read_rows, write_rows
 from vmla_convert.tables import to_dict
 
@@ -77,9 +78,7 @@ def sweep(
             team.announce("prepared")
         team.await_leader("prepared")
         work.run(progress, team)
-    team.announce("done")
     if team.leads:
-        team.await_all("done")
         work.shelf.remove()
 
 
@@ -127,12 +126,20 @@ class _Sweep:
         append_rows(self.rows_file, rows)
 
     def run(self, progress: Progress, team: Team) -> None:
-        """The points that are this process's to do."""
+        """The points that are this process's to do; the leader waits for the others'."""
         done = self._done(read_rows(self.rows_file))
-        total = len(self.points) if team.size == 1 else None
-        for point in progress.track(team.share(self.points), "sweep", total):
-            if (point.key, point.seed) not in done:
-                append_rows(self.rows_file, self._measured(point, progress))
+        # What the others draw nobody sees, and need not ask for.
+        count = team.finished if team.leads else int
+        with closing(Joint(progress, "sweep", len(self.points), count)) as joint:
+            for point in team.share(self.points):
+                if (point.key, point.seed) not in done:
+                    append_rows(self.rows_file, self._measured(point, joint))
+                team.finish()
+                joint.look()
+            team.announce("done")
+            if team.leads:
+                team.await_all("done", joint.look)
+                joint.look()
 
     def _measured(self, point: SweepPoint, progress: Progress) -> list[Row]:
         try:
