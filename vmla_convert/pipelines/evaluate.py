@@ -19,7 +19,7 @@ from vmla_convert.maths.spectra import (
     energy_at_rank,
     weight_spectrum,
 )
-from vmla_convert.pipelines.calibrate import LayerReads, clips_at_once
+from vmla_convert.pipelines.calibrate import LayerReads, check_clips, clips_at_once
 from vmla_convert.pipelines.codecs import prompted_digit, require_demo_codec
 from vmla_convert.pipelines.data import open_clips, seeded
 from vmla_convert.pipelines.factoring import layer_weights
@@ -38,6 +38,35 @@ SEGMENTS = 4
 RANKS_DRAWN = 20
 
 
+def check_held_out(model: ModelConfig, config: EvaluateConfig, streamed: bool = False) -> None:
+    """Refuse clips that nothing can be measured on; one of them is read.
+
+    Raises:
+        ConfigError: There are none, they are too short, their frames do not fit the model, or its
+            cache where clips are `streamed`, or the model cannot read the demo world.
+    """
+    least = 2 * model.chunk_frames
+    if config.data.frames < least:
+        raise ConfigError(
+            f"held-out clips of {config.data.frames} frames have no chunk with a past",
+            f"use at least {least} frames",
+        )
+    if config.data.source == "demo":
+        require_demo_codec(
+            model,
+            "measuring on the demo world",
+            "name clips of the model's own: --data FILE.safetensors with latents and context",
+        )
+    batch = open_clips(config.data).batch(0, 1, "held_out")
+    check_clips(model, batch)
+    size = tuple(batch.latents.shape[-2:])
+    if streamed and size != model.latent_size:
+        raise ConfigError(
+            f"held-out clips of {list(size)} do not fit a cache of {list(model.latent_size)}",
+            "give clips of the model's latent size",
+        )
+
+
 class HeldOut:
     """Held-out clips with their noise and the dense model's answers, prepared once.
 
@@ -45,25 +74,14 @@ class HeldOut:
     that shows what its window, its sink and its precision do.
 
     Raises:
-        ConfigError: The clips are too short, their frames do not fit the cache, or the model cannot
-            read the demo world.
+        ConfigError: As `check_held_out`.
     """
 
     def __init__(
         self, teacher: CausalWanModel, config: EvaluateConfig, streamed: bool = False
     ) -> None:
         self.config, self.streamed = teacher.config, streamed
-        if config.data.frames < 2 * self.config.chunk_frames:
-            raise ConfigError(
-                f"held-out clips of {config.data.frames} frames have no chunk with a past",
-                f"use at least {2 * self.config.chunk_frames} frames",
-            )
-        if config.data.source == "demo":
-            require_demo_codec(
-                self.config,
-                "measuring on the demo world",
-                "name clips of the model's own: --data FILE.safetensors with latents and context",
-            )
+        check_held_out(self.config, config, streamed)
         clips = open_clips(config.data)
         self.examples = [
             make_example(
@@ -73,12 +91,6 @@ class HeldOut:
             )
             for index, start in enumerate(range(0, config.clips, CLIPS_DRAWN))
         ]
-        size = tuple(self.examples[0].latents.shape[-2:])
-        if streamed and size != self.config.latent_size:
-            raise ConfigError(
-                f"held-out clips of {list(size)} do not fit a cache of {self.config.latent_size}",
-                "give clips of the model's latent size",
-            )
         self.targets = [self._velocity(teacher, example) for example in self.examples]
 
     def measure(self, model: nn.Module, runtime: RuntimeConfig | None = None) -> Errors:
