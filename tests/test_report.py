@@ -20,7 +20,8 @@ from report_rows import full_rows, without_points
 
 from vmla_convert.errors import MissingExtraError, VmlaError
 from vmla_convert.pipelines.report import decisive_table, write_report
-from vmla_convert.pipelines.report.answer import how_to_use, recommend
+from vmla_convert.pipelines.report.answer import recommend
+from vmla_convert.pipelines.report.commands import how_to_use
 from vmla_convert.pipelines.report.curves import recovery_chart, recovery_loss_chart
 from vmla_convert.pipelines.report.panels import Grid, Panel, chart_csv
 from vmla_convert.pipelines.report.plots import draw_chart, spread_apart
@@ -657,6 +658,7 @@ def test_settings_of_one_name_are_told_apart_by_what_differs_in_their_layers() -
 
 def test_commands_name_clips_rate_and_truncated_heads_of_the_run() -> None:
     rows = [*dense_rows(), *point_rows("calibrated", 20, 8, [0.2, 0.1], [0.1, 0.1])]
+    rows = [*rows[:3], *(replace(row, qk_nope_head_dim=24) for row in rows[3:])]
     (point,) = read_points(rows)
     data = {"source": "latents.safetensors", "frames": 21}
     recipe = {
@@ -684,5 +686,5 @@ def test_commands_name_clips_rate_and_truncated_heads_of_the_run() -> None:
     ruled = replace(point, ranks="uniform", recovery_steps=0)
     convert, recover, _ = how_to_use(ruled, read_dense(rows), {}).splitlines()
     assert "--kv-lora-rank" not in convert
-    assert "--cut 0.8867" in convert and convert.endswith("--ranks uniform")
+    assert "--cut 0.8867" in convert and convert.endswith("--ranks uniform --qk-nope-head-dim 24")
     assert "--steps 0" in recover

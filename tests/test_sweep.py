@@ -36,11 +36,11 @@ from vmla_convert.pipelines import sweep as pipeline
 from vmla_convert.pipelines.calibrate import LayerReads
 from vmla_convert.pipelines.evaluate import HeldOut
 from vmla_convert.pipelines.factoring import convert_model
+from vmla_convert.pipelines.grid import SweepPoint
 from vmla_convert.pipelines.load import load
 from vmla_convert.pipelines.rows import run_name
 from vmla_convert.pipelines.shelf import FolderShelf, MemoryShelf
 from vmla_convert.pipelines.sweep import Team, grid, shared, sweep, sweep_points
-from vmla_convert.pipelines.sweep.grid import SweepPoint
 from vmla_convert.pipelines.sweep.shared import Shared
 from vmla_convert.progress import Progress, Silent
 from vmla_convert.results import Row, append_rows, read_rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -77,6 +78,7 @@ class Point:
         ranks: Rule that divided the budget.
         kv_lora_rank: Rank of the content latent; None where layers differ.
         qk_rope_head_dim: Width of the shared rope key; None where layers differ.
+        qk_nope_head_dim: Width that heads' content part was truncated to; None where it was not.
         scalars: Numbers cached per token and layer.
         nbytes: Bytes they take; None where no row says.
         cut: Share of the dense cache that is gone.
@@ -99,6 +101,7 @@ class Point:
     ranks: str | None
     kv_lora_rank: int | None
     qk_rope_head_dim: int | None
+    qk_nope_head_dim: int | None
     scalars: float | None
     nbytes: float | None
     cut: float | None
@@ -185,18 +188,23 @@ def setting_key(row: Row) -> str:
 def setting_names(points: Sequence[Point]) -> dict[str, str]:
     """Short names by `setting_key`; those that share one get what differs in their layers too."""
     short = [point.name for point in points]
-    layers = [point.layer.split() for point in points]
+    layers = [_layer_words(point) for point in points]
 
     def name(point: Point) -> str:
         if short.count(point.name) == 1:
             return point.name
-        words = enumerate(point.layer.split())
+        words = enumerate(_layer_words(point))
         differing = [
             word for i, word in words if any(word not in each[i : i + 1] for each in layers)
         ]
         return f"{point.name} ({' '.join(differing) or point.key})"
 
     return {" ".join(filter(None, (p.key, p.kept.words))): name(p) for p in points}
+
+
+def _layer_words(point: Point) -> list[str]:
+    nope = point.qk_nope_head_dim
+    return [*point.layer.split(), *([f"nope{nope}"] if nope is not None else [])]
 
 
 def point_key(row: Row) -> str:
@@ -290,6 +298,7 @@ def _point(kept: Kept, rows: list[Row], plain: list[Row], dense: Dense | None) -
         ranks=first.ranks,
         kv_lora_rank=first.kv_lora_rank,
         qk_rope_head_dim=first.qk_rope_head_dim,
+        qk_nope_head_dim=_truncated(first),
         scalars=scalars,
         nbytes=nbytes,
         cut=cut,
@@ -304,6 +313,12 @@ def _point(kept: Kept, rows: list[Row], plain: list[Row], dense: Dense | None) -
         step_seconds=step_seconds,
         seconds_ratio=_ratio(rows, step_seconds, dense),
     )
+
+
+def _truncated(row: Row) -> int | None:
+    """What heads were truncated to; before rows had a field for it, the run's name told it."""
+    named = re.search(r"-nope(\d+)$", row.run)
+    return int(named[1]) if row.qk_nope_head_dim is None and named else row.qk_nope_head_dim
 
 
 def _cut(

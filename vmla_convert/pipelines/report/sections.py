@@ -10,9 +10,9 @@ from vmla_convert.pipelines.report.answer import (
     Recommendation,
     answer_reasons,
     answer_sentence,
-    how_to_use,
     recommend,
 )
+from vmla_convert.pipelines.report.commands import how_to_use
 from vmla_convert.pipelines.report.curves import (
     drift_chart,
     recovery_chart,

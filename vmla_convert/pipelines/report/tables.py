@@ -171,6 +171,10 @@ def _setting_columns(points: Sequence[Point], dense: Dense | None) -> list[Colum
     if len({p.ranks for p in points if p.ranks}) > 1:
         columns.append(Column("ranks", lambda p: p.ranks or ABSENT, ABSENT))
     columns.append(Column("scalars/token", _scalars, scalars))
+    if len({p.qk_nope_head_dim for p in points}) > 1:
+        columns.append(
+            Column("qk_nope_head_dim", lambda p: format_number(p.qk_nope_head_dim), ABSENT)
+        )
     if any(p.kept.words for p in points):
         columns.append(Column("kept as", lambda p: p.kept.words or "model", "model"))
     if any(p.nbytes is not None for p in points):

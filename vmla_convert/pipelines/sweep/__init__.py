@@ -25,12 +25,12 @@ from vmla_convert.pipelines.codecs import check_prompts, open_codec
 from vmla_convert.pipelines.convert import open_measured
 from vmla_convert.pipelines.data import open_clips
 from vmla_convert.pipelines.evaluate import HeldOut, check_held_out, dense_rows, spectrum_rows
+from vmla_convert.pipelines.grid import SweepPoint, digest, grid, sweep_points
 from vmla_convert.pipelines.plan import check_sizes, uniform_plan
 from vmla_convert.pipelines.processes import check_shares
 from vmla_convert.pipelines.rows import device_name, memory_rows
 from vmla_convert.pipelines.shelf import FolderShelf
 from vmla_convert.pipelines.sweep.failures import FAILURES, first_line, is_full_disk, keeping
-from vmla_convert.pipelines.sweep.grid import SweepPoint, digest, grid, sweep_points
 from vmla_convert.pipelines.sweep.point import Bench, labelled, measure_point
 from vmla_convert.pipelines.sweep.rollouts import Rollout, roll_out, score
 from vmla_convert.pipelines.sweep.shared import Shared

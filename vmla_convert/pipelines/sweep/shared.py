@@ -41,10 +41,10 @@ from vmla_convert.pipelines.factoring import (
     planned_config,
     with_branches,
 )
+from vmla_convert.pipelines.grid import digest
 from vmla_convert.pipelines.plan import Curves, divide, uniform_plan, wanted_curves
 from vmla_convert.pipelines.shelf import Shelf, Tensors
 from vmla_convert.pipelines.sweep.failures import left_out
-from vmla_convert.pipelines.sweep.grid import digest
 from vmla_convert.progress import Progress, Silent
 from vmla_convert.tables import to_dict
 
