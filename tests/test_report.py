@@ -250,7 +250,8 @@ def test_table_of_a_sweep_without_recovery_says_what_a_conversion_costs_and_lose
     table = decisive_table(step0_rows())
     assert table == [
         ["init", "layer", "scalars/token", "cache cut",
-         "velocity_error", "flow_loss", "flow_loss_dense", "flow loss above dense", "seconds"],
+         "velocity_error", "flow_loss", "flow_loss_dense", "flow loss above dense",
+         "seconds to convert"],
         ["dense", "–", "256", "0 %", "0", "0.04", "0.04", "+0 %", "–"],
         ["calibrated", "dense reconstructed joint stored", "13", "94.9 %",
          "0.06", "0.056", "0.04", "+40 %", "1.5"],
@@ -263,6 +264,31 @@ def test_table_of_a_sweep_without_recovery_says_what_a_conversion_costs_and_lose
         ["spectral", "latent decoupled joint stored", "25 (16+8)", "90.2 %",
          "0.5", "0.28", "0.04", "+600 %", "1.5"],
     ]  # fmt: skip
+
+
+def test_seconds_to_convert_say_what_they_leave_out(tmp_path: Path) -> None:
+    by_itself = [
+        *point_rows("calibrated", 20, 0, [0.02], [0.1], layer=DEFAULT),
+        replace(point_rows("calibrated", 20, 0, [], [], layer=DEFAULT)[0], metric="factor_seconds"),
+    ]
+    sweep = [
+        Row("sweep_seconds", seconds, "s", "sweep", note=stage)
+        for stage, seconds in (("calibrating", 4), ("weighing errors", 17.5), ("converting", 9))
+    ]
+    markdown = report_on(tmp_path, [*step0_rows(), *by_itself, *sweep])["report.md"].read_text()
+    table = decisive_table([*step0_rows(), *by_itself, *sweep])
+    assert table[0][-1] == "seconds to convert"
+    assert {line[2]: line[-1] for line in table[1:] if line[0] in ("dense", "calibrated")} == {
+        "256": "–",
+        "13": "1.5 + shared",
+        "21 (20)": "1.5",
+        "25 (24)": "1.5 + shared",
+        "25 (16+8)": "1.5 + shared",
+    }
+    assert "which took 21.5 s (calibrating 4 s and weighing errors 17.5 s)" in markdown
+    assert "| sweep_seconds, all runs | 30.5 |" in markdown
+    assert "| of these weighing errors, once for all settings | 17.5 |" in markdown
+    assert "| convert_seconds, all runs, without what settings share | 9.0 |" in markdown
 
 
 def test_table_without_the_dense_model_has_no_cells_about_it() -> None:

@@ -89,7 +89,8 @@ class Point:
         error_spread: Least and greatest velocity_error over seeds at the last step.
         loss_spread: Likewise of `losses`.
         seeds: How many there are.
-        seconds: Of the conversion.
+        seconds: Of the conversion; of its own work alone, where it `shares` the rest.
+        shares: Whether a sweep calibrated and predicted for it together with others.
         step_seconds: Of one denoising step.
         seconds_ratio: The same over the dense model's; below 1 is faster.
     """
@@ -113,6 +114,7 @@ class Point:
     loss_spread: tuple[float, float] | None
     seeds: int
     seconds: float | None
+    shares: bool
     step_seconds: float | None
     seconds_ratio: float | None
 
@@ -242,8 +244,9 @@ def read_points(rows: Sequence[Row]) -> list[Point]:
     for row in rows:
         if row.init is not None and row.metric != "failed":
             groups[point_key(row), row.init][kept_as(row)].append(row)
+    swept = any(row.metric == "sweep_seconds" for row in rows)
     points = [
-        _point(kept, own, kinds.get(PLAIN, own), dense)
+        _point(kept, own, kinds.get(PLAIN, own), dense, swept)
         for kinds in groups.values()
         for kept, own in kinds.items()
     ]
@@ -262,6 +265,16 @@ def size_groups(points: Sequence[Point]) -> list[list[Point]]:
     return groups
 
 
+def shared_seconds(rows: Iterable[Row]) -> dict[str, float]:
+    """Seconds of what a sweep did once for all of its points, by stage; of all its runs."""
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for row in rows:
+        # What this stage does is each point's own, and told there.
+        if row.metric == "sweep_seconds" and row.note != "converting":
+            seconds[row.note or "shared work"] += row.value
+    return dict(seconds)
+
+
 def is_step_ratio(row: Row) -> bool:
     """Whether a row compares seconds of a whole step, not of an attention or of a layer alone."""
     return row.metric == "seconds_ratio" and not row.unit.startswith(("attention", "layer"))
@@ -273,7 +286,9 @@ def _size(nbytes: float | None, scalars: float | None) -> float | None:
     return None if scalars is None else BYTES_PER_NUMBER * scalars
 
 
-def _point(kept: Kept, rows: list[Row], plain: list[Row], dense: Dense | None) -> Point:
+def _point(
+    kept: Kept, rows: list[Row], plain: list[Row], dense: Dense | None, swept: bool
+) -> Point:
     """A point from its own rows; what does not depend on how it is kept, from the plain ones."""
     first = rows[0]
     scalars = median_of(plain, "cache_scalars_per_token")
@@ -310,6 +325,8 @@ def _point(kept: Kept, rows: list[Row], plain: list[Row], dense: Dense | None) -
         loss_spread=loss_spread,
         seeds=len({row.seed for row in rows}),
         seconds=median_of(plain, "convert_seconds"),
+        # A conversion by itself tells how much of its seconds was factoring.
+        shares=swept and not any(row.metric == "factor_seconds" for row in plain),
         step_seconds=step_seconds,
         seconds_ratio=_ratio(rows, step_seconds, dense),
     )

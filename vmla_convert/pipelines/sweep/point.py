@@ -66,7 +66,7 @@ def measure_point(
         student: As converted; it is trained in place.
         point: Its settings.
         bench: What it is measured against.
-        seconds: That its conversion took.
+        seconds: That its own decompositions took; `sweep_seconds` has what points share.
         progress: Where to draw.
     """
     config, seed = student.config, point.seed

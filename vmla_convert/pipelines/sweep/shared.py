@@ -100,7 +100,10 @@ class Shared:
         self._make(lacking, progress or Silent(), left_out)
 
     def student(self, conversion: ConvertConfig) -> tuple[CausalWanModel, float]:
-        """A conversion as a model, and its seconds, with its share of what others use too.
+        """A conversion as a model, and the seconds of its decompositions.
+
+        Of one that several conversions are cut from it bears an equal part. Calibration and
+        predictions are not in it: they are done once, whatever the conversions are.
 
         Raises:
             ConfigError: Its budget is too small, or whatever else it fails of.
