@@ -24,6 +24,7 @@ from vmla_convert.errors import VmlaError
 from vmla_convert.pipelines import convert as converting
 from vmla_convert.pipelines import recovery
 from vmla_convert.pipelines.grid import SweepPoint, find_point, sweep_points
+from vmla_convert.pipelines.report.answer import answer_sentence, recommend
 from vmla_convert.pipelines.report.commands import how_to_use
 from vmla_convert.pipelines.report.points import Point, read_points, setting_names
 from vmla_convert.pipelines.report.tables import decisive_table
@@ -192,3 +193,13 @@ def test_rows_alone_tell_the_width_that_heads_were_truncated_to() -> None:
     header, *lines = decisive_table(split_rows())
     place = header.index("qk_nope_head_dim")
     assert [line[place] for line in lines] == ["12", "20"]
+
+
+def test_the_answer_names_the_width_that_heads_were_truncated_to() -> None:
+    best = recommend(read_points(split_rows()), 0.15)
+    assert best is not None
+    told = answer_sentence(best, None, 0.15)
+    assert "kv_lora_rank 8, qk_rope_head_dim 4 and qk_nope_head_dim 12 (latent" in told
+    divided = replace(best, point=replace(best.point, kv_lora_rank=None, scalars=13))
+    told = answer_sentence(divided, None, 0.15)
+    assert "divided among layers, and qk_nope_head_dim 12 (latent" in told

@@ -21,6 +21,7 @@ from report_rows import full_rows, without_points
 from vmla_convert.errors import MissingExtraError, VmlaError
 from vmla_convert.pipelines.report import decisive_table, write_report
 from vmla_convert.pipelines.report.answer import recommend
+from vmla_convert.pipelines.report.cells import numeric_columns
 from vmla_convert.pipelines.report.commands import how_to_use
 from vmla_convert.pipelines.report.curves import recovery_chart, recovery_loss_chart
 from vmla_convert.pipelines.report.panels import Grid, Panel, chart_csv
@@ -278,12 +279,13 @@ def test_seconds_to_convert_say_what_they_leave_out(tmp_path: Path) -> None:
     markdown = report_on(tmp_path, [*step0_rows(), *by_itself, *sweep])["report.md"].read_text()
     table = decisive_table([*step0_rows(), *by_itself, *sweep])
     assert table[0][-1] == "seconds to convert"
+    assert numeric_columns(table)[-1]
     assert {line[2]: line[-1] for line in table[1:] if line[0] in ("dense", "calibrated")} == {
         "256": "–",
-        "13": "1.5 + shared",
+        "13": "1.5 (+ shared)",
         "21 (20)": "1.5",
-        "25 (24)": "1.5 + shared",
-        "25 (16+8)": "1.5 + shared",
+        "25 (24)": "1.5 (+ shared)",
+        "25 (16+8)": "1.5 (+ shared)",
     }
     assert "which took 21.5 s (calibrating 4 s and weighing errors 17.5 s)" in markdown
     assert "| sweep_seconds, all runs | 30.5 |" in markdown

@@ -214,7 +214,7 @@ def _shared_note(rows: Sequence[Row], points: Sequence[Point], header: Sequence[
     stages = shared_seconds(rows)
     told = join_words([f"{stage} {format_seconds(amount)}" for stage, amount in stages.items()])
     return [
-        "Seconds to convert with '+ shared' are of a setting's own decompositions: the sweep did "
+        "Seconds to convert with (+ shared) are of a setting's own decompositions: the sweep did "
         f"the rest once for all of them, which took {format_seconds(sum(stages.values()))} "
         f"({told}). Converted by itself, a setting takes both."
     ]

@@ -245,7 +245,7 @@ def _error(point: Point) -> str:
 
 
 def _seconds(point: Point) -> str:
-    shared = " + shared" if point.shares and point.seconds is not None else ""
+    shared = " (+ shared)" if point.shares and point.seconds is not None else ""
     return format_number(point.seconds) + shared
 
 
