@@ -192,6 +192,19 @@ def test_a_sweep_says_beforehand_how_many_points_it_has(tmp_path: Path, vmla: Vm
     assert not list(tmp_path.iterdir())
 
 
+def test_of_processes_that_dry_run_together_one_speaks(
+    tiny: Path, tmp_path: Path, vmla: Vmla, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        ran = vmla("sweep", tiny, "-o", tmp_path / "out", "--dry-run")
+        assert ran.code == 0
+        told.append(ran.out)
+    assert "points" in told[0]
+    assert told[1] == ""
+
+
 def test_the_ablation_tries_every_init_on_every_layer_before_any_training() -> None:
     recipe = read_recipe("step0_ablation")
     assert recipe.stages() == ["sweep", "report"]
