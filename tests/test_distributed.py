@@ -182,6 +182,8 @@ def test_two_processes_share_the_points_of_a_sweep(
     assert vmla("sweep", str(recipe), "-o", str(tmp_path / "one")).code == 0
     ran = launched(*TORCHRUN, "-m", "vmla_convert", "sweep", recipe, "-o", tmp_path / "two")
     assert ran.returncode == 0, ran.stderr
+    # One draws what both have done.
+    assert ran.stderr.count("sweep: ") == ran.stderr.count("sweep: 6 in") == 1
     rows = [untimed(read_rows(tmp_path / name / "rows.jsonl")) for name in ("one", "two")]
     assert Counter(rows[0]) == Counter(rows[1])
     assert len({row.point for row in rows[0]} - {None}) == 6

@@ -16,6 +16,7 @@ from vmla_convert.config import (
     ConvertConfig,
     DataConfig,
     EvaluateConfig,
+    Geometry,
     LayerConfig,
     RankPlan,
 )
@@ -23,8 +24,9 @@ from vmla_convert.demo.world import sample_clips
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.spectra import effective_rank, weight_spectrum
+from vmla_convert.pipelines import calibrate as calibration
 from vmla_convert.pipelines import evaluate as pipeline
-from vmla_convert.pipelines.calibrate import LayerReads
+from vmla_convert.pipelines.calibrate import LayerReads, clips_at_once
 from vmla_convert.pipelines.convert import Conversion
 from vmla_convert.pipelines.data import open_clips
 from vmla_convert.pipelines.evaluate import (
@@ -114,6 +116,37 @@ def test_the_first_chunk_reads_no_cache_and_does_not_count(
 def test_every_clip_is_measured(dense: CausalWanModel) -> None:
     held_out = HeldOut(dense, EvaluateConfig(clips=11, data=EVALUATE.data))
     assert sum(len(example.velocity) for example in held_out.examples) == 11
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_figures_do_not_depend_on_how_many_clips_pass_together(
+    streamed: bool, dense: CausalWanModel, latent: CausalWanModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(EVALUATE, clips=9)
+
+    def measured() -> tuple[list[float], set[int]]:
+        sizes, patch = (
+            set[int](),
+            dense.patch_embedding.register_forward_pre_hook(
+                lambda _, given: sizes.add(len(given[0]))
+            ),
+        )
+        held_out = HeldOut(dense, config, streamed)
+        figures = [*held_out.measure(latent), held_out.measure_other_past(dense).flow_loss]
+        patch.remove()
+        return figures, sizes
+
+    together, sizes = measured()
+    monkeypatch.setattr(calibration, "TOKENS_AT_ONCE", 1)
+    alone, one = measured()
+    assert one < sizes
+    assert alone == pytest.approx(together, rel=1e-4)
+
+
+def test_as_many_clips_pass_together_as_their_size_allows() -> None:
+    demo, wan = load("demo").config, Geometry(1536, 8960, 12, 30, 16, 16)
+    assert clips_at_once(demo.geometry, torch.empty(1, 10, 12, *demo.latent_size)) == 8
+    assert clips_at_once(wan, torch.empty(1, 21, 16, 60, 104)) == 1
 
 
 def test_clips_are_held_out(held_out: HeldOut) -> None:

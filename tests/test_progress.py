@@ -8,7 +8,8 @@ from typing import TypeVar
 
 import pytest
 
-from vmla_convert.progress import Silent, Timed
+from vmla_convert import progress
+from vmla_convert.progress import Joint, Silent, Timed
 
 T = TypeVar("T")
 
@@ -72,3 +73,54 @@ def test_what_goes_wrong_within_passes_through() -> None:
 
     with pytest.raises(ValueError, match="broken"):
         list(timed.track(broken(), "x"))
+
+
+class Bar(Silent):
+    """How far each bar is."""
+
+    def __init__(self) -> None:
+        self.at: dict[str, int] = {}
+        self.ended: list[str] = []
+
+    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+        self.at[label] = 0
+        try:
+            for item in super().track(items, label, total):
+                yield item
+                self.at[label] += 1
+        finally:
+            self.ended.append(label)
+
+
+def test_a_joint_bar_moves_by_what_all_have_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "GLANCE", 0.0)
+    bar, done = Bar(), [0]
+    joint = Joint(bar, "all", 3, lambda: done[0])
+    assert bar.at == {"all": 0}
+    seen: list[tuple[int, int]] = []
+    for index in joint.track(range(3), "own"):
+        done[0] = index
+        seen.append((bar.at["all"], bar.at["own"]))
+    assert seen == [(0, 0), (0, 1), (1, 2)]
+    assert (bar.at, bar.ended) == ({"all": 2, "own": 3}, ["own"])
+    done[0] = 5  # more than there is
+    joint.note("x")
+    assert (bar.at["all"], bar.ended) == (3, ["own", "all"])
+    joint.look()
+    joint.close()
+    assert (bar.at["all"], bar.ended) == (3, ["own", "all"])
+
+
+def test_a_joint_bar_never_hinders_work() -> None:
+    def gone() -> int:
+        raise RuntimeError("the store is gone")
+
+    bar = Bar()
+    joint = Joint(bar, "all", 3, gone)
+    joint.look()
+    assert list(joint.track("ab", "own")) == ["a", "b"]
+    joint.close()
+    assert (bar.at["all"], bar.ended) == (0, ["own", "all"])
+    empty = Joint(bar, "none", 0, lambda: 0)
+    empty.look()
+    assert bar.at["none"] == 0

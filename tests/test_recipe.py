@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import NoReturn, get_args, get_type_hints
 
 import pytest
+import torch
 from checkpoints import PowerCut, PowerCutError, Vmla, refused, untimed
+from safetensors.torch import save_file
 
 from vmla_convert.checkpoint.hub import is_repo
 from vmla_convert.checkpoint.known import known_by_repo
@@ -18,6 +20,7 @@ from vmla_convert.errors import ConfigError, OutputError, VmlaError
 from vmla_convert.maths.factor import INITS
 from vmla_convert.pipelines.load import load, open_named
 from vmla_convert.pipelines.plan import check_sizes
+from vmla_convert.pipelines.processes import check_shares
 from vmla_convert.pipelines.sweep import grid
 from vmla_convert.recipe import (
     STAGES,
@@ -143,6 +146,16 @@ def test_the_recipes_of_real_checkpoints_name_models_that_are_known() -> None:
 
 
 @pytest.mark.parametrize("file", REAL, ids=lambda file: file.stem)
+def test_the_recipe_of_a_real_checkpoint_trains_on_one_clip_at_a_time(file: Path) -> None:
+    recipe, scaled = read_recipe(file), read_recipe(file, ["demo=true"])
+    assert recipe.recover and scaled.recover
+    training, processes = recipe.recover.training, 8 if recipe.recover.shard else 1
+    assert training.batch_size == training.accumulate * processes
+    check_shares(training, processes)
+    check_shares(scaled.recover.training, 1)
+
+
+@pytest.mark.parametrize("file", REAL, ids=lambda file: file.stem)
 def test_a_recipe_scaled_to_the_demo_keeps_its_stages(file: Path) -> None:
     recipe, scaled = read_recipe(file), read_recipe(file, ["demo=true", "evaluate.clips=3"])
     assert scaled.stages() == recipe.stages()
@@ -177,6 +190,19 @@ def test_a_sweep_says_beforehand_how_many_points_it_has(tmp_path: Path, vmla: Vm
     assert re.search(r"^points +30 *$", ran.out, re.MULTILINE)
     assert re.search(r"^stages +sweep, report *$", ran.out, re.MULTILINE)
     assert not list(tmp_path.iterdir())
+
+
+def test_of_processes_that_dry_run_together_one_speaks(
+    tiny: Path, tmp_path: Path, vmla: Vmla, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        ran = vmla("sweep", tiny, "-o", tmp_path / "out", "--dry-run")
+        assert ran.code == 0
+        told.append(ran.out)
+    assert "points" in told[0]
+    assert told[1] == ""
 
 
 def test_the_ablation_tries_every_init_on_every_layer_before_any_training() -> None:
@@ -348,6 +374,118 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(
     assert refused(ran)
     assert word in ran.err
     assert not list(tmp_path.iterdir())
+
+
+# Which clips, what is wrong with them, and what the message must say; None is no file.
+Shapes = tuple[tuple[int, ...], tuple[int, ...]]
+GOOD_CLIPS: Shapes = ((2, 6, 12, 12, 12), (2, 1, 10))
+BAD_CLIPS: dict[str, tuple[Shapes | None, str]] = {
+    "not there": (None, "no clips at"),
+    "one clip": (((1, 6, 12, 12, 12), (1, 1, 10)), "holds 1 clips"),
+    "too short": (((2, 3, 12, 12, 12), (2, 1, 10)), "no chunk with a past"),
+    "of another codec": (((2, 6, 16, 12, 12), (2, 1, 10)), "16"),
+    "of another text encoder": (((2, 6, 12, 12, 12), (2, 1, 16)), "16"),
+}
+
+
+def store_clips(file: Path, shapes: Shapes) -> Path:
+    names = ("latents", "context")
+    save_file({name: torch.ones(s) for name, s in zip(names, shapes, strict=True)}, file)
+    return file
+
+
+@pytest.mark.parametrize("stage", ["convert", "recover", "evaluate"])
+@pytest.mark.parametrize("name", BAD_CLIPS)
+def test_a_dry_run_refuses_clips_that_do_not_fit(
+    name: str, stage: str, tiny: Path, tmp_path: Path, vmla: Vmla
+) -> None:
+    (shapes, word), file = BAD_CLIPS[name], tmp_path / "clips.safetensors"
+    if shapes:
+        store_clips(file, shapes)
+    for command in ("run", "sweep"):
+        override = f"{stage}.data.source={file}"
+        ran = vmla(command, tiny, "-o", tmp_path / "out", "--dry-run", "--set", override)
+        assert refused(ran)
+        assert word in ran.err
+    assert list(tmp_path.iterdir()) == [file][: bool(shapes)]
+
+
+@pytest.mark.parametrize("stage", ["convert", "recover", "evaluate"])
+def test_a_dry_run_takes_clips_that_fit(stage: str, tiny: Path, tmp_path: Path, vmla: Vmla) -> None:
+    file = store_clips(tmp_path / "clips.safetensors", GOOD_CLIPS)
+    for command in ("run", "sweep"):
+        override = f"{stage}.data.source={file}"
+        ran = vmla(command, tiny, "-o", tmp_path / "out", "--dry-run", "--set", override)
+        assert ran.code == 0, ran.err
+    assert list(tmp_path.iterdir()) == [file]
+
+
+# Changes to the recipe of seconds, what the message must say, and which commands must say it.
+UNFIT_TOGETHER = {
+    "a prompt of no digit": (
+        ("sweep.rollout_frames=4", 'sweep.rollout_prompts=["3", "a cat"]'),
+        "'a cat'",
+        ("run", "sweep"),
+    ),
+    "a batch that does not divide": (
+        ("recover.training.accumulate=3",),
+        "batch_size 2",
+        ("run", "sweep"),
+    ),
+    "a tracker that is not there": (
+        ("recover.training.tracker=trackio",),
+        "trackio",
+        ("run", "sweep"),
+    ),
+    "prompts of own samples": (
+        ("recover.data.source=self", 'recover.data.prompts=["a cat"]'),
+        "'a cat'",
+        ("run",),
+    ),
+    "own samples, that only recovery makes": (
+        ("recover.data.source=self",),
+        "only recovery can make clips",
+        ("sweep",),
+    ),
+    "shards in one process": (("recover.shard=true",), "there is one", ("run",)),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT_TOGETHER)
+def test_a_dry_run_refuses_what_a_later_stage_would(
+    name: str, tiny: Path, tmp_path: Path, vmla: Vmla, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmla_convert.pipelines.training.find_spec", lambda _: None)
+    changes, word, commands = UNFIT_TOGETHER[name]
+    overrides = [part for change in changes for part in ("--set", change)]
+    for command in commands:
+        ran = vmla(command, tiny, "-o", tmp_path / "out", "--dry-run", *overrides)
+        assert refused(ran), ran
+        assert word in ran.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_clips_of_another_size_do_not_fit_the_caches_of_a_sweep(
+    tiny: Path, tmp_path: Path, vmla: Vmla
+) -> None:
+    file = store_clips(tmp_path / "clips.safetensors", ((2, 6, 12, 8, 8), (2, 1, 10)))
+    command = ["sweep", tiny, "-o", tmp_path / "out", "--dry-run"]
+    command += ["--set", f"evaluate.data.source={file}"]
+    assert vmla(*command).code == 0
+    ran = vmla(*command, "--set", 'sweep.cache_dtypes=["int8"]')
+    assert refused(ran)
+    assert "do not fit a cache of [12, 12]" in ran.err
+
+
+def test_clips_that_a_finished_stage_looked_at_may_be_gone(tiny: Path, tmp_path: Path) -> None:
+    out, file = tmp_path / "out", store_clips(tmp_path / "clips.safetensors", GOOD_CLIPS)
+    recipe = read_recipe(tiny, [f"convert.data.source={file}"])
+    run_recipe(recipe, out, only=("convert",))
+    check_recipe(recipe, out, ("convert", "recover"))
+    file.unlink()
+    check_recipe(recipe, out, ("convert", "recover"))
+    with pytest.raises(ConfigError, match="no clips at"):
+        check_recipe(recipe, tmp_path / "other", ("convert", "recover"))
 
 
 @pytest.mark.parametrize("stage", ["recover", "generate", "report"])

@@ -20,7 +20,9 @@ from report_rows import full_rows, without_points
 
 from vmla_convert.errors import MissingExtraError, VmlaError
 from vmla_convert.pipelines.report import decisive_table, write_report
-from vmla_convert.pipelines.report.answer import how_to_use, recommend
+from vmla_convert.pipelines.report.answer import recommend
+from vmla_convert.pipelines.report.cells import numeric_columns
+from vmla_convert.pipelines.report.commands import how_to_use
 from vmla_convert.pipelines.report.curves import recovery_chart, recovery_loss_chart
 from vmla_convert.pipelines.report.panels import Grid, Panel, chart_csv
 from vmla_convert.pipelines.report.plots import draw_chart, spread_apart
@@ -249,7 +251,8 @@ def test_table_of_a_sweep_without_recovery_says_what_a_conversion_costs_and_lose
     table = decisive_table(step0_rows())
     assert table == [
         ["init", "layer", "scalars/token", "cache cut",
-         "velocity_error", "flow_loss", "flow_loss_dense", "flow loss above dense", "seconds"],
+         "velocity_error", "flow_loss", "flow_loss_dense", "flow loss above dense",
+         "seconds to convert"],
         ["dense", "–", "256", "0 %", "0", "0.04", "0.04", "+0 %", "–"],
         ["calibrated", "dense reconstructed joint stored", "13", "94.9 %",
          "0.06", "0.056", "0.04", "+40 %", "1.5"],
@@ -262,6 +265,32 @@ def test_table_of_a_sweep_without_recovery_says_what_a_conversion_costs_and_lose
         ["spectral", "latent decoupled joint stored", "25 (16+8)", "90.2 %",
          "0.5", "0.28", "0.04", "+600 %", "1.5"],
     ]  # fmt: skip
+
+
+def test_seconds_to_convert_say_what_they_leave_out(tmp_path: Path) -> None:
+    by_itself = [
+        *point_rows("calibrated", 20, 0, [0.02], [0.1], layer=DEFAULT),
+        replace(point_rows("calibrated", 20, 0, [], [], layer=DEFAULT)[0], metric="factor_seconds"),
+    ]
+    sweep = [
+        Row("sweep_seconds", seconds, "s", "sweep", note=stage)
+        for stage, seconds in (("calibrating", 4), ("weighing errors", 17.5), ("converting", 9))
+    ]
+    markdown = report_on(tmp_path, [*step0_rows(), *by_itself, *sweep])["report.md"].read_text()
+    table = decisive_table([*step0_rows(), *by_itself, *sweep])
+    assert table[0][-1] == "seconds to convert"
+    assert numeric_columns(table)[-1]
+    assert {line[2]: line[-1] for line in table[1:] if line[0] in ("dense", "calibrated")} == {
+        "256": "–",
+        "13": "1.5 (+ shared)",
+        "21 (20)": "1.5",
+        "25 (24)": "1.5 (+ shared)",
+        "25 (16+8)": "1.5 (+ shared)",
+    }
+    assert "which took 21.5 s (calibrating 4 s and weighing errors 17.5 s)" in markdown
+    assert "| sweep_seconds, all runs | 30.5 |" in markdown
+    assert "| of these weighing errors, once for all settings | 17.5 |" in markdown
+    assert "| convert_seconds, all runs, without what settings share | 9.0 |" in markdown
 
 
 def test_table_without_the_dense_model_has_no_cells_about_it() -> None:
@@ -657,6 +686,7 @@ def test_settings_of_one_name_are_told_apart_by_what_differs_in_their_layers() -
 
 def test_commands_name_clips_rate_and_truncated_heads_of_the_run() -> None:
     rows = [*dense_rows(), *point_rows("calibrated", 20, 8, [0.2, 0.1], [0.1, 0.1])]
+    rows = [*rows[:3], *(replace(row, qk_nope_head_dim=24) for row in rows[3:])]
     (point,) = read_points(rows)
     data = {"source": "latents.safetensors", "frames": 21}
     recipe = {
@@ -684,5 +714,5 @@ def test_commands_name_clips_rate_and_truncated_heads_of_the_run() -> None:
     ruled = replace(point, ranks="uniform", recovery_steps=0)
     convert, recover, _ = how_to_use(ruled, read_dense(rows), {}).splitlines()
     assert "--kv-lora-rank" not in convert
-    assert "--cut 0.8867" in convert and convert.endswith("--ranks uniform")
+    assert "--cut 0.8867" in convert and convert.endswith("--ranks uniform --qk-nope-head-dim 24")
     assert "--steps 0" in recover

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from vmla_convert.config import RecoverConfig, SamplerConfig, TrainingConfig
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.layers.mla import LatentSelfAttention
 from vmla_convert.maths.flow import sampler_sigmas
+from vmla_convert.pipelines import calibrate
 from vmla_convert.pipelines.calibrate import LayerReads, model_blocks
 from vmla_convert.pipelines.convert import convert
 from vmla_convert.pipelines.data import open_clips, seeded
@@ -386,6 +388,37 @@ def test_without_a_learning_rate_one_is_found_and_told(
 
 
 # Layer by layer
+
+
+def test_layers_learn_the_same_from_clips_that_pass_one_by_one(
+    dense: CausalWanModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RecoverConfig(3, training=TrainingConfig(batch_size=4), data=CLIPS)
+    students = [convert_model(dense, replace(CONVERT, init="random"), None) for _ in range(2)]
+    before, attend, passed = weights(students[0]), layerwise.masked_attention, set[int]()
+
+    def noted(*how: Any) -> Any:
+        inner = attend(*how)
+
+        def attending(layer: Any, x: Tensor) -> Tensor:
+            passed.add(len(x))
+            return inner(layer, x)
+
+        return attending
+
+    monkeypatch.setattr(layerwise, "masked_attention", noted)
+    fit_layers(students[0], dense, model_blocks(dense), config, None, Silent())
+    assert max(passed) > 1
+    passed.clear()
+    monkeypatch.setattr(calibrate, "TOKENS_AT_ONCE", 1)
+    fit_layers(students[1], dense, model_blocks(dense), config, None, Silent())
+    assert passed == {1}
+    together, alone = map(weights, students)
+    moved = changed(students[0], before)
+    assert moved == changed(students[1], before) != set()
+    for name in moved:
+        step = (together[name] - before[name]).abs().max()
+        assert (together[name] - alone[name]).abs().max() < 0.05 * step, name
 
 
 def test_processes_divide_the_layers(

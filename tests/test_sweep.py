@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import pytest
 import torch
@@ -20,10 +23,12 @@ from checkpoints import (
     evidence_of,
     untimed,
 )
+from safetensors import SafetensorError
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
+from vmla_convert import progress
 from vmla_convert.config import LayerConfig, SweepConfig
-from vmla_convert.errors import ConfigError
+from vmla_convert.errors import ConfigError, OutputError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths import factor
 from vmla_convert.maths.projections import LayerShape
@@ -31,14 +36,16 @@ from vmla_convert.pipelines import sweep as pipeline
 from vmla_convert.pipelines.calibrate import LayerReads
 from vmla_convert.pipelines.evaluate import HeldOut
 from vmla_convert.pipelines.factoring import convert_model
+from vmla_convert.pipelines.grid import SweepPoint
 from vmla_convert.pipelines.load import load
 from vmla_convert.pipelines.rows import run_name
-from vmla_convert.pipelines.shelf import MemoryShelf
+from vmla_convert.pipelines.shelf import FolderShelf, MemoryShelf
 from vmla_convert.pipelines.sweep import Team, grid, shared, sweep, sweep_points
-from vmla_convert.pipelines.sweep.grid import SweepPoint
 from vmla_convert.pipelines.sweep.shared import Shared
-from vmla_convert.progress import Progress
+from vmla_convert.progress import Progress, Silent
 from vmla_convert.results import Row, append_rows, read_rows
+
+T = TypeVar("T")
 
 pytest_plugins = ["checkpoints"]
 pytestmark = pytest.mark.usefixtures("few_layerwise_clips")
@@ -227,6 +234,88 @@ def test_a_point_that_fails_is_a_row_that_says_why_and_is_tried_again(
     assert Counter(untimed(again)) == Counter(untimed(whole[1]))
 
 
+def failing_at(
+    measure: Callable[..., list[Row]], init: str, error: Exception
+) -> Callable[..., list[Row]]:
+    """`measure_point`, but for points of one init."""
+
+    def measured(student: CausalWanModel, point: SweepPoint, *rest: object) -> list[Row]:
+        if point.conversion.init == init:
+            raise error
+        return measure(student, point, *rest)
+
+    return measured
+
+
+UNTRAINED = replace(GRID, inits=("random", "spectral", "calibrated"), seeds=(0,), recover=False)
+NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a.safetensors")
+
+
+def test_a_file_that_one_point_misses_is_that_points_failure(
+    dense: CausalWanModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lost = FileNotFoundError(errno.ENOENT, "No such file", "a.safetensors")
+    failing = failing_at(pipeline.measure_point, "spectral", lost)
+    monkeypatch.setattr(pipeline, "measure_point", failing)
+    rows = run(dense, tmp_path / "rows.jsonl", UNTRAINED)
+    (told,) = [(row.init, row.note) for row in rows if row.metric == "failed"]
+    assert told[0] == "spectral"
+    assert "a.safetensors" in (told[1] or "")
+    assert [r.init for r in rows if r.metric == "velocity_error"] == ["random", "calibrated"]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_full_disk_ends_the_sweep_and_what_was_measured_is_kept(
+    wrapped: bool, dense: CausalWanModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file, error = tmp_path / "rows.jsonl", NO_SPACE
+    if wrapped:
+        error = OutputError("a.safetensors cannot be written")
+        error.__cause__ = SafetensorError("I/O error: No space left on device (os error 28)")
+    failing = failing_at(pipeline.measure_point, "spectral", error)
+    monkeypatch.setattr(pipeline, "measure_point", failing)
+    with pytest.raises(OutputError, match=r"disk is full.*a\.safetensors") as caught:
+        run(dense, file, UNTRAINED)
+    assert str(file) in caught.value.hint
+    kept = read_rows(file)
+    assert not [row for row in kept if row.metric == "failed"]
+    assert [row.init for row in kept if row.metric == "velocity_error"] == ["random"]
+    monkeypatch.undo()
+    rows = run(dense, file, UNTRAINED)
+    assert rows[: len(kept)] == kept
+    assert [r.init for r in rows if r.metric == "velocity_error"] == list(UNTRAINED.inits)
+
+
+def test_a_disk_that_fills_up_while_all_are_converted_ends_the_sweep_there(
+    dense: CausalWanModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tried: list[str] = []
+
+    def full(_: object, name: str, __: object) -> NoReturn:
+        tried.append(name)
+        raise NO_SPACE
+
+    write = FolderShelf._write  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(
+        FolderShelf, "_write", lambda *a: (full if "converted-" in a[1] else write)(*a)
+    )
+    with pytest.raises(OutputError, match="disk is full"):
+        run(dense, tmp_path / "rows.jsonl", UNTRAINED)
+    assert len(tried) == 1
+
+
+def test_rows_that_cannot_be_written_end_the_sweep_with_a_sentence(
+    dense: CausalWanModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refused(*_: object) -> NoReturn:
+        raise PermissionError(errno.EACCES, "Permission denied", "rows.jsonl")
+
+    monkeypatch.setattr(pipeline, "append_rows", refused)
+    with pytest.raises(OutputError, match="Permission denied") as caught:
+        run(dense, tmp_path / "rows.jsonl", UNTRAINED)
+    assert caught.value.hint
+
+
 def test_a_conversion_that_fails_leaves_the_others_alone(
     dense: CausalWanModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -271,6 +360,48 @@ def test_free_processes_take_the_next_point_until_there_are_none() -> None:
     taken = [next(shares[0]), next(shares[1]), next(shares[1]), next(shares[0])]
     assert taken == [0, 1, 2, 3]
     assert [list(share) for share in shares] == [[4], []]
+
+
+def test_the_first_process_draws_what_all_have_done(dense: CausalWanModel, tmp_path: Path) -> None:
+    class Bars(Silent):
+        """Notes how far the bar of the sweep is at every step of a recovery."""
+
+        def __init__(self) -> None:
+            self.total, self.at, self.seen = 0, -1, list[int]()
+
+        def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+            for item in super().track(items, label, total):
+                if label == "sweep":
+                    assert isinstance(items, Sized)
+                    self.total, self.at = len(items), self.at + 1
+                if label == "distilling":
+                    self.seen.append(self.at)
+                    if self.at == 1:  # meanwhile the other comes to the end of its second
+                        other.finish()
+                yield item
+            self.at += label == "sweep"
+
+    store, bars = HashStore(), Bars()
+    other = Team(1, 2, store)
+    theirs = other.share(range(len(POINTS)))
+    assert [next(theirs), next(theirs)] == [0, 1]
+    other.finish()
+    other.announce("done")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "GLANCE", 0.0)
+        sweep(
+            dense,
+            GRID,
+            CONVERT,
+            RECOVER,
+            EVALUATE,
+            tmp_path / "rows.jsonl",
+            bars,
+            Team(0, 2, store),
+        )
+    assert (bars.total, bars.at) == (4, 4)
+    # Within its own first point it shows what the other does meanwhile.
+    assert bars.seen == [1, *3 * [2], *4 * [3]]
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import suppress
 from time import perf_counter
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
+
+GLANCE = 1.0
+"""Seconds between two looks at what others have done."""
 
 
 class Progress(Protocol):
@@ -52,3 +56,55 @@ class Timed:
     def note(self, text: str) -> None:
         """Show the latest figure, drawn by the other."""
         self._progress.note(text)
+
+
+class Joint:
+    """Passes everything on, below one bar that shows what several processes have done together.
+
+    Args:
+        progress: Where to draw.
+        label: Of the bar.
+        total: How much there is to do.
+        count: Tells how much all of them have done. Where it fails, the bar stays as it is.
+    """
+
+    def __init__(
+        self, progress: Progress, label: str, total: int, count: Callable[[], int]
+    ) -> None:
+        self._progress, self._total, self._count = progress, total, count
+        # A bar moves when it is asked for its next item, whoever did the one before.
+        self._bar, self._drawn = iter(progress.track(range(total), label)), -1
+        self._looked, self._done = perf_counter(), 0
+        self._draw(0)
+
+    def look(self) -> None:
+        """Ask how much is done, and draw it."""
+        self._looked = perf_counter()
+        with suppress(Exception):  # work goes on without a bar
+            self._done = self._count()
+        self._draw(self._done)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if isinstance(self._bar, Generator):
+            self._bar.close()
+
+    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+        """Yield the items, drawn by the other, with a glance at the joint bar."""
+        for item in self._progress.track(items, label, total):
+            yield item
+            self._glance()
+
+    def note(self, text: str) -> None:
+        """Show the latest figure, drawn by the other."""
+        self._progress.note(text)
+        self._glance()
+
+    def _glance(self) -> None:
+        if perf_counter() - self._looked > GLANCE:
+            self.look()
+
+    def _draw(self, done: int) -> None:
+        while self._drawn < min(done, self._total):
+            next(self._bar, None)
+            self._drawn += 1

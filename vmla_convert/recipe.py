@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmla_convert.config import (
     ConvertConfig,
+    DataConfig,
     EvaluateConfig,
     GenerateConfig,
     RecoverConfig,
@@ -32,6 +33,7 @@ from vmla_convert.progress import Progress, Silent
 from vmla_convert.tables import from_dict, override, to_dict
 
 if TYPE_CHECKING:
+    from vmla_convert.checkpoint.families import OpenCheckpoint
     from vmla_convert.pipelines.sweep import Team
     from vmla_convert.results import Row
 
@@ -151,7 +153,8 @@ def check_recipe(recipe: Recipe, out: Path, only: tuple[str, ...] = STAGES) -> N
         only: Stages that will run of those that the recipe has.
 
     Raises:
-        ConfigError: No stage would run, one lacks its input, or a setting does not fit the source.
+        ConfigError: No stage would run, one lacks its input, a setting does not fit the source, or
+            clips are not there or do not fit it.
         CheckpointError: The source cannot be read, or cannot be converted.
         VmlaError: The model's text encoder cannot read a prompt.
     """
@@ -288,21 +291,56 @@ def _check_inputs(recipe: Recipe, out: Path, stages: list[str]) -> None:
 
 
 def _check_source(recipe: Recipe, out: Path, stages: list[str]) -> None:
-    """The source opens, every conversion of it can be done, and every prompt can be read."""
+    """The source opens, every conversion of it can be done, and clips and prompts can be read."""
     from vmla_convert.checkpoint.families import open_checkpoint
     from vmla_convert.pipelines.codecs import check_prompts, open_codec
     from vmla_convert.pipelines.convert import plan_conversion
+    from vmla_convert.pipelines.data import source_kind
     from vmla_convert.pipelines.load import locate
 
+    stages = [stage for stage in stages if not _is_made(recipe, out, stage)]
+    for clips in _clips(recipe, stages):
+        source_kind(clips.source)  # The source itself may have to be fetched, in hours.
     path, how = locate(recipe.source)
     if "teacher" in stages and path.resolve() == (out / "checkpoint").resolve():
         return  # This very run will make it.
     checkpoint = open_checkpoint(path, how)
     for conversion in _conversions(recipe, stages):
         plan_conversion(checkpoint, conversion)
+    _check_clips(recipe, stages, checkpoint)
     if recipe.generate and "generate" in stages:
         open_codec(checkpoint.config, checkpoint=path)
         check_prompts(checkpoint.config, recipe.generate.prompts)
+
+
+def _clips(recipe: Recipe, stages: list[str]) -> list[DataConfig]:
+    """Where the clips come from that the stages look at."""
+    from vmla_convert.pipelines.convert import measures
+
+    convert, recover = recipe.convert or ConvertConfig(), recipe.recover or RecoverConfig()
+    recovers = recipe.sweep is not None and recipe.sweep.recover and "sweep" in stages
+    looked_at = [
+        (convert.data, "sweep" in stages or ("convert" in stages and measures(convert))),
+        (recover.data, "recover" in stages or recovers),
+        (recipe.evaluate.data, "recover" in stages or "sweep" in stages),
+    ]
+    return [data for data, asked in looked_at if asked]
+
+
+def _check_clips(recipe: Recipe, stages: list[str], checkpoint: OpenCheckpoint) -> None:
+    """Clips and the prompts of a sweep fit the model, by a look at one of each."""
+    from vmla_convert.pipelines.convert import measures, open_measured
+    from vmla_convert.pipelines.recovery import check_recovery
+    from vmla_convert.pipelines.sweep import check_sweep
+
+    convert, recover = recipe.convert or ConvertConfig(), recipe.recover or RecoverConfig()
+    if "convert" in stages and measures(convert):
+        open_measured(checkpoint.config, convert)
+    if "recover" in stages:
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        check_recovery(checkpoint, recover, recipe.evaluate, world)
+    if "sweep" in stages and recipe.sweep:
+        check_sweep(checkpoint.config, recipe.sweep, convert, recover, recipe.evaluate)
 
 
 def _conversions(recipe: Recipe, stages: list[str]) -> list[ConvertConfig]:
@@ -364,7 +402,7 @@ def _run_convert(recipe: Recipe, out: Path, progress: Progress) -> None:
 
     assert recipe.convert is not None
     folder = _step0_folder(recipe, out)
-    if folder.exists() or (out / "converted").exists():
+    if _is_made(recipe, out, "convert"):
         return
     conversion = convert(recipe.source, folder, recipe.convert, progress, resume=True)
     append_rows(out / ROWS_NAME, _as_point(recipe, conversion_rows(conversion)))
@@ -377,7 +415,7 @@ def _run_recover(recipe: Recipe, out: Path, progress: Progress) -> None:
 
     assert recipe.recover is not None
     target, before = out / "converted", _step0_folder(recipe, out)
-    if target.exists():
+    if _is_made(recipe, out, "recover"):
         return
     rows = recover(before, recipe.source, target, recipe.recover, recipe.evaluate, progress)
     if processes().is_main_process:
@@ -448,6 +486,13 @@ _RUNNERS: dict[str, Callable[[Recipe, Path, Progress], None]] = {
 def _step0_folder(recipe: Recipe, out: Path) -> Path:
     """Where the conversion goes: its final place, unless it is still to be recovered."""
     return out / ("converted" if recipe.recover is None else "converted-step0")
+
+
+def _is_made(recipe: Recipe, out: Path, stage: str) -> bool:
+    """Whether an interrupted run left what a stage makes of the source."""
+    final = out / "converted"
+    made = {"convert": (_step0_folder(recipe, out), final), "recover": (final,)}
+    return any(folder.exists() for folder in made.get(stage, ()))
 
 
 assert set(_RUNNERS) == set(STAGES) <= {f.name for f in fields(Recipe)}

@@ -25,6 +25,7 @@ class Row:
 
     Attributes:
         point: Key of a sweep's point: its settings but the seed.
+        qk_nope_head_dim: Width that heads' content part was truncated to.
         ranks: Rule that divided its budget.
         recovery_steps: Steps of distillation that were asked for; None where none were.
         pair: RoPE pair of a head, in Wan's order time, height, width.
@@ -44,6 +45,7 @@ class Row:
     init: str | None = None
     kv_lora_rank: int | None = None
     qk_rope_head_dim: int | None = None
+    qk_nope_head_dim: int | None = None
     current_chunk: str | None = None
     positions: str | None = None
     latent: str | None = None

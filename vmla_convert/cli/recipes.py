@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -95,7 +96,8 @@ def _run(
         stages = [stage for stage in parsed.stages() if stage in only]
         points = {"points": count_points(parsed)} if "sweep" in stages else {}
         told = {"recipe": parsed.recipe.name, "stages": stages, **points, "would write": folder}
-        out.data(told)
+        if os.environ.get("RANK", "0") == "0":  # one of those that were started together
+            out.data(told)
         return
     with out.progress() as progress:
         leads = run_recipe(parsed, folder, progress, only)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vmla_convert.config import ModelConfig
+from vmla_convert.config import Geometry, ModelConfig
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.attention import DenseSelfAttention, split_heads
 from vmla_convert.layers.dit import Attend, Block, CausalWanModel, SelfAttention, masked_attention
@@ -229,12 +229,19 @@ def _gradient(layer: int) -> str:
     return f"gradient-{layer}"
 
 
+def clips_at_once(geometry: Geometry, latents: Tensor) -> int:
+    """How many clips like these (B, F, C, height, width) pass a model together, clean and noisy.
+
+    By their size and not by what memory is free, so that figures do not depend on the machine.
+    """
+    height, width = latents.shape[-2:]
+    tokens = 2 * latents.shape[1] * geometry.tokens_per_frame((height, width))
+    return max(1, min(CLIPS_AT_ONCE, TOKENS_AT_ONCE // tokens))
+
+
 def _batch_sizes(config: ModelConfig, clips: ClipSource, count: int) -> list[int]:
     """How many clips go together."""
-    latents = clips.batch(0, 1).latents
-    height, width = latents.shape[-2:]
-    tokens = 2 * latents.shape[1] * config.geometry.tokens_per_frame((height, width))
-    most = max(1, min(CLIPS_AT_ONCE, TOKENS_AT_ONCE // tokens))
+    most = clips_at_once(config.geometry, clips.batch(0, 1).latents)
     return [min(most, count - start) for start in range(0, count, most)]
 
 

@@ -345,11 +345,13 @@ def measures(config: ConvertConfig) -> bool:
 
 
 def open_measured(dense: ModelConfig, config: ConvertConfig) -> ClipSource:
-    """The clips that a conversion looks at.
+    """The clips that a conversion looks at; one of them is read.
 
     Raises:
         ConfigError: There are none, or they do not fit the model.
     """
+    if config.data.source == "demo":
+        require_demo_codec(dense, "calibration on the demo world")
     clips = open_clips(config.data, dense.cache.sink_frames)
     check_clips(dense, clips.batch(0, 1))
     return clips

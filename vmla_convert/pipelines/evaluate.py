@@ -19,7 +19,7 @@ from vmla_convert.maths.spectra import (
     energy_at_rank,
     weight_spectrum,
 )
-from vmla_convert.pipelines.calibrate import LayerReads
+from vmla_convert.pipelines.calibrate import LayerReads, check_clips, clips_at_once
 from vmla_convert.pipelines.codecs import prompted_digit, require_demo_codec
 from vmla_convert.pipelines.data import open_clips, seeded
 from vmla_convert.pipelines.factoring import layer_weights
@@ -32,9 +32,39 @@ from vmla_convert.pipelines.losses import (
 from vmla_convert.pipelines.rows import Errors, cache_rows, error_rows, row_fields
 from vmla_convert.results import Row
 
-CLIPS_AT_ONCE = 8
+# Whose noise is drawn together, whatever their size: figures do not depend on what passes together.
+CLIPS_DRAWN = 8
 SEGMENTS = 4
 RANKS_DRAWN = 20
+
+
+def check_held_out(model: ModelConfig, config: EvaluateConfig, streamed: bool = False) -> None:
+    """Refuse clips that nothing can be measured on; one of them is read.
+
+    Raises:
+        ConfigError: There are none, they are too short, their frames do not fit the model, or its
+            cache where clips are `streamed`, or the model cannot read the demo world.
+    """
+    least = 2 * model.chunk_frames
+    if config.data.frames < least:
+        raise ConfigError(
+            f"held-out clips of {config.data.frames} frames have no chunk with a past",
+            f"use at least {least} frames",
+        )
+    if config.data.source == "demo":
+        require_demo_codec(
+            model,
+            "measuring on the demo world",
+            "name clips of the model's own: --data FILE.safetensors with latents and context",
+        )
+    batch = open_clips(config.data).batch(0, 1, "held_out")
+    check_clips(model, batch)
+    size = tuple(batch.latents.shape[-2:])
+    if streamed and size != model.latent_size:
+        raise ConfigError(
+            f"held-out clips of {list(size)} do not fit a cache of {list(model.latent_size)}",
+            "give clips of the model's latent size",
+        )
 
 
 class HeldOut:
@@ -44,40 +74,23 @@ class HeldOut:
     that shows what its window, its sink and its precision do.
 
     Raises:
-        ConfigError: The clips are too short, their frames do not fit the cache, or the model cannot
-            read the demo world.
+        ConfigError: As `check_held_out`.
     """
 
     def __init__(
         self, teacher: CausalWanModel, config: EvaluateConfig, streamed: bool = False
     ) -> None:
         self.config, self.streamed = teacher.config, streamed
-        if config.data.frames < 2 * self.config.chunk_frames:
-            raise ConfigError(
-                f"held-out clips of {config.data.frames} frames have no chunk with a past",
-                f"use at least {2 * self.config.chunk_frames} frames",
-            )
-        if config.data.source == "demo":
-            require_demo_codec(
-                self.config,
-                "measuring on the demo world",
-                "name clips of the model's own: --data FILE.safetensors with latents and context",
-            )
+        check_held_out(self.config, config, streamed)
         clips = open_clips(config.data)
         self.examples = [
             make_example(
-                clips.batch(index, min(CLIPS_AT_ONCE, config.clips - start), "held_out"),
+                clips.batch(index, min(CLIPS_DRAWN, config.clips - start), "held_out"),
                 self.config.chunk_frames,
                 seeded(config.data.seed, index, "evaluation"),
             )
-            for index, start in enumerate(range(0, config.clips, CLIPS_AT_ONCE))
+            for index, start in enumerate(range(0, config.clips, CLIPS_DRAWN))
         ]
-        size = tuple(self.examples[0].latents.shape[-2:])
-        if streamed and size != self.config.latent_size:
-            raise ConfigError(
-                f"held-out clips of {list(size)} do not fit a cache of {self.config.latent_size}",
-                "give clips of the model's latent size",
-            )
         self.targets = [self._velocity(teacher, example) for example in self.examples]
 
     def measure(self, model: nn.Module, runtime: RuntimeConfig | None = None) -> Errors:
@@ -111,11 +124,18 @@ class HeldOut:
     def _velocity(
         self, model: nn.Module, example: Example, runtime: RuntimeConfig | None = None
     ) -> Tensor:
-        example = example.to(next(model.parameters()).device)
+        past = example.latents.chunk(2, dim=1)[0]
+        size = clips_at_once(self.config.geometry, past)
+        parts = zip(*(tensor.split(size) for tensor in example), strict=True)
+        return torch.cat([self._part(model, Example(*part), runtime) for part in parts])
+
+    def _part(self, model: nn.Module, part: Example, runtime: RuntimeConfig | None) -> Tensor:
+        """As many clips as pass the model together."""
+        part = part.to(next(model.parameters()).device)
         if self.streamed:
             assert isinstance(model, CausalWanModel)
-            return streamed_velocity(model, example, runtime).cpu()
-        return predicted_velocity(model, self.config, example).cpu()
+            return streamed_velocity(model, part, runtime).cpu()
+        return predicted_velocity(model, self.config, part).cpu()
 
 
 def _with_past(example: Example, past: Tensor) -> Example:

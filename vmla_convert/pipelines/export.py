@@ -58,21 +58,22 @@ def export(
         OutputError: `out` is taken, or cannot be written.
     """
     refuse_taken(out)  # before anything is fetched
+    progress = progress or Silent()
     path, how = locate(source)
     checkpoint = open_checkpoint(path, how)
     chosen = layout or _LAYOUT_OF_FAMILY.get(checkpoint.config.family, "native")
     _check_words(chosen, key)
     form = _form(chosen, converted=checkpoint.config.mla is not None)
-    components = parts_to_copy(path, form)
+    components = parts_to_copy(path, form, progress)
     if checkpoint.config.mla is None:
         files = dense_files(checkpoint.config, form, components)
     else:
         record = read_provenance(source)
         files = converted_files(checkpoint.config, record, form, components)
     if chosen == SELF_FORCING:
-        return _write_wrapped(checkpoint, out, key or STATE_KEYS[0], files, progress or Silent())
+        return _write_wrapped(checkpoint, out, key or STATE_KEYS[0], files, progress)
     with CheckpointWriter(out, checkpoint.specs(), layout=form, copies=components) as writer:
-        for name in (progress or Silent()).track(checkpoint.names, "writing"):
+        for name in progress.track(checkpoint.names, "writing"):
             writer.add(name, checkpoint.read(name))
         writer.write_files(files)
     return out

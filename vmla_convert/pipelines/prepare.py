@@ -82,6 +82,20 @@ def prepare_clips(
     return replace(config, source=str(folder))
 
 
+def check_makeable(config: DataConfig, model: ModelConfig, codec: Codec) -> None:
+    """Refuse, before a model is read, clips that `prepare_clips` could not make.
+
+    Raises:
+        ConfigError: A prompt is missing, or a video is damaged so that it shows at once.
+        MissingExtraError: Videos cannot be read without PyAV.
+        VmlaError: The model's text encoder cannot read a prompt.
+    """
+    if source_kind(config.source) == "self":
+        check_prompts(model, _own_prompts(config, codec))
+    elif source_kind(config.source) == "videos":
+        _Videos.planned(config, model, codec).check()
+
+
 def read_prompts(path: Path) -> tuple[str, ...]:
     """Prompts from a text file, one a line; blank lines and those that start with # are left out.
 
@@ -118,12 +132,7 @@ class _OwnSamples:
         cls, config: DataConfig, dense: CausalWanModel, codec: Codec, origin: Any
     ) -> _OwnSamples:
         """Find out what to sample."""
-        prompts = config.prompts or codec.default_prompts
-        if not prompts:
-            raise ConfigError(
-                "clips of the model's own need prompts", "name a file of them: --prompts FILE"
-            )
-        return cls(config, dense, codec, origin, prompts)
+        return cls(config, dense, codec, origin, _own_prompts(config, codec))
 
     def identity(self) -> Any:
         """What the latents depend on."""
@@ -190,9 +199,7 @@ class _Videos:
         A second start decodes again what it has: where a clip lies in its file is known by no other
         way, and encoding is what takes long.
         """
-        check_prompts(self.model, self.prompts.values())
-        for file in self.prompts:
-            check_playable(file)
+        self.check()
         clips = self._clips(progress)
         for index in count():
             group = list(islice(clips, CLIPS_PER_SHARD))
@@ -208,6 +215,12 @@ class _Videos:
             if not shelf.has(name := _shard_name(index)):
                 shelf.put(name, self._encoded(group))
 
+    def check(self) -> None:
+        """Refuse what shows without decoding anything."""
+        check_prompts(self.model, self.prompts.values())
+        for file in self.prompts:
+            check_playable(file)
+
     def _clips(self, progress: Progress) -> Iterator[tuple[Tensor, str]]:
         """Pixels (F, 3, H, W) of each clip, and its prompt."""
         frames, *size = self.codec.pixel_shape(self.config.frames, self.model.latent_size)
@@ -222,6 +235,15 @@ class _Videos:
             "latents": latents,
             "context": self.codec.encode_prompts([prompt for _, prompt in group]),
         }
+
+
+def _own_prompts(config: DataConfig, codec: Codec) -> tuple[str, ...]:
+    prompts = config.prompts or codec.default_prompts
+    if not prompts:
+        raise ConfigError(
+            "clips of the model's own need prompts", "name a file of them: --prompts FILE"
+        )
+    return prompts
 
 
 def _prompt_of(video: Path, config: DataConfig) -> str:

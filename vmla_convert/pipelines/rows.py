@@ -59,6 +59,7 @@ def row_fields(
             "init": mla.init,
             "kv_lora_rank": rank,
             "qk_rope_head_dim": rope,
+            "qk_nope_head_dim": mla.qk_nope_head_dim,
             "current_chunk": mla.layer.current_chunk,
             "positions": mla.layer.positions,
             "latent": mla.layer.latent,

@@ -29,7 +29,7 @@ from vmla_convert.pipelines.calibrate import check_clips
 from vmla_convert.pipelines.card import model_card
 from vmla_convert.pipelines.codecs import Codec, open_codec
 from vmla_convert.pipelines.data import open_clips, recorded, source_kind
-from vmla_convert.pipelines.evaluate import HeldOut, dense_rows
+from vmla_convert.pipelines.evaluate import HeldOut, check_held_out, dense_rows
 from vmla_convert.pipelines.load import (
     CONVERSION_NAME,
     Source,
@@ -41,7 +41,7 @@ from vmla_convert.pipelines.load import (
     read_block,
     read_provenance,
 )
-from vmla_convert.pipelines.prepare import prepare_clips
+from vmla_convert.pipelines.prepare import check_makeable, prepare_clips
 from vmla_convert.pipelines.processes import check_shares, processes
 from vmla_convert.pipelines.recovery.stages import (
     LAYERWISE,
@@ -101,7 +101,7 @@ def recover(
     processes = _processes(world)
     progress = progress if progress and processes.is_main_process else Silent()
     source, dense = _opened(converted, teacher, out)
-    _check_settings(config, dense, processes.num_processes)
+    check_recovery(dense, config, evaluation, processes.num_processes)
     run = _Run(source, dense, out, config, evaluation, progress, processes)
     rows = run.rows(read_provenance(converted))
     processes.wait_for_everyone()
@@ -122,7 +122,7 @@ def plan_recovery(
     """
     processes = _processes(world)
     source, dense = _opened(converted, teacher, out)
-    _check_settings(config, dense, processes.num_processes)
+    check_recovery(dense, config, EvaluateConfig(data=config.data), processes.num_processes)
     kind, clips = source_kind(config.data.source), f"made into {_beside(out, 'clips')}"
     with torch.device("meta"):
         student = CausalWanModel(source.config).requires_grad_(False)
@@ -346,13 +346,22 @@ def _opened(
     return source, dense
 
 
-def _check_settings(config: RecoverConfig, dense: OpenCheckpoint, world: int) -> None:
-    """Refuse, before anything is written, what a stage would fail on later.
+def check_recovery(
+    dense: OpenCheckpoint, config: RecoverConfig, evaluation: EvaluateConfig, world: int
+) -> None:
+    """Refuse, before anything is written, what a stage would fail on later; a clip or two is read.
+
+    Args:
+        dense: The dense model.
+        config: Steps and data.
+        evaluation: Held-out clips.
+        world: Processes that recover together.
 
     Raises:
         CheckpointError: Clips have to be made, and the text encoder and VAE are not there.
         ConfigError: The batch or the models do not divide, or clips are not there, too short, or
             cannot be made.
+        VmlaError: The model's text encoder cannot read a prompt of clips that have to be made.
     """
     check_shares(config.training, world)
     check_tracker(config.training)
@@ -368,10 +377,15 @@ def _check_settings(config: RecoverConfig, dense: OpenCheckpoint, world: int) ->
             f"clips of {config.data.frames} frames have no chunk with a past",
             f"use at least {2 * dense.config.chunk_frames} frames",
         )
-    if source_kind(config.data.source) in _MADE:
-        _codec_of(dense, config, torch.device("cpu"))
+    made = source_kind(config.data.source) in _MADE
+    if made:
+        codec = _codec_of(dense, config, torch.device("cpu"))
+        check_makeable(config.data, dense.config, codec)
     else:
         check_clips(dense.config, open_clips(config.data).batch(0, 1))
+    measured = not config.offload or later_steps(config)
+    if measured and not (made and evaluation.data.source == config.data.source):
+        check_held_out(dense.config, evaluation)
 
 
 def _codec_of(dense: OpenCheckpoint, config: RecoverConfig, device: torch.device) -> Codec:

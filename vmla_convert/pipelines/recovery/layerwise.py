@@ -18,7 +18,7 @@ from vmla_convert.config import RecoverConfig, TrainingConfig
 from vmla_convert.layers.attention import DenseSelfAttention
 from vmla_convert.layers.dit import Attend, CausalWanModel, gated, masked_attention
 from vmla_convert.layers.mla import LatentSelfAttention
-from vmla_convert.pipelines.calibrate import ReadBlock
+from vmla_convert.pipelines.calibrate import ReadBlock, clips_at_once
 from vmla_convert.pipelines.data import Batch, ClipSource, seeded
 from vmla_convert.pipelines.losses import make_example, teacher_forcing_inputs
 from vmla_convert.pipelines.recovery.rollouts import Share
@@ -31,7 +31,8 @@ from vmla_convert.progress import Progress
 CLIPS, HELD_CLIPS, LEAST_CLIPS = 36, 12, 2
 # Of all clips; a layer's input, output and what the block makes of them have as many rows.
 TOKENS = 2**18
-CLIPS_AT_ONCE = 8
+# Clips whose errors are one figure; their mean is what counts.
+HELD_TOGETHER = 8
 WARMUP_STEPS = 5
 
 
@@ -44,6 +45,7 @@ class Lesson(NamedTuple):
         gate: What the block multiplies them by, (n, 2F, d): errors behind a closed gate are none.
         attend: How a layer sees a clip.
         taught: Clips that it learns from; the others say whether it got better.
+        at_once: Clips that pass a layer together.
     """
 
     inputs: Tensor
@@ -51,12 +53,18 @@ class Lesson(NamedTuple):
     gate: Tensor
     attend: Attend
     taught: int
+    at_once: int
 
-    def error(self, layer: LatentSelfAttention, picks: Tensor) -> Tensor:
-        """Squared error of what a layer adds to its block, relative to what it should add."""
-        gate = self.gate[picks]
-        wrong = gated(self.attend(layer, self.inputs[picks]) - self.outputs[picks], gate)
-        return wrong.square().sum() / gated(self.outputs[picks], gate).square().sum()
+    def errors(self, layer: LatentSelfAttention, picks: Tensor) -> Iterator[Tensor]:
+        """Squared error of what a layer adds to its block, relative to what it should add.
+
+        In parts, of as many clips as pass a layer together, that add up to it.
+        """
+        parts = picks.split(self.at_once)
+        whole = sum(gated(self.outputs[p], self.gate[p]).square().sum() for p in parts)
+        for part in parts:
+            given = self.attend(layer, self.inputs[part])
+            yield gated(given - self.outputs[part], self.gate[part]).square().sum() / whole
 
 
 def recover_layers(
@@ -120,7 +128,8 @@ def fit_layer(
         generator = seeded(config.training.seed, step, "layerwise batch")
         picks = torch.randint(lesson.taught, (config.training.batch_size,), generator=generator)
         optimiser.zero_grad()
-        lesson.error(layer, picks).backward()
+        for error in lesson.errors(layer, picks):
+            error.backward()
         optimiser.step()
     after = _held_error(layer, lesson)
     if not after < before:
@@ -137,7 +146,7 @@ def fit_layer(
 @torch.no_grad()
 def _held_error(layer: LatentSelfAttention, lesson: Lesson) -> float:
     held = torch.arange(lesson.taught, len(lesson.inputs))
-    errors = (lesson.error(layer, picks) * len(picks) for picks in held.split(CLIPS_AT_ONCE))
+    errors = (sum(lesson.errors(layer, p)) * len(p) for p in held.split(HELD_TOGETHER))
     return sum(map(float, errors)) / len(held)
 
 
@@ -152,6 +161,7 @@ def _walk(
     seed, chunk_frames = config.training.seed, shell.config.chunk_frames
     device = shell.patch_embedding.weight.device
     drawn, taught = _draw(shell, clips)
+    at_once = clips_at_once(shell.config.geometry, drawn.latents)
     example = make_example(drawn, chunk_frames, seeded(seed, 0, "layerwise")).to(device)
     positions, mask = teacher_forcing_inputs(shell.config, example)
     attend = masked_attention(shell.rotary(positions, example.latents), mask)
@@ -161,13 +171,11 @@ def _walk(
         block = read_block(layer)
         assert isinstance(block.self_attn, DenseSelfAttention)
         inputs = block.attention_input(x, modulation)
-        outputs = [attend(block.self_attn, part) for part in inputs.split(CLIPS_AT_ONCE)]
+        outputs = [attend(block.self_attn, part) for part in inputs.split(at_once)]
         gate = block.attention_gate(modulation)
-        lesson = Lesson(inputs, torch.cat(outputs), gate, attend, taught)
+        lesson = Lesson(inputs, torch.cat(outputs), gate, attend, taught, at_once)
         yield lesson
-        parts = zip(
-            *(t.split(CLIPS_AT_ONCE) for t in (x, lesson.outputs, modulation, text)), strict=True
-        )
+        parts = zip(*(t.split(at_once) for t in (x, lesson.outputs, modulation, text)), strict=True)
         x = torch.cat([block.after_attention(*part) for part in parts])
 
 

@@ -1,15 +1,11 @@
-"""Which setting to use, why, and how."""
+"""Which setting to use, and why."""
 
 from __future__ import annotations
 
-import json
 import math
-import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from vmla_convert.config import ConvertConfig, RecoverConfig
 from vmla_convert.pipelines.report.points import Dense, Point, size_groups
 from vmla_convert.pipelines.report.wording import (
     format_cut,
@@ -18,7 +14,6 @@ from vmla_convert.pipelines.report.wording import (
     format_speed,
     join_words,
 )
-from vmla_convert.tables import to_dict
 
 
 @dataclass(frozen=True)
@@ -110,40 +105,6 @@ def answer_reasons(best: Recommendation | None, dense: Dense | None) -> list[str
     return reasons
 
 
-def how_to_use(point: Point, dense: Dense | None, recipe: dict[str, Any]) -> str:
-    """The commands that make and run a setting.
-
-    Args:
-        point: The setting.
-        dense: What a cut is a share of.
-        recipe: Of the run, as `recipe.json` holds it; empty where there is none.
-    """
-    told = recipe.get("source", {})
-    source = str(told.get("checkpoint", "CKPT"))
-    convert, recover = recipe.get("convert") or {}, recipe.get("recover") or {}
-    truncated = _truncated_heads(point, (recipe.get("sweep") or {}).get("head_splits") or ())
-    convert_words = _convert_command(point, dense, source) + truncated
-    lines = [convert_words + _reading(told) + _calibration(convert) + _clips(convert)]
-    made = "OUT"
-    if point.recovery_steps is not None or point.last_step:
-        made = "OUT-recovered"
-        # Old rows tell only the last step, of all stages together.
-        steps = str(point.last_step if point.recovery_steps is None else point.recovery_steps)
-        words = ["vmla", "recover", "OUT", "--teacher", source, "-o", made, "--steps", steps]
-        if recover.get("layerwise_steps") is not None:
-            words += ["--layerwise-steps", str(recover["layerwise_steps"])]
-        if (rate := recover.get("training", {}).get("lr")) is not None:
-            words += ["--lr", f"{rate:g}"]
-        lines.append(words + _clips(recover) + _other_settings(recover))
-    words = ["vmla", "generate", made, "--prompt", "…", "-o", "clip.mp4"]
-    kept = point.kept
-    words += ["--cache-dtype", kept.cache_dtype] if kept.cache_dtype else []
-    words += ["--rope-dtype", kept.rope_dtype] if kept.rope_dtype else []
-    if kept.dense_recent_frames:
-        words += ["--set", f"cache.dense_recent_frames={kept.dense_recent_frames}"]
-    return "\n".join(shlex.join(line).replace("'…'", '"…"') for line in [*lines, words])
-
-
 def format_size(point: Point) -> str:
     """What a token costs in a layer, in bytes, or in numbers where rows tell no bytes."""
     if point.nbytes is None:
@@ -159,12 +120,16 @@ def _finite_loss(point: Point) -> float:
 
 def _setting(point: Point) -> str:
     """The setting in full: init, sizes, layer, how it is kept."""
+    nope = point.qk_nope_head_dim
+    truncated = [] if nope is None else [f"qk_nope_head_dim {nope}"]
     if point.kv_lora_rank is None:
         sizes = f"{format_number(point.scalars)} numbers per token, divided among layers"
+        sizes = ", and ".join([sizes, *truncated])
     else:
-        sizes = f"kv_lora_rank {point.kv_lora_rank}"
-        if point.qk_rope_head_dim:
-            sizes += f" and qk_rope_head_dim {point.qk_rope_head_dim}"
+        rope = point.qk_rope_head_dim
+        named = [f"kv_lora_rank {point.kv_lora_rank}"]
+        named += [f"qk_rope_head_dim {rope}"] if rope else []
+        sizes = join_words(named + truncated)
     sizes += f" by the rule {point.ranks}" if point.ranks else ""
     layer = f" ({point.layer})" if point.layer else ""
     kept = f", cache kept as {point.kept.words}" if point.kept.words else ""
@@ -223,71 +188,3 @@ def _dense_note(dense: Dense) -> str:
         return f"{note}."
     other = format_number(dense.flow_loss_other_past)
     return f"{note}, and {other} when another clip is put in its past: the cache matters."
-
-
-def _reading(source: dict[str, Any]) -> list[str]:
-    """How a checkpoint was read, which decides what it is."""
-    words: list[str] = []
-    for name in ("file", "key", "model"):
-        words += [f"--{name}", str(source[name])] if source.get(name) else []
-    for setting in source.get("overrides", ()):
-        words += ["--set", setting]
-    for lora in source.get("loras", ()):
-        words += ["--lora", lora]
-    return words
-
-
-def _calibration(convert: dict[str, Any]) -> list[str]:
-    clips = convert.get("calibration_clips", ConvertConfig.calibration_clips)
-    words = [] if convert.get("calibrate", True) else ["--no-calibration"]
-    differs = clips != ConvertConfig.calibration_clips
-    return words + (["--calibration-clips", str(clips)] if differs else [])
-
-
-def _other_settings(recover: dict[str, Any]) -> list[str]:
-    """Settings of the recovery that are not its defaults, and that no option above says."""
-    default, words = to_dict(RecoverConfig()), list[str]()
-    said = {"layerwise_steps", "data", "training"}
-    tables = {"": ({k: v for k, v in recover.items() if k not in said}, default)}
-    training = {k: v for k, v in recover.get("training", {}).items() if k not in _SAID_OF_TRAINING}
-    tables["training."] = training, default["training"]
-    for prefix, (settings, usual) in tables.items():
-        for name, value in settings.items():
-            if value != usual.get(name) and not isinstance(value, dict):
-                words += ["--set", f"{prefix}{name}={json.dumps(value)}"]
-    return words
-
-
-# Options of their own say these; a sweep gives each point its seed.
-_SAID_OF_TRAINING = {"steps", "lr", "seed"}
-
-
-def _clips(stage: dict[str, Any]) -> list[str]:
-    """Where a stage's clips came from, unless it is the demo world."""
-    data = stage.get("data", {})
-    if data.get("source", "demo") == "demo":
-        return []
-    return ["--data", str(data["source"]), "--frames", str(data.get("frames", 0))]
-
-
-def _truncated_heads(point: Point, splits: Iterable[Sequence[int]]) -> list[str]:
-    """The content width that a sweep over splits of a head gave with this rope width."""
-    for nope, rope in splits:
-        if rope == point.qk_rope_head_dim:
-            return ["--qk-nope-head-dim", str(nope)]
-    return []
-
-
-def _convert_command(point: Point, dense: Dense | None, source: str) -> list[str]:
-    words = ["vmla", "convert", source, "-o", "OUT", "--init", point.init]
-    # A rule divides a budget, and refuses a rank, also where it gave all layers the same.
-    if point.kv_lora_rank is not None and not point.ranks:
-        words += ["--kv-lora-rank", str(point.kv_lora_rank)]
-        if point.qk_rope_head_dim:
-            words += ["--qk-rope-head-dim", str(point.qk_rope_head_dim)]
-    elif point.scalars is not None and dense is not None and dense.scalars:
-        # Rounded down, so that no layer gets less than it had.
-        words += ["--cut", f"{math.floor(1e4 * (1 - point.scalars / dense.scalars)) / 1e4:g}"]
-    for name, choice in point.choices.items():
-        words += [f"--{name.replace('_', '-')}", choice]
-    return words + (["--ranks", point.ranks] if point.ranks else [])

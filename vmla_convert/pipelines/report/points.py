@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -77,6 +78,7 @@ class Point:
         ranks: Rule that divided the budget.
         kv_lora_rank: Rank of the content latent; None where layers differ.
         qk_rope_head_dim: Width of the shared rope key; None where layers differ.
+        qk_nope_head_dim: Width that heads' content part was truncated to; None where it was not.
         scalars: Numbers cached per token and layer.
         nbytes: Bytes they take; None where no row says.
         cut: Share of the dense cache that is gone.
@@ -87,7 +89,8 @@ class Point:
         error_spread: Least and greatest velocity_error over seeds at the last step.
         loss_spread: Likewise of `losses`.
         seeds: How many there are.
-        seconds: Of the conversion.
+        seconds: Of the conversion; of its own work alone, where it `shares` the rest.
+        shares: Whether a sweep calibrated and predicted for it together with others.
         step_seconds: Of one denoising step.
         seconds_ratio: The same over the dense model's; below 1 is faster.
     """
@@ -99,6 +102,7 @@ class Point:
     ranks: str | None
     kv_lora_rank: int | None
     qk_rope_head_dim: int | None
+    qk_nope_head_dim: int | None
     scalars: float | None
     nbytes: float | None
     cut: float | None
@@ -110,6 +114,7 @@ class Point:
     loss_spread: tuple[float, float] | None
     seeds: int
     seconds: float | None
+    shares: bool
     step_seconds: float | None
     seconds_ratio: float | None
 
@@ -185,18 +190,23 @@ def setting_key(row: Row) -> str:
 def setting_names(points: Sequence[Point]) -> dict[str, str]:
     """Short names by `setting_key`; those that share one get what differs in their layers too."""
     short = [point.name for point in points]
-    layers = [point.layer.split() for point in points]
+    layers = [_layer_words(point) for point in points]
 
     def name(point: Point) -> str:
         if short.count(point.name) == 1:
             return point.name
-        words = enumerate(point.layer.split())
+        words = enumerate(_layer_words(point))
         differing = [
             word for i, word in words if any(word not in each[i : i + 1] for each in layers)
         ]
         return f"{point.name} ({' '.join(differing) or point.key})"
 
     return {" ".join(filter(None, (p.key, p.kept.words))): name(p) for p in points}
+
+
+def _layer_words(point: Point) -> list[str]:
+    nope = point.qk_nope_head_dim
+    return [*point.layer.split(), *([f"nope{nope}"] if nope is not None else [])]
 
 
 def point_key(row: Row) -> str:
@@ -234,8 +244,9 @@ def read_points(rows: Sequence[Row]) -> list[Point]:
     for row in rows:
         if row.init is not None and row.metric != "failed":
             groups[point_key(row), row.init][kept_as(row)].append(row)
+    swept = any(row.metric == "sweep_seconds" for row in rows)
     points = [
-        _point(kept, own, kinds.get(PLAIN, own), dense)
+        _point(kept, own, kinds.get(PLAIN, own), dense, swept)
         for kinds in groups.values()
         for kept, own in kinds.items()
     ]
@@ -254,6 +265,16 @@ def size_groups(points: Sequence[Point]) -> list[list[Point]]:
     return groups
 
 
+def shared_seconds(rows: Iterable[Row]) -> dict[str, float]:
+    """Seconds of what a sweep did once for all of its points, by stage; of all its runs."""
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for row in rows:
+        # What this stage does is each point's own, and told there.
+        if row.metric == "sweep_seconds" and row.note != "converting":
+            seconds[row.note or "shared work"] += row.value
+    return dict(seconds)
+
+
 def is_step_ratio(row: Row) -> bool:
     """Whether a row compares seconds of a whole step, not of an attention or of a layer alone."""
     return row.metric == "seconds_ratio" and not row.unit.startswith(("attention", "layer"))
@@ -265,7 +286,9 @@ def _size(nbytes: float | None, scalars: float | None) -> float | None:
     return None if scalars is None else BYTES_PER_NUMBER * scalars
 
 
-def _point(kept: Kept, rows: list[Row], plain: list[Row], dense: Dense | None) -> Point:
+def _point(
+    kept: Kept, rows: list[Row], plain: list[Row], dense: Dense | None, swept: bool
+) -> Point:
     """A point from its own rows; what does not depend on how it is kept, from the plain ones."""
     first = rows[0]
     scalars = median_of(plain, "cache_scalars_per_token")
@@ -290,6 +313,7 @@ def _point(kept: Kept, rows: list[Row], plain: list[Row], dense: Dense | None) -
         ranks=first.ranks,
         kv_lora_rank=first.kv_lora_rank,
         qk_rope_head_dim=first.qk_rope_head_dim,
+        qk_nope_head_dim=_truncated(first),
         scalars=scalars,
         nbytes=nbytes,
         cut=cut,
@@ -301,9 +325,17 @@ def _point(kept: Kept, rows: list[Row], plain: list[Row], dense: Dense | None) -
         loss_spread=loss_spread,
         seeds=len({row.seed for row in rows}),
         seconds=median_of(plain, "convert_seconds"),
+        # A conversion by itself tells how much of its seconds was factoring.
+        shares=swept and not any(row.metric == "factor_seconds" for row in plain),
         step_seconds=step_seconds,
         seconds_ratio=_ratio(rows, step_seconds, dense),
     )
+
+
+def _truncated(row: Row) -> int | None:
+    """What heads were truncated to; before rows had a field for it, the run's name told it."""
+    named = re.search(r"-nope(\d+)$", row.run)
+    return int(named[1]) if row.qk_nope_head_dim is None and named else row.qk_nope_head_dim
 
 
 def _cut(

@@ -10,9 +10,9 @@ from vmla_convert.pipelines.report.answer import (
     Recommendation,
     answer_reasons,
     answer_sentence,
-    how_to_use,
     recommend,
 )
+from vmla_convert.pipelines.report.commands import how_to_use
 from vmla_convert.pipelines.report.curves import (
     drift_chart,
     recovery_chart,
@@ -27,6 +27,7 @@ from vmla_convert.pipelines.report.points import (
     read_dense,
     read_points,
     setting_names,
+    shared_seconds,
 )
 from vmla_convert.pipelines.report.quality import quality_chart, speed_chart
 from vmla_convert.pipelines.report.rope import phases_chart, rope_pairs_chart
@@ -36,6 +37,7 @@ from vmla_convert.pipelines.report.spectra import (
     spectra_notes,
 )
 from vmla_convert.pipelines.report.tables import (
+    SECONDS_TO_CONVERT,
     decisive_table,
     failed_table,
     memory_table,
@@ -43,6 +45,7 @@ from vmla_convert.pipelines.report.tables import (
     settings_table,
     speed_table,
 )
+from vmla_convert.pipelines.report.wording import format_seconds, join_words
 from vmla_convert.results import Row
 
 STRIPS_SHOWN = 3
@@ -191,6 +194,7 @@ def _answer_sections(
         "after recovery means at the last measured step of each line. A token costs its scalars "
         "and bytes in every layer."
     )
+    notes = [note, *_shared_note(rows, points, table[0])]
     command = how_to_use(best.point, dense, recipe.get("recipe") or {}) if best is not None else ""
     return [
         Section(
@@ -199,7 +203,20 @@ def _answer_sections(
             paragraphs=answer_reasons(best, dense),
             code=command,
         ),
-        Section("Every setting", table=table, marked=marked, paragraphs=[note]),
+        Section("Every setting", table=table, marked=marked, paragraphs=notes),
+    ]
+
+
+def _shared_note(rows: Sequence[Row], points: Sequence[Point], header: Sequence[str]) -> list[str]:
+    """What seconds to convert leave out, where the table has such a column."""
+    if SECONDS_TO_CONVERT not in header or not any(point.shares for point in points):
+        return []
+    stages = shared_seconds(rows)
+    told = join_words([f"{stage} {format_seconds(amount)}" for stage, amount in stages.items()])
+    return [
+        "Seconds to convert with (+ shared) are of a setting's own decompositions: the sweep did "
+        f"the rest once for all of them, which took {format_seconds(sum(stages.values()))} "
+        f"({told}). Converted by itself, a setting takes both."
     ]
 
 

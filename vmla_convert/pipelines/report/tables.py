@@ -16,6 +16,7 @@ from vmla_convert.pipelines.report.points import (
     read_points,
     setting_key,
     setting_names,
+    shared_seconds,
 )
 from vmla_convert.pipelines.report.wording import (
     ABSENT,
@@ -30,6 +31,7 @@ from vmla_convert.results import Row
 
 Table = list[list[str]]
 PROVENANCE_FIELDS = ("current_chunk", "positions", "latent", "k_norm", "ranks")
+SECONDS_TO_CONVERT = "seconds to convert"
 SECONDS = ("sweep_seconds", "convert_seconds", "recover_seconds")
 
 
@@ -145,10 +147,23 @@ def provenance_table(rows: Sequence[Row], recipe: Mapping[str, Any]) -> Table:
         values = sorted({value for row in rows if (value := getattr(row, name)) is not None})
         if values:
             facts.append([name, ", ".join(values)])
+    return facts + _seconds_facts(rows)
+
+
+def _seconds_facts(rows: Sequence[Row]) -> Table:
+    """How long everything took, and what of it was done once for all settings of a sweep."""
+    shared, facts = shared_seconds(rows), list[list[str]]()
     for metric in SECONDS:
         seconds = [row.value for row in rows if row.metric == metric]
-        if seconds:
-            facts.append([f"{metric}, all runs", f"{sum(seconds):.1f}"])
+        if not seconds:
+            continue
+        aside = ", without what settings share" if shared and metric == "convert_seconds" else ""
+        facts.append([f"{metric}, all runs{aside}", f"{sum(seconds):.1f}"])
+        if metric == "sweep_seconds":
+            facts += [
+                [f"of these {stage}, once for all settings", f"{amount:.1f}"]
+                for stage, amount in shared.items()
+            ]
     return facts
 
 
@@ -171,6 +186,10 @@ def _setting_columns(points: Sequence[Point], dense: Dense | None) -> list[Colum
     if len({p.ranks for p in points if p.ranks}) > 1:
         columns.append(Column("ranks", lambda p: p.ranks or ABSENT, ABSENT))
     columns.append(Column("scalars/token", _scalars, scalars))
+    if len({p.qk_nope_head_dim for p in points}) > 1:
+        columns.append(
+            Column("qk_nope_head_dim", lambda p: format_number(p.qk_nope_head_dim), ABSENT)
+        )
     if any(p.kept.words for p in points):
         columns.append(Column("kept as", lambda p: p.kept.words or "model", "model"))
     if any(p.nbytes is not None for p in points):
@@ -210,7 +229,7 @@ def _step0_columns(dense: Dense | None) -> list[Column]:
         Column("flow_loss", lambda p: format_number(p.flow_losses.get(0)), loss),
         Column("flow_loss_dense", lambda _: loss, loss),
         Column("flow loss above dense", lambda p: format_excess(p.losses.get(0)), "+0 %"),
-        Column("seconds", lambda p: format_number(p.seconds), ABSENT),
+        Column(SECONDS_TO_CONVERT, _seconds, ABSENT),
     ]
 
 
@@ -223,6 +242,11 @@ def _error(point: Point) -> str:
     """velocity_error at the last step, with its spread over several seeds."""
     error = point.errors.get(point.last_step)
     return format_range(error, point.error_spread if point.seeds > 1 else None)
+
+
+def _seconds(point: Point) -> str:
+    shared = " (+ shared)" if point.shares and point.seconds is not None else ""
+    return format_number(point.seconds) + shared
 
 
 def _scalars(point: Point) -> str:

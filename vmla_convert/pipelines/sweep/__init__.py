@@ -9,27 +9,47 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
-from vmla_convert.config import ConvertConfig, EvaluateConfig, RecoverConfig, SweepConfig
-from vmla_convert.errors import VmlaError
+from vmla_convert.config import (
+    ConvertConfig,
+    EvaluateConfig,
+    ModelConfig,
+    RecoverConfig,
+    SweepConfig,
+)
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.pipelines.codecs import check_prompts
+from vmla_convert.pipelines.calibrate import check_clips
+from vmla_convert.pipelines.codecs import check_prompts, open_codec
+from vmla_convert.pipelines.convert import open_measured
 from vmla_convert.pipelines.data import open_clips
-from vmla_convert.pipelines.evaluate import HeldOut, dense_rows, spectrum_rows
+from vmla_convert.pipelines.evaluate import HeldOut, check_held_out, dense_rows, spectrum_rows
+from vmla_convert.pipelines.grid import SweepPoint, digest, grid, sweep_points
 from vmla_convert.pipelines.plan import check_sizes, uniform_plan
+from vmla_convert.pipelines.processes import check_shares
 from vmla_convert.pipelines.rows import device_name, memory_rows
 from vmla_convert.pipelines.shelf import FolderShelf
-from vmla_convert.pipelines.sweep.grid import SweepPoint, digest, grid, sweep_points
+from vmla_convert.pipelines.sweep.failures import FAILURES, first_line, is_full_disk, keeping
 from vmla_convert.pipelines.sweep.point import Bench, labelled, measure_point
 from vmla_convert.pipelines.sweep.rollouts import Rollout, roll_out, score
-from vmla_convert.pipelines.sweep.shared import FAILURES, Shared
+from vmla_convert.pipelines.sweep.shared import Shared
 from vmla_convert.pipelines.sweep.team import Team, join_team
-from vmla_convert.progress import Progress, Silent, Timed
+from vmla_convert.pipelines.training import check_tracker
+from vmla_convert.progress import Joint, Progress, Silent, Timed
 from vmla_convert.results import FAILED, Row, append_rows, drop_torn_line, read_rows, write_rows
 from vmla_convert.tables import to_dict
 
-__all__ = ["SweepPoint", "Team", "grid", "join_team", "labelled", "sweep", "sweep_points"]
+__all__ = [
+    "SweepPoint",
+    "Team",
+    "check_sweep",
+    "grid",
+    "join_team",
+    "labelled",
+    "sweep",
+    "sweep_points",
+]
 
 SHELF_NAME = ".shared"
 
@@ -58,27 +78,57 @@ def sweep(
         team: Processes that share the points; each has the same arguments.
 
     Raises:
-        ConfigError: An init or a size of the grid does not fit the model, or there are no clips to
-            recover on; before any work.
+        VmlaError: As `check_sweep`, before any work.
+        OutputError: The disk is full, or a file that all points share is lost.
     """
     progress, team = progress or Silent(), team or Team()
     points = sweep_points(config, convert_config, recover_config)
-    for point in points:
-        check_sizes(teacher.config, point.conversion)
-    if config.recover:
-        open_clips(recover_config.data)  # or say now why not
-    if config.rollout_frames:
-        check_prompts(teacher.config, config.rollout_prompts)
+    check_sweep(teacher.config, config, convert_config, recover_config, evaluate_config)
     work = _Sweep(teacher, config, convert_config, evaluate_config, rows_file, points)
+    with keeping(rows_file):
+        if team.leads:
+            work.prepare(progress)
+            team.announce("prepared")
+        team.await_leader("prepared")
+        work.run(progress, team)
     if team.leads:
-        work.prepare(progress)
-        team.announce("prepared")
-    team.await_leader("prepared")
-    work.run(progress, team)
-    team.announce("done")
-    if team.leads:
-        team.await_all("done")
         work.shelf.remove()
+
+
+def check_sweep(
+    model: ModelConfig,
+    config: SweepConfig,
+    convert_config: ConvertConfig,
+    recover_config: RecoverConfig,
+    evaluate_config: EvaluateConfig,
+) -> None:
+    """Refuse, before any work, what a sweep would fail on later; of each kind of clips one is read.
+
+    Args:
+        model: The dense model's.
+        config: The grid.
+        convert_config: As of `sweep`.
+        recover_config: As of `sweep`.
+        evaluate_config: As of `sweep`.
+
+    Raises:
+        CheckpointError: Points are rolled out, and the text encoder is not there.
+        ConfigError: An init or a size of the grid does not fit the model, a batch does not divide,
+            or clips are not there or do not fit.
+        VmlaError: The model's text encoder cannot read a prompt.
+    """
+    for point in sweep_points(config, convert_config, recover_config):
+        check_sizes(model, point.conversion)
+    # Calibration describes the model too, so that it is done whatever the points are.
+    open_measured(model, convert_config)
+    check_held_out(model, evaluate_config, streamed=bool(config.cache_dtypes))
+    if config.recover:
+        check_shares(recover_config.training, world=1)
+        check_tracker(recover_config.training)
+        check_clips(model, open_clips(recover_config.data).batch(0, 1))
+    if config.rollout_frames:
+        check_prompts(model, config.rollout_prompts)
+        open_codec(model)
 
 
 class _Sweep:
@@ -125,19 +175,29 @@ class _Sweep:
         append_rows(self.rows_file, rows)
 
     def run(self, progress: Progress, team: Team) -> None:
-        """The points that are this process's to do."""
+        """The points that are this process's to do; the leader waits for the others'."""
         done = self._done(read_rows(self.rows_file))
-        total = len(self.points) if team.size == 1 else None
-        for point in progress.track(team.share(self.points), "sweep", total):
-            if (point.key, point.seed) not in done:
-                append_rows(self.rows_file, self._measured(point, progress))
+        # What the others draw nobody sees, and need not ask for.
+        count = team.finished if team.leads else int
+        with closing(Joint(progress, "sweep", len(self.points), count)) as joint:
+            for point in team.share(self.points):
+                if (point.key, point.seed) not in done:
+                    append_rows(self.rows_file, self._measured(point, joint))
+                team.finish()
+                joint.look()
+            team.announce("done")
+            if team.leads:
+                team.await_all("done", joint.look)
+                joint.look()
 
     def _measured(self, point: SweepPoint, progress: Progress) -> list[Row]:
         try:
             student, seconds = self.shared.student(point.conversion)
             return measure_point(student, point, self.bench, seconds, progress)
         except FAILURES as error:
-            reason = error.message if isinstance(error, VmlaError) else _first_line(error)
+            if is_full_disk(error):
+                raise
+            reason = first_line(error)
             name = f"{point.conversion.init} {point.key}"
             progress.note(f"{name} failed: {reason}")
             conversion = point.conversion
@@ -179,8 +239,3 @@ class _Sweep:
 
     def _dense_rollout(self) -> Rollout:
         return Rollout(self.teacher.config, self.shelf.get("rollout")["latents"])
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

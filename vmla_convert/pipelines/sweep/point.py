@@ -12,6 +12,7 @@ from vmla_convert.config import EvaluateConfig, RuntimeConfig, SweepConfig
 from vmla_convert.errors import VmlaError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines.evaluate import HeldOut, learned_spectrum_rows
+from vmla_convert.pipelines.grid import SweepPoint
 from vmla_convert.pipelines.recovery.stages import recover_model
 from vmla_convert.pipelines.rows import (
     Errors,
@@ -21,7 +22,6 @@ from vmla_convert.pipelines.rows import (
     memory_rows,
     row_fields,
 )
-from vmla_convert.pipelines.sweep.grid import SweepPoint
 from vmla_convert.pipelines.sweep.rollouts import Rollout, draw_strip, roll_out, score
 from vmla_convert.pipelines.timing import step_rows
 from vmla_convert.progress import Progress
@@ -66,7 +66,7 @@ def measure_point(
         student: As converted; it is trained in place.
         point: Its settings.
         bench: What it is measured against.
-        seconds: That its conversion took.
+        seconds: That its own decompositions took; `sweep_seconds` has what points share.
         progress: Where to draw.
     """
     config, seed = student.config, point.seed

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from time import perf_counter
 
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from vmla_convert.config import ConvertConfig, LayerConfig, RankPlan
-from vmla_convert.errors import VmlaError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.factor import (
     DATA_INITS,
@@ -42,16 +41,17 @@ from vmla_convert.pipelines.factoring import (
     planned_config,
     with_branches,
 )
+from vmla_convert.pipelines.grid import digest
 from vmla_convert.pipelines.plan import Curves, divide, uniform_plan, wanted_curves
 from vmla_convert.pipelines.shelf import Shelf, Tensors
-from vmla_convert.pipelines.sweep.grid import digest
+from vmla_convert.pipelines.sweep.failures import left_out
 from vmla_convert.progress import Progress, Silent
 from vmla_convert.tables import to_dict
 
 _SECONDS = "seconds"
 
-FAILURES = (VmlaError, RuntimeError, ArithmeticError, ValueError, MemoryError)
-"""What a point may die of without taking the others along: no memory, numbers, or convergence."""
+LeaveOut = Callable[[], AbstractContextManager[object]]
+"""What a step is done within that may fail."""
 
 
 class Shared:
@@ -97,10 +97,13 @@ class Shared:
         One that fails is left out: `student` tries it by itself, and tells why.
         """
         lacking = {n: each for n, each in self.conversions.items() if not self._is_made(n)}
-        self._make(lacking, progress or Silent(), suppress(*FAILURES))
+        self._make(lacking, progress or Silent(), left_out)
 
     def student(self, conversion: ConvertConfig) -> tuple[CausalWanModel, float]:
-        """A conversion as a model, and its seconds, with its share of what others use too.
+        """A conversion as a model, and the seconds of its decompositions.
+
+        Of one that several conversions are cut from it bears an equal part. Calibration and
+        predictions are not in it: they are done once, whatever the conversions are.
 
         Raises:
             ConfigError: Its budget is too small, or whatever else it fails of.
@@ -108,7 +111,7 @@ class Shared:
         name = _name(conversion)
         if not self._is_made(name):
             self.measure()
-            self._make({name: self.conversions[name]}, Silent(), nullcontext())
+            self._make({name: self.conversions[name]}, Silent(), nullcontext)
         planned = planned_config(self.teacher.config, conversion, self._read_plan(name))
         branches: list[Branch] = []
         tensors, seconds = dict[str, Tensor](), 0.0
@@ -130,7 +133,7 @@ class Shared:
         self,
         conversions: dict[str, ConvertConfig],
         progress: Progress,
-        leave_out: AbstractContextManager[object],
+        leave_out: LeaveOut,
     ) -> None:
         """Plan and convert, with `leave_out` around each step that can fail."""
         plans = self._plan(conversions, progress, leave_out)
@@ -165,7 +168,7 @@ class Shared:
         self,
         conversions: dict[str, ConvertConfig],
         progress: Progress,
-        leave_out: AbstractContextManager[object],
+        leave_out: LeaveOut,
     ) -> dict[str, RankPlan]:
         """Sizes of conversions, from predictions that those with one kind of layer share."""
         model = self.teacher.config
@@ -181,7 +184,7 @@ class Shared:
             evidence = self._evidence(layer, weights)
             for kind, largest in most.items():
                 choices, counts, calibrated = kind
-                with leave_out:
+                with leave_out():
                     known = evidence(replace(self.common, layer=choices, calibrate=calibrated))
                     curve = predict_errors(weights, choices, known, largest, counts)
                     predicted[kind].append(curve)
@@ -192,7 +195,7 @@ class Shared:
                 plans[name] = uniform_plan(model, each)
             elif len(predicted[_kind(each, curves)]) == len(self._layers()):
                 own = [c.up_to(curves.most) for c in predicted[_kind(each, curves)]]
-                with leave_out:
+                with leave_out():
                     plans[name] = divide(model, each, own)
         for name, plan in plans.items():
             self.shelf.put(f"plan-{name}", _plan_tensors(plan))
@@ -203,7 +206,7 @@ class Shared:
         layer: int,
         conversions: dict[str, ConvertConfig],
         plans: dict[str, RankPlan],
-        leave_out: AbstractContextManager[object],
+        leave_out: LeaveOut,
     ) -> None:
         weights = self._weights(layer)
         evidence = self._evidence(layer, weights)
@@ -212,7 +215,7 @@ class Shared:
             each = conversions[name]
             groups[_alike(each, plan.rope_pairs[layer])][name] = each
         for group in groups.values():
-            with leave_out:
+            with leave_out():
                 self._convert_group(layer, group, plans, weights, evidence)
 
     def _convert_group(

@@ -7,8 +7,9 @@ and when what all need is there.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from time import sleep
 from typing import TypeVar
 
 import torch
@@ -21,6 +22,7 @@ T = TypeVar("T")
 
 # A whole sweep may pass until the slowest point is done.
 _PATIENCE = timedelta(days=30)
+_PAUSE = 0.5
 # What a launcher tells a process of its place; without it, every library takes it to be alone.
 _PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 
@@ -35,6 +37,7 @@ class Team:
 
     def __init__(self, rank: int = 0, size: int = 1, store: Store | None = None) -> None:
         self.rank, self.size, self._store = rank, size, store
+        self._finished = 0
 
     @property
     def leads(self) -> bool:
@@ -51,10 +54,22 @@ class Team:
         if self._store is not None:
             self._store.wait([f"{milestone}-0"], _PATIENCE)
 
-    def await_all(self, milestone: str) -> None:
-        """Wait until everyone has come so far."""
+    def await_all(self, milestone: str, meanwhile: Callable[[], None]) -> None:
+        """Wait until everyone has come so far, and do something small again and again."""
+        milestones = [f"{milestone}-{rank}" for rank in range(self.size)]
+        while self._store is not None and not self._store.check(milestones):
+            meanwhile()
+            sleep(_PAUSE)
+
+    def finish(self) -> None:
+        """Tell the others that one more item is done."""
+        self._finished += 1
         if self._store is not None:
-            self._store.wait([f"{milestone}-{rank}" for rank in range(self.size)], _PATIENCE)
+            self._store.add("finished", 1)
+
+    def finished(self) -> int:
+        """How many items all processes have done."""
+        return self._finished if self._store is None else self._store.add("finished", 0)
 
     def share(self, items: Sequence[T]) -> Iterator[T]:
         """The items that this process takes: whoever is free takes the next."""

@@ -1,15 +1,17 @@
-"""The points of a sweep: every conversion of the grid, with every recovery."""
+"""The points of a sweep: every conversion of the grid, with every recovery; no torch."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 from vmla_convert.config import ConvertConfig, RecoverConfig, SweepConfig
-from vmla_convert.tables import to_dict
+from vmla_convert.errors import ConfigError
+from vmla_convert.tables import from_dict, to_dict
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,32 @@ def sweep_points(
         for conversion in grid(config, shared)
         for steps in lengths
     ]
+
+
+def find_point(key: str, recipe: Mapping[str, Any]) -> SweepPoint | None:
+    """The point that a run's rows call by a key, with the first of its seeds.
+
+    Args:
+        key: `SweepPoint.key`.
+        recipe: Of the run, as its `recipe.json` holds it.
+
+    Returns:
+        None where the recipe has no such point, or is that of a version with other settings.
+    """
+    try:
+        convert = from_dict(ConvertConfig, recipe.get("convert") or {})
+        recover = from_dict(RecoverConfig, recipe.get("recover") or {})
+        sweep = from_dict(SweepConfig, recipe["sweep"]) if recipe.get("sweep") else None
+    except ConfigError:
+        return None
+    points = sweep_points(sweep, convert, recover) if sweep else []
+    # What the stages before a sweep made has a key too.
+    points.append(SweepPoint(convert, recover if recipe.get("recover") else None))
+    found = next((point for point in points if point.key == key), None)
+    if found is None or found.conversion.init == "random":
+        return found
+    # Seeds are of recoveries; noise to calibrate with is drawn once, for all.
+    return replace(found, conversion=replace(found.conversion, seed=convert.seed))
 
 
 def grid(config: SweepConfig, shared: ConvertConfig) -> list[ConvertConfig]:
