@@ -179,6 +179,20 @@ def test_options_that_would_do_nothing_are_refused(wan_folder: Path) -> None:
     assert model.device == torch.device("cpu")
     with pytest.raises(ConfigError, match="'revison'"):
         VMLAPipeline.from_pretrained(wan_folder, revison="main")
+    half = torch.bfloat16
+    pipe: Any = VMLAPipeline.from_pretrained(wan_folder, dtype=half, use_safetensors=True, **how)
+    assert {m.dtype for m in (pipe.transformer, pipe.vae, pipe.text_encoder)} == {half}
+
+
+def test_a_pipeline_is_of_a_revision(converted: Path, stub: Hub) -> None:
+    files = {file.name: file.read_bytes() for file in converted.iterdir() if file.is_file()}
+    repo = stub.put("user/demo", files)
+    repo.tags["v1"] = repo.head
+    stub.put("user/demo", {**files, "model.safetensors": b"of another version"})
+    pipe = VMLAPipeline.from_pretrained("user/demo", revision="v1")
+    expected = load(converted).state_dict()
+    found = pipe.transformer.wan.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -468,9 +468,9 @@ def test_a_pipelines_card_says_what_runs(
     )
     push(tmp_path / "pipe", REPO)
     card = stub.repos[REPO].files["README.md"].content.decode()
-    assert f'VMLAPipeline.from_pretrained("{REPO}", base="{REPO}")' in card
+    assert f'VMLAPipeline.from_pretrained("{REPO}")' in card
     own = (tmp_path / "pipe" / "README.md").read_text()
-    assert 'VMLAPipeline.from_pretrained("this folder", base="this folder")' in own
+    assert 'VMLAPipeline.from_pretrained("this folder")' in own
     monkeypatch.chdir(tmp_path)
     shell, *programs = re.findall(r"```(?:sh|python)\n(.*?)```", card, re.DOTALL)
     command = shlex.split(shell.splitlines()[1])

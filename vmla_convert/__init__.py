@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vmla_convert.pipelines.codecs import open_codec
     from vmla_convert.pipelines.convert import convert
+    from vmla_convert.pipelines.export import export
     from vmla_convert.pipelines.generate import generate
     from vmla_convert.pipelines.inspect import inspect_checkpoint as inspect
     from vmla_convert.pipelines.interop.pipeline import VMLAPipeline
     from vmla_convert.pipelines.interop.transformer import VMLATransformer
     from vmla_convert.pipelines.load import load
+    from vmla_convert.pipelines.publish import push
+    from vmla_convert.pipelines.recovery import recover
 
 __version__ = "0.1.0"
 
@@ -30,20 +33,26 @@ __all__ = [
     "VMLATransformer",
     "__version__",
     "convert",
+    "export",
     "generate",
     "inspect",
     "load",
     "open_codec",
+    "push",
+    "recover",
 ]
 
 _LAZY = {
     "VMLAPipeline": ("vmla_convert.pipelines.interop.pipeline", "VMLAPipeline"),
     "VMLATransformer": ("vmla_convert.pipelines.interop.transformer", "VMLATransformer"),
     "convert": ("vmla_convert.pipelines.convert", "convert"),
+    "export": ("vmla_convert.pipelines.export", "export"),
     "generate": ("vmla_convert.pipelines.generate", "generate"),
     "inspect": ("vmla_convert.pipelines.inspect", "inspect_checkpoint"),
     "load": ("vmla_convert.pipelines.load", "load"),
     "open_codec": ("vmla_convert.pipelines.codecs", "open_codec"),
+    "push": ("vmla_convert.pipelines.publish", "push"),
+    "recover": ("vmla_convert.pipelines.recovery", "recover"),
 }
 
 

@@ -18,7 +18,7 @@ from vmla_convert.checkpoint.known import KNOWN
 from vmla_convert.checkpoint.licences import OTHER, UNKNOWN
 from vmla_convert.config import ModelConfig
 from vmla_convert.errors import ConfigError
-from vmla_convert.pipelines.codecs import frames_per_second, latent_frames_per_second
+from vmla_convert.pipelines.codecs import latent_frames_per_second
 from vmla_convert.tables import override, to_dict
 
 CARD_NAME = "README.md"
@@ -204,17 +204,15 @@ def _usage(place: str, config: ModelConfig, parts: Collection[str] | None) -> st
     prompt = "7" if config.codec == "demo" else "a red kite over the sea"
     frames = round(60 * latent_frames_per_second(config))
     extras = "video" if config.codec == "demo" else "wan,video"
-    # Of a repository nobody fetches more than is named: its own components are, where it has all.
-    own = set(PARTS) <= set(parts or ())
-    option = f' --base "{place}"' if own else ""
     imports, codec, text = "", "", ""
-    if own:
+    # A model alone does not know where it came from, and so not that its components lie there too.
+    if set(PARTS) <= set(parts or ()):
         imports = "\nfrom vmla_convert.config import CodecConfig"
         codec = f'\ncodec = vmla.open_codec(model.config, CodecConfig("{place}"))'
         text = ", text=codec"
     told = f"""```sh
 pip install "vmla-convert[{extras}]"
-vmla generate "{place}"{option} --prompt "{prompt}" -o clip.mp4
+vmla generate "{place}" --prompt "{prompt}" -o clip.mp4
 ```
 
 ```python
@@ -224,20 +222,19 @@ model = vmla.load("{place}"){codec}
 for chunk in vmla.generate(model, prompt="{prompt}", frames={frames}{text}):
     ...  # clean latents, chunk by chunk
 ```"""
-    return told if parts is None else f"{told}\n\n{_pipeline_usage(place, prompt, config, own)}"
+    return told if parts is None else f"{told}\n\n{_pipeline_usage(place, prompt, config)}"
 
 
-def _pipeline_usage(place: str, prompt: str, config: ModelConfig, own: bool) -> str:
+def _pipeline_usage(place: str, prompt: str, config: ModelConfig) -> str:
     """The same with diffusers."""
-    rate = frames_per_second(config)
+    rate = config.frames_per_second
     frames = _CLIP_SECONDS * rate + (config.codec != "demo")  # Wan's first latent frame is one
-    base = f', base="{place}"' if own else ""
     return f"""With diffusers (`pip install "vmla-convert[wan]"`):
 
 ```python
 from vmla_convert import VMLAPipeline
 
-pipe = VMLAPipeline.from_pretrained("{place}"{base})  # then .to("cuda"), where there is one
+pipe = VMLAPipeline.from_pretrained("{place}")  # then .to("cuda"), where there is one
 frames = pipe("{prompt}", num_frames={frames}, output_type="pil").frames[0]
 frames[0].save("clip.gif", save_all=True, append_images=frames[1:], duration={round(1000 / rate)})
 ```"""

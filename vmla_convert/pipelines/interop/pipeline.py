@@ -20,7 +20,11 @@ from vmla_convert.pipelines.codecs import DemoCodec
 from vmla_convert.pipelines.components import denormalise, read_contexts
 from vmla_convert.pipelines.data import seeded
 from vmla_convert.pipelines.interop.adapters import LoraReport, find_lora, read_lora
-from vmla_convert.pipelines.interop.transformer import VMLATransformer
+from vmla_convert.pipelines.interop.transformer import (
+    VMLATransformer,
+    of_revision,
+    refuse_options,
+)
 from vmla_convert.pipelines.load import Source, locate
 from vmla_convert.pipelines.sample import State, sample_chunk
 from vmla_convert.pipelines.wan import open_wan_codec
@@ -101,7 +105,9 @@ class VMLAPipeline(DiffusionPipeline, LoraBaseMixin):
         pretrained_model_name_or_path: Source,
         torch_dtype: torch.dtype | None = None,
         base: str | None = None,
-        **components: Any,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        **others: Any,
     ) -> Self:
         """A pipeline around any checkpoint that `vmla_convert.load` takes.
 
@@ -110,26 +116,27 @@ class VMLAPipeline(DiffusionPipeline, LoraBaseMixin):
             torch_dtype: Of all weights; float32 by default.
             base: A folder or Hub id that text encoder, tokenizer and VAE are taken from; by default
                 what lies beside the checkpoint, else what is known of the model.
-            components: Those that are here already, by name; None leaves one out.
+            dtype: The same as `torch_dtype`, by its newer name.
+            revision: Of a Hub id.
+            others: Components that are here already, by name, where None leaves one out; and what
+                diffusers' own loader takes, refused unless it is of no matter here.
 
         Raises:
             CheckpointError: It is no checkpoint of a known layout, or a component cannot be had.
             ConfigError: No components are known for this model, or an option is not known.
         """
         known = ("transformer", "scheduler", *PARTS)
-        if odd := [name for name in components if name not in known]:
-            raise ConfigError(
-                f"VMLAPipeline.from_pretrained does not take '{odd[0]}'",
-                did_you_mean(odd[0], known),
-            )
-        source, dtype = pretrained_model_name_or_path, torch_dtype or torch.float32
+        refuse_options(cls, {name: value for name, value in others.items() if name not in known})
+        components = {name: value for name, value in others.items() if name in known}
+        source = of_revision(pretrained_model_name_or_path, revision)
+        wanted = dtype or torch_dtype or torch.float32
         transformer = components.pop("transformer", None)
         if transformer is None:
-            transformer = VMLATransformer.from_pretrained(source, torch_dtype=dtype)
+            transformer = VMLATransformer.from_pretrained(source, torch_dtype=wanted)
         config: ModelConfig = transformer.wan.config
         lacking: list[Part] = [part for part in PARTS if part not in components]
         if config.codec == "wan" and lacking:
-            codec = open_wan_codec(config, CodecConfig(base), locate(source)[0], _CPU, dtype)
+            codec = open_wan_codec(config, CodecConfig(base), locate(source)[0], _CPU, wanted)
             components |= {part: codec.component(part) for part in lacking}
         shift = config.sampler.shift
         components.setdefault("scheduler", FlowMatchEulerDiscreteScheduler(shift=shift))

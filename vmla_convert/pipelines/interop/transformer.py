@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -87,15 +88,9 @@ class VMLATransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             CheckpointError: It is no checkpoint of a known layout.
             ConfigError: An option that is not for these models.
         """
-        if odd := [name for name, value in others.items() if value and name not in _NO_MATTER]:
-            raise ConfigError(
-                f"VMLATransformer.from_pretrained does not take '{odd[0]}'",
-                "leave it out; HF_HOME and HF_TOKEN say where the Hub's cache is and who you are",
-            )
-        given = pretrained_model_name_or_path
-        source = given if isinstance(given, SourceConfig) else SourceConfig(str(given))
-        name = f"{source.checkpoint}@{revision}" if revision else source.checkpoint
-        source = replace(source, checkpoint=name, file=subfolder or source.file)
+        refuse_options(cls, others)
+        source = of_revision(pretrained_model_name_or_path, revision)
+        source = replace(source, file=subfolder or source.file)
         wanted = dtype or torch_dtype or torch.float32
         return cls.wrap(load(source, _one_device(device_map), wanted))
 
@@ -106,6 +101,7 @@ class VMLATransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             save_directory: A folder that is not there yet, or is empty; it appears whole.
 
         Raises:
+            CheckpointError: The model has adapters, whose weights have no names there.
             OutputError: It is taken or cannot be written.
         """
         write_checkpoint(
@@ -146,6 +142,26 @@ class VMLATransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         latents = hidden_states.transpose(1, 2)
         velocity = self.wan(latents, times, encoder_hidden_states, places).transpose(1, 2)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+
+def refuse_options(loader: type, options: Mapping[str, Any]) -> None:
+    """Refuse what diffusers' own `from_pretrained` takes and would do nothing here.
+
+    Raises:
+        ConfigError: Naming the first such option that is set.
+    """
+    if odd := [name for name, value in options.items() if value and name not in _NO_MATTER]:
+        raise ConfigError(
+            f"{loader.__name__}.from_pretrained does not take '{odd[0]}'",
+            "leave it out; HF_HOME and HF_TOKEN say where the Hub's cache is and who you are",
+        )
+
+
+def of_revision(source: Source, revision: str | None) -> SourceConfig:
+    """A checkpoint, of a revision if one is named."""
+    source = source if isinstance(source, SourceConfig) else SourceConfig(str(source))
+    name = f"{source.checkpoint}@{revision}" if revision else source.checkpoint
+    return replace(source, checkpoint=name)
 
 
 def _one_device(device_map: str | torch.device | dict[str, Any] | None) -> torch.device | str:
