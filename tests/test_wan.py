@@ -745,3 +745,30 @@ def test_models_of_two_worlds_are_not_compared(
     assert refused(ran)
     assert "differ in codec" in ran.err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_names_components_too(wan_folder: Path, tmp_path: Path, vmla: Vmla) -> None:
+    shutil.copytree(wan_folder / "transformer", tmp_path / "alone")
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(
+        f"""
+        [recipe]
+        name = "tiny"
+        description = "A pipeline's transformer alone"
+        [source]
+        checkpoint = "{tmp_path / "alone"}"
+        overrides = {json.dumps(SETTINGS)}
+        [convert]
+        calibrate = false
+        cut = 0.5
+        [generate]
+        prompts = ["{PROMPT}"]
+        frames = 3
+        """
+    )
+    ran = vmla("run", recipe, "-o", tmp_path / "out")
+    assert refused(ran)
+    assert "--base" in ran.err
+    base = json.dumps(f"generate.base={wan_folder}")[1:-1]
+    assert vmla("run", recipe, "-o", tmp_path / "out", "--set", base).code == 0
+    assert (tmp_path / "out" / "compare.png").is_file()

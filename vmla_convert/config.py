@@ -668,12 +668,14 @@ class GenerateConfig:
         shown: How many of them go into the video and the contact sheet.
         frames: Latent frames of each rollout.
         seed: Of all noise.
+        base: Where text encoder and VAE come from, as of `CodecConfig`.
     """
 
     prompts: tuple[str, ...] = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
     shown: int = 3
     frames: int = 20
     seed: int = 0
+    base: str | None = None
 
     def __post_init__(self) -> None:
         _require(self, 1, "shown", "frames")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vmla_convert.config import (
+    CodecConfig,
     ConvertConfig,
     DataConfig,
     EvaluateConfig,
@@ -309,7 +310,7 @@ def _check_source(recipe: Recipe, out: Path, stages: list[str]) -> None:
         plan_conversion(checkpoint, conversion)
     _check_clips(recipe, stages, checkpoint)
     if recipe.generate and "generate" in stages:
-        open_codec(checkpoint.config, checkpoint=path)
+        open_codec(checkpoint.config, CodecConfig(recipe.generate.base), path)
         check_prompts(checkpoint.config, recipe.generate.prompts)
 
 
@@ -461,7 +462,8 @@ def _run_generate(recipe: Recipe, out: Path, progress: Progress) -> None:
     if not (out / "compare.png").exists():
         device, source = compute_device(), open_named(recipe.source)
         models = build(source, device), load(out / "converted", device)
-        codec = open_codec(source.config, checkpoint=source.source.path, device=device)
+        how = CodecConfig(recipe.generate.base)
+        codec = open_codec(source.config, how, source.source.path, device)
         rows = compare(*models, recipe.generate, out / "compare.mp4", progress, codec)
         append_rows(out / ROWS_NAME, _as_point(recipe, rows))
 
