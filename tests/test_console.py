@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from time import sleep
 from typing import NoReturn
 
 import pytest
@@ -165,6 +166,19 @@ def test_exit_codes(error: BaseException, code: int, stderr: str, capsys: Captur
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == stderr
+
+
+def test_who_is_asked_to_end_cleans_up_first(tmp_path: Path) -> None:
+    """As by schedulers, containers and `timeout`, which send SIGTERM."""
+    video = tmp_path / "a.mp4"
+    command = ["generate", "demo", "--prompt", "7", "--frames", "4000", "-o", str(video)]
+    with subprocess.Popen([sys.executable, "-m", "vmla_convert", *command]) as running:
+        while not video.with_suffix(".png").exists():
+            assert running.poll() is None
+            sleep(0.05)
+        running.terminate()
+    assert running.returncode == 143
+    assert not list(tmp_path.iterdir())
 
 
 def test_done_is_zero_and_silent(capsys: Capture) -> None:

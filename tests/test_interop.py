@@ -29,6 +29,7 @@ from vmla_convert.checkpoint.lora import open_lora
 from vmla_convert.checkpoint.source import TensorSpec
 from vmla_convert.config import ConvertConfig, LayerConfig, RuntimeConfig, SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError, MissingExtraError
+from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines import load as loading
 from vmla_convert.pipelines.codecs import open_codec
 from vmla_convert.pipelines.convert import convert
@@ -174,12 +175,18 @@ def test_options_that_would_do_nothing_are_refused(wan_folder: Path) -> None:
         VMLATransformer.from_pretrained(wan_folder, device_map="balanced")
     with pytest.raises(ConfigError, match="not divided"):
         VMLATransformer.from_pretrained(wan_folder, device_map={"blocks.0": 0, "blocks.1": 1})
-    how: dict[str, Any] = {"low_cpu_mem_usage": True, "variant": None}
-    model = VMLATransformer.from_pretrained(wan_folder, device_map={"": "cpu"}, **how)
+    for dtype in ("auto", {"vae": torch.float32}):
+        with pytest.raises(ConfigError, match=r"torch_dtype .* is no dtype"):
+            VMLATransformer.from_pretrained(wan_folder, torch_dtype=dtype)  # pyright: ignore[reportArgumentType]
+    how: dict[str, Any] = {"low_cpu_mem_usage": True, "variant": None, "torch_dtype": "float32"}
+    model = VMLATransformer.from_pretrained(
+        wan_folder, device_map={"": "cpu"}, revision="main", **how
+    )
     assert model.device == torch.device("cpu")
     with pytest.raises(ConfigError, match="'revison'"):
         VMLAPipeline.from_pretrained(wan_folder, revison="main")
     half = torch.bfloat16
+    how.pop("torch_dtype")
     pipe: Any = VMLAPipeline.from_pretrained(wan_folder, dtype=half, use_safetensors=True, **how)
     assert {m.dtype for m in (pipe.transformer, pipe.vae, pipe.text_encoder)} == {half}
 
@@ -416,6 +423,35 @@ def test_a_callback_sees_every_step(demo_pipe: Any) -> None:
     assert calls == [(step, timestep, shape) for step, timestep in expected]
 
 
+def test_after_a_callback_the_transformer_is_brought_back(
+    wan_pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A preview takes the VAE, for which an offloaded transformer has to make room."""
+    place, read = ["device"], list[str]()
+    transformer = type(wan_pipe.transformer)
+
+    def ready(self: Any) -> Any:
+        place[0] = "device"
+        return self.wan
+
+    def preview(pipe: Any, *_: Any) -> dict[str, Any]:
+        pipe.vae.decode(torch.zeros(1, 16, 1, 4, 6))
+        place[0] = "host"
+        return {}
+
+    stream = CausalWanModel.stream
+
+    def spied(self: CausalWanModel, *args: Any, **kwargs: Any) -> Any:
+        read.append(place[0])
+        return stream(self, *args, **kwargs)
+
+    monkeypatch.setattr(transformer, "ready", ready)
+    monkeypatch.setattr(CausalWanModel, "stream", spied)
+    wan_pipe(PROMPT, num_frames=9, callback_on_step_end=preview, output_type="latent")
+    assert len(read) > 4
+    assert set(read) == {"device"}
+
+
 def test_a_callback_may_replace_latents_and_prompt(demo_pipe: Any) -> None:
     def steered(change: Callable[[int, dict[str, Tensor]], dict[str, Tensor]]) -> Tensor:
         return demo_pipe(
@@ -517,6 +553,20 @@ def test_components_may_come_from_elsewhere(
     assert mixed.transformer is pipe.transformer
 
 
+def test_a_transformer_that_is_here_is_not_fetched(
+    wan_pipe: Any, wan_folder: Path, stub: Hub
+) -> None:
+    files = {
+        file.relative_to(wan_folder).as_posix(): file.read_bytes()
+        for file in wan_folder.rglob("*")
+        if file.is_file()
+    }
+    stub.put("user/wan", files)
+    pipe = VMLAPipeline.from_pretrained("user/wan", transformer=wan_pipe.transformer)
+    assert pipe.transformer is wan_pipe.transformer and pipe.vae is not None
+    assert not stub.calls("GET", "*/transformer/*")
+
+
 def test_offloading_brings_each_part_when_it_is_needed(
     wan_pipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -578,6 +628,8 @@ def test_without_diffusers_the_extra_is_named(name: str, monkeypatch: pytest.Mon
         ({"prompt": "3", "height": 25}, "multiples of 2"),
         ({"prompt": "3", "height": 26}, "not divided by patches"),
         ({"prompt": "3", "callback_on_step_end_tensor_inputs": ["noise"]}, "no tensor 'noise'"),
+        ({"prompt": "3", "guidance_scale": 5.0}, "guidance_scale 5 asks for guidance"),
+        ({"prompt": "3", "max_sequence_length": 226}, "max_sequence_length 226 is not the 1"),
     ],
 )
 def test_a_call_that_makes_no_sense_is_refused(
@@ -587,6 +639,17 @@ def test_a_call_that_makes_no_sense_is_refused(
     with pytest.raises(ConfigError, match=message):
         demo_pipe(**arguments)
     assert demo_pipe.transformer.wan.config == before
+
+
+def test_arguments_of_wans_own_pipeline_that_change_nothing_are_taken(demo_pipe: Any) -> None:
+    shared: dict[str, Any] = {"num_frames": 2, "output_type": "latent"}
+    plain = demo_pipe("3", generator=seeded_with(1), **shared).frames
+    usual: dict[str, Any] = {
+        "guidance_scale": 1.0,
+        "negative_prompt": "blurry",
+        "max_sequence_length": 1,
+    }
+    assert torch.equal(demo_pipe("3", generator=seeded_with(1), **shared, **usual).frames, plain)
 
 
 # LoRAs
@@ -623,6 +686,22 @@ def test_a_lora_on_a_dense_model_is_the_merged_one(teacher: Path, tmp_path: Path
     wanted = quiet(merged)("3", generator=seeded_with(1), **shared).frames
     # The merged weights were rounded to the checkpoint's bfloat16.
     assert (adapted - wanted).abs().max() < 0.2 * (plain - wanted).abs().max()
+    pipe.fuse_lora()
+    fused = pipe("3", generator=seeded_with(1), **shared).frames
+    assert torch.allclose(fused, adapted, atol=1e-4)
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    again = pipe("3", generator=seeded_with(1), **shared).frames
+    # What was added and taken away left rounding behind.
+    assert torch.allclose(again, plain, atol=1e-4)
+
+
+def test_an_unloaded_lora_leaves_nothing_behind(teacher: Path, tmp_path: Path) -> None:
+    file = lora_file(tmp_path / "lora.safetensors", STAYS, 48, 64)
+    pipe = quiet(VMLAPipeline.from_pretrained(teacher))
+    shared: dict[str, Any] = {"num_frames": 4, "output_type": "latent"}
+    plain = pipe("3", generator=seeded_with(1), **shared).frames
+    pipe.load_lora_weights(file)
     pipe.unload_lora_weights()
     assert torch.equal(pipe("3", generator=seeded_with(1), **shared).frames, plain)
 
@@ -691,6 +770,16 @@ def test_two_loras_may_be_mixed(converted: Path, tmp_path: Path) -> None:
     whole = pipe("3", generator=seeded_with(1), **shared).frames
     assert torch.allclose(halves, whole, atol=1e-5)
     assert pipe.get_active_adapters() == ["one"]
+
+
+def test_a_saved_conversion_keeps_its_record_and_can_be_pushed(
+    converted: Path, stub: Hub, tmp_path: Path
+) -> None:
+    VMLAPipeline.from_pretrained(converted).save_pretrained(tmp_path / "pipe")
+    assert loading.read_provenance(tmp_path / "pipe") == loading.read_provenance(converted)
+    told = vmla.push(tmp_path / "pipe", "user/pipe", dry_run=True)
+    assert "transformer/conversion.json" in told.uploaded
+    assert stub.repos == {}
 
 
 def test_a_model_with_adapters_is_not_saved_as_if_it_had_none(

@@ -76,6 +76,35 @@ def test_the_same_frames_become_the_same_bytes(tmp_path: Path) -> None:
     assert one == other
 
 
+OVERFULL = """
+import resource, signal, sys
+from pathlib import Path
+
+import torch
+
+from vmla_convert.errors import OutputError
+from vmla_convert.pipelines.video import open_mp4
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+torch.manual_seed(0)
+try:
+    with open_mp4(Path(sys.argv[1]), scale=8) as write:
+        for _ in range(40):
+            write(torch.randn(8, 3, 32, 48).clamp(-1, 1))
+except OutputError as error:
+    sys.exit(error.message)
+"""
+
+
+def test_a_video_that_has_no_room_is_told_in_a_sentence(tmp_path: Path) -> None:
+    """Closing writes as well, and fails again: what is told is what failed first."""
+    file = tmp_path / "a.mp4"
+    ran = subprocess.run([sys.executable, "-c", OVERFULL, file], capture_output=True, text=True)
+    assert ran.stderr.strip().endswith(f"cannot write {file}: File too large")
+    assert (ran.returncode, list(tmp_path.iterdir())) == (1, [])
+
+
 def test_odd_sizes_are_padded_to_even(tmp_path: Path) -> None:
     write_mp4(tmp_path / "odd.mp4", torch.zeros(2, 3, 9, 13), scale=1)
     frames = decoded(tmp_path / "odd.mp4")

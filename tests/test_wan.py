@@ -33,7 +33,7 @@ from vmla_convert.config import (
     ModelConfig,
     SourceConfig,
 )
-from vmla_convert.errors import CheckpointError, ConfigError, MissingExtraError
+from vmla_convert.errors import CheckpointError, ConfigError, MissingExtraError, OutputError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines import load as loading
 from vmla_convert.pipelines import wan as pipeline
@@ -44,6 +44,7 @@ from vmla_convert.pipelines.convert import convert
 from vmla_convert.pipelines.data import open_clips
 from vmla_convert.pipelines.generate import (
     Switch,
+    check_video_path,
     generate,
     opening_chunks,
     read_prefix,
@@ -51,7 +52,7 @@ from vmla_convert.pipelines.generate import (
 )
 from vmla_convert.pipelines.load import load, open_named
 from vmla_convert.pipelines.prepare import prepare_clips
-from vmla_convert.pipelines.video import read_frames, write_mp4, write_png
+from vmla_convert.pipelines.video import partial_path, read_frames, write_mp4, write_png
 from vmla_convert.pipelines.wan import WanCodec
 
 pytest_plugins = ["checkpoints", "tiny_wan"]
@@ -364,6 +365,22 @@ class TestWhereComponentsAre:
         real = replace(config, geometry=geometry, base_model=base_model)
         assert find_components(real).base == found
 
+    def test_each_part_for_itself(
+        self, config: ModelConfig, wan_folder: Path, codec: Codec, tmp_path: Path
+    ) -> None:
+        """A VAE of one's own beside the checkpoint, the rest as known."""
+        real = replace(config, geometry=Geometry(1536, 8960, 12, 30, 16, 16))
+        shutil.copytree(wan_folder / "transformer", tmp_path / "model")
+        vae = shutil.copytree(wan_folder / "vae", tmp_path / "model" / "vae")
+        found = find_components(real, checkpoint=tmp_path / "model")
+        assert found == Components("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", {"vae": vae})
+        assert found.folder("vae") == vae
+        own = WanCodec(
+            config, Components(str(wan_folder), {"vae": vae}), CodecConfig(), HOST, torch.float32
+        )
+        assert torch.equal(own.decode(latents(1)), codec.decode(latents(1)))
+        assert str(vae.parent) in own.name and str(wan_folder) in own.name
+
     def test_nowhere(self, config: ModelConfig, converted: Path, tmp_path: Path) -> None:
         (tmp_path / "vae").mkdir()
         for base, error in ((None, ConfigError), ("no/such/place", CheckpointError),
@@ -582,6 +599,18 @@ class TestFilm:
         monkeypatch.setattr(codec, "decoder", Watched)
         write_film(tmp_path / "a.mp4", chunks(), codec)
         assert len(made) == 4
+
+    def test_is_begun_anew_where_one_was_killed(self, codec: Codec, tmp_path: Path) -> None:
+        video, picture = tmp_path / "a.mp4", tmp_path / "a.png"
+        picture.write_text("a first frame")
+        with pytest.raises(OutputError, match=r"a\.png exists"):
+            check_video_path(video)
+        partial_path(video).write_text("some frames")
+        check_video_path(video)
+        write_film(video, iter([latents(1)]), codec)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "a.png"]
+        with pytest.raises(OutputError, match=r"a\.mp4 exists"):
+            check_video_path(video)
 
     @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "weights cannot be read")])
     def test_leaves_nothing_when_it_fails(

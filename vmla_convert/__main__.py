@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
 
 from vmla_convert.console import out
 from vmla_convert.errors import VmlaError
@@ -20,13 +24,17 @@ def main(run: Callable[[], object] | None = None) -> int:
 
     Returns:
         0 when done, 2 for a mistake the user can mend, 130 when interrupted, 1 for anything else.
+
+    Raises:
+        SystemExit: With 143 where the process was asked to end (SIGTERM).
     """
     try:
-        if run is None:
-            from vmla_convert.cli import app
+        with _stopped_in_order():
+            if run is None:
+                from vmla_convert.cli import app
 
-            run = app
-        run()
+                run = app
+            run()
     except VmlaError as error:
         out.fail(error)
         return 2
@@ -46,6 +54,24 @@ def main(run: Callable[[], object] | None = None) -> int:
         out.fail(VmlaError(message, "set VMLA_DEBUG=1 for the traceback"))
         return 1
     return 0
+
+
+@contextmanager
+def _stopped_in_order() -> Iterator[None]:
+    """Clean up on SIGTERM too, by which schedulers, containers and `timeout` stop a program."""
+
+    def stop(number: int, _: FrameType | None) -> NoReturn:
+        sys.exit(128 + number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # Only the main thread may.
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _interrupted() -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,9 +47,19 @@ class Components:
 
     Attributes:
         base: A folder, or a Hub id `owner/name[@revision]`.
+        own: Folders of parts that are taken in place of the base's.
     """
 
     base: str
+    own: Mapping[Part, Path] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """Where all of it comes from."""
+        return ", ".join([self.base, *(f"{part}/ of {self.place(part)}" for part in self.own)])
+
+    def place(self, part: Part) -> str:
+        """The folder or Hub id that holds one part."""
+        return str(self.own[part].parent) if part in self.own else self.base
 
     def folder(self, part: Part) -> Path:
         """The local folder of one part, whole.
@@ -56,7 +67,7 @@ class Components:
         Raises:
             CheckpointError: It cannot be had.
         """
-        return (self._local or fetch_parts(self.base, f"{part}/")) / part
+        return self._root(part, f"{part}/") / part
 
     def settings(self, part: Part) -> dict[str, Any]:
         """The config.json of one part, without its weights.
@@ -65,7 +76,7 @@ class Components:
             CheckpointError: It cannot be had, or is no JSON table.
         """
         name = f"{part}/config.json"
-        file = (self._local or fetch_parts(self.base, name)) / name
+        file = self._root(part, name) / name
         try:
             table = json.loads(file.read_text("utf-8"))
         except (OSError, ValueError) as error:
@@ -74,10 +85,10 @@ class Components:
             raise CheckpointError(f"{file} is not a JSON table", _HINT)
         return table
 
-    @property
-    def _local(self) -> Path | None:
-        path = Path(self.base)
-        return path if path.exists() or not is_repo(self.base) else None
+    def _root(self, part: Part, needed: str) -> Path:
+        """The local folder that holds a part, with what is needed of it."""
+        path = Path(self.place(part))
+        return path if path.exists() or not is_repo(str(path)) else fetch_parts(str(path), needed)
 
 
 def find_components(
@@ -87,7 +98,7 @@ def find_components(
 
     In this order: those that the user names, those beside the checkpoint, here or in its repository
     on the Hub, those of the base model if its repository holds them, those of a repository with the
-    same latents and contexts.
+    same latents and contexts. Of what lies beside a checkpoint here each part counts for itself.
 
     Args:
         config: Of the model.
@@ -99,7 +110,12 @@ def find_components(
         ConfigError: Nothing is named, and nothing known.
     """
     if base is None and checkpoint is not None:
-        base = _base_beside(checkpoint)
+        own = parts_beside(checkpoint)
+        if len(own) == len(PARTS):
+            return Components(str(own["vae"].parent))
+        if own:
+            return Components(known_components(config), own)
+        base = repository_with_parts(checkpoint)
     components = Components(base if base is not None else known_components(config))
     _check_whole(components)
     return components
@@ -150,15 +166,16 @@ def repository_with_parts(checkpoint: Path) -> str | None:
         CheckpointError: There is no checkpoint, or its repository cannot be read.
     """
     repo = cached_repo(located(checkpoint))
-    holds = repo is not None and has_parts(repo, *(f"{part}/" for part in PARTS))
-    return repo if holds else None
+    return repo if repo is not None and has_all_parts(repo) else None
 
 
-def _base_beside(checkpoint: Path) -> str | None:
-    found = parts_beside(checkpoint)
-    if len(found) == len(PARTS):
-        return str(found["vae"].parent)
-    return repository_with_parts(checkpoint)
+def has_all_parts(repo: str) -> bool:
+    """Whether a repository of the Hub holds text encoder, tokenizer and VAE.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    return has_parts(repo, *(f"{part}/" for part in PARTS))
 
 
 def _check_whole(components: Components) -> None:

@@ -29,6 +29,7 @@ from vmla_convert.pipelines.video import (
     contact_sheet,
     fit_frame,
     open_mp4,
+    partial_path,
     read_frames,
     side_by_side,
     write_mp4,
@@ -304,7 +305,9 @@ def check_video_path(path: Path) -> None:
     """
     if path.suffix != ".mp4":
         raise OutputError(f"{path} does not end in .mp4", "try -o clip.mp4")
-    for file in (path, _picture_path(path)):
+    # The first frame of a run that was killed lies beside what it had of the video.
+    killed = partial_path(path).exists()
+    for file in (path, *(() if killed else (_picture_path(path),))):
         if file.exists():
             raise OutputError(f"{file} exists already", "choose another -o, or remove it")
 

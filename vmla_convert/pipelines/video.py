@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from vmla_convert.errors import ConfigError, MissingExtraError, OutputError
 
 if TYPE_CHECKING:
-    from av.container import InputContainer
+    from av.container import InputContainer, OutputContainer
     from PIL.ImageDraw import ImageDraw
     from PIL.ImageFont import FreeTypeFont, ImageFont
 
@@ -53,9 +53,7 @@ def open_mp4(path: Path, fps: int = 8, scale: int = 8) -> Iterator[Callable[[Ten
         import av
     except ImportError as error:
         raise MissingExtraError("video files", "video") from error
-    with _complete_or_absent(path) as partial, ExitStack() as opened:
-        with _writing(path):
-            file = opened.enter_context(av.open(str(partial), "w", format="mp4"))
+    with _complete_or_absent(path) as partial, _container(path, partial) as file:
         # x264's macroblock tree reads memory that it never wrote, so that with it the same frames
         # do not always become the same bytes.
         stream = file.add_stream("libx264", rate=fps, options={"crf": "16", "mbtree": "0"})
@@ -72,7 +70,6 @@ def open_mp4(path: Path, fps: int = 8, scale: int = 8) -> Iterator[Callable[[Ten
         yield write
         with _writing(path):
             file.mux(stream.encode())
-            file.close()
 
 
 def write_png(path: Path, frame: Tensor, scale: int = 1) -> None:
@@ -254,6 +251,11 @@ def _playable(path: Path) -> Iterator[InputContainer]:
         raise ConfigError(f"{path} cannot be played: {error.strerror}", hint) from error
 
 
+def partial_path(path: Path) -> Path:
+    """Where a file is written until it is whole; it stays where a run was killed."""
+    return path.with_name(f"{path.name}.partial")
+
+
 @contextmanager
 def _complete_or_absent(path: Path) -> Iterator[Path]:
     """A sibling to write into, which becomes `path` when all went well and else disappears.
@@ -261,7 +263,7 @@ def _complete_or_absent(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: The file cannot be written.
     """
-    partial = path.with_name(f"{path.name}.partial")
+    partial = partial_path(path)
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -272,6 +274,23 @@ def _complete_or_absent(path: Path) -> Iterator[Path]:
         # An unwritable folder is already an error of its own.
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _container(path: Path, partial: Path) -> Iterator[OutputContainer]:
+    """An mp4 to write `partial` into, which will be `path`, whole at the end."""
+    import av
+
+    with _writing(path):
+        file = av.open(str(partial), "w", format="mp4")
+    try:
+        yield file
+        with _writing(path):
+            file.close()
+    finally:
+        # Closing writes, and so may fail too; after a failure that one is the one to tell.
+        with suppress(OSError):
+            file.close()
 
 
 @contextmanager

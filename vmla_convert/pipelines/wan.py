@@ -72,7 +72,7 @@ class WanCodec:
         """Check the components against the model; nothing large is read yet."""
         self.config, self.components, self.how = config, components, how
         self.device, self.dtype = device, dtype
-        self.name = f"wan, from {components.base}"
+        self.name = f"wan, from {components}"
         self.frames_per_second = config.frames_per_second
         settings = components.settings("vae")
         # diffusers' defaults, which the config.json of Wan 2.1's VAE leaves out.
@@ -185,8 +185,8 @@ class WanCodec:
     def _check_fits(self, part: Part, what: str, found: int | None, wanted: int) -> None:
         if found != wanted:
             raise ConfigError(
-                f"the {part} of {self.components.base} makes {what} of width {found}, the model "
-                f"reads {wanted}",
+                f"the {part} of {self.components.place(part)} makes {what} of width {found}, the "
+                f"model reads {wanted}",
                 _OTHER_BASE,
             )
 
@@ -196,7 +196,7 @@ class WanCodec:
         module, told = self._read(part, load, **options)
         if told["missing_keys"]:
             raise CheckpointError(
-                f"{part}/ of {self.components.base} lacks {min(told['missing_keys'])}",
+                f"{part}/ of {self.components.place(part)} lacks {min(told['missing_keys'])}",
                 "download it again",
             )
         home = "cpu" if self.how.cpu_offload else self.device
@@ -210,7 +210,7 @@ class WanCodec:
         except Exception as error:  # both libraries raise whatever their readers do
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CheckpointError(
-                f"{part}/ of {self.components.base} cannot be loaded: {reason}",
+                f"{part}/ of {self.components.place(part)} cannot be loaded: {reason}",
                 "download it again, or name another with --base",
             ) from error
 

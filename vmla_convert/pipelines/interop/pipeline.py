@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from vmla_convert.checkpoint.components import PARTS, Part
+from vmla_convert.checkpoint.components import PARTS, Part, has_all_parts
 from vmla_convert.config import CodecConfig, ModelConfig, RuntimeConfig, SamplerConfig
 from vmla_convert.errors import ConfigError, MissingExtraError, did_you_mean
 from vmla_convert.layers.dit import CausalWanModel, Prompt
@@ -22,10 +22,12 @@ from vmla_convert.pipelines.data import seeded
 from vmla_convert.pipelines.interop.adapters import LoraReport, find_lora, read_lora
 from vmla_convert.pipelines.interop.transformer import (
     VMLATransformer,
+    fetched,
+    named_dtype,
     of_revision,
     refuse_options,
 )
-from vmla_convert.pipelines.load import Source, locate
+from vmla_convert.pipelines.load import Source, is_remote
 from vmla_convert.pipelines.sample import State, sample_chunk
 from vmla_convert.pipelines.wan import open_wan_codec
 
@@ -103,9 +105,9 @@ class VMLAPipeline(DiffusionPipeline, LoraBaseMixin):
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls,
         pretrained_model_name_or_path: Source,
-        torch_dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         base: str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         revision: str | None = None,
         **others: Any,
     ) -> Self:
@@ -129,14 +131,20 @@ class VMLAPipeline(DiffusionPipeline, LoraBaseMixin):
         refuse_options(cls, {name: value for name, value in others.items() if name not in known})
         components = {name: value for name, value in others.items() if name in known}
         source = of_revision(pretrained_model_name_or_path, revision)
-        wanted = dtype or torch_dtype or torch.float32
+        wanted = named_dtype(dtype or torch_dtype)
         transformer = components.pop("transformer", None)
+        place: Path | None = None
+        if transformer is None or not is_remote(source.checkpoint):
+            source = fetched(source)
+            place = Path(source.checkpoint)
+        elif base is None and has_all_parts(source.checkpoint):
+            base = source.checkpoint  # Its weights need not be fetched.
         if transformer is None:
             transformer = VMLATransformer.from_pretrained(source, torch_dtype=wanted)
         config: ModelConfig = transformer.wan.config
         lacking: list[Part] = [part for part in PARTS if part not in components]
         if config.codec == "wan" and lacking:
-            codec = open_wan_codec(config, CodecConfig(base), locate(source)[0], _CPU, wanted)
+            codec = open_wan_codec(config, CodecConfig(base), place, _CPU, wanted)
             components |= {part: codec.component(part) for part in lacking}
         shift = config.sampler.shift
         components.setdefault("scheduler", FlowMatchEulerDiscreteScheduler(shift=shift))
@@ -152,6 +160,9 @@ class VMLAPipeline(DiffusionPipeline, LoraBaseMixin):
         num_frames: int = 81,
         num_inference_steps: int | None = None,
         num_videos_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        negative_prompt: str | list[str] | None = None,  # noqa: ARG002
+        max_sequence_length: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
@@ -170,6 +181,9 @@ class VMLAPipeline(DiffusionPipeline, LoraBaseMixin):
             num_frames: Of pixels; rounded, as diffusers does it, to what the VAE can make.
             num_inference_steps: Evenly spaced; by default the model's own list.
             num_videos_per_prompt: Videos of each prompt.
+            guidance_scale: 1 at most, as there is no guidance.
+            negative_prompt: Of no matter without guidance, as in diffusers.
+            max_sequence_length: The model's own.
             generator: A fresh one gives the noise of `vmla_convert.generate` with its seed; a used
                 one, other noise each time. A list has one for each video.
             latents: Noise to start from, (B, C, F, h, w).
@@ -193,6 +207,7 @@ class VMLAPipeline(DiffusionPipeline, LoraBaseMixin):
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self._check_tensor_inputs(callback_on_step_end_tensor_inputs)
+        self._check_guidance(guidance_scale, max_sequence_length)
         self._interrupt = False
         contexts = self._contexts(prompt, prompt_embeds)
         contexts = contexts.repeat_interleave(num_videos_per_prompt, dim=0)
@@ -222,6 +237,7 @@ class VMLAPipeline(DiffusionPipeline, LoraBaseMixin):
         pretrained_model_name_or_path: str | Path,
         weight_name: str | None = None,
         adapter_name: str | None = None,
+        subfolder: str | None = None,
     ) -> LoraReport:
         """Put a LoRA as an adapter (peft) on what the conversion left as it was.
 
@@ -234,6 +250,7 @@ class VMLAPipeline(DiffusionPipeline, LoraBaseMixin):
                 Hub id.
             weight_name: A file in it.
             adapter_name: For `set_adapters`.
+            subfolder: That the file is in.
 
         Raises:
             CheckpointError: It is no LoRA of this model, or nothing of it can be loaded.
@@ -243,7 +260,8 @@ class VMLAPipeline(DiffusionPipeline, LoraBaseMixin):
             import peft  # noqa: F401
         except ImportError as error:
             raise MissingExtraError("adapters", "lora") from error
-        path = find_lora(pretrained_model_name_or_path, weight_name)
+        place = "/".join(filter(None, (subfolder, weight_name))) or None
+        path = find_lora(pretrained_model_name_or_path, place)
         report, adapters = read_lora(self.transformer.wan, path)
         self.transformer.load_lora_adapter(
             {f"transformer.wan.{name}": tensor for name, tensor in adapters.items()},
@@ -253,6 +271,14 @@ class VMLAPipeline(DiffusionPipeline, LoraBaseMixin):
         if report.factored or report.unlike:
             logger.warning(str(report))
         return report
+
+    def fuse_lora(self, components: list[str] | None = None, *how: Any, **others: Any) -> None:
+        """Merge the active adapters into the weights; arguments as diffusers' own."""
+        super().fuse_lora(components or self._lora_loadable_modules, *how, **others)
+
+    def unfuse_lora(self, components: list[str] | None = None, **others: Any) -> None:
+        """Take merged adapters out again; arguments as diffusers' own."""
+        super().unfuse_lora(components or self._lora_loadable_modules, **others)
 
     @property
     def interrupt(self) -> bool:
@@ -281,8 +307,6 @@ class VMLAPipeline(DiffusionPipeline, LoraBaseMixin):
         cache = model.new_cache(clips, runtime)
         prompt: Prompt | None = None
         for index in range(chunks):
-            # A callback may have used another component meanwhile.
-            self.transformer.ready()
             if prompt is None or watch.prompt_changed:
                 prompt = model.read_prompt(watch.read_prompt().to(weight))
             draw = _drawing(shape, seeds, index)
@@ -363,6 +387,20 @@ class VMLAPipeline(DiffusionPipeline, LoraBaseMixin):
             video = self.vae.decode(inputs.to(self.vae.dtype), return_dict=False)[0]
         return self.video_processor.postprocess_video(video.float(), output_type)
 
+    def _check_guidance(self, scale: float | None, length: int | None) -> None:
+        """Refuse what Wan's own pipeline does and this one does not."""
+        if scale is not None and scale > 1:
+            raise ConfigError(
+                f"guidance_scale {scale:g} asks for guidance, which there is none of here",
+                "leave it out: models that were distilled to stream take none",
+            )
+        own = self.transformer.wan.config.geometry.text_len
+        if length not in (None, own):
+            raise ConfigError(
+                f"max_sequence_length {length} is not the {own} that this model reads",
+                "leave it out",
+            )
+
     def _check_tensor_inputs(self, names: Sequence[str]) -> None:
         if odd := [name for name in names if name not in self._callback_tensor_inputs]:
             raise ConfigError(
@@ -421,6 +459,8 @@ class _Watch:
             embeds = told.get("prompt_embeds", self.prompt_embeds)
             self.prompt_changed |= embeds is not self.prompt_embeds
             self.prompt_embeds = embeds
+            # The callback may have used a component, for which the transformer had to make room.
+            self._pipeline.transformer.ready()
         if self._pipeline.interrupt:
             raise _Interrupted(latents)
         return latents

@@ -16,7 +16,14 @@ from vmla_convert.config import ModelConfig, SourceConfig
 from vmla_convert.errors import ConfigError, MissingExtraError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines.folders import transformer_config
-from vmla_convert.pipelines.load import Source, load
+from vmla_convert.pipelines.load import (
+    CONVERSION_NAME,
+    Source,
+    is_remote,
+    load,
+    locate,
+    read_provenance,
+)
 from vmla_convert.tables import from_dict, to_dict
 
 try:
@@ -40,6 +47,7 @@ class VMLATransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     Attributes:
         wan: The model itself.
+        record: What made a conversion, saved beside it again; empty where that is not known.
     """
 
     _supports_gradient_checkpointing = False
@@ -53,6 +61,7 @@ class VMLATransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """
         super().__init__()
         self.wan = CausalWanModel(from_dict(ModelConfig, model, "model"))
+        self.record: dict[str, Any] = {}
 
     @classmethod
     def wrap(cls, model: CausalWanModel) -> Self:
@@ -67,8 +76,8 @@ class VMLATransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         cls,
         pretrained_model_name_or_path: Source,
         subfolder: str | None = None,
-        torch_dtype: torch.dtype | None = None,
-        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
         revision: str | None = None,
         device_map: str | torch.device | dict[str, Any] | None = None,
         **others: Any,
@@ -78,9 +87,9 @@ class VMLATransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         Args:
             pretrained_model_name_or_path: A file or folder, `demo`, or a Hub id.
             subfolder: A folder in it.
-            torch_dtype: Of all weights; float32 by default.
+            torch_dtype: Of all weights, or its name; float32 by default.
             dtype: The same, by its newer name.
-            revision: Of a Hub id.
+            revision: Of a Hub id; of no matter where the checkpoint lies here.
             device_map: One device for all of it.
             others: What diffusers' own loader takes; refused unless it is of no matter here.
 
@@ -90,12 +99,14 @@ class VMLATransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """
         refuse_options(cls, others)
         source = of_revision(pretrained_model_name_or_path, revision)
-        source = replace(source, file=subfolder or source.file)
-        wanted = dtype or torch_dtype or torch.float32
-        return cls.wrap(load(source, _one_device(device_map), wanted))
+        source = fetched(replace(source, file=subfolder or source.file))
+        wanted = named_dtype(dtype or torch_dtype)
+        wrapped = cls.wrap(load(source, _one_device(device_map), wanted))
+        wrapped.record = read_provenance(source)
+        return wrapped
 
     def save_pretrained(self, save_directory: str | Path) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Write config.json and safetensors, under diffusers' names where it has them.
+        """Write config.json, the record and safetensors, under diffusers' names where it has them.
 
         Args:
             save_directory: A folder that is not there yet, or is empty; it appears whole.
@@ -104,10 +115,11 @@ class VMLATransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             CheckpointError: The model has adapters, whose weights have no names there.
             OutputError: It is taken or cannot be written.
         """
+        record = {CONVERSION_NAME: self.record} if self.record else {}
         write_checkpoint(
             Path(save_directory),
             self.wan.state_dict(),
-            {"config.json": transformer_config(self.wan.config)},
+            {"config.json": transformer_config(self.wan.config), **record},
             layout=replace(DIFFUSERS, folder=""),
         )
 
@@ -153,15 +165,39 @@ def refuse_options(loader: type, options: Mapping[str, Any]) -> None:
     if odd := [name for name, value in options.items() if value and name not in _NO_MATTER]:
         raise ConfigError(
             f"{loader.__name__}.from_pretrained does not take '{odd[0]}'",
-            "leave it out; HF_HOME and HF_TOKEN say where the Hub's cache is and who you are",
+            "leave it out; HF_HOME, HF_TOKEN, HF_HUB_OFFLINE say where the Hub's cache is, who you "
+            "are, and whether the cache must do",
         )
 
 
 def of_revision(source: Source, revision: str | None) -> SourceConfig:
     """A checkpoint, of a revision if one is named."""
     source = source if isinstance(source, SourceConfig) else SourceConfig(str(source))
-    name = f"{source.checkpoint}@{revision}" if revision else source.checkpoint
-    return replace(source, checkpoint=name)
+    if revision is None or not is_remote(source.checkpoint):
+        return source
+    return replace(source, checkpoint=f"{source.checkpoint}@{revision}")
+
+
+def fetched(source: SourceConfig) -> SourceConfig:
+    """The same checkpoint where it lies here, so that the Hub is asked once.
+
+    Raises:
+        CheckpointError: It cannot be had.
+    """
+    path, how = locate(source)
+    return replace(how, checkpoint=str(path), file=None)
+
+
+def named_dtype(given: torch.dtype | str | None) -> torch.dtype:
+    """A dtype, or the one of that name; float32 where none is given.
+
+    Raises:
+        ConfigError: There is none, or one for each component.
+    """
+    dtype = getattr(torch, given, None) if isinstance(given, str) else given or torch.float32
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"torch_dtype {given!r} is no dtype", "try torch_dtype=torch.bfloat16")
+    return dtype
 
 
 def _one_device(device_map: str | torch.device | dict[str, Any] | None) -> torch.device | str:
