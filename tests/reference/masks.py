@@ -27,7 +27,7 @@ class PairwiseAttend:
     def __init__(self, mask: Visibility) -> None:
         self.seen, exact = token_masks(mask)
         past = self.seen & ~exact
-        self.split = torch.cat([past[:, past.any(0)], self.seen & exact], 1)
+        self.split = torch.cat([past[:, past.any(0)], exact], 1)
 
     def __call__(
         self,

@@ -370,11 +370,11 @@ def masked_attention(rotary: Rotary, mask: Visibility | None) -> Attend:
         read = torch.zeros(0, dtype=torch.long, device=rotary.table.device)
         whole, split = Sight(rotary, rotary), Sight(rotary, rotary.at(read), rotary)
     else:
-        past, exact = mask.seen & ~mask.exact, mask.seen & mask.exact
+        past = mask.seen & ~mask.exact
         # Of a teacher-forced pass the noisy half is nobody's past.
         frames = past.any(0)
         read = mask.tokens_of(frames).to(rotary.table.device)
-        both = torch.cat([past[:, frames], exact], dim=1)
+        both = torch.cat([past[:, frames], mask.exact], dim=1)
         groups, split_groups = (query_groups(m, mask.tokens_per_frame) for m in (mask.seen, both))
         whole = Sight(rotary, rotary, groups=groups)
         split = Sight(rotary, rotary.at(read), rotary, split_groups)

@@ -33,8 +33,8 @@ class Visibility(NamedTuple):
 
     Attributes:
         seen: Queries of a frame (row) see the keys of another (column).
-        exact: The key's frame is of the query's own chunk, so that no cache holds it yet, or so
-            recent that the cache keeps it dense.
+        exact: It sees them, and the key's frame is of the query's own chunk, so that no cache holds
+            it yet, or so recent that the cache keeps it dense.
         tokens_per_frame: Of every frame.
     """
 
@@ -49,9 +49,11 @@ class Visibility(NamedTuple):
     def seen_by(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Which tokens a few queries (n,) see, and which of those are exact, both (n, L)."""
         frames = queries.cpu() // self.tokens_per_frame
-        both = self.seen[frames], self.seen[frames] & self.exact[frames]
-        seen, exact = (mask.repeat_interleave(self.tokens_per_frame, 1) for mask in both)
-        return seen.to(queries.device), exact.to(queries.device)
+        seen, exact = (
+            mask[frames].repeat_interleave(self.tokens_per_frame, 1).to(queries.device)
+            for mask in (self.seen, self.exact)
+        )
+        return seen, exact
 
 
 def visible_frames(frames: int, chunk_frames: int, policy: CachePolicy | None = None) -> Tensor:
