@@ -39,6 +39,7 @@ from vmla_convert.layers import backends
 from vmla_convert.layers.attention import Reading, Sight, split_heads
 from vmla_convert.layers.mla import LatentSelfAttention
 from vmla_convert.maths.cost import ReadShape, absorbed_flops, materialised_flops
+from vmla_convert.maths.masks import QueryGroup
 from vmla_convert.maths.rope3d import token_positions
 
 DIM, HEADS, HEAD_DIM = TINY_GEOMETRY.dim, TINY_GEOMETRY.num_heads, TINY_GEOMETRY.head_dim
@@ -339,7 +340,7 @@ def test_whole_keys_are_rebuilt_whatever_they_cost(
 def test_a_masked_read_is_rebuilt() -> None:
     layer, x = random_layer(tiny_mla(PAPER_LAYER)), noise(1, 10, DIM)
     reading, sight = sights(layer, x, PLACES, 0, backend="absorbed")
-    masked = sight._replace(mask=torch.ones(10, 10, dtype=torch.bool))
+    masked = sight._replace(groups=(QueryGroup(10, (slice(10),)),))
     with pytest.raises(ValueError, match="without mask"):
         layer(x, reading, masked)
     y = layer(x, reading, masked._replace(runtime=RuntimeConfig()))

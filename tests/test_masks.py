@@ -1,15 +1,25 @@
-"""Masks against what a plain list of held frames says."""
+"""Masks against what a plain list of held frames says, and groups against masks of tokens."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from reference.masks import token_masks
 from reference.window import held_frames
+from torch import Tensor
 
 from vmla_convert.config import CachePolicy
-from vmla_convert.maths.masks import block_causal_mask, teacher_forcing_mask, visible_frames
+from vmla_convert.maths.masks import (
+    Visibility,
+    block_causal_mask,
+    query_groups,
+    teacher_forcing_mask,
+    visible_frames,
+)
 
 
 @st.composite
@@ -47,7 +57,8 @@ def test_without_a_policy_a_chunk_sees_all_chunks_up_to_its_own() -> None:
 
 @pytest.mark.parametrize("policy", [None, CachePolicy(5, 1)])
 def test_a_token_sees_what_its_frame_sees(policy: CachePolicy | None) -> None:
-    visible, seen = visible_frames(8, 2, policy), block_causal_mask(8, 2, 3, policy).seen
+    visible, mask = visible_frames(8, 2, policy), block_causal_mask(8, 2, 3, policy)
+    seen, _ = mask.seen_by(torch.arange(24))
     assert seen.shape == (24, 24)
     for query in range(24):
         for key in range(24):
@@ -60,7 +71,7 @@ def test_teacher_forcing_shows_the_clean_past_and_the_own_noisy_chunk(
 ) -> None:
     window, sink, chunk = case
     frames = 4 * chunk
-    seen = teacher_forcing_mask(frames, chunk, 2, CachePolicy(window, sink)).seen
+    seen, _ = token_masks(teacher_forcing_mask(frames, chunk, 2, CachePolicy(window, sink)))
     held = mask_by_loops(frames, window, sink, chunk)
 
     def allowed(query: int, key: int) -> bool:
@@ -81,13 +92,13 @@ def test_own_are_the_keys_of_the_querys_chunk_and_half(
 ) -> None:
     window, sink, chunk = case
     frames, make = chunks * chunk, teacher_forcing_mask if forced else block_causal_mask
-    mask = make(frames, chunk, tokens, CachePolicy(window, sink))
+    _, exact = token_masks(make(frames, chunk, tokens, CachePolicy(window, sink)))
     count = frames * tokens * (2 if forced else 1)
     # Chunks are numbered through both halves.
     expected = [
         [q // (chunk * tokens) == k // (chunk * tokens) for k in range(count)] for q in range(count)
     ]
-    assert mask.exact.tolist() == expected
+    assert exact.tolist() == expected
 
 
 @given(windows())
@@ -95,7 +106,7 @@ def test_a_query_sees_all_of_its_own_chunk(case: tuple[int, int, int]) -> None:
     window, sink, chunk = case
     policy = CachePolicy(window, sink)
     for make in (block_causal_mask, teacher_forcing_mask):
-        seen, own = make(3 * chunk, chunk, 1, policy)
+        seen, own, _ = make(3 * chunk, chunk, 1, policy)
         assert torch.diagonal(own).all()
         assert (seen | ~own).all()
 
@@ -106,8 +117,8 @@ def test_what_is_seen_and_not_own_is_what_the_cache_held_before_the_chunk(
 ) -> None:
     window, sink, chunk = case
     frames, policy = chunks * chunk, CachePolicy(window, sink)
-    seen, own = block_causal_mask(frames, chunk, 1, policy)
-    noisy_seen, noisy_own = teacher_forcing_mask(frames, chunk, 1, policy)
+    seen, own, _ = block_causal_mask(frames, chunk, 1, policy)
+    noisy_seen, noisy_own, _ = teacher_forcing_mask(frames, chunk, 1, policy)
     past = (seen & ~own).tolist()
     for query in range(frames):
         start = query // chunk * chunk
@@ -117,3 +128,57 @@ def test_what_is_seen_and_not_own_is_what_the_cache_held_before_the_chunk(
     read = noisy_seen & ~noisy_own
     assert read[:, :frames].tolist() == past + past
     assert not read[:, frames:].any()
+
+
+# Of tokens and of groups
+
+
+def pairs_of(seen: Tensor, tokens: int) -> Tensor:
+    """Pairs (queries, keys) that the groups of frames attend, none of them twice."""
+    pairs, start = torch.zeros(*(tokens * side for side in seen.shape), dtype=torch.int), 0
+    for queries, keys in query_groups(seen, tokens):
+        for run in keys:
+            pairs[start : start + queries, run] += 1
+        start += queries
+    assert start == len(pairs)
+    return pairs
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 3), st.data())
+def test_groups_are_the_mask_whatever_it_is(
+    queries: int, keys: int, tokens: int, data: st.DataObject
+) -> None:
+    size = queries * keys
+    drawn = data.draw(st.lists(st.booleans(), min_size=size, max_size=size))
+    seen = torch.tensor(drawn).view(queries, keys)
+    pairs = pairs_of(seen, tokens)
+    for query in range(queries * tokens):
+        for key in range(keys * tokens):
+            assert pairs[query, key] == int(seen[query // tokens, key // tokens])
+
+
+@given(windows(), st.integers(1, 5), st.integers(1, 3), st.booleans())
+def test_a_chunk_is_one_group_of_few_runs(
+    case: tuple[int, int, int], chunks: int, tokens: int, forced: bool
+) -> None:
+    """Sink, window and, where that is of the noisy half, the chunk itself."""
+    window, sink, chunk = case
+    make = teacher_forcing_mask if forced else block_causal_mask
+    mask = make(chunks * chunk, chunk, tokens, CachePolicy(window, sink))
+    groups = query_groups(mask.seen, tokens)
+    assert [group.queries for group in groups] == [chunk * tokens] * (len(mask.seen) // chunk)
+    assert all(len(group.keys) <= (3 if forced else 2) for group in groups)
+    assert torch.equal(pairs_of(mask.seen, tokens), token_masks(mask)[0].int())
+
+
+@pytest.mark.parametrize("make", [block_causal_mask, teacher_forcing_mask])
+def test_a_few_queries_see_what_the_mask_of_all_says(
+    make: Callable[[int, int, int, CachePolicy], Visibility],
+) -> None:
+    mask = make(8, 2, 3, CachePolicy(7, 1, dense_recent_frames=2))
+    seen, exact = token_masks(mask)
+    picks = torch.tensor([23, 0, 7, 7, 18])
+    assert torch.equal(mask.seen_by(picks)[0], seen[picks])
+    assert torch.equal(mask.seen_by(picks)[1], exact[picks])
+    frames = torch.tensor([True, False, False, True, True])
+    assert mask.tokens_of(frames).tolist() == [0, 1, 2, *range(9, 15)]

@@ -20,6 +20,7 @@ from conftest import (
     tiny_model,
 )
 from reference.attention import merged_softmaxes, one_softmax
+from reference.masks import token_masks
 from reference.rope import rotary_table
 from torch import Tensor, nn
 
@@ -219,7 +220,7 @@ def test_scores_are_those_of_the_formula_in_one_softmax(mla: MLAConfig) -> None:
     rotary = rotary_table(token_positions(torch.tensor([3, 8, 9, 11] * 2), 1, 2), HEAD_DIM)
     mask = teacher_forcing_mask(4, 2, 2)
     y = masked_attention(rotary, mask)(attention, x)[0]
-    expected = one_softmax(attention, mla, 1, x[0], rotary, *mask)
+    expected = one_softmax(attention, mla, 1, x[0], rotary, *token_masks(mask))
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
 
 
@@ -232,7 +233,7 @@ def test_past_and_own_chunk_are_two_attentions_merged(mla: MLAConfig) -> None:
     rotary = rotary_table(token_positions(torch.tensor([0, 1, 7, 8, 9, 10]), 1, 2), HEAD_DIM)
     mask = block_causal_mask(6, 2, 2, CachePolicy(5, 1))
     y = masked_attention(rotary, mask)(attention, x)[0]
-    expected = merged_softmaxes(attention, mla, 0, x[0], rotary, *mask)
+    expected = merged_softmaxes(attention, mla, 0, x[0], rotary, *token_masks(mask))
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
 
 

@@ -139,8 +139,8 @@ def test_a_masked_pass_sees_what_the_window_holds_and_calls_exact_what_is_dense(
 ) -> None:
     chunk = min(chunk, policy.window_frames - policy.sink_frames)
     frames, window = chunk * chunks, FrameWindow(policy)
-    seen, exact = block_causal_mask(frames, chunk, 1, policy)
-    forced_seen, forced_exact = teacher_forcing_mask(frames, chunk, 1, policy)
+    seen, exact, _ = block_causal_mask(frames, chunk, 1, policy)
+    forced_seen, forced_exact, _ = teacher_forcing_mask(frames, chunk, 1, policy)
     for _ in range(chunks):
         window.open_chunk(chunk)
         own, recent = window.chunk_frames, window.recent

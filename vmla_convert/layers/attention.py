@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmla_convert.config import Geometry, RuntimeConfig
+from vmla_convert.maths.masks import QueryGroup
 from vmla_convert.maths.rope3d import Rotary, rotate
 
 Entries = tuple[Tensor, ...]
@@ -56,14 +57,14 @@ class Sight(NamedTuple):
         query: Positions of the queries.
         keys: Positions of the S entries.
         exact: Positions of the E exact keys; None where there are none.
-        mask: (T, S + E), True where a query sees a key; None for all.
+        groups: Of the T queries by which of the S + E keys they see; None where all see all.
         runtime: How to read.
     """
 
     query: Rotary
     keys: Rotary
     exact: Rotary | None = None
-    mask: Tensor | None = None
+    groups: tuple[QueryGroup, ...] | None = None
     runtime: RuntimeConfig = RuntimeConfig()
 
 
@@ -101,7 +102,7 @@ class DenseSelfAttention(nn.Module):
         Args:
             x: Input of the queries, modulated and normed.
             reading: Of S tokens, from `project`, cached or not.
-            sight: Positions and masks.
+            sight: Positions, and who sees what.
 
         Returns:
             (B, T, d).
@@ -110,7 +111,7 @@ class DenseSelfAttention(nn.Module):
         q = rotate(split_heads(self.norm_q(self.q(x)), self.num_heads), sight.query)
         k = rotate(split_heads(key, self.num_heads), sight.keys)
         v = split_heads(value, self.num_heads)
-        return self.o(attend(q, k, v, sight.mask).flatten(2))
+        return self.o(attend(q, k, v, sight.groups).flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -146,17 +147,45 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    groups: tuple[QueryGroup, ...] | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """Softmax attention of queries (B, T, H, D) to keys and values (B, S, H, D): (B, T, H, D).
 
     Widths of keys and values may differ; the narrower is padded, as fused kernels want them alike.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        groups: Of the queries, by the keys that they see; None where all see all. Each is attended
+            for itself, so that kernels meet no mask and no pair that nobody sees.
+        scale: Of the scores; that of the queries' width by default.
     """
     width = v.shape[-1]
     q, k, v = widened(q, k, v)
+    if groups is None:
+        return _attend_all(q, k, v, scale)[..., :width]
+    parts = zip(q.split([group.queries for group in groups], 1), groups, strict=True)
+    outputs = [
+        _attend_all(part, _joined(k, group.keys), _joined(v, group.keys), scale)
+        for part, group in parts
+    ]
+    return torch.cat(outputs, 1)[..., :width]
+
+
+def _attend_all(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return y.transpose(1, 2)[..., :width]
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+def _joined(x: Tensor, runs: tuple[slice, ...]) -> Tensor:
+    """Some runs of the tokens of x (B, S, …); a single one is not copied."""
+    parts = [x[:, run] for run in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def widened(q: Tensor, k: Tensor, v: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,7 +28,7 @@ from vmla_convert.layers.attention import (
 )
 from vmla_convert.layers.cache import DenseCache, KVCache, LatentCache, LayerCache, Storage
 from vmla_convert.layers.mla import LatentSelfAttention
-from vmla_convert.maths.masks import Visibility
+from vmla_convert.maths.masks import Visibility, query_groups
 from vmla_convert.maths.rope3d import Rotary, grid_table
 
 SelfAttention = DenseSelfAttention | LatentSelfAttention
@@ -370,12 +370,14 @@ def masked_attention(rotary: Rotary, mask: Visibility | None) -> Attend:
         read = torch.zeros(0, dtype=torch.long, device=rotary.table.device)
         whole, split = Sight(rotary, rotary), Sight(rotary, rotary.at(read), rotary)
     else:
-        past, exact = mask.seen & ~mask.exact, mask.seen & mask.exact
+        past = mask.seen & ~mask.exact
         # Of a teacher-forced pass the noisy half is nobody's past.
-        read = past.any(0).nonzero().flatten()
-        split_mask = torch.cat([past[:, read], exact], dim=1)
-        whole = Sight(rotary, rotary, mask=mask.seen)
-        split = Sight(rotary, rotary.at(read), rotary, split_mask)
+        frames = past.any(0)
+        read = mask.tokens_of(frames).to(rotary.table.device)
+        both = torch.cat([past[:, frames], mask.exact], dim=1)
+        groups, split_groups = (query_groups(m, mask.tokens_per_frame) for m in (mask.seen, both))
+        whole = Sight(rotary, rotary, groups=groups)
+        split = Sight(rotary, rotary.at(read), rotary, split_groups)
 
     def attend(attention: SelfAttention, x: Tensor) -> Tensor:
         cached, own, _ = attention.project(x)

@@ -151,8 +151,8 @@ class LatentSelfAttention(nn.Module):
         Args:
             q: Normed queries (B, T, H, D), unrotated.
             reading: What they read.
-            sight: Positions and masks; `sight.runtime.tile_mib` bounds what is rebuilt at a time,
-                except under gradients, which keep all of it anyway.
+            sight: Positions, and who sees what; `sight.runtime.tile_mib` bounds what is rebuilt at
+                a time, except under gradients, which keep all of it anyway.
 
         Returns:
             (B, T, H, D).
@@ -196,7 +196,7 @@ class LatentSelfAttention(nn.Module):
 
     def absorbs(self, sight: Sight) -> bool:
         """Whether an absorbed read is possible; training reads as it is told, rebuilt."""
-        return bool(self.rope_pairs) and sight.mask is None and not torch.is_grad_enabled()
+        return bool(self.rope_pairs) and sight.groups is None and not torch.is_grad_enabled()
 
     def faster(self, q: Tensor, reading: Reading, sight: Sight) -> Backend:
         """The way that `auto` takes; arguments as `read`."""
@@ -268,7 +268,7 @@ class LatentSelfAttention(nn.Module):
         """What some heads gather from rebuilt keys, and from the dense ones that `own` is of."""
         scale = self.head_dim**-0.5
         if own is None:
-            return attend(q, k, v, sight.mask, scale)
+            return attend(q, k, v, sight.groups, scale)
         own = Partial(own.output[:, :, heads], own.log_sum[:, :, heads])
         return merge(attend_partly(q, k, v, scale), own) if k.shape[1] else own.output
 
@@ -278,9 +278,9 @@ class LatentSelfAttention(nn.Module):
         """Attention of normed queries to the dense keys alone.
 
         None where there are none, or where one softmax must see all keys at once: the parts have no
-        gradient and take no mask.
+        gradient and know no groups.
         """
-        if exact is None or sight.mask is not None or torch.is_grad_enabled():
+        if exact is None or sight.groups is not None or torch.is_grad_enabled():
             return None
         return attend_partly(rotate(q, sight.query), *exact, self.head_dim**-0.5)
 

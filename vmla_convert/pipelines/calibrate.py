@@ -304,7 +304,7 @@ def measure_attention(
     length = x.shape[1] // 2
     clean, noisy = x.split(length, dim=1)
     picks = torch.randperm(x.shape[1], generator=generator)[:QUERIES_PER_CLIP].to(x.device)
-    seen, exact = mask.seen[picks], mask.seen[picks] & mask.exact[picks]
+    seen, exact = mask.seen_by(picks)
     late = torch.arange(x.shape[1], device=x.device) >= length
     groups = [seen & ~exact, *([exact & ~late, exact & late] if own else [])]
     value_mean = split_heads(attention.v(clean.mean((0, 1))), attention.num_heads)

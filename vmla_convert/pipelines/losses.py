@@ -106,13 +106,12 @@ def make_example(
 
 
 def teacher_forcing_inputs(config: ModelConfig, example: Example) -> tuple[Tensor, Visibility]:
-    """Frame positions (2F,) and masks (2L, 2L) of one teacher-forced pass."""
+    """Frame positions (2F,) and masks (2F, 2F) of one teacher-forced pass."""
     frames, (height, width) = example.latents.shape[1] // 2, example.latents.shape[-2:]
     positions = torch.arange(frames, device=example.latents.device).repeat(2)
     # Clips may be smaller than what the model is deployed at.
     tokens = config.geometry.tokens_per_frame((height, width))
-    mask = teacher_forcing_mask(frames, config.chunk_frames, tokens, config.cache)
-    return positions, mask.to(example.latents.device)
+    return positions, teacher_forcing_mask(frames, config.chunk_frames, tokens, config.cache)
 
 
 def predicted_velocity(model: nn.Module, config: ModelConfig, example: Example) -> Tensor:
