@@ -9,7 +9,7 @@ from typing import Any
 
 from vmla_convert.checkpoint.components import PARTS, Part, parts_beside, repository_with_parts
 from vmla_convert.checkpoint.families import converted_config
-from vmla_convert.checkpoint.layouts import DIFFUSERS, NATIVE, Layout
+from vmla_convert.checkpoint.layouts import DIFFUSERS, NATIVE, PIPELINE_NAME, Layout
 from vmla_convert.config import ModelConfig
 from vmla_convert.errors import CheckpointError, ConfigError, did_you_mean
 from vmla_convert.maths.flow import TRAIN_TIMESTEPS
@@ -21,7 +21,6 @@ from vmla_convert.tables import to_dict
 LAYOUTS = {"native": NATIVE, "diffusers": DIFFUSERS}
 """Of a converted folder, by the name that `--layout` takes."""
 
-PIPELINE_NAME = "model_index.json"
 Files = dict[str, str | dict[str, Any]]
 """Text, or a table, by the path in the folder."""
 

@@ -12,6 +12,7 @@ from typing import Any
 from vmla_convert.checkpoint.components import PARTS
 from vmla_convert.checkpoint.families import open_checkpoint, read_config
 from vmla_convert.checkpoint.hub import BESIDE, is_repo
+from vmla_convert.checkpoint.layouts import PIPELINE_NAME
 from vmla_convert.checkpoint.source import located, weight_files
 from vmla_convert.checkpoint.upload import Difference, compare, upload
 from vmla_convert.config import ModelConfig
@@ -23,7 +24,6 @@ from vmla_convert.pipelines.card import (
     model_card,
     without_folders,
 )
-from vmla_convert.pipelines.folders import PIPELINE_NAME
 from vmla_convert.pipelines.load import CONVERSION_NAME, empty_model, read_provenance
 
 _ORIGINS = ("_name_or_path", "name_or_path")
@@ -42,7 +42,7 @@ class Push:
         tag: Of the commit.
         uploaded: Bytes of the files that were not there, by name.
         kept: Those of files that were.
-        removed: Weights of an earlier conversion.
+        removed: Weights of an earlier conversion, and what described them.
     """
 
     repo: str
