@@ -505,6 +505,61 @@ def test_a_pipelines_folder_goes_up_whole(wan_folder: Path, tmp_path: Path, stub
     assert all(torch.equal(tensor, there[name]) for name, tensor in here.items())
 
 
+def test_nothing_else_in_a_pipelines_folders_goes_up(
+    wan_folder: Path, tmp_path: Path, stub: Hub
+) -> None:
+    folder = tmp_path / "mine" / "pipe"
+    source = SourceConfig(str(wan_folder), overrides=SETTINGS)
+    convert(source, folder, ConvertConfig("spectral", cut=0.5), layout="diffusers")
+    own = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    parts = ("vae", "text_encoder", "tokenizer", "scheduler", "transformer")
+    for part in (*parts, "notes", ".."):
+        for name in (".env", ".secret.json", "run.sh", "notes.md", ".cache/token.json"):
+            (folder / part / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / part / name).write_text("{}")
+    (folder / "transformer" / "notes.json").write_text("{}")
+    (folder / "vae" / "prompts.txt").write_text("mine")
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {name: ["some", "Class"] for name in ("notes", "..", str(tmp_path), "missing")}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    pushed = push(folder, REPO)
+    assert set(pushed.uploaded) == stub.repos[REPO].files.keys() == own
+
+
+def test_what_a_component_of_older_form_needs_goes_up(
+    wan_folder: Path, tmp_path: Path, stub: Hub
+) -> None:
+    """Pickled weights, several files of them, and a tokenizer by sentencepiece."""
+    folder = tmp_path / "pipe"
+    source = SourceConfig(str(wan_folder), overrides=SETTINGS)
+    convert(source, folder, ConvertConfig("spectral", cut=0.5), layout="diffusers")
+    more = {
+        "vae/diffusion_pytorch_model.bin",
+        "text_encoder/model-00001-of-00002.safetensors",
+        "text_encoder/model.safetensors.index.json",
+        "tokenizer/special_tokens_map.json",
+        "tokenizer/spiece.model",
+        "tokenizer/merges.txt",
+    }
+    for name in more:
+        (folder / name).write_text("{}")
+    assert more < push(folder, REPO).uploaded.keys() == stub.repos[REPO].files.keys()
+    assert push(folder, REPO).removed == ()
+
+
+@pytest.mark.parametrize("index", ["[]", "null", "{", "\xe9"])
+def test_a_damaged_index_of_a_pipeline_is_named(
+    index: str, new: dict[str, Path], tmp_path: Path, stub: Hub, vmla: Vmla
+) -> None:
+    folder = shutil.copytree(new["diffusers"], tmp_path / "pipe")
+    (folder / "model_index.json").write_bytes(index.encode("latin-1"))
+    ran = vmla("push", folder, REPO)
+    assert refused(ran)
+    assert f"{folder / 'model_index.json'} is not" in ran.err
+    assert stub.asked == []
+
+
 def test_where_a_component_lay_does_not_go_up(wan_folder: Path, tmp_path: Path, stub: Hub) -> None:
     base = shutil.copytree(wan_folder, tmp_path / "base")
     origins = {
