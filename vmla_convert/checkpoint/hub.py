@@ -353,7 +353,8 @@ def _only(found: list[str], listing: _Listing, where: str) -> str:
         pair = "it is a pair of experts, converted one by one: " if folders in _EXPERTS else ""
         raise CheckpointError(
             f"{where} holds {len(found)} checkpoints: {_some(found)}",
-            f"{pair}add --file {found[0]}" + ("" if pair else ", or another of them"),
+            f"{pair}add --file {found[0]}{'' if pair else ', or another of them'}; "
+            "in a recipe: source.file",
         )
     return found[0]
 
