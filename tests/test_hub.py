@@ -260,20 +260,22 @@ def refused(repo: str, file: str | None = None) -> CheckpointError:
             None,
             f"Wan-AI/Wan2.2-T2V-A14B holds 2 checkpoints: high_noise_model/{INDEX}, "
             f"low_noise_model/{INDEX}",
-            f"it is a pair of experts, converted one by one: add --file high_noise_model/{INDEX}",
+            f"it is a pair of experts, converted one by one: add --file high_noise_model/{INDEX}; "
+            "in a recipe: source.file",
         ),
         (
             "someone/A14B-Diffusers",
             None,
             f"someone/A14B-Diffusers holds 2 checkpoints: transformer/{INDEX}, "
             f"transformer_2/{INDEX}",
-            f"it is a pair of experts, converted one by one: add --file transformer/{INDEX}",
+            f"it is a pair of experts, converted one by one: add --file transformer/{INDEX}; "
+            "in a recipe: source.file",
         ),
         (
             "someone/sizes",
             None,
             "someone/sizes holds 2 checkpoints: a.safetensors, b.safetensors",
-            "add --file a.safetensors, or another of them",
+            "add --file a.safetensors, or another of them; in a recipe: source.file",
         ),
         (
             "someone/trainings",
@@ -281,7 +283,7 @@ def refused(repo: str, file: str | None = None) -> CheckpointError:
             "someone/trainings holds 12 checkpoints: "
             + ", ".join(f"step_{i:02}/model.pt" for i in range(8))
             + " and 4 more",
-            "add --file step_00/model.pt, or another of them",
+            "add --file step_00/model.pt, or another of them; in a recipe: source.file",
         ),
         (
             "gdhe17/Self-Forcing",
@@ -289,7 +291,7 @@ def refused(repo: str, file: str | None = None) -> CheckpointError:
             "checkpoints/ of gdhe17/Self-Forcing holds 4 checkpoints: checkpoints/ode_init.pt, "
             "checkpoints/self_forcing_10s.pt, checkpoints/self_forcing_dmd.pt, "
             "checkpoints/self_forcing_sid.pt",
-            "add --file checkpoints/ode_init.pt, or another of them",
+            "add --file checkpoints/ode_init.pt, or another of them; in a recipe: source.file",
         ),
         (
             "gdhe17/Self-Forcing",

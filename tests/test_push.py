@@ -7,6 +7,8 @@ import re
 import shlex
 import shutil
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -18,13 +20,15 @@ from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save_file
 from tiny_wan import SETTINGS
 
+from vmla_convert.checkpoint.components import find_components
 from vmla_convert.checkpoint.source import fingerprint
-from vmla_convert.checkpoint.writer import write_checkpoint
+from vmla_convert.checkpoint.writer import CheckpointWriter, write_checkpoint
 from vmla_convert.config import ConvertConfig, SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError, VmlaError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines.convert import convert
-from vmla_convert.pipelines.load import as_teacher, load
+from vmla_convert.pipelines.export import LAYOUTS, export
+from vmla_convert.pipelines.load import as_teacher, load, open_named
 from vmla_convert.pipelines.publish import push
 from vmla_convert.pipelines.recovery import recover
 
@@ -46,6 +50,31 @@ def sharded(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     write_checkpoint(folder, load_file(converted / "model.safetensors"), texts, 50_000)
     return folder
+
+
+@pytest.fixture(scope="module")
+def old(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A conversion by layout; in several files, where a layout has them."""
+    place = tmp_path_factory.mktemp("old")
+    with pytest.MonkeyPatch.context() as patch:
+        writer = partial(CheckpointWriter, shard_bytes=50_000)
+        patch.setattr("vmla_convert.pipelines.export.CheckpointWriter", writer)
+        folders = {layout: export(converted, place / layout, layout) for layout in LAYOUTS}
+    for layout in ("native", "diffusers"):
+        assert len(list(folders[layout].rglob("*.safetensors"))) > 1
+    return folders
+
+
+@pytest.fixture(scope="module")
+def new(budgeted: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Another one, in one file."""
+    place = tmp_path_factory.mktemp("new")
+    return {layout: export(budgeted, place / layout, layout) for layout in LAYOUTS}
+
+
+def folder_of(exported: Path) -> Path:
+    """The folder to push: of one layout, `export` names a file in it."""
+    return exported if exported.is_dir() else exported.parent
 
 
 def says(model: CausalWanModel) -> torch.Tensor:
@@ -104,6 +133,48 @@ def test_weights_of_an_earlier_conversion_go(sharded: Path, converted: Path, stu
     assert {"model.safetensors", *apart} <= stub.repos[REPO].files.keys()
     assert not gone & stub.repos[REPO].files.keys()
     assert torch.equal(says(load(REPO)), says(load(converted)))
+
+
+@pytest.mark.parametrize(("before", "after"), [*product(LAYOUTS, LAYOUTS)])
+def test_in_whatever_layout_the_id_means_what_was_pushed_last(
+    before: str, after: str, old: dict[str, Path], new: dict[str, Path], stub: Hub
+) -> None:
+    first = push(folder_of(old[before]), REPO)
+    pushed = push(folder_of(new[after]), REPO)
+    # A scheduler is a component, which nothing reads without an index.
+    kept = {name for name in first.uploaded if before == "diffusers" and "scheduler" in name}
+    own = {*pushed.uploaded, *pushed.kept}
+    assert stub.repos[REPO].files.keys() == own | kept
+    assert set(pushed.removed) == first.uploaded.keys() - own - kept
+    here, there = load(new[after]), load(REPO)
+    assert here.config == there.config
+    assert here.state_dict().keys() == there.state_dict().keys()
+    for name, tensor in here.state_dict().items():
+        assert torch.equal(there.state_dict()[name], tensor)
+    stub.received.clear()
+    again = push(folder_of(new[after]), REPO)
+    assert (again.uploaded, again.removed, again.commit) == ({}, (), pushed.commit)
+    assert stub.received == []
+
+
+def test_components_outlive_a_push_in_another_layout(
+    wan_folder: Path, tmp_path: Path, stub: Hub
+) -> None:
+    """And are the repository's still; a native folder cannot bring its own."""
+    source = SourceConfig(str(wan_folder), overrides=SETTINGS)
+    for layout in ("diffusers", "native"):
+        how = ConvertConfig("spectral", cut=0.5)
+        convert(source, tmp_path / layout, how, layout=layout)
+        pushed = push(tmp_path / layout, REPO)
+    assert set(pushed.removed) == {
+        "model_index.json",
+        "transformer/config.json",
+        "transformer/conversion.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+    }
+    opened = open_named(REPO)
+    base = find_components(opened.config, checkpoint=opened.source.path).base
+    assert base == f"{REPO}@{stub.repos[REPO].head}"
 
 
 def test_a_cut_line_is_told_and_the_next_push_goes_on(sharded: Path, stub: Hub, vmla: Vmla) -> None:
@@ -432,6 +503,61 @@ def test_a_pipelines_folder_goes_up_whole(wan_folder: Path, tmp_path: Path, stub
     assert {"model_index.json", "vae/config.json", "tokenizer/tokenizer_config.json"} <= names
     here, there = load(folder).state_dict(), load(REPO).state_dict()
     assert all(torch.equal(tensor, there[name]) for name, tensor in here.items())
+
+
+def test_nothing_else_in_a_pipelines_folders_goes_up(
+    wan_folder: Path, tmp_path: Path, stub: Hub
+) -> None:
+    folder = tmp_path / "mine" / "pipe"
+    source = SourceConfig(str(wan_folder), overrides=SETTINGS)
+    convert(source, folder, ConvertConfig("spectral", cut=0.5), layout="diffusers")
+    own = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    parts = ("vae", "text_encoder", "tokenizer", "scheduler", "transformer")
+    for part in (*parts, "notes", ".."):
+        for name in (".env", ".secret.json", "run.sh", "notes.md", ".cache/token.json"):
+            (folder / part / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / part / name).write_text("{}")
+    (folder / "transformer" / "notes.json").write_text("{}")
+    (folder / "vae" / "prompts.txt").write_text("mine")
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {name: ["some", "Class"] for name in ("notes", "..", str(tmp_path), "missing")}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    pushed = push(folder, REPO)
+    assert set(pushed.uploaded) == stub.repos[REPO].files.keys() == own
+
+
+def test_what_a_component_of_older_form_needs_goes_up(
+    wan_folder: Path, tmp_path: Path, stub: Hub
+) -> None:
+    """Pickled weights, several files of them, and a tokenizer by sentencepiece."""
+    folder = tmp_path / "pipe"
+    source = SourceConfig(str(wan_folder), overrides=SETTINGS)
+    convert(source, folder, ConvertConfig("spectral", cut=0.5), layout="diffusers")
+    more = {
+        "vae/diffusion_pytorch_model.bin",
+        "text_encoder/model-00001-of-00002.safetensors",
+        "text_encoder/model.safetensors.index.json",
+        "tokenizer/special_tokens_map.json",
+        "tokenizer/spiece.model",
+        "tokenizer/merges.txt",
+    }
+    for name in more:
+        (folder / name).write_text("{}")
+    assert more < push(folder, REPO).uploaded.keys() == stub.repos[REPO].files.keys()
+    assert push(folder, REPO).removed == ()
+
+
+@pytest.mark.parametrize("index", ["[]", "null", "{", "\xe9"])
+def test_a_damaged_index_of_a_pipeline_is_named(
+    index: str, new: dict[str, Path], tmp_path: Path, stub: Hub, vmla: Vmla
+) -> None:
+    folder = shutil.copytree(new["diffusers"], tmp_path / "pipe")
+    (folder / "model_index.json").write_bytes(index.encode("latin-1"))
+    ran = vmla("push", folder, REPO)
+    assert refused(ran)
+    assert f"{folder / 'model_index.json'} is not" in ran.err
+    assert stub.asked == []
 
 
 def test_where_a_component_lay_does_not_go_up(wan_folder: Path, tmp_path: Path, stub: Hub) -> None:

@@ -292,10 +292,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """A config.json; empty where there is none.
+    """A config.json, or another table in JSON; empty where there is none.
 
     Raises:
-        CheckpointError: It is damaged.
+        CheckpointError: It is damaged, or cannot be read.
     """
     if not file.is_file():
         return {}
@@ -303,6 +303,10 @@ def read_config(file: Path) -> dict[str, Any]:
         config = json.loads(file.read_text("utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{file} is not JSON: {error}", "mend or remove it") from error
+    except OSError as error:
+        raise CheckpointError(
+            f"{file} cannot be read: {error.strerror}", "check the rights there"
+        ) from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} is not a JSON table", "mend or remove it")
     return config

@@ -34,6 +34,7 @@ _LONGEST_REPO = 96
 
 # The first kind that a folder holds is the one to open, as `open_source` has it.
 _KINDS = ((INDEX_SUFFIX,), (".safetensors",), PICKLE_SUFFIXES)
+_ENDINGS = tuple(suffix for kind in _KINDS for suffix in kind)
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 # The rest of a video pipeline, by the names that Wan, its successors and diffusers give it.
 _NO_TRANSFORMER = re.compile(
@@ -57,7 +58,7 @@ def is_repo(name: str) -> bool:
     match = _REPO.fullmatch(name)
     if match is None or len(match[1]) > _LONGEST_REPO or ".." in name or "--" in match[1]:
         return False
-    return not match[1].endswith((".git", ".json", *(s for kind in _KINDS for s in kind)))
+    return not match[1].endswith((".git", ".json", *_ENDINGS))
 
 
 def fetch(repo: str, file: str | None = None) -> Path:
@@ -190,6 +191,16 @@ def has_parts(repo: str, *parts: str) -> bool:
     return all(any(_is_in(file, part) for file in files) for part in parts)
 
 
+def is_main(file: str) -> bool:
+    """Whether a file of a repository is of the weights that its id alone may mean.
+
+    Those are a pipeline's transformer and what is at the root, of every kind and shards included:
+    which of them `fetch` takes depends on what else is there.
+    """
+    weights = file.endswith(_ENDINGS) and not _NO_TRANSFORMER.search(file)
+    return weights and ("/" not in file or _is_in_pipeline(file))
+
+
 def cached_repo(path: Path) -> str | None:
     """The Hub id, "owner/name@commit", of a file in the Hub's cache; None of any other file."""
     for index, part in enumerate(path.parts):
@@ -292,10 +303,10 @@ def _choose(listing: _Listing, file: str | None) -> str:
     if inside := [other for other in listing.files if PurePosixPath(file) in _parents(other)]:
         return _only(_openable(inside), listing, f"{file}/ of {listing.repo}")
     _require(listing, file)
-    if not file.endswith(tuple(suffix for kind in _KINDS for suffix in kind)):
+    if not file.endswith(_ENDINGS):
         raise CheckpointError(
             f"'{file}' of {listing.repo} is not a checkpoint",
-            f"known endings: {', '.join(suffix for kind in _KINDS for suffix in kind)}",
+            f"known endings: {', '.join(_ENDINGS)}",
         )
     return file
 
@@ -307,9 +318,13 @@ def _parents(file: str) -> tuple[PurePosixPath, ...]:
 def _preferred(files: Iterable[str]) -> list[str]:
     """The transformer of a diffusers pipeline, else what is at the root, else anything."""
     found = _openable(files)
-    pipeline = [file for file in found if PurePosixPath(file).parts[0] in _EXPERTS[1]]
+    pipeline = [file for file in found if _is_in_pipeline(file)]
     root = [file for file in found if "/" not in file]
     return pipeline or root or found
+
+
+def _is_in_pipeline(file: str) -> bool:
+    return PurePosixPath(file).parts[0] in _EXPERTS[1]
 
 
 def _openable(files: Iterable[str]) -> list[str]:
@@ -338,7 +353,8 @@ def _only(found: list[str], listing: _Listing, where: str) -> str:
         pair = "it is a pair of experts, converted one by one: " if folders in _EXPERTS else ""
         raise CheckpointError(
             f"{where} holds {len(found)} checkpoints: {_some(found)}",
-            f"{pair}add --file {found[0]}" + ("" if pair else ", or another of them"),
+            f"{pair}add --file {found[0]}{'' if pair else ', or another of them'}; "
+            "in a recipe: source.file",
         )
     return found[0]
 

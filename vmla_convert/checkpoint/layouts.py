@@ -43,3 +43,6 @@ WAN = Layout("", "diffusion_pytorch_model")
 """Wan's own, under the file name that its loader looks for."""
 DIFFUSERS = Layout("transformer", "diffusion_pytorch_model", invert(CONVERTED_DIFFUSERS_RULES))
 """A pipeline's, of which the transformer is one part."""
+
+PIPELINE_NAME = "model_index.json"
+"""What names the parts of a pipeline, beside their folders."""

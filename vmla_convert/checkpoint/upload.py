@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
-from vmla_convert.checkpoint.hub import BESIDE, first_line, without_token
+from vmla_convert.checkpoint.hub import BESIDE, first_line, is_main, without_token
+from vmla_convert.checkpoint.layouts import PIPELINE_NAME
 from vmla_convert.checkpoint.source import INDEX_SUFFIX, PICKLE_SUFFIXES
 from vmla_convert.errors import OutputError
 
@@ -32,7 +33,7 @@ class Difference:
         private: Whether only some may see it; None where there is none.
         changed: Files that it lacks or has otherwise.
         same: Files that it has already.
-        stale: Weights of an earlier conversion, in the folder of these.
+        stale: What of an earlier conversion would be taken for this one, or for a part of it.
         tags: Name to commit.
     """
 
@@ -74,12 +75,6 @@ def compare(repo: str, files: Mapping[str, Path]) -> Difference:
         }
         refs = api.list_repo_refs(repo)
     same = tuple(name for name, file in files.items() if name in there and _same(file, there[name]))
-    folders = {PurePosixPath(name).parent for name in files if name.endswith(_WEIGHTS)}
-    stale = tuple(
-        name
-        for name in there
-        if name.endswith(_WEIGHTS) and name not in files and PurePosixPath(name).parent in folders
-    )
     foreign = [name for name in there if name.endswith((*_WEIGHTS, *PICKLE_SUFFIXES))]
     if foreign and not any(name.endswith(_RECORD) for name in there):
         raise OutputError(
@@ -93,7 +88,7 @@ def compare(repo: str, files: Mapping[str, Path]) -> Difference:
         info.private,
         changed=tuple(name for name in files if name not in same),
         same=same,
-        stale=stale,
+        stale=_stale(there, files),
         tags={tag.name: tag.target_commit for tag in refs.tags},
     )
 
@@ -150,6 +145,20 @@ def upload(
         if tag is not None and difference.tags.get(tag) != commit:
             api.create_tag(repo, tag=tag, revision=commit)
     return commit
+
+
+def _stale(there: Collection[str], files: Collection[str]) -> tuple[str, ...]:
+    """What the repository's id, or a program that reads pipelines, would take in place of `files`.
+
+    Weights that `fetch` may choose, with the config and the record of their folder, and the index
+    of a pipeline. Text encoder, tokenizer, VAE and scheduler stay, and go on to be the repository's
+    components, which `find_components` knows by their folders alone: who pushes the same model in
+    another layout wants the same ones, and any that do not fit a model are refused when it runs.
+    """
+    weights = {name for name in there if is_main(name) and name not in files}
+    folders = {PurePosixPath(name).parent for name in weights}
+    told = {PIPELINE_NAME, *(str(folder / name) for folder in folders for name in BESIDE)}
+    return tuple(name for name in there if name in weights or name in told - {*files})
 
 
 def _same(file: Path, there: object) -> bool:

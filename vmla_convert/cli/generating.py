@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,10 @@ from vmla_convert.cli.options import (
     CacheDtype,
     Checkpoint,
     Deployment,
+    File,
     Json,
+    Key,
+    Model,
     RopeDtype,
 )
 from vmla_convert.config import CodecConfig, RuntimeConfig, SourceConfig
@@ -42,8 +46,15 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of all noise.")] = 0,
     compare: Annotated[
-        str | None, typer.Option(help="A second checkpoint, shown beside from the same noise.")
+        str | None,
+        typer.Option(
+            help="A second checkpoint, shown beside from the same noise; of the two, --file, --key "
+            "and --model are of the first that is no conversion."
+        ),
     ] = None,
+    file: File = None,
+    key: Key = None,
+    model: Model = None,
     settings: Deployment = None,
     switch: Annotated[
         list[str] | None,
@@ -153,10 +164,10 @@ def generate(
     }
     runtime = from_dict(RuntimeConfig, options)
     names = [checkpoint, *([compare] if compare else [])]
-    opened = {
-        label: open_named(SourceConfig(name, overrides=tuple(settings or ())))
-        for label, name in zip(_labels(names), names, strict=True)
-    }
+    labels = _labels(names)
+    told = SourceConfig(file=file, key=key, model=model)
+    sources = [replace(s, overrides=tuple(settings or ())) for s in _sources(names, told)]
+    opened = {label: open_named(s) for label, s in zip(labels, sources, strict=True)}
     # Beside a dense model that is compared, the options are the latent cache's.
     ways = {
         label: runtime if source.config.mla or not compare else RuntimeConfig(offload=offload)
@@ -185,13 +196,13 @@ def generate(
 
         def chunks_of(label: str) -> Iterator[Tensor]:
             """What a model makes; only while it makes it does it take memory."""
-            model, way = build(opened[label], device, precision), ways[label]
+            built, way = build(opened[label], device, precision), ways[label]
             if compiled:
-                model.compile_blocks()
-            sizes[f"cache of {label} (bytes)"] = model.cache_bytes(len(prompt), way)
-            made = run(model, prompt, length, seed, way, switches, text, given)
+                built.compile_blocks()
+            sizes[f"cache of {label} (bytes)"] = built.cache_bytes(len(prompt), way)
+            made = run(built, prompt, length, seed, way, switches, text, given)
             task = f"generating ({label})"
-            yield from track_chunks(progress, made, task, model.config, length, given)
+            yield from track_chunks(progress, made, task, built.config, length, given)
 
         if compare:
             clips = {label: decoded(chunks_of(label), codec) for label in opened}
@@ -200,6 +211,17 @@ def generate(
     out.data(sizes)
     for path in written or write_clips(video, clips, prompt, codec):
         out.path("wrote", path)
+
+
+def _sources(names: list[str], told: SourceConfig) -> list[SourceConfig]:
+    """Each checkpoint, with what is told of one of them: of two, the first that is dense."""
+    from vmla_convert.pipelines.load import is_conversion
+
+    meant = names[0]
+    # Nobody is asked for nothing: what is on the Hub would have to be listed.
+    if len(names) > 1 and told != SourceConfig():
+        meant = next((name for name in names if not is_conversion(name)), meant)
+    return [replace(told if n == meant else SourceConfig(), checkpoint=n) for n in names]
 
 
 def _labels(names: list[str]) -> list[str]:

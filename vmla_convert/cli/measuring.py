@@ -16,6 +16,7 @@ from vmla_convert.cli.options import (
     Json,
     RopeDtype,
     Teacher,
+    TeacherFile,
 )
 from vmla_convert.config import (
     DataConfig,
@@ -32,6 +33,7 @@ from vmla_convert.tables import from_dict
 def evaluate(
     checkpoint: Checkpoint,
     teacher: Teacher,
+    file: TeacherFile = None,
     clips: Annotated[int, typer.Option(min=2, help="Held-out clips.")] = EvaluateConfig.clips,
     data: Data = DataConfig.source,
     settings: Deployment = None,
@@ -51,13 +53,16 @@ def evaluate(
 
     out.json = json
     device = compute_device()
-    dense = load(as_teacher(teacher, checkpoint), device)
-    model = load(SourceConfig(checkpoint, overrides=tuple(settings or ())), device)
+    # The teacher itself may be measured too, and is then that file of the same repository.
+    given = SourceConfig(checkpoint, file if checkpoint == teacher else None)
+    source = as_teacher(teacher, given, file)
+    dense = load(source, device)
+    model = load(replace(given, overrides=tuple(settings or ())), device)
     check_pair(model, dense)
     runtime = from_dict(RuntimeConfig, {"cache_dtype": cache_dtype, "rope_dtype": rope_dtype})
     check_runtime(model.config, runtime)
     if model.config.mla is None:
-        _check_is_teacher(checkpoint, teacher)
+        _check_is_teacher(given, source)
     streamed = bool(settings) or runtime != RuntimeConfig()
     dense.config = replace(dense.config, cache=model.config.cache)
     held_out = HeldOut(dense, EvaluateConfig(clips, DataConfig(data, seed=1)), streamed)
@@ -92,15 +97,15 @@ def report(
         out.path("wrote", path)
 
 
-def _check_is_teacher(checkpoint: str, teacher: str) -> None:
+def _check_is_teacher(checkpoint: SourceConfig, teacher: SourceConfig) -> None:
     """Refuse a second dense model: errors against the teacher are told of converted ones only."""
     from vmla_convert.checkpoint.source import fingerprint
     from vmla_convert.pipelines.load import locate
 
     # By content, as one checkpoint may be given as a file and as its folder.
-    one, other = (fingerprint(locate(name)[0]) for name in (checkpoint, teacher))
+    one, other = (fingerprint(locate(source)[0]) for source in (checkpoint, teacher))
     if one != other:
         raise CheckpointError(
-            f"{checkpoint} is dense, but not the teacher {teacher}",
+            f"{checkpoint.checkpoint} is dense, but not the teacher {teacher.checkpoint}",
             "give a converted CKPT; a dense CKPT must be the teacher itself",
         )

@@ -45,6 +45,14 @@ OutFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; m
 Teacher = Annotated[
     str, typer.Option(help="The dense checkpoint that the converted one came from, or 'demo'.")
 ]
+TeacherFile = Annotated[
+    str | None,
+    typer.Option(
+        "--file",
+        help="Which file or folder of the teacher's repository or folder. Default: as when it was "
+        "converted.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print data as JSON.")]
 CacheScalars = Annotated[
     int | None,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vmla_convert.cli.options import Base, Json, OutFolder, Teacher
+from vmla_convert.cli.options import Base, Json, OutFolder, Teacher, TeacherFile
 from vmla_convert.config import DataConfig, DMDConfig, EvaluateConfig, RecoverConfig, TrainingConfig
 from vmla_convert.console import out
 from vmla_convert.show import show_kept
@@ -19,6 +19,7 @@ def recover(
     converted: Annotated[Path, typer.Argument(help="Folder from 'vmla convert'.")],
     teacher: Teacher,
     folder: OutFolder,
+    file: TeacherFile = None,
     steps: Annotated[
         int,
         typer.Option(min=0, help="Of velocity distillation on clips.", rich_help_panel="Stages"),
@@ -177,7 +178,7 @@ def recover(
 
     On several GPUs: torchrun --standalone --nproc_per_node 8 -m vmla_convert recover …
     """
-    from vmla_convert.pipelines.load import read_provenance
+    from vmla_convert.pipelines.load import as_teacher, read_provenance
     from vmla_convert.pipelines.prepare import read_prompts
     from vmla_convert.pipelines.processes import processes as started
     from vmla_convert.pipelines.recovery import plan_recovery
@@ -213,14 +214,15 @@ def recover(
     for change in settings or ():
         override(table, change)
     config = from_dict(RecoverConfig, table, "recover")
+    dense = as_teacher(teacher, str(converted), file) if file else teacher
     if dry_run:
-        planned = plan_recovery(converted, teacher, folder, config, processes)
+        planned = plan_recovery(converted, dense, folder, config, processes)
         if started().is_main_process:
             out.data(planned)
         return
     evaluation = EvaluateConfig(data=replace(config.data, seed=1))
     with out.progress() as progress:
-        rows = run(converted, teacher, folder, config, evaluation, progress, processes)
+        rows = run(converted, dense, folder, config, evaluation, progress, processes)
     if not started().is_main_process:
         return
     curve = [row for row in rows if row.metric == "velocity_error"]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vmla_convert.checkpoint.components import PARTS, Part, parts_beside, repository_with_parts
-from vmla_convert.checkpoint.families import converted_config
-from vmla_convert.checkpoint.layouts import DIFFUSERS, NATIVE, Layout
+from vmla_convert.checkpoint.families import converted_config, read_config
+from vmla_convert.checkpoint.layouts import DIFFUSERS, NATIVE, PIPELINE_NAME, Layout
 from vmla_convert.config import ModelConfig
-from vmla_convert.errors import CheckpointError, ConfigError, did_you_mean
+from vmla_convert.errors import ConfigError, did_you_mean
 from vmla_convert.maths.flow import TRAIN_TIMESTEPS
 from vmla_convert.pipelines.card import model_card
 from vmla_convert.pipelines.load import CONVERSION_NAME
@@ -21,7 +20,6 @@ from vmla_convert.tables import to_dict
 LAYOUTS = {"native": NATIVE, "diffusers": DIFFUSERS}
 """Of a converted folder, by the name that `--layout` takes."""
 
-PIPELINE_NAME = "model_index.json"
 Files = dict[str, str | dict[str, Any]]
 """Text, or a table, by the path in the folder."""
 
@@ -83,6 +81,15 @@ def dense_files(config: ModelConfig, layout: Layout, components: Mapping[str, Pa
         return {layout.place("config.json"): wan_config(config)}
     table = {layout.place("config.json"): _wan_transformer_config(config)}
     return table | _pipeline_files("WanPipeline", _DENSE_TRANSFORMER, config, components)
+
+
+def read_index(root: Path) -> dict[str, Any]:
+    """A pipeline's index, what it says of each part by name; empty where there is none.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    return read_config(root / PIPELINE_NAME)
 
 
 def transformer_config(config: ModelConfig) -> dict[str, Any]:
@@ -158,7 +165,7 @@ def _pipeline_files(
         "scheduler": ["diffusers", _SCHEDULER],
         "transformer": list(transformer),
     }
-    known = _read_index(next(iter(components.values())).parent) if components else {}
+    known = read_index(next(iter(components.values())).parent) if components else {}
     for part in PARTS:
         named = known.get(part, list(_CLASSES[part]))
         # None is diffusers' word for a component that is not in the folder.
@@ -169,14 +176,3 @@ def _pipeline_files(
         "shift": config.sampler.shift,
     }
     return {PIPELINE_NAME: index, "scheduler/scheduler_config.json": scheduler}
-
-
-def _read_index(root: Path) -> dict[str, Any]:
-    """A pipeline's index; empty where there is none."""
-    file = root / PIPELINE_NAME
-    if not file.is_file():
-        return {}
-    try:
-        return dict(json.loads(file.read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{file} is not a JSON table", "mend or remove it") from error

@@ -20,8 +20,9 @@ from vmla_convert.checkpoint.families import (
     recognise,
     recognise_source,
 )
-from vmla_convert.checkpoint.hub import fetch, fetch_headers, is_repo
+from vmla_convert.checkpoint.hub import fetch, fetch_headers, has_parts, is_repo
 from vmla_convert.checkpoint.known import known_by_repo, known_model
+from vmla_convert.checkpoint.layouts import DIFFUSERS, NATIVE
 from vmla_convert.checkpoint.source import fingerprint, located
 from vmla_convert.config import SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError
@@ -92,6 +93,21 @@ def is_remote(name: str) -> bool:
     return name != DEMO and not Path(name).exists() and is_repo(name)
 
 
+def is_conversion(name: str) -> bool:
+    """Whether a name means a conversion, by the record that lies in it; nothing is fetched.
+
+    Raises:
+        CheckpointError: The repository cannot be read.
+    """
+    if is_remote(name):
+        places = (layout.place(CONVERSION_NAME) for layout in (NATIVE, DIFFUSERS))
+        return any(has_parts(name, place) for place in places)
+    try:
+        return bool(read_provenance(name))
+    except CheckpointError:  # such as several files: a conversion is one
+        return False
+
+
 def _file_of(how: SourceConfig) -> str | None:
     """The file of a repository that was asked for, by name or by the model that it is."""
     known = known_model(how.model) if how.model else None
@@ -113,12 +129,13 @@ def compute_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def as_teacher(teacher: Source, converted: Source) -> SourceConfig:
-    """A dense checkpoint, read as when it was converted: its key, settings and LoRAs.
+def as_teacher(teacher: Source, converted: Source, file: str | None = None) -> SourceConfig:
+    """A dense checkpoint, read as when it was converted: its file, key, settings and LoRAs.
 
     Args:
         teacher: A path, `demo` or a Hub id; what comes with settings of its own stays as it is.
         converted: What was made of it.
+        file: Of the teacher, another than when it was converted.
 
     Raises:
         CheckpointError: One of them cannot be found, or the record is damaged.
@@ -128,8 +145,8 @@ def as_teacher(teacher: Source, converted: Source) -> SourceConfig:
     origin = read_provenance(converted).get("source", {})
     asked = from_dict(SourceConfig, origin.get("asked", {}))
     known = replace(asked, checkpoint=str(teacher), model=origin.get("known_model"))
-    if Path(teacher).is_file():
-        known = replace(known, file=None)
+    if file is not None or Path(teacher).is_file():
+        known = replace(known, file=file)
     path, _ = locate(known)
     if fingerprint(path) == origin.get("sha256"):
         return known

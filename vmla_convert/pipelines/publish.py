@@ -12,6 +12,7 @@ from typing import Any
 from vmla_convert.checkpoint.components import PARTS
 from vmla_convert.checkpoint.families import open_checkpoint, read_config
 from vmla_convert.checkpoint.hub import BESIDE, is_repo
+from vmla_convert.checkpoint.layouts import PIPELINE_NAME
 from vmla_convert.checkpoint.source import located, weight_files
 from vmla_convert.checkpoint.upload import Difference, compare, upload
 from vmla_convert.config import ModelConfig
@@ -23,10 +24,17 @@ from vmla_convert.pipelines.card import (
     model_card,
     without_folders,
 )
-from vmla_convert.pipelines.folders import PIPELINE_NAME
+from vmla_convert.pipelines.folders import read_index
 from vmla_convert.pipelines.load import CONVERSION_NAME, empty_model, read_provenance
 
 _ORIGINS = ("_name_or_path", "name_or_path")
+# What diffusers and transformers save of each part of a Wan pipeline, in older forms too.
+_COMPONENTS: dict[str, tuple[str, ...]] = {
+    "vae": (".json", ".safetensors", ".bin"),
+    "text_encoder": (".json", ".safetensors", ".bin"),
+    "tokenizer": (".json", ".model", ".txt"),
+    "scheduler": (".json",),
+}
 _CONVERT = "make one first: vmla convert CKPT -o OUT"
 
 
@@ -42,7 +50,7 @@ class Push:
         tag: Of the commit.
         uploaded: Bytes of the files that were not there, by name.
         kept: Those of files that were.
-        removed: Weights of an earlier conversion.
+        removed: Weights of an earlier conversion, and what described them.
     """
 
     repo: str
@@ -122,18 +130,25 @@ def _files(folder: Path) -> dict[str, Path]:
     main = located(folder)
     beside = [main.parent / name for name in BESIDE]
     pages = [folder / name for name in (CARD_NAME, *STRIPS)]
-    found = [*weight_files(folder), main, *beside, *pages, *_pipeline_files(folder)]
+    parts = _pipeline_files(folder) if main.parent != folder else []
+    found = [*weight_files(folder), main, *beside, *pages, *parts]
     return {file.relative_to(folder).as_posix(): file for file in found if file.is_file()}
 
 
 def _pipeline_files(folder: Path) -> list[Path]:
-    """Of a folder in diffusers' layout the index and the components beside the transformer."""
-    index = folder / PIPELINE_NAME
-    if not index.is_file():
-        return []
-    named = json.loads(index.read_text("utf-8"))
-    parts = [folder / name for name, what in named.items() if isinstance(what, list)]
-    return [index, *(file for part in parts for file in sorted(part.rglob("*")))]
+    """Of a folder in diffusers' layout the index and the components beside the transformer.
+
+    What else the index names, or lies in their folders, was put there by somebody else.
+    """
+    named = read_index(folder)
+    files = [
+        file
+        for part, kinds in _COMPONENTS.items()
+        if part in named
+        for file in sorted((folder / part).glob("*"))
+        if file.name.endswith(kinds) and not file.name.startswith(".")
+    ]
+    return [folder / PIPELINE_NAME, *files]
 
 
 def _read_page(page: Path) -> str:
