@@ -239,9 +239,9 @@ def test_the_card_that_is_pushed_names_its_repository(converted: Path, stub: Hub
     push(converted, REPO)
     text = stub.repos[REPO].files["README.md"].content.decode()
     assert f'vmla.load("{REPO}")' in text
-    assert "this folder" not in text
+    assert 'vmla generate "."' not in text
     assert ModelCard(text).data.to_dict()["pipeline_tag"] == "text-to-video"
-    assert "this folder" in (converted / "README.md").read_text(), "the folder stays as it is"
+    assert 'vmla generate "."' in (converted / "README.md").read_text(), "the folder stays as it is"
 
 
 def test_folders_of_this_machine_stay_here(converted: Path, tmp_path: Path, stub: Hub) -> None:
@@ -409,8 +409,8 @@ def test_a_push_between_look_and_commit_is_a_conflict(
     push(sharded, REPO)
     from vmla_convert.pipelines import publish
 
-    def late(repo: str, files: dict[str, Path]) -> object:
-        found = compare(repo, files)
+    def late(repo: str, files: dict[str, Path], *told: object) -> object:
+        found = compare(repo, files, *told)  # pyright: ignore[reportArgumentType]
         stub.repos[repo].commit({**stub.repos[repo].files})
         return found
 
@@ -596,7 +596,7 @@ def test_a_pipelines_card_says_what_runs(
     card = stub.repos[REPO].files["README.md"].content.decode()
     assert f'VMLAPipeline.from_pretrained("{REPO}")' in card
     own = (tmp_path / "pipe" / "README.md").read_text()
-    assert 'VMLAPipeline.from_pretrained("this folder")' in own
+    assert 'VMLAPipeline.from_pretrained(".")' in own
     monkeypatch.chdir(tmp_path)
     shell, *programs = re.findall(r"```(?:sh|python)\n(.*?)```", card, re.DOTALL)
     command = shlex.split(shell.splitlines()[1])

@@ -737,6 +737,18 @@ class TestCommand:
         assert (len(frames), frames[0].shape[-1]) == (9, 98)
         assert len(held) == 2
 
+    def test_compares_with_the_checkpoint_that_was_converted(
+        self, converted: Path, wan_folder: Path, tmp_path: Path, vmla: Vmla
+    ) -> None:
+        """What was set for converting is set for that one again."""
+        common = ("generate", converted, "--prompt", PROMPT, "--frames", "3")
+        film = ("--compare", wan_folder, "--base", wan_folder, "-o", tmp_path / "a.mp4")
+        ran = vmla(*common, *film)
+        assert refused(ran)
+        assert "differ in latent_size: (4, 6) and (60, 104)" in ran.err
+        assert vmla(*common, *film, *SET, "--cache-dtype", "int4").code == 0
+        assert (tmp_path / "a.png").is_file()
+
     def test_says_what_to_name_where_nothing_is_known(
         self, converted: Path, tmp_path: Path, vmla: Vmla
     ) -> None:

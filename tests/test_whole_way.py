@@ -70,7 +70,7 @@ def test_a_pipeline_on_the_hub_brings_its_own_components(
     assert made.code == 0, made.err
     commit = stub.repos["user/wan"].head
     assert (
-        f"text encoder and VAE stay on the Hub, to be fetched when needed: --base user/wan@{commit}"
+        f"text encoder and VAE are not copied; generate finds them by --base user/wan@{commit}"
         in " ".join(made.err.split())
     )
     assert not (tmp_path / "there" / "vae").exists()

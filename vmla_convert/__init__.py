@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vmla_convert.config import CodecConfig, RuntimeConfig, SourceConfig
     from vmla_convert.pipelines.codecs import open_codec
     from vmla_convert.pipelines.convert import convert
     from vmla_convert.pipelines.export import export
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CodecConfig",
+    "RuntimeConfig",
+    "SourceConfig",
     "VMLAPipeline",
     "VMLATransformer",
     "__version__",
@@ -43,6 +47,9 @@ __all__ = [
 ]
 
 _LAZY = {
+    "CodecConfig": ("vmla_convert.config", "CodecConfig"),
+    "RuntimeConfig": ("vmla_convert.config", "RuntimeConfig"),
+    "SourceConfig": ("vmla_convert.config", "SourceConfig"),
     "VMLAPipeline": ("vmla_convert.pipelines.interop.pipeline", "VMLAPipeline"),
     "VMLATransformer": ("vmla_convert.pipelines.interop.transformer", "VMLATransformer"),
     "convert": ("vmla_convert.pipelines.convert", "convert"),

@@ -71,7 +71,8 @@ def show_push(push: Push, dry_run: bool) -> None:
     total = sum(push.uploaded.values())
     out.table("Files", ["file", "bytes", ""], [*files, ["together", f"{total:,}", words[0]]])
     if not dry_run:
-        out.say(f'next: vmla generate {push.repo} --prompt "…" -o clip.mp4')
+        name = f"{push.repo}@{push.tag}" if push.tag else push.repo
+        out.say(f'next: vmla generate {name} --prompt "…" -o clip.mp4')
 
 
 def show_inspection(inspection: Inspection) -> None:

@@ -14,6 +14,7 @@ from vmla_convert.checkpoint.hub import BESIDE, first_line, is_main, without_tok
 from vmla_convert.checkpoint.layouts import PIPELINE_NAME
 from vmla_convert.checkpoint.source import INDEX_SUFFIX, PICKLE_SUFFIXES
 from vmla_convert.errors import OutputError
+from vmla_convert.progress import Progress, Silent
 
 # By this file a repository is known for one that holds a conversion.
 _RECORD = BESIDE[1]
@@ -47,12 +48,13 @@ class Difference:
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
-def compare(repo: str, files: Mapping[str, Path]) -> Difference:
+def compare(repo: str, files: Mapping[str, Path], progress: Progress | None = None) -> Difference:
     """Ask the Hub what it has; nothing is changed there.
 
     Args:
         repo: "owner/name".
         files: Name in the repository to the file here.
+        progress: Where to draw; large files are hashed.
 
     Raises:
         OutputError: The Hub refuses, cannot be reached, or holds weights that are no conversion.
@@ -74,7 +76,9 @@ def compare(repo: str, files: Mapping[str, Path]) -> Difference:
             if isinstance(entry, RepoFile)
         }
         refs = api.list_repo_refs(repo)
-    same = tuple(name for name, file in files.items() if name in there and _same(file, there[name]))
+    both = [name for name in files if name in there]
+    compared = (progress or Silent()).track(both, "comparing") if both else ()
+    same = tuple(name for name in compared if _same(files[name], there[name]))
     foreign = [name for name in there if name.endswith((*_WEIGHTS, *PICKLE_SUFFIXES))]
     if foreign and not any(name.endswith(_RECORD) for name in there):
         raise OutputError(

@@ -5,8 +5,11 @@ Commands that belong together share a file. Here they are put in the order that 
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from vmla_convert import __version__
 from vmla_convert.cli.checkpoints import convert, export, inspect
 from vmla_convert.cli.generating import generate
 from vmla_convert.cli.measuring import evaluate, report
@@ -22,6 +25,24 @@ app = typer.Typer(
     help="Give a pretrained causal video diffusion model a small latent KV cache.",
     epilog="New here? [bold]vmla demo[/bold] does the whole job on the model that ships with it.",
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _version(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Say it and stop."),
+    ] = False,
+) -> None:
+    """Give a pretrained causal video diffusion model a small latent KV cache."""
+
+
 app.command()(inspect)
 app.command()(convert)
 app.command()(recover)

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# Settings that a conversion takes too.
+_RUN = ("cache.", "sampler.")
+
+
 def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[list[str], typer.Option(help="Repeat for several clips.")],
@@ -165,8 +169,8 @@ def generate(
     runtime = from_dict(RuntimeConfig, options)
     names = [checkpoint, *([compare] if compare else [])]
     labels = _labels(names)
-    told = SourceConfig(file=file, key=key, model=model)
-    sources = [replace(s, overrides=tuple(settings or ())) for s in _sources(names, told)]
+    told = SourceConfig(file=file, key=key, model=model, overrides=tuple(settings or ()))
+    sources = _sources(names, told)
     opened = {label: open_named(s) for label, s in zip(labels, sources, strict=True)}
     # Beside a dense model that is compared, the options are the latent cache's.
     ways = {
@@ -214,14 +218,18 @@ def generate(
 
 
 def _sources(names: list[str], told: SourceConfig) -> list[SourceConfig]:
-    """Each checkpoint, with what is told of one of them: of two, the first that is dense."""
+    """Each checkpoint, with what is told of it: of two, the first that is dense takes all.
+
+    The other takes only how it is run, as a conversion is what it is.
+    """
     from vmla_convert.pipelines.load import is_conversion
 
     meant = names[0]
     # Nobody is asked for nothing: what is on the Hub would have to be listed.
     if len(names) > 1 and told != SourceConfig():
         meant = next((name for name in names if not is_conversion(name)), meant)
-    return [replace(told if n == meant else SourceConfig(), checkpoint=n) for n in names]
+    run = SourceConfig(overrides=tuple(s for s in told.overrides if s.startswith(_RUN)))
+    return [replace(told if name == meant else run, checkpoint=name) for name in names]
 
 
 def _labels(names: list[str]) -> list[str]:

@@ -36,4 +36,6 @@ def push(
     from vmla_convert.pipelines import publish
 
     out.json = json
-    show_push(publish.push(folder, repo, private, tag, message, dry_run), dry_run)
+    with out.progress() as progress:
+        told = publish.push(folder, repo, private, tag, message, dry_run, progress)
+    show_push(told, dry_run)

@@ -73,7 +73,7 @@ def model_card(
         f"{config.geometry.dense_cache_scalars} ({config.cache_cut():.1%} less).",
         f"![frames of a rollout]({strip})" if strip else "",
         f"## Licence\n\n{_licence(config, origin)}",
-        f"## How to use it\n\n{_usage(repo or 'this folder', config, parts)}",
+        f"## How to use it\n\n{_usage(repo or '.', config, parts)}",
         f"## What the cache takes\n\n{_cache(config)}",
         f"## What the conversion loses\n\n{_losses(record)}",
         f"## How it was made\n\n{_settings(config, origin)}\n\n{_recipe(record)}",

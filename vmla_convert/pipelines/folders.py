@@ -110,18 +110,22 @@ def parts_to_copy(path: Path, layout: Layout, progress: Progress | None = None) 
     Args:
         path: The checkpoint, as `open_checkpoint` takes it.
         layout: Of the folder to be; only a pipeline has a place for them.
-        progress: Told what is left on the Hub: no one wants gigabytes fetched and copied unasked.
+        progress: Told where they stay that are not copied. What is on the Hub is not: no one wants
+            gigabytes fetched unasked.
 
     Raises:
         CheckpointError: There is no checkpoint, or its repository cannot be read.
     """
-    if layout is not DIFFUSERS:
-        return {}
-    if progress is not None and (repo := repository_with_parts(path)):
-        progress.note(
-            f"text encoder and VAE stay on the Hub, to be fetched when needed: --base {repo}"
-        )
-    return {part: place for part, place in parts_beside(path).items()}
+    beside = parts_beside(path)
+    if layout is DIFFUSERS and beside:
+        return {part: place for part, place in beside.items()}
+    if progress is not None:
+        here = next((place.parent for place in beside.values()), None)
+        if stay := here or repository_with_parts(path):
+            progress.note(
+                f"text encoder and VAE are not copied; generate finds them by --base {stay}"
+            )
+    return {}
 
 
 def _wan_transformer_config(config: ModelConfig) -> dict[str, Any]:

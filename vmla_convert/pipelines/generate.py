@@ -20,7 +20,6 @@ from vmla_convert.pipelines.codecs import (
     Codec,
     TextEncoder,
     VideoCodec,
-    latent_frames_per_second,
     open_codec,
 )
 from vmla_convert.pipelines.data import seeded
@@ -145,15 +144,24 @@ def check_comparable(models: Sequence[ModelConfig]) -> None:
     Raises:
         ConfigError: They do not.
     """
-    kinds = {
-        (m.codec, m.geometry.in_dim, m.geometry.text_dim, m.geometry.text_len, m.latent_size)
-        for m in models
-    }
-    if len(kinds) > 1 or len(set(map(latent_frames_per_second, models))) > 1:
-        raise ConfigError(
-            "the models to compare differ in codec, latent size or frame rate",
-            "compare a conversion with the dense checkpoint that it came from",
-        )
+    kinds = [
+        {
+            "codec": model.codec,
+            "channels": model.geometry.in_dim,
+            "width of contexts": model.geometry.text_dim,
+            "length of contexts": model.geometry.text_len,
+            "latent_size": model.latent_size,
+            "frames_per_second": model.frames_per_second,
+        }
+        for model in models
+    ]
+    for name in kinds[0]:
+        if len(values := dict.fromkeys(kind[name] for kind in kinds)) > 1:
+            raise ConfigError(
+                f"the models to compare differ in {name}: {' and '.join(map(str, values))}",
+                "compare a conversion with the dense checkpoint that it came from, and --set what "
+                "was set for converting",
+            )
 
 
 def _check_prefix(prefix: Tensor, config: ModelConfig, clips: int) -> None:
@@ -280,7 +288,7 @@ def read_prefix(path: Path, codec: VideoCodec, latent_size: tuple[int, int], fra
         MissingExtraError: PyAV is not installed.
     """
     if not path.is_file():
-        raise ConfigError(f"no image or video at {path}", "give a file: --prefix FILE")
+        raise ConfigError(f"no image or video at {path}", "give a file: --image FILE")
     most, *size = codec.pixel_shape(frames, latent_size)
     pixels = [fit_frame(frame, size) for frame in islice(read_frames(path), most)]
     if len(pixels) == most:

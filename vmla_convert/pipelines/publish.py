@@ -26,6 +26,7 @@ from vmla_convert.pipelines.card import (
 )
 from vmla_convert.pipelines.folders import read_index
 from vmla_convert.pipelines.load import CONVERSION_NAME, empty_model, read_provenance
+from vmla_convert.progress import Progress, Silent
 
 _ORIGINS = ("_name_or_path", "name_or_path")
 # What diffusers and transformers save of each part of a Wan pipeline, in older forms too.
@@ -70,6 +71,7 @@ def push(
     tag: str | None = None,
     message: str | None = None,
     dry_run: bool = False,
+    progress: Progress | None = None,
 ) -> Push:
     """Upload a conversion, its record and its card; what is there already is not sent again.
 
@@ -80,6 +82,7 @@ def push(
         tag: A name for this state of it.
         message: Of the commit.
         dry_run: Only look.
+        progress: Where to draw; how far each upload is, huggingface-hub itself draws.
 
     Raises:
         CheckpointError: The folder is no whole conversion.
@@ -95,8 +98,12 @@ def push(
         files = _files(folder)
         files |= _made_public(Path(made), files, repo, config, record)
         sizes = {name: file.stat().st_size for name, file in files.items()}
-        found = compare(repo, files)
+        progress = progress or Silent()
+        found = compare(repo, files, progress)
         _check(found, private, tag)
+        if found.changed and not dry_run:
+            nbytes = sum(sizes[name] for name in found.changed)
+            progress.note(f"uploading {nbytes:,} bytes; if it breaks off, the same command goes on")
         commit = found.commit if dry_run else upload(found, files, private, tag, message)
     return Push(
         repo,

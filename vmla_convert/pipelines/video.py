@@ -241,7 +241,7 @@ def _playable(path: Path) -> Iterator[InputContainer]:
         from av.error import FFmpegError
     except ImportError as error:
         raise MissingExtraError("video files", "video") from error
-    hint = "remove it, or encode it again"
+    hint = "give another, or encode it again"
     try:
         with av.open(str(path)) as file:
             if not file.streams.video:
