@@ -102,6 +102,17 @@ def comparable(out: Path) -> list[Row]:
     return [row for row in untimed(read_rows(out / "rows.jsonl")) if row.unit != "bytes"]
 
 
+def test_the_dense_model_and_every_point_have_their_memory(finished: Path) -> None:
+    told = [row for row in read_rows(finished / "rows.jsonl") if row.metric == "cache_bytes"]
+    lengths = {(batch, seconds) for batch in (1, 4, 16) for seconds in (None, 5, 30, 60)}
+    for run in ("dense", RANDOM, CALIBRATED):
+        own = [(row.batch, row.clip_seconds) for row in told if row.run == run]
+        assert len(own) == len(lengths)
+        assert set(own) == lengths
+    assert len(told) == 3 * len(lengths)
+    assert "No row tells the memory" not in (finished / "report.md").read_text()
+
+
 def written(path: Path, text: str) -> Path:
     path.write_text(text)
     return path

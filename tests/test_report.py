@@ -28,7 +28,12 @@ from vmla_convert.pipelines.report.panels import Grid, Panel, chart_csv
 from vmla_convert.pipelines.report.plots import draw_chart, spread_apart
 from vmla_convert.pipelines.report.points import read_dense, read_points, setting_names
 from vmla_convert.pipelines.report.sections import PLOTS, draw_charts
-from vmla_convert.pipelines.report.tables import failed_table, memory_table, speed_table
+from vmla_convert.pipelines.report.tables import (
+    failed_table,
+    memory_table,
+    speed_table,
+    without_memory,
+)
 from vmla_convert.results import Row, append_rows
 
 if TYPE_CHECKING:
@@ -512,13 +517,34 @@ def test_tables_of_failures_memory_and_speed() -> None:
     assert memory[0] == ["cache", "batch", "window", "5 s", "30 s", "60 s"]
     assert memory[1] == ["dense", "1", "1.33 MB", "2.21 MB", "13.3 MB", "26.5 MB"]
     assert memory[2][0] == "calibrated 16+8 and 2 more of this size"
-    assert [line[1] for line in memory[1:]] == ["1"] * 3 + ["4"] * 3
+    assert [line[1] for line in memory[1:]] == ["1"] * 6 + ["4"] * 6
+    assert ["calibrated 8+4 int4 and 2 more of this size", "1"] in [line[:2] for line in memory]
     speed = speed_table(rows, points)
     assert speed[:2] == [["setting", "step", "step / dense"], ["dense", "80 ms", "1"]]
     assert ["calibrated 8+4", "50.4 ms", "0.63"] in speed
     assert failed_table(sweep_rows()) == []
     assert memory_table(sweep_rows(), points) == []
     assert speed_table(sweep_rows(), points) == []
+
+
+def test_memory_says_whom_older_rows_leave_out(tmp_path: Path) -> None:
+    rows = full_rows([(8, 4), (16, 8)], layers=1, pairs=3)
+    assert without_memory(rows, read_points(rows)) == []
+    older = [
+        row
+        for row in rows
+        if row.metric != "cache_bytes"
+        or (row.init == "calibrated" and row.kv_lora_rank == 8 and row.cache_dtype is None)
+    ]
+    table = memory_table(older, read_points(older))
+    assert {line[0] for line in table[1:]} == {"calibrated 8+4"}
+    missing = without_memory(older, read_points(older))
+    assert missing[0] == "dense"
+    assert {"calibrated 8+4 int8", "calibrated 16+8"} < set(missing)
+    assert "calibrated 8+4" not in missing
+    assert (
+        "No row tells the memory of dense, " in report_on(tmp_path, older)["report.md"].read_text()
+    )
 
 
 def test_table_shows_how_caches_are_kept_and_the_spread_over_seeds() -> None:

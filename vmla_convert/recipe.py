@@ -410,8 +410,10 @@ def _run_convert(recipe: Recipe, out: Path, progress: Progress) -> None:
 
 
 def _run_recover(recipe: Recipe, out: Path, progress: Progress) -> None:
+    from vmla_convert.pipelines.load import open_named
     from vmla_convert.pipelines.processes import processes
     from vmla_convert.pipelines.recovery import recover
+    from vmla_convert.pipelines.rows import memory_rows
     from vmla_convert.results import append_rows
 
     assert recipe.recover is not None
@@ -420,6 +422,9 @@ def _run_recover(recipe: Recipe, out: Path, progress: Progress) -> None:
         return
     rows = recover(before, recipe.source, target, recipe.recover, recipe.evaluate, progress)
     if processes().is_main_process:
+        # A sweep takes this point, and the dense model's rows, as they are.
+        for source in (recipe.source, SourceConfig(str(target))):
+            rows += memory_rows(open_named(source).config)
         append_rows(out / ROWS_NAME, _as_point(recipe, rows))
         shutil.rmtree(before)
 
