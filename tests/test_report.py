@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -351,6 +352,55 @@ def test_draws_what_the_rows_allow_and_no_empty_axes(rows: list[Row], names: lis
             assert axes_with_data(axes)
             assert axes.get_xlabel()
             assert axes.get_ylabel()
+
+
+def one_size_and_a_larger() -> list[Row]:
+    """Two inits of one size, and one that takes a twentieth more."""
+    inits = {"random": (11, 0.05, 4.0), "spectral": (11, 0.03, 2.5), "calibrated": (12, 0.001, 0.1)}
+    return [
+        *dense_rows(),
+        *(
+            row
+            for init, (rank, error, excess) in inits.items()
+            for row in point_rows(init, rank, 0, [2 * error, error], [2 * excess, excess])
+        ),
+    ]
+
+
+@pytest.mark.parametrize(
+    "rows", [one_size_and_a_larger(), sweep_rows(), step0_rows(), full_rows(layers=3, seeds=1)]
+)
+def test_markers_stand_in_the_order_of_their_sizes(rows: list[Row]) -> None:
+    chart = draw_charts(rows, bound=0.15)["quality"]
+    figure = draw_chart(chart)
+    figure.draw_without_rendering()
+    for panel, axes in zip(chart.panels, figure.axes, strict=True):
+        assert isinstance(panel, Panel)
+        stems = [line for line in panel.lines if line.marker and line.label != "recommended"]
+        assert len(stems) > 2
+        drawn: defaultdict[float, list[float]] = defaultdict(list)
+        for line in stems:
+            place = axes.transData.transform((line.xs[0], line.ys[0]))[0]
+            drawn[line.xs[0]].append(float(place) + line.shift / 72 * figure.dpi)
+        for size, places in drawn.items():
+            true = float(axes.transData.transform((size, 1.0))[0])
+            assert sum(places) / len(places) == pytest.approx(true)
+        for smaller, larger in pairwise(sorted(drawn)):
+            assert max(drawn[smaller]) < min(drawn[larger])
+
+
+def test_ticks_carry_the_cut_of_their_own_size() -> None:
+    rows = one_size_and_a_larger()
+    cuts = {p.size: f"{p.size:g}\n−{100 * (1 - p.size / 512):.1f} %" for p in read_points(rows)}
+    for panel in draw_charts(rows, bound=0.15)["quality"].panels:
+        assert isinstance(panel, Panel) and panel.xticks is not None
+        ticks = {size: label for size, label in panel.xticks.items() if "dense" not in label}
+        # Both do not fit beside each other: that of the recommended setting stays.
+        assert ticks == {26: cuts[26]}
+    for panel in draw_charts(sweep_rows(), bound=0.15)["quality"].panels:
+        assert isinstance(panel, Panel) and panel.xticks is not None
+        assert list(panel.xticks) == [s for s in (26, 50, 98, 512) if s in panel.xticks]
+        assert panel.xticks[50] == "50\n−90.2 %"
 
 
 def test_every_line_lies_within_its_axes() -> None:
