@@ -203,6 +203,25 @@ def test_a_sweep_says_beforehand_how_many_points_it_has(tmp_path: Path, vmla: Vm
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("dry", [("--dry-run",), ()])
+def test_clips_that_are_not_there_name_the_demo_where_the_recipe_has_one(
+    dry: tuple[str, ...], tiny: Path, tmp_path: Path, vmla: Vmla
+) -> None:
+    missing = ("--set", "convert.data.source=nowhere")
+    offered = vmla("sweep", "rank_ablation", "-o", tmp_path / "out", *missing, *dry)
+    scaled = vmla(
+        "sweep", "rank_ablation", "-o", tmp_path / "out", "--set", "demo=true", *missing, *dry
+    )
+    plain = vmla("sweep", tiny, "-o", tmp_path / "out", *missing, *dry)
+    for ran in (offered, scaled, plain):
+        assert refused(ran)
+        assert "no clips at nowhere" in ran.err
+        assert "safetensors" in ran.err
+    assert "--set demo=true" in offered.err
+    assert "--set demo=true" not in scaled.err + plain.err
+    assert not list(tmp_path.iterdir())
+
+
 def test_of_processes_that_dry_run_together_one_speaks(
     tiny: Path, tmp_path: Path, vmla: Vmla, monkeypatch: pytest.MonkeyPatch
 ) -> None:
