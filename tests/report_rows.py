@@ -81,6 +81,7 @@ def whole_point(
         yield from errors(last * worse, kept, STEPS[-1])
         nbytes = rank * share + 2 * rope + 2
         yield Row("cache_bytes_per_token", nbytes, "bytes per token and layer", **kept)
+        yield from memory(nbytes / 2, kept)
     yield from learned_spectra(init, fields, layers)
     yield from positions(fields, layers, pairs)
     yield from rollout(key, 40 * last, fields)

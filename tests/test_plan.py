@@ -307,6 +307,8 @@ REFUSED = {
     "a percentage": (ConvertConfig(cut=92.0), "cut 92"),
     "too large a budget": (ConvertConfig(cache_scalars=500), "48"),
     "too small a budget": (ConvertConfig(cache_scalars=1), "between 1 and 48"),
+    "no budget": (ConvertConfig(cache_scalars=0), "cache_scalars 0 makes a kv_lora_rank of -1"),
+    "a cut of nearly all": (ConvertConfig(cut=0.99), "cut 0.99 makes a kv_lora_rank of 0"),
     "misspelt init": (ConvertConfig("calibratd"), "did you mean 'calibrated'?"),
 }
 

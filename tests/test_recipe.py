@@ -102,6 +102,17 @@ def comparable(out: Path) -> list[Row]:
     return [row for row in untimed(read_rows(out / "rows.jsonl")) if row.unit != "bytes"]
 
 
+def test_the_dense_model_and_every_point_have_their_memory(finished: Path) -> None:
+    told = [row for row in read_rows(finished / "rows.jsonl") if row.metric == "cache_bytes"]
+    lengths = {(batch, seconds) for batch in (1, 4, 16) for seconds in (None, 5, 30, 60)}
+    for run in ("dense", RANDOM, CALIBRATED):
+        own = [(row.batch, row.clip_seconds) for row in told if row.run == run]
+        assert len(own) == len(lengths)
+        assert set(own) == lengths
+    assert len(told) == 3 * len(lengths)
+    assert "No row tells the memory" not in (finished / "report.md").read_text()
+
+
 def written(path: Path, text: str) -> Path:
     path.write_text(text)
     return path
@@ -189,6 +200,25 @@ def test_a_sweep_says_beforehand_how_many_points_it_has(tmp_path: Path, vmla: Vm
     assert ran.code == 0
     assert re.search(r"^points +30 *$", ran.out, re.MULTILINE)
     assert re.search(r"^stages +sweep, report *$", ran.out, re.MULTILINE)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dry", [("--dry-run",), ()])
+def test_clips_that_are_not_there_name_the_demo_where_the_recipe_has_one(
+    dry: tuple[str, ...], tiny: Path, tmp_path: Path, vmla: Vmla
+) -> None:
+    missing = ("--set", "convert.data.source=nowhere")
+    offered = vmla("sweep", "rank_ablation", "-o", tmp_path / "out", *missing, *dry)
+    scaled = vmla(
+        "sweep", "rank_ablation", "-o", tmp_path / "out", "--set", "demo=true", *missing, *dry
+    )
+    plain = vmla("sweep", tiny, "-o", tmp_path / "out", *missing, *dry)
+    for ran in (offered, scaled, plain):
+        assert refused(ran)
+        assert "no clips at nowhere" in ran.err
+        assert "safetensors" in ran.err
+    assert "--set demo=true" in offered.err
+    assert "--set demo=true" not in scaled.err + plain.err
     assert not list(tmp_path.iterdir())
 
 

@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -28,7 +29,12 @@ from vmla_convert.pipelines.report.panels import Grid, Panel, chart_csv
 from vmla_convert.pipelines.report.plots import draw_chart, spread_apart
 from vmla_convert.pipelines.report.points import read_dense, read_points, setting_names
 from vmla_convert.pipelines.report.sections import PLOTS, draw_charts
-from vmla_convert.pipelines.report.tables import failed_table, memory_table, speed_table
+from vmla_convert.pipelines.report.tables import (
+    failed_table,
+    memory_table,
+    speed_table,
+    without_memory,
+)
 from vmla_convert.results import Row, append_rows
 
 if TYPE_CHECKING:
@@ -348,6 +354,55 @@ def test_draws_what_the_rows_allow_and_no_empty_axes(rows: list[Row], names: lis
             assert axes.get_ylabel()
 
 
+def one_size_and_a_larger() -> list[Row]:
+    """Two inits of one size, and one that takes a twentieth more."""
+    inits = {"random": (11, 0.05, 4.0), "spectral": (11, 0.03, 2.5), "calibrated": (12, 0.001, 0.1)}
+    return [
+        *dense_rows(),
+        *(
+            row
+            for init, (rank, error, excess) in inits.items()
+            for row in point_rows(init, rank, 0, [2 * error, error], [2 * excess, excess])
+        ),
+    ]
+
+
+@pytest.mark.parametrize(
+    "rows", [one_size_and_a_larger(), sweep_rows(), step0_rows(), full_rows(layers=3, seeds=1)]
+)
+def test_markers_stand_in_the_order_of_their_sizes(rows: list[Row]) -> None:
+    chart = draw_charts(rows, bound=0.15)["quality"]
+    figure = draw_chart(chart)
+    figure.draw_without_rendering()
+    for panel, axes in zip(chart.panels, figure.axes, strict=True):
+        assert isinstance(panel, Panel)
+        stems = [line for line in panel.lines if line.marker and line.label != "recommended"]
+        assert len(stems) > 2
+        drawn: defaultdict[float, list[float]] = defaultdict(list)
+        for line in stems:
+            place = axes.transData.transform((line.xs[0], line.ys[0]))[0]
+            drawn[line.xs[0]].append(float(place) + line.shift / 72 * figure.dpi)
+        for size, places in drawn.items():
+            true = float(axes.transData.transform((size, 1.0))[0])
+            assert sum(places) / len(places) == pytest.approx(true)
+        for smaller, larger in pairwise(sorted(drawn)):
+            assert max(drawn[smaller]) < min(drawn[larger])
+
+
+def test_ticks_carry_the_cut_of_their_own_size() -> None:
+    rows = one_size_and_a_larger()
+    cuts = {p.size: f"{p.size:g}\n−{100 * (1 - p.size / 512):.1f} %" for p in read_points(rows)}
+    for panel in draw_charts(rows, bound=0.15)["quality"].panels:
+        assert isinstance(panel, Panel) and panel.xticks is not None
+        ticks = {size: label for size, label in panel.xticks.items() if "dense" not in label}
+        # Both do not fit beside each other: that of the recommended setting stays.
+        assert ticks == {26: cuts[26]}
+    for panel in draw_charts(sweep_rows(), bound=0.15)["quality"].panels:
+        assert isinstance(panel, Panel) and panel.xticks is not None
+        assert list(panel.xticks) == [s for s in (26, 50, 98, 512) if s in panel.xticks]
+        assert panel.xticks[50] == "50\n−90.2 %"
+
+
 def test_every_line_lies_within_its_axes() -> None:
     for name, chart in draw_charts(full_rows(layers=3, seeds=1), bound=0.15).items():
         for panel, axes in zip(chart.panels, draw_chart(chart).axes, strict=False):
@@ -512,13 +567,34 @@ def test_tables_of_failures_memory_and_speed() -> None:
     assert memory[0] == ["cache", "batch", "window", "5 s", "30 s", "60 s"]
     assert memory[1] == ["dense", "1", "1.33 MB", "2.21 MB", "13.3 MB", "26.5 MB"]
     assert memory[2][0] == "calibrated 16+8 and 2 more of this size"
-    assert [line[1] for line in memory[1:]] == ["1"] * 3 + ["4"] * 3
+    assert [line[1] for line in memory[1:]] == ["1"] * 6 + ["4"] * 6
+    assert ["calibrated 8+4 int4 and 2 more of this size", "1"] in [line[:2] for line in memory]
     speed = speed_table(rows, points)
     assert speed[:2] == [["setting", "step", "step / dense"], ["dense", "80 ms", "1"]]
     assert ["calibrated 8+4", "50.4 ms", "0.63"] in speed
     assert failed_table(sweep_rows()) == []
     assert memory_table(sweep_rows(), points) == []
     assert speed_table(sweep_rows(), points) == []
+
+
+def test_memory_says_whom_older_rows_leave_out(tmp_path: Path) -> None:
+    rows = full_rows([(8, 4), (16, 8)], layers=1, pairs=3)
+    assert without_memory(rows, read_points(rows)) == []
+    older = [
+        row
+        for row in rows
+        if row.metric != "cache_bytes"
+        or (row.init == "calibrated" and row.kv_lora_rank == 8 and row.cache_dtype is None)
+    ]
+    table = memory_table(older, read_points(older))
+    assert {line[0] for line in table[1:]} == {"calibrated 8+4"}
+    missing = without_memory(older, read_points(older))
+    assert missing[0] == "dense"
+    assert {"calibrated 8+4 int8", "calibrated 16+8"} < set(missing)
+    assert "calibrated 8+4" not in missing
+    assert (
+        "No row tells the memory of dense, " in report_on(tmp_path, older)["report.md"].read_text()
+    )
 
 
 def test_table_shows_how_caches_are_kept_and_the_spread_over_seeds() -> None:

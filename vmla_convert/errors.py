@@ -28,6 +28,10 @@ class ConfigError(VmlaError):
     """A setting is misspelt, out of range, or contradicts the checkpoint."""
 
 
+class NoClipsError(ConfigError):
+    """There is nothing that clips can come from where a setting says."""
+
+
 class OutputError(VmlaError):
     """The place to write to is taken or cannot be written."""
 

@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 import tomllib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
@@ -28,7 +29,7 @@ from vmla_convert.config import (
     SweepConfig,
     TeacherConfig,
 )
-from vmla_convert.errors import ConfigError, OutputError, did_you_mean
+from vmla_convert.errors import ConfigError, NoClipsError, OutputError, did_you_mean
 from vmla_convert.pipelines.versions import versions
 from vmla_convert.progress import Progress, Silent
 from vmla_convert.tables import from_dict, override, to_dict
@@ -114,6 +115,46 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         ConfigError: No such recipe, no valid TOML, or a wrong key or value.
     """
+    data = _read_tables(path)
+    scaled = data.pop("demo", {})
+    if _wants_demo(overrides):
+        _merge(data, scaled)
+    for change in overrides or []:
+        if not change.startswith(_DEMO):
+            override(data, change)
+    return from_dict(Recipe, data)
+
+
+@contextmanager
+def offering_demo(path: str | Path, overrides: list[str] | None = None) -> Iterator[None]:
+    """Where clips are not there, hint at the same recipe scaled to the demo model, if it has that.
+
+    Args:
+        path: As of `read_recipe`.
+        overrides: Likewise.
+    """
+    try:
+        yield
+    except NoClipsError as error:
+        if _wants_demo(overrides) or "demo" not in _read_tables(path):
+            raise
+        hint = f"{error.hint}; --set demo=true runs this recipe on the demo model"
+        raise NoClipsError(error.message, hint) from error
+
+
+_DEMO = "demo="
+
+
+def _wants_demo(overrides: list[str] | None) -> bool:
+    wanted: dict[str, Any] = {}
+    for change in overrides or []:
+        if change.startswith(_DEMO):
+            override(wanted, change)
+    return bool(wanted.get("demo"))
+
+
+def _read_tables(path: str | Path) -> dict[str, Any]:
+    """The tables of a recipe's file as they stand there."""
     known = available_recipes()
     file = known.get(str(path), Path(path))
     if not file.is_file():
@@ -122,18 +163,9 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
             f"give a TOML file, or a name that 'vmla recipes' lists: {', '.join(known)}",
         )
     try:
-        data = tomllib.loads(file.read_text())
+        return tomllib.loads(file.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    scaled, wanted = data.pop("demo", {}), {}
-    changes = [change for change in overrides or [] if not change.startswith("demo=")]
-    for change in (change for change in overrides or [] if change not in changes):
-        override(wanted, change)
-    if wanted.get("demo"):
-        _merge(data, scaled)
-    for change in changes:
-        override(data, change)
-    return from_dict(Recipe, data)
 
 
 def _merge(table: dict[str, Any], changes: dict[str, Any]) -> None:
@@ -410,8 +442,10 @@ def _run_convert(recipe: Recipe, out: Path, progress: Progress) -> None:
 
 
 def _run_recover(recipe: Recipe, out: Path, progress: Progress) -> None:
+    from vmla_convert.pipelines.load import open_named
     from vmla_convert.pipelines.processes import processes
     from vmla_convert.pipelines.recovery import recover
+    from vmla_convert.pipelines.rows import memory_rows
     from vmla_convert.results import append_rows
 
     assert recipe.recover is not None
@@ -420,6 +454,9 @@ def _run_recover(recipe: Recipe, out: Path, progress: Progress) -> None:
         return
     rows = recover(before, recipe.source, target, recipe.recover, recipe.evaluate, progress)
     if processes().is_main_process:
+        # A sweep takes this point, and the dense model's rows, as they are.
+        for source in (recipe.source, SourceConfig(str(target))):
+            rows += memory_rows(open_named(source).config)
         append_rows(out / ROWS_NAME, _as_point(recipe, rows))
         shutil.rmtree(before)
 

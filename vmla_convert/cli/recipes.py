@@ -87,19 +87,27 @@ def _run(
     only: tuple[str, ...],
     dry_run: bool,
 ) -> None:
-    from vmla_convert.recipe import ROWS_NAME, check_recipe, count_points, read_recipe, run_recipe
+    from vmla_convert.recipe import (
+        ROWS_NAME,
+        check_recipe,
+        count_points,
+        offering_demo,
+        read_recipe,
+        run_recipe,
+    )
     from vmla_convert.results import count_failures
 
     parsed = read_recipe(recipe, overrides)
     if dry_run:
-        check_recipe(parsed, folder, only)
+        with offering_demo(recipe, overrides):
+            check_recipe(parsed, folder, only)
         stages = [stage for stage in parsed.stages() if stage in only]
         points = {"points": count_points(parsed)} if "sweep" in stages else {}
         told = {"recipe": parsed.recipe.name, "stages": stages, **points, "would write": folder}
         if os.environ.get("RANK", "0") == "0":  # one of those that were started together
             out.data(told)
         return
-    with out.progress() as progress:
+    with offering_demo(recipe, overrides), out.progress() as progress:
         leads = run_recipe(parsed, folder, progress, only)
     if not leads:
         return

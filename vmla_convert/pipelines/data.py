@@ -18,7 +18,7 @@ from torch import Tensor
 from vmla_convert.checkpoint.hub import is_repo
 from vmla_convert.config import DataConfig
 from vmla_convert.demo.world import TRAIN_IMAGES, Clips, Split, digit_images, sample_clips
-from vmla_convert.errors import ConfigError
+from vmla_convert.errors import ConfigError, NoClipsError
 from vmla_convert.pipelines.codecs import DemoCodec
 
 HELD_OUT_SHARE = 0.1
@@ -204,14 +204,15 @@ def source_kind(source: str) -> SourceKind:
     """Tell sources of clips apart: two are words, the others are known by the files there.
 
     Raises:
-        ConfigError: Nothing that clips can come from is there, or two kinds of it.
+        NoClipsError: Nothing that clips can come from is there.
+        ConfigError: Two kinds of it are.
     """
     if source in ("demo", "self"):
         return source
     path = Path(source)
     latents, videos = latent_files(path), video_files(path)
     if not (latents or videos):
-        raise ConfigError(f"no clips at {path}", _ACCEPTED)
+        raise NoClipsError(f"no clips at {path}", _ACCEPTED)
     if latents and videos:
         raise ConfigError(f"{path} holds latents and videos", "keep them in folders of their own")
     return "latents" if latents else "videos"

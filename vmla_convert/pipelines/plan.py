@@ -232,13 +232,22 @@ def _check_plan(model: ModelConfig, plan: RankPlan, config: ConvertConfig) -> No
     for rank in plan.kv_lora_rank:
         if not least <= rank <= most:
             raise ConfigError(
-                f"kv_lora_rank {rank} is not between {least} and {most}, what this model's "
+                f"{_asked(config, rank)} is not between {least} and {most}, what this model's "
                 f"{layer.latent} latent can use",
                 f"try --kv-lora-rank {geometry.dim // 8}"
                 if config.cut is None and config.cache_scalars is None
-                else f"try --cache-scalars {default_scalars(model, config.layer)}",
+                else f"try --cache-scalars {default_scalars(model, layer)}",
             )
     plan.check_fits(layer)
+
+
+def _asked(config: ConvertConfig, rank: int) -> str:
+    """A rank that does not fit, with the setting that it follows from."""
+    if config.cache_scalars is not None:
+        return f"cache_scalars {config.cache_scalars} makes a kv_lora_rank of {rank}, which"
+    if config.cut is not None:
+        return f"cut {config.cut:g} makes a kv_lora_rank of {rank}, which"
+    return f"kv_lora_rank {rank}"
 
 
 def _check_pairs(model: ModelConfig, plan: RankPlan, init: str) -> None:

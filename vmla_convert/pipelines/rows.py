@@ -115,19 +115,22 @@ def cache_rows(
     return rows
 
 
-def memory_rows(config: ModelConfig, seed: int = 0) -> list[Row]:
-    """Rows of what whole clips take in the cache, and of the model's own window; two bytes each.
+def memory_rows(
+    config: ModelConfig, seed: int = 0, runtime: RuntimeConfig | None = None
+) -> list[Row]:
+    """Rows of what whole clips take in the cache, and of the model's own window.
 
-    Streaming needs no more than the window, whatever the length of the clip.
+    At two bytes per number that is not quantised. Streaming needs no more than the window,
+    whatever the length of the clip.
     """
-    fields, window = row_fields(config, seed), config.cache.window_frames
+    fields, window = row_fields(config, seed, runtime), config.cache.window_frames
     rows: list[Row] = []
     for batch in MEMORY_BATCHES:
-        nbytes = float(config.cache_bytes(window, batch))
+        nbytes = float(config.cache_bytes(window, batch, runtime=runtime))
         rows.append(Row("cache_bytes", nbytes, "bytes", batch=batch, frames=window, **fields))
         for seconds in MEMORY_SECONDS:
             frames = round(seconds * latent_frames_per_second(config))
-            nbytes = float(config.cache_bytes(frames, batch))
+            nbytes = float(config.cache_bytes(frames, batch, runtime=runtime))
             of_clip = {"batch": batch, "frames": frames, "clip_seconds": seconds}
             rows.append(Row("cache_bytes", nbytes, "bytes", **of_clip, **fields))
     return rows

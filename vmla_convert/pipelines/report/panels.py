@@ -169,6 +169,11 @@ def chart_csv(chart: Chart) -> str:
     return text.getvalue()
 
 
+def log_width(low: float, high: float) -> float:
+    """How wide, in natural logs, an axis is that has room around all from `low` to `high`."""
+    return 1.2 * max(LEAST_LOG_WIDTH, math.log(high / low))
+
+
 def curve_line(label: str, colour: str, marker: str, curve: Mapping[int, float]) -> Line | None:
     """A line through the finite values of a curve; None when there are none."""
     finite = sorted((x, y) for x, y in curve.items() if math.isfinite(y))

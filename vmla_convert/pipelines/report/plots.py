@@ -13,17 +13,18 @@ from vmla_convert.errors import MissingExtraError
 from vmla_convert.pipelines.report.panels import (
     GREY,
     INK,
-    LEAST_LOG_WIDTH,
     Chart,
     Grid,
     Guide,
     Line,
     Panel,
+    log_width,
 )
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.transforms import Transform
 
 RULE = "#e3e3e3"
 WIDTH_INCHES = 8.6
@@ -115,15 +116,10 @@ def _draw_panel(ax: Axes, panel: Panel, label_gap: float) -> None:
 
 def _draw_line(ax: Axes, line: Line) -> None:
     """The line, then its markers one by one, where some are hollow or carry a letter."""
-    from matplotlib.transforms import ScaledTranslation
-
     how: dict[str, Any] = {"color": line.colour, "alpha": line.alpha}
     if line.shift:
-        figure = ax.get_figure()
-        assert figure is not None
-        shift = ScaledTranslation(line.shift / 72, 0, figure.dpi_scale_trans)  # pyright: ignore
         # Axes do not see what is shifted: a panel with shifts sets its own range, by `xticks`.
-        how["transform"] = ax.transData + shift
+        how["transform"] = _shifted(ax, line.shift)
     if line.width:
         drawstyle = "steps-post" if line.stepped else "default"
         behind = 1 if line.stepped else 2
@@ -152,6 +148,15 @@ def _draw_line(ax: Axes, line: Line) -> None:
                 line.glyph, (x, y), (line.shift, -0.3), "data", "offset points", color=ink,
                 fontsize=6, fontweight="bold", ha="center", va="center", zorder=5,
             )  # fmt: skip
+
+
+def _shifted(ax: Axes, shift: float) -> Transform:
+    """Places of data, some points of print to the right."""
+    from matplotlib.transforms import ScaledTranslation
+
+    figure = ax.get_figure()
+    assert figure is not None
+    return ax.transData + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans)  # pyright: ignore
 
 
 def _scale_heights(ax: Axes, panel: Panel) -> None:
@@ -183,8 +188,7 @@ def _scale_widths(ax: Axes, panel: Panel) -> None:
     if panel.xticks is not None:
         widths = [*panel.xticks, *(x for line in panel.lines for x in line.xs)]
         low, high = min(widths), max(widths)
-        spread = max(LEAST_LOG_WIDTH, math.log(high / low))
-        room = (1.2 * spread - math.log(high / low)) / 2
+        room = (log_width(low, high) - math.log(high / low)) / 2
         ax.set_xlim(low * math.exp(-room), high * math.exp(room))
         ax.set_xticks(list(panel.xticks), list(panel.xticks.values()))
         ax.xaxis.set_minor_locator(NullLocator())
@@ -222,7 +226,7 @@ def _label_ends(ax: Axes, lines: Sequence[Line], gap: float) -> None:
             line.label,
             end,
             (1.04, height),
-            "data",
+            _shifted(ax, line.shift),
             "axes fraction",
             color=line.colour,
             fontsize=9,

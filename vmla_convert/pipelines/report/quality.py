@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from vmla_convert.pipelines.report.panels import (
     INK,
-    LEAST_LOG_WIDTH,
     LIGHT,
     Chart,
     Guide,
     Line,
     Panel,
     init_looks,
+    log_width,
 )
 from vmla_convert.pipelines.report.points import PLAIN, Dense, Kept, Point, size_groups
 from vmla_convert.pipelines.report.wording import format_cut, format_number
@@ -23,7 +24,8 @@ from vmla_convert.pipelines.report.wording import format_cut, format_number
 MOST_BESIDE = 6
 BESIDE_POINTS = 9.0
 CROWDED_POINTS = 60.0
-LEAST_TICK_SHARE = 0.11
+AXIS_POINTS = 420.0  # of print that the axis of sizes has at least, beside ticks and names
+LEAST_TICK_SHARE = 0.092
 
 
 class Placed(NamedTuple):
@@ -60,8 +62,8 @@ def quality_chart(
         bound: Flow loss allowed above the dense model's, as a share of it.
     """
     sized = [point for point in points if math.isfinite(point.size)]
-    losses = _placed(sized, lambda p: {s: 100 * x for s, x in p.losses.items()}, best)
-    errors = _placed(sized, lambda p: {s: x for s, x in p.errors.items() if x > 0}, best)
+    losses = _placed(sized, lambda p: {s: 100 * x for s, x in p.losses.items()}, dense, best)
+    errors = _placed(sized, lambda p: {s: x for s, x in p.errors.items() if x > 0}, None, best)
     panels: list[Panel] = []
     if losses:
         panels.append(_loss_panel(losses, dense, best, bound))
@@ -75,7 +77,7 @@ def quality_chart(
                 _setting_lines(errors, best),
                 xscale="log",
                 yscale="log",
-                xticks=_size_ticks(errors, None),
+                xticks=_size_ticks(errors, None, best),
             )
         )
     return Chart(panels, height=4.2) if panels else None
@@ -149,7 +151,7 @@ def _loss_panel(
         xscale="log",
         yscale="symlog",
         guides=[Guide(100 * bound, name, named=False)],
-        xticks=_size_ticks(placed, dense),
+        xticks=_size_ticks(placed, dense, best),
     )
 
 
@@ -166,27 +168,37 @@ def _reading(placed: Sequence[Placed], best: Point | None) -> str:
 
 
 def _placed(
-    points: Sequence[Point], curve: Callable[[Point], dict[int, float]], best: Point | None
+    points: Sequence[Point],
+    curve: Callable[[Point], dict[int, float]],
+    dense: Dense | None,
+    best: Point | None,
 ) -> list[Placed]:
-    """The settings to draw, side by side where they are of one size.
+    """The settings to draw, each at its size, and side by side where they are of the very same.
 
     Of a crowd at one size only the best of each init and way of keeping is drawn, and otherwise
     the best layer of these.
     """
-    drawn: list[Placed] = []
+    found: list[Placed] = []
     for point in points:
         finite = {step: y for step, y in curve(point).items() if math.isfinite(y)}
         start, end = finite.get(0), finite.get(point.last_step)
         if start is not None or end is not None:
-            drawn.append(Placed(point, start, end))
+            found.append(Placed(point, start, end))
+    shown = [
+        place
+        for group in size_groups([place.point for place in found])
+        for place in _thinned([p for p in found if p.point in group], best)
+    ]
+    sizes = _axis_sizes(shown, dense)
     return [
         place
-        for group in size_groups([place.point for place in drawn])
-        for place in _side_by_side([p for p in drawn if p.point in group], best)
+        for size, group in _by_size(shown).items()
+        for place in _side_by_side(group, _room(size, sizes))
     ]
 
 
-def _side_by_side(group: list[Placed], best: Point | None) -> list[Placed]:
+def _thinned(group: list[Placed], best: Point | None) -> list[Placed]:
+    """Of settings of about one size those to draw."""
     kinds: dict[tuple[str, Kept], Placed] = {}
     for place in sorted(group, key=lambda place: place.reached):
         kinds.setdefault((place.point.init, place.point.kept), place)
@@ -194,10 +206,35 @@ def _side_by_side(group: list[Placed], best: Point | None) -> list[Placed]:
     shown = [p for p in group if p.point.layer == layers[p.point.init, p.point.kept]]
     if len(shown) > MOST_BESIDE:
         shown = [p for p in group if p in kinds.values() or p.point == best]
-    step = min(BESIDE_POINTS, CROWDED_POINTS / len(shown))
-    shown.sort(key=lambda place: (place.point.init, place.point.split))
-    centre = (len(shown) - 1) / 2
-    return [p._replace(shift=step * (number - centre)) for number, p in enumerate(shown)]
+    return shown
+
+
+def _by_size(placed: Sequence[Placed]) -> dict[float, list[Placed]]:
+    """Settings by their very size, ascending."""
+    groups = defaultdict[float, list[Placed]](list)
+    for place in sorted(placed, key=lambda place: place.point.size):
+        groups[place.point.size].append(place)
+    return dict(groups)
+
+
+def _axis_sizes(placed: Sequence[Placed], dense: Dense | None) -> list[float]:
+    """Every size on the axis, ascending."""
+    sizes = {place.point.size for place in placed}
+    return sorted(sizes | ({dense.size} if dense is not None and dense.size else set()))
+
+
+def _room(size: float, sizes: Sequence[float]) -> float:
+    """Points of print that settings of one size may take, so that other sizes stay beside them."""
+    apart = [abs(math.log(other / size)) for other in sizes if other != size]
+    return AXIS_POINTS * min(apart, default=math.inf) / log_width(sizes[0], sizes[-1]) / 2
+
+
+def _side_by_side(group: list[Placed], room: float) -> list[Placed]:
+    """Settings of the very same size, around it."""
+    group = sorted(group, key=lambda place: (place.point.init, place.point.split))
+    between = len(group) - 1
+    step = min(BESIDE_POINTS, CROWDED_POINTS / len(group), room / max(1, between))
+    return [p._replace(shift=step * (number - between / 2)) for number, p in enumerate(group)]
 
 
 def _setting_lines(placed: Sequence[Placed], best: Point | None) -> list[Line]:
@@ -273,8 +310,8 @@ def _init_line(init: str, colour: str, own: Sequence[Placed]) -> Line:
 def _improving(placed: Sequence[Placed]) -> list[Placed]:
     """The best of each size, where it is better than all smaller ones."""
     best: list[Placed] = []
-    for group in size_groups([place.point for place in placed]):
-        here = min((p for p in placed if p.point in group), key=lambda place: place.reached)
+    for group in _by_size(placed).values():
+        here = min(group, key=lambda place: place.reached)
         if not best or here.reached < best[-1].reached:
             best.append(here)
     return best
@@ -292,19 +329,22 @@ def _ring(x: float, y: float, shift: float = 0.0) -> Line:
     )  # fmt: skip
 
 
-def _size_ticks(placed: Sequence[Placed], dense: Dense | None) -> dict[float, str]:
-    """A tick at each size, but for those too close to the last one."""
-    groups = [(group[0].size, group[-1]) for group in size_groups([p.point for p in placed])]
-    largest = dense.size if dense is not None and dense.size else groups[-1][0]
-    spread = max(LEAST_LOG_WIDTH, math.log(largest / groups[0][0]))
+def _size_ticks(
+    placed: Sequence[Placed], dense: Dense | None, best: Point | None
+) -> dict[float, str]:
+    """A tick at each size, but for those too close to another's: that of the recommended stays."""
+    sizes = _axis_sizes(placed, dense)
+    least = LEAST_TICK_SHARE * log_width(sizes[0], sizes[-1])
     ticks: dict[float, str] = {}
-    for size, last in groups:
-        if not ticks or math.log(size / list(ticks)[-1]) >= LEAST_TICK_SHARE * spread:
-            cut = f"\n−{format_cut(last.cut)}" if last.cut is not None else ""
-            ticks[size] = format_number(size) + cut
     if dense is not None and dense.size:
         ticks[dense.size] = f"{format_number(dense.size)}\ndense"
-    return ticks
+    points = [group[0].point for group in _by_size(placed).values()]
+    points.sort(key=lambda point: best is None or point.size != best.size)
+    for point in points:
+        if all(abs(math.log(point.size / other)) >= least for other in ticks):
+            cut = f"\n−{format_cut(point.cut)}" if point.cut is not None else ""
+            ticks[point.size] = format_number(point.size) + cut
+    return dict(sorted(ticks.items()))
 
 
 def _full_name(point: Point) -> str:

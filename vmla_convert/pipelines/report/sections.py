@@ -44,6 +44,7 @@ from vmla_convert.pipelines.report.tables import (
     provenance_table,
     settings_table,
     speed_table,
+    without_memory,
 )
 from vmla_convert.pipelines.report.wording import format_seconds, join_words
 from vmla_convert.results import Row
@@ -158,12 +159,7 @@ def report_sections(
         *(section for name, section in plots.items() if name not in ("rollout", "drift")),
         *_strip_sections(folder, points, recommend(points, bound)),
         *(section for name, section in plots.items() if name in ("rollout", "drift")),
-        *_table_section(
-            "Memory",
-            memory_table(rows, points),
-            "Bytes of the cache of all layers, decimal units: a whole clip kept, or the model's "
-            "own window, at two bytes a number unless the line says otherwise.",
-        ),
+        *_table_section("Memory", memory_table(rows, points), _memory_note(rows, points)),
         *_table_section(
             "Speed",
             speed_table(rows, points),
@@ -231,6 +227,16 @@ def _table_section(title: str, table: list[list[str]], note: str = "") -> list[S
     if not table:
         return []
     return [Section(title, table=table, paragraphs=[note] if note else [])]
+
+
+def _memory_note(rows: Sequence[Row], points: Sequence[Point]) -> str:
+    """How to read the table of memory, and whom it leaves out."""
+    note = (
+        "Bytes of the cache of all layers, decimal units: a whole clip kept, or the model's "
+        "own window, at two bytes a number unless the line says otherwise."
+    )
+    missing = without_memory(rows, points)
+    return f"{note} No row tells the memory of {join_words(missing)}." if missing else note
 
 
 def _strip_sections(

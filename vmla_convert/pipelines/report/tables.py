@@ -103,6 +103,15 @@ def memory_table(rows: Sequence[Row], points: Sequence[Point]) -> Table:
     return [["cache", "batch", *heads], *lines]
 
 
+def without_memory(rows: Sequence[Row], points: Sequence[Point]) -> list[str]:
+    """Names of the models that `memory_table` leaves out, as no row tells their memory."""
+    told = {setting_key(row) for row in rows if row.metric == "cache_bytes"}
+    names = setting_names(points)
+    if read_dense(rows) is not None:
+        names = {"dense": "dense", **names}
+    return [name for key, name in names.items() if key not in told]
+
+
 def speed_table(rows: Sequence[Row], points: Sequence[Point]) -> Table:
     """Seconds of a denoising step and their ratio to the dense model's; empty without rows."""
     timed = [row for row in rows if row.metric == "step_seconds" or is_step_ratio(row)]

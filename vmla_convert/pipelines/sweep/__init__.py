@@ -163,8 +163,8 @@ class _Sweep:
         measured = self.shared.measure(timed)
         self.shared.convert(timed)
         rollout = self._roll_dense_out(progress)
-        told = any(row.run == "dense" for row in written)
-        rows = [] if told else self._dense_rows(held_out, rollout)
+        told = {row.metric for row in written if row.run == "dense"}
+        rows = self._dense_rows(told, held_out, rollout)
         if not any(row.metric == "effective_rank_99" for row in written):
             size = uniform_plan(self.teacher.config, self.points[0].conversion).kv_lora_rank[0]
             rows += spectrum_rows(self.teacher, measured, size)
@@ -224,9 +224,12 @@ class _Sweep:
             write_rows(self.rows_file, kept)
         return kept
 
-    def _dense_rows(self, held_out: HeldOut, rollout: list[Rollout]) -> list[Row]:
-        rows = dense_rows(self.teacher, held_out) + memory_rows(self.teacher.config)
-        return rows + [row for each in rollout for row in score(each, self.config, 0)]
+    def _dense_rows(self, told: set[str], held_out: HeldOut, rollout: list[Rollout]) -> list[Row]:
+        """What is not told of the dense model: another stage tells its errors, but no rollout."""
+        rows = [] if "flow_loss" in told else dense_rows(self.teacher, held_out)
+        rows += [] if "cache_bytes" in told else memory_rows(self.teacher.config)
+        scored = [] if "drift" in told else rollout
+        return rows + [row for each in scored for row in score(each, self.config, 0)]
 
     def _roll_dense_out(self, progress: Progress) -> list[Rollout]:
         """The dense model's rollout, where points are rolled out beside it."""

@@ -136,4 +136,5 @@ def _measure_quantised(student: CausalWanModel, bench: Bench, step: int, seed: i
         rows += error_rows(errors, student.config, step, seed, runtime)
         kept = cache_rows(student.config, seed, runtime)
         rows += [row for row in kept if row.metric == "cache_bytes_per_token"]
+        rows += memory_rows(student.config, seed, runtime)
     return rows
