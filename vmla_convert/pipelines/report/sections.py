@@ -109,6 +109,9 @@ PLOTS = {
     ),
 }
 
+# Settings that are named where all could be many.
+_NAMED = 3
+
 
 def draw_charts(rows: Sequence[Row], bound: float) -> dict[str, Chart]:
     """Every chart that the rows allow, by name; one without data is left out.
@@ -236,6 +239,8 @@ def _memory_note(rows: Sequence[Row], points: Sequence[Point]) -> str:
         "own window, at two bytes a number unless the line says otherwise."
     )
     missing = without_memory(rows, points)
+    if len(missing) > _NAMED:
+        missing = [*missing[:_NAMED], f"{len(missing) - _NAMED} more"]
     return f"{note} No row tells the memory of {join_words(missing)}." if missing else note
 
 
