@@ -382,6 +382,24 @@ def test_settings_that_do_not_fit_are_refused_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("dry", [False, True])
+def test_adapters_without_their_package_are_refused_before_any_work(
+    dry: bool,
+    teacher: Path,
+    converted: Path,
+    tmp_path: Path,
+    vmla: Vmla,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("vmla_convert.pipelines.recovery.trained.find_spec", lambda _: None)
+    command = ("recover", converted, "--teacher", teacher, "-o", tmp_path / "out")
+    ran = vmla(*command, "--lora-rank", 2, *["--dry-run"] * dry)
+    assert refused(ran)
+    assert "packages for adapters are not installed" in ran.err
+    assert "vmla-convert[lora]" in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_trained_is_written_as_it_was_measured(
     dense: CausalWanModel, teacher: Path, converted: Path, tmp_path: Path
 ) -> None:

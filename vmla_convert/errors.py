@@ -41,7 +41,7 @@ class MissingExtraError(VmlaError):
 
     def __init__(self, feature: str, extra: str) -> None:
         super().__init__(
-            f"{feature} needs packages that are not installed",
+            f"packages for {feature} are not installed",
             f'pip install "vmla-convert[{extra}]"',
         )
 
