@@ -79,7 +79,7 @@ CASES = {
     "say": Case(lambda out: out.say("reading [0] of 2"), stderr="reading [0] of 2\n"),
     "fail": Case(
         lambda out: out.fail(MissingExtraError("video", "video")),
-        stderr="Error: video needs packages that are not installed\n"
+        stderr="Error: packages for video are not installed\n"
         'hint: pip install "vmla-convert[video]"\n',
     ),
     "fail without a hint": Case(

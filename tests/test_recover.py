@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -379,6 +380,27 @@ def test_settings_that_do_not_fit_are_refused_before_any_work(
     )
     assert refused(ran)
     assert message in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_adapters_without_peft_are_refused_before_any_work(
+    dry: bool,
+    teacher: Path,
+    converted: Path,
+    tmp_path: Path,
+    vmla: Vmla,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    # Nothing of either model is read, which takes minutes where they are large.
+    monkeypatch.delattr("vmla_convert.pipelines.recovery.build")
+    monkeypatch.delattr("vmla_convert.pipelines.recovery.CausalWanModel")
+    words = ["recover", converted, "--teacher", teacher, "-o", tmp_path / "out"]
+    ran = vmla(*words, "--lora-rank", "2", *["--dry-run"] * dry)
+    assert refused(ran)
+    assert "packages for adapters are not installed" in ran.err
+    assert "vmla-convert[lora]" in ran.err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -33,11 +33,16 @@ class OutputError(VmlaError):
 
 
 class MissingExtraError(VmlaError):
-    """An optional dependency is not installed."""
+    """An optional dependency is not installed.
+
+    Args:
+        feature: What it is for, in words that may be of one thing or many.
+        extra: What installs it.
+    """
 
     def __init__(self, feature: str, extra: str) -> None:
         super().__init__(
-            f"{feature} needs packages that are not installed",
+            f"packages for {feature} are not installed",
             f'pip install "vmla-convert[{extra}]"',
         )
 

@@ -52,7 +52,7 @@ from vmla_convert.pipelines.recovery.stages import (
     recover_model,
     stage_steps,
 )
-from vmla_convert.pipelines.recovery.trained import add_adapters, unfreeze
+from vmla_convert.pipelines.recovery.trained import add_adapters, check_adapters, unfreeze
 from vmla_convert.pipelines.rows import Errors, cache_rows, error_rows, row_fields
 from vmla_convert.pipelines.sharding import gathered, shard
 from vmla_convert.pipelines.training import check_tracker
@@ -361,10 +361,12 @@ def check_recovery(
         CheckpointError: Clips have to be made, and the text encoder and VAE are not there.
         ConfigError: The batch or the models do not divide, or clips are not there, too short, or
             cannot be made.
+        MissingExtraError: Adapters are asked for, and peft is not installed.
         VmlaError: The model's text encoder cannot read a prompt of clips that have to be made.
     """
     check_shares(config.training, world)
     check_tracker(config.training)
+    check_adapters(config.lora_rank)
     if config.shard and world == 1:
         raise ConfigError(
             "shard divides models over processes, and there is one",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -77,6 +78,16 @@ def new_names(student: CausalWanModel) -> frozenset[str]:
     )
 
 
+def check_adapters(rank: int) -> None:
+    """Refuse adapters of a rank above 0 where nothing can make them.
+
+    Raises:
+        MissingExtraError: peft is not installed.
+    """
+    if rank and find_spec("peft") is None:
+        raise MissingExtraError("adapters", "lora")
+
+
 def add_adapters(student: CausalWanModel, rank: int, scope: Scope, seed: int = 0) -> LoraModel:
     """Put low-rank adapters on the frozen matrices of a model, in place; they start at zero.
 
@@ -92,10 +103,9 @@ def add_adapters(student: CausalWanModel, rank: int, scope: Scope, seed: int = 0
     Raises:
         MissingExtraError: peft is not installed.
     """
-    try:
-        from peft import LoraConfig, LoraModel
-    except ImportError as error:
-        raise MissingExtraError("adapters", "lora") from error
+    check_adapters(rank)
+    from peft import LoraConfig, LoraModel
+
     trained = {name for name, p in student.named_parameters() if p.requires_grad}
     names = [
         name
