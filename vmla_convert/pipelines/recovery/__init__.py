@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from vmla_convert.pipelines.calibrate import check_clips
 from vmla_convert.pipelines.card import model_card
 from vmla_convert.pipelines.codecs import Codec, open_codec
 from vmla_convert.pipelines.data import open_clips, recorded, source_kind
-from vmla_convert.pipelines.evaluate import HeldOut, check_held_out, dense_rows
+from vmla_convert.pipelines.evaluate import HeldOut, check_held_out, dense_rows, measuring_bar
 from vmla_convert.pipelines.load import (
     CONVERSION_NAME,
     Source,
@@ -220,17 +221,19 @@ class _Run:
                 return cache_rows(student.config), student, recovered
             # What was fitted waits on its shelf; errors before it are still to be measured.
             del student
-        student, dense = self._models()
-        held_out = HeldOut(dense, self.evaluation)
-        rows = [*dense_rows(dense, held_out), *cache_rows(student.config)]
-        curve = _curve(self.folders.state)
+        # Full at step 0, after three passes of the dense model: later stages have their own bars.
+        with closing(measuring_bar(self.progress, self.evaluation, passes=4)) as measuring:
+            student, dense = self._models()
+            held_out = HeldOut(dense, self.evaluation, progress=measuring)
+            rows = [*dense_rows(dense, held_out), *cache_rows(student.config)]
+            curve = _curve(self.folders.state)
 
-        def on_step(step: int, errors: Errors) -> None:
-            append_rows(curve, error_rows(errors, student.config, step))
+            def on_step(step: int, errors: Errors) -> None:
+                append_rows(curve, error_rows(errors, student.config, step))
 
-        recovered = recover_model(
-            student, dense, config, held_out, on_step, self.folders, self.progress
-        )
+            recovered = recover_model(
+                student, dense, config, held_out, on_step, self.folders, self.progress
+            )
         return rows, student, recovered
 
     def _fitted(self) -> CausalWanModel:
