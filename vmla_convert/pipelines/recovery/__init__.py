@@ -22,7 +22,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from vmla_convert.checkpoint.families import OpenCheckpoint, converted_config
-from vmla_convert.checkpoint.writer import refuse_taken, write_checkpoint
+from vmla_convert.checkpoint.writer import partial_folder, refuse_taken, write_checkpoint
 from vmla_convert.config import CodecConfig, EvaluateConfig, ModelConfig, RecoverConfig
 from vmla_convert.errors import CheckpointError, ConfigError, OutputError, VmlaError
 from vmla_convert.layers.dit import CausalWanModel
@@ -59,7 +59,7 @@ from vmla_convert.pipelines.sharding import gathered, shard
 from vmla_convert.pipelines.training import check_tracker
 from vmla_convert.progress import Progress, Silent
 from vmla_convert.results import Row, append_rows, read_rows
-from vmla_convert.tables import to_dict
+from vmla_convert.tables import first_difference, to_dict
 
 SETTINGS = "settings.json"
 _MADE = ("self", "videos")
@@ -143,6 +143,13 @@ def plan_recovery(
     }
 
 
+def is_begun(out: Path) -> bool:
+    """Whether an interrupted recovery left something to go on with."""
+    clips = _beside(out, "clips")
+    left = (_beside(out, "state"), clips, partial_folder(clips))
+    return not out.exists() and any(path.exists() for path in left)
+
+
 def check_pair(student: CausalWanModel, teacher: CausalWanModel) -> None:
     """Refuse a teacher that cannot be the student's source.
 
@@ -196,7 +203,7 @@ class _Run:
         try:
             self._prepare_clips(provenance)
             rows, student, recovered = self._recovered()
-        except VmlaError:
+        except (VmlaError, KeyboardInterrupt):
             self._leave_if_new()
             raise
         seconds, fields = perf_counter() - started, row_fields(student.config)
@@ -275,9 +282,9 @@ class _Run:
             "teacher": str(self.dense.source.path),
         }
         file = state / SETTINGS
-        if file.exists() and json.loads(file.read_text()) != settings:
+        if file.exists() and (was := json.loads(file.read_text())) != settings:
             raise OutputError(
-                f"{state} holds an unfinished recovery with other settings",
+                f"{state} holds an unfinished recovery with {_other_settings(was, settings)}",
                 f"remove it, or use the settings in {file}",
             )
         if self.processes.is_main_process:
@@ -417,6 +424,16 @@ def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor on the CPU, in its source's dtype where that is exact: where it did not train."""
     narrow = tensor.to("cpu", dtype)
     return narrow if torch.equal(narrow.to(tensor.dtype), tensor.cpu()) else tensor.cpu()
+
+
+def _other_settings(was: dict[str, Any], settings: dict[str, Any]) -> str:
+    """Words for settings that are not as they were; the first that differs is named."""
+    found = first_difference(was, settings)
+    if found is None:
+        return "other settings"
+    name, *values = found
+    there, here = ("not set" if v is None else json.dumps(v, ensure_ascii=False) for v in values)
+    return f"other settings: {name} is {there} there and {here} here"
 
 
 def _beside(out: Path, kind: str) -> Path:
