@@ -35,7 +35,7 @@ from vmla_convert.config import (
     TrainingConfig,
 )
 from vmla_convert.errors import ConfigError
-from vmla_convert.tables import from_dict, override, to_dict
+from vmla_convert.tables import first_difference, from_dict, override, to_dict
 
 GEOMETRY = Geometry(dim=48, ffn_dim=96, num_heads=4, num_layers=2, in_dim=4, out_dim=4)
 DENSE = ModelConfig(
@@ -279,6 +279,22 @@ def test_an_override_goes_through_no_value() -> None:
         override(table, "chunk_frames.x=1")
     assert "'chunk_frames' is a value" in caught.value.hint
     assert table == {"chunk_frames": 3}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "found"),
+    [
+        ({"a": 1, "b": {"c": [1]}}, {"b": {"c": [1]}, "a": 1}, None),
+        ({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 4}, "d": 5}, ("a.c", 2, 4)),
+        ({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}, ("a[1].b", 2, 3)),
+        ({"a": [1]}, {"a": [1, 2]}, ("a[1]", None, 2)),
+        ({"a": 1}, {}, ("a", 1, None)),
+        ({}, {"a": {"b": 1}}, ("a", None, {"b": 1})),
+        ({"a": None}, {}, None),
+    ],
+)
+def test_the_first_difference_of_two_tables_is_found(one: Any, other: Any, found: Any) -> None:
+    assert first_difference(one, other) == found
 
 
 def test_a_choice_names_the_nearest() -> None:

@@ -334,7 +334,7 @@ def test_every_clip_is_given_the_past_of_another(
     held_out = HeldOut(dense, replace(EVALUATE, clips=9))
     seen: list[Tensor] = []
 
-    def note(_: object, example: Example) -> Tensor:
+    def note(_: object, example: Example, *__: object) -> Tensor:
         seen.append(example.latents)
         return example.velocity
 

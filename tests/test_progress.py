@@ -9,7 +9,7 @@ from typing import TypeVar
 import pytest
 
 from vmla_convert import progress
-from vmla_convert.progress import Joint, Silent, Timed
+from vmla_convert.progress import Joint, OneBar, Silent, Timed
 
 T = TypeVar("T")
 
@@ -43,6 +43,33 @@ def test_everything_is_passed_on() -> None:
     timed.note("0.5")
     assert told.tracked == [("x", 2), ("y", None)]
     assert told.notes == ["0.5"]
+
+
+def test_one_bar_is_drawn_for_all_and_nothing_after_it() -> None:
+    class Counted(Told):
+        """Remembers each step of each bar, and what is full."""
+
+        def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+            for item in super().track(items, label, total):
+                steps.append(f"{label} {item}")
+                yield item
+            steps.append("full")
+
+    steps: list[str] = []
+    told = Counted()
+    bar = OneBar(told, "all", 3)
+    assert steps == ["all 0"]
+    assert list(bar.track("ab", "x")) == ["a", "b"]
+    assert steps == ["all 0", "all 1", "all 2"]
+    assert list(bar.track("c", "y", 1)) == ["c"]
+    assert list(bar.track("d", "z")) == ["d"]
+    assert steps == ["all 0", "all 1", "all 2", "full"]
+    bar.note("0.5")
+    bar.close()
+    assert told.notes == ["0.5"]
+    left = OneBar(told, "left", 3)
+    left.close()
+    assert steps[-1] == "left 0"
 
 
 def test_seconds_add_up_by_label_and_the_consumers_count() -> None:

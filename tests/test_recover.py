@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -250,7 +252,9 @@ def test_an_unfinished_run_of_other_settings_is_refused_and_kept(
         recover(converted, teacher, out, CONFIG, EVALUATE, PowerCut("distilling", 3))
     kept = sorted(path.name for path in state.iterdir())
     other = replace(CONFIG, layerwise_steps=CONFIG.layerwise_steps + 1)
-    with pytest.raises(OutputError, match="other settings"):
+    was, now = CONFIG.layerwise_steps, other.layerwise_steps
+    named = rf"with other settings: recover\.layerwise_steps is {was} there and {now} here$"
+    with pytest.raises(OutputError, match=named):
         recover(converted, teacher, out, other, EVALUATE)
     assert sorted(path.name for path in state.iterdir()) == kept
 
@@ -383,7 +387,7 @@ def test_settings_that_do_not_fit_are_refused_before_any_work(
 
 
 @pytest.mark.parametrize("dry", [False, True])
-def test_adapters_without_their_package_are_refused_before_any_work(
+def test_adapters_without_peft_are_refused_before_any_work(
     dry: bool,
     teacher: Path,
     converted: Path,
@@ -391,9 +395,12 @@ def test_adapters_without_their_package_are_refused_before_any_work(
     vmla: Vmla,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("vmla_convert.pipelines.recovery.trained.find_spec", lambda _: None)
-    command = ("recover", converted, "--teacher", teacher, "-o", tmp_path / "out")
-    ran = vmla(*command, "--lora-rank", 2, *["--dry-run"] * dry)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    # Nothing of either model is read, which takes minutes where they are large.
+    monkeypatch.delattr("vmla_convert.pipelines.recovery.build")
+    monkeypatch.delattr("vmla_convert.pipelines.recovery.CausalWanModel")
+    words = ["recover", converted, "--teacher", teacher, "-o", tmp_path / "out"]
+    ran = vmla(*words, "--lora-rank", "2", *["--dry-run"] * dry)
     assert refused(ran)
     assert "packages for adapters are not installed" in ran.err
     assert "vmla-convert[lora]" in ran.err
@@ -421,7 +428,8 @@ def test_an_unfinished_run_that_was_measured_otherwise_is_refused(
     out = tmp_path / "out"
     with pytest.raises(PowerCutError):
         recover(converted, teacher, out, CONFIG, EVALUATE, PowerCut("distilling", 3))
-    with pytest.raises(OutputError, match="other settings"):
+    named = rf"other settings: evaluation\.clips is {EVALUATE.clips} there and 8 here$"
+    with pytest.raises(OutputError, match=named):
         recover(converted, teacher, out, CONFIG, replace(EVALUATE, clips=8))
 
 
@@ -432,4 +440,35 @@ def test_a_run_that_did_nothing_is_in_no_ones_way(
     data = DataConfig("self", frames=6, clips=2, prompts=("no digit",))
     with pytest.raises(VmlaError, match="must name one digit"):
         recover(converted, teacher, out, replace(CONFIG, data=data), EVALUATE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def press(*_: object, **__: object) -> NoReturn:
+    """Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(
+    teacher: Path, converted: Path, tmp_path: Path, vmla: Vmla, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["recover", converted, "--teacher", teacher, "-o", tmp_path / "out", "--steps", "1"]
+    words += ["--layerwise-steps", "1", "--batch-size", "1", "--lr", "0.001"]
+    with monkeypatch.context() as patch:
+        patch.setattr("vmla_convert.pipelines.recovery.stages.recover_layers", press)
+        ran = vmla(*words)
+    assert (ran.code, ran.out) == (130, "")
+    assert ran.err.endswith("what is done is kept; to go on: the same command\ninterrupted\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.state"]
+    assert refused(ran := vmla(*words, "--train", "attention"))
+    assert 'recover.train is "new" there and "attention" here' in ran.err
+    assert vmla(*words).code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_ctrl_c_before_anything_is_done_leaves_nothing_and_says_so(
+    teacher: Path, converted: Path, tmp_path: Path, vmla: Vmla, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmla_convert.pipelines.recovery.build", press)
+    ran = vmla("recover", converted, "--teacher", teacher, "-o", tmp_path / "out")
+    assert (ran.code, ran.out, ran.err) == (130, "", "interrupted\n")
     assert list(tmp_path.iterdir()) == []

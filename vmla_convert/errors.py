@@ -37,7 +37,12 @@ class OutputError(VmlaError):
 
 
 class MissingExtraError(VmlaError):
-    """An optional dependency is not installed."""
+    """An optional dependency is not installed.
+
+    Args:
+        feature: What it is for, in words that may be of one thing or many.
+        extra: What installs it.
+    """
 
     def __init__(self, feature: str, extra: str) -> None:
         super().__init__(

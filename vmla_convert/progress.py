@@ -58,6 +58,37 @@ class Timed:
         self._progress.note(text)
 
 
+class OneBar:
+    """Draws what is tracked one after the other as one bar, and nothing more once that is full.
+
+    Args:
+        progress: Where to draw.
+        label: Of the bar, in place of those that are given.
+        total: Items of all that belongs to it.
+    """
+
+    def __init__(self, progress: Progress, label: str, total: int) -> None:
+        self._progress = progress
+        # A bar moves when it is asked for its next item; asked for its first it is there, empty.
+        self._bar = iter(progress.track(range(total), label))
+        next(self._bar, None)
+
+    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:  # noqa: ARG002
+        """Yield the items, advancing the one bar."""
+        for item in items:
+            yield item
+            next(self._bar, None)
+
+    def note(self, text: str) -> None:
+        """Show the latest figure, drawn by the other."""
+        self._progress.note(text)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if isinstance(self._bar, Generator):
+            self._bar.close()
+
+
 class Joint:
     """Passes everything on, below one bar that shows what several processes have done together.
 

@@ -7,6 +7,7 @@ import re
 import tomllib
 import types
 import typing
+from itertools import zip_longest
 from typing import Any, Literal, TypeVar
 
 from vmla_convert.errors import ConfigError, did_you_mean
@@ -76,6 +77,25 @@ def override(table: dict[str, Any], text: str) -> None:
             raise ConfigError(f"'{key}' cannot be set", f"'{part}' is a value, not a table")
         table = typing.cast(dict[str, Any], inner)
     table[name] = value
+
+
+def first_difference(one: Any, other: Any, where: str = "") -> tuple[str, Any, Any] | None:
+    """The dotted key of the first value that differs between two plain tables, and both values.
+
+    None stands for a value that one of them lacks, as `to_dict` leaves it out.
+    """
+    found: tuple[str, Any, Any] = where, one, other
+    if one == other:
+        return None
+    if isinstance(one, dict) and isinstance(other, dict):
+        first, second = typing.cast(dict[str, Any], one), typing.cast(dict[str, Any], other)
+        inner = [(first.get(k), second.get(k), _join(where, k)) for k in first | second]
+    elif isinstance(one, list) and isinstance(other, list):
+        pairs = zip_longest(typing.cast(list[Any], one), typing.cast(list[Any], other))
+        inner = [(*pair, f"{where}[{i}]") for i, pair in enumerate(pairs)]
+    else:
+        return found
+    return next(filter(None, (first_difference(*values) for values in inner)), None)
 
 
 def _plain(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -46,7 +47,7 @@ def evaluate(
     With a window or a cache dtype of its own, clips are streamed, through caches of that window.
     """
     from vmla_convert.layers.dit import check_runtime
-    from vmla_convert.pipelines.evaluate import HeldOut, dense_rows
+    from vmla_convert.pipelines.evaluate import HeldOut, dense_rows, measuring_bar
     from vmla_convert.pipelines.load import as_teacher, compute_device, load
     from vmla_convert.pipelines.recovery import check_pair
     from vmla_convert.pipelines.rows import cache_rows, error_rows
@@ -65,13 +66,17 @@ def evaluate(
         _check_is_teacher(given, source)
     streamed = bool(settings) or runtime != RuntimeConfig()
     dense.config = replace(dense.config, cache=model.config.cache)
-    held_out = HeldOut(dense, EvaluateConfig(clips, DataConfig(data, seed=1)), streamed)
-    rows = dense_rows(dense, held_out)
-    if model.config.mla is not None:
-        kept = runtime if streamed else None
-        errors = held_out.measure(model, kept)
-        rows += error_rows(errors, model.config, None, runtime=kept)
-        rows += cache_rows(model.config, runtime=kept)
+    config = EvaluateConfig(clips, DataConfig(data, seed=1))
+    # The dense model's answers, itself, and itself with another past; then the converted one.
+    passes = 3 if model.config.mla is None else 4
+    with out.progress() as progress, closing(measuring_bar(progress, config, passes)) as bar:
+        held_out = HeldOut(dense, config, streamed, bar)
+        rows = dense_rows(dense, held_out)
+        if model.config.mla is not None:
+            kept = runtime if streamed else None
+            errors = held_out.measure(model, kept)
+            rows += error_rows(errors, model.config, None, runtime=kept)
+            rows += cache_rows(model.config, runtime=kept)
     cells = [[row.run, row.metric, row.value, row.unit] for row in rows]
     out.table("Held-out measurement", ["run", "metric", "value", "unit"], cells)
 

@@ -178,11 +178,10 @@ def recover(
 
     On several GPUs: torchrun --standalone --nproc_per_node 8 -m vmla_convert recover …
     """
+    from vmla_convert.pipelines import recovery as pipeline
     from vmla_convert.pipelines.load import as_teacher, read_provenance
     from vmla_convert.pipelines.prepare import read_prompts
     from vmla_convert.pipelines.processes import processes as started
-    from vmla_convert.pipelines.recovery import plan_recovery
-    from vmla_convert.pipelines.recovery import recover as run
 
     out.json = json
     table: dict[str, Any] = {
@@ -216,13 +215,20 @@ def recover(
     config = from_dict(RecoverConfig, table, "recover")
     dense = as_teacher(teacher, str(converted), file) if file else teacher
     if dry_run:
-        planned = plan_recovery(converted, dense, folder, config, processes)
+        planned = pipeline.plan_recovery(converted, dense, folder, config, processes)
         if started().is_main_process:
             out.data(planned)
         return
     evaluation = EvaluateConfig(data=replace(config.data, seed=1))
-    with out.progress() as progress:
-        rows = run(converted, dense, folder, config, evaluation, progress, processes)
+    try:
+        with out.progress() as progress:
+            rows = pipeline.recover(
+                converted, dense, folder, config, evaluation, progress, processes
+            )
+    except KeyboardInterrupt:
+        if started().is_main_process and pipeline.is_begun(folder):
+            out.say("what is done is kept; to go on: the same command")
+        raise
     if not started().is_main_process:
         return
     curve = [row for row in rows if row.metric == "velocity_error"]

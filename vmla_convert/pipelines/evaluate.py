@@ -30,10 +30,12 @@ from vmla_convert.pipelines.losses import (
     streamed_velocity,
 )
 from vmla_convert.pipelines.rows import Errors, cache_rows, error_rows, row_fields
+from vmla_convert.progress import OneBar, Progress, Silent
 from vmla_convert.results import Row
 
 # Whose noise is drawn together, whatever their size: figures do not depend on what passes together.
 CLIPS_DRAWN = 8
+MEASURING = "measuring"
 SEGMENTS = 4
 RANKS_DRAWN = 20
 
@@ -67,20 +69,41 @@ def check_held_out(model: ModelConfig, config: EvaluateConfig, streamed: bool = 
         )
 
 
+def measuring_bar(progress: Progress, config: EvaluateConfig, passes: int) -> OneBar:
+    """One bar of so many passes over held-out clips; that of `HeldOut` itself is the first."""
+    return OneBar(progress, MEASURING, passes * len(_starts(config)))
+
+
+def _starts(config: EvaluateConfig) -> range:
+    """The first of the clips of each draw."""
+    return range(0, config.clips, CLIPS_DRAWN)
+
+
 class HeldOut:
     """Held-out clips with their noise and the dense model's answers, prepared once.
 
     Models see them masked, in one pass, or `streamed`, chunk by chunk through a cache of their own:
     that shows what its window, its sink and its precision do.
 
+    Args:
+        teacher: The dense model.
+        config: Which clips.
+        streamed: How models see them.
+        progress: Where every pass over them is drawn, those of later measurements too.
+
     Raises:
         ConfigError: As `check_held_out`.
     """
 
     def __init__(
-        self, teacher: CausalWanModel, config: EvaluateConfig, streamed: bool = False
+        self,
+        teacher: CausalWanModel,
+        config: EvaluateConfig,
+        streamed: bool = False,
+        progress: Progress | None = None,
     ) -> None:
         self.config, self.streamed = teacher.config, streamed
+        self.progress = progress or Silent()
         check_held_out(self.config, config, streamed)
         clips = open_clips(config.data)
         self.examples = [
@@ -89,9 +112,9 @@ class HeldOut:
                 self.config.chunk_frames,
                 seeded(config.data.seed, index, "evaluation"),
             )
-            for index, start in enumerate(range(0, config.clips, CLIPS_DRAWN))
+            for index, start in enumerate(_starts(config))
         ]
-        self.targets = [self._velocity(teacher, example) for example in self.examples]
+        self.targets = self._velocities(teacher, self.examples)
 
     def measure(self, model: nn.Module, runtime: RuntimeConfig | None = None) -> Errors:
         """Errors of a model; the dense model's own `velocity_error` is 0.
@@ -100,14 +123,14 @@ class HeldOut:
             model: Dense or converted.
             runtime: How its cache is kept and read, where clips are streamed.
         """
-        return self._errors([self._velocity(model, example, runtime) for example in self.examples])
+        return self._errors(self._velocities(model, self.examples, runtime))
 
     def measure_other_past(self, teacher: CausalWanModel) -> Errors:
         """Errors when each clip is given the past of another: what the cache is worth."""
         pasts = torch.cat([example.latents.chunk(2, dim=1)[0] for example in self.examples])
         others = pasts.roll(1, dims=0).split([len(e.latents) for e in self.examples])
         swapped = [_with_past(e, past) for e, past in zip(self.examples, others, strict=True)]
-        return self._errors([self._velocity(teacher, example) for example in swapped])
+        return self._errors(self._velocities(teacher, swapped))
 
     def _errors(self, velocities: Sequence[Tensor]) -> Errors:
         # The first chunk reads no cache.
@@ -119,6 +142,13 @@ class HeldOut:
             ((got - target).square().sum() / target.square().sum()).item(),
             (got - truth).square().mean().item(),
         )
+
+    def _velocities(
+        self, model: nn.Module, examples: Sequence[Example], runtime: RuntimeConfig | None = None
+    ) -> list[Tensor]:
+        """One pass of a model over clips."""
+        tracked = self.progress.track(examples, MEASURING)
+        return [self._velocity(model, example, runtime) for example in tracked]
 
     @torch.no_grad()
     def _velocity(

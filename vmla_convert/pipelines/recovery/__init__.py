@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from vmla_convert.checkpoint.families import OpenCheckpoint, converted_config
-from vmla_convert.checkpoint.writer import refuse_taken, write_checkpoint
+from vmla_convert.checkpoint.writer import partial_folder, refuse_taken, write_checkpoint
 from vmla_convert.config import CodecConfig, EvaluateConfig, ModelConfig, RecoverConfig
 from vmla_convert.errors import CheckpointError, ConfigError, OutputError, VmlaError
 from vmla_convert.layers.dit import CausalWanModel
@@ -29,7 +30,7 @@ from vmla_convert.pipelines.calibrate import check_clips
 from vmla_convert.pipelines.card import model_card
 from vmla_convert.pipelines.codecs import Codec, open_codec
 from vmla_convert.pipelines.data import open_clips, recorded, source_kind
-from vmla_convert.pipelines.evaluate import HeldOut, check_held_out, dense_rows
+from vmla_convert.pipelines.evaluate import HeldOut, check_held_out, dense_rows, measuring_bar
 from vmla_convert.pipelines.load import (
     CONVERSION_NAME,
     Source,
@@ -58,7 +59,7 @@ from vmla_convert.pipelines.sharding import gathered, shard
 from vmla_convert.pipelines.training import check_tracker
 from vmla_convert.progress import Progress, Silent
 from vmla_convert.results import Row, append_rows, read_rows
-from vmla_convert.tables import to_dict
+from vmla_convert.tables import first_difference, to_dict
 
 SETTINGS = "settings.json"
 _MADE = ("self", "videos")
@@ -142,6 +143,13 @@ def plan_recovery(
     }
 
 
+def is_begun(out: Path) -> bool:
+    """Whether an interrupted recovery left something to go on with."""
+    clips = _beside(out, "clips")
+    left = (_beside(out, "state"), clips, partial_folder(clips))
+    return not out.exists() and any(path.exists() for path in left)
+
+
 def check_pair(student: CausalWanModel, teacher: CausalWanModel) -> None:
     """Refuse a teacher that cannot be the student's source.
 
@@ -195,7 +203,7 @@ class _Run:
         try:
             self._prepare_clips(provenance)
             rows, student, recovered = self._recovered()
-        except VmlaError:
+        except (VmlaError, KeyboardInterrupt):
             self._leave_if_new()
             raise
         seconds, fields = perf_counter() - started, row_fields(student.config)
@@ -220,17 +228,19 @@ class _Run:
                 return cache_rows(student.config), student, recovered
             # What was fitted waits on its shelf; errors before it are still to be measured.
             del student
-        student, dense = self._models()
-        held_out = HeldOut(dense, self.evaluation)
-        rows = [*dense_rows(dense, held_out), *cache_rows(student.config)]
-        curve = _curve(self.folders.state)
+        # Full at step 0, after three passes of the dense model: later stages have their own bars.
+        with closing(measuring_bar(self.progress, self.evaluation, passes=4)) as measuring:
+            student, dense = self._models()
+            held_out = HeldOut(dense, self.evaluation, progress=measuring)
+            rows = [*dense_rows(dense, held_out), *cache_rows(student.config)]
+            curve = _curve(self.folders.state)
 
-        def on_step(step: int, errors: Errors) -> None:
-            append_rows(curve, error_rows(errors, student.config, step))
+            def on_step(step: int, errors: Errors) -> None:
+                append_rows(curve, error_rows(errors, student.config, step))
 
-        recovered = recover_model(
-            student, dense, config, held_out, on_step, self.folders, self.progress
-        )
+            recovered = recover_model(
+                student, dense, config, held_out, on_step, self.folders, self.progress
+            )
         return rows, student, recovered
 
     def _fitted(self) -> CausalWanModel:
@@ -272,9 +282,9 @@ class _Run:
             "teacher": str(self.dense.source.path),
         }
         file = state / SETTINGS
-        if file.exists() and json.loads(file.read_text()) != settings:
+        if file.exists() and (was := json.loads(file.read_text())) != settings:
             raise OutputError(
-                f"{state} holds an unfinished recovery with other settings",
+                f"{state} holds an unfinished recovery with {_other_settings(was, settings)}",
                 f"remove it, or use the settings in {file}",
             )
         if self.processes.is_main_process:
@@ -361,13 +371,12 @@ def check_recovery(
         CheckpointError: Clips have to be made, and the text encoder and VAE are not there.
         ConfigError: The batch or the models do not divide, or clips are not there, too short, or
             cannot be made.
-        MissingExtraError: There are to be adapters, and peft is not installed.
+        MissingExtraError: Adapters are asked for, and peft is not installed.
         VmlaError: The model's text encoder cannot read a prompt of clips that have to be made.
     """
     check_shares(config.training, world)
     check_tracker(config.training)
-    if config.lora_rank:
-        check_adapters()
+    check_adapters(config.lora_rank)
     if config.shard and world == 1:
         raise ConfigError(
             "shard divides models over processes, and there is one",
@@ -415,6 +424,16 @@ def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor on the CPU, in its source's dtype where that is exact: where it did not train."""
     narrow = tensor.to("cpu", dtype)
     return narrow if torch.equal(narrow.to(tensor.dtype), tensor.cpu()) else tensor.cpu()
+
+
+def _other_settings(was: dict[str, Any], settings: dict[str, Any]) -> str:
+    """Words for settings that are not as they were; the first that differs is named."""
+    found = first_difference(was, settings)
+    if found is None:
+        return "other settings"
+    name, *values = found
+    there, here = ("not set" if v is None else json.dumps(v, ensure_ascii=False) for v in values)
+    return f"other settings: {name} is {there} there and {here} here"
 
 
 def _beside(out: Path, kind: str) -> Path:

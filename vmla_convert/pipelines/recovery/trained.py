@@ -78,13 +78,13 @@ def new_names(student: CausalWanModel) -> frozenset[str]:
     )
 
 
-def check_adapters() -> None:
-    """Refuse adapters that could not be made.
+def check_adapters(rank: int) -> None:
+    """Refuse adapters of a rank above 0 where nothing can make them.
 
     Raises:
         MissingExtraError: peft is not installed.
     """
-    if find_spec("peft") is None:
+    if rank and find_spec("peft") is None:
         raise MissingExtraError("adapters", "lora")
 
 
@@ -103,7 +103,7 @@ def add_adapters(student: CausalWanModel, rank: int, scope: Scope, seed: int = 0
     Raises:
         MissingExtraError: peft is not installed.
     """
-    check_adapters()
+    check_adapters(rank)
     from peft import LoraConfig, LoraModel
 
     trained = {name for name, p in student.named_parameters() if p.requires_grad}

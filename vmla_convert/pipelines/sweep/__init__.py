@@ -28,6 +28,7 @@ from vmla_convert.pipelines.evaluate import HeldOut, check_held_out, dense_rows,
 from vmla_convert.pipelines.grid import SweepPoint, digest, grid, sweep_points
 from vmla_convert.pipelines.plan import check_sizes, uniform_plan
 from vmla_convert.pipelines.processes import check_shares
+from vmla_convert.pipelines.recovery.trained import check_adapters
 from vmla_convert.pipelines.rows import device_name, memory_rows
 from vmla_convert.pipelines.shelf import FolderShelf
 from vmla_convert.pipelines.sweep.failures import FAILURES, first_line, is_full_disk, keeping
@@ -115,6 +116,7 @@ def check_sweep(
         CheckpointError: Points are rolled out, and the text encoder is not there.
         ConfigError: An init or a size of the grid does not fit the model, a batch does not divide,
             or clips are not there or do not fit.
+        MissingExtraError: There are to be adapters, and peft is not installed.
         VmlaError: The model's text encoder cannot read a prompt.
     """
     for point in sweep_points(config, convert_config, recover_config):
@@ -125,6 +127,7 @@ def check_sweep(
     if config.recover:
         check_shares(recover_config.training, world=1)
         check_tracker(recover_config.training)
+        check_adapters(recover_config.lora_rank)
         check_clips(model, open_clips(recover_config.data).batch(0, 1))
     if config.rollout_frames:
         check_prompts(model, config.rollout_prompts)
