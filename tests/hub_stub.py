@@ -127,6 +127,11 @@ class Hub(ThreadingHTTPServer):
         made.commit({name: Blob(content, is_large(name)) for name, content in files.items()})
         return made
 
+    def put_folder(self, repo: str, folder: Path) -> Repo:
+        """A repository with all files of a folder."""
+        files = (path for path in folder.rglob("*") if path.is_file())
+        return self.put(repo, {f.relative_to(folder).as_posix(): f.read_bytes() for f in files})
+
     def calls(self, method: str, path: str = "*") -> int:
         """How many requests of a kind there were."""
         return sum(m == method and fnmatch(p, path) for m, p in self.asked)

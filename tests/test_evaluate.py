@@ -73,12 +73,13 @@ def has_fields(row: Row, fields: Mapping[str, object]) -> bool:
     return all(getattr(row, name) == value for name, value in fields.items())
 
 
-def test_the_dense_model_has_no_error_against_itself(
-    dense: CausalWanModel, held_out: HeldOut
-) -> None:
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_dense_model_has_no_error_against_itself(streamed: bool, dense: CausalWanModel) -> None:
+    held_out = HeldOut(dense, EVALUATE, streamed)
     errors = held_out.measure(dense)
     assert errors.velocity_error == 0
     assert errors.flow_loss > 0
+    assert held_out.teacher_errors() == errors
 
 
 def test_a_conversion_has_errors_of_its_own(

@@ -192,10 +192,9 @@ def test_options_that_would_do_nothing_are_refused(wan_folder: Path) -> None:
 
 
 def test_a_pipeline_is_of_a_revision(converted: Path, stub: Hub) -> None:
-    files = {file.name: file.read_bytes() for file in converted.iterdir() if file.is_file()}
-    repo = stub.put("user/demo", files)
+    repo = stub.put_folder("user/demo", converted)
     repo.tags["v1"] = repo.head
-    stub.put("user/demo", {**files, "model.safetensors": b"of another version"})
+    stub.put("user/demo", {"model.safetensors": b"of another version"})
     pipe = VMLAPipeline.from_pretrained("user/demo", revision="v1")
     expected = load(converted).state_dict()
     found = pipe.transformer.wan.state_dict()
@@ -556,12 +555,7 @@ def test_components_may_come_from_elsewhere(
 def test_a_transformer_that_is_here_is_not_fetched(
     wan_pipe: Any, wan_folder: Path, stub: Hub
 ) -> None:
-    files = {
-        file.relative_to(wan_folder).as_posix(): file.read_bytes()
-        for file in wan_folder.rglob("*")
-        if file.is_file()
-    }
-    stub.put("user/wan", files)
+    stub.put_folder("user/wan", wan_folder)
     pipe = VMLAPipeline.from_pretrained("user/wan", transformer=wan_pipe.transformer)
     assert pipe.transformer is wan_pipe.transformer and pipe.vae is not None
     assert not stub.calls("GET", "*/transformer/*")

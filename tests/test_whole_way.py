@@ -58,12 +58,7 @@ def test_a_pipeline_on_the_hub_brings_its_own_components(
     wan_folder: Path, tmp_path: Path, stub: Hub, vmla: Vmla
 ) -> None:
     """Taken when they are needed, and of the commit that the weights are of."""
-    files = {
-        file.relative_to(wan_folder).as_posix(): file.read_bytes()
-        for file in wan_folder.rglob("*")
-        if file.is_file()
-    }
-    stub.put("user/wan", files)
+    stub.put_folder("user/wan", wan_folder)
     settings = [word for setting in SETTINGS for word in ("--set", setting)]
     cut = ("--no-calibration", "--cut", 0.5, *settings, "--layout", "diffusers")
     made = vmla("convert", "user/wan", "-o", tmp_path / "there", *cut)

@@ -57,6 +57,8 @@ DEFAULTS: dict[str, Any] = {
     "base_model": "unknown",
     "frames_per_second": ModelConfig.frames_per_second,
 }
+DEPLOYMENT = {"cache", "sampler"}
+"""Those of `DEFAULTS` that can still be set of a converted folder."""
 # Wan 2.2's other VAE has 48 channels, and 16 pixels to a latent; its model makes 24 frames a
 # second.
 _WIDE_VAE = {48: {"latent_size": (44, 80), "frames_per_second": 24}}
@@ -347,7 +349,7 @@ def _deployment(how: SourceConfig, path: Path) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     for text in how.overrides:
         override(changes, text)
-    if how.model or how.loras or not changes.keys() <= {"cache", "sampler"}:
+    if how.model or how.loras or not changes.keys() <= DEPLOYMENT:
         raise ConfigError(
             f"{path} is converted already, only cache.* and sampler.* can still be set",
             "give other options when converting the dense checkpoint",

@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# Settings that a conversion takes too.
-_RUN = ("cache.", "sampler.")
-
-
 def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[list[str], typer.Option(help="Repeat for several clips.")],
@@ -222,13 +218,15 @@ def _sources(names: list[str], told: SourceConfig) -> list[SourceConfig]:
 
     The other takes only how it is run, as a conversion is what it is.
     """
+    from vmla_convert.checkpoint.families import DEPLOYMENT
     from vmla_convert.pipelines.load import is_conversion
 
     meant = names[0]
     # Nobody is asked for nothing: what is on the Hub would have to be listed.
     if len(names) > 1 and told != SourceConfig():
         meant = next((name for name in names if not is_conversion(name)), meant)
-    run = SourceConfig(overrides=tuple(s for s in told.overrides if s.startswith(_RUN)))
+    kept = tuple(text for text in told.overrides if text.partition(".")[0] in DEPLOYMENT)
+    run = SourceConfig(overrides=kept)
     return [replace(told if name == meant else run, checkpoint=name) for name in names]
 
 

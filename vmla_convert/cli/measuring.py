@@ -67,8 +67,8 @@ def evaluate(
     streamed = bool(settings) or runtime != RuntimeConfig()
     dense.config = replace(dense.config, cache=model.config.cache)
     config = EvaluateConfig(clips, DataConfig(data, seed=1))
-    # The dense model's answers, itself, and itself with another past; then the converted one.
-    passes = 3 if model.config.mla is None else 4
+    # The dense model, itself with another past; then the converted one.
+    passes = 2 if model.config.mla is None else 3
     with out.progress() as progress, closing(measuring_bar(progress, config, passes)) as bar:
         held_out = HeldOut(dense, config, streamed, bar)
         rows = dense_rows(dense, held_out)

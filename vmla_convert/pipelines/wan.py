@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vmla_convert.checkpoint.components import Components, Part, find_components
+from vmla_convert.checkpoint.hub import first_line
 from vmla_convert.config import CodecConfig, ModelConfig
 from vmla_convert.errors import CheckpointError, ConfigError, MissingExtraError
 from vmla_convert.maths.tiles import Tile, blend, cover
@@ -208,9 +209,8 @@ class WanCodec:
             with _quiet():
                 return load(folder, local_files_only=True, **options)
         except Exception as error:  # both libraries raise whatever their readers do
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CheckpointError(
-                f"{part}/ of {self.components.place(part)} cannot be loaded: {reason}",
+                f"{part}/ of {self.components.place(part)} cannot be loaded: {first_line(error)}",
                 "download it again, or name another with --base",
             ) from error
 

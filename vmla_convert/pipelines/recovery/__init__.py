@@ -228,8 +228,8 @@ class _Run:
                 return cache_rows(student.config), student, recovered
             # What was fitted waits on its shelf; errors before it are still to be measured.
             del student
-        # Full at step 0, after three passes of the dense model: later stages have their own bars.
-        with closing(measuring_bar(self.progress, self.evaluation, passes=4)) as measuring:
+        # Full at step 0, after two passes of the dense model: later stages have their own bars.
+        with closing(measuring_bar(self.progress, self.evaluation, passes=3)) as measuring:
             student, dense = self._models()
             held_out = HeldOut(dense, self.evaluation, progress=measuring)
             rows = [*dense_rows(dense, held_out), *cache_rows(student.config)]
