@@ -65,7 +65,7 @@ MODEL = ModelConfig(
     chunk_frames=2,
     cache=CachePolicy(window_frames=6, sink_frames=2, positions="relative"),
     sampler=SamplerConfig((1000, 500), shift=2.0, renoise=False),
-    codec="demo",
+    media="demo",
     family="self_forcing",
     licence="apache-2.0",
     frames_per_second=8,

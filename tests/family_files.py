@@ -153,7 +153,7 @@ def other(tensors: Tensors) -> Tensors:
 
 
 def write_wan(folder: Path, tensors: Tensors, config: object = None, shards: int = 1) -> Path:
-    """Wan's own repositories: text encoder and codec lie beside the model."""
+    """Wan's own repositories: text encoder and media lie beside the model."""
     write_json(folder / "config.json", native_config() if config is None else config)
     for file in ("models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"):
         (folder / file).write_bytes(b"not read")

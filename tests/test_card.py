@@ -105,7 +105,7 @@ def test_the_cache_table_is_the_configs() -> None:
 
 
 def test_a_wan_model_has_four_latent_frames_a_second() -> None:
-    wan = replace(CONFIG, codec="wan", frames_per_second=16)
+    wan = replace(CONFIG, media="wan", frames_per_second=16)
     assert "| 60 s | 240 |" in model_card(wan, RECORD)
 
 
@@ -176,7 +176,7 @@ def secretly(cls: type[T], path: str) -> T:
 def record_of(path: str) -> dict[str, Any]:
     """As `convert` and `recover` put it together of such configs, and with fields of no config."""
     asked, data = to_dict(secretly(SourceConfig, path)), secretly(DataConfig, path)
-    overrides = [f"base_model={path}", f"licence=./{path}", f"codec='{path}'", path]
+    overrides = [f"base_model={path}", f"licence=./{path}", f"media='{path}'", path]
     return {
         "source": {
             "name": "dense.pt",
@@ -280,7 +280,7 @@ def test_how_to_use_it_is_ready_to_paste() -> None:
     assert 'vmla generate "me/model" --prompt "7" -o clip.mp4' in card
     assert 'vmla.load("me/model")' in card
     assert 'pip install "vmla-convert[video]"' in card
-    of_wan = model_card(replace(CONFIG, codec="wan"), RECORD, repo="me/model")
+    of_wan = model_card(replace(CONFIG, media="wan"), RECORD, repo="me/model")
     assert 'pip install "vmla-convert[wan,video]"' in of_wan
     assert "![" not in card
     assert "![frames of a rollout](strip.png)" in model_card(CONFIG, RECORD, strip="strip.png")
@@ -296,16 +296,16 @@ def test_a_pipelines_folder_is_shown_to_users_of_diffusers() -> None:
 
 def test_a_pipelines_own_text_encoder_and_vae_are_named() -> None:
     """To a model alone, which does not know where it came from."""
-    wan = replace(CONFIG, codec="wan", frames_per_second=16)
+    wan = replace(CONFIG, media="wan", frames_per_second=16)
     parts = ("vae", "text_encoder", "tokenizer")
     card = model_card(wan, RECORD, repo="me/model", parts=parts)
     assert 'vmla generate "me/model" --prompt' in card
     assert 'VMLAPipeline.from_pretrained("me/model")  # then' in card
-    assert 'open_codec(model.config, CodecConfig("me/model"))' in card
+    assert 'open_media(model.config, MediaConfig("me/model"))' in card
     assert "num_frames=81" in card
     lacking = model_card(wan, RECORD, repo="me/model", parts=parts[:2])
     assert "VMLAPipeline" in lacking
-    assert "CodecConfig" not in lacking
+    assert "MediaConfig" not in lacking
 
 
 def test_an_edit_is_noticed() -> None:

@@ -319,6 +319,6 @@ def test_importing_is_light() -> None:
 
 
 def test_the_package_lists_its_lazy_names() -> None:
-    assert {"convert", "generate", "inspect", "load", "open_codec"} <= set(dir(vmla_convert))
+    assert {"convert", "generate", "inspect", "load", "open_media"} <= set(dir(vmla_convert))
     with pytest.raises(AttributeError, match="has no attribute 'convrt'"):
         _ = vmla_convert.convrt  # pyright: ignore[reportAttributeAccessIssue]

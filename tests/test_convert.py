@@ -524,7 +524,7 @@ def test_a_taken_place_is_refused_and_kept(
 @pytest.fixture
 def wan(dense: CausalWanModel, tmp_path: Path) -> Path:
     """The same weights, but nobody knows how to make clips for them."""
-    save_self_forcing(dense.state_dict(), replace(MODEL, codec="wan"), tmp_path / "wan")
+    save_self_forcing(dense.state_dict(), replace(MODEL, media="wan"), tmp_path / "wan")
     return tmp_path / "wan"
 
 

@@ -18,8 +18,8 @@ from vmla_convert.config import DataConfig
 from vmla_convert.demo.world import digit_images
 from vmla_convert.errors import ConfigError
 from vmla_convert.pipelines import data as pipeline
-from vmla_convert.pipelines.codecs import DemoCodec
 from vmla_convert.pipelines.data import DemoClips, LatentClips, open_clips, seeded
+from vmla_convert.pipelines.media import DemoMedia
 
 CLIPS, FRAMES = 40, 6
 
@@ -89,7 +89,7 @@ def test_a_batch_does_not_depend_on_batches_before_it(source: str) -> None:
 def test_demo_latents_and_prompts_are_those_of_the_clips() -> None:
     clips = DemoClips(DataConfig(frames=4))
     truth, batch = clips.clips(2, 3), clips.batch(2, 3)
-    assert torch.equal(DemoCodec().decode(batch.latents), truth.video)
+    assert torch.equal(DemoMedia().decode(batch.latents), truth.video)
     assert torch.equal(batch.context.squeeze(1).argmax(-1), truth.labels)
 
 

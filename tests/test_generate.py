@@ -17,7 +17,6 @@ from vmla_convert.errors import ConfigError, OutputError, VmlaError
 from vmla_convert.layers.cache import KVCache
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines import generate as pipeline
-from vmla_convert.pipelines.codecs import DemoCodec
 from vmla_convert.pipelines.compare import compare
 from vmla_convert.pipelines.generate import (
     Switch,
@@ -29,10 +28,11 @@ from vmla_convert.pipelines.generate import (
     write_clips,
 )
 from vmla_convert.pipelines.load import load
+from vmla_convert.pipelines.media import DemoMedia
 
 pytest_plugins = ["checkpoints"]
 
-CODEC = DemoCodec()
+MEDIA = DemoMedia()
 
 
 @pytest.fixture(params=["teacher", "converted", "budgeted"])
@@ -303,7 +303,7 @@ def test_a_video_is_refused_before_any_work_where_it_cannot_go(tmp_path: Path) -
 
 def test_clips_land_as_video_and_sheet(dense: CausalWanModel, tmp_path: Path) -> None:
     video = rollout(dense, ["1", "2"], 3)
-    paths = write_clips(tmp_path / "clip.mp4", {"dense": video, "copy": video}, ["1", "2"], CODEC)
+    paths = write_clips(tmp_path / "clip.mp4", {"dense": video, "copy": video}, ["1", "2"], MEDIA)
     assert [path.name for path in paths] == ["clip.mp4", "clip.png"]
     assert (tmp_path / "clip.mp4").read_bytes()[4:8] == b"ftyp"
     assert (tmp_path / "clip.png").read_bytes()[1:4] == b"PNG"

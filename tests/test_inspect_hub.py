@@ -32,7 +32,7 @@ LARGE = replace(MODEL, geometry=replace(MODEL.geometry, dim=192, ffn_dim=768, nu
 
 
 def settings_of(config: ModelConfig) -> dict[str, Any]:
-    kept = ("latent_size", "chunk_frames", "cache", "sampler", "codec", "licence")
+    kept = ("latent_size", "chunk_frames", "cache", "sampler", "media", "licence")
     return {name: to_dict(config)[name] for name in kept}
 
 

@@ -31,7 +31,6 @@ from vmla_convert.config import ConvertConfig, LayerConfig, RuntimeConfig, Sourc
 from vmla_convert.errors import CheckpointError, ConfigError, MissingExtraError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines import load as loading
-from vmla_convert.pipelines.codecs import open_codec
 from vmla_convert.pipelines.convert import convert
 from vmla_convert.pipelines.export import export
 from vmla_convert.pipelines.interop import pipeline as module
@@ -39,6 +38,7 @@ from vmla_convert.pipelines.interop.adapters import find_lora
 from vmla_convert.pipelines.interop.pipeline import VMLAPipeline, evenly_spaced
 from vmla_convert.pipelines.interop.transformer import VMLATransformer
 from vmla_convert.pipelines.load import load
+from vmla_convert.pipelines.media import open_media
 
 pytest_plugins = ["checkpoints", "hub_stub", "tiny_wan"]
 
@@ -250,29 +250,29 @@ def test_a_seed_gives_what_generate_gives(folder: str, request: pytest.FixtureRe
 
 
 def test_a_seed_and_a_prompt_give_what_generate_gives(wan_converted: Path, wan_pipe: Any) -> None:
-    codec = open_codec(wan_pipe.transformer.wan.config, checkpoint=wan_converted)
-    made = vmla.generate(load(wan_converted), PROMPT, frames=4, seed=2, text=codec)
+    media = open_media(wan_pipe.transformer.wan.config, checkpoint=wan_converted)
+    made = vmla.generate(load(wan_converted), PROMPT, frames=4, seed=2, text=media)
     latents = torch.cat(list(made), dim=1)
     shared: dict[str, Any] = {"num_frames": 13}
     found = wan_pipe(PROMPT, generator=seeded_with(2), output_type="latent", **shared).frames
     assert torch.equal(found, latents.transpose(1, 2))
     pixels = wan_pipe(PROMPT, generator=seeded_with(2), output_type="pt", **shared).frames
-    assert torch.allclose(2 * pixels - 1, codec.decode(latents), atol=1e-5)
+    assert torch.allclose(2 * pixels - 1, media.decode(latents), atol=1e-5)
 
 
 def test_in_bfloat16_too(wan_converted: Path) -> None:
     """Rounded at the same places: prompts are read and latents scaled by the same functions."""
     half = torch.bfloat16
     pipe = quiet(VMLAPipeline.from_pretrained(wan_converted, torch_dtype=half))
-    codec = open_codec(pipe.transformer.wan.config, checkpoint=wan_converted, dtype=half)
+    media = open_media(pipe.transformer.wan.config, checkpoint=wan_converted, dtype=half)
     model = load(wan_converted, dtype=half)
-    latents = torch.cat(list(vmla.generate(model, PROMPT, frames=4, seed=2, text=codec)), dim=1)
+    latents = torch.cat(list(vmla.generate(model, PROMPT, frames=4, seed=2, text=media)), dim=1)
     shared: dict[str, Any] = {"num_frames": 13}
     found = pipe(PROMPT, generator=seeded_with(2), output_type="latent", **shared).frames
     assert found.dtype == half
     assert torch.equal(found, latents.transpose(1, 2))
     pixels = pipe(PROMPT, generator=seeded_with(2), output_type="pt", **shared).frames
-    assert torch.equal(pixels, (codec.decode(latents) / 2 + 0.5).clamp(0, 1))
+    assert torch.equal(pixels, (media.decode(latents) / 2 + 0.5).clamp(0, 1))
 
 
 def test_runtime_reaches_the_cache(demo_pipe: Any) -> None:
@@ -517,7 +517,7 @@ def test_a_saved_pipeline_is_the_same(wan_pipe: Any, tmp_path: Path) -> None:
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
     assert load(tmp_path / "out").config == wan_pipe.transformer.wan.config
     source = wan_pipe.transformer.wan.config
-    assert source.codec == "wan"
+    assert source.media == "wan"
     # What a conversion writes is what diffusers would have written.
     assert index["transformer"] == ["vmla_convert.pipelines.interop.transformer", "VMLATransformer"]
 

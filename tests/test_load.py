@@ -85,7 +85,7 @@ def test_demo_is_the_checkpoint_that_ships() -> None:
     assert path.parts[-3:] == ("vmla_convert", "demo", "checkpoint")
     assert how == SourceConfig("demo")
     assert locate("demo/")[0] != path
-    assert open_named("demo").config.codec == "demo"
+    assert open_named("demo").config.media == "demo"
 
 
 def test_a_path_is_itself_or_a_file_in_it(teacher: Path) -> None:

@@ -132,7 +132,7 @@ def test_generate_reads_the_state_dict_and_the_model_that_are_named(
     (both / "config.json").write_text(json.dumps(table))
     assert vmla("generate", both / "model.pt", *FILM, tmp_path / "tiny.mp4").code != 0
     settings = {
-        name: getattr(MODEL, name) for name in ("codec", "latent_size", "frames_per_second")
+        name: getattr(MODEL, name) for name in ("media", "latent_size", "frames_per_second")
     }
     tiny = KnownModel("Tiny", (), (48,), settings)
     monkeypatch.setitem(KNOWN, "tiny", tiny)

@@ -99,8 +99,8 @@ def as_it_is(source: Path, _: Path) -> SourceConfig:
     return SourceConfig(str(source))
 
 
-def a_wan_codec(source: Path, _: Path) -> SourceConfig:
-    return SourceConfig(str(source), overrides=("codec=wan",))
+def a_wan_media(source: Path, _: Path) -> SourceConfig:
+    return SourceConfig(str(source), overrides=("media=wan",))
 
 
 def a_taken_place(source: Path, folder: Path) -> SourceConfig:
@@ -126,7 +126,7 @@ REFUSED: list[tuple[Make, ConvertConfig]] = [
     (as_it_is, ConvertConfig(cut=1.5)),
     (as_it_is, ConvertConfig("calibratd")),
     (as_it_is, replace(CONVERT, data=DataConfig("no.safetensors"))),
-    (a_wan_codec, CONVERT),
+    (a_wan_media, CONVERT),
     (a_taken_place, SPECTRAL),
     (an_interrupted_conversion, SPECTRAL),
     (clips_of_other_channels, replace(CONVERT, data=DataConfig("clips"))),

@@ -23,11 +23,11 @@ from vmla_convert.config import CachePolicy, DataConfig
 from vmla_convert.errors import ConfigError, MissingExtraError, OutputError, VmlaError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines import prepare as pipeline
-from vmla_convert.pipelines.codecs import DemoCodec
 from vmla_convert.pipelines.convert import convert
 from vmla_convert.pipelines.data import DemoClips, open_clips, seeded
 from vmla_convert.pipelines.generate import generate
 from vmla_convert.pipelines.load import load
+from vmla_convert.pipelines.media import DemoMedia
 from vmla_convert.pipelines.prepare import prepare_clips, read_prompts
 from vmla_convert.pipelines.video import fit_frame, read_frames, write_mp4
 
@@ -35,7 +35,7 @@ pytest_plugins = ["checkpoints"]
 
 OWN = DataConfig("self", frames=4, clips=10)
 ORIGIN = {"sha256": "of the dense weights"}
-CODEC = DemoCodec()
+MEDIA = DemoMedia()
 
 
 def shards(folder: Path) -> dict[str, bytes]:
@@ -63,7 +63,7 @@ class TestOwnSamples:
         ]
         stored = latents(tmp_path / "clips")
         assert torch.equal(stored["latents"], torch.cat(expected))
-        assert torch.equal(stored["context"], CODEC.encode_prompts(prompts))
+        assert torch.equal(stored["context"], MEDIA.encode_prompts(prompts))
 
     def test_are_all_different_and_those_of_ten_digits(
         self, dense: CausalWanModel, tmp_path: Path
@@ -158,14 +158,14 @@ class TestOwnSamples:
         monkeypatch.setattr(pipeline, "generate", refuse)
         with pytest.raises(VmlaError, match="a cat"):
             prepare_clips(replace(OWN, prompts=("7", "a cat")), dense, tmp_path / "c", ORIGIN)
-        monkeypatch.setattr(DemoCodec, "default_prompts", ())
+        monkeypatch.setattr(DemoMedia, "default_prompts", ())
         with pytest.raises(ConfigError, match="need prompts") as caught:
             prepare_clips(OWN, dense, tmp_path / "c", ORIGIN)
         assert "--prompts" in caught.value.hint
         assert not list(tmp_path.iterdir())
 
-    def test_need_a_codec(self, dense: CausalWanModel, tmp_path: Path) -> None:
-        dense.config = replace(dense.config, codec="wan")
+    def test_need_media(self, dense: CausalWanModel, tmp_path: Path) -> None:
+        dense.config = replace(dense.config, media="wan")
         with pytest.raises(ConfigError, match="no text encoder and VAE are known") as caught:
             prepare_clips(OWN, dense, tmp_path / "clips", ORIGIN)
         assert "--base" in caught.value.hint
@@ -227,7 +227,7 @@ def encoded(
 
 def near(got: Tensor, pixels: Tensor) -> bool:
     """Whether latents are those of pixels, but for what video files lose; one frame on is more."""
-    return bool((CODEC.decode(got) - pixels).abs().mean() < 0.03)
+    return bool((MEDIA.decode(got) - pixels).abs().mean() < 0.03)
 
 
 class TestVideos:
@@ -278,12 +278,12 @@ class TestVideos:
         assert len(shards(tmp_path / "cut.partial")) == 2
         encodings: list[int] = []
 
-        def counted(codec: DemoCodec, video: Tensor) -> Tensor:
+        def counted(media: DemoMedia, video: Tensor) -> Tensor:
             encodings.append(len(video))
-            return encode(codec, video)
+            return encode(media, video)
 
-        encode = DemoCodec.encode
-        monkeypatch.setattr(DemoCodec, "encode", counted)
+        encode = DemoMedia.encode
+        monkeypatch.setattr(DemoMedia, "encode", counted)
         prepare_clips(config, dense, tmp_path / "cut", ORIGIN)
         assert encodings == [2]
         assert shards(tmp_path / "cut") == shards(tmp_path / "whole")
@@ -375,8 +375,8 @@ class TestVideos:
             encoded(footage, dense, tmp_path / "clips")
         assert "[video]" in caught.value.hint
 
-    def test_need_a_codec(self, footage: Path, dense: CausalWanModel, tmp_path: Path) -> None:
-        dense.config = replace(dense.config, codec="wan")
+    def test_need_media(self, footage: Path, dense: CausalWanModel, tmp_path: Path) -> None:
+        dense.config = replace(dense.config, media="wan")
         with pytest.raises(ConfigError, match="no text encoder and VAE are known"):
             encoded(footage, dense, tmp_path / "clips")
 

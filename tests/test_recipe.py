@@ -413,7 +413,7 @@ BAD_CLIPS: dict[str, tuple[Shapes | None, str]] = {
     "not there": (None, "no clips at"),
     "one clip": (((1, 6, 12, 12, 12), (1, 1, 10)), "holds 1 clips"),
     "too short": (((2, 3, 12, 12, 12), (2, 1, 10)), "no chunk with a past"),
-    "of another codec": (((2, 6, 16, 12, 12), (2, 1, 10)), "16"),
+    "of another media": (((2, 6, 16, 12, 12), (2, 1, 10)), "16"),
     "of another text encoder": (((2, 6, 12, 12, 12), (2, 1, 16)), "16"),
 }
 

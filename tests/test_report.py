@@ -766,7 +766,7 @@ def test_commands_name_clips_rate_and_truncated_heads_of_the_run() -> None:
     (point,) = read_points(rows)
     data = {"source": "latents.safetensors", "frames": 21}
     recipe = {
-        "source": {"checkpoint": "owner/name", "loras": ["a.pt:0.5"], "overrides": ["codec=wan"]},
+        "source": {"checkpoint": "owner/name", "loras": ["a.pt:0.5"], "overrides": ["media=wan"]},
         "convert": {"data": data},
         "recover": {
             "data": data,
@@ -779,7 +779,7 @@ def test_commands_name_clips_rate_and_truncated_heads_of_the_run() -> None:
     }
     convert, recover, _ = how_to_use(point, None, recipe).splitlines()
     assert convert.endswith(
-        "--qk-nope-head-dim 24 --set codec=wan --lora a.pt:0.5 --data latents.safetensors "
+        "--qk-nope-head-dim 24 --set media=wan --lora a.pt:0.5 --data latents.safetensors "
         "--frames 21"
     )
     assert recover == (

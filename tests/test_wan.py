@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from vmla_convert.checkpoint.components import Components, find_components
 from vmla_convert.config import (
-    CodecConfig,
     ConvertConfig,
     DataConfig,
     GenerateConfig,
     Geometry,
+    MediaConfig,
     ModelConfig,
     SourceConfig,
 )
@@ -37,7 +37,6 @@ from vmla_convert.errors import CheckpointError, ConfigError, MissingExtraError,
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines import load as loading
 from vmla_convert.pipelines import wan as pipeline
-from vmla_convert.pipelines.codecs import Codec, KnownPrompts, open_codec
 from vmla_convert.pipelines.compare import compare
 from vmla_convert.pipelines.components import clean_prompt
 from vmla_convert.pipelines.convert import convert
@@ -51,9 +50,10 @@ from vmla_convert.pipelines.generate import (
     write_film,
 )
 from vmla_convert.pipelines.load import load, open_named
+from vmla_convert.pipelines.media import KnownPrompts, Media, open_media
 from vmla_convert.pipelines.prepare import prepare_clips
 from vmla_convert.pipelines.video import partial_path, read_frames, write_mp4, write_png
-from vmla_convert.pipelines.wan import WanCodec
+from vmla_convert.pipelines.wan import WanMedia
 
 pytest_plugins = ["checkpoints", "tiny_wan"]
 
@@ -72,9 +72,9 @@ def config(source: SourceConfig) -> ModelConfig:
 
 
 @pytest.fixture(scope="module")
-def codec(config: ModelConfig, wan_folder: Path) -> WanCodec:
-    opened = open_codec(config, CodecConfig(str(wan_folder)))
-    assert isinstance(opened, WanCodec)
+def media(config: ModelConfig, wan_folder: Path) -> WanMedia:
+    opened = open_media(config, MediaConfig(str(wan_folder)))
+    assert isinstance(opened, WanMedia)
     return opened
 
 
@@ -94,26 +94,26 @@ def latents(frames: int, batch: int = 1, seed: int = 0) -> Tensor:
     return noise(batch, frames, 16, *LATENT_SIZE, seed=seed)
 
 
-def reference_vae(codec: WanCodec) -> Any:
+def reference_vae(media: WanMedia) -> Any:
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
-    return AutoencoderKLWan.from_pretrained(codec.components.folder("vae"))
+    return AutoencoderKLWan.from_pretrained(media.components.folder("vae"))
 
 
-def wide_codec(wan_folder: Path, config: ModelConfig, folder: Path) -> WanCodec:
+def wide_media(wan_folder: Path, config: ModelConfig, folder: Path) -> WanMedia:
     """Wan 2.2's VAE beside the tiny text encoder."""
     for part in ("text_encoder", "tokenizer"):
         shutil.copytree(wan_folder / part, folder / part)
     tiny_wide_vae().save_pretrained(folder / "vae")
     geometry = replace(config.geometry, in_dim=48, out_dim=48)
     wide = replace(config, geometry=geometry, frames_per_second=24)
-    opened = open_codec(wide, CodecConfig(str(folder)))
-    assert isinstance(opened, WanCodec)
+    opened = open_media(wide, MediaConfig(str(folder)))
+    assert isinstance(opened, WanMedia)
     return opened
 
 
 class TestText:
-    def test_is_what_diffusers_makes_of_it(self, codec: WanCodec, wan_folder: Path) -> None:
+    def test_is_what_diffusers_makes_of_it(self, media: WanMedia, wan_folder: Path) -> None:
         """Padded and masked there, read alone here: equal to rounding."""
         from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 
@@ -122,18 +122,18 @@ class TestText:
         expected, _ = whole.encode_prompt(
             prompts, do_classifier_free_guidance=False, max_sequence_length=512
         )
-        contexts = codec.encode_prompts(prompts)
+        contexts = media.encode_prompts(prompts)
         assert contexts.shape == (3, 512, TEXT_DIM)
         torch.testing.assert_close(contexts, expected, atol=1e-5, rtol=1e-4)
 
-    def test_is_zero_after_its_end(self, codec: WanCodec) -> None:
-        context = codec.encode_prompts([PROMPT])[0]
+    def test_is_zero_after_its_end(self, media: WanMedia) -> None:
+        context = media.encode_prompts([PROMPT])[0]
         length = int(context.any(-1).sum())
         assert 1 < length < 100
         assert context[:length].any(-1).all() and not context[length:].any()
 
-    def test_that_is_too_long_is_cut(self, codec: WanCodec) -> None:
-        context = codec.encode_prompts(["cat " * 2000])
+    def test_that_is_too_long_is_cut(self, media: WanMedia) -> None:
+        context = media.encode_prompts(["cat " * 2000])
         assert context.shape == (1, 512, TEXT_DIM)
         assert context.any(-1).all()
 
@@ -143,38 +143,38 @@ class TestText:
 
 class TestDecoding:
     @pytest.mark.parametrize("sizes", [[1, 1, 1, 1, 1], [3, 2], [1, 3, 1], [5]])
-    def test_in_chunks_equals_whole_to_the_bit(self, sizes: list[int], codec: WanCodec) -> None:
-        clip, decoder = latents(5, batch=2), codec.decoder()
+    def test_in_chunks_equals_whole_to_the_bit(self, sizes: list[int], media: WanMedia) -> None:
+        clip, decoder = latents(5, batch=2), media.decoder()
         parts = [decoder.decode(part) for part in clip.split(sizes, dim=1)]
         assert [p.shape[1] for p in parts] == [4 * n - 3 * (not i) for i, n in enumerate(sizes)]
-        assert torch.equal(torch.cat(parts, dim=1), codec.decode(clip))
+        assert torch.equal(torch.cat(parts, dim=1), media.decode(clip))
 
-    def test_is_diffusers_own_to_the_bit(self, codec: WanCodec) -> None:
-        vae, clip = reference_vae(codec), latents(4, batch=2)
+    def test_is_diffusers_own_to_the_bit(self, media: WanMedia) -> None:
+        vae, clip = reference_vae(media), latents(4, batch=2)
         mean, deviation = (
             torch.tensor(values).view(1, -1, 1, 1, 1)
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
         with torch.no_grad():
             expected = vae.decode(clip.transpose(1, 2) * deviation + mean).sample
-        pixels = codec.decode(clip)
+        pixels = media.decode(clip)
         assert pixels.shape == (2, 13, 3, 32, 48)
         assert pixels.std() > 0.1
         assert torch.equal(pixels, expected.transpose(1, 2))
 
-    def test_in_turns_does_not_mix_videos(self, codec: WanCodec) -> None:
+    def test_in_turns_does_not_mix_videos(self, media: WanMedia) -> None:
         clips = [latents(4, seed=seed) for seed in (1, 2)]
-        decoders = [codec.decoder() for _ in clips]
+        decoders = [media.decoder() for _ in clips]
         made: list[list[Tensor]] = [[], []]
         for frame in range(4):
             for clip, decoder, parts in zip(clips, decoders, made, strict=True):
                 parts.append(decoder.decode(clip[:, frame : frame + 1]))
-                codec.encode(noise(1, 5, 3, 32, 48).clamp(-1, 1))
+                media.encode(noise(1, 5, 3, 32, 48).clamp(-1, 1))
         for clip, parts in zip(clips, made, strict=True):
-            assert torch.equal(torch.cat(parts, dim=1), codec.decode(clip))
+            assert torch.equal(torch.cat(parts, dim=1), media.decode(clip))
 
-    def test_remembers_no_more_of_a_longer_video(self, codec: WanCodec) -> None:
-        decoder: Any = codec.decoder()
+    def test_remembers_no_more_of_a_longer_video(self, media: WanMedia) -> None:
+        decoder: Any = media.decoder()
 
         def held() -> int:
             return sum(t.nbytes for t in decoder._features[0].cache if isinstance(t, Tensor))
@@ -185,12 +185,12 @@ class TestDecoding:
     def test_of_wan_2_2_is_diffusers_own_too(
         self, wan_folder: Path, config: ModelConfig, tmp_path: Path
     ) -> None:
-        codec = wide_codec(wan_folder, config, tmp_path)
-        clip, decoder = noise(1, 4, 48, *LATENT_SIZE), codec.decoder()
-        assert codec.pixel_shape(4, LATENT_SIZE) == (13, 64, 96)
-        assert codec.frames_per_second == 24
+        media = wide_media(wan_folder, config, tmp_path)
+        clip, decoder = noise(1, 4, 48, *LATENT_SIZE), media.decoder()
+        assert media.pixel_shape(4, LATENT_SIZE) == (13, 64, 96)
+        assert media.frames_per_second == 24
         pixels = torch.cat([decoder.decode(part) for part in clip.split(1, dim=1)], dim=1)
-        vae = reference_vae(codec)
+        vae = reference_vae(media)
         mean, deviation = (
             torch.tensor(values).view(1, -1, 1, 1, 1)
             for values in (vae.config.latents_mean, vae.config.latents_std)
@@ -200,27 +200,27 @@ class TestDecoding:
         assert torch.equal(pixels, expected.transpose(1, 2))
 
     def test_in_tiles_is_near_and_streams(
-        self, config: ModelConfig, wan_folder: Path, codec: Codec, monkeypatch: pytest.MonkeyPatch
+        self, config: ModelConfig, wan_folder: Path, media: Media, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        tiled = open_codec(config, CodecConfig(str(wan_folder), vae_tiling=True))
+        tiled = open_media(config, MediaConfig(str(wan_folder), vae_tiling=True))
         clip = latents(3)
-        assert torch.equal(tiled.decode(clip), codec.decode(clip))  # one tile covers it
+        assert torch.equal(tiled.decode(clip), media.decode(clip))  # one tile covers it
         monkeypatch.setattr(pipeline, "TILE_PIXELS", 32)
         monkeypatch.setattr(pipeline, "TILE_OVERLAP", 16)
         whole, decoder = tiled.decode(clip), tiled.decoder()
         parts = [decoder.decode(part) for part in clip.split(1, dim=1)]
         assert torch.equal(torch.cat(parts, dim=1), whole)
         # Attention and borders see less of the frame in a tile, so this is near, not equal.
-        error = (whole - codec.decode(clip)).square().mean() / codec.decode(clip).square().mean()
+        error = (whole - media.decode(clip)).square().mean() / media.decode(clip).square().mean()
         assert 0 < error < 0.2
 
 
 class TestEncoding:
-    def test_is_diffusers_own_normalised(self, codec: WanCodec) -> None:
-        video, vae = noise(2, 9, 3, 32, 48).clamp(-1, 1), reference_vae(codec)
+    def test_is_diffusers_own_normalised(self, media: WanMedia) -> None:
+        video, vae = noise(2, 9, 3, 32, 48).clamp(-1, 1), reference_vae(media)
         with torch.no_grad():
             modes = vae.encode(video.transpose(1, 2)).latent_dist.mode().transpose(1, 2)
-        got = codec.encode(video)
+        got = media.encode(video)
         assert got.shape == (2, 3, 16, *LATENT_SIZE)
         mean, deviation = (
             torch.tensor(values).view(-1, 1, 1)
@@ -228,20 +228,20 @@ class TestEncoding:
         )
         torch.testing.assert_close(got * deviation + mean, modes)
 
-    def test_takes_the_frames_that_pixel_shape_tells(self, codec: WanCodec) -> None:
+    def test_takes_the_frames_that_pixel_shape_tells(self, media: WanMedia) -> None:
         for frames in (1, 2, 5):
-            pixels, height, width = codec.pixel_shape(frames, LATENT_SIZE)
+            pixels, height, width = media.pixel_shape(frames, LATENT_SIZE)
             assert (pixels, height, width) == (4 * frames - 3, 32, 48)
-            assert codec.encode(torch.zeros(1, pixels, 3, height, width)).shape[1] == frames
+            assert media.encode(torch.zeros(1, pixels, 3, height, width)).shape[1] == frames
 
     def test_in_tiles_is_near(
-        self, config: ModelConfig, wan_folder: Path, codec: Codec, monkeypatch: pytest.MonkeyPatch
+        self, config: ModelConfig, wan_folder: Path, media: Media, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(pipeline, "TILE_PIXELS", 32)
         monkeypatch.setattr(pipeline, "TILE_OVERLAP", 16)
-        tiled = open_codec(config, CodecConfig(str(wan_folder), vae_tiling=True))
+        tiled = open_media(config, MediaConfig(str(wan_folder), vae_tiling=True))
         video = noise(1, 5, 3, 32, 48).clamp(-1, 1)
-        whole = codec.encode(video)
+        whole = media.encode(video)
         error = (tiled.encode(video) - whole).square().mean() / whole.square().mean()
         assert 0 < error < 0.2
 
@@ -255,8 +255,8 @@ def test_components_may_stay_in_host_memory(
     offload: bool, config: ModelConfig, wan_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Brought to the device for as long as they work, or once for all."""
-    how = CodecConfig(str(wan_folder), cpu_offload=offload)
-    codec = open_codec(config, how, device=DEVICE)
+    how = MediaConfig(str(wan_folder), cpu_offload=offload)
+    media = open_media(config, how, device=DEVICE)
     places: dict[str, list[torch.device]] = {}
     move = nn.Module.to
 
@@ -265,9 +265,9 @@ def test_components_may_stay_in_host_memory(
         return move(self, place)
 
     monkeypatch.setattr(nn.Module, "to", to)
-    codec.encode_prompts([PROMPT])
-    codec.decode(latents(1))
-    codec.encode(torch.zeros(1, 1, 3, 32, 48))
+    media.encode_prompts([PROMPT])
+    media.decode(latents(1))
+    media.encode(torch.zeros(1, 1, 3, 32, 48))
     once = [DEVICE, HOST] if offload else [DEVICE]
     loaded = HOST if offload else DEVICE
     assert places == {
@@ -279,20 +279,20 @@ def test_components_may_stay_in_host_memory(
 class TestTextEncoder:
     """It is several times as large as the video model, and done once all prompts are read."""
 
-    def weights(self, codec: Codec) -> weakref.ref[nn.Module]:
-        assert isinstance(codec, WanCodec)
-        return weakref.ref(codec.component("text_encoder"))
+    def weights(self, media: Media) -> weakref.ref[nn.Module]:
+        assert isinstance(media, WanMedia)
+        return weakref.ref(media.component("text_encoder"))
 
     def test_is_let_go_when_all_prompts_are_read(
-        self, config: ModelConfig, wan_folder: Path, codec: Codec
+        self, config: ModelConfig, wan_folder: Path, media: Media
     ) -> None:
-        own = open_codec(config, CodecConfig(str(wan_folder)))
+        own = open_media(config, MediaConfig(str(wan_folder)))
         held = self.weights(own)
         read = KnownPrompts(own, [PROMPT, "two dogs", PROMPT])
         gc.collect()
         assert held() is None
         again = ["two dogs", PROMPT]
-        expected = codec.encode_prompts(again)
+        expected = media.encode_prompts(again)
         assert torch.equal(read.encode_prompts(again), expected)
         assert torch.equal(own.encode_prompts(again), expected)
 
@@ -301,12 +301,12 @@ class TestTextEncoder:
     ) -> None:
         held: list[weakref.ref[nn.Module]] = []
 
-        def opened(config: ModelConfig, **how: Any) -> Codec:
-            own = open_codec(config, CodecConfig(str(wan_folder)), **how)
+        def opened(config: ModelConfig, **how: Any) -> Media:
+            own = open_media(config, MediaConfig(str(wan_folder)), **how)
             held.append(self.weights(own))
             return own
 
-        monkeypatch.setattr("vmla_convert.pipelines.generate.open_codec", opened)
+        monkeypatch.setattr("vmla_convert.pipelines.generate.open_media", opened)
         chunks = generate(model, PROMPT, frames=4)
         next(chunks)
         gc.collect()
@@ -325,19 +325,19 @@ def test_code_and_pickles_of_a_base_are_not_run(
         stem = "pytorch_model" if part == "text_encoder" else name
         torch.save(load_file(file), file.with_name(f"{stem}.bin"))
         file.unlink()
-    codec = open_codec(config, CodecConfig(str(base)))
+    media = open_media(config, MediaConfig(str(base)))
     with pytest.raises(CheckpointError, match=r"vae/ of .* cannot be loaded"):
-        codec.decode(latents(1))
+        media.decode(latents(1))
     with pytest.raises(CheckpointError, match=r"text_encoder/ of .* cannot be loaded"):
-        codec.encode_prompts([PROMPT])
+        media.encode_prompts([PROMPT])
 
 
-def test_components_may_be_bfloat16(config: ModelConfig, wan_folder: Path, codec: Codec) -> None:
-    half = open_codec(config, CodecConfig(str(wan_folder)), dtype=torch.bfloat16)
+def test_components_may_be_bfloat16(config: ModelConfig, wan_folder: Path, media: Media) -> None:
+    half = open_media(config, MediaConfig(str(wan_folder)), dtype=torch.bfloat16)
     assert half.encode_prompts([PROMPT]).dtype == torch.bfloat16
     pixels = half.decode(latents(2))
     assert pixels.dtype == torch.float32
-    assert (pixels - codec.decode(latents(2))).abs().mean() < 0.05
+    assert (pixels - media.decode(latents(2))).abs().mean() < 0.05
 
 
 class TestWhereComponentsAre:
@@ -366,7 +366,7 @@ class TestWhereComponentsAre:
         assert find_components(real).base == found
 
     def test_each_part_for_itself(
-        self, config: ModelConfig, wan_folder: Path, codec: Codec, tmp_path: Path
+        self, config: ModelConfig, wan_folder: Path, media: Media, tmp_path: Path
     ) -> None:
         """A VAE of one's own beside the checkpoint, the rest as known."""
         real = replace(config, geometry=Geometry(1536, 8960, 12, 30, 16, 16))
@@ -375,10 +375,10 @@ class TestWhereComponentsAre:
         found = find_components(real, checkpoint=tmp_path / "model")
         assert found == Components("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", {"vae": vae})
         assert found.folder("vae") == vae
-        own = WanCodec(
-            config, Components(str(wan_folder), {"vae": vae}), CodecConfig(), HOST, torch.float32
+        own = WanMedia(
+            config, Components(str(wan_folder), {"vae": vae}), MediaConfig(), HOST, torch.float32
         )
-        assert torch.equal(own.decode(latents(1)), codec.decode(latents(1)))
+        assert torch.equal(own.decode(latents(1)), media.decode(latents(1)))
         assert str(vae.parent) in own.name and str(wan_folder) in own.name
 
     def test_nowhere(self, config: ModelConfig, converted: Path, tmp_path: Path) -> None:
@@ -396,7 +396,7 @@ class TestWhereComponentsAre:
         opened = open_named(source)
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(MissingExtraError) as caught:
-            open_codec(opened.config, checkpoint=opened.source.path)
+            open_media(opened.config, checkpoint=opened.source.path)
         assert "[wan]" in caught.value.hint
 
     @pytest.mark.parametrize("part", ["vae", "text_encoder"])
@@ -408,7 +408,7 @@ class TestWhereComponentsAre:
         table = json.loads(file.read_text())
         file.write_text(json.dumps({**table, "z_dim": 48, "d_model": 4096}))
         with pytest.raises(ConfigError, match=rf"{part} .* makes .* (48|4096)") as caught:
-            open_codec(config, CodecConfig(str(folder)))
+            open_media(config, MediaConfig(str(folder)))
         assert "--base" in caught.value.hint
 
     @pytest.mark.parametrize("damage", ["gone", "cut", "lacking", "table"])
@@ -431,36 +431,36 @@ class TestWhereComponentsAre:
             del tensors[max(tensors)]
             save_file(tensors, file, {"format": "pt"})
         with pytest.raises(CheckpointError, match=part) as caught:
-            codec = open_codec(config, CodecConfig(str(folder)))
-            codec.encode_prompts([PROMPT]) if part != "vae" else codec.decode(latents(1))
+            media = open_media(config, MediaConfig(str(folder)))
+            media.encode_prompts([PROMPT]) if part != "vae" else media.decode(latents(1))
         assert caught.value.hint
 
 
 class TestGenerating:
-    def test_is_decided_by_the_seed(self, model: CausalWanModel, codec: Codec) -> None:
+    def test_is_decided_by_the_seed(self, model: CausalWanModel, media: Media) -> None:
         def made(seed: int) -> Tensor:
-            return torch.cat(list(generate(model, PROMPT, 6, seed, text=codec)), dim=1)
+            return torch.cat(list(generate(model, PROMPT, 6, seed, text=media)), dim=1)
 
         assert torch.equal(made(3), made(3))
         assert not torch.equal(made(3), made(4))
         assert made(3).shape == (1, 6, 16, *LATENT_SIZE)
 
-    def test_obeys_its_prompts(self, model: CausalWanModel, codec: Codec) -> None:
-        clips = [list(generate(model, p, 4, text=codec)) for p in (PROMPT, "two dogs")]
+    def test_obeys_its_prompts(self, model: CausalWanModel, media: Media) -> None:
+        clips = [list(generate(model, p, 4, text=media)) for p in (PROMPT, "two dogs")]
         assert not torch.equal(clips[0][0], clips[1][0])
-        switched = list(generate(model, PROMPT, 4, switches=[Switch(2, ["two dogs"])], text=codec))
+        switched = list(generate(model, PROMPT, 4, switches=[Switch(2, ["two dogs"])], text=media))
         assert torch.equal(switched[0], clips[0][0])
         assert not torch.equal(switched[1], clips[0][1])
 
     def test_reads_all_prompts_once_before_the_first_chunk(
-        self, model: CausalWanModel, codec: Codec
+        self, model: CausalWanModel, media: Media
     ) -> None:
         read: list[list[str]] = []
 
         class Counting:
             def encode_prompts(self, prompts: list[str]) -> Tensor:
                 read.append(prompts)
-                return codec.encode_prompts(prompts)
+                return media.encode_prompts(prompts)
 
         chunks = generate(model, PROMPT, 8, switches=[Switch(4, ["a city"])], text=Counting())
         next(chunks)
@@ -480,10 +480,10 @@ class TestPrefix:
 
     @pytest.mark.parametrize("given", [1, 2, 3, 7])
     def test_begins_the_clip_and_is_gone_on_from(
-        self, given: int, model: CausalWanModel, codec: Codec
+        self, given: int, model: CausalWanModel, media: Media
     ) -> None:
         def made(prefix: Tensor | None, frames: int = given + 3) -> Tensor:
-            chunks = generate(model, [PROMPT, "a city"], frames, text=codec, prefix=prefix)
+            chunks = generate(model, [PROMPT, "a city"], frames, text=media, prefix=prefix)
             return torch.cat(list(chunks), dim=1)
 
         prefix = latents(given)
@@ -495,69 +495,69 @@ class TestPrefix:
         assert not torch.equal(clip[:, given:], made(latents(given, seed=9))[:, given:])
 
     def test_of_what_was_generated_goes_on_as_before(
-        self, model: CausalWanModel, codec: Codec, monkeypatch: pytest.MonkeyPatch
+        self, model: CausalWanModel, media: Media, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Whole chunks in the cache are the same, whether generated or given."""
         from vmla_convert.pipelines import generate as module
 
-        whole = torch.cat(list(generate(model, PROMPT, 8, text=codec)), dim=1)
+        whole = torch.cat(list(generate(model, PROMPT, 8, text=media)), dim=1)
         seeded = module.seeded
         monkeypatch.setattr(module, "seeded", lambda seed, i, name: seeded(seed, i + 2, name))
-        again = generate(model, PROMPT, 8, text=codec, prefix=whole[:, :4])
+        again = generate(model, PROMPT, 8, text=media, prefix=whole[:, :4])
         assert torch.equal(torch.cat(list(again), dim=1), whole)
 
-    def test_needs_room_in_the_clip(self, model: CausalWanModel, codec: Codec) -> None:
+    def test_needs_room_in_the_clip(self, model: CausalWanModel, media: Media) -> None:
         for frames in (2, 3):
             with pytest.raises(ConfigError, match="at least 4") as caught:
-                next(generate(model, PROMPT, frames, text=codec, prefix=latents(3)))
+                next(generate(model, PROMPT, frames, text=media, prefix=latents(3)))
             assert caught.value.hint
 
-    def test_may_be_followed_by_another_prompt(self, model: CausalWanModel, codec: Codec) -> None:
+    def test_may_be_followed_by_another_prompt(self, model: CausalWanModel, media: Media) -> None:
         switch = Switch(5, ["two dogs"])
         plain, other = (
-            torch.cat(list(generate(model, PROMPT, 9, 0, None, s, codec, latents(3))), dim=1)
+            torch.cat(list(generate(model, PROMPT, 9, 0, None, s, media, latents(3))), dim=1)
             for s in ((), (switch,))
         )
         assert torch.equal(plain[:, :5], other[:, :5])
         assert not torch.equal(plain[:, 5:], other[:, 5:])
 
-    def test_is_read_from_an_image(self, codec: Codec, tmp_path: Path) -> None:
+    def test_is_read_from_an_image(self, media: Media, tmp_path: Path) -> None:
         Image.new("RGB", (200, 90), (255, 0, 0)).save(tmp_path / "red.jpg")
         red = torch.tensor([1.0, -1, -1]).view(1, 1, 3, 1, 1).expand(1, 1, 3, 32, 48)
-        got = read_prefix(tmp_path / "red.jpg", codec, LATENT_SIZE, 4)
-        torch.testing.assert_close(got, codec.encode(red), atol=0.05, rtol=0)
+        got = read_prefix(tmp_path / "red.jpg", media, LATENT_SIZE, 4)
+        torch.testing.assert_close(got, media.encode(red), atol=0.05, rtol=0)
 
     @pytest.mark.parametrize(("frames", "given"), [(1, 1), (4, 1), (5, 2), (12, 3)])
     def test_is_the_end_of_a_video(
-        self, frames: int, given: int, codec: Codec, tmp_path: Path
+        self, frames: int, given: int, media: Media, tmp_path: Path
     ) -> None:
         write_mp4(tmp_path / "a.mp4", noise(frames, 3, 32, 48).clamp(-1, 1), scale=1)
         pixels = torch.stack(list(read_frames(tmp_path / "a.mp4")))[-(4 * given - 3) :]
-        got = read_prefix(tmp_path / "a.mp4", codec, LATENT_SIZE, 8)
-        assert torch.equal(got, codec.encode(pixels[None]))
+        got = read_prefix(tmp_path / "a.mp4", media, LATENT_SIZE, 8)
+        assert torch.equal(got, media.encode(pixels[None]))
 
-    def test_that_cannot_be_read_is_named(self, codec: Codec, tmp_path: Path) -> None:
+    def test_that_cannot_be_read_is_named(self, media: Media, tmp_path: Path) -> None:
         (tmp_path / "text.png").write_text("no image")
         write_mp4(tmp_path / "long.mp4", torch.zeros(9, 3, 32, 48), scale=1)
         for name in ("nowhere.png", "text.png", "long.mp4"):
             with pytest.raises(ConfigError, match=name) as caught:
-                read_prefix(tmp_path / name, codec, LATENT_SIZE, 3)
+                read_prefix(tmp_path / name, media, LATENT_SIZE, 3)
             assert caught.value.hint
 
 
 def test_a_comparison_shows_and_scores_nothing(
-    source: SourceConfig, converted: Path, codec: Codec, tmp_path: Path
+    source: SourceConfig, converted: Path, media: Media, tmp_path: Path
 ) -> None:
     """Scores need the ground truth that only the demo world has."""
     config = GenerateConfig((PROMPT,), frames=3)
     models = load(source), load(converted)
-    assert compare(*models, config, tmp_path / "a.mp4", codec=codec) == []
+    assert compare(*models, config, tmp_path / "a.mp4", media=media) == []
     assert {path.name for path in tmp_path.iterdir()} == {"a.mp4", "a.png"}
 
 
 class TestFilm:
     def test_shows_the_first_frame_before_the_second_chunk(
-        self, codec: Codec, tmp_path: Path
+        self, media: Media, tmp_path: Path
     ) -> None:
         seen: list[bool] = []
 
@@ -567,11 +567,11 @@ class TestFilm:
                 assert not (tmp_path / "a.mp4").exists()
                 yield chunk
 
-        paths = write_film(tmp_path / "a.mp4", chunks(), codec)
+        paths = write_film(tmp_path / "a.mp4", chunks(), media)
         assert seen == [False, True, True]
         assert [path.name for path in paths] == ["a.mp4", "a.png"]
         first = torch.from_numpy(np.array(Image.open(tmp_path / "a.png"))).permute(2, 0, 1)
-        expected = (codec.decode(latents(6))[0, 0] + 1) * 127.5
+        expected = (media.decode(latents(6))[0, 0] + 1) * 127.5
         assert (first - expected).abs().max() <= 0.5 + 1e-3
         with av.open(str(tmp_path / "a.mp4")) as file:
             stream = file.streams.video[0]
@@ -579,11 +579,11 @@ class TestFilm:
             assert (stream.height, stream.width, len(list(file.decode(stream)))) == (32, 48, 21)
 
     def test_takes_one_chunk_at_a_time(
-        self, codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, media: Media, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A chunk's pixels are gone before the next chunk but one is made."""
         made: list[weakref.ref[Tensor]] = []
-        decoder = codec.decoder()
+        decoder = media.decoder()
 
         class Watched:
             def decode(self, latents: Tensor) -> Tensor:
@@ -596,25 +596,25 @@ class TestFilm:
                 assert all(pixels() is None for pixels in made[:-1])
                 yield latents(1)
 
-        monkeypatch.setattr(codec, "decoder", Watched)
-        write_film(tmp_path / "a.mp4", chunks(), codec)
+        monkeypatch.setattr(media, "decoder", Watched)
+        write_film(tmp_path / "a.mp4", chunks(), media)
         assert len(made) == 4
 
-    def test_is_begun_anew_where_one_was_killed(self, codec: Codec, tmp_path: Path) -> None:
+    def test_is_begun_anew_where_one_was_killed(self, media: Media, tmp_path: Path) -> None:
         video, picture = tmp_path / "a.mp4", tmp_path / "a.png"
         picture.write_text("a first frame")
         with pytest.raises(OutputError, match=r"a\.png exists"):
             check_video_path(video)
         partial_path(video).write_text("some frames")
         check_video_path(video)
-        write_film(video, iter([latents(1)]), codec)
+        write_film(video, iter([latents(1)]), media)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "a.png"]
         with pytest.raises(OutputError, match=r"a\.mp4 exists"):
             check_video_path(video)
 
     @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "weights cannot be read")])
     def test_leaves_nothing_when_it_fails(
-        self, error: BaseException, codec: Codec, tmp_path: Path
+        self, error: BaseException, media: Media, tmp_path: Path
     ) -> None:
         """What made the frames fail is told, and not taken for a fault of the film's."""
 
@@ -623,24 +623,24 @@ class TestFilm:
             raise error
 
         with pytest.raises(type(error)) as caught:
-            write_film(tmp_path / "a.mp4", chunks(), codec)
+            write_film(tmp_path / "a.mp4", chunks(), media)
         assert caught.value is error
         assert not list(tmp_path.iterdir())
 
 
 class TestClips:
     def test_of_its_own_are_sampled(
-        self, source: SourceConfig, codec: Codec, tmp_path: Path
+        self, source: SourceConfig, media: Media, tmp_path: Path
     ) -> None:
         dense = load(source)
         data = DataConfig("self", frames=4, clips=4, prompts=(PROMPT, "two dogs"))
-        prepared = prepare_clips(data, dense, tmp_path / "clips", "origin", codec=codec)
+        prepared = prepare_clips(data, dense, tmp_path / "clips", "origin", media=media)
         batch = open_clips(prepared).batch(0, 2)
         assert batch.latents.shape == (2, 4, 16, *LATENT_SIZE)
         assert batch.context.shape == (2, 512, TEXT_DIM)
 
     def test_of_videos_are_encoded_with_one_frame_first(
-        self, source: SourceConfig, codec: Codec, tmp_path: Path, wan_folder: Path
+        self, source: SourceConfig, media: Media, tmp_path: Path, wan_folder: Path
     ) -> None:
         videos = tmp_path / "videos"
         write_mp4(videos / "a.mp4", noise(27, 3, 32, 48).clamp(-1, 1), scale=1)
@@ -650,8 +650,8 @@ class TestClips:
         stored, pixels = load_file(file), torch.stack(list(read_frames(videos / "a.mp4")))
         # 27 frames are two clips of 13 = 1 + 3 * 4, and one frame left.
         for clip, start in zip(stored["latents"], (0, 13), strict=True):
-            assert torch.equal(clip, codec.encode(pixels[None, start : start + 13])[0])
-        assert torch.equal(stored["context"], codec.encode_prompts([PROMPT, PROMPT]))
+            assert torch.equal(clip, media.encode(pixels[None, start : start + 13])[0])
+        assert torch.equal(stored["context"], media.encode_prompts([PROMPT, PROMPT]))
 
     def test_calibrate_recover_and_measure(
         self, tmp_path: Path, vmla: Vmla, wan_folder: Path
@@ -759,7 +759,7 @@ class TestCommand:
 
 
 def test_components_come_from_the_hub_part_by_part(
-    config: ModelConfig, wan_folder: Path, codec: Codec, monkeypatch: pytest.MonkeyPatch
+    config: ModelConfig, wan_folder: Path, media: Media, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Opening takes two small files; the VAE alone is fetched to decode."""
     taken: list[str] = []
@@ -770,11 +770,11 @@ def test_components_come_from_the_hub_part_by_part(
         return wan_folder
 
     monkeypatch.setattr("vmla_convert.checkpoint.components.fetch_parts", fetched)
-    remote = open_codec(config, CodecConfig("someone/wan@v1"))
+    remote = open_media(config, MediaConfig("someone/wan@v1"))
     assert taken == ["vae/config.json", "text_encoder/config.json"]
-    assert torch.equal(remote.decode(latents(1)), codec.decode(latents(1)))
+    assert torch.equal(remote.decode(latents(1)), media.decode(latents(1)))
     assert taken[2:] == ["vae/"]
-    assert torch.equal(remote.encode_prompts([PROMPT]), codec.encode_prompts([PROMPT]))
+    assert torch.equal(remote.encode_prompts([PROMPT]), media.encode_prompts([PROMPT]))
     assert sorted(taken[3:]) == ["text_encoder/", "tokenizer/"]
 
 
@@ -784,7 +784,7 @@ def test_models_of_two_worlds_are_not_compared(
     common = ("--prompt", "7", "--frames", "4", "-o", tmp_path / "out.mp4")
     ran = vmla("generate", teacher, *common, "--compare", wan_folder)
     assert refused(ran)
-    assert "differ in codec" in ran.err
+    assert "differ in media" in ran.err
     assert not list(tmp_path.iterdir())
 
 

@@ -15,8 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vmla_convert.config import CodecConfig, RuntimeConfig, SourceConfig
-    from vmla_convert.pipelines.codecs import open_codec
+    from vmla_convert.config import MediaConfig, RuntimeConfig, SourceConfig
     from vmla_convert.pipelines.convert import convert
     from vmla_convert.pipelines.export import export
     from vmla_convert.pipelines.generate import generate
@@ -24,13 +23,14 @@ if TYPE_CHECKING:
     from vmla_convert.pipelines.interop.pipeline import VMLAPipeline
     from vmla_convert.pipelines.interop.transformer import VMLATransformer
     from vmla_convert.pipelines.load import load
+    from vmla_convert.pipelines.media import open_media
     from vmla_convert.pipelines.publish import push
     from vmla_convert.pipelines.recovery import recover
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "CodecConfig",
+    "MediaConfig",
     "RuntimeConfig",
     "SourceConfig",
     "VMLAPipeline",
@@ -41,13 +41,13 @@ __all__ = [
     "generate",
     "inspect",
     "load",
-    "open_codec",
+    "open_media",
     "push",
     "recover",
 ]
 
 _LAZY = {
-    "CodecConfig": ("vmla_convert.config", "CodecConfig"),
+    "MediaConfig": ("vmla_convert.config", "MediaConfig"),
     "RuntimeConfig": ("vmla_convert.config", "RuntimeConfig"),
     "SourceConfig": ("vmla_convert.config", "SourceConfig"),
     "VMLAPipeline": ("vmla_convert.pipelines.interop.pipeline", "VMLAPipeline"),
@@ -57,7 +57,7 @@ _LAZY = {
     "generate": ("vmla_convert.pipelines.generate", "generate"),
     "inspect": ("vmla_convert.pipelines.inspect", "inspect_checkpoint"),
     "load": ("vmla_convert.pipelines.load", "load"),
-    "open_codec": ("vmla_convert.pipelines.codecs", "open_codec"),
+    "open_media": ("vmla_convert.pipelines.media", "open_media"),
     "push": ("vmla_convert.pipelines.publish", "push"),
     "recover": ("vmla_convert.pipelines.recovery", "recover"),
 }

@@ -116,7 +116,7 @@ class RuntimeConfig:
 
 
 @dataclass(frozen=True)
-class CodecConfig:
+class MediaConfig:
     """Where Wan's text encoder and VAE come from, and how they run; the demo's need neither.
 
     Attributes:
@@ -291,7 +291,7 @@ class ModelConfig:
         chunk_frames: Latent frames that are generated together.
         cache: What of the past is kept.
         sampler: How a chunk is drawn from noise.
-        codec: Whose text encoder and VAE it goes with.
+        media: Whose text encoder and VAE it goes with.
         family: The layout that its checkpoint was read from.
         licence: Of the weights, by its Hub identifier.
         base_model: Hub id of what it was trained from.
@@ -304,7 +304,7 @@ class ModelConfig:
     chunk_frames: int
     cache: CachePolicy
     sampler: SamplerConfig
-    codec: Literal["demo", "wan"] = "wan"
+    media: Literal["demo", "wan"] = "wan"
     family: str = "wan"
     licence: str = "unknown"
     base_model: str = "unknown"
@@ -417,7 +417,7 @@ class DataConfig:
         prompts: Of `self`, one clip after the other; or the one of videos that have none beside
             them.
         clips: How many are sampled for `self`.
-        base: Where the text encoder and VAE come from, as of `CodecConfig`; only for clips that
+        base: Where the text encoder and VAE come from, as of `MediaConfig`; only for clips that
             are made.
     """
 
@@ -668,7 +668,7 @@ class GenerateConfig:
         shown: How many of them go into the video and the contact sheet.
         frames: Latent frames of each rollout.
         seed: Of all noise.
-        base: Where text encoder and VAE come from, as of `CodecConfig`.
+        base: Where text encoder and VAE come from, as of `MediaConfig`.
     """
 
     prompts: tuple[str, ...] = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vmla_convert.config import (
-    CodecConfig,
     ConvertConfig,
     DataConfig,
     EvaluateConfig,
     GenerateConfig,
+    MediaConfig,
     RecoverConfig,
     ReportConfig,
     SourceConfig,
@@ -326,10 +326,10 @@ def _check_inputs(recipe: Recipe, out: Path, stages: list[str]) -> None:
 def _check_source(recipe: Recipe, out: Path, stages: list[str]) -> None:
     """The source opens, every conversion of it can be done, and clips and prompts can be read."""
     from vmla_convert.checkpoint.families import open_checkpoint
-    from vmla_convert.pipelines.codecs import check_prompts, open_codec
     from vmla_convert.pipelines.convert import plan_conversion
     from vmla_convert.pipelines.data import source_kind
     from vmla_convert.pipelines.load import locate
+    from vmla_convert.pipelines.media import check_prompts, open_media
 
     stages = [stage for stage in stages if not _is_made(recipe, out, stage)]
     for clips in _clips(recipe, stages):
@@ -342,7 +342,7 @@ def _check_source(recipe: Recipe, out: Path, stages: list[str]) -> None:
         plan_conversion(checkpoint, conversion)
     _check_clips(recipe, stages, checkpoint)
     if recipe.generate and "generate" in stages:
-        open_codec(checkpoint.config, CodecConfig(recipe.generate.base), path)
+        open_media(checkpoint.config, MediaConfig(recipe.generate.base), path)
         check_prompts(checkpoint.config, recipe.generate.prompts)
 
 
@@ -490,18 +490,18 @@ def _run_sweep(recipe: Recipe, out: Path, progress: Progress, team: Team | None 
 
 
 def _run_generate(recipe: Recipe, out: Path, progress: Progress) -> None:
-    from vmla_convert.pipelines.codecs import open_codec
     from vmla_convert.pipelines.compare import compare
     from vmla_convert.pipelines.load import build, compute_device, load, open_named
+    from vmla_convert.pipelines.media import open_media
     from vmla_convert.results import append_rows
 
     assert recipe.generate is not None
     if not (out / "compare.png").exists():
         device, source = compute_device(), open_named(recipe.source)
         models = build(source, device), load(out / "converted", device)
-        how = CodecConfig(recipe.generate.base)
-        codec = open_codec(source.config, how, source.source.path, device)
-        rows = compare(*models, recipe.generate, out / "compare.mp4", progress, codec)
+        how = MediaConfig(recipe.generate.base)
+        media = open_media(source.config, how, source.source.path, device)
+        rows = compare(*models, recipe.generate, out / "compare.mp4", progress, media)
         append_rows(out / ROWS_NAME, _as_point(recipe, rows))
 
 

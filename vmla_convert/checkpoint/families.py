@@ -52,7 +52,7 @@ DEFAULTS: dict[str, Any] = {
     "chunk_frames": 3,
     "cache": to_dict(CachePolicy(window_frames=21)),
     "sampler": to_dict(SamplerConfig()),
-    "codec": "wan",
+    "media": "wan",
     "licence": "unknown",
     "base_model": "unknown",
     "frames_per_second": ModelConfig.frames_per_second,

@@ -278,7 +278,7 @@ def _locate_in_folder(folder: Path) -> Path:
 def _only_checkpoint(folder: Path) -> Path | None:
     if found := _only(folder, INDEX_SUFFIX) or _only(folder, ".safetensors"):
         return found
-    # Before the pickles: beside Wan's experts lie its codec and text encoder, as .pth.
+    # Before the pickles: beside Wan's experts lie its media and text encoder, as .pth.
     experts = [name for name in _EXPERTS if (folder / name).is_dir()]
     if experts not in ([], ["transformer"]):
         raise CheckpointError(

@@ -19,7 +19,7 @@ from vmla_convert.cli.options import (
     Model,
     RopeDtype,
 )
-from vmla_convert.config import CodecConfig, RuntimeConfig, SourceConfig
+from vmla_convert.config import MediaConfig, RuntimeConfig, SourceConfig
 from vmla_convert.console import out
 from vmla_convert.errors import ConfigError
 from vmla_convert.tables import from_dict
@@ -86,7 +86,7 @@ def generate(
             help="Decode frames, and encode those of --prefix, in overlapping tiles: less memory.",
             rich_help_panel="Wan's text encoder and VAE",
         ),
-    ] = CodecConfig.vae_tiling,
+    ] = MediaConfig.vae_tiling,
     cpu_offload: Annotated[
         bool,
         typer.Option(
@@ -94,7 +94,7 @@ def generate(
             help="Keep both in host memory, and on the GPU only while they work.",
             rich_help_panel="Wan's text encoder and VAE",
         ),
-    ] = CodecConfig.cpu_offload,
+    ] = MediaConfig.cpu_offload,
     cache_dtype: CacheDtype = RuntimeConfig.cache_dtype,
     rope_dtype: RopeDtype = RuntimeConfig.rope_dtype,
     backend: Annotated[
@@ -131,12 +131,6 @@ def generate(
     import torch
 
     from vmla_convert.layers.dit import check_runtime
-    from vmla_convert.pipelines.codecs import (
-        KnownPrompts,
-        check_prompts,
-        latent_frames_per_second,
-        open_codec,
-    )
     from vmla_convert.pipelines.generate import (
         check_comparable,
         check_video_path,
@@ -150,6 +144,12 @@ def generate(
     )
     from vmla_convert.pipelines.generate import generate as run
     from vmla_convert.pipelines.load import build, compute_device, open_named
+    from vmla_convert.pipelines.media import (
+        KnownPrompts,
+        check_prompts,
+        latent_frames_per_second,
+        open_media,
+    )
 
     out.json = json
     check_video_path(video)
@@ -184,15 +184,15 @@ def generate(
     check_prompts(first.config, named)
     device = compute_device()
     precision = getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    how = CodecConfig(base, vae_tiling, cpu_offload)
-    codec = open_codec(first.config, how, first.source.path, device, precision)
-    given = read_prefix(prefix, codec, first.config.latent_size, length) if prefix else None
+    how = MediaConfig(base, vae_tiling, cpu_offload)
+    media = open_media(first.config, how, first.source.path, device, precision)
+    given = read_prefix(prefix, media, first.config.latent_size, length) if prefix else None
     clips: dict[str, Tensor] = {}
     sizes: dict[str, int] = {}
     written: list[Path] = []
     with out.progress() as progress:
         # The demo's are read at once.
-        text = KnownPrompts(codec, named, progress if first.config.codec == "wan" else None)
+        text = KnownPrompts(media, named, progress if first.config.media == "wan" else None)
 
         def chunks_of(label: str) -> Iterator[Tensor]:
             """What a model makes; only while it makes it does it take memory."""
@@ -205,11 +205,11 @@ def generate(
             yield from track_chunks(progress, made, task, built.config, length, given)
 
         if compare:
-            clips = {label: decoded(chunks_of(label), codec) for label in opened}
+            clips = {label: decoded(chunks_of(label), media) for label in opened}
         else:
-            written = write_film(video, chunks_of(*opened), codec, progress)
+            written = write_film(video, chunks_of(*opened), media, progress)
     out.data(sizes)
-    for path in written or write_clips(video, clips, prompt, codec):
+    for path in written or write_clips(video, clips, prompt, media):
         out.path("wrote", path)
 
 

@@ -33,7 +33,7 @@ Settings = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="Override chunk_frames, latent_size, cache.*, sampler.*, codec, licence, base_model: "
+        help="Override chunk_frames, latent_size, cache.*, sampler.*, media, licence, base_model: "
         "--set cache.window_frames=12",
     ),
 ]

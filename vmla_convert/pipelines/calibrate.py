@@ -355,7 +355,7 @@ def check_clips(config: ModelConfig, batch: Batch) -> None:
         raise ConfigError(
             f"clips have frames of {[channels, *size]}, the model takes "
             f"{[config.geometry.in_dim, *config.latent_size]}, or others that its patches divide",
-            "give latents of this model's own codec: --data FILE.safetensors",
+            "give latents of this model's own VAE: --data FILE.safetensors",
         )
     if frames < 2 * config.chunk_frames:
         raise ConfigError(

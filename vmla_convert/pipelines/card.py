@@ -18,7 +18,7 @@ from vmla_convert.checkpoint.known import KNOWN
 from vmla_convert.checkpoint.licences import OTHER, UNKNOWN
 from vmla_convert.config import ModelConfig
 from vmla_convert.errors import ConfigError
-from vmla_convert.pipelines.codecs import latent_frames_per_second
+from vmla_convert.pipelines.media import latent_frames_per_second
 from vmla_convert.tables import override, to_dict
 
 CARD_NAME = "README.md"
@@ -201,15 +201,15 @@ def _licence(config: ModelConfig, origin: Mapping[str, Any]) -> str:
 
 
 def _usage(place: str, config: ModelConfig, parts: Collection[str] | None) -> str:
-    prompt = "7" if config.codec == "demo" else "a red kite over the sea"
+    prompt = "7" if config.media == "demo" else "a red kite over the sea"
     frames = round(60 * latent_frames_per_second(config))
-    extras = "video" if config.codec == "demo" else "wan,video"
-    imports, codec, text = "", "", ""
+    extras = "video" if config.media == "demo" else "wan,video"
+    imports, media, text = "", "", ""
     # A model alone does not know where it came from, and so not that its components lie there too.
     if set(PARTS) <= set(parts or ()):
-        imports = "\nfrom vmla_convert.config import CodecConfig"
-        codec = f'\ncodec = vmla.open_codec(model.config, CodecConfig("{place}"))'
-        text = ", text=codec"
+        imports = "\nfrom vmla_convert.config import MediaConfig"
+        media = f'\nmedia = vmla.open_media(model.config, MediaConfig("{place}"))'
+        text = ", text=media"
     told = f"""```sh
 pip install "vmla-convert[{extras}]"
 vmla generate "{place}" --prompt "{prompt}" -o clip.mp4
@@ -218,7 +218,7 @@ vmla generate "{place}" --prompt "{prompt}" -o clip.mp4
 ```python
 import vmla_convert as vmla{imports}
 
-model = vmla.load("{place}"){codec}
+model = vmla.load("{place}"){media}
 for chunk in vmla.generate(model, prompt="{prompt}", frames={frames}{text}):
     ...  # clean latents, chunk by chunk
 ```"""
@@ -228,7 +228,7 @@ for chunk in vmla.generate(model, prompt="{prompt}", frames={frames}{text}):
 def _pipeline_usage(place: str, prompt: str, config: ModelConfig) -> str:
     """The same with diffusers."""
     rate = config.frames_per_second
-    frames = _CLIP_SECONDS * rate + (config.codec != "demo")  # Wan's first latent frame is one
+    frames = _CLIP_SECONDS * rate + (config.media != "demo")  # Wan's first latent frame is one
     return f"""With diffusers (`pip install "vmla-convert[wan]"`):
 
 ```python

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from vmla_convert.config import GenerateConfig
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.pipelines.codecs import Codec, open_codec
 from vmla_convert.pipelines.evaluate import rollout_rows
 from vmla_convert.pipelines.generate import rollout, write_clips
+from vmla_convert.pipelines.media import Media, open_media
 from vmla_convert.progress import Progress
 from vmla_convert.results import Row
 
@@ -19,7 +19,7 @@ def compare(
     config: GenerateConfig,
     path: Path,
     progress: Progress | None = None,
-    codec: Codec | None = None,
+    media: Media | None = None,
 ) -> list[Row]:
     """Write `path` (mp4) and a contact sheet beside it, and return the scores of both models.
 
@@ -31,10 +31,10 @@ def compare(
         config: Prompts, length and seed.
         path: Of the mp4.
         progress: Where to draw.
-        codec: Of both models; by default the dense model's own, opened anew.
+        media: Of both models; by default the dense model's own, opened anew.
     """
     prompts = list(config.prompts)
-    codec = codec or open_codec(dense.config, device=dense.patch_embedding.weight.device)
+    media = media or open_media(dense.config, device=dense.patch_embedding.weight.device)
     models = {"dense": dense, "converted": converted}
     clips = {
         name: rollout(
@@ -44,15 +44,15 @@ def compare(
             config.seed,
             progress,
             f"rolling out {name}",
-            codec=codec,
+            media=media,
         )
         for name, model in models.items()
     }
     rows: list[Row] = []
-    scored = models if dense.config.codec == "demo" else {}
+    scored = models if dense.config.media == "demo" else {}
     for name, model in scored.items():
         rows += rollout_rows(clips[name], prompts, model.config, config.seed)
     # Files last: a restarted recipe takes them as the sign that nothing is left to score.
     shown = {name: video[: config.shown] for name, video in clips.items()}
-    write_clips(path, shown, prompts[: config.shown], codec)
+    write_clips(path, shown, prompts[: config.shown], media)
     return rows

@@ -1,6 +1,6 @@
 """What Wan's text encoder and VAE are given, and what comes out of them.
 
-`WanCodec` drives them chunk by chunk and `VMLAPipeline` calls them whole; prompts are read and
+`WanMedia` drives them chunk by chunk and `VMLAPipeline` calls them whole; prompts are read and
 latents scaled here for both.
 """
 

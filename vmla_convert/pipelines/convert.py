@@ -34,7 +34,6 @@ from vmla_convert.errors import CheckpointError, ConfigError, did_you_mean
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.factor import DATA_INITS, assume_evidence
 from vmla_convert.pipelines.calibrate import calibrate, check_clips, deployed_phases
-from vmla_convert.pipelines.codecs import require_demo_codec
 from vmla_convert.pipelines.data import (
     ClipSource,
     hash_files,
@@ -68,6 +67,7 @@ from vmla_convert.pipelines.load import (
     open_named,
     read_block,
 )
+from vmla_convert.pipelines.media import require_demo_media
 from vmla_convert.pipelines.parallel import ahead, workers_for
 from vmla_convert.pipelines.plan import (
     ReadEvidence,
@@ -281,7 +281,7 @@ def plan_conversion(
         )
     check_sizes(dense, config)
     if measures(config) and config.data.source == "demo":
-        require_demo_codec(dense, "calibration on the demo world")
+        require_demo_media(dense, "calibration on the demo world")
     ranks = ranks or uniform_plan(dense, config)
     planned = planned_config(dense, config, ranks)
     with torch.device("meta"):
@@ -351,7 +351,7 @@ def open_measured(dense: ModelConfig, config: ConvertConfig) -> ClipSource:
         ConfigError: There are none, or they do not fit the model.
     """
     if config.data.source == "demo":
-        require_demo_codec(dense, "calibration on the demo world")
+        require_demo_media(dense, "calibration on the demo world")
     clips = open_clips(config.data, dense.cache.sink_frames)
     check_clips(dense, clips.batch(0, 1))
     return clips

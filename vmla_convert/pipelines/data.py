@@ -19,7 +19,7 @@ from vmla_convert.checkpoint.hub import is_repo
 from vmla_convert.config import DataConfig
 from vmla_convert.demo.world import TRAIN_IMAGES, Clips, Split, digit_images, sample_clips
 from vmla_convert.errors import ConfigError, NoClipsError
-from vmla_convert.pipelines.codecs import DemoCodec
+from vmla_convert.pipelines.media import DemoMedia
 
 HELD_OUT_SHARE = 0.1
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
@@ -56,12 +56,12 @@ class DemoClips:
     def __init__(self, config: DataConfig, sink_frames: int = 0) -> None:
         self.config = config
         self.sink_frames = sink_frames
-        self.codec = DemoCodec()
+        self.media = DemoMedia()
 
     def batch(self, index: int, size: int, split: Split = "train") -> Batch:
         """Clips of one batch; training clips may jump in time after the sink."""
         clips = self.clips(index, size, split)
-        return Batch(self.codec.encode(clips.video), self.codec.encode_labels(clips.labels))
+        return Batch(self.media.encode(clips.video), self.media.encode_labels(clips.labels))
 
     def clips(self, index: int, size: int, split: Split = "train") -> Clips:
         """The same with pixels and truth."""

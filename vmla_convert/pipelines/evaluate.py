@@ -20,7 +20,6 @@ from vmla_convert.maths.spectra import (
     weight_spectrum,
 )
 from vmla_convert.pipelines.calibrate import LayerReads, check_clips, clips_at_once
-from vmla_convert.pipelines.codecs import prompted_digit, require_demo_codec
 from vmla_convert.pipelines.data import open_clips, seeded
 from vmla_convert.pipelines.factoring import layer_weights
 from vmla_convert.pipelines.losses import (
@@ -29,6 +28,7 @@ from vmla_convert.pipelines.losses import (
     predicted_velocity,
     streamed_velocity,
 )
+from vmla_convert.pipelines.media import prompted_digit, require_demo_media
 from vmla_convert.pipelines.rows import Errors, cache_rows, error_rows, row_fields
 from vmla_convert.progress import OneBar, Progress, Silent
 from vmla_convert.results import Row
@@ -54,7 +54,7 @@ def check_held_out(model: ModelConfig, config: EvaluateConfig, streamed: bool = 
             f"use at least {least} frames",
         )
     if config.data.source == "demo":
-        require_demo_codec(
+        require_demo_media(
             model,
             "measuring on the demo world",
             "name clips of the model's own: --data FILE.safetensors with latents and context",

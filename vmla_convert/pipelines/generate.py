@@ -16,13 +16,13 @@ from torch import Tensor
 from vmla_convert.config import ModelConfig, RuntimeConfig
 from vmla_convert.errors import ConfigError, OutputError
 from vmla_convert.layers.dit import CausalWanModel, Prompt
-from vmla_convert.pipelines.codecs import (
-    Codec,
-    TextEncoder,
-    VideoCodec,
-    open_codec,
-)
 from vmla_convert.pipelines.data import seeded
+from vmla_convert.pipelines.media import (
+    Media,
+    TextEncoder,
+    VideoVAE,
+    open_media,
+)
 from vmla_convert.pipelines.sample import recache, sample_chunk, write_clean
 from vmla_convert.pipelines.video import (
     contact_sheet,
@@ -99,7 +99,7 @@ def generate(
     # All in one go: an encoder that waits in host memory then comes to the device once, and one
     # that was opened here is let go before the first chunk.
     named = [name for names in (prompts, *(s.prompts for s in waiting)) for name in names]
-    read = (text or open_codec(config, device=weight.device)).encode_prompts(named)
+    read = (text or open_media(config, device=weight.device)).encode_prompts(named)
     contexts = list(read.to(weight).split(len(prompts)))
     cache, current = model.new_cache(len(prompts), runtime), _read(model, contexts.pop(0))
     # Only a switch looks back at latents.
@@ -146,7 +146,7 @@ def check_comparable(models: Sequence[ModelConfig]) -> None:
     """
     kinds = [
         {
-            "codec": model.codec,
+            "media": model.media,
             "channels": model.geometry.in_dim,
             "width of contexts": model.geometry.text_dim,
             "length of contexts": model.geometry.text_len,
@@ -170,7 +170,7 @@ def _check_prefix(prefix: Tensor, config: ModelConfig, clips: int) -> None:
     if not fits or list(prefix.shape[2:]) != wanted:
         raise ConfigError(
             f"a prefix of shape {list(prefix.shape)} does not fit {clips} clips of frames {wanted}",
-            "encode it with this model's own codec, one for all clips or one for each",
+            "encode it with this model's own VAE, one for all clips or one for each",
         )
 
 
@@ -203,19 +203,19 @@ def rollout(
     label: str = "generating",
     runtime: RuntimeConfig | None = None,
     switches: Sequence[Switch] = (),
-    codec: Codec | None = None,
+    media: Media | None = None,
     prefix: Tensor | None = None,
 ) -> Tensor:
     """A whole rollout as pixels (B, F', 3, H, W) in −1 … 1; arguments as `generate`."""
     config = model.config
-    codec = codec or open_codec(config, device=model.patch_embedding.weight.device)
-    made = generate(model, prompts, frames, seed, runtime, switches, codec, prefix)
-    return decoded(track_chunks(progress or Silent(), made, label, config, frames, prefix), codec)
+    media = media or open_media(config, device=model.patch_embedding.weight.device)
+    made = generate(model, prompts, frames, seed, runtime, switches, media, prefix)
+    return decoded(track_chunks(progress or Silent(), made, label, config, frames, prefix), media)
 
 
-def decoded(chunks: Iterable[Tensor], codec: VideoCodec) -> Tensor:
+def decoded(chunks: Iterable[Tensor], media: VideoVAE) -> Tensor:
     """All chunks (B, F, C, h, w) of a rollout as pixels (B, F', 3, H, W) in −1 … 1, on the CPU."""
-    return codec.decode(torch.cat(list(chunks), dim=1)).float().cpu().clamp(-1, 1)
+    return media.decode(torch.cat(list(chunks), dim=1)).float().cpu().clamp(-1, 1)
 
 
 def track_chunks(
@@ -270,7 +270,7 @@ def parse_switch(text: str, clips: int, keep_sink: bool, rate: float) -> Switch:
     return Switch(frame, [match[3].strip()] * clips, keep_sink)
 
 
-def read_prefix(path: Path, codec: VideoCodec, latent_size: tuple[int, int], frames: int) -> Tensor:
+def read_prefix(path: Path, media: VideoVAE, latent_size: tuple[int, int], frames: int) -> Tensor:
     """Latents (1, P, C, height, width) of an image or a video that a clip is to begin with.
 
     Frames are taken as they come, at any rate, cut to the model's size at the centre. Where a video
@@ -279,7 +279,7 @@ def read_prefix(path: Path, codec: VideoCodec, latent_size: tuple[int, int], fra
 
     Args:
         path: Of anything that PyAV plays.
-        codec: Of the model.
+        media: Of the model.
         latent_size: Height and width.
         frames: Latent frames of the whole clip.
 
@@ -289,17 +289,17 @@ def read_prefix(path: Path, codec: VideoCodec, latent_size: tuple[int, int], fra
     """
     if not path.is_file():
         raise ConfigError(f"no image or video at {path}", "give a file: --image FILE")
-    most, *size = codec.pixel_shape(frames, latent_size)
+    most, *size = media.pixel_shape(frames, latent_size)
     pixels = [fit_frame(frame, size) for frame in islice(read_frames(path), most)]
     if len(pixels) == most:
         raise ConfigError(
             f"{path} fills all {frames} latent frames of the clip", "ask for more: --seconds 60"
         )
-    fitting = (codec.pixel_shape(count, latent_size)[0] for count in range(frames, 0, -1))
+    fitting = (media.pixel_shape(count, latent_size)[0] for count in range(frames, 0, -1))
     count = next((count for count in fitting if count <= len(pixels)), 0)
     if not count:
         raise ConfigError(f"{path} holds no frame", "give another image or video")
-    return codec.encode(torch.stack(pixels[-count:])[None])
+    return media.encode(torch.stack(pixels[-count:])[None])
 
 
 def check_video_path(path: Path) -> None:
@@ -321,7 +321,7 @@ def check_video_path(path: Path) -> None:
 
 
 def write_film(
-    path: Path, chunks: Iterable[Tensor], codec: VideoCodec, progress: Progress | None = None
+    path: Path, chunks: Iterable[Tensor], media: VideoVAE, progress: Progress | None = None
 ) -> list[Path]:
     """Write a rollout as it comes, in memory that does not grow with its length.
 
@@ -331,17 +331,17 @@ def write_film(
     Args:
         path: Of the mp4; the PNG takes its name.
         chunks: Latents (B, F, C, height, width) of B clips, shown one below the other.
-        codec: That decodes them.
+        media: That decodes them.
         progress: Where to tell of the first frame.
     """
     progress = progress or Silent()
-    decoder, picture, shown = codec.decoder(), _picture_path(path), False
+    decoder, picture, shown = media.decoder(), _picture_path(path), False
     try:
-        with open_mp4(path, codec.frames_per_second, codec.enlarged) as write:
+        with open_mp4(path, media.frames_per_second, media.enlarged) as write:
             for chunk in chunks:
                 frames = torch.cat(list(decoder.decode(chunk)), dim=-2)
                 if not shown:
-                    write_png(picture, frames[0], codec.enlarged)
+                    write_png(picture, frames[0], media.enlarged)
                     progress.note(f"first frame: {picture}")
                     shown = True
                 write(frames)
@@ -353,7 +353,7 @@ def write_film(
 
 
 def write_clips(
-    path: Path, clips: dict[str, Tensor], prompts: list[str], codec: VideoCodec
+    path: Path, clips: dict[str, Tensor], prompts: list[str], media: VideoVAE
 ) -> list[Path]:
     """Write rollouts of the same prompts as one mp4 and one contact sheet beside it.
 
@@ -361,7 +361,7 @@ def write_clips(
         path: Of the mp4; the sheet takes its name with .png.
         clips: Rollouts (B, F, 3, H, W) by the name of the model, shown side by side in this order.
         prompts: B of them, one below the other.
-        codec: That decoded them.
+        media: That decoded them.
     """
     rows = [
         (f"{name} · {prompt}", video[index])
@@ -373,8 +373,8 @@ def write_clips(
     for video in columns[1:]:
         joined = torch.stack([side_by_side(a, b) for a, b in zip(joined, video, strict=True)])
     sheet = _picture_path(path)
-    write_mp4(path, torch.cat(list(joined), dim=-2), codec.frames_per_second, codec.enlarged)
-    contact_sheet(sheet, rows, scale=-(-codec.enlarged // 2), group=len(clips))
+    write_mp4(path, torch.cat(list(joined), dim=-2), media.frames_per_second, media.enlarged)
+    contact_sheet(sheet, rows, scale=-(-media.enlarged // 2), group=len(clips))
     return [path, sheet]
 
 

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from vmla_convert import __version__
 from vmla_convert.checkpoint.writer import partial_folder
-from vmla_convert.config import CodecConfig, DataConfig, ModelConfig
+from vmla_convert.config import DataConfig, MediaConfig, ModelConfig
 from vmla_convert.errors import ConfigError, OutputError
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.pipelines.codecs import Codec, check_prompts, open_codec
 from vmla_convert.pipelines.data import seeded, source_kind, video_files
 from vmla_convert.pipelines.generate import generate
+from vmla_convert.pipelines.media import Media, check_prompts, open_media
 from vmla_convert.pipelines.shelf import FolderShelf, Tensors
 from vmla_convert.pipelines.video import check_playable, fit_frame, read_frames
 from vmla_convert.progress import Progress, Silent
@@ -36,7 +36,7 @@ def prepare_clips(
     folder: Path,
     origin: Any,
     progress: Progress | None = None,
-    codec: Codec | None = None,
+    media: Media | None = None,
 ) -> DataConfig:
     """Turn clips that need a model into latents on disk; what is latents already stays as it is.
 
@@ -45,13 +45,13 @@ def prepare_clips(
 
     Args:
         config: The clips wanted.
-        dense: Whose samples `self` are, and whose codec reads videos.
+        dense: Whose samples `self` are, and whose media reads videos.
         folder: For the latents, as shards of `latents` and `context`; appears when it is complete.
             One that holds these very clips is used again.
         origin: What tells the dense model's weights from others, JSON-able, such as the `source` of
             a conversion's record.
         progress: Where to draw.
-        codec: That encodes; by default the model's own, opened anew.
+        media: That encodes; by default the model's own, opened anew.
 
     Returns:
         The config of the same clips as latents.
@@ -68,11 +68,11 @@ def prepare_clips(
     if kind in ("demo", "latents"):
         return config
     device = dense.patch_embedding.weight.device
-    codec = codec or open_codec(dense.config, CodecConfig(config.base), device=device)
+    media = media or open_media(dense.config, MediaConfig(config.base), device=device)
     if kind == "self":
-        work = _OwnSamples.planned(config, dense, codec, origin)
+        work = _OwnSamples.planned(config, dense, media, origin)
     else:
-        work = _Videos.planned(config, dense.config, codec)
+        work = _Videos.planned(config, dense.config, media)
     done = folder.exists()
     # The shelf refuses a folder of other work.
     shelf = FolderShelf(folder if done else partial_folder(folder), work.identity())
@@ -82,7 +82,7 @@ def prepare_clips(
     return replace(config, source=str(folder))
 
 
-def check_makeable(config: DataConfig, model: ModelConfig, codec: Codec) -> None:
+def check_makeable(config: DataConfig, model: ModelConfig, media: Media) -> None:
     """Refuse, before a model is read, clips that `prepare_clips` could not make.
 
     Raises:
@@ -91,9 +91,9 @@ def check_makeable(config: DataConfig, model: ModelConfig, codec: Codec) -> None
         VmlaError: The model's text encoder cannot read a prompt.
     """
     if source_kind(config.source) == "self":
-        check_prompts(model, _own_prompts(config, codec))
+        check_prompts(model, _own_prompts(config, media))
     elif source_kind(config.source) == "videos":
-        _Videos.planned(config, model, codec).check()
+        _Videos.planned(config, model, media).check()
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
@@ -123,21 +123,21 @@ class _OwnSamples:
 
     config: DataConfig
     dense: CausalWanModel
-    codec: Codec
+    media: Media
     origin: Any
     prompts: tuple[str, ...]
 
     @classmethod
     def planned(
-        cls, config: DataConfig, dense: CausalWanModel, codec: Codec, origin: Any
+        cls, config: DataConfig, dense: CausalWanModel, media: Media, origin: Any
     ) -> _OwnSamples:
         """Find out what to sample."""
-        return cls(config, dense, codec, origin, _own_prompts(config, codec))
+        return cls(config, dense, media, origin, _own_prompts(config, media))
 
     def identity(self) -> Any:
         """What the latents depend on."""
         config = self.config
-        how = [config.frames, config.clips, config.seed, self.prompts, self.codec.name]
+        how = [config.frames, config.clips, config.seed, self.prompts, self.media.name]
         return [__version__, how, to_dict(self.dense.config), self.origin]
 
     def fill(self, shelf: FolderShelf, progress: Progress) -> None:
@@ -153,11 +153,11 @@ class _OwnSamples:
     def _sampled(self, prompts: list[str], index: int) -> Tensors:
         """One shard, from noise of its own: whatever was sampled before, it comes out the same."""
         seed = seeded(self.config.seed, index, "self").initial_seed()
-        frames, text = self.config.frames, self.codec
+        frames, text = self.config.frames, self.media
         chunks = list(generate(self.dense, prompts, frames, seed, text=text))
         # In the model's own dtype: that is exact, and what bf16 models make takes half the space.
         latents = torch.cat(chunks, dim=1).cpu()
-        return {"latents": latents, "context": self.codec.encode_prompts(prompts)}
+        return {"latents": latents, "context": self.media.encode_prompts(prompts)}
 
     def _clips_at_once(self) -> int:
         """By what their caches take and not by what is free, as the samples depend on it."""
@@ -172,14 +172,14 @@ class _Videos:
 
     config: DataConfig
     model: ModelConfig
-    codec: Codec
+    media: Media
     prompts: dict[Path, str]
 
     @classmethod
-    def planned(cls, config: DataConfig, model: ModelConfig, codec: Codec) -> _Videos:
+    def planned(cls, config: DataConfig, model: ModelConfig, media: Media) -> _Videos:
         """Find out what to encode."""
         files = video_files(Path(config.source))
-        return cls(config, model, codec, {file: _prompt_of(file, config) for file in files})
+        return cls(config, model, media, {file: _prompt_of(file, config) for file in files})
 
     def identity(self) -> Any:
         """What the latents depend on; of the files what a glance tells, they may be large."""
@@ -190,7 +190,7 @@ class _Videos:
             [file.relative_to(root).as_posix(), told.st_size, told.st_mtime_ns, prompt]
             for file, told, prompt in stats
         ]
-        how = [self.codec.name, self.model.latent_size, self.config.frames]
+        how = [self.media.name, self.model.latent_size, self.config.frames]
         return [__version__, how, videos]
 
     def fill(self, shelf: FolderShelf, progress: Progress) -> None:
@@ -223,22 +223,22 @@ class _Videos:
 
     def _clips(self, progress: Progress) -> Iterator[tuple[Tensor, str]]:
         """Pixels (F, 3, H, W) of each clip, and its prompt."""
-        frames, *size = self.codec.pixel_shape(self.config.frames, self.model.latent_size)
+        frames, *size = self.media.pixel_shape(self.config.frames, self.model.latent_size)
         for file, prompt in progress.track(self.prompts.items(), "encoding videos"):
             left = (fit_frame(frame, size) for frame in read_frames(file))
             while len(clip := list(islice(left, frames))) == frames:
                 yield torch.stack(clip), prompt
 
     def _encoded(self, group: list[tuple[Tensor, str]]) -> Tensors:
-        latents = self.codec.encode(torch.stack([pixels for pixels, _ in group]))
+        latents = self.media.encode(torch.stack([pixels for pixels, _ in group]))
         return {
             "latents": latents,
-            "context": self.codec.encode_prompts([prompt for _, prompt in group]),
+            "context": self.media.encode_prompts([prompt for _, prompt in group]),
         }
 
 
-def _own_prompts(config: DataConfig, codec: Codec) -> tuple[str, ...]:
-    prompts = config.prompts or codec.default_prompts
+def _own_prompts(config: DataConfig, media: Media) -> tuple[str, ...]:
+    prompts = config.prompts or media.default_prompts
     if not prompts:
         raise ConfigError(
             "clips of the model's own need prompts", "name a file of them: --prompts FILE"

@@ -9,8 +9,8 @@ import torch
 
 from vmla_convert.config import MLAConfig, ModelConfig, RuntimeConfig
 from vmla_convert.maths.rope3d import axis_pairs
-from vmla_convert.pipelines.codecs import latent_frames_per_second
 from vmla_convert.pipelines.convert import Conversion
+from vmla_convert.pipelines.media import latent_frames_per_second
 from vmla_convert.results import Row
 
 MEMORY_SECONDS = (5.0, 30.0, 60.0)

@@ -1,6 +1,6 @@
 """Wan's own text encoder and VAE, from diffusers and transformers (extra `[wan]`).
 
-Both are read when they are first needed, so that opening a codec costs two small files.
+Both are read when they are first needed, so that opening a media costs two small files.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from vmla_convert.checkpoint.components import Components, Part, find_components
 from vmla_convert.checkpoint.hub import first_line
-from vmla_convert.config import CodecConfig, ModelConfig
+from vmla_convert.config import MediaConfig, ModelConfig
 from vmla_convert.errors import CheckpointError, ConfigError, MissingExtraError
 from vmla_convert.maths.tiles import Tile, blend, cover
-from vmla_convert.pipelines.codecs import WAN_TEMPORAL_STRIDE, VideoDecoder
 from vmla_convert.pipelines.components import denormalise, normalise, read_contexts
+from vmla_convert.pipelines.media import WAN_TEMPORAL_STRIDE, VideoDecoder
 
 T = TypeVar("T")
 
@@ -31,14 +31,14 @@ TILE_PIXELS, TILE_OVERLAP = 256, 64
 _OTHER_BASE = "name the components of this very model: --base DIR"
 
 
-def open_wan_codec(
+def open_wan_media(
     config: ModelConfig,
-    how: CodecConfig,
+    how: MediaConfig,
     checkpoint: Path | None,
     device: torch.device,
     dtype: torch.dtype,
-) -> WanCodec:
-    """Find the components of a model and check that they fit it; arguments as `open_codec`.
+) -> WanMedia:
+    """Find the components of a model and check that they fit it; arguments as `open_media`.
 
     Raises:
         CheckpointError: The components are not there.
@@ -48,10 +48,10 @@ def open_wan_codec(
     if any(find_spec(package) is None for package in PACKAGES):
         raise MissingExtraError("Wan's text encoder and VAE", "wan")
     components = find_components(config, how.base, checkpoint)
-    return WanCodec(config, components, how, device, dtype)
+    return WanMedia(config, components, how, device, dtype)
 
 
-class WanCodec:
+class WanMedia:
     """UMT5 and Wan's causal VAE.
 
     A prompt is cleaned as Wan cleans it, and its context is 0 after the end. The first latent frame
@@ -66,7 +66,7 @@ class WanCodec:
         self,
         config: ModelConfig,
         components: Components,
-        how: CodecConfig,
+        how: MediaConfig,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
@@ -240,8 +240,8 @@ class _Features:
 class _Decoder:
     """One video; owns its features, so that others may use the same VAE in between."""
 
-    def __init__(self, codec: WanCodec) -> None:
-        self._codec = codec
+    def __init__(self, media: WanMedia) -> None:
+        self._media = media
         self._tiles: list[Tile] = []
         self._features: list[_Features] = []
 
@@ -251,27 +251,27 @@ class _Decoder:
         size = (latents.shape[-2], latents.shape[-1])
         if not self._features:
             self._tiles = self._cover(size)
-            self._features = [self._codec.new_features() for _ in self._tiles]
-        stride = self._codec.stride
+            self._features = [self._media.new_features() for _ in self._tiles]
+        stride = self._media.stride
         enlarged = [tile.scaled(stride) for tile in self._tiles]
         pixel_size = (size[0] * stride, size[1] * stride)
         made: list[Tensor] = []
-        with self._codec.vae_working():
-            for frame in self._codec.denormalised(latents).split(1, dim=2):
+        with self._media.vae_working():
+            for frame in self._media.denormalised(latents).split(1, dim=2):
                 parts = self._parts(frame)
                 whole = parts[0] if len(parts) == 1 else blend(parts, enlarged, pixel_size)
                 made.append(whole.float().cpu().clamp(-1, 1))
         return torch.cat(made, dim=2).transpose(1, 2)
 
     def _cover(self, size: tuple[int, int]) -> list[Tile]:
-        if not self._codec.how.vae_tiling:
+        if not self._media.how.vae_tiling:
             return [Tile((0, size[0]), (0, size[1]))]
-        stride = self._codec.stride
+        stride = self._media.stride
         return cover(size, TILE_PIXELS // stride, TILE_OVERLAP // stride)
 
     def _parts(self, frame: Tensor) -> list[Tensor]:
         return [
-            self._codec.decode_frame(features, tile.cut(frame))
+            self._media.decode_frame(features, tile.cut(frame))
             for tile, features in zip(self._tiles, self._features, strict=True)
         ]
 

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from vmla_convert.checkpoint.components import PARTS, Part, has_all_parts
-from vmla_convert.config import CodecConfig, ModelConfig, RuntimeConfig, SamplerConfig
+from vmla_convert.config import MediaConfig, ModelConfig, RuntimeConfig, SamplerConfig
 from vmla_convert.errors import ConfigError, MissingExtraError, did_you_mean
 from vmla_convert.layers.dit import CausalWanModel, Prompt
 from vmla_convert.maths.flow import TRAIN_TIMESTEPS, sampler_sigmas
-from vmla_convert.pipelines.codecs import DemoCodec
 from vmla_convert.pipelines.components import denormalise, read_contexts
 from vmla_convert.pipelines.data import seeded
 from vmla_convert.pipelines.interop.adapters import LoraReport, find_lora, read_lora
@@ -28,8 +27,9 @@ from vmla_convert.pipelines.interop.transformer import (
     refuse_options,
 )
 from vmla_convert.pipelines.load import Source, is_remote
+from vmla_convert.pipelines.media import DemoMedia
 from vmla_convert.pipelines.sample import State, sample_chunk
-from vmla_convert.pipelines.wan import open_wan_codec
+from vmla_convert.pipelines.wan import open_wan_media
 
 try:
     from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -143,9 +143,9 @@ class VMLAPipeline(DiffusionPipeline, LoraBaseMixin):
             transformer = VMLATransformer.from_pretrained(source, torch_dtype=wanted)
         config: ModelConfig = transformer.wan.config
         lacking: list[Part] = [part for part in PARTS if part not in components]
-        if config.codec == "wan" and lacking:
-            codec = open_wan_codec(config, CodecConfig(base), place, _CPU, wanted)
-            components |= {part: codec.component(part) for part in lacking}
+        if config.media == "wan" and lacking:
+            media = open_wan_media(config, MediaConfig(base), place, _CPU, wanted)
+            components |= {part: media.component(part) for part in lacking}
         shift = config.sampler.shift
         components.setdefault("scheduler", FlowMatchEulerDiscreteScheduler(shift=shift))
         return cls(transformer, **components)
@@ -344,7 +344,7 @@ class VMLAPipeline(DiffusionPipeline, LoraBaseMixin):
     @property
     def _strides(self) -> tuple[int, int]:
         """Pixels to a latent, in time and in space."""
-        if self.transformer.wan.config.codec == "demo":
+        if self.transformer.wan.config.media == "demo":
             return _DEMO_STRIDES
         if self.vae is None:
             return _WAN_STRIDES
@@ -366,8 +366,8 @@ class VMLAPipeline(DiffusionPipeline, LoraBaseMixin):
             assert prompt_embeds is not None
             return prompt_embeds
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if config.codec == "demo":
-            return DemoCodec().encode_prompts(prompts)
+        if config.media == "demo":
+            return DemoMedia().encode_prompts(prompts)
         if self.text_encoder is None or self.tokenizer is None:
             raise ConfigError(
                 "this pipeline has no text encoder", "load it with base=, or give prompt_embeds"
@@ -377,8 +377,8 @@ class VMLAPipeline(DiffusionPipeline, LoraBaseMixin):
 
     def _pixels(self, latents: Tensor, output_type: str) -> Any:
         """Videos, in the form asked for, of latents (B, C, F, h, w)."""
-        if self.transformer.wan.config.codec == "demo":
-            video = DemoCodec().decode(latents.transpose(1, 2)).transpose(1, 2)
+        if self.transformer.wan.config.media == "demo":
+            video = DemoMedia().decode(latents.transpose(1, 2)).transpose(1, 2)
         elif self.vae is None:
             raise ConfigError("this pipeline has no VAE", 'load it with base=, or ask for "latent"')
         else:

@@ -23,12 +23,11 @@ from torch import Tensor
 
 from vmla_convert.checkpoint.families import OpenCheckpoint, converted_config
 from vmla_convert.checkpoint.writer import partial_folder, refuse_taken, write_checkpoint
-from vmla_convert.config import CodecConfig, EvaluateConfig, ModelConfig, RecoverConfig
+from vmla_convert.config import EvaluateConfig, MediaConfig, ModelConfig, RecoverConfig
 from vmla_convert.errors import CheckpointError, ConfigError, OutputError, VmlaError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines.calibrate import check_clips
 from vmla_convert.pipelines.card import model_card
-from vmla_convert.pipelines.codecs import Codec, open_codec
 from vmla_convert.pipelines.data import open_clips, recorded, source_kind
 from vmla_convert.pipelines.evaluate import HeldOut, check_held_out, dense_rows, measuring_bar
 from vmla_convert.pipelines.load import (
@@ -42,6 +41,7 @@ from vmla_convert.pipelines.load import (
     read_block,
     read_provenance,
 )
+from vmla_convert.pipelines.media import Media, open_media
 from vmla_convert.pipelines.prepare import check_makeable, prepare_clips
 from vmla_convert.pipelines.processes import check_shares, processes
 from vmla_convert.pipelines.recovery.stages import (
@@ -264,9 +264,9 @@ class _Run:
         if source_kind(data.source) not in _MADE:
             return
         dense, origin = build(self.dense, self.device), provenance.get("source")
-        codec = _codec_of(self.dense, self.config, self.device)
+        media = _media_of(self.dense, self.config, self.device)
         with self.processes.main_process_first():
-            made = prepare_clips(data, dense, self.clips, origin, self.progress, codec)
+            made = prepare_clips(data, dense, self.clips, origin, self.progress, media)
         self.config = replace(self.config, data=made)
         if evaluated.source == data.source:
             held_out = replace(evaluated, source=made.source)
@@ -391,8 +391,8 @@ def check_recovery(
         )
     made = source_kind(config.data.source) in _MADE
     if made:
-        codec = _codec_of(dense, config, torch.device("cpu"))
-        check_makeable(config.data, dense.config, codec)
+        media = _media_of(dense, config, torch.device("cpu"))
+        check_makeable(config.data, dense.config, media)
     else:
         check_clips(dense.config, open_clips(config.data).batch(0, 1))
     measured = not config.offload or later_steps(config)
@@ -400,9 +400,9 @@ def check_recovery(
         check_held_out(dense.config, evaluation)
 
 
-def _codec_of(dense: OpenCheckpoint, config: RecoverConfig, device: torch.device) -> Codec:
-    """The codec that makes clips."""
-    return open_codec(dense.config, CodecConfig(config.data.base), dense.source.path, device)
+def _media_of(dense: OpenCheckpoint, config: RecoverConfig, device: torch.device) -> Media:
+    """The media that makes clips."""
+    return open_media(dense.config, MediaConfig(config.data.base), dense.source.path, device)
 
 
 def _processes(world: int | None) -> PartialState:

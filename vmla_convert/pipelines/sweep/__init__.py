@@ -21,11 +21,11 @@ from vmla_convert.config import (
 )
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines.calibrate import check_clips
-from vmla_convert.pipelines.codecs import check_prompts, open_codec
 from vmla_convert.pipelines.convert import open_measured
 from vmla_convert.pipelines.data import open_clips
 from vmla_convert.pipelines.evaluate import HeldOut, check_held_out, dense_rows, spectrum_rows
 from vmla_convert.pipelines.grid import SweepPoint, digest, grid, sweep_points
+from vmla_convert.pipelines.media import check_prompts, open_media
 from vmla_convert.pipelines.plan import check_sizes, uniform_plan
 from vmla_convert.pipelines.processes import check_shares
 from vmla_convert.pipelines.recovery.trained import check_adapters
@@ -131,7 +131,7 @@ def check_sweep(
         check_clips(model, open_clips(recover_config.data).batch(0, 1))
     if config.rollout_frames:
         check_prompts(model, config.rollout_prompts)
-        open_codec(model)
+        open_media(model)
 
 
 class _Sweep:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from vmla_convert.config import ModelConfig, SweepConfig
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.pipelines.codecs import DemoCodec
 from vmla_convert.pipelines.evaluate import drift_rows, rollout_rows
 from vmla_convert.pipelines.generate import generate
+from vmla_convert.pipelines.media import DemoMedia
 from vmla_convert.pipelines.video import contact_sheet
 from vmla_convert.progress import Progress
 from vmla_convert.results import Row
@@ -39,7 +39,7 @@ def roll_out(model: CausalWanModel, config: SweepConfig, progress: Progress) -> 
 def score(rollout: Rollout, config: SweepConfig, seed: int) -> list[Row]:
     """Rows of a rollout: its drift, and of the demo world what its judge says."""
     rows = drift_rows(rollout.latents, rollout.config, seed)
-    if rollout.config.codec == "demo":
+    if rollout.config.media == "demo":
         prompts = list(config.rollout_prompts)
         rows += rollout_rows(_pixels(rollout.latents), prompts, rollout.config, seed)
     return rows
@@ -54,7 +54,7 @@ def draw_strip(path: Path, dense: Rollout, converted: Rollout, config: SweepConf
         MissingExtraError: Pillow is not installed.
         OutputError: The file cannot be written.
     """
-    if converted.config.codec != "demo":
+    if converted.config.media != "demo":
         return
     rows: list[tuple[str, Tensor]] = []
     for index, prompt in enumerate(config.rollout_prompts[:SHOWN]):
@@ -68,4 +68,4 @@ def draw_strip(path: Path, dense: Rollout, converted: Rollout, config: SweepConf
 
 
 def _pixels(latents: Tensor) -> Tensor:
-    return DemoCodec().decode(latents).clamp(-1, 1)
+    return DemoMedia().decode(latents).clamp(-1, 1)

@@ -1,6 +1,6 @@
 """Between prompts and pixels on one side, contexts and latents on the other.
 
-A model needs two things around it: a text encoder (prompts to context) and a video codec (latents
+A model needs two things around it: a text encoder (prompts to context) and a video media (latents
 to pixels). Those of the demo live here, in full; Wan's are in `wan.py`, on top of diffusers and
 transformers, which are imported only when they are needed.
 """
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmla_convert.config import CodecConfig, ModelConfig
+from vmla_convert.config import MediaConfig, ModelConfig
 from vmla_convert.errors import ConfigError, VmlaError
 from vmla_convert.progress import Progress, Silent
 
@@ -47,7 +47,7 @@ class VideoDecoder(Protocol):
         ...
 
 
-class VideoCodec(Protocol):
+class VideoVAE(Protocol):
     """Turns pixels into latents, and back.
 
     Attributes:
@@ -78,12 +78,12 @@ class VideoCodec(Protocol):
         ...
 
 
-class Codec(TextEncoder, VideoCodec, Protocol):
+class Media(TextEncoder, VideoVAE, Protocol):
     """Both.
 
     Attributes:
         name: What the latents and contexts that it makes depend on.
-        default_prompts: What a model of this codec is asked for when nobody names a prompt.
+        default_prompts: What a model of this media is asked for when nobody names a prompt.
     """
 
     name: str
@@ -98,7 +98,7 @@ class KnownPrompts:
     """Contexts of prompts that were read in one go, after which their encoder was let go."""
 
     def __init__(
-        self, codec: Codec, prompts: Iterable[str], progress: Progress | None = None
+        self, media: Media, prompts: Iterable[str], progress: Progress | None = None
     ) -> None:
         """Read them all; that takes as long as loading the encoder does.
 
@@ -107,15 +107,15 @@ class KnownPrompts:
         """
         unique = list(dict.fromkeys(prompts))
         for named in (progress or Silent()).track([unique], "reading prompts"):
-            self._contexts = dict(zip(named, codec.encode_prompts(named), strict=True))
-        codec.free_text_encoder()
+            self._contexts = dict(zip(named, media.encode_prompts(named), strict=True))
+        media.free_text_encoder()
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """Contexts (B, text_len, text_dim) of prompts that were read."""
         return torch.stack([self._contexts[prompt] for prompt in prompts])
 
 
-class DemoCodec:
+class DemoMedia:
     """Text and video of the moving-digits world; nothing is learned.
 
     A prompt names one digit, as a numeral or a word, and becomes a context with one entry that is
@@ -168,14 +168,14 @@ class DemoCodec:
         """There are no weights to forget."""
 
 
-def open_codec(
+def open_media(
     config: ModelConfig,
-    how: CodecConfig | None = None,
+    how: MediaConfig | None = None,
     checkpoint: Path | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-) -> Codec:
-    """The codec a model names. Wan's weights are read, or fetched, when they are first needed.
+) -> Media:
+    """The media a model names. Wan's weights are read, or fetched, when they are first needed.
 
     Args:
         config: Of the model.
@@ -189,18 +189,18 @@ def open_codec(
         ConfigError: None are known, or they do not fit the model.
         MissingExtraError: diffusers or transformers are not installed.
     """
-    if config.codec == "demo":
-        return DemoCodec(config.frames_per_second)
-    from vmla_convert.pipelines.wan import open_wan_codec
+    if config.media == "demo":
+        return DemoMedia(config.frames_per_second)
+    from vmla_convert.pipelines.wan import open_wan_media
 
     device = torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return open_wan_codec(config, how or CodecConfig(), checkpoint, device, dtype)
+    return open_wan_media(config, how or MediaConfig(), checkpoint, device, dtype)
 
 
 def latent_frames_per_second(config: ModelConfig) -> float:
     """Latent frames a second of a model's video, but for the first, which is one of pixels."""
-    stride = 1 if config.codec == "demo" else WAN_TEMPORAL_STRIDE
+    stride = 1 if config.media == "demo" else WAN_TEMPORAL_STRIDE
     return config.frames_per_second / stride
 
 
@@ -214,12 +214,12 @@ def check_prompts(config: ModelConfig, prompts: Iterable[str]) -> None:
     Raises:
         VmlaError: The demo model is asked for something else than one digit.
     """
-    if config.codec == "demo":
+    if config.media == "demo":
         for prompt in prompts:
             prompted_digit(prompt)
 
 
-def require_demo_codec(
+def require_demo_media(
     config: ModelConfig,
     purpose: str,
     hint: str = _CONVERT_HINT,
@@ -229,12 +229,12 @@ def require_demo_codec(
     Args:
         config: Of the model.
         purpose: What was to be done, as the subject of a sentence.
-        hint: What can be done without the demo's codec; by default, the way to convert.
+        hint: What can be done without the demo's media; by default, the way to convert.
 
     Raises:
         ConfigError: The model's text encoder and VAE are not the demo's.
     """
-    if config.codec != "demo":
+    if config.media != "demo":
         raise ConfigError(f"{purpose} needs the demo's latents, and this model's are Wan's", hint)
 
 
