@@ -1,0 +1,115 @@
+"""The cache codec of one layer as a module: keys and values to channels, and back head by head.
+
+A codec stands beside a dense self-attention and changes nothing of it. What a chunk attends to in
+itself stays exact; the past is decoded from channels, some heads at a time (Method: the codec).
+
+Letters: B batch, S tokens, H heads, D head dim (H·D = d), R channels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vmla_convert.layers.attention import Entries, in_float32
+from vmla_convert.maths.quantise import (
+    TABLE_SIZE,
+    WHOLE_BITS,
+    WIDTHS,
+    dequantise,
+    pack,
+    quantise,
+    unpack,
+)
+from vmla_convert.maths.rates import Purchases, Rate, purchases
+
+
+class LayerCodec(nn.Module):
+    """Linear maps between [k; v] of one layer and R channels of mean 0 and variance 1.
+
+    `encode` (R, 2d) and `decode` (2d, R) train in recovery. `mean` (2d,), `energies` (R,), `tables`
+    and `distortions` come from calibration and stay float32.
+
+    Attributes:
+        rate: How many channels a pass over a whole clip stores, and in how many bits; a cache may
+            be given another rate.
+    """
+
+    mean: Tensor
+    energies: Tensor
+    tables: Tensor
+    distortions: Tensor
+
+    def __init__(self, dim: int, num_heads: int, rank: int) -> None:
+        super().__init__()
+        self.dim, self.head_dim = dim, dim // num_heads
+        self.encode = nn.Parameter(torch.zeros(rank, 2 * dim))
+        self.decode = nn.Parameter(torch.zeros(2 * dim, rank))
+        for name, size in (("mean", 2 * dim), ("energies", rank), ("tables", TABLE_SIZE)):
+            self.register_buffer(name, torch.zeros(size, dtype=torch.float32))
+        self.register_buffer("distortions", torch.zeros(len(WIDTHS), dtype=torch.float32))
+        self.rate = Rate((WHOLE_BITS,) * rank, quantised=False)
+
+    def purchases(self) -> Purchases:
+        """What the bits of this layer are worth, for `rates.allocate`."""
+        return purchases(self.energies.cpu(), self.distortions.cpu())
+
+    def channels(self, key: Tensor, value: Tensor, rate: Rate) -> Tensor:
+        """The stored channels (B, S, r) of normed, unrotated keys and values, both (B, S, d)."""
+        entries = in_float32(torch.cat([key, value], -1)) - self.mean
+        return F.linear(entries.to(self.encode.dtype), self.encode[: len(rate.widths)])
+
+    def store(self, channels: Tensor, rate: Rate) -> Tensor:
+        """Channels (B, S, r) as they are kept: (B, S, bytes) uint8, or as they are."""
+        if not rate.quantised:
+            return channels
+        return pack(quantise(channels, self.tables, rate.widths), rate.widths)
+
+    def fetch(self, stored: Tensor, rate: Rate) -> Tensor:
+        """The channels (B, S, r) that `store` kept."""
+        if not rate.quantised:
+            return stored
+        codes = unpack(stored, rate.widths)
+        return dequantise(codes, self.tables, rate.widths, self.decode.dtype)
+
+    def past(self, key: Tensor, value: Tensor) -> Past:
+        """The past that tokens become at `rate`, without a cache; gradients pass the rounding."""
+        channels = self.channels(key, value, self.rate)
+        if self.rate.quantised:
+            with torch.no_grad():
+                codes = quantise(channels, self.tables, self.rate.widths)
+                rounded = dequantise(codes, self.tables, self.rate.widths, channels.dtype)
+            channels = channels + (rounded - channels).detach()
+        return Past(self, channels)
+
+    def decode_heads(self, channels: Tensor, heads: slice) -> Entries:
+        """Keys, unrotated, and values of some heads from channels (B, S, r): (B, S, heads, D)."""
+        start, stop = heads.start * self.head_dim, heads.stop * self.head_dim
+        used = channels.shape[-1]
+
+        def part(rows: slice) -> Tensor:
+            mean = self.mean[rows].to(self.decode.dtype)
+            return F.linear(channels, self.decode[rows, :used], mean).unflatten(
+                -1, (-1, self.head_dim)
+            )
+
+        return part(slice(start, stop)), part(slice(self.dim + start, self.dim + stop))
+
+
+class Past(NamedTuple):
+    """Past tokens that attention decodes while it attends to them.
+
+    Attributes:
+        codec: Decodes them.
+        channels: (B, S, r).
+    """
+
+    codec: LayerCodec
+    channels: Tensor
+
+    def heads(self, heads: slice) -> Entries:
+        """Keys, unrotated, and values of some heads, both (B, S, heads, D)."""
+        return self.codec.decode_heads(self.channels, heads)
