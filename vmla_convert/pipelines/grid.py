@@ -91,11 +91,9 @@ def grid(config: SweepConfig, shared: ConvertConfig) -> list[ConvertConfig]:
     bare = replace(shared, cache_scalars=None, cut=None, plan=None)
     bare = replace(bare, kv_lora_rank=None, qk_rope_head_dim=None, ranks=None)
     points: list[ConvertConfig] = []
-    for size, layer, init, seed in product(sizes, config.every_layer(), config.inits, config.seeds):
-        point = replace(bare, init=init, layer=layer, seed=seed, **size)
-        if layer.positions == "reconstructed":
-            points += _ruled(replace(point, qk_nope_head_dim=None), config, shared)
-        elif point.kv_lora_rank is not None and (splits := _head_splits(config, shared)):
+    for size, latent, init, seed in product(sizes, config.latents, config.inits, config.seeds):
+        point = replace(bare, init=init, latent=latent, seed=seed, **size)
+        if point.kv_lora_rank is not None and (splits := _head_splits(config, shared)):
             points += [
                 replace(point, qk_nope_head_dim=nope, qk_rope_head_dim=rope)
                 for nope, rope in splits
