@@ -1,8 +1,8 @@
 """Narrower heads: the best rank-n map of each head's content key, for the queries that read it.
 
 A head is D wide for content and a rope key wider for positions. Content needs fewer:
-score_h = (A_h q_h) · (U'_h c + beta'_h) / rho with A_h of n rows. What a kernel gains by it costs no
-cache, and the error has a closed form.
+score_h = (A_h q_h) · (U'_h c + beta'_h) / rho with A_h of n rows. What a kernel gains by it costs
+no cache, and the error has a closed form.
 """
 
 from __future__ import annotations

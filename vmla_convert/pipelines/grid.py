@@ -10,7 +10,6 @@ from itertools import product
 from typing import Any
 
 from vmla_convert.config import ConvertConfig, RecoverConfig, SweepConfig
-from vmla_convert.errors import ConfigError
 from vmla_convert.tables import from_dict, to_dict
 
 
@@ -66,14 +65,11 @@ def find_point(key: str, recipe: Mapping[str, Any]) -> SweepPoint | None:
         recipe: Of the run, as its `recipe.json` holds it.
 
     Returns:
-        None where the recipe has no such point, or is that of a version with other settings.
+        None where the recipe has no such point.
     """
-    try:
-        convert = from_dict(ConvertConfig, recipe.get("convert") or {})
-        recover = from_dict(RecoverConfig, recipe.get("recover") or {})
-        sweep = from_dict(SweepConfig, recipe["sweep"]) if recipe.get("sweep") else None
-    except ConfigError:
-        return None
+    convert = from_dict(ConvertConfig, recipe.get("convert") or {})
+    recover = from_dict(RecoverConfig, recipe.get("recover") or {})
+    sweep = from_dict(SweepConfig, recipe["sweep"]) if recipe.get("sweep") else None
     points = sweep_points(sweep, convert, recover) if sweep else []
     # What the stages before a sweep made has a key too.
     points.append(SweepPoint(convert, recover if recipe.get("recover") else None))

@@ -151,7 +151,7 @@ class Shared:
         return layer_weights(state.__getitem__, layer, self.teacher.config.geometry.num_heads)
 
     def _evidence(self, layer: int, weights: KVWeights) -> Callable[[ConvertConfig], Evidence]:
-        """What is known of a layer, worked out once for all that are measured and all that are not."""
+        """What is known of a layer, worked out once with measured inputs, and once without."""
         known: dict[bool, Evidence] = {}
 
         def of(conversion: ConvertConfig) -> Evidence:
