@@ -3,9 +3,7 @@
     python -m evals.memory --shapes wan-1.3b|demo --out rows.jsonl
 
 `cache_bytes` are the whole model's for B = 1 in bfloat16, allocated for one layer and multiplied;
-with the unit `bytes, by formula` it is `ModelConfig.cache_bytes` of the same. `code_bytes` are
-those of the codes that quantised latents are written in, whatever the window and the batch.
-`bytes_ratio` is the dense cache's over this one's. `transient_bytes` is how far memory rises while
+with the unit `bytes, by formula` it is `ModelConfig.cache_bytes` of the same. `bytes_ratio` is the dense cache's over this one's. `transient_bytes` is how far memory rises while
 one layer reads a full window in float32 (resident set on a CPU, allocator on a GPU), its
 projections within; inputs, cache and weights are there before.
 """
@@ -25,20 +23,9 @@ import torch
 import typer
 from torch import Tensor
 
-from evals.speed import (
-    DENSE_CHUNK,
-    LATENT_CHUNK,
-    PAPER,
-    PAPERS,
-    SHAPES,
-    WHOLE,
-    Bench,
-    Run,
-    Shapes,
-    Variant,
-)
+from evals.speed import PAPERS, SHAPES, Bench, Run, Shapes, Variant
 from vmla_convert.__main__ import main as run_reporting_errors
-from vmla_convert.config import CachePolicy, ModelConfig, RuntimeConfig, SamplerConfig
+from vmla_convert.config import CachePolicy, ModelConfig, SamplerConfig
 from vmla_convert.console import out
 from vmla_convert.errors import ConfigError, did_you_mean
 from vmla_convert.layers.dit import CausalWanModel
@@ -46,12 +33,6 @@ from vmla_convert.pipelines.load import compute_device
 from vmla_convert.pipelines.rows import row_fields
 from vmla_convert.results import Row, append_rows
 
-DTYPES = [
-    RuntimeConfig(),
-    RuntimeConfig(cache_dtype="int8"),
-    RuntimeConfig(cache_dtype="int4"),
-    RuntimeConfig(cache_dtype="int4", rope_dtype="int8"),
-]
 TILES = (16, 64, 4096)
 REPEATS = 3
 
@@ -68,8 +49,7 @@ def main(
         rows += cache_rows(SHAPES[shapes], window)
         rows += transient_rows(SHAPES[shapes], window)
     append_rows(rows_file, rows)
-    names = ["run", "cache_dtype", "rope_dtype", "dense_recent_frames", "frames"]
-    names += ["metric", "value", "unit"]
+    names = ["run", "frames", "metric", "value", "unit"]
     cells = [["" if (v := getattr(row, n)) is None else v for n in names] for row in rows]
     out.table("Memory", names, cells)
 
@@ -79,28 +59,17 @@ def cache_rows(shapes: Shapes, window: int) -> list[Row]:
     dense = model_config(shapes, window)
     layers = shapes.geometry.num_layers
     rows: list[Row] = []
-    kinds = [(None, 0), (Variant(DENSE_CHUNK, WHOLE), 0), (Variant(DENSE_CHUNK, WHOLE), 1)]
-    kinds.append((Variant(PAPER, PAPERS), 0))
-    for variant, recent in kinds:
+    for variant in (None, Variant("joint", PAPERS)):
         mla = variant.mla(shapes.geometry) if variant else None
-        config = replace(dense, mla=mla, cache=CachePolicy(window, dense_recent_frames=recent))
-        for runtime in DTYPES if mla else DTYPES[:1]:
-            if runtime.rope_dtype == "int8" and not any(mla.rope_pairs if mla else ()):
-                continue
-            fields = {**row_fields(config, runtime=runtime), "frames": window}
-            nbytes, codes = (layers * part for part in one_layer_bytes(config, runtime))
-            formula, whole = config.cache_bytes(window, runtime=runtime), dense.cache_bytes(window)
-            rows += [
-                Row("cache_bytes", nbytes, "bytes", **fields),
-                Row("cache_bytes", formula, "bytes, by formula", **fields),
-                Row("bytes_ratio", whole / nbytes, "dense over this", **fields),
-            ]
-            if codes:
-                ratio = whole / (nbytes + codes)
-                rows += [
-                    Row("code_bytes", codes, "bytes", **fields),
-                    Row("bytes_ratio", ratio, "dense over this and its codes", **fields),
-                ]
+        config = replace(dense, mla=mla)
+        fields = {**row_fields(config), "frames": window}
+        nbytes = layers * one_layer_bytes(config)
+        formula, whole = config.cache_bytes(window), dense.cache_bytes(window)
+        rows += [
+            Row("cache_bytes", nbytes, "bytes", **fields),
+            Row("cache_bytes", formula, "bytes, by formula", **fields),
+            Row("bytes_ratio", whole / nbytes, "dense over this", **fields),
+        ]
     return rows
 
 
@@ -116,8 +85,8 @@ def model_config(shapes: Shapes, window: int) -> ModelConfig:
 
 
 @torch.no_grad()
-def one_layer_bytes(config: ModelConfig, runtime: RuntimeConfig) -> tuple[int, int]:
-    """Of a cache that is really allocated, for the first layer: of its slots, and of its codes."""
+def one_layer_bytes(config: ModelConfig) -> int:
+    """Bytes of a cache that is really allocated, for the first layer."""
     mla, geometry = config.mla, replace(config.geometry, num_layers=1)
     if mla is not None:
         mla = replace(
@@ -128,14 +97,7 @@ def one_layer_bytes(config: ModelConfig, runtime: RuntimeConfig) -> tuple[int, i
         )
     with torch.device("meta"):
         model = CausalWanModel(replace(config, geometry=geometry, mla=mla)).bfloat16()
-    model.to_empty(device=compute_device())
-    for parameter in model.parameters():
-        parameter.normal_(std=0.02)
-    cache, attention = model.new_cache(1, runtime), model.self_attentions()[0]
-    cache.open_chunk(1)
-    tokens = torch.randn(1, config.tokens_per_frame, geometry.dim).to(attention.o.weight)
-    cache.update(0, attention.project(tokens))
-    return cache.nbytes, cache.constant_nbytes
+    return model.to_empty(device=compute_device()).new_cache(1).nbytes
 
 
 @torch.no_grad()
@@ -144,12 +106,10 @@ def transient_rows(shapes: Shapes, window: int) -> list[Row]:
     bench = Bench(shapes, window)
     cases = {"dense": bench.dense(rotated=True)}
     for tile in TILES:
-        for name, layer in (("dense chunk", DENSE_CHUNK), ("latent chunk", LATENT_CHUNK)):
-            variant = Variant(layer, WHOLE, tile_mib=tile)
-            cases[f"{name}, tiles of {tile} MiB"] = bench.converted(variant)
-    for backend in ("materialised", "absorbed"):
-        variant = Variant(PAPER, PAPERS, backend=backend)
-        cases[f"paper's layer, {backend}"] = bench.converted(variant)
+        cases[f"tiles of {tile} MiB"] = bench.converted(
+            Variant("joint", PAPERS, backend="materialised", tile_mib=tile)
+        )
+    cases["absorbed"] = bench.converted(Variant("joint", PAPERS, backend="absorbed"))
     rows: list[Row] = []
     for name, case in cases.items():
         risen = median(rise(case.run, bench.chunk) for _ in range(REPEATS))

@@ -31,7 +31,6 @@ from vmla_convert.__main__ import main as run_reporting_errors
 from vmla_convert.config import (
     CachePolicy,
     Geometry,
-    LayerConfig,
     MLAConfig,
     ModelConfig,
     RuntimeConfig,
@@ -54,10 +53,7 @@ DEMO = Geometry(
     text_dim=10, text_len=1,
 )  # fmt: skip
 Backend = Literal["auto", "materialised", "absorbed"]
-DENSE_CHUNK, LATENT_CHUNK = LayerConfig("dense"), LayerConfig("latent")
-PAPER = LayerConfig("latent", "decoupled")
-SPLIT = LayerConfig("latent", "decoupled", "split")
-SPLIT_DENSE = LayerConfig("dense", "decoupled", "split")
+Latent = Literal["joint", "split"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +86,7 @@ class Variant:
     """A converted layer and how it is read.
 
     Attributes:
-        layer: Its choices.
+        latent: Whether keys and values share the latent.
         key_share: R over the width; of split latents what keys read.
         value_share: Of split latents what values read.
         narrow: Content parts of heads are truncated, so that with the rope key they are D wide.
@@ -98,7 +94,7 @@ class Variant:
         tile_mib: Most MiB that are rebuilt at a time.
     """
 
-    layer: LayerConfig
+    latent: Latent
     key_share: float
     value_share: float = 0.0
     narrow: bool = False
@@ -106,37 +102,31 @@ class Variant:
     tile_mib: int | None = None
 
     def mla(self, geometry: Geometry) -> MLAConfig:
-        """Sizes of every layer; the stored norm takes one of the numbers that keys read."""
+        """Sizes of every layer; the norm takes one of the numbers that keys read."""
         key, value = (round(geometry.dim * share) for share in (self.key_share, self.value_share))
-        decoupled = self.layer.positions == "decoupled"
-        pairs = tuple(range(geometry.head_dim // 8)) if decoupled else ()
-        layers, split = geometry.num_layers, self.layer.latent == "split"
+        pairs = tuple(range(geometry.head_dim // 8))
+        layers, split = geometry.num_layers, self.latent == "split"
         return MLAConfig(
             (key + value - 1,) * layers,
             (pairs,) * layers,
             "none",
-            self.layer,
+            self.latent,
             (key - 1,) * layers * split,
             qk_nope_head_dim=geometry.head_dim - 2 * len(pairs) if self.narrow else None,
         )
 
 
-# 224, 192 + 32, 96 + 32, 96 + 96 + 32 and 64 + 64 + 32 numbers for Wan 1.3B, the norm among them.
-WHOLE, PAPERS, HALF, SMALL = 7 / 48, 1 / 8, 1 / 16, 1 / 24
-DECOUPLED = [
-    Variant(PAPER, PAPERS),
-    Variant(PAPER, PAPERS, narrow=True),
-    Variant(PAPER, HALF),
-    Variant(SPLIT, HALF, HALF),
-    Variant(SPLIT, SMALL, SMALL),
-    Variant(SPLIT_DENSE, HALF, HALF),
+# 192 + 32, 96 + 32, 96 + 96 + 32 and 64 + 64 + 32 numbers for Wan 1.3B, the norm among them.
+PAPERS, HALF, SMALL = 1 / 8, 1 / 16, 1 / 24
+SIZES = [
+    Variant("joint", PAPERS),
+    Variant("joint", PAPERS, narrow=True),
+    Variant("joint", HALF),
+    Variant("split", HALF, HALF),
+    Variant("split", SMALL, SMALL),
 ]
 BACKENDS: tuple[Backend, ...] = ("materialised", "absorbed", "auto")
-VARIANTS = [
-    Variant(DENSE_CHUNK, WHOLE, backend="materialised"),
-    Variant(LATENT_CHUNK, WHOLE, backend="materialised"),
-    *(replace(variant, backend=backend) for variant in DECOUPLED for backend in BACKENDS),
-]
+VARIANTS = [replace(variant, backend=backend) for variant in SIZES for backend in BACKENDS]
 
 
 Run = Callable[[Tensor], tuple[float, float]]
@@ -305,16 +295,10 @@ class Bench:
         """A converted layer."""
         mla = variant.mla(self.shapes.geometry)
         attention = LatentSelfAttention(self.shapes.geometry, mla, 0).to(self.device)
-        if attention.rope_pairs:
-            torch.nn.init.normal_(attention.q_rope_map, std=0.05)
+        torch.nn.init.normal_(attention.q_rope_map, std=0.05)
         runtime = RuntimeConfig(variant.backend, variant.tile_mib)
         past = attention.project(self.past).cached
-        own, old = self._table(-1), self._table(1)
-        sight = (
-            Sight(own, old, own, runtime=runtime)
-            if attention.dense_chunk
-            else Sight(own, self._table(0), runtime=runtime)
-        )
+        sight = Sight(self._table(-1), self._table(0), runtime=runtime)
 
         def run(x: Tensor) -> tuple[float, float]:
             started = self._now()
@@ -328,8 +312,6 @@ class Bench:
         def prepared(x: Tensor) -> tuple[Tensor, Reading]:
             projection = attention.project(x, keep=False)
             q = split_heads(attention.norm_q(attention.q(x)), attention.num_heads)
-            if projection.own is not None:
-                return q, Reading(past, projection.own)
             pairs = zip(past, projection.cached, strict=True)
             return q, Reading(tuple(torch.cat(pair, 1) for pair in pairs))
 
@@ -337,8 +319,6 @@ class Bench:
         way = attention.faster(q, reading, sight) if variant.backend == "auto" else variant.backend
         shape = attention.read_shape(q, reading)
         flops = absorbed_flops(shape) if way == "absorbed" else materialised_flops(shape)
-        if attention.dense_chunk:
-            flops += 4 * shape.queries * self.chunk.shape[1] * attention.o.in_features
         config = replace(self.config, mla=mla)
         fields = row_fields(config) | {"backend": variant.backend, "frames": self.window}
         return Case(fields, run, flops)
@@ -357,9 +337,9 @@ class Bench:
         return self._now() - started
 
     def _table(self, part: int) -> Rotary:
-        """Positions of the whole window (0), of its past (1), or of the chunk (−1)."""
+        """Positions of the whole window (0), or of the chunk (−1)."""
         frames, edge = torch.arange(self.window), self.window - self.shapes.chunk_frames
-        chosen = {0: frames, 1: frames[:edge], -1: frames[edge:]}[part]
+        chosen = {0: frames, -1: frames[edge:]}[part]
         _, rows, columns = self.shapes.geometry.patch_size
         height, width = self.shapes.latent_size
         return grid_table(

@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 from vmla_convert.__main__ import main as run_reporting_errors
-from vmla_convert.config import ConvertConfig, LayerConfig
+from vmla_convert.config import ConvertConfig
 from vmla_convert.console import out
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines.load import load
@@ -27,10 +27,6 @@ from vmla_convert.pipelines.sweep.shared import Shared
 from vmla_convert.results import Row, append_rows
 
 CUTS = (0.75, 0.8, 0.85, 0.88, 0.9, 0.92, 0.94, 0.96)
-LAYERS = {
-    "default": LayerConfig(),
-    "paper": LayerConfig("latent", "decoupled", "joint", "stored"),
-}
 Seconds = tuple[float, float]
 """Of calibration, and of what comes after."""
 
@@ -41,11 +37,8 @@ def main(
     repeats: Annotated[int, typer.Option(min=1, help="Of each way, in turns.")] = 3,
 ) -> None:
     """Measure, append the rows and print them."""
-    teacher, rows = load(checkpoint), list[Row]()
-    for name, layer in LAYERS.items():
-        conversions = [ConvertConfig(layer=layer, cut=cut) for cut in CUTS]
-        rounds = [_round(teacher, conversions) for _ in range(repeats)]
-        rows += _rows(name, rounds)
+    teacher, conversions = load(checkpoint), [ConvertConfig(cut=cut) for cut in CUTS]
+    rows = _rows([_round(teacher, conversions) for _ in range(repeats)])
     append_rows(rows_file, rows)
     cells = [[row.run, row.metric, row.value, row.unit] for row in rows]
     out.table("Cost of a sweep before recovery", ["run", "metric", "value", "unit"], cells)
@@ -69,10 +62,10 @@ def _prepared(teacher: CausalWanModel, conversions: list[ConvertConfig]) -> Seco
     return measured - started, perf_counter() - measured
 
 
-def _rows(layer: str, rounds: list[dict[str, Seconds]]) -> list[Row]:
+def _rows(rounds: list[dict[str, Seconds]]) -> list[Row]:
     rows: list[Row] = []
     for way in ("one", "shared", "one by one"):
-        run = f"{layer}, {'1 size' if way == 'one' else f'{len(CUTS)} sizes {way}'}"
+        run = "1 size" if way == "one" else f"{len(CUTS)} sizes {way}"
         whole = median(sum(each[way]) for each in rounds)
         ratio = median(sum(each[way]) / sum(each["one"]) for each in rounds)
         after = median(each[way][1] / each["one"][1] for each in rounds)

@@ -85,29 +85,21 @@ class CachePolicy:
         _require(self, 0, "dense_recent_frames")
 
 
-CODE_BITS: dict[str, int | None] = {"model": None, "int8": 8, "int4": 4}
-"""Mean bits of a number by cache dtype; None where it is not quantised."""
-
-
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """How a model runs, whatever it is; results differ by rounding, or by `cache_dtype`.
+    """How a model runs, whatever it is; results differ by rounding.
 
     Attributes:
         backend: How latents are read. `materialised` rebuilds keys and values of all heads;
-            `absorbed` takes the queries into the latent space, where layers allow it; `auto` counts
-            operations, and times both once where the count does not decide.
+            `absorbed` takes the queries into the latent space; `auto` counts operations, and times
+            both once where the count does not decide.
         tile_mib: Most MiB of rebuilt keys and values at a time; at least one head's. By default 64
             on a CPU and 1024 on a GPU.
-        cache_dtype: Of the content latents: as the model, or 8 or 4 bits a number.
-        rope_dtype: Of the shared rope keys.
         offload: Keep the cache in (pinned) host memory; each layer fetches what it reads.
     """
 
     backend: Literal["auto", "materialised", "absorbed"] = "auto"
     tile_mib: int | None = None
-    cache_dtype: Literal["model", "int8", "int4"] = "model"
-    rope_dtype: Literal["model", "int8"] = "model"
     offload: bool = False
 
     def __post_init__(self) -> None:
@@ -158,50 +150,12 @@ class SamplerConfig:
 
 
 @dataclass(frozen=True)
-class LayerConfig:
-    """The choices of a latent layer (METHOD 1 and 3).
-
-    Attributes:
-        current_chunk: `dense` keeps the source's own keys and values for the chunk being denoised,
-            which no cache holds yet, so that only the past is approximated; `latent` reads it from
-            its latents too (the paper).
-        positions: `reconstructed` rebuilds each key before RoPE and rotates it in full when it is
-            read; `decoupled` caches a small shared rope key beside a position-free latent (the
-            paper), which an absorbed kernel can read without rebuilding.
-        latent: `joint` lets keys and values read all of the latent; `split` gives each its part.
-        k_norm: Where the key norm comes from: `stored` caches it (one number, exact); `latent`
-            predicts it from what is cached; `rebuilt` takes it from the rebuilt key.
-    """
-
-    current_chunk: Literal["dense", "latent"] = "dense"
-    positions: Literal["decoupled", "reconstructed"] = "reconstructed"
-    latent: Literal["joint", "split"] = "joint"
-    k_norm: Literal["stored", "latent", "rebuilt"] = "stored"
-
-    @property
-    def reads_own_latents(self) -> bool:
-        """Whether errors of the latents reach the chunk that they were made of."""
-        return self.current_chunk == "latent"
-
-    def __post_init__(self) -> None:
-        if self.k_norm == "rebuilt" and self.positions == "decoupled":
-            raise ConfigError(
-                "k_norm 'rebuilt' needs whole keys, which decoupled positions never rebuild",
-                "use k_norm 'latent' or 'stored', or positions 'reconstructed'",
-            )
-
-
-PAPER_LAYER = LayerConfig("latent", "decoupled", "joint", "stored")
-"""VideoMLA's layer, but for the key norm, which the paper drops."""
-
-
-@dataclass(frozen=True)
 class RankPlan:
     """What each layer may cache; saved with a conversion, and replayable.
 
     Attributes:
         kv_lora_rank: R of each layer.
-        rope_pairs: How many RoPE pairs each layer's rope key carries; 0 when keys are rebuilt.
+        rope_pairs: How many RoPE pairs each layer's rope key carries.
         key_ranks: Of split latents the part that keys read; empty for joint ones.
     """
 
@@ -209,18 +163,18 @@ class RankPlan:
     rope_pairs: tuple[int, ...]
     key_ranks: tuple[int, ...] = ()
 
-    def check_fits(self, layer: LayerConfig) -> None:
-        """Refuse sizes that a layer of this kind cannot have.
+    def check_fits(self, latent: Literal["joint", "split"]) -> None:
+        """Refuse sizes that a layer with such a latent cannot have.
 
         Raises:
-            ConfigError: Rope pairs without a rope key or the reverse, or a bad split.
+            ConfigError: A layer has no rope pair, or the split is bad.
         """
-        hint = "use the sizes of a conversion to this very layer"
-        if any(bool(pairs) != (layer.positions == "decoupled") for pairs in self.rope_pairs):
-            raise ConfigError(f"rope_pairs do not fit positions '{layer.positions}'", hint)
+        hint = f"use the sizes of a conversion to a {latent} latent"
+        if not all(self.rope_pairs):
+            raise ConfigError("rope_pairs leave a layer without a rope key", hint)
         parts = list(zip(self.key_ranks, self.kv_lora_rank, strict=False))
-        if len(self.key_ranks) != (len(self.kv_lora_rank) if layer.latent == "split" else 0):
-            raise ConfigError(f"key_ranks do not fit a {layer.latent} latent", hint)
+        if len(self.key_ranks) != (len(self.kv_lora_rank) if latent == "split" else 0):
+            raise ConfigError(f"key_ranks do not fit a {latent} latent", hint)
         if any(not 0 < key_rank < rank for key_rank, rank in parts):
             raise ConfigError("a part of a split latent is empty", "give it at least 2 numbers")
 
@@ -232,37 +186,30 @@ class MLAConfig:
     Attributes:
         kv_lora_rank: R of each layer.
         rope_pairs: For each layer the RoPE pairs (of the D/2 of a head, in Wan's order t, h, w)
-            that the shared rope key carries, none when keys are rebuilt. A pair may appear more
-            than once.
+            that the shared rope key carries. A pair may appear more than once.
         init: How the projections were initialised.
-        layer: Which latent layer it is.
+        latent: `joint` lets keys and values read all of the latent; `split` gives each its part.
         key_ranks: Of split latents the part of R that keys read; empty for joint ones.
         phases: For each layer and head, the angle and length of the constant that stands for each
-            RoPE pair's rotation in the content key; empty when keys are rebuilt or nothing is
-            folded. They belong to the window, the sink and the grid that were measured.
-        qk_nope_head_dim: Width n of the content part of every head, with decoupled positions; None
-            for the source's D, which truncates nothing.
+            RoPE pair's rotation in the content key; empty when nothing is folded. They belong to
+            the window, the sink and the grid that were measured.
+        qk_nope_head_dim: Width n of the content part of every head; None for the source's D, which
+            truncates nothing.
     """
 
     kv_lora_rank: tuple[int, ...]
     rope_pairs: tuple[tuple[int, ...], ...]
     init: str
-    layer: LayerConfig = PAPER_LAYER
+    latent: Literal["joint", "split"] = "joint"
     key_ranks: tuple[int, ...] = ()
     phases: tuple[tuple[tuple[tuple[float, float], ...], ...], ...] = ()
     qk_nope_head_dim: int | None = None
 
     def __post_init__(self) -> None:
         ranks = RankPlan(self.kv_lora_rank, tuple(map(len, self.rope_pairs)), self.key_ranks)
-        ranks.check_fits(self.layer)
-        if self.qk_nope_head_dim is None:
-            return
-        _require(self, 1, "qk_nope_head_dim")
-        if self.layer.positions == "reconstructed":
-            raise ConfigError(
-                "qk_nope_head_dim truncates heads that reconstructed positions rotate whole",
-                "drop it, or use positions 'decoupled'",
-            )
+        ranks.check_fits(self.latent)
+        if self.qk_nope_head_dim is not None:
+            _require(self, 1, "qk_nope_head_dim")
 
     def qk_rope_head_dim(self, layer: int) -> int:
         """Width of the shared rope key: two numbers for each pair."""
@@ -276,9 +223,8 @@ class MLAConfig:
         return self.key_ranks[layer], rank - self.key_ranks[layer]
 
     def cache_scalars(self, layer: int) -> int:
-        """Numbers cached per token: content latent, rope key, and the key's norm if stored."""
-        norm = self.layer.k_norm == "stored"
-        return self.kv_lora_rank[layer] + self.qk_rope_head_dim(layer) + norm
+        """Numbers cached per token: content latent, rope key, and the key's norm."""
+        return self.kv_lora_rank[layer] + self.qk_rope_head_dim(layer) + 1
 
 
 @dataclass(frozen=True)
@@ -333,10 +279,10 @@ class ModelConfig:
                 f"dense_recent_frames {self.cache.dense_recent_frames} is more than the {room} "
                 "past frames that the window keeps beside its sink"
             )
-        if self.cache.dense_recent_frames and self.mla and self.mla.layer.reads_own_latents:
+        if self.cache.dense_recent_frames and self.mla:
             raise ConfigError(
-                "dense_recent_frames needs a layer that has dense keys and values",
-                "convert with --current-chunk dense, or set cache.dense_recent_frames=0",
+                "dense_recent_frames needs dense keys and values, and MLA layers have none",
+                "set cache.dense_recent_frames=0",
             )
         if self.mla and not (
             len(self.mla.kv_lora_rank) == len(self.mla.rope_pairs) == self.geometry.num_layers
@@ -366,40 +312,20 @@ class ModelConfig:
         """Share of the dense cache that is gone: 1 − converted / dense."""
         return 1.0 - self.cache_scalars_per_token() / self.geometry.dense_cache_scalars
 
-    def cache_bytes(
-        self,
-        frames: int,
-        batch: int = 1,
-        bytes_per_scalar: int = 2,
-        runtime: RuntimeConfig | None = None,
-    ) -> int:
+    def cache_bytes(self, frames: int, batch: int = 1, bytes_per_scalar: int = 2) -> int:
         """Bytes of the whole cache when it holds `frames` frames.
 
         Args:
             frames: The window's, or fewer.
             batch: B.
-            bytes_per_scalar: Of numbers that are not quantised.
-            runtime: Says which are; none by default.
+            bytes_per_scalar: Of every number.
         """
-        runtime = runtime or RuntimeConfig()
         layers = range(self.geometry.num_layers)
-        per_token = sum(self._token_bytes(layer, bytes_per_scalar, runtime) for layer in layers)
-        recent = min(self.cache.dense_recent_frames, frames) if self.mla else 0
-        dense = len(layers) * self.geometry.dense_cache_scalars * bytes_per_scalar
-        return batch * self.tokens_per_frame * (frames * per_token + recent * dense)
-
-    def _token_bytes(self, layer: int, bytes_per_scalar: int, runtime: RuntimeConfig) -> int:
-        """Of one token in one layer, the scales of quantised entries among them."""
         if self.mla is None:
-            return self.geometry.dense_cache_scalars * bytes_per_scalar
-        rank, rope = self.mla.kv_lora_rank[layer], self.mla.qk_rope_head_dim(layer)
-        norm = self.mla.cache_scalars(layer) - rank - rope
-        total = norm * bytes_per_scalar
-        for width, dtype in ((rank, runtime.cache_dtype), (rope, runtime.rope_dtype)):
-            bits = CODE_BITS[dtype]
-            code = width * bytes_per_scalar if bits is None else -(-width * bits // 8) + 2
-            total += code if width else 0
-        return total
+            scalars = len(layers) * self.geometry.dense_cache_scalars
+        else:
+            scalars = sum(self.mla.cache_scalars(layer) for layer in layers)
+        return batch * self.tokens_per_frame * frames * scalars * bytes_per_scalar
 
 
 @dataclass(frozen=True)
@@ -468,16 +394,16 @@ class ConvertConfig:
 
     Attributes:
         init: One of `vmla_convert.maths.factor.INITS`.
-        layer: Which latent layer to make.
-        cache_scalars: Numbers a token may cost per layer, averaged over layers, the stored norm
+        latent: As of `MLAConfig`.
+        cache_scalars: Numbers a token may cost per layer, averaged over layers, the key's norm
             among them.
         cut: The same as a share of the dense cache to save.
         ranks: How one budget is divided, a rule of `vmla_convert.maths.ranks.RULES`; None for
             `budget` where the init predicts its errors, else `uniform`.
         kv_lora_rank: R of every layer.
         qk_rope_head_dim: Width of the shared rope key of every layer, even.
-        qk_nope_head_dim: Width n to which the content part of every head is truncated, with
-            decoupled positions; None keeps the source's D. It costs no cache.
+        qk_nope_head_dim: Width n to which the content part of every head is truncated; None keeps
+            the source's D. It costs no cache.
         plan: Sizes layer by layer.
         dtype: Of the weights that are written; None leaves kept ones as they are and makes new ones
             float32: they are small, and recovery trains them.
@@ -488,7 +414,7 @@ class ConvertConfig:
     """
 
     init: str = "calibrated"
-    layer: LayerConfig = field(default_factory=LayerConfig)
+    latent: Literal["joint", "split"] = "joint"
     cache_scalars: int | None = None
     cut: float | None = None
     ranks: Literal["uniform", "energy", "budget"] | None = None
@@ -685,16 +611,13 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """A grid: every init, layer and cache size, measured at step 0 and after recovery.
+    """A grid: every init, latent and cache size, measured at step 0 and after recovery.
 
     Attributes:
         inits: Names of `vmla_convert.maths.factor.INITS`.
-        layers: Whole layers; where there are none, every combination of the next four.
-        current_chunks, positions, latents, k_norms: Values of `LayerConfig`'s fields; a layer that
-            cannot be (rebuilt norm, decoupled positions) is left out.
+        latents: Kinds of latent, as of `MLAConfig`.
         cuts: Cache sizes as shares of the dense cache to save.
-        kv_lora_ranks: Cache sizes as explicit ranks, with `qk_rope_head_dims` where positions are
-            decoupled.
+        kv_lora_ranks: Cache sizes as explicit ranks, with `qk_rope_head_dims`.
         qk_rope_head_dims: See there.
         head_splits: Pairs of `qk_nope_head_dim` and `qk_rope_head_dim`, in their place: heads whose
             content part is truncated, as the paper's 96 + 32.
@@ -704,7 +627,6 @@ class SweepConfig:
         recover: Whether points are recovered, or only measured at step 0.
         recovery_steps: Lengths of the distillation, each a point of its own; where there are none,
             that of the recover stage.
-        cache_dtypes: Of caches that each point is measured with besides its own.
         timed: Measure how long a denoising step takes at a full window, beside the dense model.
         rollout_frames: Length of a rollout of each point, scored segment by segment beside the
             dense model's; 0 for none.
@@ -713,11 +635,7 @@ class SweepConfig:
     """
 
     inits: tuple[str, ...] = ("random", "spectral", "calibrated")
-    layers: tuple[LayerConfig, ...] = ()
-    current_chunks: tuple[Literal["dense", "latent"], ...] = ("dense",)
-    positions: tuple[Literal["decoupled", "reconstructed"], ...] = ("reconstructed",)
     latents: tuple[Literal["joint", "split"], ...] = ("joint",)
-    k_norms: tuple[Literal["stored", "latent", "rebuilt"], ...] = ("stored",)
     cuts: tuple[float, ...] = ()
     kv_lora_ranks: tuple[int, ...] = ()
     qk_rope_head_dims: tuple[int, ...] = ()
@@ -726,7 +644,6 @@ class SweepConfig:
     seeds: tuple[int, ...] = (0,)
     recover: bool = True
     recovery_steps: tuple[int, ...] = ()
-    cache_dtypes: tuple[Literal["int8", "int4"], ...] = ()
     timed: bool = False
     rollout_frames: int = 0
     rollout_prompts: tuple[str, ...] = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
@@ -734,7 +651,7 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         _require(self, 0, "rollout_frames")
-        for name in ("inits", "layers", "cuts", "kv_lora_ranks", "ranks", "seeds"):
+        for name in ("inits", "latents", "cuts", "kv_lora_ranks", "ranks", "seeds"):
             values: tuple[Any, ...] = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ConfigError(f"{name} names a value twice", "name each once")
@@ -753,17 +670,6 @@ class SweepConfig:
             raise ConfigError(
                 "recovery_steps are given, but recover is false", "leave one of them out"
             )
-
-    def every_layer(self) -> list[LayerConfig]:
-        """Every layer of the grid that can be."""
-        if self.layers:
-            return list(self.layers)
-        axes = itertools.product(self.current_chunks, self.positions, self.latents, self.k_norms)
-        return [
-            LayerConfig(chunk, positions, latent, norm)
-            for chunk, positions, latent, norm in axes
-            if not (norm == "rebuilt" and positions == "decoupled")
-        ]
 
 
 @dataclass(frozen=True)

@@ -46,15 +46,11 @@ class Row:
     kv_lora_rank: int | None = None
     qk_rope_head_dim: int | None = None
     qk_nope_head_dim: int | None = None
-    current_chunk: str | None = None
-    positions: str | None = None
     latent: str | None = None
-    k_norm: str | None = None
     ranks: str | None = None
     recovery_steps: int | None = None
     backend: str | None = None
     cache_dtype: str | None = None
-    rope_dtype: str | None = None
     dense_recent_frames: int | None = None
     step: int | None = None
     frames: int | None = None

@@ -65,12 +65,11 @@ _LATENT_WEIGHT_AND_BIAS = tuple(
         "kv_b_proj_v",
         "k_rope_proj",
         "k_norm_proj",
-        "k_norm_latent",
     )
 )
 _LATENT_SINGLE = tuple(
     (f"blocks.{{i}}.self_attn.{part}", f"blocks.{{i}}.attn1.{part}")
-    for part in ("q_rope_map", "q_nope_map", "k_norm_floor")
+    for part in ("q_rope_map", "q_nope_map")
 )
 _IMAGE_WEIGHT_AND_BIAS = (
     ("img_emb.proj.0", "condition_embedder.image_embedder.norm1"),

@@ -70,14 +70,13 @@ def convert(
     kv_lora_rank: KvLoraRank = None,
     qk_rope_head_dim: Annotated[
         int | None,
-        typer.Option(help="Width of the shared rope key, even, with --positions decoupled."),
+        typer.Option(help="Width of the shared rope key, even."),
     ] = None,
     qk_nope_head_dim: Annotated[
         int | None,
         typer.Option(
-            help="Truncate the content part of every head, with --positions decoupled: 96 with a "
-            "rope key of 32 makes heads of 128, which fused attention kernels are fastest at. The "
-            "cache stays as it is."
+            help="Truncate the content part of every head: 96 with a rope key of 32 makes heads of "
+            "128, which fused attention kernels are fastest at. The cache stays as it is."
         ),
     ] = None,
     ranks: Annotated[
@@ -100,24 +99,10 @@ def convert(
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="videomla: the paper's layer, init and shares; other options override."),
-    ] = None,
-    current_chunk: Annotated[
-        str | None,
-        typer.Option(help="dense: only the past is read from latents; latent: the chunk too."),
-    ] = None,
-    positions: Annotated[
-        str | None,
-        typer.Option(
-            help="reconstructed: keys are rebuilt, then rotated; decoupled: a shared rope key."
-        ),
+        typer.Option(help="videomla: the paper's init and shares; other options override."),
     ] = None,
     latent: Annotated[
         str | None, typer.Option(help="joint: keys and values share the latent; or split.")
-    ] = None,
-    k_norm: Annotated[
-        str | None,
-        typer.Option(help="stored: one more number, exact; latent: predicted; or rebuilt."),
     ] = None,
     calibrate: Annotated[
         bool,
@@ -162,12 +147,6 @@ def convert(
     from vmla_convert.pipelines import convert as pipeline
 
     out.json = json
-    layer = {
-        "current_chunk": current_chunk,
-        "positions": positions,
-        "latent": latent,
-        "k_norm": k_norm,
-    }
     sizes = {
         "cache_scalars": cache_scalars,
         "cut": cut,
@@ -178,10 +157,10 @@ def convert(
     }
     config = pipeline.convert_config(
         preset,
-        layer,
         sizes,
         {
             "init": init,
+            "latent": latent,
             "ranks": ranks,
             "calibrate": calibrate,
             "calibration_clips": calibration_clips,

@@ -10,14 +10,12 @@ import typer
 
 from vmla_convert.cli.options import (
     Base,
-    CacheDtype,
     Checkpoint,
     Deployment,
     File,
     Json,
     Key,
     Model,
-    RopeDtype,
 )
 from vmla_convert.config import MediaConfig, RuntimeConfig, SourceConfig
 from vmla_convert.console import out
@@ -95,13 +93,11 @@ def generate(
             rich_help_panel="Wan's text encoder and VAE",
         ),
     ] = MediaConfig.cpu_offload,
-    cache_dtype: CacheDtype = RuntimeConfig.cache_dtype,
-    rope_dtype: RopeDtype = RuntimeConfig.rope_dtype,
     backend: Annotated[
         str,
         typer.Option(
-            help="How latents are read: materialised (keys and values rebuilt), absorbed (with "
-            "decoupled positions), or auto, the faster one; it may be another on another machine."
+            help="How latents are read: materialised (keys and values rebuilt), absorbed, or "
+            "auto, the faster one; it may be another on another machine."
         ),
     ] = RuntimeConfig.backend,
     tile_mib: Annotated[
@@ -158,8 +154,6 @@ def generate(
     options = {
         "backend": backend,
         "tile_mib": tile_mib,
-        "cache_dtype": cache_dtype,
-        "rope_dtype": rope_dtype,
         "offload": offload,
     }
     runtime = from_dict(RuntimeConfig, options)
@@ -199,7 +193,7 @@ def generate(
             built, way = build(opened[label], device, precision), ways[label]
             if compiled:
                 built.compile_blocks()
-            sizes[f"cache of {label} (bytes)"] = built.cache_bytes(len(prompt), way)
+            sizes[f"cache of {label} (bytes)"] = built.cache_bytes(len(prompt))
             made = run(built, prompt, length, seed, way, switches, text, given)
             task = f"generating ({label})"
             yield from track_chunks(progress, made, task, built.config, length, given)

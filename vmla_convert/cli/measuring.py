@@ -10,12 +10,10 @@ from typing import Annotated
 import typer
 
 from vmla_convert.cli.options import (
-    CacheDtype,
     Checkpoint,
     Data,
     Deployment,
     Json,
-    RopeDtype,
     Teacher,
     TeacherFile,
 )
@@ -23,12 +21,10 @@ from vmla_convert.config import (
     DataConfig,
     EvaluateConfig,
     ReportConfig,
-    RuntimeConfig,
     SourceConfig,
 )
 from vmla_convert.console import out
 from vmla_convert.errors import CheckpointError
-from vmla_convert.tables import from_dict
 
 
 def evaluate(
@@ -38,15 +34,12 @@ def evaluate(
     clips: Annotated[int, typer.Option(min=2, help="Held-out clips.")] = EvaluateConfig.clips,
     data: Data = DataConfig.source,
     settings: Deployment = None,
-    cache_dtype: CacheDtype = RuntimeConfig.cache_dtype,
-    rope_dtype: RopeDtype = RuntimeConfig.rope_dtype,
     json: Json = False,
 ) -> None:
     """Measure a converted checkpoint against its dense source on held-out clips.
 
-    With a window or a cache dtype of its own, clips are streamed, through caches of that window.
+    With a window of its own, clips are streamed, through caches of that window.
     """
-    from vmla_convert.layers.dit import check_runtime
     from vmla_convert.pipelines.evaluate import HeldOut, dense_rows, measuring_bar
     from vmla_convert.pipelines.load import as_teacher, compute_device, load
     from vmla_convert.pipelines.recovery import check_pair
@@ -60,23 +53,18 @@ def evaluate(
     dense = load(source, device)
     model = load(replace(given, overrides=tuple(settings or ())), device)
     check_pair(model, dense)
-    runtime = from_dict(RuntimeConfig, {"cache_dtype": cache_dtype, "rope_dtype": rope_dtype})
-    check_runtime(model.config, runtime)
     if model.config.mla is None:
         _check_is_teacher(given, source)
-    streamed = bool(settings) or runtime != RuntimeConfig()
     dense.config = replace(dense.config, cache=model.config.cache)
     config = EvaluateConfig(clips, DataConfig(data, seed=1))
     # The dense model, itself with another past; then the converted one.
     passes = 2 if model.config.mla is None else 3
     with out.progress() as progress, closing(measuring_bar(progress, config, passes)) as bar:
-        held_out = HeldOut(dense, config, streamed, bar)
+        held_out = HeldOut(dense, config, bool(settings), bar)
         rows = dense_rows(dense, held_out)
         if model.config.mla is not None:
-            kept = runtime if streamed else None
-            errors = held_out.measure(model, kept)
-            rows += error_rows(errors, model.config, None, runtime=kept)
-            rows += cache_rows(model.config, runtime=kept)
+            rows += error_rows(held_out.measure(model), model.config, None)
+            rows += cache_rows(model.config)
     cells = [[row.run, row.metric, row.value, row.unit] for row in rows]
     out.table("Held-out measurement", ["run", "metric", "value", "unit"], cells)
 

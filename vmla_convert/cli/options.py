@@ -58,7 +58,7 @@ CacheScalars = Annotated[
     int | None,
     typer.Option(
         help="Numbers a token may cost per layer, divided among layers. Default: an eighth of the "
-        "width plus a quarter of a head, 224 for Wan 1.3B (and one for a stored norm)."
+        "width plus a quarter of a head, 224 for Wan 1.3B, and one for the norm."
     ),
 ]
 Cut = Annotated[
@@ -75,8 +75,7 @@ Deployment = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="Override the window or the sampler: --set cache.window_frames=12, "
-        "--set cache.dense_recent_frames=2 (the newest past frames also dense, and exact).",
+        help="Override the window or the sampler: --set cache.window_frames=12.",
     ),
 ]
 Base = Annotated[
@@ -87,14 +86,4 @@ Base = Annotated[
         help="Folder or Hub id in diffusers' layout that both come from. Default: "
         "what lies beside the checkpoint, else Wan's own.",
     ),
-]
-CacheDtype = Annotated[
-    str,
-    typer.Option(
-        help="How a latent cache keeps latents: model (as the weights), int8 (half of bf16), or "
-        "int4 (a quarter; more bits for what varies more)."
-    ),
-]
-RopeDtype = Annotated[
-    str, typer.Option(help="The same for rope keys (--positions decoupled): model or int8.")
 ]

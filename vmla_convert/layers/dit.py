@@ -234,11 +234,10 @@ class CausalWanModel(nn.Module):
 
         Args:
             batch: B.
-            runtime: Precision and place of the cache, and how it is read.
+            runtime: Place of the cache, and how it is read.
 
         Raises:
-            ConfigError: A dense cache was asked to be quantised, or a layer to be absorbed that
-                cannot be.
+            ConfigError: A dense model was asked to be absorbed.
         """
         runtime = runtime or RuntimeConfig()
         check_runtime(self.config, runtime)
@@ -246,16 +245,16 @@ class CausalWanModel(nn.Module):
         tokens = self.config.tokens_per_frame
         storage = Storage(batch, tokens, weight.dtype, weight.device, runtime.offload)
         layers = [
-            _layer_cache(attention, self.config.cache, storage, runtime)
+            _layer_cache(attention, self.config.cache, storage)
             for attention in self.self_attentions()
         ]
         return KVCache(self.config.cache, layers, runtime)
 
-    def cache_bytes(self, batch: int, runtime: RuntimeConfig | None = None) -> int:
-        """Bytes of what `new_cache` allocates, by formula; arguments as there."""
+    def cache_bytes(self, batch: int) -> int:
+        """Bytes of what `new_cache` allocates for B clips, by formula."""
         itemsize = self.patch_embedding.weight.dtype.itemsize
         window = self.config.cache.window_frames
-        return self.config.cache_bytes(window, batch, itemsize, runtime)
+        return self.config.cache_bytes(window, batch, itemsize)
 
     def compile_blocks(self) -> None:
         """Compile what is the same in every block: all but the self-attention, whose sizes differ.
@@ -268,23 +267,16 @@ class CausalWanModel(nn.Module):
 
     def _streaming_sight(self, cache: KVCache, latents: Tensor) -> Sight:
         """Where the open chunk and what it reads are, as the caches of its kind order them."""
-        window, mla = cache.window, self.config.mla
-        chunk, past = window.chunk_slots, window.latent_slots
-        exact = None
-        if mla is None:
-            keys = window.positions(list(range(window.held)))
-        elif mla.layer.reads_own_latents:
-            keys = window.positions([*past, *chunk])
-        else:
-            keys, exact = window.positions(past), window.exact_positions()
+        window = cache.window
+        chunk = window.chunk_slots
+        read = range(window.held) if self.config.mla is None else [*window.latent_slots, *chunk]
 
         def table(frames: list[int]) -> Rotary:
             return self.rotary(torch.tensor(frames, dtype=torch.long), latents)
 
         return Sight(
             query=table(window.positions(chunk)),
-            keys=table(keys),
-            exact=None if exact is None else table(exact),
+            keys=table(window.positions(list(read))),
             runtime=cache.runtime,
         )
 
@@ -335,32 +327,16 @@ def check_runtime(config: ModelConfig, runtime: RuntimeConfig) -> None:
     Raises:
         ConfigError: See `CausalWanModel.new_cache`.
     """
-    mla = config.mla
-    if mla is None and (runtime.cache_dtype, runtime.rope_dtype) != ("model", "model"):
+    if runtime.backend == "absorbed" and config.mla is None:
         raise ConfigError(
-            "only latent caches are quantised, and this model's is dense",
-            "convert it first: vmla convert CKPT -o OUT",
-        )
-    if runtime.rope_dtype != "model" and mla and not any(mla.rope_pairs):
-        raise ConfigError(
-            "rope_dtype needs rope keys, and this model rebuilds whole keys",
-            "leave it out, or convert with --positions decoupled",
-        )
-    if runtime.backend == "absorbed" and not (mla and mla.layer.positions == "decoupled"):
-        raise ConfigError(
-            "only layers with decoupled positions can be absorbed",
-            "use --backend materialised, or convert with --positions decoupled",
+            "only latent layers can be absorbed, and this model's are dense",
+            "use --backend materialised, or convert it first: vmla convert CKPT -o OUT",
         )
 
 
-def _layer_cache(
-    attention: SelfAttention, policy: CachePolicy, storage: Storage, runtime: RuntimeConfig
-) -> LayerCache:
-    widths = attention.entry_widths
-    if isinstance(attention, DenseSelfAttention):
-        return DenseCache(widths, policy, storage)
-    dim = attention.o.in_features
-    return LatentCache(widths, dim, policy, storage, runtime, attention.latent_metric)
+def _layer_cache(attention: SelfAttention, policy: CachePolicy, storage: Storage) -> LayerCache:
+    kind = DenseCache if isinstance(attention, DenseSelfAttention) else LatentCache
+    return kind(attention.entry_widths, policy, storage)
 
 
 def masked_attention(rotary: Rotary, mask: Visibility | None) -> Attend:

@@ -9,12 +9,11 @@ that one budget can be divided before anything is truncated.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vmla_convert.config import LayerConfig
 from vmla_convert.maths import peers
 from vmla_convert.maths.moments import Moments, merge_moments
 from vmla_convert.maths.positions import (
@@ -78,28 +77,26 @@ def random(
     def normal(*size: int, fan_in: int) -> Tensor:
         return torch.randn(*size, generator=generator, dtype=torch.float64) / fan_in**0.5
 
-    key_rank, value_rank = shape.parts() if shape.layer.latent == "split" else (rank, rank)
+    key_rank, value_rank = shape.parts() if shape.latent == "split" else (rank, rank)
     keys = heads * weights.head_dim
     down = normal(rank, width, fan_in=width)
     up_key = normal(keys, key_rank, fan_in=max(key_rank, 1))
     up_value = normal(keys, value_rank, fan_in=max(value_rank, 1))
     offset, unit = down.new_zeros(rank), down.new_ones(rank)
-    if shape.layer.latent == "joint":
+    if shape.latent == "joint":
         parts = (Part(down, offset, torch.cat([up_key, up_value]), unit),)
     else:
         keys_part = Part(down[:key_rank], offset[:key_rank], up_key, unit[:key_rank])
         parts = (keys_part, Part(down[key_rank:], offset[key_rank:], up_value, unit[key_rank:]))
-    rope = None
-    if shape.decoupled:
-        branch = highest_frequency_branch(weights.head_dim, heads, shape.rope_pairs)
-        rows = torch.complex(*(normal(shape.rope_pairs, width, fan_in=width) for _ in range(2)))
-        rope = gather_rope(branch, *weights.key_pairs())._replace(
-            rows=rows,
-            offsets=torch.zeros(shape.rope_pairs, dtype=torch.complex128),
-            query_map=normal(heads, 2 * shape.rope_pairs, weights.head_dim, fan_in=keys // heads),
-        )
+    branch = highest_frequency_branch(weights.head_dim, heads, shape.rope_pairs)
+    rows = torch.complex(*(normal(shape.rope_pairs, width, fan_in=width) for _ in range(2)))
+    rope = gather_rope(branch, *weights.key_pairs())._replace(
+        rows=rows,
+        offsets=torch.zeros(shape.rope_pairs, dtype=torch.complex128),
+        query_map=normal(heads, 2 * shape.rope_pairs, weights.head_dim, fan_in=keys // heads),
+    )
     zero = torch.zeros(keys, dtype=torch.float64)
-    return Solved(parts, (zero, zero), *white_inputs(width), rope)
+    return Solved(parts, (zero, zero), rope)
 
 
 def spectral(
@@ -114,11 +111,9 @@ def spectral(
     demand, which the paper leaves open.
     """
     key, key_bias = weights.key_pairs()
-    rope = None
-    if shape.decoupled:
-        branch = highest_frequency_branch(weights.head_dim, weights.num_heads, shape.rope_pairs)
-        rope = gather_rope(branch, key, key_bias)
-        key[:, branch.pairs], key_bias[:, branch.pairs] = 0, 0
+    branch = highest_frequency_branch(weights.head_dim, weights.num_heads, shape.rope_pairs)
+    rope = gather_rope(branch, key, key_bias)
+    key[:, branch.pairs], key_bias[:, branch.pairs] = 0, 0
     return solve_svd(weights, shape, key, key_bias, rope)
 
 
@@ -140,24 +135,22 @@ def calibrated(
     """
     known = required(evidence, "calibrated")
     key, key_bias = weights.key_pairs()
-    rope = phases = None
-    if shape.decoupled:
-        branch = _best_branch(weights, known, shape.rope_pairs)
-        rope = gather_rope(branch, key, key_bias)
-        key, key_bias = subtract_rope(branch, rope, key, key_bias)
-        phases = known.phases
-        key, key_bias = key * phases[..., None], key_bias * phases
+    branch = _best_branch(weights, known, shape.rope_pairs)
+    rope = gather_rope(branch, key, key_bias)
+    key, key_bias = subtract_rope(branch, rope, key, key_bias)
+    phases = known.phases
+    key, key_bias = key * phases[..., None], key_bias * phases
     target = real_key(key)
     # Inputs are centred: the latent of their mean is 0, and rebuilds the mean key and value.
     parts = tuple(
         Part(part.down, -part.down @ known.mean, part.up, part.energies)
-        for part in _decompose(target, weights, shape.layer, known)
+        for part in _decompose(target, weights, shape.latent, known)
     )
     biases = (
         real_bias(key_bias) + target @ known.mean,
         weights.value_bias + weights.value @ known.mean,
     )
-    return Solved(parts, biases, known.mean, known.covariance, rope, phases)
+    return Solved(parts, biases, rope, phases)
 
 
 INITS: dict[str, Init] = {
@@ -191,7 +184,7 @@ def factor(
     Raises:
         ConfigError: The init cannot do without evidence, and there is none.
     """
-    return cut(weights, INITS[init](weights, shape, evidence, generator), shape)
+    return cut(INITS[init](weights, shape, evidence, generator), shape)
 
 
 class ErrorCurve(NamedTuple):
@@ -200,7 +193,7 @@ class ErrorCurve(NamedTuple):
     Attributes:
         errors: For s = 0, 1, …; `inf` where no layer is of that size. At most (most + 1,), fewer
             where the layer is whole before.
-        rope_pairs: Rope pairs of the best layer of each size; 0 when keys are rebuilt.
+        rope_pairs: Rope pairs of the best layer of each size.
         key_ranks: Of split latents the part that keys read at each size; empty for joint ones.
     """
 
@@ -216,23 +209,20 @@ class ErrorCurve(NamedTuple):
 
 def predict_errors(
     weights: KVWeights,
-    layer: LayerConfig,
+    latent: Literal["joint", "split"],
     evidence: Evidence | None,
     most: int,
     pair_counts: tuple[int, ...] = PAIR_COUNTS,
 ) -> ErrorCurve:
     """What `calibrated` would lose at every size up to `most` numbers.
 
-    The error of a size is what truncation drops and, with decoupled positions, what the rotation
-    of the pairs without a rope key departs from its expected phase, at the best number of pairs.
+    The error of a size is what truncation drops and what the rotation of the pairs without a rope
+    key departs from its expected phase, at the best number of pairs.
 
     Raises:
         ConfigError: There is no evidence.
     """
     known = required(evidence, "calibrated")
-    if layer.positions == "reconstructed":
-        tail, key_ranks = _tail(weights.key, weights, layer, known, most)
-        return ErrorCurve(tail, [0] * len(tail), key_ranks)
     square = key_square(weights, known.mean, known.covariance)
     lost = branch_tail(square, position_cost(known.query_pairs, known.phases))
     errors = torch.full((most + 1,), torch.inf, dtype=torch.float64)
@@ -244,13 +234,13 @@ def predict_errors(
         key, key_bias = weights.key_pairs()
         key, _ = subtract_rope(branch, gather_rope(branch, key, key_bias), key, key_bias)
         target = real_key(key * known.phases[..., None])
-        tail, key_ranks = _tail(target, weights, layer, known, most - 2 * pairs)
+        tail, key_ranks = _tail(target, weights, latent, known, most - 2 * pairs)
         for rank in range(1, len(tail)):
             error, size = tail[rank] + lost[pairs], rank + 2 * pairs
             if error < errors[size]:
                 errors[size], chosen[size] = error, pairs
                 parts[size] = key_ranks[rank] if key_ranks else 0
-    return ErrorCurve(errors, chosen, parts if layer.latent == "split" else [])
+    return ErrorCurve(errors, chosen, parts if latent == "split" else [])
 
 
 def join_evidence(
@@ -375,16 +365,13 @@ def _best_branch(weights: KVWeights, evidence: Evidence, count: int) -> RopeBran
 
 
 def _decompose(
-    target: Tensor, weights: KVWeights, layer: LayerConfig, evidence: Evidence
+    target: Tensor, weights: KVWeights, latent: Literal["joint", "split"], evidence: Evidence
 ) -> list[Decomposition]:
     """Of keys and values together, or of each."""
-    metric = evidence.key_metric
-    if layer.positions == "reconstructed":
-        metric = evidence.turned_key_metric
     by_head = target.unflatten(0, (weights.num_heads, -1))
-    of_keys = target.mT @ (metric @ by_head).flatten(0, 1)
+    of_keys = target.mT @ (evidence.key_metric @ by_head).flatten(0, 1)
     of_values = weights.value.mT @ (evidence.value_metric @ weights.value)
-    if layer.latent == "split":
+    if latent == "split":
         return [
             two_sided(target, of_keys, evidence.covariance),
             two_sided(weights.value, of_values, evidence.covariance),
@@ -394,13 +381,17 @@ def _decompose(
 
 
 def _tail(
-    target: Tensor, weights: KVWeights, layer: LayerConfig, evidence: Evidence, most: int
+    target: Tensor,
+    weights: KVWeights,
+    latent: Literal["joint", "split"],
+    evidence: Evidence,
+    most: int,
 ) -> tuple[Tensor, list[int]]:
     """Energy that ranks 0 … most discard, (most + 1,), and of split latents the keys' part.
 
     A latent has at least one number, each part of a split one too; smaller ranks are `inf`.
     """
-    parts = _decompose(target, weights, layer, evidence)
+    parts = _decompose(target, weights, latent, evidence)
     energies = [part.energies for part in parts]
     if len(parts) == 1:
         tail = _discarded(energies[0])[: most + 1]

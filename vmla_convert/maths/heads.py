@@ -1,8 +1,8 @@
 """Narrower heads: the best rank-n map of each head's content key, for the queries that read it.
 
-With decoupled positions a head is D wide for content and a rope key wider for positions. Content
-needs fewer: score_h = (A_h q_h) · (U'_h c + beta'_h) / rho with A_h of n rows. What a kernel gains
-by it costs no cache, and the error has a closed form.
+A head is D wide for content and a rope key wider for positions. Content needs fewer:
+score_h = (A_h q_h) · (U'_h c + beta'_h) / rho with A_h of n rows. What a kernel gains by it costs
+no cache, and the error has a closed form.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def narrow_heads(
     """Truncate the content part of every head.
 
     The mean key is part of what is approximated, with all that it weighs: softmax forgives a
-    constant that all keys share, but rho differs between tokens, and dense keys have no part in it.
+    constant that all keys share, but rho differs between tokens.
 
     Args:
-        factors: Of a layer with decoupled positions.
+        factors: Of a layer.
         weights: The dense layer.
         evidence: Its inputs and queries; without any, white inputs and what W_q makes of them.
         width: n, below D.

@@ -47,12 +47,10 @@ def mha2mla(
     """
     known = required(evidence, "mha2mla")
     key, key_bias = weights.key_pairs()
-    rope = None
-    if shape.decoupled:
-        branch = _strongest_pairs(weights, known, shape.rope_pairs)
-        rope = gather_rope(branch, key, key_bias)
-        heads = branch.mix.abs().argmax(1)
-        key[heads, branch.pairs], key_bias[heads, branch.pairs] = 0, 0
+    branch = _strongest_pairs(weights, known, shape.rope_pairs)
+    rope = gather_rope(branch, key, key_bias)
+    heads = branch.mix.abs().argmax(1)
+    key[heads, branch.pairs], key_bias[heads, branch.pairs] = 0, 0
     return solve_svd(weights, shape, key, key_bias, rope)
 
 
@@ -68,13 +66,11 @@ def xecomla(
     is kinder, and being Wan's last pairs they turn with the width.
     """
     key, key_bias = weights.key_pairs()
-    rope = None
-    if shape.decoupled:
-        heads, last = weights.num_heads, key.shape[1]
-        pairs = torch.arange(last - shape.rope_pairs, last)
-        ones = torch.ones(len(pairs), heads, dtype=torch.complex128)
-        rope = gather_rope(RopeBranch(pairs, ones / heads, ones), key, key_bias)
-        key[:, pairs], key_bias[:, pairs] = 0, 0
+    heads, last = weights.num_heads, key.shape[1]
+    pairs = torch.arange(last - shape.rope_pairs, last)
+    ones = torch.ones(len(pairs), heads, dtype=torch.complex128)
+    rope = gather_rope(RopeBranch(pairs, ones / heads, ones), key, key_bias)
+    key[:, pairs], key_bias[:, pairs] = 0, 0
     return solve_svd(weights, shape, key, key_bias, rope)
 
 
@@ -96,10 +92,7 @@ def transmla(
         ConfigError: There is no evidence.
     """
     known = required(evidence, "transmla")
-    key, key_bias = weights.key_pairs()
-    rope = None
-    if shape.decoupled:
-        rope, key, key_bias = _folded_rope(weights, known, shape.rope_pairs)
+    rope, key, key_bias = _folded_rope(weights, known, shape.rope_pairs)
     parts = _balanced_pca(
         _with_bias(real_key(key), real_bias(key_bias)),
         _with_bias(weights.value, weights.value_bias),
@@ -107,7 +100,7 @@ def transmla(
         shape,
     )
     zero = torch.zeros(len(weights.value), dtype=torch.float64)
-    return Solved(parts, (zero, zero), known.mean, known.covariance, rope)
+    return Solved(parts, (zero, zero), rope)
 
 
 def _strongest_pairs(weights: KVWeights, evidence: Evidence, count: int) -> RopeBranch:
@@ -182,7 +175,7 @@ def _balanced_pca(
     balance, keys = energy(key) / energy(value), len(key)
     # Rope keys of a single head may leave nothing of its keys but rounding.
     ratio = balance.sqrt() if balance > 1e-20 else torch.ones_like(balance)
-    if shape.layer.latent == "joint":
+    if shape.latent == "joint":
         both = principal(torch.cat([key / ratio, value]), shape.kv_lora_rank)
         return (both._replace(up=torch.cat([both.up[:keys] * ratio, both.up[keys:]])),)
     key_rank, value_rank = shape.parts()

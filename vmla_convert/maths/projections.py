@@ -1,18 +1,17 @@
 """Parameters of a dense layer, of its latent twin, and how the twin is put together from parts.
 
 With x the input, the raw key of head h is (W_k x + b_k)_h. Its norm rho is one number for all
-heads and D_g the norm's gain, so the key is D_g (W_k x + b_k) / rho. 1/rho is cached, or predicted
-from what is cached (METHOD 3); everything else here is linear in x.
+heads and D_g the norm's gain, so the key is D_g (W_k x + b_k) / rho. 1/rho is cached (METHOD 3);
+everything else here is linear in x.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vmla_convert.config import LayerConfig
 from vmla_convert.errors import ConfigError
 from vmla_convert.maths.moments import as_channels, as_pairs
 from vmla_convert.maths.positions import RopeBranch
@@ -70,21 +69,16 @@ class LayerShape(NamedTuple):
     """What one latent layer is to be.
 
     Attributes:
-        layer: Its choices.
+        latent: Whether keys and values share the latent.
         kv_lora_rank: R.
-        rope_pairs: Shared rope keys m; 0 when keys are rebuilt before RoPE.
+        rope_pairs: Shared rope keys m.
         key_rank: Of a split latent the part of R that keys read; None leaves it to the init.
     """
 
-    layer: LayerConfig
+    latent: Literal["joint", "split"]
     kv_lora_rank: int
-    rope_pairs: int = 0
+    rope_pairs: int
     key_rank: int | None = None
-
-    @property
-    def decoupled(self) -> bool:
-        """Whether positions live in a rope branch."""
-        return self.layer.positions == "decoupled"
 
     def parts(self) -> tuple[int, int]:
         """Ranks of the key and the value part of a split latent; halves when left open."""
@@ -153,32 +147,14 @@ class Solved(NamedTuple):
     Attributes:
         parts: The latent that keys and values share, or keys' and values' own.
         biases: Of the rebuilt key and value, both (H·D,).
-        mean: Of the inputs (d,), as far as known: it shapes only a predicted norm.
-        covariance: Of the inputs (d, d), likewise.
-        rope: The rope branch; None when keys are rebuilt before RoPE.
+        rope: The rope branch.
         phases: What was folded into the content, (H, D/2) complex; None when nothing was.
     """
 
     parts: tuple[Part, ...]
     biases: tuple[Tensor, Tensor]
-    mean: Tensor
-    covariance: Tensor
-    rope: RopeKeys | None = None
+    rope: RopeKeys
     phases: Tensor | None = None
-
-
-class NormPredictor(NamedTuple):
-    """rho² of a token from its cached numbers: |weight · cached + bias|² + floor.
-
-    Attributes:
-        weight: (n + 1, n) for n cached numbers; empty when rho comes from the rebuilt key.
-        bias: (n + 1,).
-        floor: Mean square of what the latents dropped, (1,).
-    """
-
-    weight: Tensor
-    bias: Tensor
-    floor: Tensor
 
 
 class NarrowHeads(NamedTuple):
@@ -201,8 +177,7 @@ class Factors(NamedTuple):
         kv_a_proj, kv_a_bias: (R, d), (R,).
         kv_b_proj_k, kv_b_bias_k: (H·D, R of keys), (H·D,); H·n rows for heads of n.
         kv_b_proj_v, kv_b_bias_v: (H·D, R of values), (H·D,).
-        rope: The rope branch; None when keys are rebuilt before RoPE.
-        norm: Predicts rho; None when it is stored.
+        rope: The rope branch.
         phases: What stands for each pair's rotation in the content key, (H, D/2) complex; None
             when nothing is folded.
         narrow: Truncates the content part of heads; None when it is D wide.
@@ -214,8 +189,7 @@ class Factors(NamedTuple):
     kv_b_bias_k: Tensor
     kv_b_proj_v: Tensor
     kv_b_bias_v: Tensor
-    rope: RopeKeys | None = None
-    norm: NormPredictor | None = None
+    rope: RopeKeys
     phases: Tensor | None = None
     narrow: NarrowHeads | None = None
 
@@ -253,7 +227,7 @@ def key_square(weights: KVWeights, mean: Tensor, covariance: Tensor) -> Tensor:
 
 def weight_svd(key: Tensor, value: Tensor, shape: LayerShape) -> tuple[Part, ...]:
     """SVD of key and value weights, both (H·D, d), together or apart; no data."""
-    if shape.layer.latent == "joint":
+    if shape.latent == "joint":
         return (_svd_part(torch.cat([key, value]), shape.kv_lora_rank),)
     key_rank, value_rank = shape.parts()
     return _svd_part(key, key_rank), _svd_part(value, value_rank)
@@ -293,19 +267,18 @@ def subtract_rope(
     return key, key_bias
 
 
-def cut(weights: KVWeights, solved: Solved, shape: LayerShape) -> Factors:
+def cut(solved: Solved, shape: LayerShape) -> Factors:
     """A solved layer at one size.
 
     Args:
-        weights: The dense layer.
         solved: No smaller than the shape, in any part.
         shape: What is made of it.
     """
     ranks = shape.parts() if len(solved.parts) > 1 else (shape.kv_lora_rank,)
     parts = [_leading(part, rank) for part, rank in zip(solved.parts, ranks, strict=True)]
     ups = [part.up for part in parts]
-    up_key, up_value = ups if len(ups) > 1 else ups[0].split(len(weights.value))
-    factors = Factors(
+    up_key, up_value = ups if len(ups) > 1 else ups[0].split(len(solved.biases[0]))
+    return Factors(
         kv_a_proj=torch.cat([part.down for part in parts]),
         kv_a_bias=torch.cat([part.offset for part in parts]),
         kv_b_proj_k=up_key,
@@ -315,16 +288,10 @@ def cut(weights: KVWeights, solved: Solved, shape: LayerShape) -> Factors:
         rope=solved.rope,
         phases=solved.phases,
     )
-    if shape.layer.k_norm == "latent":
-        norm = predict_norm(weights, factors, solved.mean, solved.covariance)
-        return factors._replace(norm=norm)
-    if shape.layer.k_norm == "rebuilt":
-        return _ungained(weights, factors, solved.mean, solved.covariance)
-    return factors
 
 
 def solve_svd(
-    weights: KVWeights, shape: LayerShape, key: Tensor, key_bias: Tensor, rope: RopeKeys | None
+    weights: KVWeights, shape: LayerShape, key: Tensor, key_bias: Tensor, rope: RopeKeys
 ) -> Solved:
     """A layer by SVD of its weights alone, for what rope keys left of the keys.
 
@@ -333,35 +300,11 @@ def solve_svd(
         shape: The largest that is wanted of it.
         key: Complex rows (H, D/2, d) of the content.
         key_bias: Their biases (H, D/2).
-        rope: The rope branch; None when keys are rebuilt before RoPE.
+        rope: The rope branch.
     """
     parts = weight_svd(real_key(key), weights.value, shape)
     biases = (real_bias(key_bias), weights.value_bias)
-    return Solved(parts, biases, *white_inputs(key.shape[-1]), rope)
-
-
-def predict_norm(
-    weights: KVWeights, factors: Factors, mean: Tensor, covariance: Tensor
-) -> NormPredictor:
-    """The quadratic form of METHOD 3: rho² from the best linear guess of the raw key.
-
-    What the guess misses is there on average, as the floor: without it logits would be too hot.
-    """
-    rows, offset = factors.kv_a_proj, factors.kv_a_bias
-    if factors.rope is not None:
-        rows = torch.cat([rows, as_channels(factors.rope.rows.mT).mT])
-        offset = torch.cat([offset, as_channels(factors.rope.offsets)])
-    spread = rows @ covariance @ rows.mT
-    guess = weights.raw_key @ covariance @ rows.mT @ torch.linalg.pinv(spread, hermitian=True)
-    at_mean = weights.raw_key @ mean + weights.raw_key_bias
-    constant = at_mean - guess @ (rows @ mean + offset)
-    missed = weights.raw_key - guess @ rows
-    floor = torch.einsum("nd,de,ne->", missed, covariance, missed) / len(missed)
-    # |guess·c + constant|² needs as many rows as it has columns, not H·D.
-    triangle = torch.linalg.qr(torch.cat([guess, constant[:, None]], 1) / len(missed) ** 0.5).R
-    # Near full size there are more columns than rows.
-    triangle = torch.nn.functional.pad(triangle, (0, 0, 0, triangle.shape[1] - len(triangle)))
-    return NormPredictor(triangle[:, :-1], triangle[:, -1], floor.clamp_min(0)[None])
+    return Solved(parts, biases, rope)
 
 
 def _svd_part(rows: Tensor, rank: int) -> Part:
@@ -379,22 +322,6 @@ def _leading(part: Part, rank: int) -> Part:
     size = torch.where(size > 0, size, torch.ones_like(size))
     down, offset = part.down[:rank] / size, part.offset[:rank] / size
     return Part(down, offset, part.up[:, :rank] * size, part.energies[:rank])
-
-
-def _ungained(weights: KVWeights, factors: Factors, mean: Tensor, covariance: Tensor) -> Factors:
-    """Rebuild the raw key instead of the gained one, so that its own norm can be taken."""
-    gain = torch.where(weights.key_gain == 0, torch.inf, weights.key_gain)
-    up, bias = factors.kv_b_proj_k / gain[:, None], factors.kv_b_bias_k / gain
-    down = factors.kv_a_proj[: up.shape[1]]
-    missed = weights.raw_key - up @ down
-    off = weights.raw_key @ mean + weights.raw_key_bias - bias
-    off = off - up @ (down @ mean + factors.kv_a_bias[: up.shape[1]])
-    square = torch.einsum("nd,de,ne->", missed, covariance, missed) + off.square().sum()
-    floor = (square / len(missed))[None]
-    empty = floor.new_zeros(0)
-    return factors._replace(
-        kv_b_proj_k=up, kv_b_bias_k=bias, norm=NormPredictor(empty, empty, floor)
-    )
 
 
 def _query_map(branch: RopeBranch, head_dim: int) -> Tensor:

@@ -43,7 +43,7 @@ class LayerReads(NamedTuple):
     Attributes:
         past: Reads of cached keys, and the moments of the clean inputs that become them.
         own: Reads of the reader's own chunk, clean and noisy apart, each with its inputs' moments;
-            they matter to layers that read the current chunk from its latents. Empty when nobody
+            they matter to layers that read their own chunk from its latents. Empty when nobody
             asked.
     """
 

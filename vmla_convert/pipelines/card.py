@@ -19,7 +19,7 @@ from vmla_convert.checkpoint.licences import OTHER, UNKNOWN
 from vmla_convert.config import ModelConfig
 from vmla_convert.errors import ConfigError
 from vmla_convert.pipelines.media import latent_frames_per_second
-from vmla_convert.tables import override, to_dict
+from vmla_convert.tables import override
 
 CARD_NAME = "README.md"
 STRIPS = ("strip.png", "compare.png")
@@ -93,9 +93,9 @@ def without_folders(record: Mapping[str, Any]) -> dict[str, Any]:
 
     What a string is, its key says. Ids of the Hub stay whole where one is meant: a source's
     `checkpoint` and a `base_model` are nothing else, and a `file` beside such a `checkpoint` is a
-    path in that repository. A `base` may be a folder too: records have that as an absolute path
-    (`data.recorded`); in an older one, which has it as it was typed, what looks like an id passes
-    for one unless it is there as a path.
+    path in that repository. A `base` may be a folder too, which records have as an absolute path
+    (`data.recorded`), and so may a `_name_or_path`: what looks like an id passes for one unless it
+    is there as a path.
     """
     public: dict[str, Any] = {}
     for key, value in record.items():
@@ -300,7 +300,7 @@ def _settings(config: ModelConfig, origin: Mapping[str, Any]) -> str:
     nope = config.mla.qk_nope_head_dim
     rows = [
         ["init", config.mla.init],
-        ["layer", ", ".join(f"{k} = {v}" for k, v in to_dict(config.mla.layer).items())],
+        ["latent", config.mla.latent],
         ["kv_lora_rank, layer by layer", _listed(config.mla.kv_lora_rank)],
         ["qk_rope_head_dim", _listed([2 * len(pairs) for pairs in config.mla.rope_pairs])],
         *([["qk_nope_head_dim", nope]] if nope else []),

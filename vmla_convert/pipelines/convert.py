@@ -29,7 +29,7 @@ from vmla_convert.checkpoint.writer import (
     copied_bytes,
     partial_folder,
 )
-from vmla_convert.config import PAPER_LAYER, ConvertConfig, ModelConfig, RankPlan, SourceConfig
+from vmla_convert.config import ConvertConfig, ModelConfig, RankPlan, SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError, did_you_mean
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.factor import DATA_INITS, assume_evidence
@@ -81,8 +81,8 @@ from vmla_convert.pipelines.versions import versions
 from vmla_convert.progress import Progress, Silent, Timed
 from vmla_convert.tables import from_dict, to_dict
 
-PRESETS = {"videomla": ConvertConfig(init="spectral", layer=PAPER_LAYER, ranks="uniform")}
-"""The paper: its layer with the exact key norm, its init, its shares of 192 + 32 numbers."""
+PRESETS = {"videomla": ConvertConfig(init="spectral", ranks="uniform")}
+"""The paper: its init, its shares of 192 + 32 numbers; the key norm, which it drops, is kept."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def convert(
     Args:
         source: Checkpoint file or folder, `demo`, or a Hub id; with settings and LoRAs if need be.
         out: Folder to write; it appears whole or not at all.
-        config: Init, layer, sizes and calibration.
+        config: Init, latent, sizes and calibration.
         progress: Where to draw.
         resume: Go on with a conversion of the same source and settings that was interrupted.
         layout: Of the folder: `native`, our own; or `diffusers`, a pipeline's, with text encoder
@@ -215,15 +215,13 @@ def convert(
 
 def convert_config(
     preset: str | None,
-    layer: Mapping[str, str | None],
     sizes: Mapping[str, Any],
     others: Mapping[str, Any],
 ) -> ConvertConfig:
     """A config from what a user typed; None means that it was left out.
 
     Args:
-        preset: `videomla` starts from the paper's layer, init and shares.
-        layer: Fields of `LayerConfig`.
+        preset: `videomla` starts from the paper's init and shares.
         sizes: Cache sizes.
         others: Further fields of `ConvertConfig`.
 
@@ -235,10 +233,7 @@ def convert_config(
     base = PRESETS[preset] if preset else ConvertConfig()
     typed = {name: value for name, value in {**sizes, **others}.items() if value is not None}
     plain = {name: to_dict(v) if name == "plan" else v for name, v in typed.items()}
-    chosen = {name: value for name, value in layer.items() if value is not None}
-    return from_dict(
-        ConvertConfig, {**to_dict(base), **plain, "layer": {**to_dict(base.layer), **chosen}}
-    )
+    return from_dict(ConvertConfig, {**to_dict(base), **plain})
 
 
 def read_plan(path: Path) -> RankPlan:
@@ -334,9 +329,8 @@ def gather_evidence(
         config.seed,
         progress,
         shelf,
-        own=config.layer.reads_own_latents,
     )
-    return lambda layer: layer_evidence(reads(layer), weights(layer), config.layer, phases)
+    return lambda layer: layer_evidence(reads(layer), weights(layer), phases)
 
 
 def measures(config: ConvertConfig) -> bool:
@@ -399,7 +393,7 @@ def _write_tensors(
 
     def factored(layer: int) -> tuple[Branch, dict[str, Tensor]]:
         factors = factor_layer(checkpoint.read, plan.ranks, heads, config, layer, evidence)
-        return branch_of(factors), latent_tensors(factors, checkpoint.read, plan.config, layer)
+        return branch_of(factors), latent_tensors(factors, checkpoint.read, layer)
 
     blocks: dict[int, list[str]] = {}
     for name in plan.kept:
@@ -480,6 +474,5 @@ def _shelf_folder(out: Path) -> Path:
 
 def _shelf(out: Path, basis: Mapping[str, Any], config: ConvertConfig) -> FolderShelf:
     """Beside the output; another conversion of the same source may go on with it."""
-    own = config.layer.reads_own_latents
-    how = [to_dict(config.data), config.calibration_clips, config.seed, own]
+    how = [to_dict(config.data), config.calibration_clips, config.seed]
     return FolderShelf(_shelf_folder(out), [__version__, dict(basis), how])

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vmla_convert.config import ConvertConfig, LayerConfig, MLAConfig, ModelConfig, RankPlan
+from vmla_convert.config import ConvertConfig, MLAConfig, ModelConfig, RankPlan
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.factor import DATA_INITS, factor, join_evidence
 from vmla_convert.maths.heads import narrow_heads
@@ -30,8 +30,7 @@ def convert_model(
     Args:
         teacher: The dense model.
         config: The conversion.
-        evidence: Of every layer, for the current chunk that the config has; None where the init
-            looks at none.
+        evidence: Of every layer; None where the init looks at none.
     """
     check_sizes(teacher.config, config)
     state = teacher.state_dict()
@@ -49,7 +48,7 @@ def convert_model(
     for layer in range(planned.geometry.num_layers):
         factors = factor_layer(state.__getitem__, ranks, heads, config, layer, known)
         branches.append(branch_of(factors))
-        tensors |= latent_tensors(factors, state.__getitem__, planned, layer)
+        tensors |= latent_tensors(factors, state.__getitem__, layer)
     return build_student(teacher, with_branches(planned, branches), tensors)
 
 
@@ -90,7 +89,7 @@ def factor_layer(
 def layer_shape(config: ConvertConfig, ranks: RankPlan, layer: int) -> LayerShape:
     """One layer's sizes in a plan."""
     return LayerShape(
-        config.layer,
+        config.latent,
         ranks.kv_lora_rank[layer],
         ranks.rope_pairs[layer],
         ranks.key_ranks[layer] if ranks.key_ranks else None,
@@ -127,12 +126,9 @@ def layer_weights(read: Read, layer: int, num_heads: int) -> KVWeights:
     )
 
 
-def latent_tensors(
-    factors: Factors, read: Read, config: ModelConfig, layer: int
-) -> dict[str, Tensor]:
+def latent_tensors(factors: Factors, read: Read, layer: int) -> dict[str, Tensor]:
     """The new parameters of one layer by full name, float32."""
-    assert config.mla is not None
-    prefix, choices = f"blocks.{layer}.self_attn.", config.mla.layer
+    prefix = f"blocks.{layer}.self_attn."
     tensors = {
         "kv_a_proj.weight": factors.kv_a_proj,
         "kv_a_proj.bias": factors.kv_a_bias,
@@ -140,43 +136,26 @@ def latent_tensors(
         "kv_b_proj_k.bias": factors.kv_b_bias_k,
         "kv_b_proj_v.weight": factors.kv_b_proj_v,
         "kv_b_proj_v.bias": factors.kv_b_bias_v,
+        "k_rope_proj.weight": as_channels(factors.rope.rows.mT).mT,
+        "k_rope_proj.bias": as_channels(factors.rope.offsets),
+        "q_rope_map": factors.rope.query_map,
+        "k_norm_proj.weight": read(f"{prefix}k.weight"),
+        "k_norm_proj.bias": read(f"{prefix}k.bias"),
     }
-    if factors.rope is not None:
-        tensors |= {
-            "k_rope_proj.weight": as_channels(factors.rope.rows.mT).mT,
-            "k_rope_proj.bias": as_channels(factors.rope.offsets),
-            "q_rope_map": factors.rope.query_map,
-        }
     if factors.narrow is not None:
         tensors["q_nope_map"] = factors.narrow.query_map
-    if factors.norm is not None:
-        tensors["k_norm_floor"] = factors.norm.floor
-    if factors.norm is not None and choices.k_norm == "latent":
-        tensors |= {
-            "k_norm_latent.weight": factors.norm.weight,
-            "k_norm_latent.bias": factors.norm.bias,
-        }
-    if choices.current_chunk == "latent" and choices.k_norm == "stored":
-        tensors |= {
-            "k_norm_proj.weight": read(f"{prefix}k.weight"),
-            "k_norm_proj.bias": read(f"{prefix}k.bias"),
-        }
     return {prefix + name: tensor.float().contiguous() for name, tensor in tensors.items()}
 
 
-def layer_evidence(
-    measured: LayerReads, weights: KVWeights, layer: LayerConfig, phases: Tensor
-) -> Evidence:
-    """Evidence for a layer that reads its past from latents, or its own chunk too.
+def layer_evidence(measured: LayerReads, weights: KVWeights, phases: Tensor) -> Evidence:
+    """Evidence for a layer that reads all its keys from latents, those of its own chunk too.
 
     Args:
         measured: Of this layer.
         weights: Of the dense layer.
-        layer: What is made of it.
         phases: From `deployed_phases`.
     """
-    own = measured.own if layer.reads_own_latents else []
-    return join_evidence([measured.past, *own], weights, phases)
+    return join_evidence([measured.past, *measured.own], weights, phases)
 
 
 def planned_config(dense: ModelConfig, config: ConvertConfig, ranks: RankPlan) -> ModelConfig:
@@ -186,7 +165,7 @@ def planned_config(dense: ModelConfig, config: ConvertConfig, ranks: RankPlan) -
         ranks.kv_lora_rank,
         pairs,
         config.init,
-        config.layer,
+        config.latent,
         ranks.key_ranks,
         qk_nope_head_dim=config.qk_nope_head_dim,
     )
@@ -211,7 +190,7 @@ class Branch(NamedTuple):
 
 def branch_of(factors: Factors) -> Branch:
     """The branch of a factored layer."""
-    pairs = tuple(factors.rope.pairs.tolist()) if factors.rope else ()
+    pairs = tuple(factors.rope.pairs.tolist())
     phases = None if factors.phases is None else _polar(factors.phases)
     return Branch(pairs, phases, factors.narrow.lost.item() if factors.narrow else None)
 

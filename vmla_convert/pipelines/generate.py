@@ -72,7 +72,7 @@ def generate(
         prompt: One, or a batch of them.
         frames: Latent frames; the last chunk is cut to it.
         seed: Of all noise.
-        runtime: Precision of the cache and how it is read.
+        runtime: Place of the cache, and how it is read.
         switches: Where other prompts take over; the window is then written again under them.
         text: What reads the prompts, all of them before the first chunk; by default the model's
             own, opened anew.

@@ -10,7 +10,6 @@ from itertools import product
 from typing import Any
 
 from vmla_convert.config import ConvertConfig, RecoverConfig, SweepConfig
-from vmla_convert.errors import ConfigError
 from vmla_convert.tables import from_dict, to_dict
 
 
@@ -66,14 +65,11 @@ def find_point(key: str, recipe: Mapping[str, Any]) -> SweepPoint | None:
         recipe: Of the run, as its `recipe.json` holds it.
 
     Returns:
-        None where the recipe has no such point, or is that of a version with other settings.
+        None where the recipe has no such point.
     """
-    try:
-        convert = from_dict(ConvertConfig, recipe.get("convert") or {})
-        recover = from_dict(RecoverConfig, recipe.get("recover") or {})
-        sweep = from_dict(SweepConfig, recipe["sweep"]) if recipe.get("sweep") else None
-    except ConfigError:
-        return None
+    convert = from_dict(ConvertConfig, recipe.get("convert") or {})
+    recover = from_dict(RecoverConfig, recipe.get("recover") or {})
+    sweep = from_dict(SweepConfig, recipe["sweep"]) if recipe.get("sweep") else None
     points = sweep_points(sweep, convert, recover) if sweep else []
     # What the stages before a sweep made has a key too.
     points.append(SweepPoint(convert, recover if recipe.get("recover") else None))
@@ -91,11 +87,9 @@ def grid(config: SweepConfig, shared: ConvertConfig) -> list[ConvertConfig]:
     bare = replace(shared, cache_scalars=None, cut=None, plan=None)
     bare = replace(bare, kv_lora_rank=None, qk_rope_head_dim=None, ranks=None)
     points: list[ConvertConfig] = []
-    for size, layer, init, seed in product(sizes, config.every_layer(), config.inits, config.seeds):
-        point = replace(bare, init=init, layer=layer, seed=seed, **size)
-        if layer.positions == "reconstructed":
-            points += _ruled(replace(point, qk_nope_head_dim=None), config, shared)
-        elif point.kv_lora_rank is not None and (splits := _head_splits(config, shared)):
+    for size, latent, init, seed in product(sizes, config.latents, config.inits, config.seeds):
+        point = replace(bare, init=init, latent=latent, seed=seed, **size)
+        if point.kv_lora_rank is not None and (splits := _head_splits(config, shared)):
             points += [
                 replace(point, qk_nope_head_dim=nope, qk_rope_head_dim=rope)
                 for nope, rope in splits

@@ -64,8 +64,8 @@ def foresee(
     components = parts_to_copy(checkpoint.source.path, form)
     check_place(out, plan.nbytes + copied_bytes(components), resume)
     geometry, tokens = checkpoint.config.geometry, _calibration_tokens(checkpoint, config)
-    own = config.layer.reads_own_latents
-    measured = 2 * (3 if own else 1) * geometry.dim**2 * 8 * geometry.num_layers
+    # Two squares of the width for the past, and for the own chunk clean and noisy.
+    measured = 2 * 3 * geometry.dim**2 * 8 * geometry.num_layers
     # What each block reads, what the last one gives, and the gradients above and below a block.
     activations = 4 * tokens * geometry.dim * (geometry.num_layers + 3)
     return Outlook(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from vmla_convert.config import ConvertConfig, LayerConfig, ModelConfig, RankPlan
+from vmla_convert.config import ConvertConfig, ModelConfig, RankPlan
 from vmla_convert.errors import ConfigError, did_you_mean
 from vmla_convert.maths.factor import INITS, PAIR_COUNTS, ErrorCurve, predict_errors
 from vmla_convert.maths.projections import Evidence, KVWeights, LayerShape
@@ -60,21 +60,19 @@ def uniform_plan(model: ModelConfig, config: ConvertConfig) -> RankPlan:
     """The plan that was given, or the same sizes for every layer; needs no weights."""
     if config.plan is not None:
         return config.plan
-    geometry, layer = model.geometry, config.layer
-    decoupled = layer.positions == "decoupled"
+    geometry = model.geometry
     if config.kv_lora_rank is not None or config.qk_rope_head_dim is not None:
         rank = geometry.dim // 8 if config.kv_lora_rank is None else config.kv_lora_rank
         rope = config.qk_rope_head_dim
         rope = 2 * (geometry.head_dim // 8) if rope is None else rope
-        rope = rope if decoupled else 0
     else:
         size = total_numbers(model, config) // geometry.num_layers
         pairs = min(max(1, round(ROPE_SHARE * size / 2)), geometry.head_dim // 2)
-        rope = 2 * pairs if decoupled else 0
+        rope = 2 * pairs
         rank = size - rope
-    shape = LayerShape(layer, rank, rope // 2)
+    shape = LayerShape(config.latent, rank, rope // 2)
     layers = geometry.num_layers
-    key_ranks = (shape.parts()[0],) * layers if layer.latent == "split" else ()
+    key_ranks = (shape.parts()[0],) * layers if config.latent == "split" else ()
     return RankPlan((rank,) * layers, (rope // 2,) * layers, key_ranks)
 
 
@@ -103,7 +101,7 @@ def plan_ranks(
     assert evidence is not None
     layers = range(model.geometry.num_layers)
     curves = [
-        predict_errors(read_weights(layer), config.layer, evidence(layer), *wanted)
+        predict_errors(read_weights(layer), config.latent, evidence(layer), *wanted)
         for layer in (progress or Silent()).track(layers, "predicting errors")
     ]
     return divide(model, config, curves)
@@ -124,7 +122,7 @@ class Curves(NamedTuple):
 def wanted_curves(model: ModelConfig, config: ConvertConfig) -> Curves | None:
     """The predictions that sizes depend on; None where sizes are given, or nothing is predicted."""
     explicit = _is_explicit(config)
-    joint = config.layer.latent == "joint"
+    joint = config.latent == "joint"
     if config.init != "calibrated" or config.plan is not None or (explicit and joint):
         return None
     if explicit:
@@ -158,31 +156,30 @@ def divide(model: ModelConfig, config: ConvertConfig, curves: Sequence[ErrorCurv
         kv_lora_rank=tuple(s - 2 * p for s, p in zip(sizes, pairs, strict=True)),
         rope_pairs=tuple(pairs),
         key_ranks=()
-        if config.layer.latent == "joint"
+        if config.latent == "joint"
         else tuple(curve.key_ranks[size] for curve, size in zip(curves, sizes, strict=True)),
     )
 
 
 def total_numbers(model: ModelConfig, config: ConvertConfig) -> int:
     """Numbers that all layers together may cache per token, norms aside."""
-    geometry, stored = model.geometry, config.layer.k_norm == "stored"
-    scalars = config.cache_scalars
+    geometry, scalars = model.geometry, config.cache_scalars
     if config.cut is not None:
         scalars = (1 - config.cut) * geometry.dense_cache_scalars
     if scalars is None:
-        scalars = default_scalars(model, config.layer)
+        scalars = default_scalars(model)
     # A cut of 0.9 of 320 numbers leaves 32, whatever floating point makes of it.
-    return int((scalars - stored) * geometry.num_layers + 1e-6)
+    return int((scalars - 1) * geometry.num_layers + 1e-6)
 
 
 def _is_explicit(config: ConvertConfig) -> bool:
     return config.kv_lora_rank is not None or config.qk_rope_head_dim is not None
 
 
-def default_scalars(model: ModelConfig, layer: LayerConfig) -> int:
-    """What a token costs by default: 224 numbers for Wan 1.3B, and one for a stored norm."""
+def default_scalars(model: ModelConfig) -> int:
+    """What a token costs by default: 224 numbers for Wan 1.3B, and one for the norm."""
     geometry = model.geometry
-    return geometry.dim // 8 + 2 * (geometry.head_dim // 8) + (layer.k_norm == "stored")
+    return geometry.dim // 8 + 2 * (geometry.head_dim // 8) + 1
 
 
 def rank_step(model: ModelConfig) -> int:
@@ -192,22 +189,12 @@ def rank_step(model: ModelConfig) -> int:
 
 def _check_explicit(model: ModelConfig, config: ConvertConfig) -> None:
     rope, head_dim = config.qk_rope_head_dim, model.geometry.head_dim
-    if rope is not None and config.layer.positions == "reconstructed":
-        raise ConfigError(
-            "qk_rope_head_dim is given, but reconstructed positions need no rope key",
-            "drop it, or use --positions decoupled",
-        )
     if rope is not None and (rope % 2 or not 2 <= rope <= head_dim):
         raise ConfigError(
             f"qk_rope_head_dim {rope} is not an even number between 2 and {head_dim}",
             f"try --qk-rope-head-dim {2 * (head_dim // 8)}",
         )
     nope = config.qk_nope_head_dim
-    if nope is not None and config.layer.positions == "reconstructed":
-        raise ConfigError(
-            "qk_nope_head_dim is given, but reconstructed positions rotate whole heads",
-            "drop it, or use --positions decoupled",
-        )
     if nope is not None and not 1 <= nope <= head_dim:
         raise ConfigError(
             f"qk_nope_head_dim {nope} is not between 1 and {head_dim}, the width of this model's "
@@ -219,7 +206,7 @@ def _check_explicit(model: ModelConfig, config: ConvertConfig) -> None:
 
 
 def _check_plan(model: ModelConfig, plan: RankPlan, config: ConvertConfig) -> None:
-    geometry, layer = model.geometry, config.layer
+    geometry = model.geometry
     lengths = {len(plan.kv_lora_rank), len(plan.rope_pairs)}
     if lengths != {geometry.num_layers}:
         raise ConfigError(
@@ -227,18 +214,18 @@ def _check_plan(model: ModelConfig, plan: RankPlan, config: ConvertConfig) -> No
             "use the plan of a conversion of this very model",
         )
     # Each part of a split latent has at least one number.
-    parts = 1 if layer.latent == "joint" else 2
+    parts = 1 if config.latent == "joint" else 2
     least, most = parts, parts * geometry.dim
     for rank in plan.kv_lora_rank:
         if not least <= rank <= most:
             raise ConfigError(
                 f"{_asked(config, rank)} is not between {least} and {most}, what this model's "
-                f"{layer.latent} latent can use",
+                f"{config.latent} latent can use",
                 f"try --kv-lora-rank {geometry.dim // 8}"
                 if config.cut is None and config.cache_scalars is None
-                else f"try --cache-scalars {default_scalars(model, layer)}",
+                else f"try --cache-scalars {default_scalars(model)}",
             )
-    plan.check_fits(layer)
+    plan.check_fits(config.latent)
 
 
 def _asked(config: ConvertConfig, rank: int) -> str:

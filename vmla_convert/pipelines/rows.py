@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vmla_convert.config import MLAConfig, ModelConfig, RuntimeConfig
+from vmla_convert.config import MLAConfig, ModelConfig
 from vmla_convert.maths.rope3d import axis_pairs
 from vmla_convert.pipelines.convert import Conversion
 from vmla_convert.pipelines.media import latent_frames_per_second
@@ -31,15 +31,14 @@ class Errors(NamedTuple):
 
 
 def run_name(config: ModelConfig) -> str:
-    """How rows call a model: `dense`, or its init, sizes and layer."""
+    """How rows call a model: `dense`, or its init, sizes and latent."""
     mla = config.mla
     if mla is None:
         return "dense"
     rank, rope = _uniform_sizes(mla)
     sizes = f"{config.cache_scalars_per_token():.4g}" if rank is None else f"{rank}+{rope}"
-    layer, nope = mla.layer, mla.qk_nope_head_dim
-    choices = (layer.current_chunk, layer.positions, layer.latent, layer.k_norm)
-    return "-".join((mla.init, sizes, *choices, *([f"nope{nope}"] if nope else [])))
+    nope = mla.qk_nope_head_dim
+    return "-".join((mla.init, sizes, mla.latent, *([f"nope{nope}"] if nope else [])))
 
 
 def device_name() -> str:
@@ -47,10 +46,8 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
-def row_fields(
-    config: ModelConfig, seed: int = 0, runtime: RuntimeConfig | None = None
-) -> dict[str, Any]:
-    """The fields that every row of one model shares; with a runtime also how it is kept."""
+def row_fields(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
+    """The fields that every row of one model shares."""
     mla = config.mla
     fields: dict[str, Any] = {"run": run_name(config), "seed": seed, "device": device_name()}
     if mla is not None:
@@ -60,17 +57,8 @@ def row_fields(
             "kv_lora_rank": rank,
             "qk_rope_head_dim": rope,
             "qk_nope_head_dim": mla.qk_nope_head_dim,
-            "current_chunk": mla.layer.current_chunk,
-            "positions": mla.layer.positions,
-            "latent": mla.layer.latent,
-            "k_norm": mla.layer.k_norm,
+            "latent": mla.latent,
         }
-        if runtime is not None:
-            fields |= {
-                "cache_dtype": runtime.cache_dtype,
-                "rope_dtype": runtime.rope_dtype if rope != 0 else None,
-                "dense_recent_frames": config.cache.dense_recent_frames,
-            }
     return fields
 
 
@@ -80,32 +68,21 @@ def _uniform_sizes(mla: MLAConfig) -> tuple[int | None, int | None]:
     return sizes.pop() if len(sizes) == 1 else (None, None)
 
 
-def error_rows(
-    errors: Errors,
-    config: ModelConfig,
-    step: int | None,
-    seed: int = 0,
-    runtime: RuntimeConfig | None = None,
-) -> list[Row]:
+def error_rows(errors: Errors, config: ModelConfig, step: int | None, seed: int = 0) -> list[Row]:
     """Rows of one measurement."""
-    fields = row_fields(config, seed, runtime)
+    fields = row_fields(config, seed)
     rows = [Row("flow_loss", errors.flow_loss, "squared velocity", step=step, **fields)]
     if config.mla is not None:
         rows.append(Row("velocity_error", errors.velocity_error, "relative", step=step, **fields))
     return rows
 
 
-def cache_rows(
-    config: ModelConfig, seed: int = 0, runtime: RuntimeConfig | None = None
-) -> list[Row]:
-    """Rows of what a token costs; bytes at two per number that is not quantised.
-
-    Frames that are kept dense as well are spread over the window.
-    """
-    fields, scalars = row_fields(config, seed, runtime), config.cache_scalars_per_token()
+def cache_rows(config: ModelConfig, seed: int = 0) -> list[Row]:
+    """Rows of what a token costs; bytes at two per number."""
+    fields, scalars = row_fields(config, seed), config.cache_scalars_per_token()
     window, layers = config.cache.window_frames, config.geometry.num_layers
     tokens = window * config.tokens_per_frame * layers
-    nbytes = config.cache_bytes(window, runtime=runtime) / tokens
+    nbytes = config.cache_bytes(window) / tokens
     rows = [
         Row("cache_scalars_per_token", scalars, "numbers per token and layer", **fields),
         Row("cache_bytes_per_token", nbytes, "bytes per token and layer", **fields),
@@ -115,22 +92,20 @@ def cache_rows(
     return rows
 
 
-def memory_rows(
-    config: ModelConfig, seed: int = 0, runtime: RuntimeConfig | None = None
-) -> list[Row]:
+def memory_rows(config: ModelConfig, seed: int = 0) -> list[Row]:
     """Rows of what whole clips take in the cache, and of the model's own window.
 
-    At two bytes per number that is not quantised. Streaming needs no more than the window,
-    whatever the length of the clip.
+    At two bytes per number. Streaming needs no more than the window, whatever the length of the
+    clip.
     """
-    fields, window = row_fields(config, seed, runtime), config.cache.window_frames
+    fields, window = row_fields(config, seed), config.cache.window_frames
     rows: list[Row] = []
     for batch in MEMORY_BATCHES:
-        nbytes = float(config.cache_bytes(window, batch, runtime=runtime))
+        nbytes = float(config.cache_bytes(window, batch))
         rows.append(Row("cache_bytes", nbytes, "bytes", batch=batch, frames=window, **fields))
         for seconds in MEMORY_SECONDS:
             frames = round(seconds * latent_frames_per_second(config))
-            nbytes = float(config.cache_bytes(frames, batch, runtime=runtime))
+            nbytes = float(config.cache_bytes(frames, batch))
             of_clip = {"batch": batch, "frames": frames, "clip_seconds": seconds}
             rows.append(Row("cache_bytes", nbytes, "bytes", **of_clip, **fields))
     return rows
@@ -147,8 +122,6 @@ def branch_rows(config: ModelConfig, seed: int = 0) -> list[Row]:
     axes = [axis for axis, n in zip(AXES, axis_pairs(head_dim), strict=True) for _ in range(n)]
     for layer, (rank, pairs) in enumerate(zip(mla.kv_lora_rank, mla.rope_pairs, strict=True)):
         rows.append(Row("kv_lora_rank", rank, "numbers", layer=layer, **shared))
-        if not pairs:
-            continue
         rows.append(Row("qk_rope_head_dim", 2 * len(pairs), "numbers", layer=layer, **shared))
         for pair, axis in enumerate(axes):
             of_pair = {"layer": layer, "pair": pair, "note": axis}

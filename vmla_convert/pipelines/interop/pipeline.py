@@ -195,7 +195,7 @@ class VMLAPipeline(DiffusionPipeline, LoraBaseMixin):
                 `prompt_embeds` from the next chunk on.
             callback_on_step_end_tensor_inputs: Which tensors it is given: `latents`,
                 `prompt_embeds`.
-            runtime: Precision of the cache and how it is read.
+            runtime: Place of the cache, and how it is read.
 
         Raises:
             ConfigError: Arguments that do not go together or with the model.

@@ -31,14 +31,10 @@ def latent_layers(student: CausalWanModel) -> list[LatentSelfAttention]:
 
 def new_parameters(layer: LatentSelfAttention) -> list[nn.Parameter]:
     """What a conversion made of a layer, and recovery trains first."""
-    parts = [layer.kv_a_proj, layer.kv_b_proj_k, layer.kv_b_proj_v]
-    parameters = [p for part in parts for p in part.parameters()]
-    if layer.rope_pairs:
-        parameters += [*layer.k_rope_proj.parameters(), layer.q_rope_map]
+    parts = [layer.kv_a_proj, layer.kv_b_proj_k, layer.kv_b_proj_v, layer.k_rope_proj]
+    parameters = [*(p for part in parts for p in part.parameters()), layer.q_rope_map]
     if layer.q_nope_map is not None:
         parameters.append(layer.q_nope_map)
-    if layer.k_norm == "latent":
-        parameters += layer.k_norm_latent.parameters()
     return parameters
 
 
@@ -51,9 +47,6 @@ def unfreeze(student: CausalWanModel, scope: Scope) -> None:
     """
     if scope == "all":
         student.requires_grad_(True)
-        # Measured by the conversion, not weights: the mean square that truncation dropped.
-        for name, parameter in student.named_parameters():
-            parameter.requires_grad_(not name.endswith("k_norm_floor"))
         return
     for layer in latent_layers(student):
         for parameter in new_parameters(layer):

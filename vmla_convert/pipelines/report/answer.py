@@ -119,7 +119,7 @@ def _finite_loss(point: Point) -> float:
 
 
 def _setting(point: Point) -> str:
-    """The setting in full: init, sizes, layer, how it is kept."""
+    """The setting in full: init, sizes, latent, how it is kept."""
     nope = point.qk_nope_head_dim
     truncated = [] if nope is None else [f"qk_nope_head_dim {nope}"]
     if point.kv_lora_rank is None:
@@ -131,9 +131,9 @@ def _setting(point: Point) -> str:
         named += [f"qk_rope_head_dim {rope}"] if rope else []
         sizes = join_words(named + truncated)
     sizes += f" by the rule {point.ranks}" if point.ranks else ""
-    layer = f" ({point.layer})" if point.layer else ""
+    latent = f" ({point.latent} latent)" if point.latent else ""
     kept = f", cache kept as {point.kept.words}" if point.kept.words else ""
-    return f"{point.init} with {sizes}{layer}{kept}"
+    return f"{point.init} with {sizes}{latent}{kept}"
 
 
 def _figures(point: Point, dense: Dense | None) -> str:

@@ -19,7 +19,7 @@ Settings = Mapping[str, Any]
 _SIZES = ("kv_lora_rank", "qk_rope_head_dim", "cache_scalars", "cut")
 # What `convert` has options for, and what of a recovery is not left to `--set`.
 _CONVERT_SAYS = {
-    *(*_SIZES, "plan", "init", "layer", "ranks", "qk_nope_head_dim", "seed", "dtype"),
+    *(*_SIZES, "plan", "init", "latent", "ranks", "qk_nope_head_dim", "seed", "dtype"),
     *("calibrate", "calibration_clips", "data.source", "data.frames"),
 }
 _RECOVER_SAYS = {
@@ -53,7 +53,7 @@ def how_to_use(point: Point, dense: Dense | None, recipe: dict[str, Any]) -> str
         made = "OUT-recovered"
         words = ["vmla", "recover", "OUT", "--teacher", source, "-o", made]
         lines.append(words + _recover_words(recover))
-    lines.append(["vmla", "generate", made, "--prompt", "…", "-o", "clip.mp4", *_kept(point)])
+    lines.append(["vmla", "generate", made, "--prompt", "…", "-o", "clip.mp4"])
     unsaid = [
         f"# convert has no option for {name}; here it was {json.dumps(value)}"
         for name, value in _unusual(convert, to_dict(ConvertConfig()), _CONVERT_SAYS)
@@ -68,7 +68,7 @@ def _read_conversion(point: Point, dense: Dense | None, recipe: Settings) -> dic
     shared = dict(recipe.get("convert") or {})
     for name in (*_SIZES, "plan"):
         shared.pop(name, None)
-    shared |= {"init": point.init, "layer": point.choices, "ranks": point.ranks}
+    shared |= {"init": point.init, "latent": point.latent or None, "ranks": point.ranks}
     shared["qk_nope_head_dim"] = point.qk_nope_head_dim
     # A rule divides a budget, and refuses a rank, also where it gave all layers the same.
     if point.kv_lora_rank is not None and not point.ranks:
@@ -85,7 +85,7 @@ def _read_recovery(point: Point, recipe: Settings) -> dict[str, Any] | None:
     if point.recovery_steps is None and not point.last_step:
         return None
     shared = dict(recipe.get("recover") or {})
-    # Old rows tell only the last step, of all stages together.
+    # Rows of a recovery by itself tell only the last step, of all stages together.
     steps = point.last_step if point.recovery_steps is None else point.recovery_steps
     # A sweep gives each point its seed.
     training = {**shared.get("training", {}), "steps": steps, "seed": 0}
@@ -98,9 +98,7 @@ def _convert_words(convert: Settings, source: Settings) -> list[str]:
     for name in _SIZES:
         words += _option(name, convert.get(name))
     words += ["--plan", "PLAN"] if convert.get("plan") else []
-    for name, choice in convert.get("layer", {}).items():
-        words += _option(name, choice)
-    for name in ("ranks", "qk_nope_head_dim"):
+    for name in ("latent", "ranks", "qk_nope_head_dim"):
         words += _option(name, convert.get(name))
     words += _reading(source)
     words += [] if convert.get("calibrate", True) else ["--no-calibration"]
@@ -119,16 +117,6 @@ def _recover_words(recover: Settings) -> list[str]:
     words += _clips(recover.get("data", {}))
     for name, value in _unusual(recover, to_dict(RecoverConfig()), _RECOVER_SAYS):
         words += ["--set", f"{name}={json.dumps(value)}"]
-    return words
-
-
-def _kept(point: Point) -> list[str]:
-    """How a cache is kept."""
-    kept = point.kept
-    words = _option("cache_dtype", kept.cache_dtype or None)
-    words += _option("rope_dtype", kept.rope_dtype or None)
-    if kept.dense_recent_frames:
-        words += ["--set", f"cache.dense_recent_frames={kept.dense_recent_frames}"]
     return words
 
 

@@ -39,15 +39,15 @@ ROLLOUT_METRICS = {
 
 
 def recovery_chart(points: Sequence[Point]) -> Chart | None:
-    """velocity_error by step, a panel for each cache size and layer."""
+    """velocity_error by step, a panel for each cache size and latent."""
 
     def errors(point: Point) -> dict[int, float]:
         return {step: error for step, error in point.errors.items() if error > 0}
 
     return _small_multiples(
         [
-            Panel(title, layer, "step of recovery", "velocity error (share)", lines, yscale="log")
-            for title, layer, lines in _recovery_panels(points, errors)
+            Panel(title, latent, "step of recovery", "velocity error (share)", lines, yscale="log")
+            for title, latent, lines in _recovery_panels(points, errors)
         ]
     )
 
@@ -65,14 +65,14 @@ def recovery_loss_chart(points: Sequence[Point], bound: float) -> Chart | None:
         [
             Panel(
                 title,
-                "\n".join(filter(None, (layer, f"dashed: {name}"))),
+                "\n".join(filter(None, (latent, f"dashed: {name}"))),
                 "step of recovery",
                 ylabel,
                 lines,
                 yscale="symlog",
                 guides=[guide],
             )
-            for title, layer, lines in _recovery_panels(points, percent)
+            for title, latent, lines in _recovery_panels(points, percent)
         ]
     )
 
@@ -124,23 +124,21 @@ def _small_multiples(panels: list[Panel], most_columns: int = 3) -> Chart | None
 def _recovery_panels(
     points: Sequence[Point], curve: Callable[[Point], dict[int, float]]
 ) -> list[tuple[str, str, list[Line]]]:
-    """Title, layer and lines of each panel: the best layers, and sizes spread over all."""
+    """Title, latent and lines of each panel; where sizes are many, some spread over all."""
     recovered = [p for p in points if p.last_step > 0 and len(curve(p)) > 1]
-    layers = list(dict.fromkeys(p.layer for p in sorted(recovered, key=lambda p: p.final_error)))
+    latents = list(dict.fromkeys(p.latent for p in sorted(recovered, key=lambda p: p.final_error)))
     sizes = size_groups(recovered)
-    while len(layers) > 2 and len(layers) * len(sizes) > MOST_PANELS:
-        layers.pop()
-    most = max(1, MOST_PANELS // max(1, len(layers)))
+    most = max(1, MOST_PANELS // max(1, len(latents)))
     if len(sizes) > most:
         # From the smallest to the largest, evenly.
         sizes = [sizes[round(i * (len(sizes) - 1) / max(1, most - 1))] for i in range(most)]
     panels: list[tuple[str, str, list[Line]]] = []
     for size in sizes:
-        for layer in layers:
-            here = [point for point in size if point.layer == layer]
+        for latent in latents:
+            here = [point for point in size if point.latent == latent]
             lines = _init_lines(here, curve)
             if lines:
-                panels.append((_size_title(here), layer if len(layers) > 1 else "", lines))
+                panels.append((_size_title(here), latent if len(latents) > 1 else "", lines))
     return panels
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -17,23 +16,20 @@ K = TypeVar("K", bound=Hashable)
 
 SAME_SIZE = 1.06
 BYTES_PER_NUMBER = 2  # of a cache that is not quantised, wherever rows count bytes
-CHOICES = ("current_chunk", "positions", "latent", "k_norm")
 
 
 class Kept(NamedTuple):
     """How a cache is kept, where that is not simply as the model computes it."""
 
     cache_dtype: str = ""
-    rope_dtype: str = ""
     dense_recent_frames: int = 0
 
     @property
     def words(self) -> str:
-        """`int8`, `int4, rope int8`, `2 recent frames dense`; empty for the plain cache."""
+        """`int8`, `2 recent frames dense`; empty for the plain cache."""
         frames = self.dense_recent_frames
         parts = [
             self.cache_dtype,
-            f"rope {self.rope_dtype}" if self.rope_dtype else "",
             f"{frames} recent frames dense" if frames else "",
         ]
         return ", ".join(filter(None, parts))
@@ -74,7 +70,7 @@ class Point:
         key: What its rows are grouped by: `point`, or `run` where they have none.
         init: How the projections were initialised.
         kept: How its cache is kept: a quantised cache makes a setting of its own.
-        choices: Its layer's choices, by name; empty where rows tell none.
+        latent: Joint or split; empty where rows do not tell.
         ranks: Rule that divided the budget.
         kv_lora_rank: Rank of the content latent; None where layers differ.
         qk_rope_head_dim: Width of the shared rope key; None where layers differ.
@@ -98,7 +94,7 @@ class Point:
     key: str
     init: str
     kept: Kept
-    choices: dict[str, str]
+    latent: str
     ranks: str | None
     kv_lora_rank: int | None
     qk_rope_head_dim: int | None
@@ -117,11 +113,6 @@ class Point:
     shares: bool
     step_seconds: float | None
     seconds_ratio: float | None
-
-    @property
-    def layer(self) -> str:
-        """The layer's choices as one phrase; empty where rows tell none."""
-        return " ".join(self.choices.values())
 
     @property
     def split(self) -> str:
@@ -188,25 +179,25 @@ def setting_key(row: Row) -> str:
 
 
 def setting_names(points: Sequence[Point]) -> dict[str, str]:
-    """Short names by `setting_key`; those that share one get what differs in their layers too."""
+    """Short names by `setting_key`; those that share one get what else differs too."""
     short = [point.name for point in points]
-    layers = [_layer_words(point) for point in points]
+    others = [_other_words(point) for point in points]
 
     def name(point: Point) -> str:
         if short.count(point.name) == 1:
             return point.name
-        words = enumerate(_layer_words(point))
+        words = enumerate(_other_words(point))
         differing = [
-            word for i, word in words if any(word not in each[i : i + 1] for each in layers)
+            word for i, word in words if any(word not in each[i : i + 1] for each in others)
         ]
         return f"{point.name} ({' '.join(differing) or point.key})"
 
     return {" ".join(filter(None, (p.key, p.kept.words))): name(p) for p in points}
 
 
-def _layer_words(point: Point) -> list[str]:
+def _other_words(point: Point) -> list[str]:
     nope = point.qk_nope_head_dim
-    return [*point.layer.split(), *([f"nope{nope}"] if nope is not None else [])]
+    return [point.latent, *([f"nope{nope}"] if nope is not None else [])]
 
 
 def point_key(row: Row) -> str:
@@ -216,10 +207,8 @@ def point_key(row: Row) -> str:
 
 def kept_as(row: Row) -> Kept:
     """How the cache was kept that a row measured."""
-    cache, rope = (
-        "" if dtype in (None, "model") else dtype for dtype in (row.cache_dtype, row.rope_dtype)
-    )
-    return Kept(cache, rope, row.dense_recent_frames or 0)
+    dtype = "" if row.cache_dtype in (None, "model") else row.cache_dtype
+    return Kept(dtype, row.dense_recent_frames or 0)
 
 
 def read_dense(rows: Sequence[Row]) -> Dense | None:
@@ -309,11 +298,11 @@ def _point(
         key=point_key(first),
         init=first.init or "",
         kept=kept,
-        choices={n: choice for n in CHOICES if (choice := getattr(first, n)) is not None},
+        latent=first.latent or "",
         ranks=first.ranks,
         kv_lora_rank=first.kv_lora_rank,
         qk_rope_head_dim=first.qk_rope_head_dim,
-        qk_nope_head_dim=_truncated(first),
+        qk_nope_head_dim=first.qk_nope_head_dim,
         scalars=scalars,
         nbytes=nbytes,
         cut=cut,
@@ -330,12 +319,6 @@ def _point(
         step_seconds=step_seconds,
         seconds_ratio=_ratio(rows, step_seconds, dense),
     )
-
-
-def _truncated(row: Row) -> int | None:
-    """What heads were truncated to; before rows had a field for it, the run's name told it."""
-    named = re.search(r"-nope(\d+)$", row.run)
-    return int(named[1]) if row.qk_nope_head_dim is None and named else row.qk_nope_head_dim
 
 
 def _cut(

@@ -176,7 +176,7 @@ def _placed(
     """The settings to draw, each at its size, and side by side where they are of the very same.
 
     Of a crowd at one size only the best of each init and way of keeping is drawn, and otherwise
-    the best layer of these.
+    the best latent of these.
     """
     found: list[Placed] = []
     for point in points:
@@ -202,8 +202,8 @@ def _thinned(group: list[Placed], best: Point | None) -> list[Placed]:
     kinds: dict[tuple[str, Kept], Placed] = {}
     for place in sorted(group, key=lambda place: place.reached):
         kinds.setdefault((place.point.init, place.point.kept), place)
-    layers = {kind: place.point.layer for kind, place in kinds.items()}
-    shown = [p for p in group if p.point.layer == layers[p.point.init, p.point.kept]]
+    latents = {kind: place.point.latent for kind, place in kinds.items()}
+    shown = [p for p in group if p.point.latent == latents[p.point.init, p.point.kept]]
     if len(shown) > MOST_BESIDE:
         shown = [p for p in group if p in kinds.values() or p.point == best]
     return shown
@@ -349,7 +349,7 @@ def _size_ticks(
 
 def _full_name(point: Point) -> str:
     rule = f"ranks {point.ranks}" if point.ranks else ""
-    return ", ".join(filter(None, (point.name, point.layer, rule)))
+    return ", ".join(filter(None, (point.name, point.latent, rule)))
 
 
 def _glyph(point: Point) -> str:

@@ -1,4 +1,4 @@
-"""Charts of decoupled positions: which RoPE pairs each layer keeps, and what phases it assumes."""
+"""Charts of rope keys: which RoPE pairs each layer keeps, and what phases it assumes."""
 
 from __future__ import annotations
 

@@ -254,7 +254,6 @@ def _strip_sections(
     by_error = sorted(points, key=lambda point: point.final_error)
     first = [best.point] if best is not None else []
     order = list(dict.fromkeys(point.key for point in [*first, *by_error]))
-    # Strips are of caches that are not quantised, whose name is that of the point.
     names = setting_names(by_error)
     several = len({path.stem.rpartition("-")[2] for path in files}) > 1
 
@@ -276,9 +275,8 @@ def _strip_sections(
             f"{name}: dense, converted and their difference, from start to end"
         )
     notes = [
-        "From top to bottom: the dense rollout, the converted one with a cache that is not "
-        "quantised, and their difference, grey where there is none. "
-        + _shown_words(len(images), len(files))
+        "From top to bottom: the dense rollout, the converted one, and their "
+        "difference, grey where there is none. " + _shown_words(len(images), len(files))
     ]
     return [Section("Rollout strips", images=images, paragraphs=notes)]
 

@@ -30,7 +30,7 @@ from vmla_convert.pipelines.report.wording import (
 from vmla_convert.results import Row
 
 Table = list[list[str]]
-PROVENANCE_FIELDS = ("current_chunk", "positions", "latent", "k_norm", "ranks")
+PROVENANCE_FIELDS = ("latent", "ranks")
 SECONDS_TO_CONVERT = "seconds to convert"
 SECONDS = ("sweep_seconds", "convert_seconds", "recover_seconds")
 
@@ -190,7 +190,7 @@ def _setting_columns(points: Sequence[Point], dense: Dense | None) -> list[Colum
     scalars = format_number(dense.scalars if dense else None)
     columns = [
         Column("init", lambda p: p.init, "dense"),
-        Column("layer", lambda p: p.layer or ABSENT, ABSENT),
+        Column("latent", lambda p: p.latent or ABSENT, ABSENT),
     ]
     if len({p.ranks for p in points if p.ranks}) > 1:
         columns.append(Column("ranks", lambda p: p.ranks or ABSENT, ABSENT))

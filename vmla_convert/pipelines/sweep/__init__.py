@@ -123,7 +123,7 @@ def check_sweep(
         check_sizes(model, point.conversion)
     # Calibration describes the model too, so that it is done whatever the points are.
     open_measured(model, convert_config)
-    check_held_out(model, evaluate_config, streamed=bool(config.cache_dtypes))
+    check_held_out(model, evaluate_config)
     if config.recover:
         check_shares(recover_config.training, world=1)
         check_tracker(recover_config.training)
@@ -210,12 +210,12 @@ class _Sweep:
     def _done(self, rows: Sequence[Row]) -> set[tuple[str | None, int]]:
         """Keys and seeds of points of which all is told that is asked for, here or elsewhere."""
         config = self.config
-        wanted = {("velocity_error", dtype) for dtype in (None, *config.cache_dtypes)}
-        wanted |= {("seconds_ratio", None)} if config.timed else set()
-        wanted |= {("drift", None)} if config.rollout_frames else set()
-        told = defaultdict[tuple[str | None, int], set[tuple[str, str | None]]](set)
+        wanted = {"velocity_error"}
+        wanted |= {"seconds_ratio"} if config.timed else set()
+        wanted |= {"drift"} if config.rollout_frames else set()
+        told = defaultdict[tuple[str | None, int], set[str]](set)
         for row in rows:
-            told[row.point, row.seed].add((row.metric, row.cache_dtype))
+            told[row.point, row.seed].add(row.metric)
         return {point for point, metrics in told.items() if wanted <= metrics}
 
     def _forget_unfinished(self) -> list[Row]:

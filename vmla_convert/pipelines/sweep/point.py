@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 
-from vmla_convert.config import EvaluateConfig, RuntimeConfig, SweepConfig
+from vmla_convert.config import EvaluateConfig, SweepConfig
 from vmla_convert.errors import VmlaError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines.evaluate import HeldOut, learned_spectrum_rows
@@ -51,11 +51,6 @@ class Bench:
         """Clips in one pass."""
         return HeldOut(self.teacher, self.evaluate)
 
-    @cached_property
-    def streamed(self) -> HeldOut:
-        """Clips through a cache."""
-        return HeldOut(self.teacher, self.evaluate, streamed=True)
-
 
 def measure_point(
     student: CausalWanModel, point: SweepPoint, bench: Bench, seconds: float, progress: Progress
@@ -85,7 +80,6 @@ def measure_point(
     last = max(row.step for row in rows if row.metric == "velocity_error" and row.step is not None)
     if last:
         rows += learned_spectrum_rows(student, last, seed)
-    rows += _measure_quantised(student, bench, last, seed)
     if bench.config.timed:
         rows += step_rows(bench.teacher, student)
     if bench.config.rollout_frames:
@@ -124,17 +118,4 @@ def _recover(
     rows.append(Row("recover_seconds", perf_counter() - started, "s", **fields))
     if how.learning_rate is not None:
         rows.append(Row("learning_rate", how.learning_rate, "per step", **fields))
-    return rows
-
-
-def _measure_quantised(student: CausalWanModel, bench: Bench, step: int, seed: int) -> list[Row]:
-    """Rows of the same weights with caches of other dtypes."""
-    rows: list[Row] = []
-    for dtype in bench.config.cache_dtypes:
-        runtime = RuntimeConfig(cache_dtype=dtype)
-        errors = bench.streamed.measure(student, runtime)
-        rows += error_rows(errors, student.config, step, seed, runtime)
-        kept = cache_rows(student.config, seed, runtime)
-        rows += [row for row in kept if row.metric == "cache_bytes_per_token"]
-        rows += memory_rows(student.config, seed, runtime)
     return rows

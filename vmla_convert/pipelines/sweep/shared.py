@@ -12,11 +12,12 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from time import perf_counter
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from vmla_convert.config import ConvertConfig, LayerConfig, RankPlan
+from vmla_convert.config import ConvertConfig, RankPlan
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.factor import (
     DATA_INITS,
@@ -49,6 +50,9 @@ from vmla_convert.progress import Progress, Silent
 from vmla_convert.tables import to_dict
 
 _SECONDS = "seconds"
+
+_Kind = tuple[Literal["joint", "split"], tuple[int, ...], bool]
+"""Latent, numbers of rope pairs, and whether inputs are measured."""
 
 LeaveOut = Callable[[], AbstractContextManager[object]]
 """What a step is done within that may fail."""
@@ -87,7 +91,6 @@ class Shared:
             common.seed,
             progress,
             self.shelf,
-            own=any(each.layer.reads_own_latents for each in self.conversions.values()),
         )
         return [self._reads(layer) for layer in self._layers()]
 
@@ -148,19 +151,17 @@ class Shared:
         return layer_weights(state.__getitem__, layer, self.teacher.config.geometry.num_heads)
 
     def _evidence(self, layer: int, weights: KVWeights) -> Callable[[ConvertConfig], Evidence]:
-        """What is known of a layer, worked out once for each kind of latent layer."""
-        known: dict[tuple[bool, bool], Evidence] = {}
+        """What is known of a layer, worked out once with measured inputs, and once without."""
+        known: dict[bool, Evidence] = {}
 
         def of(conversion: ConvertConfig) -> Evidence:
-            kind = measures(conversion), conversion.layer.reads_own_latents
-            if kind not in known and not kind[0]:
-                known[kind] = assume_evidence(weights, self.phases)
-            if kind not in known:
+            measured = measures(conversion)
+            if measured not in known and not measured:
+                known[measured] = assume_evidence(weights, self.phases)
+            if measured not in known:
                 assert self._reads is not None
-                known[kind] = layer_evidence(
-                    self._reads(layer), weights, conversion.layer, self.phases
-                )
-            return known[kind]
+                known[measured] = layer_evidence(self._reads(layer), weights, self.phases)
+            return known[measured]
 
         return of
 
@@ -170,10 +171,10 @@ class Shared:
         progress: Progress,
         leave_out: LeaveOut,
     ) -> dict[str, RankPlan]:
-        """Sizes of conversions, from predictions that those with one kind of layer share."""
+        """Sizes of conversions, from predictions that those of one kind share."""
         model = self.teacher.config
         wanted = {name: wanted_curves(model, each) for name, each in conversions.items()}
-        most: dict[tuple[LayerConfig, tuple[int, ...], bool], int] = {}
+        most: dict[_Kind, int] = {}
         for name, curves in wanted.items():
             if curves is not None:
                 kind = _kind(conversions[name], curves)
@@ -183,10 +184,10 @@ class Shared:
             weights = self._weights(layer)
             evidence = self._evidence(layer, weights)
             for kind, largest in most.items():
-                choices, counts, calibrated = kind
+                latent, counts, calibrated = kind
                 with leave_out():
-                    known = evidence(replace(self.common, layer=choices, calibrate=calibrated))
-                    curve = predict_errors(weights, choices, known, largest, counts)
+                    known = evidence(replace(self.common, calibrate=calibrated))
+                    curve = predict_errors(weights, latent, known, largest, counts)
                     predicted[kind].append(curve)
         plans: dict[str, RankPlan] = {}
         for name, each in conversions.items():
@@ -236,9 +237,8 @@ class Shared:
         share = (perf_counter() - started) / len(group)
         for name, each in group.items():
             started = perf_counter()
-            factors = narrowed(cut(weights, solved, shapes[name]), weights, known, each)
-            planned = planned_config(self.teacher.config, each, plans[name])
-            tensors = latent_tensors(factors, read, planned, layer)
+            factors = narrowed(cut(solved, shapes[name]), weights, known, each)
+            tensors = latent_tensors(factors, read, layer)
             seconds = torch.tensor(share + perf_counter() - started, dtype=torch.float64)
             made = tensors | _branch_tensors(branch_of(factors)) | {_SECONDS: seconds}
             self.shelf.put(_of_layer(name, layer), made)
@@ -261,22 +261,22 @@ def _of_layer(name: str, layer: int) -> str:
     return f"converted-{name}-{layer}"
 
 
-def _kind(conversion: ConvertConfig, curves: Curves) -> tuple[LayerConfig, tuple[int, ...], bool]:
+def _kind(conversion: ConvertConfig, curves: Curves) -> _Kind:
     """Conversions of one kind read their sizes off the same predictions."""
-    return conversion.layer, curves.pair_counts, conversion.calibrate
+    return conversion.latent, curves.pair_counts, conversion.calibrate
 
 
 def _alike(conversion: ConvertConfig, rope_pairs: int) -> Hashable:
     """Conversions that are alike in a layer but for its size can be cut from one solution."""
     if conversion.init == "random":
         return conversion
-    return conversion.init, conversion.layer, conversion.calibrate, rope_pairs
+    return conversion.init, conversion.latent, conversion.calibrate, rope_pairs
 
 
 def _largest(shapes: Sequence[LayerShape]) -> LayerShape:
     """The smallest shape that all of these can be cut from."""
     first = shapes[0]
-    if first.layer.latent == "joint":
+    if first.latent == "joint":
         return max(shapes, key=lambda shape: shape.kv_lora_rank)
     keys, values = (max(sizes) for sizes in zip(*(s.parts() for s in shapes), strict=True))
     return first._replace(kv_lora_rank=keys + values, key_rank=keys)
