@@ -66,8 +66,8 @@ class CachePolicy:
         window_frames: How many frames are kept, the open chunk among them.
         sink_frames: How many of the first are kept for good.
         positions: See above.
-        dense_recent_frames: How many of the newest past frames a latent cache keeps dense as well;
-            where attention looks most, a converted model then is the dense one.
+        dense_recent_frames: How many of the newest past frames a codec's cache keeps exactly as
+            well; where attention looks most, the model then is the dense one.
     """
 
     window_frames: int
@@ -86,18 +86,71 @@ class CachePolicy:
 
 
 @dataclass(frozen=True)
-class RuntimeConfig:
-    """How a model runs, whatever it is; results differ by rounding.
+class CacheSize:
+    """How much a codec stores of a token and layer, averaged over layers; one of three ways.
+
+    Bytes count every byte that is stored. A dense number counts two bytes, whatever its dtype.
 
     Attributes:
-        backend: How latents are read. `materialised` rebuilds keys and values of all heads;
-            `absorbed` takes the queries into the latent space; `auto` counts operations, and times
-            both once where the count does not decide.
-        tile_mib: Most MiB of rebuilt keys and values at a time; at least one head's. By default 64
-            on a CPU and 1024 on a GPU.
-        offload: Keep the cache in (pinned) host memory; each layer fetches what it reads.
+        bytes_per_token: Bytes.
+        cut: Share of the dense cache to save.
+        rank: As many bytes as so many unquantised numbers take.
     """
 
+    bytes_per_token: float | None = None
+    cut: float | None = None
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) != 1:
+            said = f"given twice, as {' and as '.join(given)}" if given else "missing"
+            raise ConfigError(f"the size of the cache is {said}", "give it once: --cut 0.95")
+        if self.cut is not None and not 0 <= self.cut < 1:
+            raise ConfigError(f"cut {self.cut:g} is not between 0 and 1", "try --cut 0.95")
+        if self.cut is None and min(given.values()) <= 0:
+            name, value = next(iter(given.items()))
+            raise ConfigError(f"{name} {value:g} must be above 0", "try --cut 0.95")
+
+    def token_bytes(self, geometry: Geometry) -> float:
+        """Bytes of a token and layer."""
+        if self.bytes_per_token is not None:
+            return self.bytes_per_token
+        if self.rank is not None:
+            return float(self.rank * DENSE_ITEMSIZE)
+        assert self.cut is not None
+        return (1 - self.cut) * geometry.dense_cache_scalars * DENSE_ITEMSIZE
+
+
+Product = Literal["codec", "mla"]
+"""What a conversion makes: a codec beside the dense model, or a model with MLA layers."""
+
+DENSE_ITEMSIZE = 2
+"""Bytes that a dense number counts as when sizes are compared."""
+
+DENSE_BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
+"""Bits of a number in a quantised dense cache, by cache dtype."""
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """How a model runs, whatever it is; results differ by rounding, or by what the cache loses.
+
+    Attributes:
+        size: Size of a codec's cache; None for the size that the model has.
+        cache_dtype: `auto` gives a codec's channels 0 to 8 bits or float16, and keeps other caches
+            as they are; `model` keeps all numbers in the model's dtype, of a codec as many as the
+            size pays for; `int8` to `int2` quantise a dense cache.
+        backend: How MLA layers attend. `materialised` rebuilds keys and values of all heads;
+            `absorbed` takes the queries into the latent space; `auto` counts operations, and times
+            both once where counts are near.
+        tile_mib: Most MiB of rebuilt keys and values at a time, at least one head's. None for 64 on
+            a CPU and 1024 on a GPU.
+        offload: Keep the cache in (pinned) host memory; each layer fetches what it attends to.
+    """
+
+    size: CacheSize | None = None
+    cache_dtype: Literal["auto", "model", "int8", "int4", "int3", "int2"] = "auto"
     backend: Literal["auto", "materialised", "absorbed"] = "auto"
     tile_mib: int | None = None
     offload: bool = False
@@ -228,6 +281,24 @@ class MLAConfig:
 
 
 @dataclass(frozen=True)
+class CodecConfig:
+    """A cache codec beside a dense model.
+
+    Attributes:
+        rank: Channels per layer that its file holds: the largest size that it can serve.
+        size: Size of the cache where none is asked for.
+        calibrated: Whether it was fitted to activations; else white inputs were assumed.
+    """
+
+    rank: int
+    size: CacheSize = field(default_factory=lambda: CacheSize(cut=0.95))
+    calibrated: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self, 1, "rank")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Everything that `vmla_convert.load` needs to rebuild a model, dense or converted.
 
@@ -242,7 +313,8 @@ class ModelConfig:
         licence: Of the weights, by its Hub identifier.
         base_model: Hub id of what it was trained from.
         frames_per_second: Of the pixels that its latents stand for.
-        mla: What became of its self-attention; None for a dense model.
+        mla: What became of its self-attention; None where that is dense.
+        codec: The cache codec beside its dense self-attention; None where there is none.
     """
 
     geometry: Geometry
@@ -256,9 +328,18 @@ class ModelConfig:
     base_model: str = "unknown"
     frames_per_second: int = 16
     mla: MLAConfig | None = None
+    codec: CodecConfig | None = None
 
     def __post_init__(self) -> None:
         _require(self, 1, "chunk_frames", "frames_per_second")
+        if self.mla and self.codec:
+            raise ConfigError("a model has an MLA layer and a codec", "make one of them")
+        if self.codec and self.codec.rank > self.geometry.dense_cache_scalars:
+            raise ConfigError(
+                f"a codec of {self.codec.rank} channels for keys and values of "
+                f"{self.geometry.dense_cache_scalars} numbers",
+                f"store at most {self.geometry.dense_cache_scalars} channels",
+            )
         _, rows, columns = self.geometry.patch_size
         height, width = self.latent_size
         if min(height, width) < 1 or height % rows or width % columns:
@@ -301,31 +382,51 @@ class ModelConfig:
         """Tokens of one latent frame."""
         return self.geometry.tokens_per_frame(self.latent_size)
 
-    def cache_scalars_per_token(self) -> float:
-        """Numbers cached per token and layer, averaged over layers."""
-        if self.mla is None:
-            return float(self.geometry.dense_cache_scalars)
-        layers = range(self.geometry.num_layers)
-        return sum(self.mla.cache_scalars(layer) for layer in layers) / len(layers)
+    @property
+    def is_dense(self) -> bool:
+        """Whether its cache keeps dense keys and values: neither MLA nor a codec."""
+        return self.mla is None and self.codec is None
 
-    def cache_cut(self) -> float:
+    def cache_bytes_per_token(self, runtime: RuntimeConfig | None = None) -> float:
+        """Bytes cached per token and layer, averaged over layers, two for a number that is whole.
+
+        Args:
+            runtime: Size and dtype of the cache.
+        """
+        runtime, geometry = runtime or RuntimeConfig(), self.geometry
+        if self.codec is not None:
+            return (runtime.size or self.codec.size).token_bytes(geometry)
+        if self.mla is not None:
+            layers = range(geometry.num_layers)
+            return DENSE_ITEMSIZE * sum(map(self.mla.cache_scalars, layers)) / len(layers)
+        bits = DENSE_BITS.get(runtime.cache_dtype)
+        if bits is None:
+            return float(DENSE_ITEMSIZE * geometry.dense_cache_scalars)
+        # A least value and a step, both float16: for each key channel of a chunk, and for each head
+        # of a token's value.
+        grids = 4 * geometry.dim / (self.chunk_frames * self.tokens_per_frame)
+        codes = 2 * -(-geometry.dim * bits // 8)
+        return codes + grids + 4 * geometry.num_heads
+
+    def cache_cut(self, runtime: RuntimeConfig | None = None) -> float:
         """Share of the dense cache that is gone: 1 − converted / dense."""
-        return 1.0 - self.cache_scalars_per_token() / self.geometry.dense_cache_scalars
+        dense = DENSE_ITEMSIZE * self.geometry.dense_cache_scalars
+        return 1.0 - self.cache_bytes_per_token(runtime) / dense
 
-    def cache_bytes(self, frames: int, batch: int = 1, bytes_per_scalar: int = 2) -> int:
-        """Bytes of the whole cache when it holds `frames` frames.
+    def cache_bytes(self, frames: int, batch: int = 1, runtime: RuntimeConfig | None = None) -> int:
+        """Bytes of the whole cache when it holds `frames` frames, two for a number that is whole.
 
         Args:
             frames: The window's, or fewer.
             batch: B.
-            bytes_per_scalar: Of every number.
+            runtime: Size and dtype of the cache.
         """
-        layers = range(self.geometry.num_layers)
-        if self.mla is None:
-            scalars = len(layers) * self.geometry.dense_cache_scalars
-        else:
-            scalars = sum(self.mla.cache_scalars(layer) for layer in layers)
-        return batch * self.tokens_per_frame * frames * scalars * bytes_per_scalar
+        tokens = batch * self.tokens_per_frame * self.geometry.num_layers
+        held = frames * self.cache_bytes_per_token(runtime)
+        if self.codec is not None:
+            recent = min(self.cache.dense_recent_frames, frames)
+            held += recent * DENSE_ITEMSIZE * self.geometry.dense_cache_scalars
+        return round(tokens * held)
 
 
 @dataclass(frozen=True)
@@ -374,6 +475,8 @@ class SourceConfig:
             sampler and licence.
         overrides: `key=value` for any of these, such as `cache.window_frames=12`.
         loras: LoRA files, `FILE` or `FILE:SCALE`, merged before anything else is done.
+        base_model: The base model of a codec, a path or a Hub id; None for where it was, beside the
+            codec, or on the Hub.
     """
 
     checkpoint: str = "demo"
@@ -382,41 +485,51 @@ class SourceConfig:
     model: str | None = None
     overrides: tuple[str, ...] = ()
     loras: tuple[str, ...] = ()
+    base_model: str | None = None
 
 
 @dataclass(frozen=True)
 class ConvertConfig:
     """The convert stage.
 
-    Sizes are given as one budget (`cache_scalars` or `cut`), as explicit ranks for every layer, or
-    as the plan of an earlier conversion; by default a token costs an eighth of the width plus a
+    A codec stores `channels` per layer and serves every size up to these; `cut` and
+    `bytes_per_token` set the size that it has where none is asked for. An MLA layer has the size
+    that it is made for: one budget (`cache_scalars` or `cut`), explicit ranks for every layer, or
+    the plan of an earlier conversion; by default a token costs an eighth of the width plus a
     quarter of a head, the paper's 192 + 32 numbers for Wan 1.3B.
 
     Attributes:
-        init: One of `vmla_convert.maths.factor.INITS`.
-        latent: As of `MLAConfig`.
-        cache_scalars: Numbers a token may cost per layer, averaged over layers, the key's norm
+        product: `codec` beside the dense model, or a model with `mla` layers.
+        channels: Channels per layer that a codec stores; None for 256, or the width of narrower
+            models.
+        bytes_per_token: Default size of a codec's cache, per token and layer.
+        cut: Share of the dense cache to save.
+        init: MLA: one of `vmla_convert.maths.factor.INITS`.
+        latent: MLA: as of `MLAConfig`.
+        cache_scalars: MLA: numbers a token may cost per layer, averaged over layers, the key's norm
             among them.
-        cut: The same as a share of the dense cache to save.
-        ranks: How one budget is divided, a rule of `vmla_convert.maths.ranks.RULES`; None for
+        ranks: MLA: how one budget is divided, a rule of `vmla_convert.maths.ranks.RULES`; None for
             `budget` where the init predicts its errors, else `uniform`.
-        kv_lora_rank: R of every layer.
-        qk_rope_head_dim: Width of the shared rope key of every layer, even.
-        qk_nope_head_dim: Width n to which the content part of every head is truncated; None keeps
-            the source's D. It costs no cache.
-        plan: Sizes layer by layer.
-        dtype: Of the weights that are written; None leaves kept ones as they are and makes new ones
-            float32: they are small, and recovery trains them.
-        calibrate: Measure activations; False lets `calibrated` assume white inputs.
+        kv_lora_rank: MLA: R of every layer.
+        qk_rope_head_dim: MLA: width of the shared rope key of every layer, even.
+        qk_nope_head_dim: MLA: width n to which the content part of every head is truncated; None
+            keeps the source's D. It costs no cache.
+        plan: MLA: sizes layer by layer.
+        dtype: Dtype of the weights that are written. None writes a codec as bfloat16; of an MLA
+            model it leaves kept weights as they are and makes new ones float32.
+        calibrate: Measure activations; False assumes white inputs.
         calibration_clips: Clips that activations are measured on.
-        data: Where they come from.
-        seed: Of random projections and of the calibration noise.
+        data: Where clips come from.
+        seed: Seed of random projections and of the calibration noise.
     """
 
+    product: Product = "codec"
+    channels: int | None = None
+    bytes_per_token: float | None = None
+    cut: float | None = None
     init: str = "calibrated"
     latent: Literal["joint", "split"] = "joint"
     cache_scalars: int | None = None
-    cut: float | None = None
     ranks: Literal["uniform", "energy", "budget"] | None = None
     kv_lora_rank: int | None = None
     qk_rope_head_dim: int | None = None

@@ -348,7 +348,7 @@ def _check_source(recipe: Recipe, out: Path, stages: list[str]) -> None:
 
 def _clips(recipe: Recipe, stages: list[str]) -> list[DataConfig]:
     """Where the clips come from that the stages look at."""
-    from vmla_convert.pipelines.convert import measures
+    from vmla_convert.pipelines.conversion import measures
 
     convert, recover = recipe.convert or ConvertConfig(), recipe.recover or RecoverConfig()
     recovers = recipe.sweep is not None and recipe.sweep.recover and "sweep" in stages
@@ -362,7 +362,7 @@ def _clips(recipe: Recipe, stages: list[str]) -> list[DataConfig]:
 
 def _check_clips(recipe: Recipe, stages: list[str], checkpoint: OpenCheckpoint) -> None:
     """Clips and the prompts of a sweep fit the model, by a look at one of each."""
-    from vmla_convert.pipelines.convert import measures, open_measured
+    from vmla_convert.pipelines.conversion import measures, open_measured
     from vmla_convert.pipelines.recovery import check_recovery
     from vmla_convert.pipelines.sweep import check_sweep
 

@@ -25,6 +25,9 @@ class Row:
 
     Attributes:
         point: Key of a sweep's point: its settings but the seed.
+        product: `codec` or `mla`.
+        bytes_per_token: Bytes of the cache per token and layer, averaged over layers; a number that
+            is not quantised counts two.
         qk_nope_head_dim: Width that heads' content part was truncated to.
         ranks: Rule that divided its budget.
         recovery_steps: Steps of distillation that were asked for; None where none were.
@@ -41,6 +44,8 @@ class Row:
     seed: int = 0
     device: str = "cpu"
     point: str | None = None
+    product: str | None = None
+    bytes_per_token: float | None = None
     layer: int | None = None
     init: str | None = None
     kv_lora_rank: int | None = None

@@ -39,7 +39,7 @@ def show_outlook(outlook: Outlook) -> None:
     out.data(
         {
             "would write": outlook.out,
-            "numbers cached per token and layer": outlook.cache_scalars_per_token,
+            "numbers cached per token and layer": outlook.cache_bytes_per_token,
             "cache cut": f"{outlook.cache_cut:.1%}",
             "working files beside it (bytes)": f"{outlook.working_bytes:,}",
             "about (seconds)": round(outlook.seconds),
@@ -119,8 +119,8 @@ def show_inspection(inspection: Inspection) -> None:
         [
             [
                 name,
-                f"{c.cache_scalars_per_token():g}",
-                f"{round(2 * c.cache_scalars_per_token() * geometry.num_layers):,}",
+                f"{c.cache_bytes_per_token():g}",
+                f"{round(2 * c.cache_bytes_per_token() * geometry.num_layers):,}",
                 f"{nbytes:,}",
                 f"{c.cache_cut():.1%}",
             ]

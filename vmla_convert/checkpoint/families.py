@@ -145,6 +145,11 @@ class OpenCheckpoint:
     unknown: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
 
+    @property
+    def is_codec(self) -> bool:
+        """Whether it is a codec without its base model."""
+        return self.config.codec is not None and all(".codec." in name for name in self.names)
+
     def read(self, native: str) -> torch.Tensor:
         """One tensor, on the CPU, LoRA weights merged.
 
@@ -449,7 +454,8 @@ def _checked(
 ) -> OpenCheckpoint:
     """With what is missing and left over.
 
-    A converted model's self-attention is its layer's affair, so its tensors pass.
+    A converted model's self-attention and a codec are checked when the model is built, so that
+    their tensors pass. A codec may lack all of its base model.
 
     Args:
         opened: The checkpoint.
@@ -462,8 +468,11 @@ def _checked(
     config, path, specs = opened.config, opened.source.path, opened.source.specs()
     expected = native_shapes(config.geometry) | dict(more)
     found = {name: specs[stored].shape for name, stored in names.items()}
-    if config.mla is not None:
-        ours = re.compile(rf"blocks\.({'|'.join(blocks(expected))})\.self_attn\.")
+    if opened.is_codec:
+        return opened
+    if not config.is_dense:
+        part = "self_attn" if config.mla else "codec"
+        ours = re.compile(rf"blocks\.({'|'.join(blocks(expected))})\.{part}\.")
         expected = {name: shape for name, shape in expected.items() if not ours.match(name)}
         found = {name: shape for name, shape in found.items() if not ours.match(name)}
     if odd := [name for name in expected if name in found and found[name] != expected[name]]:

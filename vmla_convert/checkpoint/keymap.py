@@ -71,6 +71,10 @@ _LATENT_SINGLE = tuple(
     (f"blocks.{{i}}.self_attn.{part}", f"blocks.{{i}}.attn1.{part}")
     for part in ("q_rope_map", "q_nope_map")
 )
+_CODEC_SINGLE = tuple(
+    (f"blocks.{{i}}.codec.{part}", f"blocks.{{i}}.codec.{part}")
+    for part in ("encode", "decode", "mean", "energies", "tables", "distortions")
+)
 _IMAGE_WEIGHT_AND_BIAS = (
     ("img_emb.proj.0", "condition_embedder.image_embedder.norm1"),
     ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
@@ -104,7 +108,9 @@ def _expand(
 TEXT_TO_VIDEO = _expand(_WEIGHT_AND_BIAS, _SINGLE)
 IMAGE_TO_VIDEO = _expand(_IMAGE_WEIGHT_AND_BIAS, _IMAGE_SINGLE)
 DIFFUSERS_RULES = TEXT_TO_VIDEO + IMAGE_TO_VIDEO
-CONVERTED_DIFFUSERS_RULES = TEXT_TO_VIDEO + _expand(_LATENT_WEIGHT_AND_BIAS, _LATENT_SINGLE)
+CONVERTED_DIFFUSERS_RULES = TEXT_TO_VIDEO + _expand(
+    _LATENT_WEIGHT_AND_BIAS, _LATENT_SINGLE + _CODEC_SINGLE
+)
 # SkyReels-V2's embedding of the frame rate.
 FPS = tuple(
     Rule(native, foreign)

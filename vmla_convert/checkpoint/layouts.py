@@ -39,6 +39,8 @@ class Layout:
 
 NATIVE = Layout("", "model")
 """Our own folders."""
+CODEC = Layout("", "codec")
+"""The folder of a cache codec, which lies beside no weights of its base model."""
 WAN = Layout("", "diffusion_pytorch_model")
 """Wan's own, under the file name that its loader looks for."""
 DIFFUSERS = Layout("transformer", "diffusion_pytorch_model", invert(CONVERTED_DIFFUSERS_RULES))

@@ -145,6 +145,7 @@ def convert(
     The source is read block by block, so it need not fit in memory.
     """
     from vmla_convert.pipelines import convert as pipeline
+    from vmla_convert.pipelines.conversion import is_begun
 
     out.json = json
     sizes = {
@@ -179,13 +180,13 @@ def convert(
         with out.progress() as progress:
             done = pipeline.convert(source, folder, config, progress, resume, layout)
     except KeyboardInterrupt:
-        if pipeline.is_begun(folder):
+        if is_begun(folder):
             out.say("what is done is kept; to go on: the same command with --resume")
         raise
     truncation = done.head_truncation_error
     out.data(
         {
-            "numbers cached per token and layer": done.config.cache_scalars_per_token(),
+            "bytes cached per token and layer": done.config.cache_bytes_per_token(),
             "cache cut": done.config.cache_cut(),
             **({"head truncation error": fmean(truncation)} if truncation else {}),
             "seconds": done.convert_seconds,

@@ -1,69 +1,74 @@
 """Dense self-attention and cross-attention of Wan: the reference for everything converted.
 
-Every self-attention here speaks the same two verbs. `project` turns the tokens of a chunk into the
-entries that a cache keeps, and into what only the chunk itself reads; `forward` lets queries read
-entries, whoever kept them. Masked training and streamed inference therefore run the same code. Keys
-are kept unrotated and take their position when they are read.
+Every self-attention here has the same two verbs. `project` turns tokens into the entries that a
+cache keeps; `forward` attends to entries, whoever kept them. Masked training and streamed inference
+therefore run the same code. Keys are kept unrotated and get their position when they are attended
+to. Past tokens may be kept compressed; the chunk's own keys and values are always exact.
+
+Letters: B batch, T query tokens, S past tokens, E tokens attended to exactly, H heads, D head dim
+(H·D = d).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmla_convert.config import Geometry, RuntimeConfig
+from vmla_convert.layers.sdpa import Partial, attend, attend_partly, merge
 from vmla_convert.maths.masks import QueryGroup
-from vmla_convert.maths.rope3d import Rotary, rotate
+from vmla_convert.maths.rope3d import Rotary, rotate, rotate_
+
+# Rebuilt keys and values at a time: what stays in a CPU's cache, and what keeps a GPU busy.
+TILE_MIB = {"cpu": 64, "cuda": 1024}
 
 Entries = tuple[Tensor, ...]
 """What is kept of some tokens: tensors (B, S, width), one for each of `entry_widths`."""
 
 
-class Projection(NamedTuple):
-    """What attention makes of the tokens of a chunk.
+class Past(Protocol):
+    """Past tokens that are kept compressed, and rebuilt some heads at a time."""
 
-    Attributes:
-        cached: For the cache; empty where the pass is not kept and nothing else reads it.
-        own: Dense key and value, both (B, L, d), which only the chunk itself reads; None where it
-            reads its own entries like any other.
-        keep: Later chunks will read this pass; others are overwritten by the next.
-    """
+    @property
+    def tokens(self) -> int:
+        """S, how many tokens there are."""
+        ...
 
-    cached: Entries
-    own: Entries | None = None
-    keep: bool = True
+    def heads(self, heads: slice) -> Entries:
+        """Keys, unrotated, and values of some heads, both (B, S, heads, D)."""
+        ...
 
 
 class Reading(NamedTuple):
-    """What the queries of a chunk read, the tokens of `entries` first.
+    """What the queries of a chunk attend to, the past first.
 
     Attributes:
-        entries: Of S tokens, as a cache keeps them.
-        exact: Dense keys and values (B, E, d) of the newest tokens, the chunk's own last; None
-            where all are read alike.
+        entries: Tokens as `project` makes them, of E tokens; the chunk's own are the last.
+        past: S further tokens, older than `entries`; None where all tokens are in `entries`.
     """
 
     entries: Entries
-    exact: Entries | None = None
+    past: Past | None = None
 
 
 class Sight(NamedTuple):
-    """Where T queries are and what they read, and which of it each query sees.
+    """Where T queries are, where the tokens are that they attend to, and who attends to whom.
 
     Attributes:
         query: Positions of the queries.
-        keys: Positions of the S entries.
-        exact: Positions of the E exact keys; None where there are none.
-        groups: Of the T queries by which of the S + E keys they see; None where all see all.
-        runtime: How to read.
+        keys: Positions of the E tokens of `Reading.entries`.
+        past: Positions of the S tokens of `Reading.past`; None where there are none.
+        groups: The T queries grouped by which of the S + E keys they attend to; None where all
+            attend to all.
+        runtime: How compressed tokens are attended to.
     """
 
     query: Rotary
     keys: Rotary
-    exact: Rotary | None = None
+    past: Rotary | None = None
     groups: tuple[QueryGroup, ...] | None = None
     runtime: RuntimeConfig = RuntimeConfig()
 
@@ -87,31 +92,28 @@ class DenseSelfAttention(nn.Module):
         self.norm_q = WanRMSNorm(geometry.dim, eps=geometry.eps)
         self.norm_k = WanRMSNorm(geometry.dim, eps=geometry.eps)
 
-    @property
-    def entry_widths(self) -> dict[str, int]:
-        """Numbers kept per token."""
-        return {"key": self.k.out_features, "value": self.v.out_features}
-
-    def project(self, x: Tensor, keep: bool = True) -> Projection:
-        """Key and value of the tokens x (B, L, d), both (B, L, d); the key not yet rotated."""
-        return Projection((self.norm_k(self.k(x)), self.v(x)), keep=keep)
+    def project(self, x: Tensor) -> Entries:
+        """Normed key, not yet rotated, and value of tokens x (B, L, d), both (B, L, d)."""
+        return self.norm_k(self.k(x)), self.v(x)
 
     def forward(self, x: Tensor, reading: Reading, sight: Sight) -> Tensor:
-        """Attend from x (B, T, d) to what a cache holds, or a pass over a whole clip.
+        """Attend from x (B, T, d) to what a cache holds, or to a whole clip.
 
         Args:
-            x: Input of the queries, modulated and normed.
-            reading: Of S tokens, from `project`, cached or not.
-            sight: Positions, and who sees what.
+            x: Modulated and normed input of the queries.
+            reading: Keys and values, cached or not.
+            sight: Positions, and who attends to whom.
 
         Returns:
             (B, T, d).
         """
-        key, value = reading.entries
-        q = rotate(split_heads(self.norm_q(self.q(x)), self.num_heads), sight.query)
-        k = rotate(split_heads(key, self.num_heads), sight.keys)
-        v = split_heads(value, self.num_heads)
-        return self.o(attend(q, k, v, sight.groups).flatten(2))
+        heads = self.num_heads
+        q = rotate(split_heads(self.norm_q(self.q(x)), heads), sight.query)
+        key, value = (split_heads(entry, heads) for entry in reading.entries)
+        key = rotate(key, sight.keys)
+        if reading.past is None or not reading.past.tokens:
+            return self.o(attend(q, key, value, sight.groups).flatten(2))
+        return self.o(attend_with_past(q, key, value, reading.past, sight).flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -146,51 +148,53 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.unflatten(-1, (num_heads, -1))
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    groups: tuple[QueryGroup, ...] | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """Softmax attention of queries (B, T, H, D) to keys and values (B, S, H, D): (B, T, H, D).
+def attend_with_past(q: Tensor, key: Tensor, value: Tensor, past: Past, sight: Sight) -> Tensor:
+    """Attend to a compressed past, rebuilt in tiles of heads, and to exact tokens: (B, T, H, D).
 
-    Widths of keys and values may differ; the narrower is padded, as fused kernels want them alike.
+    Without gradients and masks the exact tokens are attended to once, and each tile's output is
+    merged with theirs; else each tile is one softmax over both.
 
     Args:
-        q: Queries.
-        k: Keys.
-        v: Values.
-        groups: Of the queries, by the keys that they see; None where all see all. Each is attended
-            for itself, so that kernels meet no mask and no pair that nobody sees.
-        scale: Of the scores; that of the queries' width by default.
+        q: Rotated queries (B, T, H, D).
+        key: Rotated keys of the exact tokens, (B, E, H, D).
+        value: Their values.
+        past: S tokens.
+        sight: As of `DenseSelfAttention.forward`; `sight.runtime.tile_mib` bounds what is rebuilt
+            at a time.
     """
-    width = v.shape[-1]
-    q, k, v = widened(q, k, v)
-    if groups is None:
-        return _attend_all(q, k, v, scale)[..., :width]
-    parts = zip(q.split([group.queries for group in groups], 1), groups, strict=True)
-    outputs = [
-        _attend_all(part, _joined(k, group.keys), _joined(v, group.keys), scale)
-        for part, group in parts
-    ]
-    return torch.cat(outputs, 1)[..., :width]
+    assert sight.past is not None
+    scale, separate = q.shape[-1] ** -0.5, sight.groups is None and not torch.is_grad_enabled()
+    exact = attend_partly(q, key, value, scale) if separate else None
+    outputs: list[Tensor] = []
+    for heads in head_tiles(q, past.tokens, 2 * q.shape[-1], sight.runtime.tile_mib):
+        past_key, past_value = past.heads(heads)
+        past_key, part = rotate_(past_key, sight.past), q[:, :, heads]
+        if exact is not None:
+            own = Partial(exact.output[:, :, heads], exact.log_sum[:, :, heads])
+            outputs.append(merge(attend_partly(part, past_key, past_value, scale), own))
+        else:
+            k = torch.cat([past_key, key[:, :, heads]], 1)
+            v = torch.cat([past_value, value[:, :, heads]], 1)
+            outputs.append(attend(part, k, v, sight.groups))
+    return torch.cat(outputs, 2)
 
 
-def _attend_all(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+def head_tiles(q: Tensor, tokens: int, width: int, tile_mib: int | None) -> list[slice]:
+    """Heads that are rebuilt together: tiles of one size, as that keeps all cores at work.
 
-
-def _joined(x: Tensor, runs: tuple[slice, ...]) -> Tensor:
-    """Some runs of the tokens of x (B, S, …); a single one is not copied."""
-    parts = [x[:, run] for run in runs]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def widened(q: Tensor, k: Tensor, v: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """All as wide as the widest, rounded up; zeros change neither scores nor what is gathered."""
-    widest = max(k.shape[-1], v.shape[-1])
-    wide = -(-widest // multiple) * multiple
-    q, k, v = (x if x.shape[-1] == wide else F.pad(x, (0, wide - x.shape[-1])) for x in (q, k, v))
-    return q, k, v
+    Args:
+        q: Queries (B, T, H, D), for their batch, dtype and device.
+        tokens: S.
+        width: Numbers that are rebuilt for each token and head.
+        tile_mib: Most MiB of a tile, at least one head; None for the device's default. Under
+            gradients all heads are one tile, as autograd keeps what is rebuilt anyway.
+    """
+    num_heads = q.shape[2]
+    if torch.is_grad_enabled():
+        return [slice(0, num_heads)]
+    # Rotation computes in float32: narrow keys exist in both for a while.
+    itemsize = q.dtype.itemsize if q.dtype.itemsize >= 4 else q.dtype.itemsize + 4
+    head_bytes = max(1, q.shape[0] * tokens * width * itemsize)
+    most = (tile_mib or TILE_MIB["cuda" if q.is_cuda else "cpu"]) * 2**20 // head_bytes
+    heads = -(-num_heads // -(-num_heads // max(1, most)))
+    return [slice(start, start + heads) for start in range(0, num_heads, heads)]

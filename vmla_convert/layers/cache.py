@@ -1,23 +1,26 @@
-"""One cache policy for dense and converted models: preallocated, window and sink, no shifting.
+"""One cache policy for dense, compressed and MLA models: preallocated, window and sink.
 
-A `KVCache` has one `DenseCache` or `LatentCache` for every layer, and one `FrameWindow` that tells
-them all which frame is in which slot. A dense cache is written in place at every pass and read as a
-view; a latent one hands the open chunk its own latents as they are, and is written by the pass that
-is kept.
+A `KVCache` has one cache for every layer, and one `FrameWindow` that tells all of them which frame
+is in which slot. A dense cache is written in place at every pass; a compressed one gives the open
+chunk its own exact keys and values, and is written by the pass that is kept.
+
+Letters: B batch, L and S tokens, E tokens attended to exactly, H heads, D head dim (H·D = d).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from vmla_convert.config import CachePolicy, RuntimeConfig
-from vmla_convert.layers.attention import Projection, Reading, Sight
+from vmla_convert.layers.attention import Entries, Past, Reading, Sight
+from vmla_convert.layers.codec import DecodedPast, LayerCodec
 from vmla_convert.layers.window import FrameWindow
+from vmla_convert.maths.rates import Rate
 
 
 class Storage(NamedTuple):
@@ -74,36 +77,67 @@ def _runs(slots: Sequence[int]) -> list[tuple[int, int]]:
     return [(slots[start], slots[end - 1]) for start, end in pairwise(bounds) if end > start]
 
 
-class DenseCache:
-    """Keys, unrotated, and values of one layer."""
+class Places(NamedTuple):
+    """Time positions of what a chunk attends to.
 
-    def __init__(self, widths: dict[str, int], policy: CachePolicy, storage: Storage) -> None:
+    Attributes:
+        entries: Positions of the frames of `Reading.entries`.
+        past: Positions of the frames of `Reading.past`; None where there is no such part.
+    """
+
+    entries: list[int]
+    past: list[int] | None = None
+
+
+class LayerCache(Protocol):
+    """What one layer keeps of the frames in the window."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots, full or not."""
+        ...
+
+    def places(self, window: FrameWindow) -> Places:
+        """Positions of what `update` returns, in the same order."""
+        ...
+
+    def update(self, entries: Entries, window: FrameWindow, keep: bool) -> Reading:
+        """Return what the open chunk attends to, and keep the chunk's entries if asked to."""
+        ...
+
+
+class DenseCache:
+    """Keys, unrotated, and values of one layer, written in place at every pass."""
+
+    def __init__(self, widths: Sequence[int], policy: CachePolicy, storage: Storage) -> None:
         slots = policy.window_frames
-        self._entries = [
-            FrameBuffer(slots, width, storage, storage.dtype) for width in widths.values()
-        ]
+        self._entries = [FrameBuffer(slots, width, storage, storage.dtype) for width in widths]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all slots."""
         return sum(entry.nbytes for entry in self._entries)
 
-    def update(self, projection: Projection, window: FrameWindow) -> Reading:
-        """Write the open chunk, and return all that is held, in the order of the slots."""
-        for entry, new in zip(self._entries, projection.cached, strict=True):
-            entry.write(window.chunk_slots, new)
-        return Reading(tuple(entry.read(range(window.held)) for entry in self._entries))
+    def places(self, window: FrameWindow) -> Places:
+        """Positions of all that is held, in the order of the slots."""
+        return Places(window.positions(list(range(window.held))))
+
+    def update(self, entries: Entries, window: FrameWindow, keep: bool) -> Reading:  # noqa: ARG002
+        """Write the open chunk; the next pass over the chunk overwrites it, if it is not kept."""
+        for buffer, new in zip(self._entries, entries, strict=True):
+            buffer.write(window.chunk_slots, new)
+        return Reading(tuple(buffer.read(range(window.held)) for buffer in self._entries))
 
 
 class LatentCache:
-    """Latents of one layer."""
+    """Latents, rope keys and norms of one MLA layer."""
 
     def __init__(self, widths: dict[str, int], policy: CachePolicy, storage: Storage) -> None:
         """Allocate all slots.
 
         Args:
-            widths: Of what the layer keeps, by name: `latent`, `rope`, `norm`.
-            policy: Window.
+            widths: Numbers that the layer keeps per token, by name: `latent`, `rope`, `norm`.
+            policy: Window and sink.
             storage: Where and how.
         """
         slots = policy.window_frames
@@ -117,18 +151,122 @@ class LatentCache:
         """Bytes of all slots."""
         return sum(entry.nbytes for entry in self._entries)
 
-    def update(self, projection: Projection, window: FrameWindow) -> Reading:
-        """Return what the open chunk reads, its own latents last; keep these where asked to."""
-        past = [entry.read(window.latent_slots) for entry in self._entries]
-        pairs = zip(past, projection.cached, strict=True)
-        reading = Reading(tuple(torch.cat([old, new], 1) for old, new in pairs))
-        if projection.keep:
-            for entry, new in zip(self._entries, projection.cached, strict=True):
-                entry.write(window.chunk_slots, new)
+    def places(self, window: FrameWindow) -> Places:
+        """Positions of the past, then of the open chunk."""
+        return Places(window.positions([*window.past_slots, *window.chunk_slots]))
+
+    def update(self, entries: Entries, window: FrameWindow, keep: bool) -> Reading:
+        """Return the past's latents and then the chunk's own."""
+        past = [buffer.read(window.past_slots) for buffer in self._entries]
+        reading = Reading(
+            tuple(torch.cat([old, new], 1) for old, new in zip(past, entries, strict=True))
+        )
+        if keep:
+            for buffer, new in zip(self._entries, entries, strict=True):
+                buffer.write(window.chunk_slots, new)
         return reading
 
 
-LayerCache = DenseCache | LatentCache
+class Store(Protocol):
+    """A compressed form of keys and values, in slots of one frame each."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots, full or not."""
+        ...
+
+    def write(self, slots: Sequence[int], key: Tensor, value: Tensor) -> None:
+        """Compress a chunk's keys and values, both (B, L, d), into slots."""
+        ...
+
+    def past(self, slots: Sequence[int]) -> Past:
+        """The tokens of some slots, to be rebuilt when they are attended to."""
+        ...
+
+
+class CodecStore:
+    """Channels of a cache codec, quantised or not."""
+
+    def __init__(self, codec: LayerCodec, rate: Rate, slots: int, storage: Storage) -> None:
+        self._codec, self._rate = codec, rate
+        width = rate.token_bytes(1) if rate.quantised else len(rate.widths)
+        dtype = torch.uint8 if rate.quantised else storage.dtype
+        self._slots = FrameBuffer(slots, width, storage, dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        return self._slots.nbytes
+
+    def write(self, slots: Sequence[int], key: Tensor, value: Tensor) -> None:
+        """Encode a chunk."""
+        channels = self._codec.channels(key, value, self._rate)
+        self._slots.write(slots, self._codec.store(channels, self._rate))
+
+    def past(self, slots: Sequence[int]) -> DecodedPast:
+        """Channels that attention decodes head by head."""
+        return DecodedPast(self._codec, self._codec.fetch(self._slots.read(slots), self._rate))
+
+
+class CompressedCache:
+    """A compressed past beside the exact keys and values of the open chunk.
+
+    The newest past frames may be kept exactly as well, where the policy asks for it.
+    """
+
+    def __init__(self, store: Store, width: int, policy: CachePolicy, storage: Storage) -> None:
+        """Allocate what the store does not hold.
+
+        Args:
+            store: Holds the past.
+            width: d, of keys and of values.
+            policy: Window, and how many frames stay dense as well.
+            storage: Where and how.
+        """
+        self._store, recent = store, policy.dense_recent_frames
+        self._recent = [
+            FrameBuffer(recent, width, storage, storage.dtype) for _ in range(2 if recent else 0)
+        ]
+        self._kept = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots, those of dense recent frames among them."""
+        return self._store.nbytes + sum(entry.nbytes for entry in self._recent)
+
+    def places(self, window: FrameWindow) -> Places:
+        """Positions of the exact frames, the chunk last, and of the compressed past."""
+        return Places(window.exact_positions(), window.positions(window.past_slots))
+
+    def update(self, entries: Entries, window: FrameWindow, keep: bool) -> Reading:
+        """Return the compressed past, and the exact keys and values of recent frames and chunk.
+
+        Raises:
+            ValueError: This chunk was kept already, over dense frames that it attends to.
+        """
+        if window.recent and self._kept == window.opened:
+            raise ValueError("this chunk was kept already; open the next one")
+        reading = Reading(self._exact(entries, window), self._store.past(window.past_slots))
+        if keep:
+            self._store.write(window.chunk_slots, *entries)
+            self._keep_recent(entries, window)
+            self._kept = window.opened
+        return reading
+
+    def _exact(self, entries: Entries, window: FrameWindow) -> Entries:
+        """Keys and values (B, E, d) of the recent frames and then the chunk's own."""
+        if not window.recent:
+            return entries
+        slots = [frame % window.policy.dense_recent_frames for frame in window.recent]
+        pairs = zip(self._recent, entries, strict=True)
+        return tuple(torch.cat([buffer.read(slots), new], 1) for buffer, new in pairs)
+
+    def _keep_recent(self, entries: Entries, window: FrameWindow) -> None:
+        recent = window.policy.dense_recent_frames
+        newest = window.chunk_frames[-recent:] if recent else []
+        for buffer, new in zip(self._recent, entries, strict=bool(recent)):
+            tokens = new.shape[1] // len(window.chunk_frames) * len(newest)
+            buffer.write([frame % recent for frame in newest], new[:, -tokens:])
 
 
 class KVCache:
@@ -141,10 +279,10 @@ class KVCache:
     """
 
     def __init__(
-        self, policy: CachePolicy, layers: list[LayerCache], runtime: RuntimeConfig | None = None
+        self, policy: CachePolicy, layers: Sequence[LayerCache], runtime: RuntimeConfig
     ) -> None:
         self.window = FrameWindow(policy)
-        self.runtime = runtime or RuntimeConfig()
+        self.runtime = runtime
         self.sight: Sight | None = None
         self._layers = layers
 
@@ -163,12 +301,22 @@ class KVCache:
         self.window.rewind(frames, keep_sink)
         self.sight = None
 
-    def update(self, layer: int, projection: Projection) -> Reading:
-        """Write the open chunk's entries of a layer and return what it reads."""
-        return self._layers[layer].update(projection, self.window)
+    def places(self) -> Places:
+        """Positions of what `update` returns, the same for all layers."""
+        return self._layers[0].places(self.window)
+
+    def update(self, layer: int, entries: Entries, keep: bool) -> Reading:
+        """Return what the open chunk attends to in a layer; keep the chunk's entries if asked to.
+
+        Args:
+            layer: Its index.
+            entries: From the layer's `project`.
+            keep: Whether later chunks attend to this pass.
+        """
+        return self._layers[layer].update(entries, self.window, keep)
 
 
 def _kept_dtype(name: str, storage: Storage) -> torch.dtype:
-    """Of two bytes a norm gets those with the finer step: its error scales a whole key."""
+    """float16 for a norm in narrow models, as its error scales a whole key; else the model's."""
     narrow = storage.dtype.itemsize < 4
     return torch.float16 if name == "norm" and narrow else storage.dtype

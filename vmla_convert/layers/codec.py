@@ -75,7 +75,7 @@ class LayerCodec(nn.Module):
         codes = unpack(stored, rate.widths)
         return dequantise(codes, self.tables, rate.widths, self.decode.dtype)
 
-    def past(self, key: Tensor, value: Tensor) -> Past:
+    def past(self, key: Tensor, value: Tensor) -> DecodedPast:
         """The past that tokens become at `rate`, without a cache; gradients pass the rounding."""
         channels = self.channels(key, value, self.rate)
         if self.rate.quantised:
@@ -83,7 +83,7 @@ class LayerCodec(nn.Module):
                 codes = quantise(channels, self.tables, self.rate.widths)
                 rounded = dequantise(codes, self.tables, self.rate.widths, channels.dtype)
             channels = channels + (rounded - channels).detach()
-        return Past(self, channels)
+        return DecodedPast(self, channels)
 
     def decode_heads(self, channels: Tensor, heads: slice) -> Entries:
         """Keys, unrotated, and values of some heads from channels (B, S, r): (B, S, heads, D)."""
@@ -99,7 +99,7 @@ class LayerCodec(nn.Module):
         return part(slice(start, stop)), part(slice(self.dim + start, self.dim + stop))
 
 
-class Past(NamedTuple):
+class DecodedPast(NamedTuple):
     """Past tokens that attention decodes while it attends to them.
 
     Attributes:
@@ -109,6 +109,11 @@ class Past(NamedTuple):
 
     codec: LayerCodec
     channels: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """S, how many tokens there are."""
+        return self.channels.shape[1]
 
     def heads(self, heads: slice) -> Entries:
         """Keys, unrotated, and values of some heads, both (B, S, heads, D)."""

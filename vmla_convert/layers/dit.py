@@ -8,7 +8,7 @@ come per frame, because a causal model holds frames of different noise levels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -17,7 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vmla_convert.config import CachePolicy, ModelConfig, RuntimeConfig
+from vmla_convert.config import (
+    DENSE_BITS,
+    DENSE_ITEMSIZE,
+    CachePolicy,
+    CacheSize,
+    ModelConfig,
+    RuntimeConfig,
+)
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.attention import (
     CrossAttention,
@@ -26,15 +33,24 @@ from vmla_convert.layers.attention import (
     Reading,
     Sight,
 )
-from vmla_convert.layers.cache import DenseCache, KVCache, LatentCache, LayerCache, Storage
+from vmla_convert.layers.cache import (
+    CodecStore,
+    CompressedCache,
+    DenseCache,
+    KVCache,
+    LatentCache,
+    LayerCache,
+    Storage,
+)
+from vmla_convert.layers.codec import LayerCodec
 from vmla_convert.layers.mla import LatentSelfAttention
+from vmla_convert.layers.quantised import QuantisedStore
+from vmla_convert.maths import rates
 from vmla_convert.maths.masks import Visibility, query_groups
+from vmla_convert.maths.rates import Rate
 from vmla_convert.maths.rope3d import Rotary, grid_table
 
 SelfAttention = DenseSelfAttention | LatentSelfAttention
-Attend = Callable[[SelfAttention, Tensor], Tensor]
-"""How a block's self-attention sees the clip: masked in one pass, or through a cache."""
-
 
 Prompt = tuple[Entries, ...]
 """What the cross-attention of every block reads: key and value, both (B, S, d)."""
@@ -66,6 +82,9 @@ class Block(nn.Module):
             DenseSelfAttention(geometry)
             if config.mla is None
             else LatentSelfAttention(geometry, config.mla, layer)
+        )
+        self.codec: LayerCodec | None = (
+            LayerCodec(dim, geometry.num_heads, config.codec.rank) if config.codec else None
         )
         self.norm3 = nn.LayerNorm(dim, eps=geometry.eps)
         self.cross_attn = CrossAttention(geometry)
@@ -108,10 +127,14 @@ class Block(nn.Module):
             x: Tokens of F frames.
             time: Projected time embedding (B, F, 6, d).
             prompt: Embedded prompt (B, S, d), or what `read_prompt` made of it.
-            attend: Calls the self-attention on its input.
+            attend: Calls this block's self-attention on its input.
         """
-        y = attend(self.self_attn, self.attention_input(x, time))
+        y = attend(self, self.attention_input(x, time))
         return self.after_attention(x, y, time, prompt)
+
+
+Attend = Callable[[Block, Tensor], Tensor]
+"""How a block's self-attention sees the clip: masked in one pass, or through a cache."""
 
 
 class Head(nn.Module):
@@ -201,7 +224,7 @@ class CausalWanModel(nn.Module):
     def read_prompt(self, context: Tensor) -> Prompt:
         """What the blocks read of prompts (B, text_len, text_dim), once for all chunks."""
         text = self.text_embedding(context)
-        return tuple(block.read_prompt(text) for block in self._blocks())
+        return tuple(block.read_prompt(text) for block in self.all_blocks())
 
     def stream(
         self, latents: Tensor, timestep: Tensor, prompt: Prompt, cache: KVCache, keep: bool = True
@@ -221,10 +244,11 @@ class CausalWanModel(nn.Module):
         """
         x, time, modulation = self.embed(latents, timestep)
         sight = cache.sight = cache.sight or self._streaming_sight(cache, latents)
-        for layer, (block, read) in enumerate(zip(self._blocks(), prompt, strict=True)):
+        for layer, (block, read) in enumerate(zip(self.all_blocks(), prompt, strict=True)):
 
-            def attend(attention: SelfAttention, x: Tensor, layer: int = layer) -> Tensor:
-                return attention(x, cache.update(layer, attention.project(x, keep)), sight)
+            def attend(block: Block, x: Tensor, layer: int = layer) -> Tensor:
+                entries = block.self_attn.project(x)
+                return block.self_attn(x, cache.update(layer, entries, keep), sight)
 
             x = block(x, modulation, read, attend)
         return self.unpatchify(self.head(x, time), latents)
@@ -234,58 +258,114 @@ class CausalWanModel(nn.Module):
 
         Args:
             batch: B.
-            runtime: Place of the cache, and how it is read.
+            runtime: Size, precision and place of the cache, and how it is attended to.
 
         Raises:
-            ConfigError: A dense model was asked to be absorbed.
+            ConfigError: As `check_runtime` and `rates`.
         """
         runtime = runtime or RuntimeConfig()
         check_runtime(self.config, runtime)
         weight = self.patch_embedding.weight
         tokens = self.config.tokens_per_frame
         storage = Storage(batch, tokens, weight.dtype, weight.device, runtime.offload)
-        layers = [
-            _layer_cache(attention, self.config.cache, storage)
-            for attention in self.self_attentions()
-        ]
-        return KVCache(self.config.cache, layers, runtime)
+        blocks, policy = self.all_blocks(), self.config.cache
+        layers: list[LayerCache] = []
+        for block, rate in zip(blocks, self._rates(runtime), strict=True):
+            layers.append(_layer_cache(block, rate, policy, storage, runtime))
+        return KVCache(policy, layers, runtime)
 
-    def cache_bytes(self, batch: int) -> int:
-        """Bytes of what `new_cache` allocates for B clips, by formula."""
-        itemsize = self.patch_embedding.weight.dtype.itemsize
-        window = self.config.cache.window_frames
-        return self.config.cache_bytes(window, batch, itemsize)
+    def cache_bytes(self, batch: int, runtime: RuntimeConfig | None = None) -> int:
+        """Bytes of what `new_cache` allocates, by formula; arguments as there.
+
+        Numbers that are not quantised count the bytes of the model's dtype.
+        """
+        config, itemsize = self.config, self.patch_embedding.weight.dtype.itemsize
+        frames = config.cache.window_frames
+        if config.codec is None:
+            nbytes = config.cache_bytes(frames, batch, runtime)
+            whole = runtime is None or runtime.cache_dtype not in DENSE_BITS
+            return nbytes * itemsize // DENSE_ITEMSIZE if whole else nbytes
+        told = [rate for rate in self._rates(runtime or RuntimeConfig()) if rate]
+        recent = config.cache.dense_recent_frames * config.geometry.dense_cache_scalars * itemsize
+        held = sum(frames * rate.token_bytes(itemsize) + recent for rate in told)
+        return batch * config.tokens_per_frame * held
+
+    def rates(self, size: CacheSize, quantised: bool = True) -> list[Rate]:
+        """What each layer's codec stores at a size.
+
+        Args:
+            size: Of the cache.
+            quantised: Whether channels get bits; else as many as the size pays for stay whole.
+
+        Raises:
+            ConfigError: The size is below one channel of each layer, or above what the codec holds.
+        """
+        codecs = [block.codec for block in self.all_blocks() if block.codec is not None]
+        asked, layers = size.token_bytes(self.config.geometry), len(codecs)
+        # A size of 0.95 of 640 bytes is 32, whatever floating point makes of it.
+        total = int(asked * layers + 1e-6)
+        least = 1 if quantised else DENSE_ITEMSIZE
+        most = sum(len(codec.energies) for codec in codecs) * DENSE_ITEMSIZE
+        if total < least * layers:
+            raise ConfigError(
+                f"{asked:g} bytes per token are below {least}, the cost of a channel in each layer",
+                f"use --bytes-per-token {least} or more",
+            )
+        if total > most:
+            raise ConfigError(
+                f"{asked:g} bytes per token are above {most / layers:g}, all that this codec holds",
+                f"use --bytes-per-token {most / layers:g} or less, or convert with more --channels",
+            )
+        if not quantised:
+            energies = [codec.energies.cpu() for codec in codecs]
+            return rates.truncate(energies, total // DENSE_ITEMSIZE)
+        return rates.allocate([codec.purchases() for codec in codecs], total)
+
+    def resize(self, size: CacheSize, quantised: bool = True) -> None:
+        """Set the size of the codec's cache, and of passes over whole clips; as `rates`."""
+        for block, rate in zip(self.all_blocks(), self.rates(size, quantised), strict=True):
+            assert block.codec is not None
+            block.codec.rate = rate
+
+    def _rates(self, runtime: RuntimeConfig) -> Sequence[Rate | None]:
+        """What each layer's codec stores, None where there is no codec."""
+        codec = self.config.codec
+        if codec is None:
+            return [None] * self.config.geometry.num_layers
+        if runtime.size is None and runtime.cache_dtype == "auto":
+            return [block.codec.rate for block in self.all_blocks() if block.codec is not None]
+        return self.rates(runtime.size or codec.size, runtime.cache_dtype == "auto")
 
     def compile_blocks(self) -> None:
         """Compile what is the same in every block: all but the self-attention, whose sizes differ.
 
         Norms and modulation fuse, and one compilation serves all blocks.
         """
-        for block in self._blocks():
+        for block in self.all_blocks():
             for name in ("attention_input", "after_attention"):
                 setattr(block, name, torch.compile(getattr(block, name)))
 
     def _streaming_sight(self, cache: KVCache, latents: Tensor) -> Sight:
-        """Where the open chunk and what it reads are, as the caches of its kind order them."""
-        window = cache.window
-        chunk = window.chunk_slots
-        read = range(window.held) if self.config.mla is None else [*window.latent_slots, *chunk]
+        """Where the open chunk and what it attends to are."""
 
         def table(frames: list[int]) -> Rotary:
             return self.rotary(torch.tensor(frames, dtype=torch.long), latents)
 
+        places, window = cache.places(), cache.window
         return Sight(
-            query=table(window.positions(chunk)),
-            keys=table(window.positions(list(read))),
+            query=table(window.positions(window.chunk_slots)),
+            keys=table(places.entries),
+            past=None if places.past is None else table(places.past),
             runtime=cache.runtime,
         )
 
-    def _blocks(self) -> list[Block]:
+    def all_blocks(self) -> list[Block]:
+        """The blocks, in order."""
         return [cast(Block, block) for block in self.blocks]  # or what wraps one
 
     def self_attentions(self) -> list[SelfAttention]:
         """The self-attention of every block."""
-        return [block.self_attn for block in self._blocks()]
+        return [block.self_attn for block in self.all_blocks()]
 
     def embed(self, latents: Tensor, timestep: Tensor) -> Embedded:
         """What the blocks start from; arguments as `forward`."""
@@ -303,12 +383,12 @@ class CausalWanModel(nn.Module):
 
     def checkpoint_blocks(self) -> None:
         """Keep only the inputs of blocks for the backward pass, and compute the rest again."""
-        for block in self._blocks():
+        for block in self.all_blocks():
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
     def keep_activations(self) -> None:
         """Undo `checkpoint_blocks`."""
-        for block in self._blocks():
+        for block in self.all_blocks():
             del block.forward
 
     def unpatchify(self, patches: Tensor, latents: Tensor) -> Tensor:
@@ -325,42 +405,65 @@ def check_runtime(config: ModelConfig, runtime: RuntimeConfig) -> None:
     """Refuse to run a model in a way that it cannot run.
 
     Raises:
-        ConfigError: See `CausalWanModel.new_cache`.
+        ConfigError: A dense model is asked for a size or to be absorbed, or a converted one for a
+            dtype that only dense caches have.
     """
     if runtime.backend == "absorbed" and config.mla is None:
         raise ConfigError(
-            "only latent layers can be absorbed, and this model's are dense",
-            "use --backend materialised, or convert it first: vmla convert CKPT -o OUT",
+            "only MLA layers can be absorbed, and this model has none",
+            "use --backend materialised, or convert with --preset videomla",
+        )
+    if runtime.size is not None and config.codec is None:
+        raise ConfigError(
+            "this model has no codec whose size could be chosen",
+            "make one first: vmla convert CKPT -o OUT",
+        )
+    if runtime.cache_dtype in DENSE_BITS and not config.is_dense:
+        raise ConfigError(
+            f"cache_dtype {runtime.cache_dtype} quantises dense caches, and this model's is not",
+            "use --bytes-per-token for a codec; MLA latents are not quantised",
         )
 
 
-def _layer_cache(attention: SelfAttention, policy: CachePolicy, storage: Storage) -> LayerCache:
-    kind = DenseCache if isinstance(attention, DenseSelfAttention) else LatentCache
-    return kind(attention.entry_widths, policy, storage)
+def _layer_cache(
+    block: Block, rate: Rate | None, policy: CachePolicy, storage: Storage, runtime: RuntimeConfig
+) -> LayerCache:
+    attention, slots = block.self_attn, policy.window_frames
+    if isinstance(attention, LatentSelfAttention):
+        return LatentCache(attention.entry_widths, policy, storage)
+    width, bits = attention.k.out_features, DENSE_BITS.get(runtime.cache_dtype)
+    if block.codec is not None and rate is not None:
+        store = CodecStore(block.codec, rate, slots, storage)
+    elif bits is not None:
+        store = QuantisedStore(attention.num_heads, width, bits, slots, storage)
+    else:
+        return DenseCache((width, width), policy, storage)
+    return CompressedCache(store, width, policy, storage)
 
 
 def masked_attention(rotary: Rotary, mask: Visibility | None) -> Attend:
-    """Self-attention in one pass, every token at its own place in one table."""
-    length = rotary.table.shape[-3]
-    if mask is None:
-        read = torch.zeros(0, dtype=torch.long, device=rotary.table.device)
-        whole, split = Sight(rotary, rotary), Sight(rotary, rotary.at(read), rotary)
-    else:
-        past = mask.seen & ~mask.exact
-        # Of a teacher-forced pass the noisy half is nobody's past.
-        frames = past.any(0)
-        read = mask.tokens_of(frames).to(rotary.table.device)
-        both = torch.cat([past[:, frames], mask.exact], dim=1)
-        groups, split_groups = (query_groups(m, mask.tokens_per_frame) for m in (mask.seen, both))
-        whole = Sight(rotary, rotary, groups=groups)
-        split = Sight(rotary, rotary.at(read), rotary, split_groups)
+    """Self-attention in one pass, every token at its own place in one table.
 
-    def attend(attention: SelfAttention, x: Tensor) -> Tensor:
-        cached, own, _ = attention.project(x)
-        if own is None:
-            return attention(x, Reading(cached), whole)
-        past = cached if len(read) == length else tuple(entry[:, read] for entry in cached)
-        return attention(x, Reading(past, own), split)
+    Layers with a codec attend to decoded pasts, and exactly to the chunk of the query.
+    """
+    if mask is None:
+        whole = Sight(rotary, rotary)
+        return lambda block, x: block.self_attn(x, Reading(block.self_attn.project(x)), whole)
+    past = mask.seen & ~mask.exact
+    # The noisy half of a teacher-forced pass is nobody's past.
+    frames = past.any(0)
+    tokens = mask.tokens_of(frames).to(rotary.table.device)
+    both = torch.cat([past[:, frames], mask.exact], dim=1)
+    groups, split_groups = (query_groups(m, mask.tokens_per_frame) for m in (mask.seen, both))
+    whole = Sight(rotary, rotary, groups=groups)
+    split = Sight(rotary, rotary, rotary.at(tokens), split_groups)
+
+    def attend(block: Block, x: Tensor) -> Tensor:
+        entries = block.self_attn.project(x)
+        if block.codec is None:
+            return block.self_attn(x, Reading(entries), whole)
+        decoded = block.codec.past(*(entry[:, tokens] for entry in entries))
+        return block.self_attn(x, Reading(entries, decoded), split)
 
     return attend
 

@@ -24,20 +24,17 @@ from torch import Tensor, nn
 from vmla_convert.config import Geometry, MLAConfig
 from vmla_convert.layers.attention import (
     Entries,
-    Projection,
     Reading,
     Sight,
     WanRMSNorm,
-    attend,
+    head_tiles,
     in_float32,
     split_heads,
 )
 from vmla_convert.layers.backends import Backend, faster_way
+from vmla_convert.layers.sdpa import attend
 from vmla_convert.maths.cost import ReadShape
 from vmla_convert.maths.rope3d import Rotary, rotate
-
-# Rebuilt at a time: what stays in a CPU's cache, and what keeps a GPU busy.
-TILE_MIB = {"cpu": 64, "cuda": 1024}
 
 
 class LatentSelfAttention(nn.Module):
@@ -84,13 +81,9 @@ class LatentSelfAttention(nn.Module):
         rope = 2 * len(self.rope_pairs)
         return {"latent": self.kv_a_proj.out_features, "rope": rope, "norm": 1}
 
-    def project(self, x: Tensor, keep: bool = True) -> Projection:
-        """Latents of x (B, L, d): content latent (B, L, R), rope key (B, L, rope), 1/rho (B, L, 1).
-
-        The chunk itself reads them like any other.
-        """
-        cached = self.kv_a_proj(x), self.k_rope_proj(x), self._norm(self.k_norm_proj(x))
-        return Projection(cached, keep=keep)
+    def project(self, x: Tensor) -> Entries:
+        """Content latent (B, L, R), rope key (B, L, rope) and 1/rho (B, L, 1) of x (B, L, d)."""
+        return self.kv_a_proj(x), self.k_rope_proj(x), self._norm(self.k_norm_proj(x))
 
     def forward(self, x: Tensor, reading: Reading, sight: Sight) -> Tensor:
         """Attend from x (B, T, d) to cached tokens; as `DenseSelfAttention.forward`.
@@ -126,17 +119,9 @@ class LatentSelfAttention(nn.Module):
         Returns:
             (B, T, H, D).
         """
-        tokens, itemsize = reading.entries[0].shape[:2].numel(), q.dtype.itemsize
-        # Narrow keys are in float32 meanwhile, as they are and rotated.
-        key_bytes = itemsize if itemsize >= 4 else itemsize + 8
-        head_bytes = tokens * (self._key_width() * key_bytes + self.head_dim * itemsize)
-        mib = sight.runtime.tile_mib or TILE_MIB["cuda" if q.is_cuda else "cpu"]
-        most = max(1, mib * 2**20 // max(head_bytes, 1))
-        # Tiles of one size keep all cores at work.
-        heads = -(-self.num_heads // -(-self.num_heads // most))
-        if torch.is_grad_enabled():
-            heads = self.num_heads
-        tiles = [slice(start, start + heads) for start in range(0, self.num_heads, heads)]
+        tokens = reading.entries[0].shape[1]
+        width = self._key_width() + self.head_dim
+        tiles = head_tiles(q, tokens, width, sight.runtime.tile_mib)
         return torch.cat(list(self._read_tiles(q, reading, sight, tiles)), 2)
 
     def read_absorbed(self, q: Tensor, reading: Reading, sight: Sight) -> Tensor:

@@ -88,7 +88,7 @@ class FrameWindow:
         return [self._slot_frames[slot] for slot in self.chunk_slots]
 
     @property
-    def latent_slots(self) -> list[int]:
+    def past_slots(self) -> list[int]:
         """Slots of the past that no dense copy is kept of."""
         own = {*self.chunk_frames, *self.recent}
         return [slot for slot, frame in enumerate(self._slot_frames) if frame not in own]

@@ -110,9 +110,7 @@ def quantise(channels: Tensor, tables: Tensor, widths: Sequence[int]) -> Tensor:
     return torch.cat(parts, -1)
 
 
-def dequantise(
-    codes: Tensor, tables: Tensor, widths: Sequence[int], dtype: torch.dtype
-) -> Tensor:
+def dequantise(codes: Tensor, tables: Tensor, widths: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Channels (..., R) that codes (..., R) stand for."""
     parts = [_values(codes[..., run.channels], tables, run.width) for run in runs(widths)]
     return torch.cat([part.to(dtype) for part in parts], -1)

@@ -104,8 +104,7 @@ def allocate(layers: Sequence[Purchases], total_bytes: int) -> list[Rate]:
         else:
             many = middle - 1
     return [
-        Rate(layer.widths(8 * nbytes))
-        for layer, nbytes in zip(layers, needed(few), strict=True)
+        Rate(layer.widths(8 * nbytes)) for layer, nbytes in zip(layers, needed(few), strict=True)
     ]
 
 

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vmla_convert.config import Geometry, ModelConfig
+from vmla_convert.config import Geometry, ModelConfig, Product
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.attention import DenseSelfAttention, split_heads
-from vmla_convert.layers.dit import Attend, Block, CausalWanModel, SelfAttention, masked_attention
+from vmla_convert.layers.dit import Attend, Block, CausalWanModel, masked_attention
 from vmla_convert.maths.masks import Visibility
 from vmla_convert.maths.moments import Moments, measure_moments, merge_moments
 from vmla_convert.maths.positions import expected_phases
@@ -32,6 +32,8 @@ CLIPS_AT_ONCE = 8
 # Of all clips that pass a block together: its feed-forward holds a few tensors of this many rows.
 TOKENS_AT_ONCE = 8192
 QUERIES_PER_CLIP = 96
+SAMPLES_PER_CLIP = 128
+_SAMPLES = "samples"
 
 ReadBlock = Callable[[int], Block]
 """A block by its index; the caller drops it before asking for the next."""
@@ -42,13 +44,17 @@ class LayerReads(NamedTuple):
 
     Attributes:
         past: Reads of cached keys, and the moments of the clean inputs that become them.
-        own: Reads of the reader's own chunk, clean and noisy apart, each with its inputs' moments;
-            they matter to layers that read their own chunk from its latents. Empty when nobody
-            asked.
+        own: What queries read of their own chunk, clean and noisy apart, each with the moments of
+            the inputs; empty for a codec, whose chunks attend to their own exact keys.
+        samples: Some [k; v] of cached tokens, (n, 2d), for a codec; else None.
+
+    For an MLA layer the moments are of the layer's inputs. For a codec they are of [k; v], normed
+    keys and values, and what a raw key's norm would add is left out of the reads.
     """
 
     past: tuple[ReadSums, Moments]
     own: list[tuple[ReadSums, Moments]]
+    samples: Tensor | None = None
 
 
 def calibrate(
@@ -59,7 +65,7 @@ def calibrate(
     seed: int = 0,
     progress: Progress | None = None,
     shelf: Shelf | None = None,
-    own: bool = True,
+    product: Product = "codec",
 ) -> Callable[[int], LayerReads]:
     """Measure every layer of a dense model.
 
@@ -72,7 +78,7 @@ def calibrate(
         progress: Where to draw.
         shelf: Where activations and what was measured are kept; a walk that an equal one left
             unfinished there goes on. In memory by default.
-        own: Measure reads of the readers' own chunks too.
+        product: What the layers become.
 
     Returns:
         What was measured of a layer, by its index.
@@ -83,7 +89,7 @@ def calibrate(
     progress, shelf = progress or Silent(), shelf or MemoryShelf()
     layers = range(shell.config.geometry.num_layers)
     if not shelf.has(_reads(0)):
-        walk = _Walk(shell, clips, count, seed, shelf, own)
+        walk = _Walk(shell, clips, count, seed, shelf, product)
         for layer in progress.track(layers, "calibrating"):
             walk.forward(layer, read_block)
         walk.turn(len(layers))
@@ -124,9 +130,10 @@ class _Walk:
         count: int,
         seed: int,
         shelf: Shelf,
-        own: bool,
+        product: Product,
     ) -> None:
-        self.shell, self.shelf, self.own = shell, shelf, own
+        self.shell, self.shelf = shell, shelf
+        self.product: Product = product
         self.batches: list[_Batch] = []
         device = shell.patch_embedding.weight.device
         inputs: list[Tensor] = []
@@ -203,7 +210,7 @@ class _Walk:
                 self.rotary,
                 self.mask,
                 seeded(batch.seed, 0, "queries"),
-                self.own,
+                self.product,
             )
             measured = merge_layer_reads([measured, reads]) if measured else reads
         assert measured is not None
@@ -253,7 +260,7 @@ def _packed(reads: LayerReads) -> dict[str, Tensor]:
             real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
             # Groups may share their moments; a file may not.
             packed[f"{group}.{name}"] = real.clone()
-    return packed
+    return packed if reads.samples is None else packed | {_SAMPLES: reads.samples}
 
 
 def _unpacked(packed: dict[str, Tensor]) -> LayerReads:
@@ -267,7 +274,7 @@ def _unpacked(packed: dict[str, Tensor]) -> LayerReads:
 
     groups = sum(name.endswith(".queries") for name in packed)
     past, *own = (group(index) for index in range(groups))
-    return LayerReads(past, own)
+    return LayerReads(past, own, packed.get(_SAMPLES))
 
 
 def merge_layer_reads(parts: list[LayerReads]) -> LayerReads:
@@ -277,7 +284,8 @@ def merge_layer_reads(parts: list[LayerReads]) -> LayerReads:
         (merge_reads(sums for sums, _ in group), merge_moments(moments for _, moments in group))
         for group in zip(*groups, strict=True)
     )
-    return LayerReads(past, own)
+    samples = [part.samples for part in parts if part.samples is not None]
+    return LayerReads(past, own, torch.cat(samples) if samples else None)
 
 
 @torch.no_grad()
@@ -288,7 +296,7 @@ def measure_attention(
     rotary: Rotary,
     mask: Visibility,
     generator: torch.Generator,
-    own: bool = True,
+    product: Product = "codec",
 ) -> LayerReads:
     """Moments and reads of one layer.
 
@@ -298,15 +306,15 @@ def measure_attention(
         pull: Gradient with respect to its output, (B, 2L, d).
         rotary: Positions of the tokens.
         mask: Who sees whom.
-        generator: Picks the queries that stand for all.
-        own: Measure reads of the reader's own chunk too.
+        generator: Picks the queries that stand for all, and the samples.
+        product: What the layer becomes.
     """
     length = x.shape[1] // 2
     clean, noisy = x.split(length, dim=1)
     picks = torch.randperm(x.shape[1], generator=generator)[:QUERIES_PER_CLIP].to(x.device)
     seen, exact = mask.seen_by(picks)
     late = torch.arange(x.shape[1], device=x.device) >= length
-    groups = [seen & ~exact, *([exact & ~late, exact & late] if own else [])]
+    own = [] if product == "codec" else [exact & ~late, exact & late]
     value_mean = split_heads(attention.v(clean.mean((0, 1))), attention.num_heads)
     turns = rotary.turns()
     heads = attention.num_heads
@@ -320,17 +328,22 @@ def measure_attention(
             query_turn=turns[picks],
             key=split_heads(attention.norm_k(raw_key), heads).float(),
             key_turn=turns,
-            key_norm=norm,
+            # A codec stores normed keys, MLA raw ones, whose errors the norm scales.
+            key_norm=torch.ones_like(norm) if product == "codec" else norm,
             value=split_heads(attention.v(tokens), heads).float(),
             value_mean=value_mean.float(),
             pull=split_heads(gradient[:, picks] @ attention.o.weight, heads).float(),
             seen=seen,
         )
-        clip = measure_reads(reads, groups)
+        clip = measure_reads(reads, [seen & ~exact, *own])
         sums = [merge_reads(both) for both in zip(sums, clip, strict=True)] if sums else clip
+    if product == "codec":
+        entries = torch.cat(attention.project(clean), -1)
+        some = torch.randperm(length, generator=generator)[:SAMPLES_PER_CLIP].to(x.device)
+        samples = entries[:, some].flatten(0, 1).float().cpu()
+        return LayerReads((sums[0], measure_moments(entries)), [], samples)
     moments = measure_moments(clean)
-    inputs = [moments, *([moments, measure_moments(noisy)] if own else [])]
-    past, *rest = zip(sums, inputs, strict=True)
+    past, *rest = zip(sums, [moments, moments, measure_moments(noisy)], strict=True)
     return LayerReads(past, rest)
 
 
@@ -367,8 +380,8 @@ def check_clips(config: ModelConfig, batch: Batch) -> None:
 def _recorded(attend: Attend, seen: list[tuple[Tensor, Tensor]]) -> Attend:
     """Attention that notes its input and output."""
 
-    def recording(attention: SelfAttention, x: Tensor) -> Tensor:
-        y = attend(attention, x)
+    def recording(block: Block, x: Tensor) -> Tensor:
+        y = attend(block, x)
         seen.append((x, y))
         return y
 

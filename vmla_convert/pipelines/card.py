@@ -16,10 +16,10 @@ from vmla_convert.checkpoint.components import PARTS
 from vmla_convert.checkpoint.hub import is_repo
 from vmla_convert.checkpoint.known import KNOWN
 from vmla_convert.checkpoint.licences import OTHER, UNKNOWN
-from vmla_convert.config import ModelConfig
+from vmla_convert.config import DENSE_ITEMSIZE, CodecConfig, MLAConfig, ModelConfig
 from vmla_convert.errors import ConfigError
 from vmla_convert.pipelines.media import latent_frames_per_second
-from vmla_convert.tables import override
+from vmla_convert.tables import override, to_dict
 
 CARD_NAME = "README.md"
 STRIPS = ("strip.png", "compare.png")
@@ -28,7 +28,7 @@ STRIPS = ("strip.png", "compare.png")
 # What the strings of a record are, by the key that they, or lists of them, are under; whatever is
 # not named here is taken for a path as soon as it has a folder in it, also the keys themselves.
 _PROMPTS, _LICENCES, _OVERRIDES = "prompts", "licence", "overrides"
-_REPOS = ("checkpoint", "base_model")
+_REPOS = ("checkpoint", "base_model", "repo")
 _REPOS_OR_FOLDERS = ("base", "_name_or_path", "name_or_path")
 
 # How a path begins that cannot be taken for anything else: not so "MIT/X11".
@@ -69,8 +69,8 @@ def model_card(
         f"# {origin.get('name', 'A checkpoint')}, converted to a latent KV cache",
         "Converted by vmla-convert to a cache like that of "
         "[VideoMLA](https://arxiv.org/abs/2605.30351): each layer "
-        f"caches {config.cache_scalars_per_token():.4g} numbers per token instead of "
-        f"{config.geometry.dense_cache_scalars} ({config.cache_cut():.1%} less).",
+        f"caches {config.cache_bytes_per_token():.4g} bytes per token instead of "
+        f"{DENSE_ITEMSIZE * config.geometry.dense_cache_scalars} ({config.cache_cut():.1%} less).",
         f"![frames of a rollout]({strip})" if strip else "",
         f"## Licence\n\n{_licence(config, origin)}",
         f"## How to use it\n\n{_usage(repo or '.', config, parts)}",
@@ -242,7 +242,7 @@ frames[0].save("clip.gif", save_all=True, append_images=frames[1:], duration={ro
 
 def _cache(config: ModelConfig) -> str:
     """Bytes by length, dense and converted."""
-    dense, rate = replace(config, mla=None), latent_frames_per_second(config)
+    dense, rate = replace(config, mla=None, codec=None), latent_frames_per_second(config)
     window = config.cache.window_frames
     lengths = [(f"{seconds} s", round(seconds * rate)) for seconds in _SECONDS]
     rows = [
@@ -295,23 +295,38 @@ def _above(point: Mapping[str, Any], dense: float) -> str:
 
 
 def _settings(config: ModelConfig, origin: Mapping[str, Any]) -> str:
-    assert config.mla is not None
     merged = [f"{lora['name']} (scale {lora['scale']:g})" for lora in origin.get("loras", ())]
-    nope = config.mla.qk_nope_head_dim
+    sha256 = origin.get("sha256")
     rows = [
-        ["init", config.mla.init],
-        ["latent", config.mla.latent],
-        ["kv_lora_rank, layer by layer", _listed(config.mla.kv_lora_rank)],
-        ["qk_rope_head_dim", _listed([2 * len(pairs) for pairs in config.mla.rope_pairs])],
-        *([["qk_nope_head_dim", nope]] if nope else []),
+        *(_mla_settings(config.mla) if config.mla else []),
+        *(_codec_settings(config.codec) if config.codec else []),
         ["source", origin.get("name", UNKNOWN)],
-        ["SHA-256 of its weights", f"`{origin.get('sha256', UNKNOWN)}`"],
+        *([["SHA-256 of its weights", f"`{sha256}`"]] if sha256 else []),
         ["its family", config.family],
         ["its base model", config.base_model],
         ["licence of the whole", config.licence],
         ["LoRAs merged before", ", ".join(merged) or "none"],
     ]
     return _table(["setting", "value"], rows)
+
+
+def _mla_settings(mla: MLAConfig) -> list[list[Any]]:
+    nope = mla.qk_nope_head_dim
+    return [
+        ["init", mla.init],
+        ["latent", mla.latent],
+        ["kv_lora_rank, layer by layer", _listed(mla.kv_lora_rank)],
+        ["qk_rope_head_dim", _listed([2 * len(pairs) for pairs in mla.rope_pairs])],
+        *([["qk_nope_head_dim", nope]] if nope else []),
+    ]
+
+
+def _codec_settings(codec: CodecConfig) -> list[list[Any]]:
+    return [
+        ["channels per layer, the largest size", codec.rank],
+        ["default size", ", ".join(f"{k} {v:g}" for k, v in to_dict(codec.size).items())],
+        ["fitted to activations", "yes" if codec.calibrated else "no"],
+    ]
 
 
 def _recipe(record: Mapping[str, Any]) -> str:

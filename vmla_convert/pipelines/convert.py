@@ -1,15 +1,12 @@
-"""Convert a dense checkpoint: factor each layer's keys and values, write a folder that reloads.
+"""Convert a dense checkpoint into a codec, or into a checkpoint with MLA layers.
 
-Everything but self-attention keeps its bytes. `plan_conversion` refuses what cannot be done before
-the first byte is written.
+Of an MLA checkpoint everything but self-attention keeps its bytes. `plan_conversion` refuses what
+cannot be done before the first byte is written.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import resource
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,18 +24,27 @@ from vmla_convert.checkpoint.writer import (
     CheckpointWriter,
     check_place,
     copied_bytes,
-    partial_folder,
 )
-from vmla_convert.config import ConvertConfig, ModelConfig, RankPlan, SourceConfig
-from vmla_convert.errors import CheckpointError, ConfigError, did_you_mean
+from vmla_convert.config import ConvertConfig, ModelConfig, RankPlan
+from vmla_convert.errors import ConfigError, did_you_mean
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.factor import DATA_INITS, assume_evidence
-from vmla_convert.pipelines.calibrate import calibrate, check_clips, deployed_phases
+from vmla_convert.pipelines.calibrate import calibrate, deployed_phases
+from vmla_convert.pipelines.codec import convert_to_codec
+from vmla_convert.pipelines.conversion import (
+    Conversion,
+    calibration_shelf,
+    cast_finite,
+    clips_hash,
+    measures,
+    open_measured,
+    origin_of,
+    peak_rss_bytes,
+    refuse_converted,
+    require_finite,
+    weights_of,
+)
 from vmla_convert.pipelines.data import (
-    ClipSource,
-    hash_files,
-    latent_files,
-    open_clips,
     recorded,
 )
 from vmla_convert.pipelines.factoring import (
@@ -48,7 +54,6 @@ from vmla_convert.pipelines.factoring import (
     factor_layer,
     latent_tensors,
     layer_evidence,
-    layer_weights,
     planned_config,
     with_branches,
 )
@@ -63,7 +68,6 @@ from vmla_convert.pipelines.load import (
     Source,
     build_shell,
     compute_device,
-    is_remote,
     open_named,
     read_block,
 )
@@ -71,17 +75,16 @@ from vmla_convert.pipelines.media import require_demo_media
 from vmla_convert.pipelines.parallel import ahead, workers_for
 from vmla_convert.pipelines.plan import (
     ReadEvidence,
-    ReadWeights,
     check_sizes,
     plan_ranks,
     uniform_plan,
 )
-from vmla_convert.pipelines.shelf import FolderShelf, Shelf
+from vmla_convert.pipelines.shelf import Shelf
 from vmla_convert.pipelines.versions import versions
 from vmla_convert.progress import Progress, Silent, Timed
 from vmla_convert.tables import from_dict, to_dict
 
-PRESETS = {"videomla": ConvertConfig(init="spectral", ranks="uniform")}
+PRESETS = {"videomla": ConvertConfig(product="mla", init="spectral", ranks="uniform")}
 """The paper: its init, its shares of 192 + 32 numbers; the key norm, which it drops, is kept."""
 
 
@@ -108,28 +111,6 @@ class ConversionPlan:
         return sum(spec.nbytes for spec in self.specs.values())
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """A finished conversion.
-
-    Attributes:
-        out: The folder.
-        config: Of the converted model.
-        convert_seconds: From start to end; of a resumed conversion the last start counts.
-        factor_seconds: The part spent on factorisation.
-        peak_rss_bytes: Largest resident size of the process so far.
-        head_truncation_error: Of each layer, the share of the content keys' energy that truncating
-            the heads dropped; empty when none were.
-    """
-
-    out: Path
-    config: ModelConfig
-    convert_seconds: float
-    factor_seconds: float
-    peak_rss_bytes: int
-    head_truncation_error: tuple[float, ...] = ()
-
-
 def convert(
     source: Source,
     out: Path,
@@ -140,17 +121,18 @@ def convert(
 ) -> Conversion:
     """Convert a dense checkpoint into a folder that `load` and `generate` take.
 
-    The source is read block by block and the folder written tensor by tensor, so neither has to fit
-    in memory. What was calibrated lies beside the folder until it is done.
+    The product is a cache codec beside the untouched checkpoint, or a checkpoint with MLA layers.
+    The source is read block by block, so it need not fit in memory. Calibration is kept beside the
+    folder until the folder is done.
 
     Args:
         source: Checkpoint file or folder, `demo`, or a Hub id; with settings and LoRAs if need be.
         out: Folder to write; it appears whole or not at all.
-        config: Init, latent, sizes and calibration.
+        config: Product, sizes and calibration.
         progress: Where to draw.
         resume: Go on with a conversion of the same source and settings that was interrupted.
-        layout: Of the folder: `native`, our own; or `diffusers`, a pipeline's, with text encoder
-            and VAE where the source has them.
+        layout: Layout of an MLA checkpoint: `native`, our own; or `diffusers`, a pipeline's, with
+            text encoder and VAE where the source has them. A codec has one layout.
 
     Raises:
         CheckpointError: The source cannot be read, is of no known layout, is converted already, or
@@ -158,8 +140,22 @@ def convert(
         ConfigError: The init or a size does not fit the model, or the layout is unknown.
         OutputError: `out` is taken, or cannot be written.
     """
-    started = perf_counter()
-    config, progress = config or ConvertConfig(), Timed(progress or Silent())
+    config = config or ConvertConfig()
+    if config.product == "codec":
+        return convert_to_codec(source, out, config, progress, resume, layout)
+    return _convert_to_mla(source, out, config, progress, resume, layout)
+
+
+def _convert_to_mla(
+    source: Source,
+    out: Path,
+    config: ConvertConfig,
+    progress: Progress | None,
+    resume: bool,
+    layout: str,
+) -> Conversion:
+    """A model whose self-attention is MLA; all else keeps its bytes."""
+    started, progress = perf_counter(), Timed(progress or Silent())
     checkpoint = open_named(source)
     if checkpoint.known and (note := known_model(checkpoint.known).note):
         progress.note(f"{checkpoint.known}: {note}")
@@ -169,10 +165,12 @@ def convert(
     check_place(out, rough.nbytes + copied_bytes(components), resume)
     if measures(config):
         open_measured(checkpoint.config, config)
-    origin = _origin(source, checkpoint, progress)
-    check_finite(checkpoint, progress)
-    basis = {"source": origin, "model": to_dict(checkpoint.config), "clips": _clips(config)}
-    shelf = _shelf(out, basis, config) if measures(config) else None
+    sha256 = fingerprint(checkpoint.source.path, progress)
+    origin = origin_of(source, checkpoint) | {"sha256": sha256}
+    for name in progress.track(checkpoint.names, "checking weights"):
+        require_finite(name, checkpoint.read(name), checkpoint.source.path)
+    basis = {"source": origin, "model": to_dict(checkpoint.config), "clips": clips_hash(config)}
+    shelf = calibration_shelf(out, basis, config) if measures(config) else None
     evidence = gather_evidence(checkpoint, config, shelf, progress)
     factor_started = perf_counter()
     weights = weights_of(checkpoint)
@@ -269,11 +267,7 @@ def plan_conversion(
         ConfigError: The init or a size does not fit the model.
     """
     dense = checkpoint.config
-    if dense.mla is not None:
-        raise CheckpointError(
-            f"{checkpoint.source.path} is converted already",
-            "convert the dense checkpoint that it came from",
-        )
+    refuse_converted(checkpoint)
     check_sizes(dense, config)
     if measures(config) and config.data.source == "demo":
         require_demo_media(dense, "calibration on the demo world")
@@ -300,16 +294,6 @@ def _block_of(name: str) -> int:
     return int(name.split(".")[1]) if name.startswith("blocks.") else -1
 
 
-def peak_rss_bytes() -> int:
-    """Largest resident size of this process so far."""
-    status = Path("/proc/self/status")
-    # Where there is one: Linux lets a process inherit the other figure from the one that began it.
-    if status.is_file() and (peak := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
-        return int(peak[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def gather_evidence(
     checkpoint: OpenCheckpoint, config: ConvertConfig, shelf: Shelf | None, progress: Progress
 ) -> ReadEvidence | None:
@@ -329,48 +313,9 @@ def gather_evidence(
         config.seed,
         progress,
         shelf,
+        product="mla",
     )
     return lambda layer: layer_evidence(reads(layer), weights(layer), phases)
-
-
-def measures(config: ConvertConfig) -> bool:
-    """Whether a conversion looks at clips."""
-    return config.calibrate and config.init in DATA_INITS
-
-
-def open_measured(dense: ModelConfig, config: ConvertConfig) -> ClipSource:
-    """The clips that a conversion looks at; one of them is read.
-
-    Raises:
-        ConfigError: There are none, or they do not fit the model.
-    """
-    if config.data.source == "demo":
-        require_demo_media(dense, "calibration on the demo world")
-    clips = open_clips(config.data, dense.cache.sink_frames)
-    check_clips(dense, clips.batch(0, 1))
-    return clips
-
-
-def weights_of(checkpoint: OpenCheckpoint) -> ReadWeights:
-    """Reads the key and value weights of a layer."""
-    heads = checkpoint.config.geometry.num_heads
-    return lambda layer: layer_weights(checkpoint.read, layer, heads)
-
-
-def check_finite(checkpoint: OpenCheckpoint, progress: Progress) -> None:
-    """Read every tensor once, before anything is made of them.
-
-    Raises:
-        CheckpointError: One holds a NaN or an infinite number.
-    """
-    for name in progress.track(checkpoint.names, "checking weights"):
-        tensor = checkpoint.read(name)
-        # A sum finds what is not finite without a second tensor; its overflow is told apart after.
-        if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
-            raise CheckpointError(
-                f"'{name}' of {checkpoint.source.path} holds NaN or infinite numbers",
-                "download the checkpoint again; if it is the same, its training had failed",
-            )
 
 
 def _write_tensors(
@@ -386,10 +331,7 @@ def _write_tensors(
     heads = plan.config.geometry.num_heads
 
     def add(name: str, tensor: Tensor) -> None:
-        cast = tensor.to(plan.specs[name].dtype)
-        if not cast.isfinite().all():
-            raise _unbounded(name, cast.dtype)
-        writer.add(name, cast)
+        writer.add(name, cast_finite(name, tensor, plan.specs[name].dtype))
 
     def factored(layer: int) -> tuple[Branch, dict[str, Tensor]]:
         factors = factor_layer(checkpoint.read, plan.ranks, heads, config, layer, evidence)
@@ -416,63 +358,6 @@ def _write_tensors(
     return branches
 
 
-def _unbounded(name: str, dtype: torch.dtype) -> ConfigError:
-    if dtype == torch.float16:
-        return ConfigError(f"'{name}' has numbers that float16 cannot hold", "use bfloat16")
-    return ConfigError(
-        f"'{name}' came out with NaN or infinite numbers", "calibrate on other clips: --data"
-    )
-
-
 def _factor_bytes(config: ModelConfig) -> int:
     """What factoring a layer takes: a dozen d x d matrices in float64, by measurement."""
     return 12 * 8 * config.geometry.dim**2
-
-
-def _origin(source: Source, checkpoint: OpenCheckpoint, progress: Progress) -> dict[str, Any]:
-    """What was converted, by content: for people, for later commands, and to know it again."""
-    how = source if isinstance(source, SourceConfig) else SourceConfig(str(source))
-    loras = [
-        {
-            "name": lora.path.name,
-            "sha256": fingerprint(lora.path),
-            "scale": lora.scale,
-            "licence": lora.licence,
-        }
-        for lora in checkpoint.loras
-    ]
-    # A repository is named, which `file` is then a path in; where a folder lay is nobody's affair.
-    asked = to_dict(how)
-    if not is_remote(how.checkpoint):
-        del asked["checkpoint"]
-    return {
-        "name": Path(how.checkpoint).resolve().name,
-        "sha256": fingerprint(checkpoint.source.path, progress),
-        "state_key": checkpoint.source.key,
-        "family": checkpoint.family,
-        "known_model": checkpoint.known,
-        "asked": asked,
-        "loras": loras,
-    }
-
-
-def _clips(config: ConvertConfig) -> str | None:
-    """SHA-256 of the clips that are measured, where they are files."""
-    if not measures(config) or config.data.source == "demo":
-        return None
-    return hash_files(latent_files(Path(config.data.source)))
-
-
-def is_begun(out: Path) -> bool:
-    """Whether an interrupted conversion left something to go on with."""
-    return _shelf_folder(out).exists() or partial_folder(out).exists()
-
-
-def _shelf_folder(out: Path) -> Path:
-    return out.with_name(f"{out.name}.calibration")
-
-
-def _shelf(out: Path, basis: Mapping[str, Any], config: ConvertConfig) -> FolderShelf:
-    """Beside the output; another conversion of the same source may go on with it."""
-    how = [to_dict(config.data), config.calibration_clips, config.seed]
-    return FolderShelf(_shelf_folder(out), [__version__, dict(basis), how])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vmla_convert.config import EvaluateConfig, ModelConfig
+from vmla_convert.config import EvaluateConfig, ModelConfig, RuntimeConfig
 from vmla_convert.demo.judge import background_psnr, read_digits
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.dit import CausalWanModel
@@ -116,9 +116,9 @@ class HeldOut:
         ]
         self.targets = self._velocities(teacher, self.examples)
 
-    def measure(self, model: nn.Module) -> Errors:
+    def measure(self, model: nn.Module, runtime: RuntimeConfig | None = None) -> Errors:
         """Errors of a model, dense or converted; the dense model's own `velocity_error` is 0."""
-        return self._errors(self._velocities(model, self.examples))
+        return self._errors(self._velocities(model, self.examples, runtime))
 
     def teacher_errors(self) -> Errors:
         """What `measure` tells of the dense model, whose answers are here already."""
@@ -142,24 +142,28 @@ class HeldOut:
             (got - truth).square().mean().item(),
         )
 
-    def _velocities(self, model: nn.Module, examples: Sequence[Example]) -> list[Tensor]:
+    def _velocities(
+        self, model: nn.Module, examples: Sequence[Example], runtime: RuntimeConfig | None = None
+    ) -> list[Tensor]:
         """One pass of a model over clips."""
         tracked = self.progress.track(examples, MEASURING)
-        return [self._velocity(model, example) for example in tracked]
+        return [self._velocity(model, example, runtime) for example in tracked]
 
     @torch.no_grad()
-    def _velocity(self, model: nn.Module, example: Example) -> Tensor:
+    def _velocity(
+        self, model: nn.Module, example: Example, runtime: RuntimeConfig | None
+    ) -> Tensor:
         past = example.latents.chunk(2, dim=1)[0]
         size = clips_at_once(self.config.geometry, past)
         parts = zip(*(tensor.split(size) for tensor in example), strict=True)
-        return torch.cat([self._part(model, Example(*part)) for part in parts])
+        return torch.cat([self._part(model, Example(*part), runtime) for part in parts])
 
-    def _part(self, model: nn.Module, part: Example) -> Tensor:
+    def _part(self, model: nn.Module, part: Example, runtime: RuntimeConfig | None) -> Tensor:
         """As many clips as pass the model together."""
         part = part.to(next(model.parameters()).device)
         if self.streamed:
             assert isinstance(model, CausalWanModel)
-            return streamed_velocity(model, part).cpu()
+            return streamed_velocity(model, part, runtime).cpu()
         return predicted_velocity(model, self.config, part).cpu()
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vmla_convert.checkpoint.families import OpenCheckpoint, open_checkpoint
+from vmla_convert.checkpoint.families import OpenCheckpoint
 from vmla_convert.checkpoint.layouts import DIFFUSERS, NATIVE, WAN, Layout
 from vmla_convert.checkpoint.source import STATE_KEYS
 from vmla_convert.checkpoint.writer import CheckpointWriter, refuse_taken, write_pickle
 from vmla_convert.errors import ConfigError, did_you_mean
 from vmla_convert.pipelines.folders import Files, converted_files, dense_files, parts_to_copy
-from vmla_convert.pipelines.load import Source, locate, read_provenance
+from vmla_convert.pipelines.load import Source, open_named, read_provenance
 from vmla_convert.progress import Progress, Silent
 
 SELF_FORCING = "self_forcing"
@@ -59,13 +59,13 @@ def export(
     """
     refuse_taken(out)  # before anything is fetched
     progress = progress or Silent()
-    path, how = locate(source)
-    checkpoint = open_checkpoint(path, how)
+    checkpoint = open_named(source, progress)
+    path = checkpoint.source.path
     chosen = layout or _LAYOUT_OF_FAMILY.get(checkpoint.config.family, "native")
     _check_words(chosen, key)
-    form = _form(chosen, converted=checkpoint.config.mla is not None)
+    form = _form(chosen, converted=not checkpoint.config.is_dense)
     components = parts_to_copy(path, form, progress)
-    if checkpoint.config.mla is None:
+    if checkpoint.config.is_dense:
         files = dense_files(checkpoint.config, form, components)
     else:
         record = read_provenance(source)

@@ -90,7 +90,7 @@ def inspect_checkpoint(
     checkpoint = recognise(*locate(source)) if spectra else recognise_named(source, progress)
     model = converted = checkpoint.config
     spectrum: list[LayerSpectrum] = []
-    if model.mla is None:
+    if model.is_dense:
         config = config or ConvertConfig()
         check_sizes(model, config)
         ranks = uniform_plan(model, config)

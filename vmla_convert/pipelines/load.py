@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from vmla_convert.checkpoint.base import CODEC_NAME, check_base, find_base, join
 from vmla_convert.checkpoint.families import (
     OpenCheckpoint,
     is_converted,
@@ -24,10 +25,10 @@ from vmla_convert.checkpoint.hub import fetch, fetch_headers, has_parts, is_repo
 from vmla_convert.checkpoint.known import known_by_repo, known_model
 from vmla_convert.checkpoint.layouts import DIFFUSERS, NATIVE
 from vmla_convert.checkpoint.source import fingerprint, located
-from vmla_convert.config import SourceConfig
+from vmla_convert.config import CacheSize, RuntimeConfig, SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError
-from vmla_convert.layers.dit import Block, CausalWanModel
-from vmla_convert.progress import Progress
+from vmla_convert.layers.dit import Block, CausalWanModel, check_runtime
+from vmla_convert.progress import Progress, Silent
 from vmla_convert.tables import from_dict
 
 DEMO = "demo"
@@ -38,15 +39,67 @@ Source = str | Path | SourceConfig
 """A user's word for a checkpoint: a path, `demo`, a Hub id, or one of them with settings."""
 
 
-def open_named(source: Source) -> OpenCheckpoint:
-    """Open the checkpoint that a user's word means.
+def open_named(source: Source, progress: Progress | None = None) -> OpenCheckpoint:
+    """Open the checkpoint that a user's word means; a codec together with its base model.
+
+    Args:
+        source: A path, `demo`, or a Hub id; with settings if need be.
+        progress: Where to draw the check of a codec's base model.
 
     Raises:
-        CheckpointError: It cannot be found, read or recognised.
+        CheckpointError: It cannot be found, read or recognised, or the base model of a codec is not
+            there, or is another one.
         ConfigError: A setting is unknown or does not fit.
     """
     path, how = locate(source)
-    return open_checkpoint(path, how)
+    if not is_codec(path):
+        _refuse_base(how)
+        return open_checkpoint(path, how)
+    codec = open_checkpoint(path, replace(how, loras=(), base_model=None))
+    return _with_base(codec, how, progress or Silent())
+
+
+def is_codec(path: Path) -> bool:
+    """Whether a checkpoint's path is a cache codec, which needs a base model."""
+    return located(path).name == CODEC_NAME
+
+
+def base_of(codec: Path, how: SourceConfig) -> SourceConfig:
+    """The base model of a codec, as it was read when the codec was made.
+
+    Args:
+        codec: The codec's file or folder.
+        how: A base model and LoRAs that take the place of the recorded ones.
+
+    Raises:
+        CheckpointError: It is not where it was, nor anywhere else that is looked at.
+    """
+    folder, record = located(codec).parent, read_provenance(codec)
+    asked = from_dict(SourceConfig, record.get("source", {}).get("asked", {}))
+    base = how.base_model or find_base(folder, record.get("base", {}))
+    file = None if Path(base).is_file() else asked.file
+    return replace(asked, checkpoint=base, file=file, loras=how.loras or asked.loras)
+
+
+def _refuse_base(how: SourceConfig) -> None:
+    if how.base_model is not None:
+        raise ConfigError(
+            f"{how.checkpoint} is no codec and has no base model", "leave --base-model out"
+        )
+
+
+def _with_base(codec: OpenCheckpoint, how: SourceConfig, progress: Progress) -> OpenCheckpoint:
+    folder = located(codec.source.path).parent
+    base = open_checkpoint(*locate(base_of(codec.source.path, how)))
+    hashes = read_provenance(codec.source.path).get("base", {}).get("tensors", {})
+    if not hashes:
+        raise CheckpointError(
+            f"{folder} does not say which base model its codec was made for",
+            "convert the base model again",
+        )
+    joined = join(base, codec)
+    check_base(base, hashes, folder, lambda names: progress.track(names, "checking base model"))
+    return joined
 
 
 def recognise_named(source: Source, progress: Progress | None = None) -> OpenCheckpoint:
@@ -175,19 +228,37 @@ def read_provenance(converted: Source) -> dict[str, Any]:
 
 
 def load(
-    source: Source, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    source: Source,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    bytes_per_token: float | None = None,
+    cut: float | None = None,
+    base_model: str | Path | None = None,
 ) -> CausalWanModel:
-    """Load a dense checkpoint of the Wan family or a converted folder, ready to run.
+    """Load a dense checkpoint of the Wan family, a codec with its base model, or an MLA folder.
 
     Args:
         source: A file or folder, `demo`, or a Hub id.
         device: Where the weights go.
-        dtype: Of all weights.
+        dtype: Dtype of all weights; a codec's means and tables stay float32.
+        bytes_per_token: Size of a codec's cache, per token and layer.
+        cut: The same as a share of the dense cache to save.
+        base_model: Base model of a codec; by default the one that the codec names.
 
     Raises:
-        CheckpointError: It is no checkpoint of a known layout.
+        CheckpointError: It is no checkpoint of a known layout, or a codec without its base model.
+        ConfigError: A size was asked for that the model cannot have.
     """
-    return build(open_named(source), device, dtype)
+    how = _settled(source)
+    if base_model is not None:
+        how = replace(how, base_model=str(base_model))
+    model = build(open_named(how), device, dtype)
+    if bytes_per_token is not None or cut is not None:
+        size = CacheSize(bytes_per_token, cut)
+        check_runtime(model.config, RuntimeConfig(size=size))
+        model.resize(size)
+    return model
 
 
 def build(
@@ -197,8 +268,14 @@ def build(
 ) -> CausalWanModel:
     """The model of an open checkpoint, in evaluation mode and frozen."""
     model = empty_model(checkpoint)
-    state = {name: checkpoint.read(name).to(device, dtype) for name in model.state_dict()}
+    precise = {name for name, _ in model.named_buffers()}
+    state = {
+        name: checkpoint.read(name).to(device, torch.float32 if name in precise else dtype)
+        for name in model.state_dict()
+    }
     model.load_state_dict(state, assign=True)
+    if model.config.codec is not None:
+        model.resize(model.config.codec.size)
     return model.eval().requires_grad_(False)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vmla_convert.config import ModelConfig
+from vmla_convert.config import ModelConfig, RuntimeConfig
 from vmla_convert.layers.attention import in_float32
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.flow import (
@@ -127,14 +127,16 @@ def predicted_velocity(model: nn.Module, config: ModelConfig, example: Example) 
 
 
 @torch.no_grad()
-def streamed_velocity(model: CausalWanModel, example: Example) -> Tensor:
+def streamed_velocity(
+    model: CausalWanModel, example: Example, runtime: RuntimeConfig | None = None
+) -> Tensor:
     """Velocity of the noisy clip, each chunk from the model's own cache of its clean past.
 
     Returns:
         (B, F, C, height, width); as `predicted_velocity`, but for what the cache rounds.
     """
     latents, timestep, _, context = example
-    cache, prompt = model.new_cache(len(latents)), model.read_prompt(context)
+    cache, prompt = model.new_cache(len(latents), runtime), model.read_prompt(context)
     clean, noisy = latents.chunk(2, dim=1)
     levels, velocities = timestep.chunk(2, dim=1)[1], list[Tensor]()
     size = model.config.chunk_frames

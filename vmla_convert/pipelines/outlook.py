@@ -9,10 +9,13 @@ from time import perf_counter
 import torch
 
 from vmla_convert.checkpoint.families import OpenCheckpoint
+from vmla_convert.checkpoint.layouts import CODEC
 from vmla_convert.checkpoint.writer import check_place, copied_bytes, planned_files
 from vmla_convert.config import ConvertConfig, Geometry
 from vmla_convert.maths.spectra import truncate
-from vmla_convert.pipelines.convert import measures, open_measured, plan_conversion
+from vmla_convert.pipelines.codec import codec_specs, planned_codec
+from vmla_convert.pipelines.conversion import measures, open_measured
+from vmla_convert.pipelines.convert import plan_conversion
 from vmla_convert.pipelines.folders import named_layout, parts_to_copy
 from vmla_convert.pipelines.load import Source, open_named
 
@@ -29,7 +32,7 @@ class Outlook:
 
     Attributes:
         out: The folder.
-        cache_scalars_per_token: Per layer, averaged over layers.
+        cache_bytes_per_token: Bytes per token and layer, two for a number that is whole.
         cache_cut: Share of the dense cache that would be saved.
         files: Bytes of every file of weights.
         nbytes: Together.
@@ -38,7 +41,7 @@ class Outlook:
     """
 
     out: str
-    cache_scalars_per_token: float
+    cache_bytes_per_token: float
     cache_cut: float
     files: dict[str, int]
     nbytes: int
@@ -59,10 +62,15 @@ def foresee(
         VmlaError: As `convert`, for all that shows before weights are read.
     """
     checkpoint = open_named(source)
-    plan = plan_conversion(checkpoint, config)
-    form = named_layout(layout)
-    components = parts_to_copy(checkpoint.source.path, form)
-    check_place(out, plan.nbytes + copied_bytes(components), resume)
+    if config.product == "codec":
+        model = planned_codec(checkpoint, config)
+        form, specs, components = CODEC, codec_specs(model, config), {}
+    else:
+        plan = plan_conversion(checkpoint, config)
+        model, form, specs = plan.config, named_layout(layout), plan.specs
+        components = parts_to_copy(checkpoint.source.path, form)
+    written = sum(spec.nbytes for spec in specs.values())
+    check_place(out, written + copied_bytes(components), resume)
     geometry, tokens = checkpoint.config.geometry, _calibration_tokens(checkpoint, config)
     # Two squares of the width for the past, and for the own chunk clean and noisy.
     measured = 2 * 3 * geometry.dim**2 * 8 * geometry.num_layers
@@ -70,12 +78,12 @@ def foresee(
     activations = 4 * tokens * geometry.dim * (geometry.num_layers + 3)
     return Outlook(
         out=str(out),
-        cache_scalars_per_token=plan.config.cache_scalars_per_token(),
-        cache_cut=plan.config.cache_cut(),
-        files=(files := planned_files(plan.specs, layout=form)),
+        cache_bytes_per_token=model.cache_bytes_per_token(),
+        cache_cut=model.cache_cut(),
+        files=(files := planned_files(specs, layout=form)),
         nbytes=sum(files.values()),
         working_bytes=measured + activations if tokens else 0,
-        seconds=_seconds(checkpoint, config, plan.nbytes, tokens),
+        seconds=_seconds(checkpoint, config, written, tokens),
     )
 
 

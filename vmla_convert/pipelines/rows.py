@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vmla_convert.config import MLAConfig, ModelConfig
+from vmla_convert.config import DENSE_BITS, DENSE_ITEMSIZE, MLAConfig, ModelConfig, RuntimeConfig
 from vmla_convert.maths.rope3d import axis_pairs
-from vmla_convert.pipelines.convert import Conversion
+from vmla_convert.pipelines.conversion import Conversion
 from vmla_convert.pipelines.media import latent_frames_per_second
 from vmla_convert.results import Row
 
@@ -30,15 +30,18 @@ class Errors(NamedTuple):
     flow_loss: float
 
 
-def run_name(config: ModelConfig) -> str:
-    """How rows call a model: `dense`, or its init, sizes and latent."""
+def run_name(config: ModelConfig, runtime: RuntimeConfig | None = None) -> str:
+    """How rows call a model: `dense`, `dense int4`, `codec`, or `mla` with its init and sizes."""
     mla = config.mla
     if mla is None:
-        return "dense"
+        quantised = runtime and runtime.cache_dtype in DENSE_BITS
+        name = "codec" if config.codec else "dense"
+        return f"{name} {runtime.cache_dtype}" if runtime and quantised else name
     rank, rope = _uniform_sizes(mla)
-    sizes = f"{config.cache_scalars_per_token():.4g}" if rank is None else f"{rank}+{rope}"
+    numbers = config.cache_bytes_per_token() / DENSE_ITEMSIZE
+    sizes = f"{numbers:.4g}" if rank is None else f"{rank}+{rope}"
     nope = mla.qk_nope_head_dim
-    return "-".join((mla.init, sizes, mla.latent, *([f"nope{nope}"] if nope else [])))
+    return "-".join(("mla", mla.init, sizes, mla.latent, *([f"nope{nope}"] if nope else [])))
 
 
 def device_name() -> str:
@@ -46,13 +49,26 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
-def row_fields(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
-    """The fields that every row of one model shares."""
-    mla = config.mla
-    fields: dict[str, Any] = {"run": run_name(config), "seed": seed, "device": device_name()}
+def row_fields(
+    config: ModelConfig, seed: int = 0, runtime: RuntimeConfig | None = None
+) -> dict[str, Any]:
+    """The fields that every row of one model and one way of caching shares."""
+    mla, codec = config.mla, config.codec
+    fields: dict[str, Any] = {
+        "run": run_name(config, runtime),
+        "seed": seed,
+        "device": device_name(),
+        "bytes_per_token": config.cache_bytes_per_token(runtime),
+        "cache_dtype": runtime.cache_dtype if runtime else None,
+    }
+    if codec is not None:
+        init = "calibrated" if codec.calibrated else "assumed"
+        recent = config.cache.dense_recent_frames or None
+        fields |= {"product": "codec", "init": init, "dense_recent_frames": recent}
     if mla is not None:
         rank, rope = _uniform_sizes(mla)
         fields |= {
+            "product": "mla",
             "init": mla.init,
             "kv_lora_rank": rank,
             "qk_rope_head_dim": rope,
@@ -68,44 +84,55 @@ def _uniform_sizes(mla: MLAConfig) -> tuple[int | None, int | None]:
     return sizes.pop() if len(sizes) == 1 else (None, None)
 
 
-def error_rows(errors: Errors, config: ModelConfig, step: int | None, seed: int = 0) -> list[Row]:
+def error_rows(
+    errors: Errors,
+    config: ModelConfig,
+    step: int | None,
+    seed: int = 0,
+    runtime: RuntimeConfig | None = None,
+) -> list[Row]:
     """Rows of one measurement."""
-    fields = row_fields(config, seed)
+    fields = row_fields(config, seed, runtime)
     rows = [Row("flow_loss", errors.flow_loss, "squared velocity", step=step, **fields)]
-    if config.mla is not None:
+    if fields["run"] != "dense":
         rows.append(Row("velocity_error", errors.velocity_error, "relative", step=step, **fields))
     return rows
 
 
-def cache_rows(config: ModelConfig, seed: int = 0) -> list[Row]:
-    """Rows of what a token costs; bytes at two per number."""
-    fields, scalars = row_fields(config, seed), config.cache_scalars_per_token()
+def cache_rows(
+    config: ModelConfig, seed: int = 0, runtime: RuntimeConfig | None = None
+) -> list[Row]:
+    """Rows of what a token costs, two bytes for a number that is not quantised.
+
+    Frames that are kept dense as well are spread over the window.
+    """
+    fields = row_fields(config, seed, runtime)
     window, layers = config.cache.window_frames, config.geometry.num_layers
     tokens = window * config.tokens_per_frame * layers
-    nbytes = config.cache_bytes(window) / tokens
-    rows = [
-        Row("cache_scalars_per_token", scalars, "numbers per token and layer", **fields),
-        Row("cache_bytes_per_token", nbytes, "bytes per token and layer", **fields),
-    ]
-    if config.mla is not None:
-        rows.append(Row("cache_cut", config.cache_cut(), "share of the dense cache", **fields))
+    nbytes = config.cache_bytes(window, runtime=runtime) / tokens
+    rows = [Row("cache_bytes_per_token", nbytes, "bytes per token and layer", **fields)]
+    if fields["run"] != "dense":
+        cut = config.cache_cut(runtime)
+        rows.append(Row("cache_cut", cut, "share of the dense cache", **fields))
     return rows
 
 
-def memory_rows(config: ModelConfig, seed: int = 0) -> list[Row]:
+def memory_rows(
+    config: ModelConfig, seed: int = 0, runtime: RuntimeConfig | None = None
+) -> list[Row]:
     """Rows of what whole clips take in the cache, and of the model's own window.
 
-    At two bytes per number. Streaming needs no more than the window, whatever the length of the
-    clip.
+    Numbers that are not quantised count two bytes. Streaming needs no more than the window,
+    whatever the length of the clip.
     """
-    fields, window = row_fields(config, seed), config.cache.window_frames
+    fields, window = row_fields(config, seed, runtime), config.cache.window_frames
     rows: list[Row] = []
     for batch in MEMORY_BATCHES:
-        nbytes = float(config.cache_bytes(window, batch))
+        nbytes = float(config.cache_bytes(window, batch, runtime))
         rows.append(Row("cache_bytes", nbytes, "bytes", batch=batch, frames=window, **fields))
         for seconds in MEMORY_SECONDS:
             frames = round(seconds * latent_frames_per_second(config))
-            nbytes = float(config.cache_bytes(frames, batch))
+            nbytes = float(config.cache_bytes(frames, batch, runtime))
             of_clip = {"batch": batch, "frames": frames, "clip_seconds": seconds}
             rows.append(Row("cache_bytes", nbytes, "bytes", **of_clip, **fields))
     return rows
@@ -114,7 +141,8 @@ def memory_rows(config: ModelConfig, seed: int = 0) -> list[Row]:
 def branch_rows(config: ModelConfig, seed: int = 0) -> list[Row]:
     """Rows of the sizes that each layer got, of its rope keys, and of what its content folds."""
     mla, head_dim, rows = config.mla, config.geometry.head_dim, list[Row]()
-    assert mla is not None
+    if mla is None:
+        return rows
     fields = row_fields(config, seed)
     # A layer's own row has its size as value, not as field.
     sizes = ("kv_lora_rank", "qk_rope_head_dim")

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from vmla_convert.config import RecoverConfig, TrainingConfig
 from vmla_convert.layers.attention import DenseSelfAttention
-from vmla_convert.layers.dit import Attend, CausalWanModel, gated, masked_attention
-from vmla_convert.layers.mla import LatentSelfAttention
+from vmla_convert.layers.dit import Attend, Block, CausalWanModel, gated, masked_attention
 from vmla_convert.pipelines.calibrate import ReadBlock, clips_at_once
 from vmla_convert.pipelines.data import Batch, ClipSource, seeded
 from vmla_convert.pipelines.losses import make_example, teacher_forcing_inputs
@@ -55,22 +54,22 @@ class Lesson(NamedTuple):
     taught: int
     at_once: int
 
-    def errors(self, layer: LatentSelfAttention, picks: Tensor) -> Iterator[Tensor]:
-        """Squared error of what a layer adds to its block, relative to what it should add.
+    def errors(self, block: Block, picks: Tensor) -> Iterator[Tensor]:
+        """Squared error of what self-attention adds to its block, relative to what it should add.
 
         In parts, of as many clips as pass a layer together, that add up to it.
         """
         parts = picks.split(self.at_once)
         whole = sum(gated(self.outputs[p], self.gate[p]).square().sum() for p in parts)
         for part in parts:
-            given = self.attend(layer, self.inputs[part])
+            given = self.attend(block, self.inputs[part])
             yield gated(given - self.outputs[part], self.gate[part]).square().sum() / whole
 
 
 def recover_layers(
     shell: CausalWanModel,
     read_block: ReadBlock,
-    layers: list[LatentSelfAttention],
+    layers: list[Block],
     clips: ClipSource,
     config: RecoverConfig,
     shelf: Shelf,
@@ -98,7 +97,7 @@ def recover_layers(
             shelf.put(_name(index), _new_tensors(layers[index]))
 
 
-def apply_layers(layers: list[LatentSelfAttention], shelf: Shelf, share: Share) -> None:
+def apply_layers(layers: list[Block], shelf: Shelf, share: Share) -> None:
     """Give layers what was put on the shelf, each from the process that fitted it."""
     with torch.no_grad():
         for index, layer in enumerate(layers):
@@ -113,9 +112,7 @@ def apply_layers(layers: list[LatentSelfAttention], shelf: Shelf, share: Share) 
                 parameter.copy_(scattered(tensor, parameter))
 
 
-def fit_layer(
-    layer: LatentSelfAttention, lesson: Lesson, config: RecoverConfig
-) -> tuple[float, float]:
+def fit_layer(layer: Block, lesson: Lesson, config: RecoverConfig) -> tuple[float, float]:
     """Regress one layer's output; returns its error on clips of its own, before and after."""
     parameters = [p.requires_grad_(True) for p in new_parameters(layer)]
     start = [p.detach().clone() for p in parameters]
@@ -144,7 +141,7 @@ def fit_layer(
 
 
 @torch.no_grad()
-def _held_error(layer: LatentSelfAttention, lesson: Lesson) -> float:
+def _held_error(layer: Block, lesson: Lesson) -> float:
     held = torch.arange(lesson.taught, len(lesson.inputs))
     errors = (sum(lesson.errors(layer, p)) * len(p) for p in held.split(HELD_TOGETHER))
     return sum(map(float, errors)) / len(held)
@@ -171,7 +168,7 @@ def _walk(
         block = read_block(layer)
         assert isinstance(block.self_attn, DenseSelfAttention)
         inputs = block.attention_input(x, modulation)
-        outputs = [attend(block.self_attn, part) for part in inputs.split(at_once)]
+        outputs = [attend(block, part) for part in inputs.split(at_once)]
         gate = block.attention_gate(modulation)
         lesson = Lesson(inputs, torch.cat(outputs), gate, attend, taught, at_once)
         yield lesson
@@ -193,7 +190,7 @@ def _name(layer: int) -> str:
     return f"layer-{layer:03d}"
 
 
-def _new_tensors(layer: LatentSelfAttention) -> dict[str, Tensor]:
+def _new_tensors(layer: Block) -> dict[str, Tensor]:
     """The new parameters of a layer, by name."""
     new = {id(parameter) for parameter in new_parameters(layer)}
     return {n: p.detach() for n, p in layer.named_parameters() if id(p) in new}

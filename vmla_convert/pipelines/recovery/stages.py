@@ -26,7 +26,6 @@ from vmla_convert.pipelines.recovery.layerwise import apply_layers, recover_laye
 from vmla_convert.pipelines.recovery.rollouts import Share, rollout_examples
 from vmla_convert.pipelines.recovery.trained import (
     add_adapters,
-    latent_layers,
     merge_adapters,
     new_names,
     new_state,
@@ -128,7 +127,7 @@ def fit_layers(
         folders: Where layers are kept until all are done.
         progress: Where to draw.
     """
-    state, layers = processes(), latent_layers(student)
+    state, layers = processes(), student.all_blocks()
     share = Share(state.process_index, state.num_processes)
     shelf: Shelf = MemoryShelf()
     if folders is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vmla_convert.errors import MissingExtraError
-from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.layers.dit import Block, CausalWanModel
 from vmla_convert.layers.mla import LatentSelfAttention
 
 if TYPE_CHECKING:
@@ -24,18 +24,16 @@ _ATTENTION = ("q.", "o.", "norm_q.")
 _ADAPTER = "lora_"
 
 
-def latent_layers(student: CausalWanModel) -> list[LatentSelfAttention]:
-    """The self-attention of every block of a converted model."""
-    return [a for a in student.self_attentions() if isinstance(a, LatentSelfAttention)]
-
-
-def new_parameters(layer: LatentSelfAttention) -> list[nn.Parameter]:
-    """What a conversion made of a layer, and recovery trains first."""
+def new_parameters(block: Block) -> list[nn.Parameter]:
+    """What a conversion made of a block, and recovery trains first."""
+    if block.codec is not None:
+        return [block.codec.encode, block.codec.decode]
+    layer = block.self_attn
+    assert isinstance(layer, LatentSelfAttention)
     parts = [layer.kv_a_proj, layer.kv_b_proj_k, layer.kv_b_proj_v, layer.k_rope_proj]
-    parameters = [*(p for part in parts for p in part.parameters()), layer.q_rope_map]
-    if layer.q_nope_map is not None:
-        parameters.append(layer.q_nope_map)
-    return parameters
+    parameters = [p for part in parts for p in part.parameters()]
+    maps = (layer.q_rope_map, layer.q_nope_map)
+    return parameters + [weights for weights in maps if weights is not None]
 
 
 def unfreeze(student: CausalWanModel, scope: Scope) -> None:
@@ -48,11 +46,11 @@ def unfreeze(student: CausalWanModel, scope: Scope) -> None:
     if scope == "all":
         student.requires_grad_(True)
         return
-    for layer in latent_layers(student):
-        for parameter in new_parameters(layer):
+    for block in student.all_blocks():
+        for parameter in new_parameters(block):
             parameter.requires_grad_(True)
         if scope == "attention":
-            for name, parameter in layer.named_parameters():
+            for name, parameter in block.self_attn.named_parameters():
                 if name.startswith(_ATTENTION):
                     parameter.requires_grad_(True)
 
@@ -65,7 +63,7 @@ def new_state(student: CausalWanModel) -> dict[str, Tensor]:
 
 def new_names(student: CausalWanModel) -> frozenset[str]:
     """Names of what the conversion made and of adapters: what takes the full learning rate."""
-    made = {id(p) for layer in latent_layers(student) for p in new_parameters(layer)}
+    made = {id(p) for block in student.all_blocks() for p in new_parameters(block)}
     return frozenset(
         name for name, p in student.named_parameters() if id(p) in made or _ADAPTER in name
     )

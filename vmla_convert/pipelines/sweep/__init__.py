@@ -21,7 +21,7 @@ from vmla_convert.config import (
 )
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines.calibrate import check_clips
-from vmla_convert.pipelines.convert import open_measured
+from vmla_convert.pipelines.conversion import open_measured
 from vmla_convert.pipelines.data import open_clips
 from vmla_convert.pipelines.evaluate import HeldOut, check_held_out, dense_rows, spectrum_rows
 from vmla_convert.pipelines.grid import SweepPoint, digest, grid, sweep_points

@@ -28,7 +28,7 @@ from vmla_convert.maths.factor import (
 )
 from vmla_convert.maths.projections import Evidence, KVWeights, LayerShape, cut
 from vmla_convert.pipelines.calibrate import LayerReads, calibrate, deployed_phases, model_blocks
-from vmla_convert.pipelines.convert import measures
+from vmla_convert.pipelines.conversion import measures
 from vmla_convert.pipelines.data import open_clips, seeded
 from vmla_convert.pipelines.factoring import (
     Branch,

@@ -1,4 +1,4 @@
-"""Attention to one set of keys among several, and how the parts become one softmax again.
+"""Scaled dot-product attention: to all keys at once, or to one of two sets that are merged after.
 
 Softmax over two sets of keys is the mean of the softmaxes over each, weighted by the sums of their
 exponentials. Fused kernels know the logarithm of that sum, but `scaled_dot_product_attention` drops
@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vmla_convert.layers.attention import widened
+from vmla_convert.maths.masks import QueryGroup
 
 ALIGNED = 8  # heads that fused CUDA kernels take are multiples of this
 FLASH_WIDTH = 256  # and no wider than this, in two bytes
@@ -29,6 +30,56 @@ class Partial(NamedTuple):
 
     output: Tensor
     log_sum: Tensor
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    groups: tuple[QueryGroup, ...] | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention of queries (B, T, H, D) to keys and values (B, S, H, D): (B, T, H, D).
+
+    Widths of keys and values may differ; the narrower is padded, as fused kernels want them alike.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        groups: Of the queries, by the keys that they see; None where all see all. Each is attended
+            for itself, so that kernels meet no mask and no pair that nobody sees.
+        scale: Of the scores; that of the queries' width by default.
+    """
+    width = v.shape[-1]
+    q, k, v = widened(q, k, v)
+    if groups is None:
+        return _attend_all(q, k, v, scale)[..., :width]
+    parts = zip(q.split([group.queries for group in groups], 1), groups, strict=True)
+    outputs = [
+        _attend_all(part, _joined(k, group.keys), _joined(v, group.keys), scale)
+        for part, group in parts
+    ]
+    return torch.cat(outputs, 1)[..., :width]
+
+
+def _attend_all(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+def _joined(x: Tensor, runs: tuple[slice, ...]) -> Tensor:
+    """Some runs of the tokens of x (B, S, …); a single one is not copied."""
+    parts = [x[:, run] for run in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def widened(q: Tensor, k: Tensor, v: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """All as wide as the widest, rounded up; zeros change neither scores nor what is gathered."""
+    widest = max(k.shape[-1], v.shape[-1])
+    wide = -(-widest // multiple) * multiple
+    q, k, v = (x if x.shape[-1] == wide else F.pad(x, (0, wide - x.shape[-1])) for x in (q, k, v))
+    return q, k, v
 
 
 def attend_partly(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial:

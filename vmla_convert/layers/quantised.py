@@ -1,0 +1,130 @@
+"""The dense cache quantised in place: what a user without a codec would do, as a baseline.
+
+Keys are quantised per channel over the tokens of a chunk, before rotation, because the spread of
+keys differs by channel; values per token and head. Each group has a least value and a step, both
+float16, as in KIVI (arXiv 2402.02750).
+
+Letters: B batch, S tokens, H heads, D head dim (H·D = d).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vmla_convert.layers.attention import Entries, split_heads
+from vmla_convert.layers.cache import FrameBuffer, Storage
+from vmla_convert.maths.quantise import code_bytes, pack, unpack
+
+
+class Grid(NamedTuple):
+    """Even steps from a least value.
+
+    Attributes:
+        least: float16.
+        step: float16, of the same shape.
+    """
+
+    least: Tensor
+    step: Tensor
+
+
+class QuantisedStore:
+    """Keys and values in a few bits per number."""
+
+    def __init__(self, num_heads: int, width: int, bits: int, slots: int, storage: Storage) -> None:
+        """Allocate all slots but the grids of keys, which are made chunk by chunk.
+
+        Args:
+            num_heads: H.
+            width: d, of keys and of values.
+            bits: Of each number, 1 to 8.
+            slots: Frames.
+            storage: Where and how.
+        """
+        self._num_heads, self._dtype = num_heads, storage.dtype
+        self._widths, size = (bits,) * width, code_bytes((bits,) * width)
+        self._codes = [FrameBuffer(slots, size, storage, torch.uint8) for _ in range(2)]
+        self._value_grid = [
+            FrameBuffer(slots, num_heads, storage, torch.float16) for _ in Grid._fields
+        ]
+        self._key_grids: dict[int, Grid] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots, and of the grids of keys that are held."""
+        grids = {id(grid): sum(part.nbytes for part in grid) for grid in self._key_grids.values()}
+        buffers = (*self._codes, *self._value_grid)
+        return sum(buffer.nbytes for buffer in buffers) + sum(grids.values())
+
+    def write(self, slots: Sequence[int], key: Tensor, value: Tensor) -> None:
+        """Quantise a chunk."""
+        key_grid = fit_grid(key, 1, self._widths[0])
+        by_head = split_heads(value, self._num_heads)
+        value_grid = fit_grid(by_head, -1, self._widths[0])
+        codes = (
+            to_codes(key, key_grid, self._widths[0]),
+            to_codes(by_head, value_grid, self._widths[0]),
+        )
+        for buffer, part in zip(self._codes, (codes[0], codes[1].flatten(2)), strict=True):
+            buffer.write(slots, pack(part, self._widths))
+        for buffer, part in zip(self._value_grid, value_grid, strict=True):
+            buffer.write(slots, part[..., 0])
+        # The frames of a chunk share one grid.
+        self._key_grids |= dict.fromkeys(slots, key_grid)
+
+    def past(self, slots: Sequence[int]) -> RebuiltPast:
+        """Keys and values as near as their codes are."""
+        key_codes, value_codes = (unpack(b.read(slots), self._widths) for b in self._codes)
+        grids = [self._key_grids[slot] for slot in slots]
+        if not grids:
+            empty = key_codes.to(self._dtype)
+            return RebuiltPast((empty, empty), self._num_heads)
+        key_grid = Grid(*(torch.cat(parts, 1) for parts in zip(*grids, strict=True)))
+        frames = key_codes.unflatten(1, (len(slots), -1))
+        key = from_codes(frames, Grid(*(part[:, :, None] for part in key_grid))).flatten(1, 2)
+        value_grid = Grid(*(b.read(slots)[..., None] for b in self._value_grid))
+        value = from_codes(split_heads(value_codes, self._num_heads), value_grid).flatten(2)
+        return RebuiltPast((key.to(self._dtype), value.to(self._dtype)), self._num_heads)
+
+
+class RebuiltPast(NamedTuple):
+    """A past whose keys and values are whole already.
+
+    Attributes:
+        entries: Keys and values, both (B, S, d).
+        num_heads: H.
+    """
+
+    entries: Entries
+    num_heads: int
+
+    @property
+    def tokens(self) -> int:
+        """S, how many tokens there are."""
+        return self.entries[0].shape[1]
+
+    def heads(self, heads: slice) -> Entries:
+        """Keys, unrotated, and values of some heads, both (B, S, heads, D)."""
+        return tuple(split_heads(part, self.num_heads)[:, :, heads] for part in self.entries)
+
+
+def fit_grid(x: Tensor, dim: int, bits: int) -> Grid:
+    """The grid of 2^bits values that covers x, over one dimension, which stays with size 1."""
+    least, most = x.float().aminmax(dim=dim, keepdim=True)
+    return Grid(least.half(), ((most - least) / (2**bits - 1)).half())
+
+
+def to_codes(x: Tensor, grid: Grid, bits: int) -> Tensor:
+    """The nearest value of a grid for each number, as int32."""
+    step = grid.step.float().clamp_min(torch.finfo(torch.float16).tiny)
+    steps = (x.float() - grid.least.float()) / step
+    return steps.round().clamp(0, 2**bits - 1).int()
+
+
+def from_codes(codes: Tensor, grid: Grid) -> Tensor:
+    """The numbers that codes stand for, float32."""
+    return torch.addcmul(grid.least.float(), codes.float(), grid.step.float())

@@ -1,0 +1,237 @@
+"""Fit a cache codec to a dense checkpoint, layer by layer, and write its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vmla_convert import __version__
+from vmla_convert.checkpoint.base import base_tensors, tensor_hash
+from vmla_convert.checkpoint.families import OpenCheckpoint, converted_config
+from vmla_convert.checkpoint.hub import cached_repo
+from vmla_convert.checkpoint.known import known_model
+from vmla_convert.checkpoint.layouts import CODEC
+from vmla_convert.checkpoint.source import TensorSpec
+from vmla_convert.checkpoint.writer import CheckpointWriter, check_place
+from vmla_convert.config import CacheSize, CodecConfig, ConvertConfig, ModelConfig, SourceConfig
+from vmla_convert.errors import ConfigError
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.maths.codec import CodecFit, assume_codec, fit_codec
+from vmla_convert.pipelines.calibrate import LayerReads, calibrate
+from vmla_convert.pipelines.card import CARD_NAME, model_card
+from vmla_convert.pipelines.conversion import (
+    Conversion,
+    calibration_shelf,
+    cast_finite,
+    clips_hash,
+    measures,
+    open_measured,
+    origin_of,
+    peak_rss_bytes,
+    refuse_converted,
+    require_finite,
+    weights_of,
+)
+from vmla_convert.pipelines.data import recorded
+from vmla_convert.pipelines.load import (
+    CONVERSION_NAME,
+    DEMO,
+    Source,
+    build_shell,
+    compute_device,
+    open_named,
+    read_block,
+)
+from vmla_convert.pipelines.parallel import ahead, workers_for
+from vmla_convert.pipelines.versions import versions
+from vmla_convert.progress import Progress, Silent, Timed
+from vmla_convert.tables import to_dict
+
+CHANNELS = 256
+"""Channels per layer by default: 2.4 times what 1/20 of the dense bytes uses in the demo model."""
+
+# What makes sense only for the other product; a codec has no other value of these.
+_MLA_ONLY = (
+    "init",
+    "latent",
+    "cache_scalars",
+    "ranks",
+    "kv_lora_rank",
+    "qk_rope_head_dim",
+    "qk_nope_head_dim",
+    "plan",
+)
+_WIDE = ("encode", "decode")
+
+
+def convert_to_codec(
+    source: Source,
+    out: Path,
+    config: ConvertConfig,
+    progress: Progress | None = None,
+    resume: bool = False,
+    layout: str = "native",
+) -> Conversion:
+    """Fit a codec; arguments and errors as of `convert`. The source is read and never written."""
+    started, progress = perf_counter(), Timed(progress or Silent())
+    if layout != "native":
+        raise ConfigError(
+            f"a codec is a file beside its base model and has no layout '{layout}'",
+            f"convert first, then: vmla export {out} -o DIR --layout {layout}",
+        )
+    checkpoint = open_named(source)
+    if checkpoint.known and (note := known_model(checkpoint.known).note):
+        progress.note(f"{checkpoint.known}: {note}")
+    planned = planned_codec(checkpoint, config)
+    specs = codec_specs(planned, config)
+    check_place(out, sum(spec.nbytes for spec in specs.values()), resume)
+    if measures(config):
+        open_measured(checkpoint.config, config)
+    base = _base_record(source, checkpoint, progress)
+    origin = origin_of(source, checkpoint)
+    basis = {
+        "source": origin,
+        "base": base["tensors"],
+        "model": to_dict(checkpoint.config),
+        "clips": clips_hash(config),
+    }
+    shelf = calibration_shelf(out, basis, config) if measures(config) else None
+    fit = _fitter(checkpoint, config, shelf, progress)
+    factor_started = perf_counter()
+    identity = {**basis, "version": __version__, "settings": to_dict(config)}
+    with CheckpointWriter(out, specs, identity=identity, resume=resume, layout=CODEC) as writer:
+        left = range(int(writer.state or 0), checkpoint.config.geometry.num_layers)
+        made = ahead(fit, left, workers_for(_fit_bytes(planned, config)))
+        for layer, codec in zip(
+            left, progress.track(made, "fitting codecs", len(left)), strict=True
+        ):
+            for name, tensor in codec_tensors(codec, layer).items():
+                writer.add(name, cast_finite(name, tensor, specs[name].dtype))
+            writer.commit(layer + 1)
+        seconds, peak = perf_counter() - started, peak_rss_bytes()
+        factor_seconds = perf_counter() - factor_started
+        record = {
+            "source": origin,
+            "base": base,
+            "convert": to_dict(replace(config, data=recorded(config.data))),
+            "versions": versions(),
+            "convert_seconds": seconds,
+            "factor_seconds": factor_seconds,
+            "stage_seconds": progress.seconds,
+            "peak_rss_bytes": peak,
+        }
+        writer.write_files(codec_files(planned, record))
+    if shelf is not None:
+        shelf.remove()
+    return Conversion(out, planned, seconds, factor_seconds, peak)
+
+
+def planned_codec(checkpoint: OpenCheckpoint, config: ConvertConfig) -> ModelConfig:
+    """The settings of a dense model with the codec that a conversion will make.
+
+    Raises:
+        CheckpointError: The checkpoint is converted already.
+        ConfigError: A setting does not fit the model, or is one of MLA layers.
+    """
+    refuse_converted(checkpoint)
+    dense, plain = checkpoint.config, {f.name: f.default for f in fields(ConvertConfig)}
+    for name in _MLA_ONLY:
+        if getattr(config, name) != plain[name]:
+            raise ConfigError(
+                f"{name} is a setting of MLA layers, and this makes a codec",
+                "leave it out, or add --preset videomla",
+            )
+    channels = codec_channels(dense, config)
+    size = CodecConfig(channels).size
+    if config.bytes_per_token is not None or config.cut is not None:
+        size = CacheSize(config.bytes_per_token, config.cut)
+    return replace(dense, codec=CodecConfig(channels, size, config.calibrate))
+
+
+def codec_channels(dense: ModelConfig, config: ConvertConfig) -> int:
+    """Channels per layer that a conversion stores."""
+    return config.channels or min(CHANNELS, dense.geometry.dim)
+
+
+def codec_specs(config: ModelConfig, how: ConvertConfig) -> dict[str, TensorSpec]:
+    """Shape and dtype of every tensor of a codec, by native name."""
+    dtype = getattr(torch, how.dtype or "bfloat16")
+    with torch.device("meta"):
+        state = CausalWanModel(config).state_dict()
+    return {
+        name: TensorSpec(tuple(t.shape), dtype if name.endswith(_WIDE) else torch.float32)
+        for name, t in state.items()
+        if ".codec." in name
+    }
+
+
+def codec_tensors(codec: CodecFit, layer: int) -> dict[str, Tensor]:
+    """A fitted layer by native names."""
+    return {f"blocks.{layer}.codec.{name}": tensor for name, tensor in codec._asdict().items()}
+
+
+def codec_files(config: ModelConfig, record: Mapping[str, Any]) -> dict[str, str | dict[str, Any]]:
+    """What lies beside the weights of a codec."""
+    return {
+        "config.json": converted_config(config),
+        CONVERSION_NAME: dict(record),
+        CARD_NAME: model_card(config, record),
+    }
+
+
+def fit_layer(reads: LayerReads, channels: int) -> CodecFit:
+    """The codec of a layer that calibration measured."""
+    assert reads.samples is not None
+    return fit_codec(*reads.past, reads.samples, channels)
+
+
+def _fitter(
+    checkpoint: OpenCheckpoint, config: ConvertConfig, shelf: Any, progress: Progress
+) -> Callable[[int], CodecFit]:
+    """Fits the codec of a layer by its index; calibration happens here and now."""
+    channels = codec_channels(checkpoint.config, config)
+    if not config.calibrate:
+        weights = weights_of(checkpoint)
+        return lambda layer: assume_codec(weights(layer), channels)
+    device = compute_device()
+    reads = calibrate(
+        build_shell(checkpoint, device),
+        lambda layer: read_block(checkpoint, layer, device),
+        open_measured(checkpoint.config, config),
+        config.calibration_clips,
+        config.seed,
+        progress,
+        shelf,
+    )
+    return lambda layer: fit_layer(reads(layer), channels)
+
+
+def _base_record(source: Source, checkpoint: OpenCheckpoint, progress: Progress) -> dict[str, Any]:
+    """How a codec finds its base model again, and knows it by what keys and values depend on."""
+    how = source if isinstance(source, SourceConfig) else SourceConfig(str(source))
+    plain, hashes = replace(checkpoint, loras=()), dict[str, str]()
+    names = base_tensors(checkpoint.config.geometry.num_layers)
+    for name in progress.track(names, "hashing keys and values"):
+        tensor = plain.read(name)
+        require_finite(name, tensor, checkpoint.source.path)
+        hashes[name] = tensor_hash(tensor)
+    path = checkpoint.source.path
+    record: dict[str, Any] = {"name": path.name, "path": str(path.absolute())}
+    if how.checkpoint == DEMO:
+        record = {"name": DEMO, "repo": DEMO}
+    elif repo := cached_repo(path):
+        name, _, revision = repo.partition("@")
+        record = {"name": name.rpartition("/")[2], "repo": name, "revision": revision}
+    return record | {"tensors": hashes}
+
+
+def _fit_bytes(config: ModelConfig, how: ConvertConfig) -> int:
+    """Memory of one fit: half a dozen matrices of keys and values, or of inputs, in float64."""
+    width = config.geometry.dim * (2 if how.calibrate else 1)
+    return 6 * 8 * width**2 + 8 * (2 * config.geometry.dim) ** 2
