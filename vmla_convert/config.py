@@ -631,8 +631,10 @@ class RecoverConfig:
         levels: Noise levels to distil at: the sampler's own few, those of pretraining, or half of
             the chunks at each.
         flow_weight: Of the flow-matching loss on the clips, beside the teacher's.
-        train: `new` trains what the conversion made; `attention` also queries and output of the
-            self-attention; `all` everything.
+        train: `new` trains what the conversion made, of a codec its encoder and decoder;
+            `attention` also queries and output of the self-attention; `all` everything.
+        nested: Sizes of a codec, as shares of the dense cache to save. Each step draws one, so that
+            one file serves all of them; empty trains the codec's default size.
         rest_lr: Learning rate of what is not new, over that of what is.
         lora_rank: Of adapters on queries, outputs, cross-attention and feed-forward where those
             stay frozen, merged at the end; 0 for none.
@@ -652,6 +654,7 @@ class RecoverConfig:
     levels: Literal["both", "sampler", "training"] = "both"
     flow_weight: float = 0.0
     train: Literal["new", "attention", "all"] = "new"
+    nested: tuple[float, ...] = ()
     rest_lr: float = 0.1
     lora_rank: int = 0
     offload: bool = False
@@ -676,6 +679,10 @@ class RecoverConfig:
         }
         for name in (name for name, asked in whole.items() if asked and self.shard):
             raise ConfigError(f"shard does not go with {name}", "leave one of them out")
+
+
+NESTED_CUTS = (0.985, 0.975, 0.96, 0.95, 0.92)
+"""Sizes that `--nested` trains at, as shares of the dense cache to save."""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def show_outlook(outlook: Outlook) -> None:
     out.data(
         {
             "would write": outlook.out,
-            "numbers cached per token and layer": outlook.cache_bytes_per_token,
+            "bytes cached per token and layer": outlook.cache_bytes_per_token,
             "cache cut": f"{outlook.cache_cut:.1%}",
             "working files beside it (bytes)": f"{outlook.working_bytes:,}",
             "about (seconds)": round(outlook.seconds),
@@ -90,7 +90,7 @@ def show_inspection(inspection: Inspection) -> None:
         {
             "checkpoint": inspection.path,
             "family": inspection.family,
-            **({name: text for name, text in known.items() if text} if model.mla is None else {}),
+            **({name: text for name, text in known.items() if text} if model.is_dense else {}),
             "parameters": f"{inspection.parameters:,}",
             "weights (bytes)": f"{inspection.nbytes:,} as {', '.join(inspection.dtypes)}",
             "layers, width, heads": f"{geometry.num_layers}, {geometry.dim}, {geometry.num_heads}",
@@ -111,7 +111,7 @@ def show_inspection(inspection: Inspection) -> None:
     )
     cached = [
         ["this checkpoint", model, inspection.window_cache_bytes],
-        ["converted", converted, inspection.converted_window_cache_bytes],
+        ["with a codec", converted, inspection.converted_window_cache_bytes],
     ]
     out.table(
         "KV cache",
@@ -138,6 +138,6 @@ def show_inspection(inspection: Inspection) -> None:
             [str(s.layer), str(s.effective_rank_99), f"{s.energy_at_rank:.1%}"]
             for s in inspection.spectrum
         ]
-        rank = converted.mla.kv_lora_rank[0] if converted.mla else 0
+        rank = geometry.dim // 8
         header = ["layer", f"99 %-energy rank of {geometry.dim}", f"energy at R = {rank}"]
         out.table("Joint key and value weights", header, layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated
@@ -10,6 +11,10 @@ from typing import Annotated
 import typer
 
 from vmla_convert.cli.options import (
+    MLA,
+    SIZE,
+    BaseModel,
+    BytesPerToken,
     CacheScalars,
     Checkpoint,
     Cut,
@@ -35,20 +40,19 @@ def inspect(
     model: Model = None,
     settings: Settings = None,
     loras: Loras = None,
-    cache_scalars: CacheScalars = None,
+    bytes_per_token: BytesPerToken = None,
     cut: Cut = None,
-    kv_lora_rank: KvLoraRank = None,
     spectra: Annotated[
         bool, typer.Option(help="Also how low-rank each layer's weights are; reads them.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Show what a checkpoint is, what its cache costs, and what a latent cache would cost."""
+    """Show what a checkpoint is, what its cache costs, and what a codec's cache would cost."""
     from vmla_convert.pipelines.inspect import inspect_checkpoint
 
     out.json = json
     source = _source(checkpoint, file, key, model, settings, loras)
-    sizes = ConvertConfig(cache_scalars=cache_scalars, cut=cut, kv_lora_rank=kv_lora_rank)
+    sizes = ConvertConfig(bytes_per_token=bytes_per_token, cut=cut)
     with out.progress() as progress:
         inspection = inspect_checkpoint(source, sizes, progress, spectra)
     if json:
@@ -65,44 +69,64 @@ def convert(
     model: Model = None,
     settings: Settings = None,
     loras: Loras = None,
-    cache_scalars: CacheScalars = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="videomla: a whole checkpoint with the paper's MLA layers instead of a codec."
+        ),
+    ] = None,
+    bytes_per_token: BytesPerToken = None,
     cut: Cut = None,
+    channels: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Channels per layer in the codec's file, which bound its largest size. Default: "
+            "256, or the model's width where that is less.",
+            rich_help_panel=SIZE,
+        ),
+    ] = None,
+    cache_scalars: CacheScalars = None,
     kv_lora_rank: KvLoraRank = None,
     qk_rope_head_dim: Annotated[
-        int | None,
-        typer.Option(help="Width of the shared rope key, even."),
+        int | None, typer.Option(help="Width of the shared rope key, even.", rich_help_panel=MLA)
     ] = None,
     qk_nope_head_dim: Annotated[
         int | None,
         typer.Option(
             help="Truncate the content part of every head: 96 with a rope key of 32 makes heads of "
-            "128, which fused attention kernels are fastest at. The cache stays as it is."
+            "128, which fused attention kernels are fastest at. The cache stays as it is.",
+            rich_help_panel=MLA,
         ),
     ] = None,
     ranks: Annotated[
         str | None,
         typer.Option(
-            help="How the numbers are divided: budget (by predicted error; the default where the "
-            "init predicts it), energy, or uniform."
+            help="How the numbers are divided among layers: budget (by predicted error), energy, "
+            "or uniform.",
+            rich_help_panel=MLA,
         ),
     ] = None,
     plan: Annotated[
         Path | None,
-        typer.Option(help="Sizes of an earlier conversion: its folder or conversion.json."),
+        typer.Option(
+            help="Sizes of an earlier conversion: its folder or conversion.json.",
+            rich_help_panel=MLA,
+        ),
     ] = None,
     init: Annotated[
         str | None,
         typer.Option(
-            help="calibrated (the default), spectral (the paper), random; or what a converter of "
-            "language models would do: transmla, mha2mla, xecomla."
+            help="spectral (the paper), calibrated, random; or what a converter of language models "
+            "would do: transmla, mha2mla, xecomla.",
+            rich_help_panel=MLA,
         ),
     ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(help="videomla: the paper's init and shares; other options override."),
-    ] = None,
     latent: Annotated[
-        str | None, typer.Option(help="joint: keys and values share the latent; or split.")
+        str | None,
+        typer.Option(
+            help="joint: keys and values share the latent; or split.", rich_help_panel=MLA
+        ),
     ] = None,
     calibrate: Annotated[
         bool,
@@ -123,15 +147,16 @@ def convert(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Write all weights as bfloat16, float16 or float32. Default: kept ones as they "
-            "are, new ones as float32."
+            help="Write weights as bfloat16, float16 or float32. Default: bfloat16 for a codec; "
+            "for MLA kept ones as they are, new ones as float32."
         ),
     ] = None,
     layout: Annotated[
         str,
         typer.Option(
             help="native, or diffusers: a pipeline's folder, with text encoder and VAE where the "
-            "source has them."
+            "source has them.",
+            rich_help_panel=MLA,
         ),
     ] = "native",
     resume: Annotated[
@@ -140,17 +165,22 @@ def convert(
     dry_run: Annotated[bool, typer.Option(help="Show what would be written, and stop.")] = False,
     json: Json = False,
 ) -> None:
-    """Convert a dense checkpoint into a folder with a latent cache.
+    """Make a cache codec for a dense checkpoint, or with --preset a checkpoint with MLA layers.
 
-    The source is read block by block, so it need not fit in memory.
+    The checkpoint is read block by block and never written. A codec serves every size up to the
+    one that its file holds. Example:
+
+        vmla convert model.pt -o kv
     """
     from vmla_convert.pipelines import convert as pipeline
     from vmla_convert.pipelines.conversion import is_begun
 
     out.json = json
     sizes = {
-        "cache_scalars": cache_scalars,
+        "bytes_per_token": bytes_per_token,
         "cut": cut,
+        "channels": channels,
+        "cache_scalars": cache_scalars,
         "kv_lora_rank": kv_lora_rank,
         "qk_rope_head_dim": qk_rope_head_dim,
         "qk_nope_head_dim": qk_nope_head_dim,
@@ -198,8 +228,7 @@ def convert(
             "vmla",
             "recover",
             str(folder),
-            "--teacher",
-            checkpoint,
+            *(["--teacher", checkpoint] if config.product == "mla" else []),
             "-o",
             f"{folder}-recovered",
         ]
@@ -229,13 +258,18 @@ def export(
     model: Model = None,
     settings: Settings = None,
     loras: Loras = None,
+    base_model: BaseModel = None,
     json: Json = False,
 ) -> None:
-    """Write a checkpoint, dense or converted, under the names that other programs read."""
+    """Write a checkpoint under the names that other programs read; a codec with its base model.
+
+    Example:
+        vmla export kv -o whole --layout self_forcing
+    """
     from vmla_convert.pipelines.export import export as run
 
     out.json = json
-    source = _source(checkpoint, file, key, model, settings, loras)
+    source = replace(_source(checkpoint, file, key, model, settings, loras), base_model=base_model)
     with out.progress() as progress:
         written = run(source, folder, layout, state, progress)
     out.path("wrote", written)

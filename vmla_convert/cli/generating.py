@@ -10,12 +10,19 @@ import typer
 
 from vmla_convert.cli.options import (
     Base,
+    BaseModel,
+    BytesPerToken,
+    CacheDtype,
     Checkpoint,
+    Cut,
     Deployment,
     File,
     Json,
     Key,
+    Loras,
     Model,
+    Rank,
+    asked_size,
 )
 from vmla_convert.config import MediaConfig, RuntimeConfig, SourceConfig
 from vmla_convert.console import out
@@ -93,10 +100,16 @@ def generate(
             rich_help_panel="Wan's text encoder and VAE",
         ),
     ] = MediaConfig.cpu_offload,
+    bytes_per_token: BytesPerToken = None,
+    cut: Cut = None,
+    rank: Rank = None,
+    cache_dtype: CacheDtype = RuntimeConfig.cache_dtype,
+    base_model: BaseModel = None,
+    loras: Loras = None,
     backend: Annotated[
         str,
         typer.Option(
-            help="How latents are read: materialised (keys and values rebuilt), absorbed, or "
+            help="How MLA layers attend: materialised (keys and values rebuilt), absorbed, or "
             "auto, the faster one; it may be another on another machine."
         ),
     ] = RuntimeConfig.backend,
@@ -152,6 +165,8 @@ def generate(
     if dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"no dtype '{dtype}'", "use float32 or bfloat16")
     options = {
+        "size": asked_size(bytes_per_token, cut, rank),
+        "cache_dtype": cache_dtype,
         "backend": backend,
         "tile_mib": tile_mib,
         "offload": offload,
@@ -159,12 +174,19 @@ def generate(
     runtime = from_dict(RuntimeConfig, options)
     names = [checkpoint, *([compare] if compare else [])]
     labels = _labels(names)
-    told = SourceConfig(file=file, key=key, model=model, overrides=tuple(settings or ()))
+    told = SourceConfig(
+        file=file,
+        key=key,
+        model=model,
+        overrides=tuple(settings or ()),
+        loras=tuple(loras or ()),
+        base_model=base_model,
+    )
     sources = _sources(names, told)
     opened = {label: open_named(s) for label, s in zip(labels, sources, strict=True)}
-    # Beside a dense model that is compared, the options are the latent cache's.
+    # Beside a dense model that is compared, the options are the converted model's.
     ways = {
-        label: runtime if source.config.mla or not compare else RuntimeConfig(offload=offload)
+        label: RuntimeConfig(offload=offload) if compare and source.config.is_dense else runtime
         for label, source in opened.items()
     }
     for label, source in opened.items():
@@ -193,7 +215,7 @@ def generate(
             built, way = build(opened[label], device, precision), ways[label]
             if compiled:
                 built.compile_blocks()
-            sizes[f"cache of {label} (bytes)"] = built.cache_bytes(len(prompt))
+            sizes[f"cache of {label} (bytes)"] = built.cache_bytes(len(prompt), way)
             made = run(built, prompt, length, seed, way, switches, text, given)
             task = f"generating ({label})"
             yield from track_chunks(progress, made, task, built.config, length, given)
@@ -208,20 +230,29 @@ def generate(
 
 
 def _sources(names: list[str], told: SourceConfig) -> list[SourceConfig]:
-    """Each checkpoint, with what is told of it: of two, the first that is dense takes all.
+    """Each checkpoint with its options: of two, LoRAs go to both, the rest to the one they fit.
 
-    The other takes only how it is run, as a conversion is what it is.
+    File, key and model belong to the first that is no conversion, the base model to a conversion.
     """
     from vmla_convert.checkpoint.families import DEPLOYMENT
     from vmla_convert.pipelines.load import is_conversion
 
-    meant = names[0]
-    # Nobody is asked for nothing: what is on the Hub would have to be listed.
-    if len(names) > 1 and told != SourceConfig():
-        meant = next((name for name in names if not is_conversion(name)), meant)
+    if len(names) == 1:
+        return [replace(told, checkpoint=names[0])]
+    # Asking whether a name is a conversion may list a repository: not without need.
+    plain = told == SourceConfig()
+    converted = [not plain and is_conversion(name) for name in names]
+    meant = converted.index(False) if False in converted else 0
     kept = tuple(text for text in told.overrides if text.partition(".")[0] in DEPLOYMENT)
-    run = SourceConfig(overrides=kept)
-    return [replace(told if name == meant else run, checkpoint=name) for name in names]
+    run = SourceConfig(overrides=kept, loras=told.loras)
+    return [
+        replace(
+            told if place == meant else run,
+            checkpoint=name,
+            base_model=told.base_model if converted[place] else None,
+        )
+        for place, name in enumerate(names)
+    ]
 
 
 def _labels(names: list[str]) -> list[str]:

@@ -10,61 +10,84 @@ from typing import Annotated
 import typer
 
 from vmla_convert.cli.options import (
+    BaseModel,
+    BytesPerToken,
+    CacheDtype,
     Checkpoint,
+    Cut,
     Data,
     Deployment,
     Json,
+    Rank,
     Teacher,
     TeacherFile,
+    asked_size,
 )
 from vmla_convert.config import (
     DataConfig,
     EvaluateConfig,
     ReportConfig,
+    RuntimeConfig,
     SourceConfig,
 )
 from vmla_convert.console import out
 from vmla_convert.errors import CheckpointError
+from vmla_convert.tables import from_dict
 
 
 def evaluate(
     checkpoint: Checkpoint,
-    teacher: Teacher,
+    teacher: Teacher = None,
     file: TeacherFile = None,
     clips: Annotated[int, typer.Option(min=2, help="Held-out clips.")] = EvaluateConfig.clips,
     data: Data = DataConfig.source,
+    bytes_per_token: BytesPerToken = None,
+    cut: Cut = None,
+    rank: Rank = None,
+    cache_dtype: CacheDtype = RuntimeConfig.cache_dtype,
+    base_model: BaseModel = None,
     settings: Deployment = None,
     json: Json = False,
 ) -> None:
     """Measure a converted checkpoint against its dense source on held-out clips.
 
-    With a window of its own, clips are streamed, through caches of that window.
+    Clips are streamed through caches where a size, a dtype or a window is given. A codec is
+    measured against its base model. Example:
+
+        vmla eval runs/kv --bytes-per-token 16
     """
+    from vmla_convert.layers.dit import check_runtime
     from vmla_convert.pipelines.evaluate import HeldOut, dense_rows, measuring_bar
-    from vmla_convert.pipelines.load import as_teacher, compute_device, load
+    from vmla_convert.pipelines.load import compute_device, load, teacher_of
     from vmla_convert.pipelines.recovery import check_pair
     from vmla_convert.pipelines.rows import cache_rows, error_rows
 
     out.json = json
     device = compute_device()
     # The teacher itself may be measured too, and is then that file of the same repository.
-    given = SourceConfig(checkpoint, file if checkpoint == teacher else None)
-    source = as_teacher(teacher, given, file)
+    given = SourceConfig(checkpoint, file if checkpoint == teacher else None, base_model=base_model)
+    source = teacher_of(given, teacher, file)
     dense = load(source, device)
     model = load(replace(given, overrides=tuple(settings or ())), device)
     check_pair(model, dense)
-    if model.config.mla is None:
+    if model.config.is_dense:
         _check_is_teacher(given, source)
+    size = asked_size(bytes_per_token, cut, rank)
+    runtime = from_dict(RuntimeConfig, {"size": size, "cache_dtype": cache_dtype})
+    check_runtime(model.config, runtime)
+    cached = runtime != RuntimeConfig()
     dense.config = replace(dense.config, cache=model.config.cache)
     config = EvaluateConfig(clips, DataConfig(data, seed=1))
-    # The dense model, itself with another past; then the converted one.
-    passes = 2 if model.config.mla is None else 3
+    measured = cached or not model.config.is_dense
+    # The dense model, itself with another past; then the other one.
+    passes = 3 if measured else 2
     with out.progress() as progress, closing(measuring_bar(progress, config, passes)) as bar:
-        held_out = HeldOut(dense, config, bool(settings), bar)
+        held_out = HeldOut(dense, config, cached or bool(settings), bar)
         rows = dense_rows(dense, held_out)
-        if model.config.mla is not None:
-            rows += error_rows(held_out.measure(model), model.config, None)
-            rows += cache_rows(model.config)
+        if measured:
+            errors = held_out.measure(model, runtime if cached else None)
+            rows += error_rows(errors, model.config, None, runtime=runtime)
+            rows += cache_rows(model.config, runtime=runtime)
     cells = [[row.run, row.metric, row.value, row.unit] for row in rows]
     out.table("Held-out measurement", ["run", "metric", "value", "unit"], cells)
 

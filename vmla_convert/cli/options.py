@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+SIZE = "Size of the cache"
+MLA = "MLA layers, with --preset videomla"
+
 Checkpoint = Annotated[
     str,
     typer.Argument(
@@ -39,11 +42,17 @@ Settings = Annotated[
 ]
 Loras = Annotated[
     list[str] | None,
-    typer.Option("--lora", help="FILE or FILE:SCALE, merged before converting; repeat for more."),
+    typer.Option(
+        "--lora", help="FILE or FILE:SCALE, merged into the dense weights; repeat for more."
+    ),
 ]
 OutFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist.")]
 Teacher = Annotated[
-    str, typer.Option(help="The dense checkpoint that the converted one came from, or 'demo'.")
+    str | None,
+    typer.Option(
+        help="The dense checkpoint that the converted one came from. Default for a codec: its base "
+        "model."
+    ),
 ]
 TeacherFile = Annotated[
     str | None,
@@ -58,15 +67,52 @@ CacheScalars = Annotated[
     int | None,
     typer.Option(
         help="Numbers a token may cost per layer, divided among layers. Default: an eighth of the "
-        "width plus a quarter of a head, 224 for Wan 1.3B, and one for the norm."
+        "width plus a quarter of a head, 224 for Wan 1.3B, and one for the norm.",
+        rich_help_panel=MLA,
     ),
 ]
 Cut = Annotated[
-    float | None, typer.Option(help="The same as a share of the dense cache to save: 0.92.")
+    float | None,
+    typer.Option(
+        help="Share of the dense cache to save: 0.95 is a 20th of its bytes.", rich_help_panel=SIZE
+    ),
+]
+BytesPerToken = Annotated[
+    float | None,
+    typer.Option(
+        help="Bytes of a codec's cache per token and layer, averaged over layers.",
+        rich_help_panel=SIZE,
+    ),
+]
+Rank = Annotated[
+    int | None,
+    typer.Option(
+        help="The same as the bytes of so many unquantised numbers.",
+        metavar="R",
+        rich_help_panel=SIZE,
+    ),
+]
+CacheDtype = Annotated[
+    str,
+    typer.Option(
+        help="auto (bits by channel for a codec), model (nothing quantised), or int8, int4, int3, "
+        "int2 for the cache of a dense model.",
+        rich_help_panel=SIZE,
+    ),
+]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CKPT",
+        help="Base model of a codec, a path or Hub id. Default: the one that the codec names.",
+    ),
 ]
 KvLoraRank = Annotated[
     int | None,
-    typer.Option(help="R, the content latent's width, the same for every layer, instead."),
+    typer.Option(
+        help="R, the content latent's width, the same for every layer, instead.",
+        rich_help_panel=MLA,
+    ),
 ]
 Data = Annotated[
     str, typer.Option(help="Clips: 'demo', or a safetensors file with latents and context.")
@@ -87,3 +133,11 @@ Base = Annotated[
         "what lies beside the checkpoint, else Wan's own.",
     ),
 ]
+
+
+def asked_size(
+    bytes_per_token: float | None, cut: float | None, rank: int | None
+) -> dict[str, float] | None:
+    """The table of a `CacheSize`; None where no size was asked for."""
+    given = {"bytes_per_token": bytes_per_token, "cut": cut, "rank": rank}
+    return {name: value for name, value in given.items() if value is not None} or None

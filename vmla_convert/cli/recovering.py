@@ -9,7 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from vmla_convert.cli.options import Base, Json, OutFolder, Teacher, TeacherFile
-from vmla_convert.config import DataConfig, DMDConfig, EvaluateConfig, RecoverConfig, TrainingConfig
+from vmla_convert.config import (
+    NESTED_CUTS,
+    DataConfig,
+    DMDConfig,
+    EvaluateConfig,
+    RecoverConfig,
+    TrainingConfig,
+)
 from vmla_convert.console import out
 from vmla_convert.show import show_kept
 from vmla_convert.tables import from_dict, override
@@ -17,8 +24,8 @@ from vmla_convert.tables import from_dict, override
 
 def recover(
     converted: Annotated[Path, typer.Argument(help="Folder from 'vmla convert'.")],
-    teacher: Teacher,
     folder: OutFolder,
+    teacher: Teacher = None,
     file: TeacherFile = None,
     steps: Annotated[
         int,
@@ -95,10 +102,20 @@ def recover(
     train: Annotated[
         str,
         typer.Option(
-            help="new (what the conversion made), attention (queries and output too), all.",
+            help="new (a codec's encoder and decoder, or MLA's new weights), attention (queries "
+            "and output too), all; the last two need a whole checkpoint, not a codec beside one.",
             rich_help_panel="What trains, and how",
         ),
     ] = RecoverConfig.train,
+    nested: Annotated[
+        bool,
+        typer.Option(
+            "--nested",
+            help="Train a codec at a size drawn each step, so that one file serves all sizes. "
+            "Other sizes: --set nested=[0.98,0.95].",
+            rich_help_panel="What trains, and how",
+        ),
+    ] = False,
     lora_rank: Annotated[
         int,
         typer.Option(
@@ -176,10 +193,14 @@ def recover(
 ) -> None:
     """Recover quality with a short fine-tune against the dense model; resumes if interrupted.
 
+    A codec learns from its base model. Example:
+
+        vmla recover kv -o kv-recovered --nested
+
     On several GPUs: torchrun --standalone --nproc_per_node 8 -m vmla_convert recover …
     """
     from vmla_convert.pipelines import recovery as pipeline
-    from vmla_convert.pipelines.load import as_teacher, read_provenance
+    from vmla_convert.pipelines.load import read_provenance, teacher_of
     from vmla_convert.pipelines.prepare import read_prompts
     from vmla_convert.pipelines.processes import processes as started
 
@@ -188,6 +209,7 @@ def recover(
         "layerwise_steps": layerwise_steps,
         "on_policy_steps": on_policy_steps,
         "train": train,
+        "nested": list(NESTED_CUTS) if nested else [],
         "lora_rank": lora_rank,
         "levels": levels,
         "offload": offload,
@@ -213,7 +235,7 @@ def recover(
     for change in settings or ():
         override(table, change)
     config = from_dict(RecoverConfig, table, "recover")
-    dense = as_teacher(teacher, str(converted), file) if file else teacher
+    dense = teacher_of(str(converted), teacher, file)
     if dry_run:
         planned = pipeline.plan_recovery(converted, dense, folder, config, processes)
         if started().is_main_process:

@@ -10,9 +10,9 @@ from vmla_convert.checkpoint.families import OpenCheckpoint, recognise, require_
 from vmla_convert.checkpoint.known import known_model
 from vmla_convert.config import ConvertConfig, ModelConfig, SourceConfig
 from vmla_convert.maths.spectra import effective_rank, energy_at_rank, weight_spectrum
-from vmla_convert.pipelines.factoring import layer_weights, planned_config
+from vmla_convert.pipelines.codec import planned_codec
+from vmla_convert.pipelines.factoring import layer_weights
 from vmla_convert.pipelines.load import Source, locate, recognise_named
-from vmla_convert.pipelines.plan import check_sizes, uniform_plan
 from vmla_convert.progress import Progress, Silent
 
 
@@ -91,13 +91,10 @@ def inspect_checkpoint(
     model = converted = checkpoint.config
     spectrum: list[LayerSpectrum] = []
     if model.is_dense:
-        config = config or ConvertConfig()
-        check_sizes(model, config)
-        ranks = uniform_plan(model, config)
-        converted = planned_config(model, config, ranks)
+        converted = planned_codec(checkpoint, config or ConvertConfig())
         if spectra:
             require_whole(checkpoint)
-            spectrum = _spectrum(checkpoint, ranks.kv_lora_rank[0], progress or Silent())
+            spectrum = _spectrum(checkpoint, model.geometry.dim // 8, progress or Silent())
     specs, frames = checkpoint.specs().values(), model.cache.window_frames
     return Inspection(
         path=source.checkpoint if isinstance(source, SourceConfig) else str(source),

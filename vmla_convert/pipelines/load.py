@@ -207,6 +207,34 @@ def as_teacher(teacher: Source, converted: Source, file: str | None = None) -> S
     return replace(known, key=None, loras=())
 
 
+def teacher_of(
+    converted: Source, teacher: Source | None = None, file: str | None = None
+) -> SourceConfig:
+    """The dense model that a converted one is measured against and learns from.
+
+    Args:
+        converted: A codec or an MLA checkpoint.
+        teacher: A dense checkpoint. A codec needs none: its base model is meant.
+        file: File of the teacher, another than when it was converted.
+
+    Raises:
+        CheckpointError: One of them cannot be found, or a teacher is needed and not named.
+    """
+    path, _ = locate(converted)
+    if not is_codec(path):
+        if teacher is None:
+            raise CheckpointError(
+                f"{_settled(converted).checkpoint} does not hold the dense model that it came from",
+                "name it: --teacher CKPT",
+            )
+        return as_teacher(teacher, converted, file)
+    if isinstance(teacher, SourceConfig):
+        return teacher
+    how = SourceConfig(base_model=None if teacher is None else str(teacher))
+    base = base_of(path, how)
+    return base if file is None else replace(base, file=file)
+
+
 def read_provenance(converted: Source) -> dict[str, Any]:
     """The record beside a converted checkpoint's weights; empty when there is none.
 
@@ -289,6 +317,20 @@ def empty_model(checkpoint: OpenCheckpoint) -> CausalWanModel:
         model = CausalWanModel(checkpoint.config)
     _check_tensors(checkpoint, {name: tuple(t.shape) for name, t in model.state_dict().items()})
     return model
+
+
+def check_whole(checkpoint: OpenCheckpoint) -> None:
+    """Check all that headers tell of a conversion; of a codec without its base model too.
+
+    Raises:
+        CheckpointError: A tensor is not the one that the config asks for.
+    """
+    with torch.device("meta"):
+        state = CausalWanModel(checkpoint.config).state_dict()
+    expected = {name: tuple(t.shape) for name, t in state.items()}
+    if checkpoint.is_codec:
+        expected = {name: shape for name, shape in expected.items() if ".codec." in name}
+    _check_tensors(checkpoint, expected)
 
 
 def build_shell(checkpoint: OpenCheckpoint, device: torch.device | str = "cpu") -> CausalWanModel:

@@ -25,7 +25,7 @@ from vmla_convert.pipelines.card import (
     without_folders,
 )
 from vmla_convert.pipelines.folders import read_index
-from vmla_convert.pipelines.load import CONVERSION_NAME, empty_model, read_provenance
+from vmla_convert.pipelines.load import CONVERSION_NAME, check_whole, read_provenance
 from vmla_convert.progress import Progress, Silent
 
 _ORIGINS = ("_name_or_path", "name_or_path")
@@ -122,9 +122,9 @@ def _conversion(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}", _CONVERT)
     checkpoint = open_checkpoint(folder)
-    if checkpoint.config.mla is None:
+    if checkpoint.config.is_dense:
         raise CheckpointError(f"{folder} is not a converted checkpoint", _CONVERT)
-    empty_model(checkpoint)
+    check_whole(checkpoint)
     if not (record := read_provenance(folder)):
         raise CheckpointError(
             f"{folder} has no conversion.json, which says what it was made of", _CONVERT

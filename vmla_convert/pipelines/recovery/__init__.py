@@ -22,6 +22,8 @@ from accelerate import PartialState
 from torch import Tensor
 
 from vmla_convert.checkpoint.families import OpenCheckpoint, converted_config
+from vmla_convert.checkpoint.layouts import CODEC, NATIVE
+from vmla_convert.checkpoint.source import TensorSpec
 from vmla_convert.checkpoint.writer import partial_folder, refuse_taken, write_checkpoint
 from vmla_convert.config import EvaluateConfig, MediaConfig, ModelConfig, RecoverConfig
 from vmla_convert.errors import CheckpointError, ConfigError, OutputError, VmlaError
@@ -33,13 +35,15 @@ from vmla_convert.pipelines.evaluate import HeldOut, check_held_out, dense_rows,
 from vmla_convert.pipelines.load import (
     CONVERSION_NAME,
     Source,
-    as_teacher,
     build,
     build_shell,
     compute_device,
+    is_codec,
+    locate,
     open_named,
     read_block,
     read_provenance,
+    teacher_of,
 )
 from vmla_convert.pipelines.media import Media, open_media
 from vmla_convert.pipelines.prepare import check_makeable, prepare_clips
@@ -68,7 +72,7 @@ _MADE = ("self", "videos")
 
 def recover(
     converted: str | Path,
-    teacher: Source,
+    teacher: Source | None,
     out: Path,
     config: RecoverConfig | None = None,
     evaluation: EvaluateConfig | None = None,
@@ -82,7 +86,7 @@ def recover(
 
     Args:
         converted: Folder from `convert`.
-        teacher: The dense checkpoint that it came from.
+        teacher: The dense checkpoint that it came from; None for the base model of a codec.
         out: Folder to write; appears whole or not at all.
         config: Steps, learning rates and data.
         evaluation: Held-out clips that the curve is measured on.
@@ -102,8 +106,9 @@ def recover(
     processes = _processes(world)
     progress = progress if progress and processes.is_main_process else Silent()
     source, dense = _opened(converted, teacher, out)
+    _check_scope(converted, source, config)
     check_recovery(dense, config, evaluation, processes.num_processes)
-    run = _Run(source, dense, out, config, evaluation, progress, processes)
+    run = _Run(converted, source, dense, out, config, evaluation, progress, processes)
     rows = run.rows(read_provenance(converted))
     processes.wait_for_everyone()
     return rows
@@ -111,7 +116,7 @@ def recover(
 
 def plan_recovery(
     converted: str | Path,
-    teacher: Source,
+    teacher: Source | None,
     out: Path,
     config: RecoverConfig,
     world: int | None = None,
@@ -123,6 +128,7 @@ def plan_recovery(
     """
     processes = _processes(world)
     source, dense = _opened(converted, teacher, out)
+    _check_scope(converted, source, config)
     check_recovery(dense, config, EvaluateConfig(data=config.data), processes.num_processes)
     kind, clips = source_kind(config.data.source), f"made into {_beside(out, 'clips')}"
     with torch.device("meta"):
@@ -139,7 +145,7 @@ def plan_recovery(
         "processes": processes.num_processes,
         "clips": clips if kind in _MADE else open_clips(config.data).record(),
         "would write": str(out),
-        "bytes": sum(spec.nbytes for spec in source.specs().values()),
+        "bytes": sum(spec.nbytes for spec in written_specs(converted, source).values()),
     }
 
 
@@ -165,7 +171,7 @@ def check_configs(student: ModelConfig, teacher: ModelConfig) -> None:
     Raises:
         CheckpointError: See there.
     """
-    if teacher.mla is not None:
+    if not teacher.is_dense:
         raise CheckpointError(
             "the teacher is a converted checkpoint", "give the dense one: --teacher CKPT"
         )
@@ -181,6 +187,7 @@ class _Run:
 
     def __init__(
         self,
+        converted: str | Path,
         source: OpenCheckpoint,
         dense: OpenCheckpoint,
         out: Path,
@@ -192,6 +199,7 @@ class _Run:
         self.source, self.dense, self.out = source, dense, out
         self.asked, self.config, self.evaluation = config, config, evaluation
         self.progress, self.processes, self.device = progress, processes, compute_device()
+        self.is_codec = is_codec_folder(converted)
         self.folders = Folders(_beside(out, "state"), _beside(out, "logs"))
         self.clips = _beside(out, "clips")
 
@@ -253,10 +261,21 @@ class _Run:
     def _models(self) -> tuple[CausalWanModel, CausalWanModel]:
         """Student and dense model; one is divided, if it is to be, before the next is read."""
         if not self.config.shard:
-            return build(self.source, self.device), build(self.dense, self.device)
+            student = build(self.source, self.device)
+            return student, self._dense_beside(student)
         student = build(self.source)
         unfreeze(student, self.config.train)
         return shard(student), shard(build(self.dense))
+
+    def _dense_beside(self, student: CausalWanModel) -> CausalWanModel:
+        """The dense model; a codec's base has its weights already."""
+        if not self.is_codec:
+            return build(self.dense, self.device)
+        with torch.device("meta"):
+            dense = CausalWanModel(self.dense.config)
+        shared = {name: t for name, t in student.state_dict().items() if ".codec." not in name}
+        dense.load_state_dict(shared, assign=True)
+        return dense.eval().requires_grad_(False)
 
     def _prepare_clips(self, provenance: dict[str, Any]) -> None:
         """From here on clips are latents, made now where they have to be."""
@@ -307,6 +326,9 @@ class _Run:
         rows: list[Row],
     ) -> None:
         specs, clips = self.source.specs(), open_clips(self.config.data)
+        if self.is_codec:
+            # A codec keeps its size: what trained is rounded as it was before.
+            weights = {n: t.to("cpu", specs[n].dtype) for n, t in weights.items() if ".codec." in n}
         record = {
             "recover": to_dict(replace(self.asked, data=recorded(self.asked.data))),
             "recovered": {
@@ -324,6 +346,7 @@ class _Run:
                 CONVERSION_NAME: provenance | record,
                 "README.md": model_card(config, provenance | record),
             },
+            layout=CODEC if self.is_codec else NATIVE,
         )
 
     def _errors(self, rows: list[Row]) -> dict[str, Any]:
@@ -341,19 +364,48 @@ class _Run:
 
 
 def _opened(
-    converted: str | Path, teacher: Source, out: Path
+    converted: str | Path, teacher: Source | None, out: Path
 ) -> tuple[OpenCheckpoint, OpenCheckpoint]:
     """Student and teacher, if they fit and `out` is free."""
     if out.exists():
         raise OutputError(f"{out} exists already", "choose another -o, or remove it")
     refuse_taken(out)  # what would be refused at the end, after all the training
-    source, dense = open_named(converted), open_named(as_teacher(teacher, str(converted)))
-    if source.config.mla is None:
+    source, dense = open_named(converted), open_named(teacher_of(str(converted), teacher))
+    if source.config.is_dense:
         raise CheckpointError(
             f"{converted} is not a converted checkpoint", "make one first: vmla convert CKPT -o OUT"
         )
     check_configs(source.config, dense.config)
     return source, dense
+
+
+def written_specs(converted: str | Path, source: OpenCheckpoint) -> dict[str, TensorSpec]:
+    """The tensors that a recovery writes: all, or those of a codec beside its base model."""
+    specs = source.specs()
+    if not is_codec_folder(converted):
+        return specs
+    return {name: spec for name, spec in specs.items() if ".codec." in name}
+
+
+def is_codec_folder(converted: str | Path) -> bool:
+    """Whether a conversion is a codec beside its base model."""
+    return is_codec(locate(str(converted))[0])
+
+
+def _check_scope(converted: str | Path, source: OpenCheckpoint, config: RecoverConfig) -> None:
+    """Refuse to train what is not written.
+
+    Raises:
+        ConfigError: A codec's base model was to be trained, or sizes are nested without a codec.
+    """
+    if config.nested and source.config.codec is None:
+        raise ConfigError("only a codec has nested sizes", "leave --nested out")
+    if is_codec_folder(converted) and (config.train != "new" or config.lora_rank):
+        what = "lora_rank" if config.lora_rank else f"train '{config.train}'"
+        raise ConfigError(
+            f"{what} would change the base model, which {converted} leaves as it is",
+            f"make a whole checkpoint first: vmla export {converted} -o whole",
+        )
 
 
 def check_recovery(

@@ -20,6 +20,7 @@ from vmla_convert.layers.dit import Attend, Block, CausalWanModel, gated, masked
 from vmla_convert.pipelines.calibrate import ReadBlock, clips_at_once
 from vmla_convert.pipelines.data import Batch, ClipSource, seeded
 from vmla_convert.pipelines.losses import make_example, teacher_forcing_inputs
+from vmla_convert.pipelines.recovery.nested import Sizes
 from vmla_convert.pipelines.recovery.rollouts import Share
 from vmla_convert.pipelines.recovery.trained import new_parameters
 from vmla_convert.pipelines.sharding import scattered
@@ -75,6 +76,7 @@ def recover_layers(
     shelf: Shelf,
     share: Share,
     progress: Progress,
+    sizes: Sizes,
 ) -> None:
     """Fit layers, in place, and put their new parameters on the shelf.
 
@@ -87,12 +89,13 @@ def recover_layers(
         shelf: Gets `layer-l` for each layer; one that is there already is not fitted again.
         share: Which layers are this process's.
         progress: Where to draw.
+        sizes: Sizes that a codec trains at.
     """
     todo = {i for i in range(share.rank, len(layers), share.world) if not shelf.has(_name(i))}
     lessons = _walk(shell, read_block, clips, config) if todo else iter(())
     for index, lesson in enumerate(progress.track(lessons, "layer by layer", len(layers))):
         if index in todo:
-            before, after = fit_layer(layers[index], lesson, config)
+            before, after = fit_layer(layers[index], lesson, config, sizes)
             progress.note(f"error of layer {index} {before:.4g} to {after:.4g}")
             shelf.put(_name(index), _new_tensors(layers[index]))
 
@@ -112,11 +115,13 @@ def apply_layers(layers: list[Block], shelf: Shelf, share: Share) -> None:
                 parameter.copy_(scattered(tensor, parameter))
 
 
-def fit_layer(layer: Block, lesson: Lesson, config: RecoverConfig) -> tuple[float, float]:
+def fit_layer(
+    layer: Block, lesson: Lesson, config: RecoverConfig, sizes: Sizes
+) -> tuple[float, float]:
     """Regress one layer's output; returns its error on clips of its own, before and after."""
     parameters = [p.requires_grad_(True) for p in new_parameters(layer)]
     start = [p.detach().clone() for p in parameters]
-    before = _held_error(layer, lesson)
+    before = sizes.mean_error(lambda: _held_error(layer, lesson))
     optimiser = torch.optim.Adam(parameters, lr=config.layerwise_lr)
     schedule = TrainingConfig(steps=config.layerwise_steps, warmup_steps=WARMUP_STEPS)
     for step in range(config.layerwise_steps):
@@ -124,11 +129,12 @@ def fit_layer(layer: Block, lesson: Lesson, config: RecoverConfig) -> tuple[floa
             group["lr"] = config.layerwise_lr * learning_rate_factor(step, schedule)
         generator = seeded(config.training.seed, step, "layerwise batch")
         picks = torch.randint(lesson.taught, (config.training.batch_size,), generator=generator)
+        sizes.draw(step)
         optimiser.zero_grad()
         for error in lesson.errors(layer, picks):
             error.backward()
         optimiser.step()
-    after = _held_error(layer, lesson)
+    after = sizes.mean_error(lambda: _held_error(layer, lesson))
     if not after < before:
         after = before
         with torch.no_grad():

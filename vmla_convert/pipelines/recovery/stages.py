@@ -23,6 +23,7 @@ from vmla_convert.pipelines.optimisers import find_learning_rate
 from vmla_convert.pipelines.processes import agreed, processes
 from vmla_convert.pipelines.recovery.dmd import DistributionMatching
 from vmla_convert.pipelines.recovery.layerwise import apply_layers, recover_layers
+from vmla_convert.pipelines.recovery.nested import Sizes
 from vmla_convert.pipelines.recovery.rollouts import Share, rollout_examples
 from vmla_convert.pipelines.recovery.trained import (
     add_adapters,
@@ -133,7 +134,8 @@ def fit_layers(
     if folders is not None:
         shelf = FolderShelf(folders.state / f"layers-{share.rank}", {"world": share.world})
     clips = open_clips(config.data, shell.config.cache.sink_frames)
-    recover_layers(shell, read_block, layers, clips, config, shelf, share, progress)
+    sizes = Sizes(student, config.nested, config.training.seed)
+    recover_layers(shell, read_block, layers, clips, config, shelf, share, progress, sizes)
     apply_layers(layers, shelf, share)
 
 
@@ -157,14 +159,16 @@ class _Recovery:
         self.clips = open_clips(config.data, teacher.config.cache.sink_frames)
         self.kept: dict[str, int] = {}
         self.taken = 0
+        self.sizes = Sizes(student, config.nested, config.training.seed)
 
     def run(self) -> Recovered:
         """All stages."""
         config, training = self.config, self.config.training
         before = self._measured()
+        start = self.sizes.mean_error(lambda: self._measured().velocity_error)
         self._tell(0, before)
         if config.layerwise_steps:
-            self._layerwise(before)
+            self._layerwise(before, start)
         adapted = self._unfreeze()
         rate = None
         if later_steps(config):
@@ -186,14 +190,19 @@ class _Recovery:
         self.student.requires_grad_(False)
         return Recovered(self.kept, rate)
 
-    def _layerwise(self, before: Errors) -> None:
-        """Fit the layers, and undo it should the model as a whole have lost."""
+    def _layerwise(self, before: Errors, error: float) -> None:
+        """Fit the layers, and undo it should the model as a whole have lost.
+
+        Args:
+            before: Errors before, at the size that the model is measured at.
+            error: Mean error before, over all sizes that it trains at.
+        """
         steps, start = self.config.layerwise_steps, new_state(self.student)
         blocks = model_blocks(self.teacher)
         fit_layers(self.student, self.teacher, blocks, self.config, self.folders, self.progress)
         after = self._measured()
         self.taken, self.kept[LAYERWISE] = steps, steps
-        if not after.velocity_error < before.velocity_error:
+        if not self.sizes.mean_error(lambda: self._measured().velocity_error) < error:
             set_weights(self.student, start)
             after, self.kept[LAYERWISE] = before, 0
         self._tell(steps, after)
@@ -222,19 +231,23 @@ class _Recovery:
         What is told of its last step is what the weights that it kept measure.
         """
         config, offset = replace(self.config.training, steps=steps, lr=rate), self.taken
+        nested = bool(self.config.nested)
         met: dict[int, Errors] = {}
 
         def measure(model: nn.Module, step: int) -> float:
+            self.sizes.rest()
             met[step] = self.held_out.measure(model)
             # The start of a stage is the end of the one before.
             if 0 < step < steps:
                 self._tell(offset + step, met[step])
-            return met[step].velocity_error
+            if not nested:
+                return met[step].velocity_error
+            return self.sizes.mean_error(lambda: self.held_out.measure(model).velocity_error)
 
         outcome = train(
             self.student,
             loss,
-            examples,
+            self.sizes.examples(examples),
             config,
             measure,
             self._folder(stage),
@@ -245,6 +258,7 @@ class _Recovery:
             logs=self.folders.logs if self.folders else None,
             carried=carried,
         )
+        self.sizes.rest()
         self.taken, self.kept[stage] = offset + steps, outcome.best_step
         if self.state.is_main_process or is_sharded(self.student):
             # Of a run that was interrupted after its best, that measurement is gone.
