@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from reference.latent import (
     TOYS,
     Toy,
-    content_key,
     dense_key,
     dense_value,
     generator,
@@ -22,7 +21,7 @@ from reference.latent import (
 )
 
 from vmla_convert.errors import ConfigError
-from vmla_convert.maths.factor import INITS, factor
+from vmla_convert.maths.factor import factor
 from vmla_convert.maths.moments import as_channels, as_pairs
 from vmla_convert.maths.positions import highest_frequency_branch, principal_branch
 from vmla_convert.maths.projections import (
