@@ -235,10 +235,10 @@ def test_eval_measures_the_cache_that_is_asked_for(
         table = json.loads(vmla(*options, *more).out)
         return {row["metric"]: row["value"] for row in table if row["run"] != "dense"}
 
-    plain, streamed = measured(), measured("--set", "cache.sink_frames=2")
-    narrow = measured("--set", "cache.window_frames=4")
-    assert streamed["velocity_error"] == pytest.approx(plain["velocity_error"], rel=1e-3)
-    assert narrow["velocity_error"] != pytest.approx(plain["velocity_error"], rel=1e-3)
+    streamed, narrow = (("--set", f"cache.{word}") for word in ("sink_frames=2", "window_frames=4"))
+    told = measured(), measured(*streamed), measured(*narrow)
+    # A random model tells no better from worse.
+    assert len({each["velocity_error"] for each in told}) == 3
 
 
 def frame_size(video: Path) -> tuple[int, int]:

@@ -40,7 +40,7 @@ DEEP = replace(MODEL, geometry=replace(MODEL.geometry, num_layers=LAYERS))
 SOME = ConvertConfig(calibration_clips=2, data=DataConfig(frames=4), cut=0.8)
 CASES = {
     "spectral": replace(CONVERT, init="spectral"),
-    "joint": SOME,
+    "default": SOME,
     "split": replace(SOME, latent="split"),
 }
 WALK = ("calibrating", "weighing errors", "predicting errors", "converting")
