@@ -19,7 +19,7 @@ from torch import Tensor
 
 import vmla_convert
 from vmla_convert.checkpoint.families import open_checkpoint
-from vmla_convert.config import ConvertConfig, DataConfig
+from vmla_convert.config import ConvertConfig, DataConfig, RankPlan
 from vmla_convert.errors import CheckpointError, ConfigError, OutputError, VmlaError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.factor import INITS
@@ -280,10 +280,13 @@ def test_more_rank_loses_less(
     assert errors[-1] < 0.1 * errors[0]
 
 
-def test_at_full_rank_almost_nothing_is_lost(
+def test_at_full_rank_with_all_pairs_almost_nothing_is_lost(
     teacher: Path, dense: CausalWanModel, tmp_path: Path
 ) -> None:
-    convert(teacher, tmp_path / "out", replace(BUDGETED, kv_lora_rank=MODEL.geometry.dim))
+    geometry = MODEL.geometry
+    layers, pairs = geometry.num_layers, geometry.num_heads * geometry.head_dim // 2
+    plan = RankPlan((geometry.dim,) * layers, (pairs,) * layers)
+    convert(teacher, tmp_path / "out", replace(BUDGETED, plan=plan))
     errors = HeldOut(dense, EVALUATE).measure(load(tmp_path / "out"))
     assert errors.velocity_error < 1e-6
 

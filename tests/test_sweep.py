@@ -459,9 +459,9 @@ def test_all_sizes_are_cut_from_one_decomposition(
         return calibrated(weights, shape, *rest)  # pyright: ignore[reportArgumentType]
 
     monkeypatch.setitem(factor.INITS, "calibrated", counted)
-    sizes = [replace(BUDGETED, cut=cut) for cut in (0.7, 0.8, 0.85, 0.9, 0.92)]
+    sizes = [replace(CONVERT, kv_lora_rank=rank) for rank in (20, 14, 10, 8, 6)]
     seeds = [replace(each, seed=seed) for each in sizes for seed in (0, 1)]
-    both = Shared(dense, BUDGETED, seeds, MemoryShelf())
+    both = Shared(dense, CONVERT, seeds, MemoryShelf())
     both.measure()
     both.convert()
     assert len(solved) == 2  # one for each layer
