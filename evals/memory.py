@@ -3,9 +3,10 @@
     python -m evals.memory --shapes wan-1.3b|demo --out rows.jsonl
 
 `cache_bytes` are the whole model's for B = 1 in bfloat16, allocated for one layer and multiplied;
-with the unit `bytes, by formula` it is `ModelConfig.cache_bytes` of the same. `bytes_ratio` is the dense cache's over this one's. `transient_bytes` is how far memory rises while
-one layer reads a full window in float32 (resident set on a CPU, allocator on a GPU), its
-projections within; inputs, cache and weights are there before.
+with the unit `bytes, by formula` it is `ModelConfig.cache_bytes` of the same. `bytes_ratio` is the
+dense cache's over this one's. `transient_bytes` is how far memory rises while one layer reads a
+full window in float32 (resident set on a CPU, allocator on a GPU), its projections within; inputs,
+cache and weights are there before.
 """
 
 from __future__ import annotations

@@ -16,13 +16,11 @@ from conftest import tiny_model
 
 from vmla_convert.__main__ import main
 from vmla_convert.config import (
-    PAPER_LAYER,
     CachePolicy,
     ConvertConfig,
     DataConfig,
     EvaluateConfig,
     Geometry,
-    LayerConfig,
     ModelConfig,
     RecoverConfig,
     SamplerConfig,
@@ -71,11 +69,9 @@ MODEL = ModelConfig(
     frames_per_second=8,
 )
 CLIPS = DataConfig(frames=6)
-# The paper's layer at explicit sizes, which rows can name.
-CONVERT = ConvertConfig(
-    layer=PAPER_LAYER, kv_lora_rank=8, qk_rope_head_dim=4, calibration_clips=4, data=CLIPS
-)
-# What a user gets who asks for nothing: another layer, and a budget.
+# Explicit sizes, which rows can name.
+CONVERT = ConvertConfig(kv_lora_rank=8, qk_rope_head_dim=4, calibration_clips=4, data=CLIPS)
+# What a user gets who asks for nothing: a budget.
 BUDGETED = ConvertConfig(calibration_clips=4, data=CLIPS)
 RECOVER = RecoverConfig(
     layerwise_steps=2,
@@ -131,14 +127,10 @@ def few_layerwise_clips() -> Iterator[None]:
         yield
 
 
-def evidence_of(
-    model: CausalWanModel, measured: list[LayerReads], layer: LayerConfig = PAPER_LAYER
-) -> list[Evidence]:
+def evidence_of(model: CausalWanModel, measured: list[LayerReads]) -> list[Evidence]:
     """What was measured of a dense model, as a layer needs it."""
     phases, weights = deployed_phases(model.config), weights_of(model)
-    return [
-        layer_evidence(reads, weights(index), layer, phases) for index, reads in enumerate(measured)
-    ]
+    return [layer_evidence(reads, weights(index), phases) for index, reads in enumerate(measured)]
 
 
 def weights_of(model: CausalWanModel) -> ReadWeights:

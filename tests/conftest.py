@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +11,9 @@ from torch import Tensor, nn
 from vmla_convert.config import (
     CachePolicy,
     Geometry,
-    LayerConfig,
     MLAConfig,
     ModelConfig,
-    RuntimeConfig,
     SamplerConfig,
-    SweepConfig,
 )
 from vmla_convert.layers.dit import CausalWanModel
 
@@ -35,33 +33,15 @@ TINY_GEOMETRY = Geometry(
 TINY_MLA = MLAConfig(
     kv_lora_rank=(16, 10), rope_pairs=((0, 1, 4, 6), (2, 5, 7, 0, 0)), init="random"
 )
-EVERY_LAYER = SweepConfig(
-    current_chunks=("dense", "latent"),
-    positions=("decoupled", "reconstructed"),
-    latents=("joint", "split"),
-    k_norms=("stored", "latent", "rebuilt"),
-).every_layer()
+Latent = Literal["joint", "split"]
+EITHER_LATENT: tuple[Latent, ...] = ("joint", "split")
 
 
-def layer_id(layer: LayerConfig) -> str:
-    """A layer's choices, as a test's name shows them."""
-    return "-".join(dataclasses.astuple(layer))
-
-
-def tiny_mla(layer: LayerConfig) -> MLAConfig:
-    """The sizes of TINY_MLA for any kind of layer; parts of a split latent differ."""
+def tiny_mla(latent: Latent = "joint") -> MLAConfig:
+    """The sizes of TINY_MLA for either latent; parts of a split one differ."""
     return dataclasses.replace(
-        TINY_MLA,
-        layer=layer,
-        rope_pairs=TINY_MLA.rope_pairs if layer.positions == "decoupled" else ((), ()),
-        key_ranks=(9, 4) if layer.latent == "split" else (),
+        TINY_MLA, latent=latent, key_ranks=(9, 4) if latent == "split" else ()
     )
-
-
-def fitting(runtime: RuntimeConfig, mla: MLAConfig | None) -> RuntimeConfig:
-    """A runtime that says nothing of rope keys where a model has none."""
-    has_rope = mla is not None and any(mla.rope_pairs)
-    return runtime if has_rope else dataclasses.replace(runtime, rope_dtype="model")
 
 
 def tiny_config(
@@ -99,8 +79,6 @@ def randomise(module: nn.Module, seed: int) -> None:
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
             if parameter.ndim == 1 and name.endswith("weight"):
                 parameter += 1
-            if name.endswith("floor"):  # a mean square
-                parameter.abs_()
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

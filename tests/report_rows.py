@@ -10,12 +10,7 @@ from typing import Any
 from vmla_convert.results import Row
 
 DENSE_LOSS, DENSE_SCALARS, DENSE_STEP = 0.04, 256, 0.080
-LATENT = {
-    "current_chunk": "latent",
-    "positions": "decoupled",
-    "latent": "joint",
-    "k_norm": "stored",
-}
+LATENT = {"latent": "joint"}
 QUALITY = {"calibrated": 1.0, "spectral": 12.0, "random": 30.0}
 STEPS = (0, 20, 40, 60)
 
@@ -156,5 +151,5 @@ def weight_spectra(layers: int, width: int = 128) -> Iterator[Row]:
 
 
 def without_points(rows: Sequence[Row]) -> list[Row]:
-    """The same rows as they were before points had a key."""
+    """The same rows as conversions by themselves write them, whose points have no key."""
     return [replace(row, point=None) for row in rows]

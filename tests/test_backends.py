@@ -11,29 +11,21 @@ from typing import Any
 import pytest
 import torch
 from conftest import (
-    EVERY_LAYER,
+    EITHER_LATENT,
     TINY_GEOMETRY,
-    layer_id,
     noise,
     randomise,
     tiny_config,
     tiny_mla,
     tiny_model,
 )
-from reference.attention import merged_softmaxes, one_softmax
+from reference.attention import one_softmax
 from reference.rope import rotary_table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from vmla_convert.config import (
-    PAPER_LAYER,
-    CachePolicy,
-    LayerConfig,
-    MLAConfig,
-    ModelConfig,
-    RuntimeConfig,
-)
+from vmla_convert.config import CachePolicy, MLAConfig, RuntimeConfig
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers import backends
 from vmla_convert.layers.attention import Reading, Sight, split_heads
@@ -45,27 +37,16 @@ from vmla_convert.maths.rope3d import token_positions
 DIM, HEADS, HEAD_DIM = TINY_GEOMETRY.dim, TINY_GEOMETRY.num_heads, TINY_GEOMETRY.head_dim
 PLACES = torch.tensor([0, 1, 700, 41, 42])  # of frames of two tokens, as in a cache's slots
 EVERY_SIZE = [
-    *map(tiny_mla, EVERY_LAYER),
-    *(
-        dataclasses.replace(tiny_mla(layer), qk_nope_head_dim=5)
-        for layer in EVERY_LAYER
-        if layer.positions == "decoupled"
-    ),
+    *map(tiny_mla, EITHER_LATENT),
+    *(dataclasses.replace(tiny_mla(latent), qk_nope_head_dim=5) for latent in EITHER_LATENT),
+    # Values that read more than the key that all heads share is wide, and nearly none of it.
+    *(MLAConfig((20, 20), ((1,), (1,)), "random", "split", ranks) for ranks in ((1, 1), (18, 18))),
 ]
-# Values that read more than the key that all heads share is wide, and nearly none of it.
-LOPSIDED = [
-    MLAConfig((20, 20), ((1,), (1,)), "random", LayerConfig(chunk, "decoupled", "split"), parts)
-    for chunk in ("dense", "latent")
-    for parts in ((1, 1), (18, 18))
-]
-DECOUPLED = [mla for mla in EVERY_SIZE if mla.layer.positions == "decoupled"] + LOPSIDED
-RECONSTRUCTED = [mla for mla in EVERY_SIZE if mla.layer.positions == "reconstructed"]
 
 
 def size_id(mla: MLAConfig) -> str:
     narrow = f"-nope{mla.qk_nope_head_dim}" if mla.qk_nope_head_dim else ""
-    parts = f"-{mla.key_ranks[0]}-of-{mla.kv_lora_rank[0]}" if mla in LOPSIDED else ""
-    return layer_id(mla.layer) + narrow + parts
+    return f"{mla.latent}-{mla.key_ranks[:1]}-of-{mla.kv_lora_rank[0]}{narrow}"
 
 
 def random_layer(mla: MLAConfig, index: int = 1) -> LatentSelfAttention:
@@ -79,7 +60,6 @@ def sights(
     x: Tensor,
     places: Tensor,
     past: int,
-    dense_from: int | None = None,
     backend: Any = "materialised",
     tile_mib: int = 64,
 ) -> tuple[Reading, Sight]:
@@ -90,28 +70,17 @@ def sights(
         x: Tokens of two to a frame.
         places: Positions of their frames.
         past: How many tokens came before the chunk.
-        dense_from: First token that is read densely; by default, of layers that have a dense
-            chunk, the chunk's first.
         backend: See `RuntimeConfig`.
         tile_mib: See there.
     """
     rotary = rotary_table(token_positions(places, 1, 2), HEAD_DIM)
     tokens = torch.arange(x.shape[1])
     runtime = RuntimeConfig(backend, tile_mib)
-    if not layer.dense_chunk:
-        reading = Reading(layer.project(x).cached)
-        return reading, Sight(rotary.at(tokens[past:]), rotary, runtime=runtime)
-    start = past if dense_from is None else dense_from
-    own = layer.project(x[:, start:]).own
-    reading = Reading(layer.project(x[:, :start]).cached, own)
-    keys, exact = rotary.at(tokens[:start]), rotary.at(tokens[start:])
-    return reading, Sight(rotary.at(tokens[past:]), keys, exact, runtime=runtime)
+    reading = Reading(layer.project(x).cached)
+    return reading, Sight(rotary.at(tokens[past:]), rotary, runtime=runtime)
 
 
-# Both ways are the formula
-
-
-@pytest.mark.parametrize("mla", DECOUPLED, ids=size_id)
+@pytest.mark.parametrize("mla", EVERY_SIZE, ids=size_id)
 @pytest.mark.parametrize("past", [0, 6])
 @torch.no_grad()
 def test_both_ways_are_one_softmax_of_the_formula(mla: MLAConfig, past: int) -> None:
@@ -119,31 +88,12 @@ def test_both_ways_are_one_softmax_of_the_formula(mla: MLAConfig, past: int) -> 
     places = PLACES[-x.shape[1] // 2 :]
     rotary = rotary_table(token_positions(places, 1, 2), HEAD_DIM)
     seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)
-    own = (torch.arange(x.shape[1]) >= past).expand_as(seen)
-    twin = merged_softmaxes if layer.dense_chunk else one_softmax
-    expected = [twin(layer, mla, 1, clip, rotary, seen, own)[past:] for clip in x[:2]]
+    expected = [one_softmax(layer, mla, 1, clip, rotary, seen)[past:] for clip in x[:2]]
     for backend in ("materialised", "absorbed"):
         y = layer(x[:, past:], *sights(layer, x, places, past, backend=backend))
         torch.testing.assert_close(y[:2], torch.stack(expected), atol=1e-5, rtol=0)
         alone = layer(x[2:, past:], *sights(layer, x[2:], places, past, backend=backend))
         torch.testing.assert_close(y[2:], alone, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(
-    "mla", [mla for mla in EVERY_SIZE if mla.layer.current_chunk == "dense"], ids=size_id
-)
-@pytest.mark.parametrize("dense_from", [0, 2, 6])
-@torch.no_grad()
-def test_recent_tokens_may_be_read_densely(mla: MLAConfig, dense_from: int) -> None:
-    """From none of the past to all of it."""
-    layer, x = random_layer(mla, 0), noise(1, 10, DIM)
-    rotary = rotary_table(token_positions(PLACES, 1, 2), HEAD_DIM)
-    seen = torch.ones(10, 10, dtype=torch.bool)
-    exact = (torch.arange(10) >= dense_from).expand_as(seen)
-    expected = one_softmax(layer, mla, 0, x[0], rotary, seen, exact)[6:]
-    for backend in ("materialised", "absorbed") if mla in DECOUPLED else ("materialised",):
-        y = layer(x[:, 6:], *sights(layer, x, PLACES, 6, dense_from, backend))[0]
-        torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("mla", EVERY_SIZE, ids=size_id)
@@ -153,7 +103,7 @@ def test_under_gradients_the_way_that_has_them_reads_the_same(mla: MLAConfig) ->
     y.square().mean().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
     assert layer.kv_b_proj_v.weight.grad is not None
-    with pytest.raises(ValueError, match="only decoupled positions, without mask or gradient"):
+    with pytest.raises(ValueError, match="without mask or gradient"):
         layer(x[:, 4:], *sights(layer, x, PLACES, 4, backend="absorbed"))
     with torch.no_grad():
         for backend in ("auto", "materialised"):
@@ -205,11 +155,10 @@ def test_tiles_of_any_number_of_heads_read_the_same_and_stay_small(mla: MLAConfi
     assert sizes == sorted(sizes)
 
 
-@pytest.mark.parametrize("layer", [LayerConfig(), PAPER_LAYER], ids=layer_id)
 @torch.no_grad()
-def test_a_tile_is_one_head_at_least(layer: LayerConfig) -> None:
+def test_a_tile_is_one_head_at_least() -> None:
     """Of 18,000 tokens a head alone takes more than 1 MiB."""
-    attention, x = random_layer(tiny_mla(layer)), noise(1, 18_004, DIM)
+    attention, x = random_layer(tiny_mla()), noise(1, 18_004, DIM)
     q = split_heads(attention.norm_q(attention.q(x[:, 18_000:])), HEADS)
     largest: list[int] = []
     read: list[Tensor] = []
@@ -227,7 +176,7 @@ def test_a_tile_is_one_head_at_least(layer: LayerConfig) -> None:
 
 def wide_layer() -> LatentSelfAttention:
     """Shared keys twice as wide as rebuilt ones: fewest operations depend on how many queries."""
-    mla = MLAConfig((60,), ((0, 4),), "random", PAPER_LAYER)
+    mla = MLAConfig((60,), ((0, 4),), "random")
     layer = LatentSelfAttention(dataclasses.replace(TINY_GEOMETRY, num_layers=1), mla, 0)
     randomise(layer, seed=1)
     return layer
@@ -297,7 +246,7 @@ def test_auto_times_each_way_once_for_each_shape_where_the_count_is_unclear(
     nothing_timed.setattr(backends, "_seconds", seconds)
     nothing_timed.setattr(backends, "SMALL_FLOPS", 0)
     nothing_timed.setattr(backends, "CLEAR_RATIO", 1e6)
-    layers = [random_layer(tiny_mla(PAPER_LAYER), 0), random_layer(tiny_mla(PAPER_LAYER), 0)]
+    layers = [random_layer(tiny_mla(), 0), random_layer(tiny_mla(), 0)]
     for past in (4, 4, 6, 4, 6):
         for layer in layers:
             x = noise(2, 10, DIM)
@@ -314,31 +263,17 @@ def test_auto_times_each_way_once_for_each_shape_where_the_count_is_unclear(
 def test_timed_in_earnest_auto_is_one_of_both_ways(nothing_timed: pytest.MonkeyPatch) -> None:
     nothing_timed.setattr(backends, "SMALL_FLOPS", 0)
     nothing_timed.setattr(backends, "CLEAR_RATIO", 1e6)
-    for mla in (tiny_mla(PAPER_LAYER), tiny_mla(LayerConfig("dense", "decoupled"))):
-        layer, x = random_layer(mla), noise(2, 10, DIM)
-        auto, absorbed, rebuilt = (
-            layer(x[:, 4:], *sights(layer, x, PLACES, 4, backend=backend))
-            for backend in ("auto", "absorbed", "materialised")
-        )
-        assert torch.equal(auto, absorbed) or torch.equal(auto, rebuilt)
-
-
-@pytest.mark.parametrize("mla", RECONSTRUCTED, ids=size_id)
-@torch.no_grad()
-def test_whole_keys_are_rebuilt_whatever_they_cost(
-    mla: MLAConfig, nothing_timed: pytest.MonkeyPatch
-) -> None:
-    layer, x = random_layer(mla), noise(1, 10, DIM)
-    with counted(nothing_timed) as ways:
-        layer(x[:, 4:], *sights(layer, x, PLACES, 4, backend="auto"))
-        assert ways == ["materialised"]
-        with pytest.raises(ValueError, match="only decoupled positions"):
-            layer(x[:, 4:], *sights(layer, x, PLACES, 4, backend="absorbed"))
+    layer, x = random_layer(tiny_mla()), noise(2, 10, DIM)
+    auto, absorbed, rebuilt = (
+        layer(x[:, 4:], *sights(layer, x, PLACES, 4, backend=backend))
+        for backend in ("auto", "absorbed", "materialised")
+    )
+    assert torch.equal(auto, absorbed) or torch.equal(auto, rebuilt)
 
 
 @torch.no_grad()
 def test_a_masked_read_is_rebuilt() -> None:
-    layer, x = random_layer(tiny_mla(PAPER_LAYER)), noise(1, 10, DIM)
+    layer, x = random_layer(tiny_mla()), noise(1, 10, DIM)
     reading, sight = sights(layer, x, PLACES, 0, backend="absorbed")
     masked = sight._replace(groups=(QueryGroup(10, (slice(10),)),))
     with pytest.raises(ValueError, match="without mask"):
@@ -350,25 +285,11 @@ def test_a_masked_read_is_rebuilt() -> None:
 # What cannot be is refused before it runs
 
 
-RUNTIMES_REFUSED = [
-    (None, RuntimeConfig(cache_dtype="int8"), "only latent caches are quantised"),
-    (None, RuntimeConfig(rope_dtype="int8"), "only latent caches are quantised"),
-    (None, RuntimeConfig("absorbed"), "only layers with decoupled positions can be absorbed"),
-    *(
-        (mla, RuntimeConfig("absorbed"), "only layers with decoupled positions can be absorbed")
-        for mla in RECONSTRUCTED[:2]
-    ),
-]
-
-
-@pytest.mark.parametrize(("mla", "runtime", "message"), RUNTIMES_REFUSED)
-def test_a_runtime_that_cannot_be_is_refused(
-    mla: MLAConfig | None, runtime: RuntimeConfig, message: str
-) -> None:
+def test_a_dense_model_is_not_absorbed() -> None:
     with pytest.raises(ConfigError) as caught:
-        tiny_model(tiny_config(mla=mla)).new_cache(1, runtime)
+        tiny_model(tiny_config()).new_cache(1, RuntimeConfig("absorbed"))
     sentence = str(caught.value).splitlines()[0]
-    assert sentence.startswith(message)
+    assert sentence.startswith("only latent layers can be absorbed")
     assert not sentence.endswith(".")
     assert caught.value.hint
 
@@ -376,11 +297,8 @@ def test_a_runtime_that_cannot_be_is_refused(
 def test_dense_recent_frames_are_refused_where_nothing_is_dense() -> None:
     policy = CachePolicy(6, 1, dense_recent_frames=2)
     with pytest.raises(ConfigError, match="dense_recent_frames"):
-        tiny_config(cache=policy, mla=tiny_mla(PAPER_LAYER))
-    fitting: ModelConfig = tiny_config(
-        cache=policy, mla=tiny_mla(LayerConfig("dense", "decoupled"))
-    )
-    assert fitting.cache.dense_recent_frames == 2
+        tiny_config(cache=policy, mla=tiny_mla())
+    assert tiny_config(cache=policy).cache.dense_recent_frames == 2
 
 
 # What it costs
@@ -418,30 +336,23 @@ def fused(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     ("mla", "backend"),
     [
         pytest.param(mla, backend, id=f"{size_id(mla)}-{backend}")
-        for backend, kinds in (("materialised", EVERY_SIZE), ("absorbed", DECOUPLED))
-        for mla in kinds
-        if mla.layer.current_chunk == "latent"
+        for backend in ("materialised", "absorbed")
+        for mla in EVERY_SIZE
     ],
 )
 @torch.no_grad()
 def test_operations_are_those_that_torch_counts(mla: MLAConfig, backend: str) -> None:
-    """But for what both ways do alike: predicted norms, and the queries' own maps."""
+    """But for what both ways do alike: the queries' own maps."""
     layer, x = random_layer(mla), noise(2, 300, DIM)
     reading, sight = sights(layer, x, torch.arange(150), 200)
     q = split_heads(layer.norm_q(layer.q(x[:, 200:])), HEADS)
     kernel = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: fused}
     with FlopCounterMode(display=False, custom_mapping=kernel) as counter:
         getattr(layer, f"read_{backend}")(q, reading, sight)
-    rank, rope = mla.kv_lora_rank[1], 2 * len(mla.rope_pairs[1])
+    rope = 2 * len(mla.rope_pairs[1])
     alike = 2 * 2 * 100 * HEADS * HEAD_DIM * rope
     if mla.qk_nope_head_dim:
         alike += 2 * 2 * 100 * HEADS * HEAD_DIM * mla.qk_nope_head_dim
-    if mla.layer.k_norm == "latent":
-        alike += 2 * 2 * 300 * (rank + rope) * (rank + rope + 1)
-    if mla.layer.k_norm == "rebuilt":
-        alike += 2 * 2 * 300 * layer.key_rank * DIM
     expected = {"materialised": materialised_flops, "absorbed": absorbed_flops}[backend]
     shape = layer.read_shape(q, reading)
-    if mla in RECONSTRUCTED:  # their bias is no column of a matrix
-        shape = shape._replace(shared_key=layer.key_rank)
     assert counter.get_total_flops() == expected(shape) + alike

@@ -79,10 +79,7 @@ def sweep_rows() -> list[Row]:
                 "init": init,
                 "kv_lora_rank": rank,
                 "qk_rope_head_dim": 32,
-                "current_chunk": "dense",
-                "positions": "reconstructed",
                 "latent": "joint",
-                "k_norm": "stored",
             }
             rows.append(Row("cache_scalars_per_token", rank + 32, "scalars", **fields))
             for step in (0, 100, 500):
@@ -98,7 +95,7 @@ def planted_sections(folder: Path) -> list[Section]:
         file.write(bytes(EMBED_LIMIT_BYTES))
     for name in ("plot.csv", "compare.mp4"):
         (folder / name).touch()
-    facts = [["fact", "value"], ["rows", "70"], ["devices", "cpu"], ["k_norm", "latent, stored"]]
+    facts = [["fact", "value"], ["rows", "70"], ["devices", "cpu"], ["latent", "joint, split"]]
     return [
         Section("Answer", lead="Use <b>this</b> & that. It cuts the cache by 90.2 %."),
         Section("Every setting", table=planted_table(), marked=3, paragraphs=["A note & more."]),
@@ -299,7 +296,7 @@ def test_each_table_sorts_alone(visit: Visit) -> None:
     first, second = visit.page.locator("table").all()
     before = first.inner_text()
     second.locator("thead button").first.click()
-    assert texts(second.locator("tbody tr"), 0) == ["devices", "k_norm", "rows"]
+    assert texts(second.locator("tbody tr"), 0) == ["devices", "latent", "rows"]
     assert first.inner_text() == before
 
 

@@ -15,7 +15,6 @@ from vmla_convert.config import (
     ConvertConfig,
     DataConfig,
     DMDConfig,
-    LayerConfig,
     RecoverConfig,
     SweepConfig,
     TrainingConfig,
@@ -35,18 +34,17 @@ from vmla_convert.tables import to_dict
 
 pytest_plugins = ["checkpoints"]
 
-PAPERS = LayerConfig("latent", "decoupled")
 CLIPS = DataConfig("clips.safetensors", 21)
 SHORT = DataConfig(frames=6)
 SWEEPS = {
     "several splits of one rope width": (
-        SweepConfig(layers=(PAPERS,), kv_lora_ranks=(8, 16), head_splits=((20, 4), (12, 4))),
+        SweepConfig(kv_lora_ranks=(8, 16), head_splits=((20, 4), (12, 4))),
         ConvertConfig(),
         RecoverConfig(),
     ),
     "heads truncated alike": (
         SweepConfig(
-            layers=(PAPERS, LayerConfig()), kv_lora_ranks=(8,), qk_rope_head_dims=(4,), cuts=(0.9,)
+            latents=("joint", "split"), kv_lora_ranks=(8,), qk_rope_head_dims=(4,), cuts=(0.9,)
         ),
         ConvertConfig(qk_nope_head_dim=12, data=CLIPS, calibration_clips=3, seed=4),
         RecoverConfig(data=CLIPS, training=TrainingConfig(lr=1.2345678e-3, seed=9)),
@@ -54,7 +52,7 @@ SWEEPS = {
     "budgets, rules, seeds and lengths": (
         SweepConfig(
             inits=("random", "calibrated", "mha2mla"),
-            layers=(PAPERS, LayerConfig(latent="split", k_norm="latent")),
+            latents=("joint", "split"),
             cuts=(0.8765432, 0.9),
             ranks=("budget", "uniform"),
             seeds=(3, 4),
@@ -101,9 +99,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def report_point(point: SweepPoint) -> Point:
     """What a report reads of the rows of a point."""
     conversion = point.conversion
-    layer = {name: value for name, value in to_dict(conversion.layer).items()}
     error = Row(
-        "velocity_error", 0.1, "relative", "run", init=conversion.init, step=0, **layer,
+        "velocity_error", 0.1, "relative", "run", init=conversion.init, step=0,
+        latent=conversion.latent,
         kv_lora_rank=conversion.kv_lora_rank, qk_rope_head_dim=conversion.qk_rope_head_dim,
     )  # fmt: skip
     (read,) = read_points([labelled(error, point)])
@@ -167,16 +165,15 @@ def test_a_recipe_that_has_not_the_point_leaves_it_to_the_rows() -> None:
     recipe = told_recipe(sweep, convert, recover)
     assert find_point(point.key, recipe) == point
     assert find_point("another", recipe) is None
-    assert find_point(point.key, {**recipe, "convert": {"of_another_version": 1}}) is None
     assert find_point(point.key, {}) is None
 
 
 def split_rows() -> list[Row]:
-    """Two splits of one rope width, of before rows had a field for it, and as they are now."""
-    fields: dict[str, Any] = {"init": "calibrated", "step": 0, **to_dict(PAPERS)}
+    """Two splits of one rope width."""
+    fields: dict[str, Any] = {"init": "calibrated", "step": 0, "latent": "joint"}
     fields |= {"kv_lora_rank": 8, "qk_rope_head_dim": 4}
     return [
-        Row("velocity_error", 0.2, "relative", "calibrated-8+4-nope20", point="a", **fields),
+        Row("velocity_error", 0.2, "relative", "run", point="a", qk_nope_head_dim=20, **fields),
         Row("velocity_error", 0.1, "relative", "run", point="b", qk_nope_head_dim=12, **fields),
     ]
 
@@ -199,7 +196,7 @@ def test_the_answer_names_the_width_that_heads_were_truncated_to() -> None:
     best = recommend(read_points(split_rows()), 0.15)
     assert best is not None
     told = answer_sentence(best, None, 0.15)
-    assert "kv_lora_rank 8, qk_rope_head_dim 4 and qk_nope_head_dim 12 (latent" in told
+    assert "kv_lora_rank 8, qk_rope_head_dim 4 and qk_nope_head_dim 12 (joint latent)" in told
     divided = replace(best, point=replace(best.point, kv_lora_rank=None, scalars=13))
     told = answer_sentence(divided, None, 0.15)
-    assert "divided among layers, and qk_nope_head_dim 12 (latent" in told
+    assert "divided among layers, and qk_nope_head_dim 12 (joint latent)" in told

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from vmla_convert import config
 from vmla_convert.config import (
-    PAPER_LAYER,
     CachePolicy,
     ConvertConfig,
     DataConfig,
@@ -20,7 +19,6 @@ from vmla_convert.config import (
     EvaluateConfig,
     GenerateConfig,
     Geometry,
-    LayerConfig,
     MediaConfig,
     MLAConfig,
     ModelConfig,
@@ -50,9 +48,9 @@ CONVERTED = dataclasses.replace(
 )
 SPLIT = MLAConfig(
     kv_lora_rank=(8, 10),
-    rope_pairs=((), ()),
+    rope_pairs=((0,), (1,)),
     init="calibrated",
-    layer=LayerConfig(latent="split", k_norm="rebuilt"),
+    latent="split",
     key_ranks=(3, 6),
 )
 # Two layers of one head with two pairs each.
@@ -60,7 +58,6 @@ FOLDED = MLAConfig(
     kv_lora_rank=(8, 10),
     rope_pairs=((1,), (0,)),
     init="calibrated",
-    layer=LayerConfig(positions="decoupled", k_norm="latent"),
     phases=((((0.5, 1.0), (-3.1, 0.25)),), (((0.0, 0.0), (1.5, 0.125)),)),
     qk_nope_head_dim=3,
 )
@@ -69,22 +66,20 @@ EVERY_CONFIG: list[Any] = [
     GEOMETRY,
     DENSE.cache,
     SamplerConfig(denoising_step_list=(1000, 500), shift=3.0, renoise=False),
-    RuntimeConfig("absorbed", 16, "int4", "int8", offload=True),
+    RuntimeConfig("absorbed", 16, offload=True),
     MediaConfig("a/b", vae_tiling=True, cpu_offload=True),
     CONVERTED.mla,
     SPLIT,
     FOLDED,
-    LayerConfig(),
-    PAPER_LAYER,
     RankPlan((8, 10), (3, 1)),
-    RankPlan((8, 10), (0, 0), (3, 6)),
+    RankPlan((8, 10), (1, 1), (3, 6)),
     DENSE,
     CONVERTED,
     dataclasses.replace(DENSE, mla=SPLIT),
     DataConfig(source="clips.safetensors", sink_gap=3),
     ConvertConfig(),
     ConvertConfig(kv_lora_rank=16, qk_rope_head_dim=8),
-    ConvertConfig(layer=PAPER_LAYER, plan=RankPlan((8, 10), (3, 1))),
+    ConvertConfig(latent="split", plan=RankPlan((8, 10), (3, 1), (3, 6))),
     TrainingConfig(mixed_precision="bf16"),
     RecoverConfig(training=TrainingConfig(steps=7)),
     DMDConfig(steps=3),
@@ -338,47 +333,29 @@ def test_cache_sizes_by_hand() -> None:
     assert CONVERTED.cache_bytes(frames=5, batch=3) == 3 * 5 * 24 * (15 + 13) * 2
 
 
-def test_a_layer_costs_a_number_more_for_a_stored_norm_only() -> None:
-    stored = dataclasses.replace(SPLIT, layer=LayerConfig(latent="split"))
-    assert [SPLIT.cache_scalars(layer) for layer in (0, 1)] == [8, 10]
-    assert [stored.cache_scalars(layer) for layer in (0, 1)] == [9, 11]
-    assert [FOLDED.cache_scalars(layer) for layer in (0, 1)] == [8 + 2, 10 + 2]
-
-
 def test_parts_of_a_split_latent_add_up_and_a_joint_one_is_read_whole() -> None:
     assert [SPLIT.latent_parts(layer) for layer in (0, 1)] == [(3, 5), (6, 4)]
     assert [FOLDED.latent_parts(layer) for layer in (0, 1)] == [(8, 8), (10, 10)]
 
 
-def test_a_config_from_before_layers_could_be_chosen_is_the_papers() -> None:
-    earlier = {"kv_lora_rank": [8, 10], "rope_pairs": [[0, 1, 1], [2]], "init": "spectral"}
-    mla = from_dict(ModelConfig, as_dict(DENSE, mla=earlier)).mla
-    assert mla == CONVERTED.mla
-    assert mla is not None
-    assert mla.layer == PAPER_LAYER == LayerConfig("latent", "decoupled", "joint", "stored")
-    assert mla.key_ranks == mla.phases == ()
-
-
 @pytest.mark.parametrize(
-    ("layer", "pairs", "key_ranks", "message"),
+    ("latent", "pairs", "key_ranks", "message"),
     [
-        ({"positions": "reconstructed"}, ((0,), (1,)), (), "do not fit positions 'reconstructed'"),
-        ({"positions": "reconstructed"}, ((), (1,)), (), "do not fit positions 'reconstructed'"),
-        ({"positions": "decoupled"}, ((), ()), (), "do not fit positions 'decoupled'"),
-        ({"positions": "decoupled"}, ((0,), ()), (), "do not fit positions 'decoupled'"),
-        ({"latent": "split"}, ((), ()), (), "key_ranks do not fit a split latent"),
-        ({"latent": "split"}, ((), ()), (3,), "key_ranks do not fit a split latent"),
-        ({"latent": "joint"}, ((), ()), (3, 6), "key_ranks do not fit a joint latent"),
+        ("joint", ((), ()), (), "without a rope key"),
+        ("joint", ((0,), ()), (), "without a rope key"),
+        ("split", ((0,), (1,)), (), "key_ranks do not fit a split latent"),
+        ("split", ((0,), (1,)), (3,), "key_ranks do not fit a split latent"),
+        ("joint", ((0,), (1,)), (3, 6), "key_ranks do not fit a joint latent"),
     ],
 )
 def test_an_mla_that_cannot_be(
-    layer: dict[str, Any],
+    latent: Literal["joint", "split"],
     pairs: tuple[tuple[int, ...], ...],
     key_ranks: tuple[int, ...],
     message: str,
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        MLAConfig((8, 10), pairs, "calibrated", LayerConfig(**layer), key_ranks)
+        MLAConfig((8, 10), pairs, "calibrated", latent, key_ranks)
 
 
 def test_heads_that_cannot_be() -> None:
@@ -386,8 +363,6 @@ def test_heads_that_cannot_be() -> None:
     assert mla is not None
     with pytest.raises(ConfigError, match="qk_nope_head_dim 0 must be at least 1"):
         dataclasses.replace(mla, qk_nope_head_dim=0)
-    with pytest.raises(ConfigError, match="reconstructed positions rotate whole"):
-        dataclasses.replace(SPLIT, qk_nope_head_dim=4)
     whole = dataclasses.replace(mla, qk_nope_head_dim=GEOMETRY.head_dim)
     assert dataclasses.replace(DENSE, mla=whole).mla == whole
     wider = dataclasses.replace(mla, qk_nope_head_dim=GEOMETRY.head_dim + 1)
@@ -400,36 +375,12 @@ def test_a_config_without_truncation_does_not_speak_of_it() -> None:
     assert "qk_nope_head_dim" not in to_dict(ConvertConfig())
 
 
-@pytest.mark.parametrize("chunk", ["dense", "latent"])
-@pytest.mark.parametrize("latent", ["joint", "split"])
-def test_a_norm_from_the_rebuilt_key_needs_whole_keys(chunk: str, latent: str) -> None:
-    choices = {"current_chunk": chunk, "latent": latent, "k_norm": "rebuilt"}
-    assert from_dict(LayerConfig, choices).k_norm == "rebuilt"
-    with pytest.raises(ConfigError, match="k_norm 'rebuilt' needs whole keys") as caught:
-        from_dict(LayerConfig, {**choices, "positions": "decoupled"})
-    assert caught.value.hint is not None
-    assert "positions 'reconstructed'" in caught.value.hint
-
-
-def test_a_grid_leaves_out_only_layers_that_cannot_be() -> None:
-    grid = SweepConfig(
-        current_chunks=("dense", "latent"),
-        positions=("decoupled", "reconstructed"),
-        latents=("joint", "split"),
-        k_norms=("stored", "latent", "rebuilt"),
-    )
-    layers = grid.every_layer()
-    assert len(layers) == len(set(layers)) == 2 * 2 * 2 * 3 - 2 * 2
-    assert PAPER_LAYER in layers
-    assert LayerConfig() in layers
-
-
-@pytest.mark.parametrize(("ranks", "pairs"), [((8,), ((),)), ((8, 10, 8), ((), (), ()))])
+@pytest.mark.parametrize(("ranks", "pairs"), [((8,), ((0,),)), ((8, 10, 8), ((0,), (0,), (0,)))])
 def test_an_mla_names_every_layer(
     ranks: tuple[int, ...], pairs: tuple[tuple[int, ...], ...]
 ) -> None:
     with pytest.raises(ConfigError, match="ranks and pairs for 2 layers"):
-        dataclasses.replace(DENSE, mla=MLAConfig(ranks, pairs, "calibrated", LayerConfig()))
+        dataclasses.replace(DENSE, mla=MLAConfig(ranks, pairs, "calibrated"))
 
 
 def test_configs_do_not_change() -> None:
@@ -464,13 +415,9 @@ def test_steps_that_do_not_descend_from_1000_to_1_are_refused(steps: tuple[int, 
 
 def test_dense_recent_frames_need_a_layer_that_has_dense_keys() -> None:
     policy = CachePolicy(8, 2, dense_recent_frames=2)
-    latent, dense = (
-        dataclasses.replace(SPLIT, layer=LayerConfig(chunk, latent="split"))
-        for chunk in ("latent", "dense")
-    )
-    dataclasses.replace(DENSE, cache=policy, mla=dense)
+    dataclasses.replace(DENSE, cache=policy)
     with pytest.raises(ConfigError, match="dense keys and values"):
-        dataclasses.replace(DENSE, cache=policy, mla=latent)
+        dataclasses.replace(DENSE, cache=policy, mla=SPLIT)
     with pytest.raises(ConfigError, match="-1 must be at least 0"):
         CachePolicy(8, dense_recent_frames=-1)
     with pytest.raises(ConfigError, match="tile_mib"):

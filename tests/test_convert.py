@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
@@ -20,7 +19,7 @@ from torch import Tensor
 
 import vmla_convert
 from vmla_convert.checkpoint.families import open_checkpoint
-from vmla_convert.config import PAPER_LAYER, ConvertConfig, DataConfig, LayerConfig
+from vmla_convert.config import ConvertConfig, DataConfig, RankPlan
 from vmla_convert.errors import CheckpointError, ConfigError, OutputError, VmlaError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.factor import INITS
@@ -43,22 +42,8 @@ FRAMES = 6
 WEIGHTS = "model.safetensors"
 
 
-LAYERS = [
-    LayerConfig(*choices)
-    for choices in product(
-        ("dense", "latent"),
-        ("reconstructed", "decoupled"),
-        ("joint", "split"),
-        ("stored", "latent", "rebuilt"),
-    )
-    # Decoupled positions never rebuild the key whose norm that would be.
-    if not (choices[1] == "decoupled" and choices[3] == "rebuilt")
-]
-
-
 @pytest.fixture
 def evidence(dense: CausalWanModel, measured: list[LayerReads]) -> list[Evidence]:
-    """For the paper's layer."""
     return evidence_of(dense, measured)
 
 
@@ -69,19 +54,22 @@ class Made(NamedTuple):
     config: ConvertConfig
 
 
-@pytest.fixture(scope="module", params=LAYERS, ids=lambda layer: "-".join(to_dict(layer).values()))
+@pytest.fixture(scope="module", params=["joint", "split"])
 def made(
     request: pytest.FixtureRequest, teacher: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Made:
-    """The checkpoint's conversion to each layer there is."""
-    folder, config = tmp_path_factory.mktemp("made") / "out", replace(BUDGETED, layer=request.param)
+    """The checkpoint's conversion to either latent."""
+    folder, config = (
+        tmp_path_factory.mktemp("made") / "out",
+        replace(BUDGETED, latent=request.param),
+    )
     convert(teacher, folder, config)
     return Made(folder, config)
 
 
 @pytest.fixture(params=["converted", "budgeted"])
 def folder(request: pytest.FixtureRequest) -> Path:
-    """A conversion to the paper's layer, and one as nobody asked."""
+    """A conversion to sizes that were asked for, and one as nobody asked."""
     return request.getfixturevalue(request.param)
 
 
@@ -112,7 +100,7 @@ def test_the_folder_holds_weights_config_provenance_and_card_and_nothing_else(
 def test_reloading_gives_the_model_that_is_made_in_memory(
     made: Made, dense: CausalWanModel, measured: list[LayerReads]
 ) -> None:
-    evidence = evidence_of(dense, measured, made.config.layer)
+    evidence = evidence_of(dense, measured)
     here, loaded = convert_model(dense, made.config, evidence), load(made.folder)
     assert loaded.config == here.config
     assert near(velocity(loaded), velocity(here))
@@ -123,7 +111,7 @@ def test_reloading_gives_the_model_that_is_made_in_memory(
 def test_the_factors_land_under_the_layers_own_names(
     made: Made, dense: CausalWanModel, measured: list[LayerReads]
 ) -> None:
-    evidence = evidence_of(dense, measured, made.config.layer)
+    evidence = evidence_of(dense, measured)
     read, plan = dense.state_dict().__getitem__, read_plan(made.folder)
     heads = MODEL.geometry.num_heads
     factors = factor_layer(read, plan, heads, made.config, 1, evidence.__getitem__)
@@ -133,28 +121,24 @@ def test_the_factors_land_under_the_layers_own_names(
         "kv_b_proj_v": (factors.kv_b_proj_v, factors.kv_b_bias_v),
     }
     attention = load(made.folder).self_attentions()[1]
-    if factors.rope is not None:
-        # Two numbers for each complex one.
-        rows = torch.stack([factors.rope.rows.real, factors.rope.rows.imag], 1).flatten(0, 1)
-        expected["k_rope_proj"] = rows, torch.view_as_real(factors.rope.offsets).flatten()
-        assert near(attention.get_parameter("q_rope_map").double(), factors.rope.query_map)
-    if made.config.layer.k_norm == "latent":
-        assert factors.norm is not None
-        expected["k_norm_latent"] = factors.norm.weight, factors.norm.bias
+    # Two numbers for each complex one.
+    rows = torch.stack([factors.rope.rows.real, factors.rope.rows.imag], 1).flatten(0, 1)
+    expected["k_rope_proj"] = rows, torch.view_as_real(factors.rope.offsets).flatten()
+    expected["k_norm_proj"] = (
+        dense.state_dict()["blocks.1.self_attn.k.weight"].double(),
+        dense.state_dict()["blocks.1.self_attn.k.bias"].double(),
+    )
+    assert near(attention.get_parameter("q_rope_map").double(), factors.rope.query_map)
     for name, (weight, bias) in expected.items():
         assert near(attention.get_parameter(f"{name}.weight").double(), weight)
         assert near(attention.get_parameter(f"{name}.bias").double(), bias)
-    if factors.norm is not None:
-        assert near(attention.get_parameter("k_norm_floor").double(), factors.norm.floor)
 
 
-def test_a_latent_chunk_weighs_what_its_own_tokens_cost(
+def test_a_layer_weighs_what_its_own_tokens_cost(
     dense: CausalWanModel, measured: list[LayerReads]
 ) -> None:
-    past_only, with_own = (
-        evidence_of(dense, measured, replace(LayerConfig(), current_chunk=chunk))
-        for chunk in ("dense", "latent")
-    )
+    past_only = evidence_of(dense, [reads._replace(own=[]) for reads in measured])
+    with_own = evidence_of(dense, measured)
     for past, own, reads in zip(past_only, with_own, measured, strict=True):
         assert near(past.mean, reads.past[1].mean)
         assert not near(own.mean, past.mean, 0.01)
@@ -164,13 +148,12 @@ def test_a_latent_chunk_weighs_what_its_own_tokens_cost(
 
 
 def test_every_layer_streams_a_rollout_through_the_cache_that_it_promises(made: Made) -> None:
-    model, layer = load(made.folder), made.config.layer
+    model, latent = load(made.folder), made.config.latent
     mla = model.config.mla
-    assert mla is not None and mla.layer == layer
-    assert all(bool(pairs) == (layer.positions == "decoupled") for pairs in mla.rope_pairs)
-    assert bool(mla.key_ranks) == (layer.latent == "split")
+    assert mla is not None and mla.latent == latent
+    assert bool(mla.key_ranks) == (latent == "split")
     numbers = sum(
-        rank + 2 * len(pairs) + (layer.k_norm == "stored")
+        rank + 2 * len(pairs) + 1
         for rank, pairs in zip(mla.kv_lora_rank, mla.rope_pairs, strict=True)
     )
     tokens = MODEL.cache.window_frames * MODEL.tokens_per_frame
@@ -184,8 +167,7 @@ def test_every_layer_streams_a_rollout_through_the_cache_that_it_promises(made: 
 def test_no_layer_costs_more_than_it_should(made: Made, dense: CausalWanModel) -> None:
     """An eighth of the cache holds what this model needs to almost all."""
     model = load(made.folder)
-    stored = made.config.layer.k_norm == "stored"
-    assert model.config.cache_scalars_per_token() == 12 + stored
+    assert model.config.cache_scalars_per_token() == 13
     assert HeldOut(dense, EVALUATE).measure(model).velocity_error < 0.01
 
 
@@ -203,8 +185,6 @@ def test_all_but_self_attention_keeps_bytes_and_dtype(teacher: Path, folder: Pat
     before, after = open_checkpoint(teacher), open_checkpoint(folder)
     dropped = {name for name in before.names if name not in after.names}
     parts = ("k.weight", "k.bias", "v.weight", "v.bias", "norm_k.weight")
-    # The default's current chunk still reads them.
-    parts = parts if folder.name == "converted" else ()
     assert dropped == {f"blocks.{layer}.self_attn.{part}" for layer in (0, 1) for part in parts}
     for name in before.names.keys() - dropped:
         was, now = before.read(name), after.read(name)
@@ -216,8 +196,7 @@ def test_the_new_projections_are_float32_and_alive(teacher: Path, folder: Path) 
     kept, opened = open_checkpoint(teacher).names, open_checkpoint(folder)
     new = [opened.read(name) for name in opened.names if name not in kept]
     # Down and up to keys and values; rope keys, what they meet, and the norm's key projection.
-    per_layer = 6 if folder.name == "budgeted" else 6 + 3 + 2
-    assert len(new) == per_layer * MODEL.geometry.num_layers
+    assert len(new) == (6 + 3 + 2) * MODEL.geometry.num_layers
     assert all(tensor.dtype == torch.float32 and tensor.any() for tensor in new)
 
 
@@ -226,7 +205,7 @@ def test_config_json_names_sizes_and_keeps_the_rest(converted: Path) -> None:
     mla = told.pop("mla")
     assert told == json.loads(json.dumps(to_dict(MODEL)))
     assert (mla["kv_lora_rank"], mla["init"]) == ([8, 8], "calibrated")
-    assert mla["layer"] == to_dict(PAPER_LAYER)
+    assert mla["latent"] == "joint"
     assert [len(pairs) for pairs in mla["rope_pairs"]] == [2, 2]
 
 
@@ -242,11 +221,8 @@ def test_config_json_records_the_phases_that_were_folded_into_the_content(
     torch.testing.assert_close(folded, known, atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("config", [BUDGETED, replace(CONVERT, init="spectral")])
-def test_where_nothing_is_folded_there_are_no_phases(
-    config: ConvertConfig, dense: CausalWanModel, measured: list[LayerReads]
-) -> None:
-    model = convert_model(dense, config, evidence_of(dense, measured, config.layer))
+def test_where_nothing_is_folded_there_are_no_phases(dense: CausalWanModel) -> None:
+    model = convert_model(dense, replace(CONVERT, init="spectral"), None)
     assert model.config.mla and model.config.mla.phases == ()
 
 
@@ -276,12 +252,11 @@ def test_the_card_inherits_the_licence_and_leaves_an_unknown_base_model_out(
     assert "base_model" not in front
 
 
-def test_the_card_says_which_layer_it_is_and_what_it_caches(folder: Path) -> None:
+def test_the_card_says_which_latent_it_is_and_what_it_caches(folder: Path) -> None:
     card, model = (folder / "README.md").read_text(), load(folder)
     assert model.config.mla is not None
     assert "caches 13 numbers per token instead of 96 (86.5% less)" in card
-    for name, value in to_dict(model.config.mla.layer).items():
-        assert f"{name} = {value}" in card
+    assert f"| latent | {model.config.mla.latent} |" in card
 
 
 def test_the_card_names_a_known_base_model(tmp_path: Path, dense: CausalWanModel) -> None:
@@ -294,31 +269,34 @@ def test_the_card_names_a_known_base_model(tmp_path: Path, dense: CausalWanModel
 
 # Of `calibrated` alone: `spectral` promises less error in the weights, which test_factor proves,
 # and that may cost velocity.
-@pytest.mark.parametrize("config", [CONVERT, BUDGETED], ids=["paper", "default"])
+@pytest.mark.parametrize("config", [CONVERT, BUDGETED], ids=["explicit", "budget"])
 def test_more_rank_loses_less(
     config: ConvertConfig, dense: CausalWanModel, measured: list[LayerReads]
 ) -> None:
-    held_out, evidence = HeldOut(dense, EVALUATE), evidence_of(dense, measured, config.layer)
+    held_out, evidence = HeldOut(dense, EVALUATE), evidence_of(dense, measured)
     sizes = [replace(config, kv_lora_rank=rank) for rank in (2, 6, 16, 32, 40)]
     errors = [held_out.measure(convert_model(dense, s, evidence)).velocity_error for s in sizes]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.1 * errors[0]
 
 
-def test_at_full_rank_almost_nothing_is_lost(
+def test_at_full_rank_with_all_pairs_almost_nothing_is_lost(
     teacher: Path, dense: CausalWanModel, tmp_path: Path
 ) -> None:
-    convert(teacher, tmp_path / "out", replace(BUDGETED, kv_lora_rank=MODEL.geometry.dim))
+    geometry = MODEL.geometry
+    layers, pairs = geometry.num_layers, geometry.num_heads * geometry.head_dim // 2
+    plan = RankPlan((geometry.dim,) * layers, (pairs,) * layers)
+    convert(teacher, tmp_path / "out", replace(BUDGETED, plan=plan))
     errors = HeldOut(dense, EVALUATE).measure(load(tmp_path / "out"))
     assert errors.velocity_error < 1e-6
 
 
 @pytest.mark.parametrize("rank", [2, 6, 16])
-@pytest.mark.parametrize("config", [CONVERT, BUDGETED], ids=["paper", "default"])
+@pytest.mark.parametrize("config", [CONVERT, BUDGETED], ids=["explicit", "budget"])
 def test_calibration_beats_the_weights_alone(
     config: ConvertConfig, rank: int, dense: CausalWanModel, measured: list[LayerReads]
 ) -> None:
-    held_out, evidence = HeldOut(dense, EVALUATE), evidence_of(dense, measured, config.layer)
+    held_out, evidence = HeldOut(dense, EVALUATE), evidence_of(dense, measured)
     calibrated, spectral = (
         held_out.measure(
             convert_model(dense, replace(config, init=init, kv_lora_rank=rank), evidence)
@@ -385,7 +363,7 @@ def test_wider_heads_lose_less_and_whole_ones_are_those_that_nobody_truncated(
 def test_the_command_tells_what_truncated_heads_lost(
     teacher: Path, tmp_path: Path, vmla: Vmla
 ) -> None:
-    words = ("convert", teacher, "--json", "--init", "spectral", "--positions", "decoupled")
+    words = ("convert", teacher, "--json", "--init", "spectral")
     ran = vmla(*words, "-o", tmp_path / "out", "--qk-nope-head-dim", "6")
     told = json.loads(ran.out.splitlines()[0])
     record = json.loads((tmp_path / "out" / "conversion.json").read_text())
@@ -422,16 +400,15 @@ def test_a_dry_run_writes_nothing_and_foretells_the_size(
 def test_the_command_writes_what_the_pipeline_writes(
     teacher: Path, converted: Path, tmp_path: Path, vmla: Vmla
 ) -> None:
-    layer = ("--current-chunk", "latent", "--positions", "decoupled", "--latent", "split")
-    sizes = ("--k-norm", "latent", "--cache-scalars", "20", "--init", "spectral")
-    ran = vmla("convert", teacher, "-o", tmp_path / "out", *layer, *sizes)
+    words = ("--latent", "split", "--cache-scalars", "20", "--init", "spectral")
+    ran = vmla("convert", teacher, "-o", tmp_path / "out", *words)
     assert ran.code == 0
     assert f"wrote: {tmp_path / 'out'}" in ran.out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         path.name for path in converted.iterdir()
     }
     told = load(tmp_path / "out").config
-    assert told.mla and told.mla.layer == LayerConfig("latent", "decoupled", "split", "latent")
+    assert told.mla and told.mla.latent == "split"
     assert told.cache_scalars_per_token() == 20
 
 
@@ -559,12 +536,9 @@ def test_without_calibration_no_clips_are_needed(
     assert errors[0] < errors[1]
 
 
-@pytest.mark.parametrize("layer", [LayerConfig(), PAPER_LAYER], ids=["default", "paper"])
 @pytest.mark.parametrize("init", ["calibrated", "transmla", "mha2mla"])
-def test_every_init_that_looks_at_data_does_without(
-    init: str, layer: LayerConfig, wan: Path, tmp_path: Path
-) -> None:
-    convert(wan, tmp_path / "out", ConvertConfig(init, layer, calibrate=False))
+def test_every_init_that_looks_at_data_does_without(init: str, wan: Path, tmp_path: Path) -> None:
+    convert(wan, tmp_path / "out", ConvertConfig(init, calibrate=False))
     assert velocity(load(tmp_path / "out")).isfinite().all()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -12,12 +13,10 @@ from checkpoints import CONVERT, EVALUATE, MODEL, evidence_of
 from torch import Tensor
 
 from vmla_convert.config import (
-    PAPER_LAYER,
     ConvertConfig,
     DataConfig,
     EvaluateConfig,
     Geometry,
-    LayerConfig,
     RankPlan,
 )
 from vmla_convert.demo.world import sample_clips
@@ -41,21 +40,18 @@ from vmla_convert.pipelines.load import load
 from vmla_convert.pipelines.losses import Example
 from vmla_convert.pipelines.rows import cache_rows, conversion_rows, error_rows, run_name
 from vmla_convert.results import Row
-from vmla_convert.tables import to_dict
 
 pytest_plugins = ["checkpoints"]
 
-SPLIT = LayerConfig(latent="split")
-RUN = "calibrated-8+4-latent-decoupled-joint-stored"
+Latent = Literal["joint", "split"]
+
+RUN = "calibrated-8+4-joint"
 LATENT_FIELDS = {
     "run": RUN,
     "init": "calibrated",
     "kv_lora_rank": 8,
     "qk_rope_head_dim": 4,
-    "current_chunk": "latent",
-    "positions": "decoupled",
     "latent": "joint",
-    "k_norm": "stored",
 }
 
 
@@ -192,39 +188,35 @@ def test_rows_of_a_conversions_cache(latent: CausalWanModel) -> None:
 
 
 def test_a_run_is_named_after_what_was_made(dense: CausalWanModel) -> None:
-    def name(layer: LayerConfig, ranks: tuple[int, ...], pairs: tuple[int, ...]) -> str:
-        plan = RankPlan(ranks, pairs, (2, 2) if layer.latent == "split" else ())
-        config = ConvertConfig("random", layer, plan=plan)
+    def name(latent: Latent, ranks: tuple[int, ...], pairs: tuple[int, ...]) -> str:
+        plan = RankPlan(ranks, pairs, (2, 2) if latent == "split" else ())
+        config = ConvertConfig("random", latent, plan=plan)
         return run_name(planned_config(MODEL, config, plan))
 
     assert run_name(dense.config) == "dense"
     names = {
-        "random-9+0-dense-reconstructed-joint-stored": name(LayerConfig(), (9, 9), (0, 0)),
-        "random-9.5-dense-reconstructed-joint-stored": name(LayerConfig(), (8, 9), (0, 0)),
-        "random-9-dense-reconstructed-split-rebuilt": name(
-            LayerConfig(latent="split", k_norm="rebuilt"), (8, 10), (0, 0)
-        ),
+        "random-9+4-joint": name("joint", (9, 9), (2, 2)),
+        "random-13.5-joint": name("joint", (8, 9), (2, 2)),
+        "random-14-split": name("split", (8, 10), (2, 2)),
         # Other shares of the same size are another setting too.
-        "random-12-latent-decoupled-joint-latent": name(
-            replace(PAPER_LAYER, k_norm="latent"), (8, 6), (2, 3)
-        ),
+        "random-13-joint": name("joint", (8, 6), (2, 3)),
     }
     assert list(names) == list(names.values())
     narrow = replace(CONVERT, init="random", qk_nope_head_dim=6)
     plan = RankPlan((8, 8), (2, 2))
     named = run_name(planned_config(MODEL, narrow, plan))
-    assert named == "random-8+4-latent-decoupled-joint-stored-nope6"
+    assert named == "random-8+4-joint-nope6"
 
 
 def test_rows_name_no_size_that_layers_do_not_share(
     dense: CausalWanModel, measured: list[LayerReads]
 ) -> None:
-    plan = RankPlan((8, 9), (0, 0))
+    plan = RankPlan((8, 9), (2, 2))
     config = ConvertConfig(plan=plan)
-    model = convert_model(dense, config, evidence_of(dense, measured, config.layer))
+    model = convert_model(dense, config, evidence_of(dense, measured))
     rows = cache_rows(model.config)
     assert {(row.kv_lora_rank, row.qk_rope_head_dim) for row in rows} == {(None, None)}
-    assert rows[0].value == 9.5
+    assert rows[0].value == 13.5
 
 
 def test_rows_of_what_a_conversion_took(latent: CausalWanModel) -> None:
@@ -264,19 +256,17 @@ def test_spectra_are_told_for_every_layer_with_and_without_data(
     assert all(8 < rank <= MODEL.geometry.dim for rank in ranks)
 
 
-@pytest.mark.parametrize(
-    "layer", [LayerConfig(), PAPER_LAYER, SPLIT], ids=["default", "paper", "split"]
-)
+@pytest.mark.parametrize("latent", ["joint", "split"])
 @pytest.mark.parametrize("init", ["calibrated", "random"])
 def test_every_converted_layer_tells_how_much_of_its_rank_it_fills(
-    init: str, layer: LayerConfig, dense: CausalWanModel, measured: list[LayerReads]
+    init: str, latent: Latent, dense: CausalWanModel, measured: list[LayerReads]
 ) -> None:
-    config = replace(CONVERT, init=init, layer=layer, kv_lora_rank=8, qk_rope_head_dim=None)
-    model = convert_model(dense, config, evidence_of(dense, measured, layer))
+    config = replace(CONVERT, init=init, latent=latent, kv_lora_rank=8, qk_rope_head_dim=None)
+    model = convert_model(dense, config, evidence_of(dense, measured))
     rows = learned_spectrum_rows(model, 5, seed=3)
     assert [row.layer for row in rows] == [0, 1]
     assert {row.metric for row in rows} == {"effective_rank_99"}
-    told = {"run": run_name(model.config), "init": init, "seed": 3, "step": 5, **to_dict(layer)}
+    told = {"run": run_name(model.config), "init": init, "seed": 3, "step": 5, "latent": latent}
     assert all(has_fields(row, told) and 0 < row.value <= 8 for row in rows)
     read = model.state_dict().__getitem__
     for row in rows:

@@ -23,7 +23,6 @@ from reference.latent import (
 )
 from torch import Tensor
 
-from vmla_convert.config import PAPER_LAYER, LayerConfig
 from vmla_convert.errors import ConfigError
 from vmla_convert.maths.factor import (
     DATA_INITS,
@@ -44,10 +43,7 @@ from vmla_convert.maths.reads import Reads, ReadSums, measure_reads, merge_reads
 repeatable = settings(derandomize=True, deadline=None, max_examples=20)
 few = settings(derandomize=True, deadline=None, max_examples=10)
 
-Positions = Literal["reconstructed", "decoupled"]
 Latent = Literal["joint", "split"]
-POSITIONS: tuple[Positions, ...] = ("reconstructed", "decoupled")
-either_position = pytest.mark.parametrize("positions", POSITIONS)
 either_latent = pytest.mark.parametrize("latent", ["joint", "split"])
 
 
@@ -60,44 +56,29 @@ def assert_lossless(toy: Toy, factors: Factors) -> None:
     torch.testing.assert_close(value(factors, inputs), dense_value(weights, inputs))
 
 
-@either_position
 @either_latent
 @repeatable
 @given(toy=TOYS)
-def test_calibrated_is_lossless_with_all_directions_and_all_pairs(
-    positions: Positions, latent: Latent, toy: Toy
-) -> None:
-    shape = toy.full_shape(LayerConfig(positions=positions, latent=latent))
+def test_calibrated_is_lossless_with_all_directions_and_all_pairs(latent: Latent, toy: Toy) -> None:
+    shape = toy.full_shape(latent)
     assert_lossless(toy, factor("calibrated", toy.weights, shape, toy.evidence, generator()))
-
-
-@either_latent
-@pytest.mark.parametrize("name", ["spectral", "mha2mla", "xecomla"])
-@repeatable
-@given(toy=TOYS)
-def test_weight_svds_are_lossless_when_keys_are_rebuilt_from_all_directions(
-    name: str, latent: Latent, toy: Toy
-) -> None:
-    shape = toy.full_shape(LayerConfig(latent=latent))
-    assert_lossless(toy, factor(name, toy.weights, shape, toy.evidence, generator()))
 
 
 @either_latent
 @repeatable
 @given(toy=TOYS)
 def test_mha2mla_is_lossless_with_every_pair_of_every_head(latent: Latent, toy: Toy) -> None:
-    shape = toy.full_shape(LayerConfig(positions="decoupled", latent=latent))
+    shape = toy.full_shape(latent)
     assert_lossless(toy, factor("mha2mla", toy.weights, shape, toy.evidence, generator()))
 
 
 @either_latent
 def test_assumed_evidence_is_enough_to_be_lossless(latent: Latent) -> None:
-    for positions in POSITIONS:
-        for seed in range(5):
-            data = toy(3, 10, seed)
-            evidence = assume_evidence(data.weights, data.evidence.phases[0])
-            shape = data.full_shape(LayerConfig(positions=positions, latent=latent))
-            assert_lossless(data, factor("calibrated", data.weights, shape, evidence, generator()))
+    for seed in range(5):
+        data = toy(3, 10, seed)
+        evidence = assume_evidence(data.weights, data.evidence.phases[0])
+        shape = data.full_shape(latent)
+        assert_lossless(data, factor("calibrated", data.weights, shape, evidence, generator()))
 
 
 def test_energies_of_many_decades_cost_no_precision() -> None:
@@ -109,9 +90,7 @@ def test_energies_of_many_decades_cost_no_precision() -> None:
     evidence = data.evidence._replace(
         mean=inputs.mean(0), covariance=torch.cov(inputs.mT, correction=0)
     )
-    factors = factor(
-        "calibrated", data.weights, data.full_shape(LayerConfig()), evidence, generator()
-    )
+    factors = factor("calibrated", data.weights, data.full_shape(), evidence, generator())
     gap = value(factors, inputs) - dense_value(data.weights, inputs)
     spread = (inputs - inputs.mean(0)) @ data.weights.value.mT
     assert gap.norm() < 1e-6 * spread.norm()
@@ -119,8 +98,7 @@ def test_energies_of_many_decades_cost_no_precision() -> None:
 
 def test_spectral_is_lossless_but_for_its_rope_pairs() -> None:
     data, weights = toy(), toy().weights
-    factors = factor("spectral", weights, LayerShape(PAPER_LAYER, data.width, 2), None, generator())
-    assert factors.rope is not None
+    factors = factor("spectral", weights, LayerShape("joint", data.width, 2), None, generator())
     torch.testing.assert_close(value(factors, data.inputs), dense_value(weights, data.inputs))
     roped = factors.rope.pairs.tolist()
     kept = [pair for pair in range(7) if pair not in roped]
@@ -131,18 +109,17 @@ def test_spectral_is_lossless_but_for_its_rope_pairs() -> None:
     assert content[..., roped].abs().max() < 1e-12
 
 
-@either_position
 @either_latent
-def test_means_and_biases_cost_no_rank(positions: Positions, latent: Latent) -> None:
+def test_means_and_biases_cost_no_rank(latent: Latent) -> None:
     """At the mean input the latent is zero, and keys and values are those of all directions."""
-    data, layer = toy(), LayerConfig(positions=positions, latent=latent)
-    pairs, mean = int(positions == "decoupled"), data.evidence.mean[None]
+    data = toy()
+    mean = data.evidence.mean[None]
     turn = turns(1, 7)
     small, full = (
         factor("calibrated", data.weights, shape, data.evidence, generator())
         for shape in (
-            LayerShape(layer, 2, pairs),
-            data.full_shape(layer)._replace(rope_pairs=pairs),
+            LayerShape(latent, 2, 1),
+            data.full_shape(latent)._replace(rope_pairs=1),
         )
     )
     assert (small.kv_a_proj @ mean[0] + small.kv_a_bias).abs().max() < 1e-9
@@ -247,19 +224,16 @@ def uncentred(evidence: Evidence) -> Evidence:
     )
 
 
-@either_position
 @either_latent
 @few
 @given(toy=TOYS)
-def test_centring_is_never_worse(positions: Positions, latent: Latent, toy: Toy) -> None:
+def test_centring_is_never_worse(latent: Latent, toy: Toy) -> None:
     """At all ranks, on the tokens themselves, whose mean is large."""
-    layer, pairs = LayerConfig(positions=positions, latent=latent), 0
-    if positions == "decoupled":
-        pairs = min(3, toy.all_pairs)
+    pairs = min(3, toy.all_pairs)
     for rank in range(2, toy.width + 1, 3):
-        shape = LayerShape(layer, rank, pairs)
+        shape = LayerShape(latent, rank, pairs)
         centred, about_zero = (
-            lost(toy, layer, factor("calibrated", toy.weights, shape, evidence, generator()))
+            lost(toy, factor("calibrated", toy.weights, shape, evidence, generator()))
             for evidence in (toy.evidence, uncentred(toy.evidence))
         )
         assert centred <= about_zero * (1 + 1e-9) + 1e-9
@@ -270,78 +244,53 @@ def test_centring_is_never_worse(positions: Positions, latent: Latent, toy: Toy)
 @few
 @given(toy=TOYS)
 def test_calibrated_is_the_best_init_in_its_own_metric(name: str, latent: Latent, toy: Toy) -> None:
-    layer = LayerConfig(latent=latent)
     for rank in range(2, toy.width + 1, 3):
-        shape = LayerShape(layer, rank)
+        shape = LayerShape(latent, rank, 1)
         ours, theirs = (
-            lost(toy, layer, factor(init, toy.weights, shape, toy.evidence, generator()))
+            lost(toy, factor(init, toy.weights, shape, toy.evidence, generator()))
             for init in ("calibrated", name)
         )
         assert ours <= theirs * (1 + 1e-9) + 1e-9
 
 
-@few
-@given(TOYS)
-def test_predicted_errors_of_rebuilt_keys_are_what_is_lost(toy: Toy) -> None:
-    curve = predict_errors(toy.weights, LayerConfig(), toy.evidence, toy.width)
-    assert len(curve.errors) == toy.width + 1
-    assert curve.errors[0] == torch.inf
-    assert (curve.errors[1:].diff() <= 0).all()
-    assert set(curve.rope_pairs) == {0}
-    assert curve.key_ranks == []
-    assert_predicted(toy, LayerConfig(), range(1, toy.width, 4))
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_predicted_errors_of_split_latents_are_what_is_lost(seed: int) -> None:
-    data, layer = toy(2, 8, seed), LayerConfig(latent="split")
-    curve = predict_errors(data.weights, layer, data.evidence, 2 * data.width)
-    assert (curve.errors[:2] == torch.inf).all()
-    assert (curve.errors[2:].diff() <= 0).all()
-    assert all(1 <= part < size for size, part in enumerate(curve.key_ranks) if size > 1)
-    assert_predicted(data, layer, range(4, 2 * data.width, 3))
-
-
-@either_position
-def test_predicted_errors_of_one_sided_split_latents_are_what_is_lost(positions: Positions) -> None:
+def test_predicted_errors_of_one_sided_split_latents_are_what_is_lost() -> None:
     """Values that cost little still get a number, which keys, worth more, must then do without."""
-    data, layer = toy(2, 8), LayerConfig(positions=positions, latent="split")
+    data = toy(2, 8)
     cheap = data.evidence._replace(value_metric=1e-6 * data.evidence.value_metric)
-    assert_predicted(data._replace(evidence=cheap), layer, range(4, 12))
+    assert_predicted(data._replace(evidence=cheap), "split", range(4, 12))
 
 
-def assert_predicted(toy: Toy, layer: LayerConfig, sizes: range) -> None:
+def assert_predicted(toy: Toy, latent: Latent, sizes: range) -> None:
     """`calibrated` loses what the curve says, under the plan that the curve gives."""
-    curve = predict_errors(toy.weights, layer, toy.evidence, sizes.stop, (1, 2, 4))
+    curve = predict_errors(toy.weights, latent, toy.evidence, sizes.stop, (1, 2, 4))
     for size in sizes:
         pairs = curve.rope_pairs[size]
         key_rank = curve.key_ranks[size] if curve.key_ranks else None
-        shape = LayerShape(layer, size - 2 * pairs, pairs, key_rank)
+        shape = LayerShape(latent, size - 2 * pairs, pairs, key_rank)
         factors = factor("calibrated", toy.weights, shape, toy.evidence, generator())
         expected = pytest.approx(curve.errors[size].item(), rel=1e-6, abs=1e-9)
-        assert lost(toy, layer, factors) == expected
+        assert lost(toy, factors) == expected
 
 
 @either_latent
 @pytest.mark.parametrize("seed", range(3))
-def test_predicted_errors_of_decoupled_layers_are_what_is_lost(latent: Latent, seed: int) -> None:
+def test_predicted_errors_are_what_is_lost(latent: Latent, seed: int) -> None:
     """What truncation drops, and the rotation of pairs without a rope key; METHOD 6 and 7.
 
     Keys cost enough for both parts of a split to get their number.
     """
-    data, layer = toy(2, 8, seed), LayerConfig(positions="decoupled", latent=latent)
+    data = toy(2, 8, seed)
     dear = data.evidence._replace(key_metric=20 * data.evidence.key_metric)
-    assert_predicted(data._replace(evidence=dear), layer, range(12, 24))
+    assert_predicted(data._replace(evidence=dear), latent, range(12, 24))
 
 
 @either_latent
 def test_predicted_errors_fall_with_the_size_and_take_the_best_number_of_pairs(
     latent: Latent,
 ) -> None:
-    data, layer = toy(), LayerConfig(positions="decoupled", latent=latent)
-    most = 40
+    data, most = toy(), 40
     curves = {
-        pairs: predict_errors(data.weights, layer, data.evidence, most, (pairs,))
+        pairs: predict_errors(data.weights, latent, data.evidence, most, (pairs,))
         for pairs in (1, 2, 5, 12)
     }
     for pairs, curve in curves.items():
@@ -349,7 +298,7 @@ def test_predicted_errors_fall_with_the_size_and_take_the_best_number_of_pairs(
         smallest = 2 * pairs + (1 if latent == "joint" else 2)
         assert (curve.errors[:smallest] == torch.inf).all()
         assert (curve.errors[smallest:].diff() <= 0).all()
-    best = predict_errors(data.weights, layer, data.evidence, most, (1, 2, 5, 12))
+    best = predict_errors(data.weights, latent, data.evidence, most, (1, 2, 5, 12))
     torch.testing.assert_close(
         best.errors, torch.stack([curve.errors for curve in curves.values()]).amin(0)
     )
@@ -360,25 +309,23 @@ def test_predicted_errors_fall_with_the_size_and_take_the_best_number_of_pairs(
 
 def test_prediction_needs_evidence() -> None:
     with pytest.raises(ConfigError, match="needs calibration"):
-        predict_errors(toy().weights, LayerConfig(), None, 10)
+        predict_errors(toy().weights, "joint", None, 10)
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("latent", ["joint", "split"])
 @pytest.mark.parametrize("name", [name for name in INITS if name != "random"])
 def test_a_layer_solved_once_is_cut_to_what_it_is_when_solved_for_that_size(
-    name: str, positions: Positions, latent: Latent
+    name: str, latent: Latent
 ) -> None:
-    data, layer = toy(), LayerConfig(positions=positions, latent=latent)
-    pairs = 3 if positions == "decoupled" else 0
-    largest = LayerShape(layer, 12, pairs, 7 if latent == "split" else None)
+    data = toy()
+    largest = LayerShape(latent, 12, 3, 7 if latent == "split" else None)
     solved = INITS[name](data.weights, largest, data.evidence, generator())
     turn = turns(len(data.inputs), 7)
     # Weights alone are decomposed in single precision where it suffices, and rank decides that.
     close = {"rtol": 0, "atol": 1e-5} if name in ("spectral", "mha2mla", "xecomla") else {}
     for rank, key_rank in ((12, 7), (9, 4), (2, 1)):
-        shape = LayerShape(layer, rank, pairs, key_rank if latent == "split" else None)
-        shared = cut(data.weights, solved, shape)
+        shape = LayerShape(latent, rank, 3, key_rank if latent == "split" else None)
+        shared = cut(solved, shape)
         own = factor(name, data.weights, shape, data.evidence, generator())
         assert [part.shape for part in shared[:6]] == [part.shape for part in own[:6]]
         values = (value(factors, data.inputs) for factors in (shared, own))
@@ -390,48 +337,37 @@ def test_a_layer_solved_once_is_cut_to_what_it_is_when_solved_for_that_size(
 @pytest.mark.parametrize("name", INITS)
 def test_only_data_inits_ask_for_evidence(name: str) -> None:
     def make() -> Factors:
-        return factor(name, toy().weights, LayerShape(PAPER_LAYER, 4, 2), None, generator())
+        return factor(name, toy().weights, LayerShape("joint", 4, 2), None, generator())
 
     if name in DATA_INITS:
         with pytest.raises(ConfigError, match=f"'{name}' needs calibration"):
             make()
     else:
-        assert make().rope is not None
+        assert make().phases is None
 
 
-@either_position
 @either_latent
 @pytest.mark.parametrize("name", INITS)
-def test_every_init_gives_finite_numbers_in_the_shapes_asked_for(
-    name: str, latent: Latent, positions: Positions
-) -> None:
-    data, layer = toy(), LayerConfig(positions=positions, latent=latent, k_norm="latent")
-    decoupled = positions == "decoupled"
-    shape = LayerShape(layer, 5, 3 if decoupled else 0, 2 if latent == "split" else None)
+def test_every_init_gives_finite_numbers_in_the_shapes_asked_for(name: str, latent: Latent) -> None:
+    data = toy()
+    shape = LayerShape(latent, 5, 3, 2 if latent == "split" else None)
     factors = factor(name, data.weights, shape, data.evidence, generator())
     assert factors.kv_a_proj.shape == (5, data.width)
     assert factors.kv_a_bias.shape == (5,)
     assert factors.kv_b_proj_k.shape == (data.width, 2 if latent == "split" else 5)
     assert factors.kv_b_proj_v.shape == (data.width, 3 if latent == "split" else 5)
     assert factors.kv_b_bias_k.shape == factors.kv_b_bias_v.shape == (data.width,)
-    assert (factors.rope is not None) == decoupled
-    assert (factors.phases is not None) == (decoupled and name == "calibrated")
-    assert factors.norm is not None
-    cached = 5 + 2 * shape.rope_pairs
-    assert factors.norm.weight.shape == (cached + 1, cached)
-    assert factors.norm.bias.shape == (cached + 1,)
-    parts = [*factors[:6], *factors.norm]
-    if factors.rope is not None:
-        assert factors.rope.rows.shape == (3, data.width)
-        assert factors.rope.offsets.shape == factors.rope.pairs.shape == (3,)
-        assert factors.rope.query_map.shape == (3, 6, 14)
-        assert int(factors.rope.pairs.max()) < 7
-        parts += factors.rope
+    assert (factors.phases is not None) == (name == "calibrated")
+    assert factors.rope.rows.shape == (3, data.width)
+    assert factors.rope.offsets.shape == factors.rope.pairs.shape == (3,)
+    assert factors.rope.query_map.shape == (3, 6, 14)
+    assert int(factors.rope.pairs.max()) < 7
+    parts = [*factors[:6], *factors.rope]
     assert all(part.isfinite().all() for part in parts)
 
 
 def test_random_depends_on_its_generator_alone() -> None:
-    shape = LayerShape(PAPER_LAYER, 5, 3)
+    shape = LayerShape("joint", 5, 3)
     first, again, other = (
         factor("random", toy().weights, shape, None, generator(s)) for s in (1, 1, 2)
     )
@@ -439,24 +375,19 @@ def test_random_depends_on_its_generator_alone() -> None:
     assert not torch.equal(first.kv_a_proj, other.kv_a_proj)
 
 
-@either_position
-def test_a_layer_that_nothing_reads_becomes_finite(positions: Positions) -> None:
+def test_a_layer_that_nothing_reads_becomes_finite() -> None:
     """Zero gates give zero gradients, which must not become NaN."""
-    data, layer = toy(), LayerConfig(positions=positions, k_norm="latent")
+    data = toy()
     nothing = Evidence(*data.evidence[:2], *(0 * part for part in data.evidence[2:]))
-    pairs = 3 if positions == "decoupled" else 0
-    factors = factor("calibrated", data.weights, LayerShape(layer, 5, pairs), nothing, generator())
-    assert factors.norm is not None
-    parts = [*factors[:6], *factors.norm, *(factors.rope or ())]
+    shape = LayerShape("joint", 5, 3)
+    factors = factor("calibrated", data.weights, shape, nothing, generator())
+    parts = [*factors[:6], *factors.rope]
     assert all(part.isfinite().all() for part in parts)
 
 
-@either_position
 @either_latent
-def test_the_unit_of_costs_changes_no_key_and_no_value(
-    positions: Positions, latent: Latent
-) -> None:
-    data, layer = toy(), LayerConfig(positions=positions, latent=latent)
+def test_the_unit_of_costs_changes_no_key_and_no_value(latent: Latent) -> None:
+    data = toy()
     evidence, unit = data.evidence, 1e-8
     scaled = evidence._replace(
         key_metric=unit * evidence.key_metric,
@@ -464,7 +395,7 @@ def test_the_unit_of_costs_changes_no_key_and_no_value(
         value_metric=unit * evidence.value_metric,
         query_pairs=unit * evidence.query_pairs,
     )
-    shape = LayerShape(layer, 12, 4 if positions == "decoupled" else 0)
+    shape = LayerShape(latent, 12, 4)
     first, second = (
         factor("calibrated", data.weights, shape, e, generator()) for e in (evidence, scaled)
     )
@@ -474,7 +405,7 @@ def test_the_unit_of_costs_changes_no_key_and_no_value(
         rebuilt_key(data.weights, second, data.inputs, turn),
     )
     torch.testing.assert_close(value(first, data.inputs), value(second, data.inputs))
-    first, second = (predict_errors(data.weights, layer, e, 30) for e in (evidence, scaled))
+    first, second = (predict_errors(data.weights, latent, e, 30) for e in (evidence, scaled))
     torch.testing.assert_close(second.errors, unit * first.errors, atol=0, rtol=1e-6)
     assert second.rope_pairs == first.rope_pairs
 
@@ -573,9 +504,8 @@ def test_reads_end_in_a_lossless_layer() -> None:
     """From reads to factors, with nothing else known."""
     data, parts = toy(2, 6), [measured(seed) for seed in range(20)]
     evidence = join_evidence(parts, data.weights, STILL)
-    for positions in POSITIONS:
-        shape = data.full_shape(LayerConfig(positions=positions))
-        assert_lossless(data, factor("calibrated", data.weights, shape, evidence, generator()))
+    shape = data.full_shape()
+    assert_lossless(data, factor("calibrated", data.weights, shape, evidence, generator()))
 
 
 def test_a_direction_that_inputs_never_take_gets_no_projection() -> None:

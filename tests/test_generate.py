@@ -276,7 +276,7 @@ def test_a_length_is_in_seconds_or_in_frames() -> None:
         assert caught.value.hint
 
 
-def test_a_quantised_rollout_is_near_and_an_offloaded_one_the_same(converted: Path) -> None:
+def test_an_offloaded_rollout_is_the_same(converted: Path) -> None:
     model = load(converted)
 
     def made(runtime: RuntimeConfig) -> Tensor:
@@ -284,11 +284,6 @@ def test_a_quantised_rollout_is_near_and_an_offloaded_one_the_same(converted: Pa
 
     plain = made(RuntimeConfig())
     assert torch.equal(made(RuntimeConfig(offload=True)), plain)
-    fine, coarse = (
-        (made(RuntimeConfig(cache_dtype=dtype)) - plain).square().mean()
-        for dtype in ("int8", "int4")
-    )
-    assert 0 < fine < coarse < 0.3 * plain.square().mean()
 
 
 def test_a_video_is_refused_before_any_work_where_it_cannot_go(tmp_path: Path) -> None:

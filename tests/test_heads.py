@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 from reference.latent import TOYS, Toy, content_key, generator, toy
 from torch import Tensor
 
-from vmla_convert.config import PAPER_LAYER
 from vmla_convert.maths.factor import INITS, assume_evidence, factor
 from vmla_convert.maths.heads import narrow_heads, principal_maps
 from vmla_convert.maths.projections import Evidence, Factors, LayerShape, NarrowHeads
@@ -25,8 +23,7 @@ either_latent = pytest.mark.parametrize("latent", ["joint", "split"])
 
 def whole_heads(data: Toy, latent: Latent = "joint") -> Factors:
     """A layer whose content keys take every direction of a head and have a mean."""
-    layer = replace(PAPER_LAYER, latent=latent)
-    shape = LayerShape(layer, data.width, 1, data.width - 2 if latent == "split" else None)
+    shape = LayerShape(latent, data.width, 1, data.width - 2 if latent == "split" else None)
     return factor("calibrated", data.weights, shape, data.evidence, generator())
 
 
@@ -135,7 +132,7 @@ def test_a_mean_that_outweighs_all_else_is_kept_first() -> None:
 def test_without_evidence_queries_are_what_their_weights_make(name: str) -> None:
     data = toy()
     assumed = assume_evidence(data.weights, data.evidence.phases[0])
-    before = factor(name, data.weights, LayerShape(PAPER_LAYER, 8, 3), assumed, generator())
+    before = factor(name, data.weights, LayerShape("joint", 8, 3), assumed, generator())
     one, other = (narrow_heads(before, data.weights, e, 5) for e in (None, assumed))
     torch.testing.assert_close(met_key(data, one), met_key(data, other))
     torch.testing.assert_close(narrow_of(one).lost, narrow_of(other).lost)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import EVERY_LAYER, layer_id, noise, tiny_config, tiny_mla, tiny_model
+from conftest import TINY_MLA, noise, tiny_config, tiny_mla, tiny_model
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 from hub_stub import Hub
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import vmla_convert as vmla
 from vmla_convert.checkpoint.lora import open_lora
 from vmla_convert.checkpoint.source import TensorSpec
-from vmla_convert.config import ConvertConfig, LayerConfig, RuntimeConfig, SourceConfig
+from vmla_convert.config import ConvertConfig, MLAConfig, RuntimeConfig, SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError, MissingExtraError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines import load as loading
@@ -122,9 +122,9 @@ def opened(model: VMLATransformer, batch: int, frames: int) -> Any:
     return cache
 
 
-@pytest.mark.parametrize("layer", [None, *EVERY_LAYER], ids=lambda x: layer_id(x) if x else "dense")
-def test_a_saved_transformer_is_the_same(layer: LayerConfig | None, tmp_path: Path) -> None:
-    model = tiny_model(tiny_config(mla=tiny_mla(layer) if layer else None)).eval()
+@pytest.mark.parametrize("mla", [None, TINY_MLA, tiny_mla("split")])
+def test_a_saved_transformer_is_the_same(mla: MLAConfig | None, tmp_path: Path) -> None:
+    model = tiny_model(tiny_config(mla=mla)).eval()
     VMLATransformer.wrap(model).save_pretrained(tmp_path / "out")
     again = VMLATransformer.from_pretrained(tmp_path / "out")
     assert again.wan.config == load(tmp_path / "out").config == model.config
@@ -275,15 +275,20 @@ def test_in_bfloat16_too(wan_converted: Path) -> None:
     assert torch.equal(pixels, (media.decode(latents) / 2 + 0.5).clamp(0, 1))
 
 
-def test_runtime_reaches_the_cache(demo_pipe: Any) -> None:
-    how = RuntimeConfig(cache_dtype="int4")
-    model = demo_pipe.transformer.wan
+def test_runtime_reaches_the_cache(demo_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, how, told = demo_pipe.transformer.wan, RuntimeConfig("absorbed"), list[object]()
+    new_cache = model.new_cache
+
+    def noted(batch: int, runtime: RuntimeConfig) -> Any:
+        told.append(runtime)
+        return new_cache(batch, runtime)
+
     wanted = torch.cat(list(vmla.generate(model, "3", frames=6, seed=1, runtime=how)), dim=1)
+    monkeypatch.setattr(model, "new_cache", noted)
     shared: dict[str, Any] = {"num_frames": 6, "output_type": "latent"}
     found = demo_pipe("3", generator=seeded_with(1), runtime=how, **shared).frames
     assert torch.equal(found, wanted.transpose(1, 2))
-    plain = demo_pipe("3", generator=seeded_with(1), **shared).frames
-    assert not torch.equal(found, plain)
+    assert told == [how]
 
 
 @pytest.mark.parametrize("output_type", ["np", "pt", "pil", "latent"])

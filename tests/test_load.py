@@ -221,41 +221,12 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(copied: Path) -> None
         load(copied)
 
 
-def test_a_folder_that_names_no_layer_is_of_the_papers(copied: Path) -> None:
-    """As the folders were before there was a choice."""
-    file, before = copied / "config.json", load(copied)
-    told = json.loads(file.read_text())
-    for name in ("layer", "key_ranks", "phases"):
-        del told["model"]["mla"][name]
-    file.write_text(json.dumps(told))
-    after = load(copied)
-    assert before.config.mla and after.config.mla == replace(before.config.mla, phases=())
-    state = after.state_dict()
-    assert all(torch.equal(state[name], tensor) for name, tensor in before.state_dict().items())
-
-
-@pytest.mark.parametrize(("choice", "value"), [("positions", "reconstructed"), ("latent", "split")])
-def test_a_layer_that_does_not_fit_its_sizes_is_refused(
-    choice: str, value: str, copied: Path
-) -> None:
+def test_a_latent_that_does_not_fit_its_sizes_is_refused(copied: Path) -> None:
     file = copied / "config.json"
     told = json.loads(file.read_text())
-    told["model"]["mla"]["layer"][choice] = value
+    told["model"]["mla"]["latent"] = "split"
     file.write_text(json.dumps(told))
     with pytest.raises(CheckpointError, match="do not fit") as caught:
-        load(copied)
-    assert caught.value.hint
-
-
-@pytest.mark.parametrize(("choice", "value"), [("current_chunk", "dense"), ("k_norm", "latent")])
-def test_a_layer_that_needs_other_tensors_is_refused_by_the_name_of_one(
-    choice: str, value: str, copied: Path
-) -> None:
-    file = copied / "config.json"
-    told = json.loads(file.read_text())
-    told["model"]["mla"]["layer"][choice] = value
-    file.write_text(json.dumps(told))
-    with pytest.raises(CheckpointError, match=r"blocks\.0\.self_attn\.k") as caught:
         load(copied)
     assert caught.value.hint
 

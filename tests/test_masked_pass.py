@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from conftest import (
-    EVERY_LAYER,
+    EITHER_LATENT,
     TINY_GEOMETRY,
-    layer_id,
     noise,
     randomise,
     tiny_clip,
@@ -24,7 +23,7 @@ from reference.rope import rotary_table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vmla_convert.config import CachePolicy, LayerConfig, MLAConfig
+from vmla_convert.config import CachePolicy, MLAConfig
 from vmla_convert.layers import attention as dense_layer
 from vmla_convert.layers import mla as latent_layer
 from vmla_convert.layers.attention import DenseSelfAttention
@@ -36,10 +35,10 @@ from vmla_convert.pipelines.data import Batch
 from vmla_convert.pipelines.losses import flow_matching, make_example, teacher_forcing_inputs
 
 FRAMES, TOKENS = 6, 2
-NARROW = dataclasses.replace(tiny_mla(LayerConfig(positions="decoupled")), qk_nope_head_dim=10)
+NARROW = dataclasses.replace(tiny_mla(), qk_nope_head_dim=10)
 KINDS: dict[str, MLAConfig | None] = {
     "dense model": None,
-    **{layer_id(layer): tiny_mla(layer) for layer in EVERY_LAYER},
+    **{latent: tiny_mla(latent) for latent in EITHER_LATENT},
     "narrow": NARROW,
 }
 POLICIES = [

@@ -1,4 +1,4 @@
-"""The latent layers: their lossless limit (METHOD 2), their formulas, the size of their cache."""
+"""The latent layer: its lossless limit (METHOD 2), its formula, the size of its cache."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import dataclasses
 import pytest
 import torch
 from conftest import (
-    EVERY_LAYER,
+    EITHER_LATENT,
     TINY_GEOMETRY,
     TINY_MLA,
+    Latent,
     chunk_timesteps,
-    layer_id,
     noise,
     randomise,
     tiny_clip,
@@ -19,64 +19,51 @@ from conftest import (
     tiny_mla,
     tiny_model,
 )
-from reference.attention import merged_softmaxes, one_softmax
+from reference.attention import one_softmax
 from reference.masks import token_masks
 from reference.rope import rotary_table
 from torch import Tensor, nn
 
-from vmla_convert.config import PAPER_LAYER, CachePolicy, LayerConfig, MLAConfig
+from vmla_convert.config import CachePolicy, MLAConfig
 from vmla_convert.layers.attention import DenseSelfAttention, Reading, Sight
 from vmla_convert.layers.dit import CausalWanModel, masked_attention
 from vmla_convert.layers.mla import LatentSelfAttention
-from vmla_convert.maths.masks import block_causal_mask, teacher_forcing_mask
+from vmla_convert.maths.masks import teacher_forcing_mask
 from vmla_convert.maths.rope3d import Rotary, token_positions
 
 DIM, HEADS, HEAD_DIM = TINY_GEOMETRY.dim, TINY_GEOMETRY.num_heads, TINY_GEOMETRY.head_dim
 ALL_PAIRS = tuple(range(HEAD_DIM // 2)) * HEADS
-DENSE_CHUNK = [layer for layer in EVERY_LAYER if layer.current_chunk == "dense"]
-POSITION_FREE = [
-    layer
-    for layer in EVERY_LAYER
-    if layer.current_chunk == "latent" and layer.positions == "decoupled"
-]
-
-every_layer = pytest.mark.parametrize("layer", EVERY_LAYER, ids=layer_id)
+either_latent = pytest.mark.parametrize("latent", EITHER_LATENT)
 # Truncated latents; whole heads, and narrow ones.
 EVERY_SIZE = [
-    *map(tiny_mla, EVERY_LAYER),
-    *(
-        dataclasses.replace(tiny_mla(layer), qk_nope_head_dim=10)
-        for layer in EVERY_LAYER
-        if layer.positions == "decoupled"
-    ),
+    *map(tiny_mla, EITHER_LATENT),
+    *(dataclasses.replace(tiny_mla(latent), qk_nope_head_dim=10) for latent in EITHER_LATENT),
 ]
 
 
 def size_id(mla: MLAConfig) -> str:
-    return layer_id(mla.layer) + ("-narrow" if mla.qk_nope_head_dim else "")
+    return mla.latent + ("-narrow" if mla.qk_nope_head_dim else "")
 
 
-def full_size(layer: LayerConfig) -> MLAConfig:
+def full_size(latent: Latent) -> MLAConfig:
     """The sizes at which nothing needs to be lost."""
-    split, layers = layer.latent == "split", TINY_GEOMETRY.num_layers
+    split, layers = latent == "split", TINY_GEOMETRY.num_layers
     return MLAConfig(
         kv_lora_rank=(2 * DIM if split else DIM,) * layers,
-        rope_pairs=(ALL_PAIRS if layer.positions == "decoupled" else (),) * layers,
+        rope_pairs=(ALL_PAIRS,) * layers,
         init="exact",
-        layer=layer,
+        latent=latent,
         key_ranks=(DIM,) * layers if split else (),
     )
 
 
 @torch.no_grad()
-def lossless(
-    dense: DenseSelfAttention, layer: LayerConfig, keys_in: str = "rope"
-) -> LatentSelfAttention:
-    """The converted layer at full size; decoupled keys pass through the rope branch or the latent.
+def lossless(dense: DenseSelfAttention, kind: Latent, keys_in: str = "rope") -> LatentSelfAttention:
+    """The converted layer at full size; keys pass through the rope branch or the latent.
 
     Every part of the latent is x in a basis of its own, shifted.
     """
-    latent = LatentSelfAttention(TINY_GEOMETRY, full_size(layer), 0)
+    latent = LatentSelfAttention(TINY_GEOMETRY, full_size(kind), 0)
     randomise(latent, seed=11)
     latent.load_state_dict(dense.state_dict(), strict=False)
     bases = latent.kv_a_proj.weight.unflatten(0, (-1, DIM))
@@ -88,30 +75,17 @@ def lossless(
     key, key_bias = gain[:, None] * raw_key, gain * raw_bias
     value = dense.v.weight @ value_basis.mT
     fill(latent.kv_b_proj_v, value, dense.v.bias - value @ value_offset)
-    if layer.positions == "decoupled":
-        latent.q_rope_map.zero_()
-        fill(latent.k_rope_proj, key, key_bias)
-    if layer.positions == "decoupled" and keys_in == "rope":
+    latent.q_rope_map.zero_()
+    fill(latent.k_rope_proj, key, key_bias)
+    if keys_in == "rope":
         key, key_bias = torch.zeros_like(key), torch.zeros_like(key_bias)
         for head in range(HEADS):
             own = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
             latent.q_rope_map[head, own] = torch.eye(HEAD_DIM)
-    if layer.k_norm == "rebuilt":
-        key, key_bias = raw_key, raw_bias
     up = key @ basis.mT
     fill(latent.kv_b_proj_k, up, key_bias - up @ offset)
 
-    if layer.k_norm != "stored":
-        latent.k_norm_floor.zero_()
-    if layer.k_norm == "latent":
-        # The raw key as a linear map of the cached numbers; only its length is asked for.
-        rows = raw_key @ basis.mT
-        latent.k_norm_latent.weight.zero_()
-        latent.k_norm_latent.weight[:DIM, :DIM] = rows / DIM**0.5
-        latent.k_norm_latent.bias.zero_()
-        latent.k_norm_latent.bias[:DIM] = (raw_bias - rows @ offset) / DIM**0.5
-    elif layer.k_norm == "stored" and layer.current_chunk == "latent":
-        latent.k_norm_proj.load_state_dict(dense.k.state_dict())
+    latent.k_norm_proj.load_state_dict(dense.k.state_dict())
     return latent
 
 
@@ -134,51 +108,45 @@ def dense() -> DenseSelfAttention:
 # At full size nothing is lost
 
 
-@every_layer
+@either_latent
 @pytest.mark.parametrize("frames", [[0, 1, 2, 3], [5, 2, 90, 91]], ids=str)
 @torch.no_grad()
 def test_a_full_size_layer_is_the_dense_layer_wherever_the_frames_are(
-    dense: DenseSelfAttention, layer: LayerConfig, frames: list[int]
+    dense: DenseSelfAttention, latent: Latent, frames: list[int]
 ) -> None:
     x = noise(2, 48, DIM)
     attend = masked_attention(table(torch.tensor(2 * frames)), teacher_forcing_mask(4, 2, 6))
-    y = attend(lossless(dense, layer), x)
+    y = attend(lossless(dense, latent), x)
     torch.testing.assert_close(y, attend(dense, x), atol=1e-5, rtol=0)
 
 
-@every_layer
+@either_latent
 @torch.no_grad()
 def test_a_full_size_layer_reads_slots_in_any_order_at_any_place(
-    dense: DenseSelfAttention, layer: LayerConfig
+    dense: DenseSelfAttention, latent: Latent
 ) -> None:
     """The chunk's two frames are in slots 1 and 2 of five, as after an eviction."""
-    latent, tokens = lossless(dense, layer), noise(2, 30, DIM)
+    layer, tokens = lossless(dense, latent), noise(2, 30, DIM)
     x = tokens[:, 6:18]
     places, here = table(torch.tensor([4, 9, 10, 0, 1])), table(torch.tensor([9, 10]))
-    past = torch.tensor([*range(6), *range(18, 30)])
     expected = dense(x, Reading(dense.project(tokens).cached), Sight(here, places))
-    cached, own = latent.project(tokens).cached, latent.project(x).own
-    if own is None:
-        y = latent(x, Reading(cached), Sight(here, places))
-    else:
-        held = tuple(entry[:, past] for entry in cached)
-        y = latent(x, Reading(held, own), Sight(here, places.at(past), here))
+    y = layer(x, Reading(layer.project(tokens).cached), Sight(here, places))
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
 
 
-@every_layer
+@either_latent
 @pytest.mark.parametrize("positions", ["absolute", "relative"])
 @torch.no_grad()
-def test_a_full_size_model_rolls_out_like_its_source(layer: LayerConfig, positions: str) -> None:
+def test_a_full_size_model_rolls_out_like_its_source(latent: Latent, positions: str) -> None:
     """With window, sink, eviction and re-indexing on."""
     assert positions in ("absolute", "relative")
     config = tiny_config(cache=CachePolicy(6, 2, positions))
     source = tiny_model(config)
-    model = CausalWanModel(dataclasses.replace(config, mla=full_size(layer)))
+    model = CausalWanModel(dataclasses.replace(config, mla=full_size(latent)))
     model.load_state_dict(source.state_dict(), strict=False)
     for block, attention in zip(model.blocks, source.self_attentions(), strict=True):
         assert isinstance(attention, DenseSelfAttention)
-        block.self_attn = lossless(attention, layer)
+        block.self_attn = lossless(attention, latent)
     latents, context = tiny_clip(config, 10)
     timestep = chunk_timesteps(config, 10)
     caches = source.new_cache(2), model.new_cache(2)
@@ -190,17 +158,17 @@ def test_a_full_size_model_rolls_out_like_its_source(layer: LayerConfig, positio
         torch.testing.assert_close(*velocities, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("layer", POSITION_FREE, ids=layer_id)
+@either_latent
 @torch.no_grad()
 def test_keys_in_the_latent_are_the_dense_layers_without_positions(
-    dense: DenseSelfAttention, layer: LayerConfig
+    dense: DenseSelfAttention, latent: Latent
 ) -> None:
-    latent, x = lossless(dense, layer, keys_in="latent"), noise(2, 12, DIM)
+    layer, x = lossless(dense, latent, keys_in="latent"), noise(2, 12, DIM)
     nowhere = rotary_table(torch.zeros(12, 3, dtype=torch.long), HEAD_DIM)
     without, within = (masked_attention(t, None) for t in (nowhere, table(torch.arange(2))))
-    torch.testing.assert_close(without(latent, x), without(dense, x), atol=1e-5, rtol=0)
+    torch.testing.assert_close(without(layer, x), without(dense, x), atol=1e-5, rtol=0)
     # … wherever the tokens are: the content branch has no positions.
-    assert torch.equal(within(latent, x), without(latent, x))
+    assert torch.equal(within(layer, x), without(layer, x))
 
 
 # Truncated, a layer still is what its formula says
@@ -220,68 +188,38 @@ def test_scores_are_those_of_the_formula_in_one_softmax(mla: MLAConfig) -> None:
     rotary = rotary_table(token_positions(torch.tensor([3, 8, 9, 11] * 2), 1, 2), HEAD_DIM)
     mask = teacher_forcing_mask(4, 2, 2)
     y = masked_attention(rotary, mask)(attention, x)[0]
-    expected = one_softmax(attention, mla, 1, x[0], rotary, *token_masks(mask))
-    torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(
-    "mla", [mla for mla in EVERY_SIZE if mla.layer.current_chunk == "dense"], ids=size_id
-)
-@torch.no_grad()
-def test_past_and_own_chunk_are_two_attentions_merged(mla: MLAConfig) -> None:
-    attention, x = random_layer(mla, 0), noise(1, 12, DIM)
-    rotary = rotary_table(token_positions(torch.tensor([0, 1, 7, 8, 9, 10]), 1, 2), HEAD_DIM)
-    mask = block_causal_mask(6, 2, 2, CachePolicy(5, 1))
-    y = masked_attention(rotary, mask)(attention, x)[0]
-    expected = merged_softmaxes(attention, mla, 0, x[0], rotary, *token_masks(mask))
+    expected = one_softmax(attention, mla, 1, x[0], rotary, token_masks(mask)[0])
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
 
 
 # What is stored
 
 
-@every_layer
+@either_latent
 @torch.no_grad()
-def test_a_token_costs_what_its_config_says(layer: LayerConfig) -> None:
-    mla = tiny_mla(layer)
-    norm = [1] if layer.k_norm == "stored" else []
+def test_a_token_costs_what_its_config_says(latent: Latent) -> None:
+    mla = tiny_mla(latent)
     for index, attention in enumerate(tiny_model(tiny_config(mla=mla)).self_attentions()):
         rank, rope = mla.kv_lora_rank[index], 2 * len(mla.rope_pairs[index])
-        widths = [rank, *([rope] if rope else []), *norm]
-        assert (rope > 0) == (layer.positions == "decoupled")
+        widths = [rank, rope, 1]
         assert list(attention.entry_widths.values()) == widths
         assert mla.cache_scalars(index) == sum(widths)
         cached, own, _ = attention.project(noise(2, 6, DIM))
         assert [entry.shape for entry in cached] == [(2, 6, width) for width in widths]
-        if layer.current_chunk == "latent":
-            assert own is None
-        else:
-            assert own is not None
-            assert [entry.shape for entry in own] == [(2, 6, DIM)] * 2
+        assert own is None
         parts = mla.latent_parts(index)
-        assert (sum(parts) == rank) if layer.latent == "split" else (parts == (rank, rank))
+        assert (sum(parts) == rank) if latent == "split" else (parts == (rank, rank))
 
 
-def test_the_sizes_of_the_paper_layer_by_hand() -> None:
-    assert TINY_MLA.layer == PAPER_LAYER
+def test_the_sizes_of_a_layer_by_hand() -> None:
     assert TINY_MLA.cache_scalars(0) == 16 + 8 + 1
     assert TINY_MLA.cache_scalars(1) == 10 + 10 + 1
 
 
 @pytest.mark.parametrize(
-    ("mla", "scalars"),
-    [
-        (None, 2 * 96),
-        (TINY_MLA, 25 + 21),
-        *((tiny_mla(layer), None) for layer in EVERY_LAYER),
-    ],
+    ("mla", "scalars"), [(None, 2 * 96), (TINY_MLA, 25 + 21), (tiny_mla("split"), 25 + 21)]
 )
-def test_the_cache_is_as_large_as_the_config_says(
-    mla: MLAConfig | None, scalars: int | None
-) -> None:
-    if scalars is None:
-        assert mla is not None
-        scalars = 26 + 18 * bool(mla.rope_pairs[0]) + 2 * (mla.layer.k_norm == "stored")
+def test_the_cache_is_as_large_as_the_config_says(mla: MLAConfig | None, scalars: int) -> None:
     config = tiny_config(cache=CachePolicy(7, 2), mla=mla)
     cache = tiny_model(config).new_cache(batch=3)
     assert cache.nbytes == config.cache_bytes(frames=7, batch=3, bytes_per_scalar=4)
@@ -290,18 +228,11 @@ def test_the_cache_is_as_large_as_the_config_says(
     assert config.cache_cut() == pytest.approx(1 - scalars / (2 * 96))
 
 
-def test_the_paper_layer_keeps_the_names_of_folders_converted_earlier() -> None:
+def test_the_names_of_a_layers_parameters() -> None:
     linears = ("q", "o", "kv_a_proj", "kv_b_proj_k", "kv_b_proj_v", "k_rope_proj", "k_norm_proj")
     expected = {f"{name}.{kind}" for name in linears for kind in ("weight", "bias")}
     names = set(LatentSelfAttention(TINY_GEOMETRY, TINY_MLA, 0).state_dict())
     assert names == expected | {"norm_q.weight", "q_rope_map"}
-
-
-@pytest.mark.parametrize("layer", DENSE_CHUNK, ids=layer_id)
-def test_a_layer_with_a_dense_chunk_keeps_all_of_the_dense_layer(
-    dense: DenseSelfAttention, layer: LayerConfig
-) -> None:
-    assert set(dense.state_dict()) <= set(random_layer(tiny_mla(layer)).state_dict())
 
 
 def test_truncated_heads_are_smaller_and_cost_no_cache() -> None:

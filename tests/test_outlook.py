@@ -13,7 +13,7 @@ from checkpoints import BUDGETED, CONVERT, MODEL, PowerCut, PowerCutError, Vmla,
 from safetensors.torch import save_file
 
 from vmla_convert.checkpoint import writer
-from vmla_convert.config import ConvertConfig, DataConfig, LayerConfig, SourceConfig
+from vmla_convert.config import ConvertConfig, DataConfig, SourceConfig
 from vmla_convert.errors import VmlaError
 from vmla_convert.pipelines.convert import convert
 from vmla_convert.pipelines.outlook import foresee
@@ -25,7 +25,7 @@ CONFIGS = {
     "paper": CONVERT,
     "spectral": SPECTRAL,
     "float16": replace(SPECTRAL, dtype="float16"),
-    "split": ConvertConfig("spectral", LayerConfig("latent", "decoupled", "split"), cut=0.8),
+    "split": ConvertConfig("spectral", "split", cut=0.8),
     "no calibration": replace(CONVERT, calibrate=False),
     "narrow heads": replace(SPECTRAL, qk_nope_head_dim=10),
 }
@@ -63,12 +63,10 @@ def test_a_budget_is_foretold_though_its_division_is_not(teacher: Path, tmp_path
 
 
 @pytest.mark.parametrize("clips", [1, 8])
-@pytest.mark.parametrize("chunk", ["dense", "latent"])
 def test_working_files_take_about_what_was_foretold(
-    chunk: str, clips: int, teacher: Path, tmp_path: Path
+    clips: int, teacher: Path, tmp_path: Path
 ) -> None:
-    layer = replace(BUDGETED.layer, current_chunk=chunk)
-    config = replace(BUDGETED, layer=layer, calibration_clips=clips)
+    config = replace(BUDGETED, calibration_clips=clips)
     outlook, shelf = foresee(teacher, tmp_path / "out", config), tmp_path / "out.calibration"
 
     def lying() -> int:

@@ -24,7 +24,6 @@ from reference.latent import (
 )
 from torch import Tensor
 
-from vmla_convert.config import PAPER_LAYER, LayerConfig
 from vmla_convert.maths.factor import factor
 from vmla_convert.maths.moments import as_channels, as_pairs
 from vmla_convert.maths.projections import Factors, LayerShape
@@ -35,12 +34,11 @@ Latent = Literal["joint", "split"]
 either_latent = pytest.mark.parametrize("latent", ["joint", "split"])
 
 
-def decoupled(toy: Toy, rope_pairs: int, rank: int | None = None) -> LayerShape:
-    return LayerShape(PAPER_LAYER, toy.width if rank is None else rank, rope_pairs)
+def shape_of(toy: Toy, rope_pairs: int, rank: int | None = None) -> LayerShape:
+    return LayerShape("joint", toy.width if rank is None else rank, rope_pairs)
 
 
 def chosen(factors: Factors) -> list[int]:
-    assert factors.rope is not None
     return factors.rope.pairs.tolist()
 
 
@@ -63,7 +61,7 @@ def test_mha2mla_takes_the_strongest_pairs_of_any_head_by_both_norms(toy: Toy) -
     strength = query_norm * key_pairs(toy).abs().square().mean(0).sqrt()
     count = (toy.all_pairs + 1) // 2
     strongest = strength.flatten().topk(count).indices
-    factors = factor("mha2mla", weights, decoupled(toy, count), toy.evidence, generator())
+    factors = factor("mha2mla", weights, shape_of(toy, count), toy.evidence, generator())
     assert chosen(factors) == (strongest % half).tolist()
     # Each rope key is that pair of that head alone, and exactly.
     owners = strongest // half
@@ -83,7 +81,7 @@ def test_mha2mla_takes_the_strongest_pairs_of_any_head_by_both_norms(toy: Toy) -
 def test_xecomla_carries_the_last_pairs_as_the_mean_over_heads(toy: Toy) -> None:
     half = toy.weights.head_dim // 2
     count = (half + 1) // 2
-    factors = factor("xecomla", toy.weights, decoupled(toy, count), None, generator())
+    factors = factor("xecomla", toy.weights, shape_of(toy, count), None, generator())
     assert chosen(factors) == list(range(half - count, half))
     z = key_pairs(toy)
     mean = z[:, :, half - count :].mean(1)
@@ -104,8 +102,7 @@ def test_transmla_folds_neighbours_of_one_axis_that_turn_as_the_first(toy: Toy) 
     half = toy.weights.head_dim // 2
     axes = torch.repeat_interleave(torch.arange(3), torch.tensor(axis_pairs(2 * half)))
     for count in range(1, half + 1):
-        factors = factor("transmla", toy.weights, decoupled(toy, count), toy.evidence, generator())
-        assert factors.rope is not None
+        factors = factor("transmla", toy.weights, shape_of(toy, count), toy.evidence, generator())
         query_map = factors.rope.query_map.view(-1, count, 2, half, 2)
         carried = query_map.abs().sum((0, 2, 4)) > 0
         for first, row in zip(chosen(factors), carried, strict=True):
@@ -121,7 +118,7 @@ def test_transmla_folds_neighbours_of_one_axis_that_turn_as_the_first(toy: Toy) 
 def test_transmla_rope_keys_are_the_principal_real_mixes_of_their_groups(toy: Toy) -> None:
     """No other real mix of heads and members rebuilds more of a group, mean included."""
     weights, half = toy.weights, toy.weights.head_dim // 2
-    factors = factor("transmla", weights, decoupled(toy, 1), toy.evidence, generator())
+    factors = factor("transmla", weights, shape_of(toy, 1), toy.evidence, generator())
     time = axis_pairs(weights.head_dim)[0]
     group = key_pairs(toy)[:, :, :time].flatten(1)
     still = turns(len(toy.inputs), half) ** 0
@@ -139,7 +136,7 @@ def test_transmla_loses_nothing_but_rotation_with_all_outputs_kept(toy: Toy) -> 
     Outputs are not centred, so the biases cost one direction more than there are inputs.
     """
     half = toy.weights.head_dim // 2
-    shape = decoupled(toy, min(half, 3), toy.width + 1)
+    shape = shape_of(toy, min(half, 3), toy.width + 1)
     factors = factor("transmla", toy.weights, shape, toy.evidence, generator())
     still = turns(len(toy.inputs), half) ** 0
     rebuilt = rebuilt_key(toy.weights, factors, toy.inputs, still)
@@ -151,7 +148,7 @@ def test_transmla_loses_nothing_but_rotation_with_all_outputs_kept(toy: Toy) -> 
 def test_transmla_with_a_rope_key_for_each_pair_of_one_head_is_exact(head_dim: int) -> None:
     """Then nothing is shared or folded, and nothing of the key is left for the latent."""
     data = toy(1, head_dim)
-    shape = decoupled(data, head_dim // 2)
+    shape = shape_of(data, head_dim // 2)
     factors = factor("transmla", data.weights, shape, data.evidence, generator())
     turn = turns(len(data.inputs), head_dim // 2)
     rebuilt = rebuilt_key(data.weights, factors, data.inputs, turn)
@@ -163,14 +160,14 @@ def test_transmla_with_a_rope_key_for_each_pair_of_one_head_is_exact(head_dim: i
 @repeatable
 @given(toy=TOYS)
 def test_transmla_keeps_the_most_of_the_balanced_outputs(latent: Latent, toy: Toy) -> None:
-    """At every rank its error is the tail of what keys and values really are, biases among them."""
-    key, values = (
-        dense_key(toy.weights, toy.inputs).flatten(1),
-        dense_value(toy.weights, toy.inputs),
-    )
+    """At every rank its error is the tail of what rope keys left of the keys, and of the values."""
+    still = turns(len(toy.inputs), toy.weights.head_dim // 2) ** 0
+    whole = factor("transmla", toy.weights, shape_of(toy, 1), toy.evidence, generator())
+    key = dense_key(toy.weights, toy.inputs) - rope_key(whole, toy.inputs, still)
+    key, values = key.flatten(1), dense_value(toy.weights, toy.inputs)
     ratio = key.norm() / values.norm()
     for rank in range(2, toy.width + 1, 7):
-        shape = LayerShape(LayerConfig(latent=latent), rank)
+        shape = LayerShape(latent, rank, 1)
         factors = factor("transmla", toy.weights, shape, toy.evidence, generator())
         gaps = (
             (content_key(toy.weights, factors, toy.inputs).flatten(1) - key) / ratio,
@@ -186,7 +183,7 @@ def test_transmla_keeps_the_most_of_the_balanced_outputs(latent: Latent, toy: To
 
 
 def test_transmla_weighs_keys_and_values_alike_whatever_their_size() -> None:
-    data, shape = toy(), LayerShape(LayerConfig(), 6)
+    data, shape = toy(), LayerShape("joint", 6, 1)
     loud = data.weights._replace(key_gain=50 * data.weights.key_gain)
     values = [
         value(factor("transmla", weights, shape, data.evidence, generator()), data.inputs)

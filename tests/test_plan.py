@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from checkpoints import BUDGETED, CONVERT, MODEL, Vmla, evidence_of, refused, weights_of
 
 from vmla_convert.config import (
-    PAPER_LAYER,
     CachePolicy,
     ConvertConfig,
     Geometry,
-    LayerConfig,
     ModelConfig,
     RankPlan,
     SamplerConfig,
@@ -38,11 +37,11 @@ from vmla_convert.tables import from_dict, to_dict
 
 pytest_plugins = ["checkpoints"]
 
+Latent = Literal["joint", "split"]
+
 WEIGHTS = "model.safetensors"
-SPLIT = LayerConfig(latent="split")
-DECOUPLED = LayerConfig(positions="decoupled")
-BOTH = LayerConfig("latent", "decoupled", "split", "latent")
-LAYERS = {"default": LayerConfig(), "split": SPLIT, "paper": PAPER_LAYER, "both": BOTH}
+LATENTS: tuple[Latent, ...] = ("joint", "split")
+either_latent = pytest.mark.parametrize("latent", LATENTS)
 WAN = ModelConfig(
     Geometry(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, in_dim=16, out_dim=16),
     latent_size=(60, 104),
@@ -53,7 +52,7 @@ WAN = ModelConfig(
 
 
 def planned(dense: CausalWanModel, measured: list[LayerReads], config: ConvertConfig) -> RankPlan:
-    evidence = evidence_of(dense, measured, config.layer)
+    evidence = evidence_of(dense, measured)
     return plan_ranks(MODEL, config, weights_of(dense), evidence.__getitem__)
 
 
@@ -62,36 +61,36 @@ def sizes(plan: RankPlan) -> list[int]:
     return [r + 2 * p for r, p in zip(plan.kv_lora_rank, plan.rope_pairs, strict=True)]
 
 
-@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+@either_latent
 @pytest.mark.parametrize("cut", [0.5, 0.8, 0.865, 0.93])
 @pytest.mark.parametrize("rule", ["uniform", "energy", "budget"])
 def test_a_rule_divides_no_more_than_the_budget(
     rule: str,
     cut: float,
-    layer: LayerConfig,
+    latent: Latent,
     dense: CausalWanModel,
     measured: list[LayerReads],
 ) -> None:
     config = from_dict(ConvertConfig, {"ranks": rule, "cut": cut})
-    config = replace(config, layer=layer)
+    config = replace(config, latent=latent)
     total, plan = total_numbers(MODEL, config), planned(dense, measured, config)
     assert sum(sizes(plan)) <= total
-    # The stored norm is paid for out of the same budget.
+    # The norm is paid for out of the same budget.
     assert planned_config(MODEL, config, plan).cache_cut() >= cut
     if rule == "budget":
         assert sum(sizes(plan)) > total - rank_step(MODEL) * MODEL.geometry.num_layers
     if rule == "uniform":
         assert len(set(sizes(plan))) == 1
-    check_sizes(MODEL, ConvertConfig(layer=layer, plan=plan))
+    check_sizes(MODEL, ConvertConfig(latent=latent, plan=plan))
 
 
-@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+@either_latent
 def test_the_budget_is_divided_by_predicted_error(
-    layer: LayerConfig, dense: CausalWanModel, measured: list[LayerReads]
+    latent: Latent, dense: CausalWanModel, measured: list[LayerReads]
 ) -> None:
-    config = ConvertConfig(layer=layer, cut=0.865)
-    weights, evidence = weights_of(dense), evidence_of(dense, measured, layer)
-    curves = [predict_errors(weights(i), layer, evidence[i], 96).errors for i in (0, 1)]
+    config = ConvertConfig(latent=latent, cut=0.865)
+    weights, evidence = weights_of(dense), evidence_of(dense, measured)
+    curves = [predict_errors(weights(i), latent, evidence[i], 96).errors for i in (0, 1)]
     error = {
         rule: total_error(curves, sizes(planned(dense, measured, replace(config, ranks=rule))))
         for rule in ("uniform", "energy", "budget", None)
@@ -113,8 +112,8 @@ def test_the_rules_are_not_the_same(dense: CausalWanModel, measured: list[LayerR
 def test_an_init_that_predicts_no_errors_gets_the_same_sizes_everywhere(
     init: str, dense: CausalWanModel, measured: list[LayerReads]
 ) -> None:
-    for layer in LAYERS.values():
-        config = ConvertConfig(init, layer, cut=0.8)
+    for latent in LATENTS:
+        config = ConvertConfig(init, latent, cut=0.8)
         plan = planned(dense, measured, config)
         assert plan == uniform_plan(MODEL, config)
         assert len(set(zip(plan.kv_lora_rank, plan.rope_pairs, strict=True))) == 1
@@ -123,18 +122,14 @@ def test_an_init_that_predicts_no_errors_gets_the_same_sizes_everywhere(
 
 @pytest.mark.parametrize(("scalars", "cut"), [(13, None), (None, 83 / 96), (None, 0.864)])
 def test_a_cut_and_a_number_say_the_same(scalars: int | None, cut: float | None) -> None:
-    stored, rebuilt = (
-        total_numbers(MODEL, ConvertConfig(layer=layer, cache_scalars=scalars, cut=cut))
-        for layer in (LayerConfig(), LayerConfig(k_norm="rebuilt"))
-    )
-    assert (stored, rebuilt) == (2 * 12, 2 * 13)
+    config = ConvertConfig(cache_scalars=scalars, cut=cut)
+    assert total_numbers(MODEL, config) == 2 * 12  # the norm takes one of 13
 
 
 def test_sizes_default_to_the_papers() -> None:
-    for layer in (LayerConfig(), PAPER_LAYER):
-        model = planned_config(WAN, config := ConvertConfig(layer=layer), uniform_plan(WAN, config))
-        assert model.cache_scalars_per_token() == 192 + 32 + 1
-    assert uniform_plan(MODEL, ConvertConfig()) == RankPlan((12, 12), (0, 0))
+    model = planned_config(WAN, config := ConvertConfig(), uniform_plan(WAN, config))
+    assert model.cache_scalars_per_token() == 192 + 32 + 1
+    assert uniform_plan(MODEL, ConvertConfig()) == RankPlan((10, 10), (1, 1))
 
 
 def test_the_preset_is_the_papers_split() -> None:
@@ -151,21 +146,18 @@ def test_rope_keys_have_no_more_pairs_than_a_head() -> None:
 
 def test_explicit_sizes_stay_as_given(dense: CausalWanModel, measured: list[LayerReads]) -> None:
     given = {
-        ConvertConfig(kv_lora_rank=9): RankPlan((9, 9), (0, 0)),
         replace(CONVERT, kv_lora_rank=9): RankPlan((9, 9), (2, 2)),
-        ConvertConfig(layer=DECOUPLED, kv_lora_rank=9): RankPlan((9, 9), (3, 3)),
-        ConvertConfig(layer=DECOUPLED, qk_rope_head_dim=4): RankPlan((6, 6), (2, 2)),
+        ConvertConfig(kv_lora_rank=9): RankPlan((9, 9), (3, 3)),
+        ConvertConfig(qk_rope_head_dim=4): RankPlan((6, 6), (2, 2)),
     }
     for config, plan in given.items():
         assert planned(dense, measured, config) == plan
 
 
-@pytest.mark.parametrize("layer", [SPLIT, BOTH])
 def test_of_explicit_sizes_only_a_split_latent_is_divided(
-    layer: LayerConfig, dense: CausalWanModel, measured: list[LayerReads]
+    dense: CausalWanModel, measured: list[LayerReads]
 ) -> None:
-    rope = 4 if layer.positions == "decoupled" else None
-    config = ConvertConfig(layer=layer, kv_lora_rank=9, qk_rope_head_dim=rope)
+    config = ConvertConfig(latent="split", kv_lora_rank=9, qk_rope_head_dim=4)
     plan, halves = planned(dense, measured, config), uniform_plan(MODEL, config)
     assert plan.kv_lora_rank == halves.kv_lora_rank == (9, 9)
     assert plan.rope_pairs == halves.rope_pairs
@@ -179,27 +171,27 @@ def test_a_plan_is_taken_as_it_is(
     init: str, dense: CausalWanModel, measured: list[LayerReads]
 ) -> None:
     plan = RankPlan((4, 9), (3, 1), (3, 2))
-    config = replace(BUDGETED, init=init, layer=BOTH, plan=plan)
+    config = replace(BUDGETED, init=init, latent="split", plan=plan)
     assert planned(dense, measured, config) == plan
-    model = convert_model(dense, config, evidence_of(dense, measured, BOTH))
+    model = convert_model(dense, config, evidence_of(dense, measured))
     widths = [tuple(attention.entry_widths.values()) for attention in model.self_attentions()]
-    assert widths == [(4, 6), (9, 2)]
+    assert widths == [(4, 6, 1), (9, 2, 1)]
 
 
 def test_a_conversion_keeps_its_plan(budgeted: Path) -> None:
     mla, plan = load(budgeted).config.mla, read_plan(budgeted)
     assert mla is not None
-    assert plan == RankPlan(mla.kv_lora_rank, (0, 0))
+    assert plan == RankPlan(mla.kv_lora_rank, tuple(map(len, mla.rope_pairs)))
     assert plan == read_plan(budgeted / "conversion.json")
     told = json.loads((budgeted / "conversion.json").read_text())["plan"]
     assert from_dict(RankPlan, told) == plan
 
 
-@pytest.mark.parametrize("layer", [SPLIT, PAPER_LAYER, BOTH], ids=["split", "paper", "both"])
+@either_latent
 def test_a_replayed_plan_gives_the_same_bytes(
-    layer: LayerConfig, teacher: Path, tmp_path: Path
+    latent: Latent, teacher: Path, tmp_path: Path
 ) -> None:
-    config = replace(BUDGETED, layer=layer, calibration_clips=1, cut=0.8)
+    config = replace(BUDGETED, latent=latent, calibration_clips=1, cut=0.8)
     convert(teacher, tmp_path / "a", config)
     plan = read_plan(tmp_path / "a")
     assert len(set(zip(plan.kv_lora_rank, plan.rope_pairs, strict=True))) == 2
@@ -224,32 +216,26 @@ def test_the_command_takes_the_preset_and_what_overrides_it(
     teacher: Path, tmp_path: Path, vmla: Vmla
 ) -> None:
     folders = tmp_path / "paper", tmp_path / "mine"
-    mine = ("--cut", "0.8", "--k-norm", "latent")
+    mine = ("--cut", "0.8", "--latent", "split")
     for folder, words in zip(folders, ((), mine), strict=True):
         ran = vmla("convert", teacher, "-o", folder, "--preset", "videomla", *words)
         assert ran.code == 0
     paper, other = (load(folder).config for folder in folders)
     assert paper.mla and other.mla
-    assert (paper.mla.init, paper.mla.layer) == ("spectral", PAPER_LAYER)
+    assert (paper.mla.init, paper.mla.latent) == ("spectral", "joint")
     assert paper.cache_scalars_per_token() == 13
-    assert other.mla == replace(
-        other.mla, init="spectral", layer=replace(PAPER_LAYER, k_norm="latent")
-    )
+    assert (other.mla.init, other.mla.latent) == ("spectral", "split")
     assert other.cache_cut() >= 0.8
 
 
 def test_words_that_are_left_out_keep_what_the_preset_says() -> None:
-    nothing = {"positions": None}, {"cut": None, "plan": None}, {"init": None}
+    nothing = {"cut": None, "plan": None}, {"init": None, "latent": None}
     assert convert_config(None, *nothing) == ConvertConfig()
     assert convert_config("videomla", *nothing) == PRESETS["videomla"]
-    plan = RankPlan((4, 5), (0, 0))
-    typed = {"positions": "reconstructed"}, {"plan": plan}, {"init": "random", "seed": 3}
+    plan = RankPlan((4, 5), (1, 2), (2, 2))
+    typed = {"plan": plan}, {"init": "random", "latent": "split", "seed": 3}
     assert convert_config("videomla", *typed) == replace(
-        PRESETS["videomla"],
-        init="random",
-        layer=replace(PAPER_LAYER, positions="reconstructed"),
-        plan=plan,
-        seed=3,
+        PRESETS["videomla"], init="random", latent="split", plan=plan, seed=3
     )
 
 
@@ -257,8 +243,7 @@ def words(config: ConvertConfig) -> list[str]:
     """A config as it would be typed."""
     options = {
         "--init": config.init,
-        "--positions": config.layer.positions,
-        "--latent": config.layer.latent,
+        "--latent": config.latent,
         "--cache-scalars": config.cache_scalars,
         "--cut": config.cut,
         "--kv-lora-rank": config.kv_lora_rank,
@@ -269,33 +254,28 @@ def words(config: ConvertConfig) -> list[str]:
     return [str(w) for option in options.items() if option[1] is not None for w in option]
 
 
-DECOUPLED_RANK = ConvertConfig(layer=DECOUPLED, kv_lora_rank=8)
+RANK = ConvertConfig(kv_lora_rank=8)
 # What is asked for, and what the message or the hint must name.
 REFUSED = {
     "rank over width": (ConvertConfig(kv_lora_rank=49), "48"),
     "rank zero": (ConvertConfig(kv_lora_rank=0), "kv_lora_rank 0"),
-    "split rank over both widths": (ConvertConfig(layer=SPLIT, kv_lora_rank=97), "96"),
-    "split rank without a value": (ConvertConfig(layer=SPLIT, kv_lora_rank=1), "2 and 96"),
-    "rope of rebuilt keys": (ConvertConfig(qk_rope_head_dim=4), "--positions decoupled"),
-    "odd rope": (replace(DECOUPLED_RANK, qk_rope_head_dim=5), "even"),
-    "rope over head": (replace(DECOUPLED_RANK, qk_rope_head_dim=26), "24"),
-    "rope zero": (replace(DECOUPLED_RANK, qk_rope_head_dim=0), "qk_rope_head_dim 0"),
-    "truncated heads of rebuilt keys": (
-        ConvertConfig(qk_nope_head_dim=16),
-        "--positions decoupled",
-    ),
+    "split rank over both widths": (ConvertConfig(latent="split", kv_lora_rank=97), "96"),
+    "split rank without a value": (ConvertConfig(latent="split", kv_lora_rank=1), "2 and 96"),
+    "odd rope": (replace(RANK, qk_rope_head_dim=5), "even"),
+    "rope over head": (replace(RANK, qk_rope_head_dim=26), "24"),
+    "rope zero": (replace(RANK, qk_rope_head_dim=0), "qk_rope_head_dim 0"),
     "heads over the head": (
-        ConvertConfig(layer=DECOUPLED, qk_nope_head_dim=25),
+        ConvertConfig(qk_nope_head_dim=25),
         "between 1 and 24",
     ),
     "heads of nothing": (
-        ConvertConfig(layer=DECOUPLED, qk_nope_head_dim=0),
+        ConvertConfig(qk_nope_head_dim=0),
         "--qk-nope-head-dim 18",
     ),
     "two sizes": (ConvertConfig(cache_scalars=13, cut=0.9), "cache_scalars and as cut"),
     "a budget and a rank": (ConvertConfig(cut=0.9, kv_lora_rank=8), "kv_lora_rank and as cut"),
     "a budget and a rope": (
-        ConvertConfig(layer=DECOUPLED, cut=0.9, qk_rope_head_dim=4),
+        ConvertConfig(cut=0.9, qk_rope_head_dim=4),
         "kv_lora_rank and as cut",
     ),
     "a rule without errors": (ConvertConfig("spectral", ranks="budget"), "--ranks uniform"),
@@ -307,8 +287,8 @@ REFUSED = {
     "a percentage": (ConvertConfig(cut=92.0), "cut 92"),
     "too large a budget": (ConvertConfig(cache_scalars=500), "48"),
     "too small a budget": (ConvertConfig(cache_scalars=1), "between 1 and 48"),
-    "no budget": (ConvertConfig(cache_scalars=0), "cache_scalars 0 makes a kv_lora_rank of -1"),
-    "a cut of nearly all": (ConvertConfig(cut=0.99), "cut 0.99 makes a kv_lora_rank of 0"),
+    "no budget": (ConvertConfig(cache_scalars=0), "cache_scalars 0 makes a kv_lora_rank of -3"),
+    "a cut of nearly all": (ConvertConfig(cut=0.99), "cut 0.99 makes a kv_lora_rank of -2"),
     "misspelt init": (ConvertConfig("calibratd"), "did you mean 'calibrated'?"),
 }
 
@@ -331,11 +311,7 @@ def test_sizes_that_do_not_fit_are_refused_before_anything_is_written(
 BAD_WORDS = {
     "unknown preset": (("--preset", "videomal"), "did you mean 'videomla'?"),
     "unknown rule": (("--ranks", "budgt"), "'budget'"),
-    "unknown positions": (("--positions", "decupled"), "'decoupled'"),
-    "a norm of keys that are never whole": (
-        ("--positions", "decoupled", "--k-norm", "rebuilt"),
-        "k_norm 'rebuilt'",
-    ),
+    "unknown latent": (("--latent", "splt"), "'split'"),
     "no plan there": (("--plan", "no/such/folder"), "holds no plan"),
     "two sizes with the preset": (
         ("--preset", "videomla", "--cut", "0.9", "--kv-lora-rank", "8"),
@@ -359,40 +335,32 @@ def test_misspelt_and_contradicting_words_are_refused(
     assert not list(tmp_path.iterdir())
 
 
-FITTING = RankPlan((4, 5), (0, 0))
+FITTING = RankPlan((4, 5), (1, 2))
 # What the plan is given to, and what the message or the hint must name.
 BAD_PLANS = {
     "another depth": (
-        ConvertConfig(plan=replace(FITTING, kv_lora_rank=(4, 5, 6), rope_pairs=(0, 0, 0))),
+        ConvertConfig(plan=replace(FITTING, kv_lora_rank=(4, 5, 6), rope_pairs=(1, 1, 1))),
         "2 layers",
     ),
-    "uneven": (ConvertConfig(plan=replace(FITTING, rope_pairs=(0,))), "2 layers"),
+    "uneven": (ConvertConfig(plan=replace(FITTING, rope_pairs=(1,))), "2 layers"),
     "another width": (ConvertConfig(plan=replace(FITTING, kv_lora_rank=(4, 49))), "48"),
-    "rope keys": (
-        ConvertConfig(plan=replace(FITTING, rope_pairs=(2, 2))),
-        "positions 'reconstructed'",
-    ),
-    "one rope key": (
-        ConvertConfig(plan=replace(FITTING, rope_pairs=(0, 1))),
-        "positions 'reconstructed'",
-    ),
-    "no rope keys": (ConvertConfig(layer=DECOUPLED, plan=FITTING), "positions 'decoupled'"),
+    "no rope key": (ConvertConfig(plan=replace(FITTING, rope_pairs=(0, 1))), "without a rope key"),
     "parts": (ConvertConfig(plan=replace(FITTING, key_ranks=(2, 2))), "joint latent"),
-    "no parts": (ConvertConfig(layer=SPLIT, plan=FITTING), "split latent"),
+    "no parts": (ConvertConfig(latent="split", plan=FITTING), "split latent"),
     "part of the parts": (
-        ConvertConfig(layer=SPLIT, plan=replace(FITTING, key_ranks=(2,))),
+        ConvertConfig(latent="split", plan=replace(FITTING, key_ranks=(2,))),
         "split latent",
     ),
     "an empty part": (
-        ConvertConfig(layer=SPLIT, plan=replace(FITTING, key_ranks=(2, 5))),
+        ConvertConfig(latent="split", plan=replace(FITTING, key_ranks=(2, 5))),
         "split latent",
     ),
     "more rope keys than there are": (
-        ConvertConfig(layer=DECOUPLED, plan=replace(FITTING, rope_pairs=(2, 25))),
+        ConvertConfig(plan=replace(FITTING, rope_pairs=(2, 25))),
         "24",
     ),
     "more rope keys than an init knows": (
-        ConvertConfig("spectral", DECOUPLED, plan=replace(FITTING, rope_pairs=(2, 13))),
+        ConvertConfig("spectral", plan=replace(FITTING, rope_pairs=(2, 13))),
         "12",
     ),
 }
@@ -434,13 +402,13 @@ def test_a_file_without_a_plan_is_refused(text: str, tmp_path: Path) -> None:
             read_plan(path)
 
 
-@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+@either_latent
 def test_what_passes_before_calibration_does_not_fail_after_it(
-    layer: LayerConfig, dense: CausalWanModel, measured: list[LayerReads]
+    latent: Latent, dense: CausalWanModel, measured: list[LayerReads]
 ) -> None:
     passed = 0
     for scalars in (2, 3, 4, 5):
-        config = ConvertConfig(layer=layer, cache_scalars=scalars)
+        config = ConvertConfig(latent=latent, cache_scalars=scalars)
         try:
             check_sizes(MODEL, config)
         except ConfigError:

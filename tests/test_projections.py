@@ -1,6 +1,8 @@
-"""How a latent layer is put together: what its parts mean, and what becomes of the key norm."""
+"""How a latent layer is put together: what its parts mean."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import pytest
 import torch
@@ -8,22 +10,18 @@ from hypothesis import given, settings
 from reference.latent import (
     TOYS,
     Toy,
-    content_key,
     dense_key,
     dense_value,
     generator,
     lost,
-    predicted_square,
-    raw_key,
     rope_key,
     toy,
     turned,
     turns,
 )
 
-from vmla_convert.config import LayerConfig
 from vmla_convert.errors import ConfigError
-from vmla_convert.maths.factor import INITS, factor
+from vmla_convert.maths.factor import factor
 from vmla_convert.maths.moments import as_channels, as_pairs
 from vmla_convert.maths.positions import highest_frequency_branch, principal_branch
 from vmla_convert.maths.projections import (
@@ -38,8 +36,8 @@ from vmla_convert.maths.projections import (
 )
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=20)
+Latent = Literal["joint", "split"]
 either_latent = pytest.mark.parametrize("latent", ["joint", "split"])
-either_position = pytest.mark.parametrize("positions", ["reconstructed", "decoupled"])
 
 
 @repeatable
@@ -74,7 +72,7 @@ def test_rope_branch_and_what_it_leaves_add_up_to_the_turned_key(toy: Toy) -> No
     factors = factor(
         "calibrated",
         weights,
-        toy.full_shape(LayerConfig(positions="decoupled")),
+        toy.full_shape(),
         evidence,
         generator(),
     )._replace(rope=rope)
@@ -104,9 +102,9 @@ def test_the_query_map_scores_the_shared_key_as_each_heads_own_would_be() -> Non
 
 
 @either_latent
-def test_weight_svd_loses_the_tail_of_the_singular_values(latent: str) -> None:
+def test_weight_svd_loses_the_tail_of_the_singular_values(latent: Latent) -> None:
     weights = toy().weights
-    shape = LayerShape(LayerConfig(latent="joint" if latent == "joint" else "split"), 9)
+    shape = LayerShape(latent, 9, 1)
     key, value = weights.key, weights.value
     parts = weight_svd(key, value, shape)
     targets = [torch.cat([key, value])] if latent == "joint" else [key, value]
@@ -125,112 +123,8 @@ def test_weight_svd_loses_the_tail_of_the_singular_values(latent: str) -> None:
 def test_a_split_left_open_is_in_halves(
     rank: int, asked: int | None, parts: tuple[int, int]
 ) -> None:
-    assert LayerShape(LayerConfig(latent="split"), rank, 0, asked).parts() == parts
-    assert LayerShape(LayerConfig(latent="split"), rank, 0, 2).parts() == (2, rank - 2)
-
-
-@either_position
-@either_latent
-@repeatable
-@given(toy=TOYS)
-def test_a_norm_from_full_latents_is_exact(positions: str, latent: str, toy: Toy) -> None:
-    layer = choice(positions, latent, "latent")
-    factors = factor("calibrated", toy.weights, toy.full_shape(layer), toy.evidence, generator())
-    square = raw_key(toy.weights, toy.inputs).square().mean(1)
-    torch.testing.assert_close(predicted_square(factors, toy.inputs), square, rtol=1e-6, atol=0)
-    assert factors.norm is not None
-    assert factors.norm.floor < 1e-9 * square.mean()
-
-
-@either_position
-@either_latent
-@pytest.mark.parametrize("init", ["calibrated", "transmla"])
-@pytest.mark.parametrize("rank", [2, 6, 20])
-def test_a_norm_from_any_latents_is_right_on_average(
-    positions: str, latent: str, init: str, rank: int
-) -> None:
-    """Dropped energy is in the floor; without it the norm would be too small, logits too hot."""
-    data, layer = toy(), choice(positions, latent, "latent")
-    shape = LayerShape(layer, rank, 3 if positions == "decoupled" else 0)
-    factors = factor(init, data.weights, shape, data.evidence, generator())
-    square = raw_key(data.weights, data.inputs).square().mean()
-    torch.testing.assert_close(predicted_square(factors, data.inputs).mean(), square)
-    assert factors.norm is not None
-    assert factors.norm.floor > 0
-
-
-@either_latent
-@repeatable
-@given(toy=TOYS)
-def test_full_latents_rebuild_the_raw_key_for_its_own_norm(latent: str, toy: Toy) -> None:
-    layer = choice("reconstructed", latent, "rebuilt")
-    factors = factor("calibrated", toy.weights, toy.full_shape(layer), toy.evidence, generator())
-    raw = raw_key(toy.weights, toy.inputs)
-    rebuilt = content_key(toy.weights, factors, toy.inputs).flatten(1)
-    torch.testing.assert_close(rebuilt, raw, rtol=1e-6, atol=1e-6 * raw.abs().max().item())
-    assert factors.norm is not None
-    assert factors.norm.floor < 1e-9 * raw.square().mean()
-
-
-@either_latent
-@pytest.mark.parametrize("rank", [2, 6, 20])
-def test_a_norm_of_the_rebuilt_key_is_right_on_average(latent: str, rank: int) -> None:
-    data, layer = toy(), choice("reconstructed", latent, "rebuilt")
-    factors = factor(
-        "calibrated", data.weights, LayerShape(layer, rank), data.evidence, generator()
-    )
-    assert factors.norm is not None
-    rebuilt = content_key(data.weights, factors, data.inputs).square().flatten(1).mean()
-    square = raw_key(data.weights, data.inputs).square().mean()
-    torch.testing.assert_close(rebuilt + factors.norm.floor[0], square)
-
-
-@pytest.mark.parametrize("init", INITS)
-def test_the_floor_of_a_rebuilt_norm_is_the_mean_square_of_what_is_missed(init: str) -> None:
-    """Of inputs as the init knows them: measured, or white."""
-    data, layer = toy(), choice("reconstructed", "joint", "rebuilt")
-    factors = factor(init, data.weights, LayerShape(layer, 8), data.evidence, generator())
-    assert factors.norm is not None
-    inputs = data.inputs
-    if init not in ("calibrated", "transmla"):
-        root = data.width**0.5 * torch.eye(data.width, dtype=torch.float64)
-        inputs = torch.cat([root, -root])
-    missed = raw_key(data.weights, inputs) - content_key(data.weights, factors, inputs).flatten(1)
-    torch.testing.assert_close(factors.norm.floor[0], missed.square().mean())
-
-
-@pytest.mark.parametrize("k_norm", ["latent", "rebuilt"])
-def test_channels_without_gain_leave_all_finite_and_their_energy_in_the_norm(k_norm: str) -> None:
-    data, layer = toy(), choice("reconstructed", "joint", k_norm)
-    gain = data.weights.key_gain.clone()
-    gain[3:9] = 0
-    weights = data.weights._replace(key_gain=gain)
-    factors = factor("calibrated", weights, data.full_shape(layer), data.evidence, generator())
-    square = raw_key(weights, data.inputs).square().mean()
-    if k_norm == "latent":
-        mean = predicted_square(factors, data.inputs).mean()
-    else:
-        assert factors.norm is not None
-        mean = content_key(weights, factors, data.inputs).square().mean() + factors.norm.floor[0]
-    torch.testing.assert_close(mean, square)
-
-
-def test_a_stored_norm_needs_no_predictor() -> None:
-    data = toy()
-    for positions in ("reconstructed", "decoupled"):
-        shape = data.full_shape(choice(positions, "joint", "stored"))
-        assert factor("calibrated", data.weights, shape, data.evidence, generator()).norm is None
-
-
-def test_how_the_norm_is_had_changes_no_gained_key() -> None:
-    data, keys = toy(), []
-    for k_norm in ("stored", "latent", "rebuilt"):
-        shape = LayerShape(choice("reconstructed", "joint", k_norm), 6)
-        factors = factor("calibrated", data.weights, shape, data.evidence, generator())
-        gain = data.weights.key_gain if k_norm == "rebuilt" else torch.ones(data.width)
-        keys.append(content_key(data.weights, factors, data.inputs).flatten(1) * gain)
-    torch.testing.assert_close(keys[1], keys[0])
-    torch.testing.assert_close(keys[2], keys[0])
+    assert LayerShape("split", rank, 1, asked).parts() == parts
+    assert LayerShape("split", rank, 1, 2).parts() == (2, rank - 2)
 
 
 def test_required_evidence_is_given_back_or_asked_for() -> None:
@@ -240,22 +134,12 @@ def test_required_evidence_is_given_back_or_asked_for() -> None:
         required(None, "x")
 
 
-def choice(positions: str, latent: str, k_norm: str = "stored") -> LayerConfig:
-    """A layer from plain strings, as parametrisation hands them."""
-    return LayerConfig(
-        positions="decoupled" if positions == "decoupled" else "reconstructed",
-        latent="split" if latent == "split" else "joint",
-        k_norm="latent" if k_norm == "latent" else "rebuilt" if k_norm == "rebuilt" else "stored",
-    )
-
-
 def test_the_reference_finds_no_loss_in_a_lossless_layer_and_some_in_a_small_one() -> None:
-    """What other tests measure by is checked here on the dense layer itself."""
-    data, layer = toy(), LayerConfig()
-    (dense,) = weight_svd(data.weights.key, data.weights.value, LayerShape(layer, data.width))
-    factors = factor("spectral", data.weights, LayerShape(layer, data.width), None, generator())
-    torch.testing.assert_close(dense.down, factors.kv_a_proj)
+    """What other tests measure by is checked here on a layer that loses nothing."""
+    data = toy()
     scale = dense_value(data.weights, data.inputs).square().sum(1).mean().item()
-    assert lost(data, layer, factors) < 1e-20 * scale
-    small = factor("spectral", data.weights, LayerShape(layer, 3), None, generator())
-    assert lost(data, layer, small) > 1e-3 * scale
+    whole = factor("mha2mla", data.weights, data.full_shape(), data.evidence, generator())
+    assert lost(data, whole) < 1e-10 * scale
+    shape = data.full_shape()._replace(kv_lora_rank=3)
+    small = factor("mha2mla", data.weights, shape, data.evidence, generator())
+    assert lost(data, small) > 1e-3 * scale

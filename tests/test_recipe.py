@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields, replace
-from itertools import product
+from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn, get_args, get_type_hints
+from typing import NoReturn
 
 import pytest
 import torch
@@ -15,13 +14,10 @@ from safetensors.torch import save_file
 
 from vmla_convert.checkpoint.hub import is_repo
 from vmla_convert.checkpoint.known import known_by_repo
-from vmla_convert.config import ConvertConfig, LayerConfig, RankPlan
+from vmla_convert.config import ConvertConfig, RankPlan
 from vmla_convert.errors import ConfigError, OutputError, VmlaError
-from vmla_convert.maths.factor import INITS
-from vmla_convert.pipelines.load import load, open_named
-from vmla_convert.pipelines.plan import check_sizes
+from vmla_convert.pipelines.load import load
 from vmla_convert.pipelines.processes import check_shares
-from vmla_convert.pipelines.sweep import grid
 from vmla_convert.recipe import (
     STAGES,
     available_recipes,
@@ -38,9 +34,7 @@ pytestmark = pytest.mark.usefixtures("few_layerwise_clips")
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "recipes").rglob("*.toml"))
 
-RANDOM, CALIBRATED = (
-    f"{init}-8+4-latent-decoupled-joint-stored" for init in ("random", "calibrated")
-)
+RANDOM, CALIBRATED = (f"{init}-8+4-joint" for init in ("random", "calibrated"))
 TINY = """
 [recipe]
 name = "tiny"
@@ -54,7 +48,6 @@ clips = 4
 data = {{ frames = 6, seed = 1 }}
 
 [convert]
-layer = {{ current_chunk = "latent", positions = "decoupled" }}
 kv_lora_rank = 8
 qk_rope_head_dim = 4
 calibration_clips = 4
@@ -67,8 +60,6 @@ training = {{ steps = 3, batch_size = 2, eval_every = 1, checkpoint_every = 2 }}
 
 [sweep]
 inits = ["random", "calibrated"]
-current_chunks = ["latent"]
-positions = ["decoupled"]
 kv_lora_ranks = [8]
 qk_rope_head_dims = [4]
 
@@ -198,7 +189,7 @@ def test_a_sweep_says_beforehand_how_many_points_it_has(tmp_path: Path, vmla: Vm
     wanted = ("--set", "demo=true", "--set", "sweep.seeds=[0, 1, 2]")
     ran = vmla("sweep", "rank_ablation", "-o", tmp_path / "out", "--dry-run", *wanted)
     assert ran.code == 0
-    assert re.search(r"^points +30 *$", ran.out, re.MULTILINE)
+    assert re.search(r"^points +15 *$", ran.out, re.MULTILINE)
     assert re.search(r"^stages +sweep, report *$", ran.out, re.MULTILINE)
     assert not list(tmp_path.iterdir())
 
@@ -235,45 +226,22 @@ def test_of_processes_that_dry_run_together_one_speaks(
     assert told[1] == ""
 
 
-def test_the_ablation_tries_every_init_on_every_layer_before_any_training() -> None:
-    recipe = read_recipe("step0_ablation")
-    assert recipe.stages() == ["sweep", "report"]
-    assert recipe.sweep is not None
-    assert set(recipe.sweep.inits) == set(INITS)
-    assert not recipe.sweep.recover
-    choices = get_type_hints(LayerConfig)
-    layers = {
-        LayerConfig(*values)
-        for values in product(*(get_args(choices[field.name]) for field in fields(LayerConfig)))
-        if values[1:] not in (("decoupled", "joint", "rebuilt"), ("decoupled", "split", "rebuilt"))
-    }
-    assert set(recipe.sweep.every_layer()) == layers
-    assert len(recipe.sweep.every_layer()) == len(layers) == 20
-    points = grid(recipe.sweep, ConvertConfig())
-    assert len(points) == len(INITS) * 20 * len(recipe.sweep.cuts)
-    assert len(recipe.sweep.cuts) >= 3
-    demo = open_named(recipe.source).config
-    for point in points:
-        check_sizes(demo, point)
-
-
-def test_a_recipe_may_name_layer_budget_rule_and_plan(tmp_path: Path) -> None:
+def test_a_recipe_may_name_latent_budget_rule_and_plan(tmp_path: Path) -> None:
     text = (
         INFO
         + """
 [convert]
-layer = { current_chunk = "latent", k_norm = "rebuilt" }
+latent = "split"
 cut = 0.9
 ranks = "energy"
 calibrate = false
 """
     )
     recipe = read_recipe(written(tmp_path / "x.toml", text))
-    layer = LayerConfig("latent", "reconstructed", "joint", "rebuilt")
-    assert recipe.convert == ConvertConfig(layer=layer, cut=0.9, ranks="energy", calibrate=False)
-    overrides = ["convert.plan.kv_lora_rank=[8, 9]", "convert.plan.rope_pairs=[0, 0]"]
+    assert recipe.convert == ConvertConfig(latent="split", cut=0.9, ranks="energy", calibrate=False)
+    overrides = ["convert.plan.kv_lora_rank=[8, 9]", "convert.plan.rope_pairs=[1, 1]"]
     recipe = read_recipe(tmp_path / "x.toml", overrides)
-    assert recipe.convert and recipe.convert.plan == RankPlan((8, 9), (0, 0))
+    assert recipe.convert and recipe.convert.plan == RankPlan((8, 9), (1, 1))
 
 
 def test_stages_run_in_their_own_order_whatever_the_file_says(tmp_path: Path) -> None:
@@ -293,15 +261,10 @@ BAD_FILES = {
         "'recover.training.step'",
         "did you mean 'steps'?",
     ),
-    "misspelt layer": (
-        INFO + "[convert.layer]\ncurent_chunk = 'dense'\n",
-        "'convert.layer.curent_chunk'",
-        "did you mean 'current_chunk'?",
-    ),
     "misspelt choice": (
-        INFO + "[sweep]\nk_norms = ['stord']\n",
-        "'sweep.k_norms[0]'",
-        "did you mean 'stored'?",
+        INFO + "[sweep]\nlatents = ['splt']\n",
+        "'sweep.latents[0]'",
+        "did you mean 'split'?",
     ),
     "wrong type": (INFO + '[convert]\nkv_lora_rank = "4"\n', "convert.kv_lora_rank", ""),
     "no name": ("[convert]\n", "'recipe'", ""),
@@ -388,8 +351,6 @@ UNFIT = {
     "empty sweep": ("sweep.seeds=[]", "empty"),
     "a sweep without sizes": ("sweep.kv_lora_ranks=[]", "empty"),
     "a cut of everything in the sweep": ("sweep.cuts=[0.9, 1.0]", "cut 1"),
-    "a norm of no key": ("convert.layer.k_norm=rebuilt", "'rebuilt'"),
-    "a rope key of rebuilt ones": ("convert.layer.positions=reconstructed", "qk_rope_head_dim"),
     "two sizes": ("convert.cut=0.9", "given twice"),
     "a prompt of no digit": ('generate.prompts=["3", "a cat"]', "'a cat'"),
 }
@@ -493,18 +454,6 @@ def test_a_dry_run_refuses_what_a_later_stage_would(
         assert refused(ran), ran
         assert word in ran.err
     assert not list(tmp_path.iterdir())
-
-
-def test_clips_of_another_size_do_not_fit_the_caches_of_a_sweep(
-    tiny: Path, tmp_path: Path, vmla: Vmla
-) -> None:
-    file = store_clips(tmp_path / "clips.safetensors", ((2, 6, 12, 8, 8), (2, 1, 10)))
-    command = ["sweep", tiny, "-o", tmp_path / "out", "--dry-run"]
-    command += ["--set", f"evaluate.data.source={file}"]
-    assert vmla(*command).code == 0
-    ran = vmla(*command, "--set", 'sweep.cache_dtypes=["int8"]')
-    assert refused(ran)
-    assert "do not fit a cache of [12, 12]" in ran.err
 
 
 def test_clips_that_a_finished_stage_looked_at_may_be_gone(tiny: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import pytest
 import torch
@@ -31,7 +31,6 @@ from vmla_convert.config import (
     ConvertConfig,
     DataConfig,
     EvaluateConfig,
-    LayerConfig,
     RecoverConfig,
     TrainingConfig,
 )
@@ -138,18 +137,11 @@ def test_only_what_the_conversion_made_is_trained(
     assert changed == TRAINED
 
 
-LAYERS = [
-    LayerConfig(),
-    LayerConfig("dense", "decoupled", "split", "latent"),
-    LayerConfig("latent", "reconstructed", "split", "rebuilt"),
-]
-
-
-@pytest.mark.parametrize("layer", LAYERS, ids=["default", "most unlike it", "rebuilt norm"])
-def test_every_layer_recovers_by_what_the_conversion_made(
-    layer: LayerConfig, dense: CausalWanModel
+@pytest.mark.parametrize("latent", ["joint", "split"])
+def test_either_latent_recovers_by_what_the_conversion_made(
+    latent: Literal["joint", "split"], dense: CausalWanModel
 ) -> None:
-    student = convert_model(dense, ConvertConfig("random", layer), None)
+    student = convert_model(dense, ConvertConfig("random", latent), None)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     errors: list[float] = []
     recover_model(
@@ -161,12 +153,7 @@ def test_every_layer_recovers_by_what_the_conversion_made(
     )
     assert errors[-1] < errors[0]
     changed = {n for n, t in student.state_dict().items() if not torch.equal(t, before[n])}
-    made = ["kv_a_proj", "kv_b_proj_k", "kv_b_proj_v"]
-    made += ["k_rope_proj"] if layer.positions == "decoupled" else []
-    made += ["k_norm_latent"] if layer.k_norm == "latent" else []
-    names = [f"{module}.{kind}" for module in made for kind in ("weight", "bias")]
-    names += ["q_rope_map"] if layer.positions == "decoupled" else []
-    assert changed == {f"blocks.{i}.self_attn.{name}" for i in (0, 1) for name in names}
+    assert changed == TRAINED
 
 
 def test_maps_of_truncated_heads_are_trained_too(dense: CausalWanModel) -> None:
@@ -211,7 +198,7 @@ def test_the_rows_tell_the_whole_curve(
     held_out = HeldOut(dense, EVALUATE)
     assert curve[0] == held_out.measure(load(converted)).velocity_error
     assert curve[6] == held_out.measure(load(out)).velocity_error
-    assert {row.run for row in rows} == {"dense", "calibrated-8+4-latent-decoupled-joint-stored"}
+    assert {row.run for row in rows} == {"dense", "calibrated-8+4-joint"}
     metrics = [row.metric for row in rows if row.step is None and row.run != "dense"]
     assert sorted(metrics) == [
         "cache_bytes_per_token",

@@ -90,19 +90,18 @@ def divided(rows: Iterable[Row]) -> list[Row]:
     return [replace(row, kv_lora_rank=None, qk_rope_head_dim=None) for row in rows]
 
 
-PAPER = {"current_chunk": "latent", "positions": "decoupled", "latent": "joint", "k_norm": "stored"}
-DEFAULT = PAPER | {"current_chunk": "dense", "positions": "reconstructed"}
+JOINT, SPLIT = {"latent": "joint"}, {"latent": "split"}
 
 
 def step0_rows() -> list[Row]:
-    """Two inits and two layers, before any training."""
+    """Two inits and either latent, before any training."""
     return [
         *dense_rows(),
-        *point_rows("calibrated", 24, 0, [0.02], [0.1], layer=DEFAULT),
-        *point_rows("calibrated", 16, 8, [0.04], [0.2], layer=PAPER),
-        *point_rows("spectral", 24, 0, [0.3], [3.0], layer=DEFAULT),
-        *point_rows("spectral", 16, 8, [0.5], [6.0], layer=PAPER),
-        *divided(point_rows("calibrated", 12, 0, [0.06], [0.4], layer=DEFAULT)),
+        *point_rows("calibrated", 24, 0, [0.02], [0.1], layer=SPLIT),
+        *point_rows("calibrated", 16, 8, [0.04], [0.2], layer=JOINT),
+        *point_rows("spectral", 24, 0, [0.3], [3.0], layer=SPLIT),
+        *point_rows("spectral", 16, 8, [0.5], [6.0], layer=JOINT),
+        *divided(point_rows("calibrated", 12, 0, [0.06], [0.4], layer=SPLIT)),
     ]
 
 
@@ -182,17 +181,16 @@ def test_recommends_the_most_accurate_point_of_the_largest_cut_within_the_bound(
 
 def test_recommends_a_layer_too_and_says_that_nothing_was_recovered(tmp_path: Path) -> None:
     markdown = report_on(tmp_path, step0_rows())["report.md"].read_text()
-    assert "Use calibrated with kv_lora_rank 24 (dense reconstructed joint stored)." in markdown
+    assert "Use calibrated with kv_lora_rank 24 (split latent)." in markdown
     assert "without recovery, velocity_error 0.02" in markdown
-    assert "current_chunk | dense, latent" in markdown
-    assert "k_norm | stored" in markdown
+    assert "latent | joint, split" in markdown
 
 
 def test_recommends_what_a_token_costs_where_layers_differ(tmp_path: Path) -> None:
-    rows = [*dense_rows(), *divided(point_rows("calibrated", 12, 0, [0.06], [0.1], layer=DEFAULT))]
+    rows = [*dense_rows(), *divided(point_rows("calibrated", 12, 0, [0.06], [0.1], layer=SPLIT))]
     markdown = report_on(tmp_path, rows)["report.md"].read_text()
     assert "Use calibrated with 13 numbers per token, divided among layers" in markdown
-    assert "vmla convert CKPT -o OUT --init calibrated --cut 0.9492 --current-chunk" in markdown
+    assert "vmla convert CKPT -o OUT --init calibrated --cut 0.9492 --latent split" in markdown
 
 
 def test_a_looser_bound_allows_a_larger_cut(tmp_path: Path) -> None:
@@ -222,7 +220,7 @@ def test_does_not_claim_a_bound_that_was_not_measured(tmp_path: Path) -> None:
 
 def test_table_starts_with_dense_and_is_sorted_by_size_then_error() -> None:
     table = decisive_table(sweep_rows())
-    assert table[0][:4] == ["init", "layer", "scalars/token", "cache cut"]
+    assert table[0][:4] == ["init", "latent", "scalars/token", "cache cut"]
     assert table[1] == ["dense", "–", "256", "0 %", "0", "–", "+0 %", "–"]
     assert [line[:3] for line in table[2:]] == [
         ["calibrated", "–", "13 (8+4)"],
@@ -256,27 +254,27 @@ def test_table_leaves_the_cells_of_a_point_without_recovery_empty() -> None:
 def test_table_of_a_sweep_without_recovery_says_what_a_conversion_costs_and_loses() -> None:
     table = decisive_table(step0_rows())
     assert table == [
-        ["init", "layer", "scalars/token", "cache cut",
+        ["init", "latent", "scalars/token", "cache cut",
          "velocity_error", "flow_loss", "flow_loss_dense", "flow loss above dense",
          "seconds to convert"],
         ["dense", "–", "256", "0 %", "0", "0.04", "0.04", "+0 %", "–"],
-        ["calibrated", "dense reconstructed joint stored", "13", "94.9 %",
+        ["calibrated", "split", "13", "94.9 %",
          "0.06", "0.056", "0.04", "+40 %", "1.5"],
-        ["calibrated", "dense reconstructed joint stored", "25 (24)", "90.2 %",
+        ["calibrated", "split", "25 (24)", "90.2 %",
          "0.02", "0.044", "0.04", "+10 %", "1.5"],
-        ["calibrated", "latent decoupled joint stored", "25 (16+8)", "90.2 %",
+        ["calibrated", "joint", "25 (16+8)", "90.2 %",
          "0.04", "0.048", "0.04", "+20 %", "1.5"],
-        ["spectral", "dense reconstructed joint stored", "25 (24)", "90.2 %",
+        ["spectral", "split", "25 (24)", "90.2 %",
          "0.3", "0.16", "0.04", "+300 %", "1.5"],
-        ["spectral", "latent decoupled joint stored", "25 (16+8)", "90.2 %",
+        ["spectral", "joint", "25 (16+8)", "90.2 %",
          "0.5", "0.28", "0.04", "+600 %", "1.5"],
     ]  # fmt: skip
 
 
 def test_seconds_to_convert_say_what_they_leave_out(tmp_path: Path) -> None:
     by_itself = [
-        *point_rows("calibrated", 20, 0, [0.02], [0.1], layer=DEFAULT),
-        replace(point_rows("calibrated", 20, 0, [], [], layer=DEFAULT)[0], metric="factor_seconds"),
+        *point_rows("calibrated", 20, 0, [0.02], [0.1], layer=SPLIT),
+        replace(point_rows("calibrated", 20, 0, [], [], layer=SPLIT)[0], metric="factor_seconds"),
     ]
     sweep = [
         Row("sweep_seconds", seconds, "s", "sweep", note=stage)
@@ -310,7 +308,7 @@ def test_layers_of_one_init_and_size_are_points_of_their_own() -> None:
     seeds = [
         row
         for seed in range(3)
-        for layer in (PAPER, DEFAULT)
+        for layer in (JOINT, SPLIT)
         for row in point_rows("calibrated", 16, 8, [0.1], [0.2], seed, layer)
     ]
     assert len(decisive_table(seeds)) == 1 + 2
@@ -417,7 +415,7 @@ def test_many_sizes_and_layers_stay_few_panels() -> None:
     rows = [
         row
         for rank in (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-        for layer in (PAPER, DEFAULT, PAPER | {"latent": "split"})
+        for layer in (JOINT, SPLIT)
         for row in point_rows("calibrated", rank, 4, [0.2, 0.1], [0.2, 0.1], layer=layer)
     ]
     chart = recovery_chart(read_points([*dense_rows(), *rows]))
@@ -432,7 +430,7 @@ def test_many_sizes_and_layers_stay_few_panels() -> None:
 def test_layers_that_recover_have_panels_of_their_own() -> None:
     both = [
         row
-        for layer, error in ((PAPER, 0.2), (DEFAULT, 0.002))
+        for layer, error in ((JOINT, 0.2), (SPLIT, 0.002))
         for init in ("random", "calibrated")
         for row in point_rows(init, 20, 4, [error, error / 2], [error, error], layer=layer)
     ]
@@ -442,13 +440,13 @@ def test_layers_that_recover_have_panels_of_their_own() -> None:
     ]
     for chart in charts:
         assert chart is not None
-        for panel, layer in zip(chart.panels, (DEFAULT, PAPER), strict=True):
+        for panel, layer in zip(chart.panels, (SPLIT, JOINT), strict=True):
             assert isinstance(panel, Panel)
             assert " ".join(layer.values()) in panel.subtitle
             assert [line.label for line in panel.lines] == ["random", "calibrated"]
     alone = recovery_chart(read_points([*dense_rows(), *both[: len(both) // 2]]))
     assert alone is not None
-    assert "decoupled" not in alone.panels[0].subtitle
+    assert "joint" not in alone.panels[0].subtitle
 
 
 @pytest.mark.parametrize(
@@ -482,7 +480,7 @@ def test_csv_holds_what_is_drawn() -> None:
         )
         assert len(lines) == values
     quality = [line[1:] for line in csv.reader(chart_csv(charts["quality"]).splitlines())]
-    name = "calibrated 16+8 int4, latent decoupled joint stored"
+    name = "calibrated 16+8 int4, joint"
     assert [name, "26.0", str(0.5 / 25**1.5 * 0.2 * 1.5)] in quality
     assert ["dense", "512", "0.0"] in quality
     pairs = list(csv.reader(chart_csv(charts["rope_pairs"]).splitlines()))
@@ -541,9 +539,9 @@ def test_says_how_to_use_it_with_the_settings_of_the_run(whole: dict[str, Path])
     markdown = whole["report.md"].read_text()
     assert (
         "vmla convert demo -o OUT --init calibrated --kv-lora-rank 8 --qk-rope-head-dim 4 "
-        "--current-chunk latent --positions decoupled --latent joint --k-norm stored\n"
+        "--latent joint\n"
         "vmla recover OUT --teacher demo -o OUT-recovered --steps 60 --layerwise-steps 40\n"
-        'vmla generate OUT-recovered --prompt "…" -o clip.mp4 --cache-dtype int4\n'
+        'vmla generate OUT-recovered --prompt "…" -o clip.mp4\n'
     ) in markdown
     assert "medians over 2 seeds: velocity_error from 0.0032 to 0.00352" in markdown
     assert "| version of torch | 2.13.0 |" in markdown
@@ -577,23 +575,23 @@ def test_tables_of_failures_memory_and_speed() -> None:
     assert speed_table(sweep_rows(), points) == []
 
 
-def test_memory_says_whom_older_rows_leave_out(tmp_path: Path) -> None:
+def test_memory_says_whom_rows_leave_out(tmp_path: Path) -> None:
     rows = full_rows([(8, 4), (16, 8)], layers=1, pairs=3)
     assert without_memory(rows, read_points(rows)) == []
-    older = [
+    fewer = [
         row
         for row in rows
         if row.metric != "cache_bytes"
         or (row.init == "calibrated" and row.kv_lora_rank == 8 and row.cache_dtype is None)
     ]
-    table = memory_table(older, read_points(older))
+    table = memory_table(fewer, read_points(fewer))
     assert {line[0] for line in table[1:]} == {"calibrated 8+4"}
-    missing = without_memory(older, read_points(older))
+    missing = without_memory(fewer, read_points(fewer))
     assert missing[0] == "dense"
     assert {"calibrated 8+4 int8", "calibrated 16+8"} < set(missing)
     assert "calibrated 8+4" not in missing
     assert (
-        "No row tells the memory of dense, " in report_on(tmp_path, older)["report.md"].read_text()
+        "No row tells the memory of dense, " in report_on(tmp_path, fewer)["report.md"].read_text()
     )
 
 
@@ -747,16 +745,16 @@ def test_settings_of_one_name_are_told_apart_by_what_differs_in_their_layers() -
         *dense_rows(),
         *(
             row
-            for layer in (PAPER, DEFAULT)
+            for layer in (JOINT, SPLIT)
             for row in point_rows("random", 20, 4, [0.2], [0.1], layer=layer)
         ),
-        *point_rows("random", 16, 4, [0.2], [0.1], layer=DEFAULT),
+        *point_rows("random", 16, 4, [0.2], [0.1], layer=SPLIT),
     ]
     names = list(setting_names(read_points(rows)).values())
     assert sorted(names) == [
         "random 16+4",
-        "random 20+4 (dense reconstructed)",
-        "random 20+4 (latent decoupled)",
+        "random 20+4 (joint)",
+        "random 20+4 (split)",
     ]
 
 

@@ -28,7 +28,7 @@ rows = st.builds(
 
 def test_round_trip_over_several_appends(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "rows.jsonl"
-    written = [ROW, Row("cache_cut", 0.875, "share", "a", seed=3, layer=0, k_norm="stored")]
+    written = [ROW, Row("cache_cut", 0.875, "share", "a", seed=3, layer=0, latent="joint")]
     append_rows(path, written[:1])
     append_rows(path, written[1:])
     assert read_rows(path) == written

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vmla_convert.checkpoint.writer import CheckpointWriter
-from vmla_convert.config import PAPER_LAYER, ConvertConfig, DataConfig, SourceConfig
+from vmla_convert.config import ConvertConfig, DataConfig, SourceConfig
 from vmla_convert.errors import ConfigError, OutputError
 from vmla_convert.layers.dit import Block
 from vmla_convert.maths.projections import Factors
@@ -41,7 +41,7 @@ SOME = ConvertConfig(calibration_clips=2, data=DataConfig(frames=4), cut=0.8)
 CASES = {
     "spectral": replace(CONVERT, init="spectral"),
     "default": SOME,
-    "paper": replace(SOME, layer=PAPER_LAYER),
+    "split": replace(SOME, latent="split"),
 }
 WALK = ("calibrating", "weighing errors", "predicting errors", "converting")
 MOMENTS = [
@@ -404,7 +404,13 @@ def test_other_clips_under_the_same_name_are_not_gone_on_with(deep: Path, tmp_pa
 
 @pytest.mark.parametrize(
     ("name", "anew"),
-    [("seed", True), ("calibration_clips", True), ("data", True), ("layer", True), ("cut", False)],
+    [
+        ("seed", True),
+        ("calibration_clips", True),
+        ("data", True),
+        ("latent", False),
+        ("cut", False),
+    ],
 )
 def test_what_is_measured_depends_on_how_and_not_on_sizes(
     name: str, anew: bool, deep: Path, counted: Counted, tmp_path: Path
@@ -413,7 +419,7 @@ def test_what_is_measured_depends_on_how_and_not_on_sizes(
         "seed": 1,
         "calibration_clips": 3,
         "data": DataConfig(frames=6),
-        "layer": PAPER_LAYER,
+        "latent": "split",
         "cut": 0.9,
     }
     stopped(deep, tmp_path / "out", SOME, "predicting errors")

@@ -63,8 +63,7 @@ def depths(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 def test_memory_does_not_grow_with_the_number_of_blocks(
     init: str, depths: dict[int, Path], tmp_path: Path
 ) -> None:
-    # Such a layer has the most measured of it.
-    words = ["--init", init, "--cut", "0.8", "--current-chunk", "latent"]
+    words = ["--init", init, "--cut", "0.8"]
     words += ["--data", str(depths[FEW].parent / "clips"), "--calibration-clips", "2"]
     running = [
         subprocess.Popen(

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import (
-    EVERY_LAYER,
+    EITHER_LATENT,
     TINY_GEOMETRY,
+    Latent,
     chunk_timesteps,
-    fitting,
-    layer_id,
     noise,
     tiny_clip,
     tiny_config,
@@ -24,9 +23,7 @@ from conftest import (
 from torch import Tensor
 
 from vmla_convert.config import (
-    PAPER_LAYER,
     CachePolicy,
-    LayerConfig,
     MLAConfig,
     ModelConfig,
     RuntimeConfig,
@@ -38,23 +35,8 @@ from vmla_convert.maths.flow import sampler_sigmas
 from vmla_convert.maths.masks import block_causal_mask
 from vmla_convert.pipelines.sample import sample_chunk
 
-KINDS_BY_NAME = {"dense model": None, **{layer_id(kind): tiny_mla(kind) for kind in EVERY_LAYER}}
+KINDS_BY_NAME = {"dense model": None, **{latent: tiny_mla(latent) for latent in EITHER_LATENT}}
 KINDS = pytest.mark.parametrize("mla", list(KINDS_BY_NAME.values()), ids=list(KINDS_BY_NAME))
-DENSE_CHUNK = [layer for layer in EVERY_LAYER if layer.current_chunk == "dense"]
-# One of each way to read: dense; own latents or a dense chunk, rebuilt or absorbed.
-FEW = [
-    None,
-    tiny_mla(PAPER_LAYER),
-    tiny_mla(LayerConfig("latent", "reconstructed", "split", "rebuilt")),
-    tiny_mla(LayerConfig("dense", "decoupled", "split", "latent")),
-    tiny_mla(LayerConfig()),
-]
-FEW_KINDS = pytest.mark.parametrize("mla", FEW, ids=lambda m: layer_id(m.layer) if m else "dense")
-CACHE_DTYPES = [
-    RuntimeConfig(cache_dtype=cache_dtype, rope_dtype=rope_dtype)
-    for cache_dtype in ("model", "int8", "int4")
-    for rope_dtype in ("model", "int8")
-]
 
 
 def rollout(
@@ -111,9 +93,8 @@ def under(model: CausalWanModel, policy: CachePolicy) -> CausalWanModel:
 
 def runtimes(mla: MLAConfig | None) -> list[RuntimeConfig]:
     """Every way in which a model reads."""
-    absorbs = mla is not None and mla.layer.positions == "decoupled"
     ways = [RuntimeConfig("auto"), RuntimeConfig("materialised")]
-    return [*ways, RuntimeConfig("absorbed")] if absorbs else ways
+    return ways if mla is None else [*ways, RuntimeConfig("absorbed")]
 
 
 def clip_of(config: ModelConfig, frames: int, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,11 +115,9 @@ def distance(one: Tensor, other: Tensor) -> float:
 POLICIES = [
     # policy, chunk, batch; all evict
     (CachePolicy(7, 2), 2, 2),
-    (CachePolicy(7, 2, dense_recent_frames=1), 2, 1),
-    (CachePolicy(7, 2, dense_recent_frames=3), 2, 2),
-    (CachePolicy(6, 0, "relative", dense_recent_frames=2), 2, 3),
-    (CachePolicy(5, 1, dense_recent_frames=3), 1, 1),
-    (CachePolicy(8, 1, dense_recent_frames=2), 3, 1),
+    (CachePolicy(6, 0, "relative"), 2, 3),
+    (CachePolicy(5, 1), 1, 1),
+    (CachePolicy(8, 1), 3, 1),
     (CachePolicy(6, 0, "relative"), 3, 1),
 ]
 
@@ -147,15 +126,13 @@ POLICIES = [
 @pytest.mark.parametrize(
     ("policy", "chunk", "batch"),
     POLICIES,
-    ids=[f"{p.window_frames}-{p.sink_frames}-{p.dense_recent_frames}" for p, _, _ in POLICIES],
+    ids=[f"{p.window_frames}-{p.sink_frames}-{chunk}" for p, chunk, _ in POLICIES],
 )
 @torch.no_grad()
 def test_streaming_equals_the_masked_pass_however_it_is_read(
     mla: MLAConfig | None, policy: CachePolicy, chunk: int, batch: int
 ) -> None:
     """Without a sink relative positions are those of the clip, up to a shift."""
-    if mla is not None and mla.layer.reads_own_latents:
-        policy = dataclasses.replace(policy, dense_recent_frames=0)
     config = tiny_config(cache=policy, mla=mla, chunk_frames=chunk)
     model = tiny_model(config)
     latents, timestep, context = clip_of(config, 12, batch)
@@ -166,14 +143,13 @@ def test_streaming_equals_the_masked_pass_however_it_is_read(
         torch.testing.assert_close(streamed, masked, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("layer", DENSE_CHUNK, ids=layer_id)
-@pytest.mark.parametrize("dense", [0, 1, 2])
+@pytest.mark.parametrize("latent", EITHER_LATENT)
 @torch.no_grad()
 def test_behind_a_sink_relative_positions_are_those_of_a_clip_of_the_held_frames(
-    layer: LayerConfig, dense: int
+    latent: Latent,
 ) -> None:
-    policy = CachePolicy(6, 2, "relative", dense)
-    config = tiny_config(cache=policy, **one_layer(tiny_mla(layer)))
+    policy = CachePolicy(6, 2, "relative")
+    config = tiny_config(cache=policy, **one_layer(tiny_mla(latent)))
     model = tiny_model(config)
     latents, timestep, context = clip_of(config, 10)
     held = [0, 1, 6, 7, 8, 9]
@@ -184,45 +160,16 @@ def test_behind_a_sink_relative_positions_are_those_of_a_clip_of_the_held_frames
         torch.testing.assert_close(streamed[:, -2:], again[:, -2:], atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("layer", DENSE_CHUNK, ids=layer_id)
-@torch.no_grad()
-def test_dense_frames_are_the_dense_models_and_all_of_them_make_the_dense_model(
-    layer: LayerConfig,
-) -> None:
-    """However bad the latents are; each dense frame more changes what is seen."""
-    config = tiny_config(cache=CachePolicy(6, dense_recent_frames=4))
-    source = tiny_model(config)
-    model = tiny_model(dataclasses.replace(config, mla=tiny_mla(layer)), seed=1)
-    assert not model.load_state_dict(source.state_dict(), strict=False).unexpected_keys
-    clip = clip_of(config, 10)
-    expected = rollout(source, *clip)
-    for runtime in runtimes(model.config.mla):
-        torch.testing.assert_close(rollout(model, *clip, runtime), expected, atol=2e-5, rtol=0)
-    fewer = [
-        rollout(under(model, CachePolicy(6, dense_recent_frames=dense)), *clip)
-        for dense in (0, 1, 2, 3)
-    ]
-    for one, other in zip(fewer, [*fewer[1:], expected], strict=True):
-        assert (one - other)[:, 4:].abs().max() > 1e-3
-
-
 # Denoising steps
 
 
 @KINDS
-@pytest.mark.parametrize("dense", [0, 2])
 @torch.no_grad()
-def test_passes_that_are_not_kept_leave_no_trace(mla: MLAConfig | None, dense: int) -> None:
-    """In a cache of any precision; not even in the code, which is fitted to what is kept first."""
-    if mla is not None and mla.layer.reads_own_latents:
-        dense = 0
-    config = tiny_config(cache=CachePolicy(6, 1, dense_recent_frames=dense), mla=mla)
+def test_passes_that_are_not_kept_leave_no_trace(mla: MLAConfig | None) -> None:
+    config = tiny_config(cache=CachePolicy(6, 1), mla=mla)
     model = tiny_model(config)
     clip = clip_of(config, 8)
-    for asked in (CACHE_DTYPES[0], CACHE_DTYPES[-1]) if mla else CACHE_DTYPES[:1]:
-        runtime = fitting(asked, mla)
-        plain = rollout(model, *clip, runtime)
-        assert torch.equal(rollout(model, *clip, runtime, between=2), plain)
+    assert torch.equal(rollout(model, *clip, between=2), rollout(model, *clip))
 
 
 @KINDS
@@ -235,15 +182,7 @@ def test_passes_that_are_kept_are_overwritten_by_the_next(mla: MLAConfig | None)
     assert torch.equal(again, rollout(model, *clip))
 
 
-@torch.no_grad()
-def test_a_chunk_that_reads_dense_frames_is_kept_once() -> None:
-    """Its own would take their place."""
-    config = tiny_config(cache=CachePolicy(6, dense_recent_frames=2), mla=tiny_mla(LayerConfig()))
-    with pytest.raises(ValueError, match="open the next one"):
-        rollout(tiny_model(config), *clip_of(config, 4), between=1, keep_between=True)
-
-
-@FEW_KINDS
+@KINDS
 @torch.no_grad()
 def test_a_sampled_chunk_leaves_what_a_pass_over_its_clean_latents_leaves(
     mla: MLAConfig | None,
@@ -304,7 +243,7 @@ def started_after(model: CausalWanModel, frames: int, batch: int) -> KVCache:
     return cache
 
 
-@FEW_KINDS
+@KINDS
 @pytest.mark.parametrize("frames", [7, 1_025, 3_000])
 @torch.no_grad()
 def test_where_a_clip_starts_does_not_matter(mla: MLAConfig | None, frames: int) -> None:
@@ -324,15 +263,13 @@ def live_bytes() -> int:
     return sum(held.nbytes for held in gc.get_objects() if type(held) is Tensor)
 
 
-@FEW_KINDS
+@KINDS
 @torch.no_grad()
 def test_three_hundred_frames_take_no_more_than_the_first_ones(mla: MLAConfig | None) -> None:
-    dense = 2 if mla is not None and mla.layer.current_chunk == "dense" else 0
-    policy = CachePolicy(6, 1, "relative", dense)
+    policy = CachePolicy(6, 1, "relative")
     model = tiny_model(tiny_config(cache=policy, mla=mla, latent_size=(2, 2)))
     latents, timestep, context = clip_of(model.config, 2, batch=1)
-    cache, prompt = model.new_cache(1, fitting(CACHE_DTYPES[-1], mla) if mla else None), None
-    prompt = model.read_prompt(context)
+    cache, prompt = model.new_cache(1), model.read_prompt(context)
     sizes: list[tuple[int, int]] = []
     for chunk in range(150):
         cache.open_chunk(2)
@@ -355,20 +292,17 @@ def future(model: CausalWanModel, cache: KVCache, batch: int = 2) -> Tensor:
     return rollout(model, latents, chunk_timesteps(config, 4, batch), context, cache)
 
 
-@FEW_KINDS
+@KINDS
 @pytest.mark.parametrize("positions", ["absolute", "relative"])
-@pytest.mark.parametrize("runtime", [CACHE_DTYPES[0], CACHE_DTYPES[-1]], ids=["model", "int4"])
 @torch.no_grad()
 def test_frames_written_again_behind_the_sink_are_as_if_they_had_never_gone(
-    mla: MLAConfig | None, positions: Any, runtime: RuntimeConfig
+    mla: MLAConfig | None, positions: Any
 ) -> None:
     """After evictions, where entries depend on their own frame only."""
-    dense = 1 if mla is not None and mla.layer.current_chunk == "dense" else 0
-    policy = CachePolicy(6, 2, positions, dense)
+    policy = CachePolicy(6, 2, positions)
     model = tiny_model(tiny_config(cache=policy, **one_layer(mla)))
     latents, timestep, context = clip_of(model.config, 10)
-    runtime = fitting(runtime, mla) if mla else RuntimeConfig()
-    caches = [model.new_cache(2, runtime) for _ in range(3)]
+    caches = [model.new_cache(2) for _ in range(3)]
     for cache in caches:
         rollout(model, latents, timestep, context, cache)
     rewritten, other = caches[1:]
@@ -380,7 +314,7 @@ def test_frames_written_again_behind_the_sink_are_as_if_they_had_never_gone(
     assert (future(model, other) - uninterrupted).abs().max() > 1e-2
 
 
-@FEW_KINDS
+@KINDS
 @torch.no_grad()
 def test_written_again_with_their_own_prompt_frames_are_the_same_and_with_another_not(
     mla: MLAConfig | None,
@@ -400,12 +334,11 @@ def test_written_again_with_their_own_prompt_frames_are_the_same_and_with_anothe
     assert (changed - uninterrupted).abs().max() > 1e-2
 
 
-@FEW_KINDS
+@KINDS
 @torch.no_grad()
 def test_without_the_sink_the_first_frames_written_again_become_it(mla: MLAConfig | None) -> None:
     """As in a new cache: what was there before leaves no trace."""
-    dense = 1 if mla is not None and mla.layer.current_chunk == "dense" else 0
-    model = tiny_model(tiny_config(cache=CachePolicy(6, 2, "relative", dense), mla=mla))
+    model = tiny_model(tiny_config(cache=CachePolicy(6, 2, "relative"), mla=mla))
     latents, timestep, context = clip_of(model.config, 10)
     cache, new, kept = (model.new_cache(2) for _ in range(3))
     for old in (cache, kept):
@@ -422,41 +355,15 @@ def test_without_the_sink_the_first_frames_written_again_become_it(mla: MLAConfi
 # Precision and place
 
 
-@pytest.mark.parametrize("layer", EVERY_LAYER, ids=layer_id)
+@KINDS
 @torch.no_grad()
-def test_fewer_bits_cost_more_but_less_than_forgetting(layer: LayerConfig) -> None:
-    model = tiny_model(tiny_config(cache=CachePolicy(6, 2), mla=tiny_mla(layer)))
+def test_a_bf16_model_streams_with_a_cache_in_any_place(mla: MLAConfig | None) -> None:
+    model = tiny_model(tiny_config(cache=CachePolicy(6, 2), mla=mla))
     latents, timestep, context = clip_of(model.config, 10)
-    exact, int8, int4 = (
-        rollout(model, latents, timestep, context, RuntimeConfig(cache_dtype=cache_dtype))
-        for cache_dtype in ("model", "int8", "int4")
-    )
-    forgetful = under(model, CachePolicy(2))
-    forgotten = rollout(forgetful, latents, timestep, context)
-    past = slice(2, None)
-    errors = [distance(x[:, past], exact[:, past]) for x in (int8, int4, forgotten)]
-    assert 0 < errors[0] < 0.01
-    assert 3 * errors[0] < errors[1] < errors[2]
-    for velocity in (int8, int4):
-        assert velocity.isfinite().all()
-        assert torch.equal(velocity[:, :2], exact[:, :2])
-
-
-@pytest.mark.parametrize("runtime", CACHE_DTYPES, ids=lambda r: f"{r.cache_dtype}-{r.rope_dtype}")
-@FEW_KINDS
-@torch.no_grad()
-def test_a_bf16_model_streams_with_a_cache_of_any_precision_and_place(
-    mla: MLAConfig | None, runtime: RuntimeConfig
-) -> None:
-    runtime = fitting(runtime, mla) if mla else RuntimeConfig()
-    dense = 1 if mla is not None and mla.layer.current_chunk == "dense" else 0
-    model = tiny_model(tiny_config(cache=CachePolicy(6, 2, dense_recent_frames=dense), mla=mla))
-    latents, timestep, context = clip_of(model.config, 10)
-    exact = rollout(model, latents, timestep, context, runtime)
+    exact = rollout(model, latents, timestep, context)
     clip = latents.bfloat16(), timestep, context.bfloat16()
     low = model.bfloat16()
-    velocity = rollout(low, *clip, runtime)
+    velocity = rollout(low, *clip)
     assert velocity.dtype == torch.bfloat16
     assert distance(velocity, exact) < 0.03
-    offloaded = dataclasses.replace(runtime, offload=True)
-    assert torch.equal(rollout(low, *clip, offloaded), velocity)
+    assert torch.equal(rollout(low, *clip, RuntimeConfig(offload=True)), velocity)

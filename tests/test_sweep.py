@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from vmla_convert import progress
-from vmla_convert.config import LayerConfig, SweepConfig
+from vmla_convert.config import SweepConfig
 from vmla_convert.errors import ConfigError, OutputError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths import factor
@@ -50,9 +50,7 @@ T = TypeVar("T")
 pytest_plugins = ["checkpoints"]
 pytestmark = pytest.mark.usefixtures("few_layerwise_clips")
 
-PAPERS = SweepConfig(current_chunks=("latent",), positions=("decoupled",))
-GRID = replace(
-    PAPERS,
+GRID = SweepConfig(
     inits=("random", "calibrated"),
     kv_lora_ranks=(8,),
     qk_rope_head_dims=(4,),
@@ -111,7 +109,7 @@ def test_every_point_has_its_curve_its_cache_and_its_times(
     once |= {"convert_seconds", "recover_seconds", "learning_rate"}
     for init, seed in POINTS:
         rows = [row for row in whole[1] if (row.init, row.seed) == (init, seed)]
-        assert {row.run for row in rows} == {f"{init}-8+4-latent-decoupled-joint-stored"}
+        assert {row.run for row in rows} == {f"{init}-8+4-joint"}
         (key,) = {row.point for row in rows}
         assert key in {point.key for point in points_of(GRID) if point.conversion.init == init}
         assert {row.recovery_steps for row in rows} == {4}
@@ -340,9 +338,9 @@ def test_a_point_that_lacks_what_is_asked_for_is_measured_anew(
     file = tmp_path / "rows.jsonl"
     plain = replace(GRID, inits=("calibrated",), seeds=(0,), recover=False)
     run(dense, file, plain)
-    rows = run(dense, file, replace(plain, cache_dtypes=("int4",)))
-    dtypes = [row.cache_dtype for row in rows if row.metric == "velocity_error"]
-    assert dtypes == [None, "int4"]
+    rows = run(dense, file, replace(plain, timed=True))
+    assert len([row for row in rows if row.metric == "velocity_error"]) == 1
+    assert len([row for row in rows if row.metric == "seconds_ratio"]) == 1
     assert len([row for row in rows if row.metric == "cache_cut"]) == 1
 
 
@@ -419,14 +417,9 @@ def test_an_axis_that_acts_on_nothing_or_repeats_itself_is_refused(wrong: dict[s
 
 
 MANY = [
-    replace(CONVERT, init=init, layer=layer, seed=seed, qk_rope_head_dim=None, **size)
+    replace(CONVERT, init=init, latent=latent, seed=seed, qk_rope_head_dim=None, **size)
     for init in factor.INITS
-    for layer in (
-        LayerConfig(),
-        LayerConfig(latent="split", k_norm="latent"),
-        LayerConfig("latent", "decoupled", "joint", "stored"),
-        LayerConfig("dense", "decoupled", "split", "latent"),
-    )
+    for latent in ("joint", "split")
     for size in (
         {"kv_lora_rank": 6},
         {"kv_lora_rank": 11},
@@ -444,7 +437,7 @@ def test_a_shared_decomposition_makes_what_a_separate_conversion_makes(
     both.measure()
     both.convert()
     for conversion in MANY:
-        known = evidence_of(dense, measured, conversion.layer)
+        known = evidence_of(dense, measured)
         own = convert_model(dense, conversion, known)
         student, seconds = both.student(conversion)
         assert seconds > 0
@@ -466,9 +459,9 @@ def test_all_sizes_are_cut_from_one_decomposition(
         return calibrated(weights, shape, *rest)  # pyright: ignore[reportArgumentType]
 
     monkeypatch.setitem(factor.INITS, "calibrated", counted)
-    sizes = [replace(BUDGETED, cut=cut) for cut in (0.7, 0.8, 0.85, 0.9, 0.92)]
+    sizes = [replace(CONVERT, kv_lora_rank=rank) for rank in (20, 14, 10, 8, 6)]
     seeds = [replace(each, seed=seed) for each in sizes for seed in (0, 1)]
-    both = Shared(dense, BUDGETED, seeds, MemoryShelf())
+    both = Shared(dense, CONVERT, seeds, MemoryShelf())
     both.measure()
     both.convert()
     assert len(solved) == 2  # one for each layer
@@ -488,7 +481,7 @@ def test_rules_steps_and_splits_are_axes_of_the_grid() -> None:
     }
     assert {p.recovery.training.steps for p in points if p.recovery} == {2, 4}
     assert len({point.key for point in points}) == len(points)
-    split = replace(PAPERS, inits=("random",), kv_lora_ranks=(8,), head_splits=((20, 4), (16, 8)))
+    split = SweepConfig(inits=("random",), kv_lora_ranks=(8,), head_splits=((20, 4), (16, 8)))
     widths = [(c.qk_nope_head_dim, c.qk_rope_head_dim) for c in grid(split, CONVERT)]
     assert widths == [(20, 4), (16, 8)]
     with pytest.raises(ConfigError):
@@ -509,38 +502,17 @@ MEASURED = replace(
     inits=("calibrated",),
     seeds=(0,),
     recover=False,
-    cache_dtypes=("int8", "int4"),
     timed=True,
     rollout_frames=12,
     rollout_prompts=("0", "7"),
 )
 
 
-def test_a_point_is_quantised_timed_and_rolled_out(dense: CausalWanModel, tmp_path: Path) -> None:
+def test_a_point_is_timed_and_rolled_out(dense: CausalWanModel, tmp_path: Path) -> None:
     rows = run(dense, tmp_path / "rows.jsonl", MEASURED)
-    dtypes = [(r.metric, r.cache_dtype, r.step) for r in rows if r.cache_dtype in ("int8", "int4")]
-    assert [d for d in dtypes if d[0] != "cache_bytes"] == [
-        (metric, dtype, step)
-        for dtype in ("int8", "int4")
-        for metric, step in (
-            ("flow_loss", 0),
-            ("velocity_error", 0),
-            ("cache_bytes_per_token", None),
-        )
-    ]
-    nbytes = {r.cache_dtype: r.value for r in rows if r.metric == "cache_bytes_per_token"}
-    assert nbytes["int4"] < nbytes["int8"] < nbytes[None]
-    minute = {
-        row.cache_dtype: row.value / nbytes[row.cache_dtype]
-        for row in rows
-        if (row.metric, row.batch, row.clip_seconds) == ("cache_bytes", 1, 60)
-        and row.run != "dense"
-    }
-    assert minute.keys() == {None, "int8", "int4"}
-    assert len({round(tokens) for tokens in minute.values()}) == 1
     (ratio,) = [row.value for row in rows if row.metric == "seconds_ratio"]
     assert ratio > 0
-    for name in ("dense", "calibrated-8+4-latent-decoupled-joint-stored"):
+    for name in ("dense", "calibrated-8+4-joint"):
         drift = [r for r in rows if r.run == name and r.metric == "drift"]
         assert [row.segment for row in drift] == [0, 1, 2, 3]
         assert drift[0].value == 0 < min(row.value for row in drift[1:])
@@ -554,7 +526,7 @@ def test_a_point_is_quantised_timed_and_rolled_out(dense: CausalWanModel, tmp_pa
 
 ABLATION = SweepConfig(
     inits=("calibrated", "spectral", "mha2mla"),
-    current_chunks=("dense", "latent"),
+    latents=("joint", "split"),
     cuts=(0.9, 0.8),
     recover=False,
 )
@@ -562,16 +534,14 @@ ABLATION = SweepConfig(
 
 @pytest.fixture(scope="module")
 def ablation(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    """Two layers at two cuts, before any training."""
+    """Either latent at two cuts, before any training."""
     return run(load(teacher), tmp_path_factory.mktemp("ablation") / "rows.jsonl", ABLATION)
 
 
-def test_two_layers_at_two_cuts_are_measured_with_every_init(ablation: list[Row]) -> None:
-    points = [(r.init, r.current_chunk) for r in ablation if r.metric == "velocity_error"]
+def test_either_latent_at_two_cuts_is_measured_with_every_init(ablation: list[Row]) -> None:
+    points = [(r.init, r.latent) for r in ablation if r.metric == "velocity_error"]
     cuts = [row.value for row in ablation if row.metric == "cache_cut"]
-    assert points == 2 * [
-        (init, chunk) for chunk in ABLATION.current_chunks for init in ABLATION.inits
-    ]
+    assert points == 2 * [(init, latent) for latent in ABLATION.latents for init in ABLATION.inits]
     assert all(cut >= 0.9 for cut in cuts[:6])
     assert all(0.9 > cut >= 0.8 for cut in cuts[6:])
     assert len(cuts) == 12
@@ -590,10 +560,9 @@ def test_without_recovery_only_step_0_is_measured(ablation: list[Row]) -> None:
 def test_a_point_is_the_conversion_that_its_settings_make(
     ablation: list[Row], dense: CausalWanModel, measured: list[LayerReads], held_out: HeldOut
 ) -> None:
-    for cut, chunk in ((0.9, "dense"), (0.8, "latent")):
-        layer = replace(LayerConfig(), current_chunk=chunk)
-        point = replace(BUDGETED, layer=layer, cut=cut)
-        student = convert_model(dense, point, evidence_of(dense, measured, layer))
+    for cut, latent in ((0.9, "joint"), (0.8, "split")):
+        point = replace(BUDGETED, latent=latent, cut=cut)
+        student = convert_model(dense, point, evidence_of(dense, measured))
         name = run_name(student.config)
         (told,) = [r.value for r in ablation if (r.run, r.metric) == (name, "velocity_error")]
         assert told == pytest.approx(held_out.measure(student).velocity_error, rel=1e-4)
@@ -612,30 +581,25 @@ def test_a_sweep_without_recovery_goes_on_where_it_was(
     assert file.read_bytes() == before
 
 
-def test_the_grid_has_every_layer_that_can_be_and_each_rope_where_there_is_one() -> None:
+def test_the_grid_has_every_latent_and_each_rope_beside_ranks() -> None:
     config = SweepConfig(
         inits=("random",),
-        current_chunks=("dense", "latent"),
-        positions=("reconstructed", "decoupled"),
         latents=("joint", "split"),
-        k_norms=("stored", "latent", "rebuilt"),
         cuts=(0.8, 0.9),
         kv_lora_ranks=(12, 8),
         qk_rope_head_dims=(4, 6),
         seeds=(0, 1),
     )
     points = grid(config, replace(BUDGETED, cut=0.5, seed=9))
-    assert len({point.layer for point in points}) == 2 * 2 * 3 + 2 * 2 * 2
+    assert {point.latent for point in points} == {"joint", "split"}
     of_cuts = [point for point in points if point.cut is not None]
     of_ranks = [point for point in points if point.kv_lora_rank is not None]
-    assert [len(of_cuts), len(of_ranks)] == [2 * 20 * 2, 2 * (12 + 2 * 8) * 2]
+    assert [len(of_cuts), len(of_ranks)] == [2 * 2 * 2, 2 * 2 * 2 * 2]
     assert len(set(points)) == len(points) == len(of_cuts) + len(of_ranks)
-    for point in of_ranks:
-        decoupled = point.layer.positions == "decoupled"
-        assert point.qk_rope_head_dim in ((4, 6) if decoupled else (None,))
+    assert {point.qk_rope_head_dim for point in of_ranks} == {4, 6}
     # Smallest caches first.
     assert [p.cut for p in of_cuts] == sorted((p.cut for p in of_cuts if p.cut), reverse=True)
-    assert [p.kv_lora_rank for p in of_ranks] == 56 * [8] + 56 * [12]
+    assert [p.kv_lora_rank for p in of_ranks] == 8 * [8] + 8 * [12]
 
 
 def test_only_calibrated_points_are_divided_by_the_shared_rule() -> None:
@@ -645,15 +609,6 @@ def test_only_calibrated_points_are_divided_by_the_shared_rule() -> None:
         "calibrated": "energy",
         "random": None,
         "spectral": None,
-    }
-
-
-def test_only_decoupled_points_have_truncated_heads() -> None:
-    config = SweepConfig(inits=("random",), positions=("reconstructed", "decoupled"), cuts=(0.8,))
-    points = grid(config, replace(BUDGETED, qk_nope_head_dim=16))
-    assert {point.layer.positions: point.qk_nope_head_dim for point in points} == {
-        "reconstructed": None,
-        "decoupled": 16,
     }
 
 

@@ -746,7 +746,7 @@ class TestCommand:
         ran = vmla(*common, *film)
         assert refused(ran)
         assert "differ in latent_size: (4, 6) and (60, 104)" in ran.err
-        assert vmla(*common, *film, *SET, "--cache-dtype", "int4").code == 0
+        assert vmla(*common, *film, *SET, "--backend", "absorbed").code == 0
         assert (tmp_path / "a.png").is_file()
 
     def test_says_what_to_name_where_nothing_is_known(

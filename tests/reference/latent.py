@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vmla_convert.config import LayerConfig
 from vmla_convert.maths.moments import as_channels, as_pairs
 from vmla_convert.maths.projections import Evidence, Factors, KVWeights, LayerShape
 
@@ -36,12 +35,11 @@ class Toy(NamedTuple):
     def all_pairs(self) -> int:
         return self.width // 2
 
-    def full_shape(self, layer: LayerConfig) -> LayerShape:
+    def full_shape(self, latent: Literal["joint", "split"] = "joint") -> LayerShape:
         """The sizes at which nothing needs to be lost."""
-        rope_pairs = self.all_pairs if layer.positions == "decoupled" else 0
-        if layer.latent == "split":
-            return LayerShape(layer, 2 * self.width, rope_pairs, self.width)
-        return LayerShape(layer, self.width, rope_pairs)
+        if latent == "split":
+            return LayerShape(latent, 2 * self.width, self.all_pairs, self.width)
+        return LayerShape(latent, self.width, self.all_pairs)
 
 
 def toy(heads: int = 3, head_dim: int = 14, seed: int = 0) -> Toy:
@@ -107,11 +105,6 @@ def dense_value(weights: KVWeights, inputs: Tensor) -> Tensor:
     return inputs @ weights.value.mT + weights.value_bias
 
 
-def raw_key(weights: KVWeights, inputs: Tensor) -> Tensor:
-    """(n, H·D)."""
-    return inputs @ weights.raw_key.mT + weights.raw_key_bias
-
-
 def turned(key: Tensor, turn: Tensor) -> Tensor:
     """A key (n, H, D) after a rotation (n, D/2)."""
     return as_channels(as_pairs(key) * turn[:, None])
@@ -138,45 +131,29 @@ def value(factors: Factors, inputs: Tensor) -> Tensor:
 
 def shared_keys(factors: Factors, inputs: Tensor) -> Tensor:
     """The shared rope keys r, (n, m) complex."""
-    assert factors.rope is not None
     return inputs.to(factors.rope.rows.dtype) @ factors.rope.rows.mT + factors.rope.offsets
 
 
 def rope_key(factors: Factors, inputs: Tensor, turn: Tensor) -> Tensor:
     """What the rope branch is to the query of each head after a rotation (n, D/2), (n, H, D)."""
-    assert factors.rope is not None
     shared = as_channels(shared_keys(factors, inputs) * turn[:, factors.rope.pairs])
     return torch.einsum("nr,hrd->nhd", shared, factors.rope.query_map)
 
 
 def rebuilt_key(weights: KVWeights, factors: Factors, inputs: Tensor, turn: Tensor) -> Tensor:
     """The key after a rotation (n, D/2), (n, H, D); its norm is left out."""
-    content = content_key(weights, factors, inputs)
-    if factors.rope is None:
-        return turned(content, turn)
-    return content + rope_key(factors, inputs, turn)
+    return content_key(weights, factors, inputs) + rope_key(factors, inputs, turn)
 
 
-def predicted_square(factors: Factors, inputs: Tensor) -> Tensor:
-    """rho² from what is cached, (n,)."""
-    assert factors.norm is not None
-    cached = latent(factors, inputs)
-    if factors.rope is not None:
-        cached = torch.cat([cached, as_channels(shared_keys(factors, inputs))], 1)
-    root = cached @ factors.norm.weight.mT + factors.norm.bias
-    return root.square().sum(1) + factors.norm.floor
-
-
-def lost(toy: Toy, layer: LayerConfig, factors: Factors) -> float:
+def lost(toy: Toy, factors: Factors) -> float:
     """Mean cost over the tokens of what the latent layer makes wrong, in the evidence's metrics."""
     weights, evidence, inputs = toy.weights, toy.evidence, toy.inputs
-    key, metric, rotation = dense_key(weights, inputs), evidence.turned_key_metric, 0.0
-    if layer.positions == "decoupled":
-        missed = as_pairs(key - rope_key(factors, inputs, turns(1, key.shape[-1] // 2) ** 0))
-        # A pair that no rope key carries departs from its phase; its logit is half of |u|²|z|².
-        departure = evidence.query_pairs * (1 - evidence.phases.abs().square())
-        rotation = (departure * missed.abs().square()).sum().item() / 2
-        key, metric = as_channels(missed * evidence.phases), evidence.key_metric
+    key = dense_key(weights, inputs)
+    missed = as_pairs(key - rope_key(factors, inputs, turns(1, key.shape[-1] // 2) ** 0))
+    # A pair that no rope key carries departs from its phase; its logit is half of |u|²|z|².
+    departure = evidence.query_pairs * (1 - evidence.phases.abs().square())
+    rotation = (departure * missed.abs().square()).sum().item() / 2
+    key, metric = as_channels(missed * evidence.phases), evidence.key_metric
     key_gap = content_key(weights, factors, inputs) - key
     value_gap = value(factors, inputs) - dense_value(weights, inputs)
     content = torch.einsum("nhd,hde,nhe->", key_gap, metric, key_gap).item()
