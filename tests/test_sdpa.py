@@ -10,10 +10,10 @@ from conftest import noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from vmla_convert.layers.partial import Partial, attend_partly, merge, plainly
 
 from vmla_convert.layers import partial as partial_module
 from vmla_convert.layers.attention import attend
-from vmla_convert.layers.partial import Partial, attend_partly, merge, plainly
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=40)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
