@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -123,3 +124,26 @@ def read_rows(path: Path) -> list[Row]:
         except (KeyError, TypeError, ValueError) as error:
             raise VmlaError(f"line {number} of {path} is not a row: {error}") from error
     return rows
+
+
+def bytes_at_error(curve: Iterable[tuple[float, float]], error: float) -> float | None:
+    """Smallest bytes at which a method reaches an error, between measured sizes by interpolation.
+
+    The logarithm of the error is taken as linear in the bytes between two neighbouring sizes.
+
+    Args:
+        curve: Bytes and error of each measured size.
+        error: The error to reach.
+
+    Returns:
+        None where no measured size is as good.
+    """
+    before: tuple[float, float] | None = None
+    for size, met in sorted(curve):
+        if met <= error:
+            if before is None or met <= 0:
+                return size
+            share = math.log(before[1] / error) / math.log(before[1] / met)
+            return before[0] + share * (size - before[0])
+        before = size, met
+    return None
