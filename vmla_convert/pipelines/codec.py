@@ -19,7 +19,14 @@ from vmla_convert.checkpoint.known import known_model
 from vmla_convert.checkpoint.layouts import CODEC
 from vmla_convert.checkpoint.source import TensorSpec
 from vmla_convert.checkpoint.writer import CheckpointWriter, check_place
-from vmla_convert.config import CacheSize, CodecConfig, ConvertConfig, ModelConfig, SourceConfig
+from vmla_convert.config import (
+    DENSE_ITEMSIZE,
+    CacheSize,
+    CodecConfig,
+    ConvertConfig,
+    ModelConfig,
+    SourceConfig,
+)
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.codec import CodecFit, assume_codec, fit_codec
@@ -148,16 +155,28 @@ def planned_codec(checkpoint: OpenCheckpoint, config: ConvertConfig) -> ModelCon
                 f"{name} is a setting of MLA layers, and this makes a codec",
                 "leave it out, or add --preset videomla",
             )
-    channels = codec_channels(dense, config)
-    size = CodecConfig(channels).size
+    return replace(dense, codec=codec_settings(dense, config))
+
+
+def codec_settings(dense: ModelConfig, config: ConvertConfig) -> CodecConfig:
+    """Channels and default size of the codec that a conversion makes.
+
+    Raises:
+        ConfigError: The default size that was asked for is above what the file will hold.
+    """
+    channels = config.channels or min(CHANNELS, dense.geometry.dim)
+    size, whole = CodecConfig(channels).size, CacheSize(rank=channels)
+    most = whole.token_bytes(dense.geometry)
     if config.bytes_per_token is not None or config.cut is not None:
         size = CacheSize(config.bytes_per_token, config.cut)
-    return replace(dense, codec=CodecConfig(channels, size, config.calibrate))
-
-
-def codec_channels(dense: ModelConfig, config: ConvertConfig) -> int:
-    """Channels per layer that a conversion stores."""
-    return config.channels or min(CHANNELS, dense.geometry.dim)
+        if (asked := size.token_bytes(dense.geometry)) > most:
+            raise ConfigError(
+                f"{asked:g} bytes per token are above {most:g}, what {channels} channels take",
+                f"use --channels {-int(-asked // DENSE_ITEMSIZE)} or more",
+            )
+    elif size.token_bytes(dense.geometry) > most:
+        size = whole
+    return CodecConfig(channels, size, config.calibrate)
 
 
 def codec_specs(config: ModelConfig, how: ConvertConfig) -> dict[str, TensorSpec]:
@@ -207,19 +226,18 @@ def fit_model(
         progress: Where to draw.
     """
     geometry, dense = teacher.config.geometry, teacher.config
-    channels = codec_channels(dense, config)
+    codec = codec_settings(dense, config)
     if config.calibrate:
         clips = clips or open_measured(dense, config)
         blocks, count = model_blocks(teacher), config.calibration_clips
         reads = calibrate(teacher, blocks, clips, count, config.seed, progress)
-        fits = [fit_layer(reads(layer), channels) for layer in range(geometry.num_layers)]
+        fits = [fit_layer(reads(layer), codec.rank) for layer in range(geometry.num_layers)]
     else:
         state = teacher.state_dict()
         layers = range(geometry.num_layers)
         weights = (layer_weights(state.__getitem__, i, geometry.num_heads) for i in layers)
-        fits = [assume_codec(each, channels) for each in weights]
-    size = CodecConfig(channels).size
-    return with_codec(teacher, fits, CodecConfig(channels, size, config.calibrate))
+        fits = [assume_codec(each, codec.rank) for each in weights]
+    return with_codec(teacher, fits, codec)
 
 
 def with_codec(
@@ -243,7 +261,7 @@ def _fitter(
     checkpoint: OpenCheckpoint, config: ConvertConfig, shelf: Any, progress: Progress
 ) -> Callable[[int], CodecFit]:
     """Fits the codec of a layer by its index; calibration happens here and now."""
-    channels = codec_channels(checkpoint.config, config)
+    channels = codec_settings(checkpoint.config, config).rank
     if not config.calibrate:
         weights = weights_of(checkpoint)
         return lambda layer: assume_codec(weights(layer), channels)
