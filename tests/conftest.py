@@ -15,7 +15,8 @@ from vmla_convert.config import (
     ModelConfig,
     SamplerConfig,
 )
-from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.layers.codec import LayerCodec
+from vmla_convert.layers.dit import Block, CausalWanModel, SelfAttention
 
 WIDE_WINDOW = CachePolicy(window_frames=64)
 TINY_GEOMETRY = Geometry(
@@ -67,6 +68,13 @@ def tiny_model(config: ModelConfig, seed: int = 0) -> CausalWanModel:
     model = CausalWanModel(config)
     randomise(model, seed)
     return model
+
+
+def block_of(attention: SelfAttention, codec: LayerCodec | None = None) -> Block:
+    """A block whose self-attention is given; masked passes take blocks."""
+    block = Block(tiny_config(), 0)
+    block.self_attn, block.codec = attention, codec
+    return block
 
 
 def randomise(module: nn.Module, seed: int) -> None:
