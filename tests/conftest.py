@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 from typing import Literal
 
 import torch
@@ -76,16 +77,23 @@ def tiny_model(config: ModelConfig, seed: int = 0) -> CausalWanModel:
     A codec is fitted to the keys and values of random tokens, and has the size of its config.
     """
     model = CausalWanModel(config)
+    if config.codec is None:
+        randomise(model, seed)
+        return model
+    model.load_state_dict(_codec_state(config.geometry, config.codec.rank, seed))
+    model.resize(config.codec.size)
+    return model
+
+
+@cache
+def _codec_state(geometry: Geometry, rank: int, seed: int) -> dict[str, Tensor]:
+    """Parameters and buffers of `tiny_model`; fits take a while."""
+    model = CausalWanModel(tiny_config(geometry, codec=CodecConfig(rank)))
     randomise(model, seed)
     for block in model.all_blocks():
-        if block.codec is not None:
-            assert isinstance(block.self_attn, DenseSelfAttention)
-            block.codec.load_state_dict(
-                tiny_fit(block.self_attn, len(block.codec.encode))._asdict()
-            )
-    if config.codec is not None:
-        model.resize(config.codec.size)
-    return model
+        assert isinstance(block.self_attn, DenseSelfAttention) and block.codec is not None
+        block.codec.load_state_dict(tiny_fit(block.self_attn, rank)._asdict())
+    return model.state_dict()
 
 
 @torch.no_grad()

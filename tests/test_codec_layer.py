@@ -162,7 +162,7 @@ def test_larger_sizes_are_nearer_to_the_dense_model(quantised: bool) -> None:
 # Streamed is masked
 
 
-@pytest.mark.parametrize("nbytes", [1.5, 6, 30.5, 100, 192])
+@pytest.mark.parametrize("nbytes", [1.5, 9.5, 60])
 @pytest.mark.parametrize("quantised", [True, False])
 @pytest.mark.parametrize(
     ("policy", "chunk", "batch"),
@@ -419,7 +419,8 @@ def test_tiles_of_heads_attend_as_all_heads_do(
     for tile_mib in (1, 2, 64, None):
         sight = Sight(own, own, older, runtime=RuntimeConfig(tile_mib=tile_mib))
         outputs.append(dense(x[:, 3_000:], reading, sight))
-    assert tiles == [1, 1, 1, 2, 2, 3, 3]
+    # The last tile ends with the last head.
+    assert tiles == [1, 1, 1, 2, 1, 3, 3]
     for output in outputs:
         torch.testing.assert_close(output, outputs[0], rtol=0, atol=1e-10)
     # … and as one softmax over keys and values that are decoded beforehand.
