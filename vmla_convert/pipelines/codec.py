@@ -19,7 +19,14 @@ from vmla_convert.checkpoint.known import known_model
 from vmla_convert.checkpoint.layouts import CODEC
 from vmla_convert.checkpoint.source import TensorSpec
 from vmla_convert.checkpoint.writer import CheckpointWriter, check_place
-from vmla_convert.config import CacheSize, CodecConfig, ConvertConfig, ModelConfig, SourceConfig
+from vmla_convert.config import (
+    DENSE_ITEMSIZE,
+    CacheSize,
+    CodecConfig,
+    ConvertConfig,
+    ModelConfig,
+    SourceConfig,
+)
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.codec import CodecFit, assume_codec, fit_codec
@@ -148,10 +155,29 @@ def planned_codec(checkpoint: OpenCheckpoint, config: ConvertConfig) -> ModelCon
                 "leave it out, or add --preset videomla",
             )
     channels = codec_channels(dense, config)
-    size = CodecConfig(channels).size
-    if config.bytes_per_token is not None or config.cut is not None:
-        size = CacheSize(config.bytes_per_token, config.cut)
+    size = _default_size(dense, config, channels)
     return replace(dense, codec=CodecConfig(channels, size, config.calibrate))
+
+
+def _default_size(dense: ModelConfig, config: ConvertConfig, channels: int) -> CacheSize:
+    """The size that a codec has where none is asked for; never more than its file holds.
+
+    Raises:
+        ConfigError: The size that was asked for is more, or less than a byte for each layer.
+    """
+    most, geometry = float(channels * DENSE_ITEMSIZE), dense.geometry
+    if config.bytes_per_token is None and config.cut is None:
+        size = CodecConfig(channels).size
+        return size if size.token_bytes(geometry) <= most else CacheSize(most)
+    size = CacheSize(config.bytes_per_token, config.cut)
+    asked = size.token_bytes(geometry)
+    if not 1 <= asked <= most:
+        raise ConfigError(
+            f"{asked:g} bytes per token are not between 1 and {most:g}, what {channels} channels "
+            "of a layer hold",
+            "ask for another size, or store more channels: --channels",
+        )
+    return size
 
 
 def codec_channels(dense: ModelConfig, config: ConvertConfig) -> int:
