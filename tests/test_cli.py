@@ -106,7 +106,9 @@ def test_convert_recover_and_eval_work_one_after_the_other(
     teacher: Path, tmp_path: Path, vmla: Vmla
 ) -> None:
     latent, recovered = tmp_path / "latent", tmp_path / "recovered"
-    ran = vmla("convert", teacher, "-o", latent, "--calibration-clips", "2", *MLA, "--kv-lora-rank", "8")
+    ran = vmla(
+        "convert", teacher, "-o", latent, "--calibration-clips", "2", *MLA, "--kv-lora-rank", "8"
+    )
     assert ran.code == 0
     assert f"vmla recover {latent} --teacher {teacher}" in ran.err
     steps = ("--steps", "1", "--layerwise-steps", "1", "--batch-size", "1")
