@@ -17,7 +17,7 @@ from vmla_convert.checkpoint.families import OpenCheckpoint, converted_config
 from vmla_convert.checkpoint.hub import cached_repo
 from vmla_convert.checkpoint.known import known_model
 from vmla_convert.checkpoint.layouts import CODEC
-from vmla_convert.checkpoint.source import TensorSpec
+from vmla_convert.checkpoint.source import TensorSpec, fingerprint
 from vmla_convert.checkpoint.writer import CheckpointWriter, check_place
 from vmla_convert.config import (
     DENSE_ITEMSIZE,
@@ -88,11 +88,7 @@ def convert_to_codec(
 ) -> Conversion:
     """Fit a codec; arguments and errors as of `convert`. The source is read and never written."""
     started, progress = perf_counter(), Timed(progress or Silent())
-    if layout != "native":
-        raise ConfigError(
-            f"a codec is a file beside its base model and has no layout '{layout}'",
-            f"convert first, then: vmla export {out} -o DIR --layout {layout}",
-        )
+    refuse_layout(out, layout)
     checkpoint = open_named(source)
     if checkpoint.known and (note := known_model(checkpoint.known).note):
         progress.note(f"{checkpoint.known}: {note}")
@@ -108,6 +104,8 @@ def convert_to_codec(
         "base": base["tensors"],
         "model": to_dict(checkpoint.config),
         "clips": clips_hash(config),
+        # All of the source decides what its layers attend to.
+        "weights": fingerprint(checkpoint.source.path, progress) if measures(config) else None,
     }
     shelf = calibration_shelf(out, basis, config) if measures(config) else None
     fit = _fitter(checkpoint, config, shelf, progress)
@@ -140,6 +138,19 @@ def convert_to_codec(
     return Conversion(out, planned, seconds, factor_seconds, peak)
 
 
+def refuse_layout(out: Path, layout: str) -> None:
+    """Refuse a layout that no codec has.
+
+    Raises:
+        ConfigError: It is not our own.
+    """
+    if layout != "native":
+        raise ConfigError(
+            f"a codec is a file beside its base model and has no layout '{layout}'",
+            f"convert first, then: vmla export {out} -o DIR --layout {layout}",
+        )
+
+
 def planned_codec(checkpoint: OpenCheckpoint, config: ConvertConfig) -> ModelConfig:
     """The settings of a dense model with the codec that a conversion will make.
 
@@ -162,17 +173,19 @@ def codec_settings(dense: ModelConfig, config: ConvertConfig) -> CodecConfig:
     """Channels and default size of the codec that a conversion makes.
 
     Raises:
-        ConfigError: The default size that was asked for is above what the file will hold.
+        ConfigError: The default size that was asked for is above what the file will hold, or below
+            a byte for each layer.
     """
     channels = config.channels or min(CHANNELS, dense.geometry.dim)
     size, whole = CodecConfig(channels).size, CacheSize(rank=channels)
     most = whole.token_bytes(dense.geometry)
     if config.bytes_per_token is not None or config.cut is not None:
         size = CacheSize(config.bytes_per_token, config.cut)
-        if (asked := size.token_bytes(dense.geometry)) > most:
+        if not 1 <= (asked := size.token_bytes(dense.geometry)) <= most:
             raise ConfigError(
-                f"{asked:g} bytes per token are above {most:g}, what {channels} channels take",
-                f"use --channels {-int(-asked // DENSE_ITEMSIZE)} or more",
+                f"{asked:g} bytes per token are not between 1 and {most:g}, what {channels} "
+                "channels of a layer hold",
+                "ask for another size, or store more channels: --channels",
             )
     elif size.token_bytes(dense.geometry) > most:
         size = whole
@@ -294,6 +307,10 @@ def _base_record(source: Source, checkpoint: OpenCheckpoint, progress: Progress)
     elif repo := cached_repo(path):
         name, _, revision = repo.partition("@")
         record = {"name": name.rpartition("/")[2], "repo": name, "revision": revision}
+        inside = path.parts[path.parts.index(revision) + 1 :]
+        record |= {"file": "/".join(inside)} if inside else {}
+    if checkpoint.loras:
+        record["loras"] = [f"{lora.path.absolute()}:{lora.scale!r}" for lora in checkpoint.loras]
     return record | {"tensors": hashes}
 
 
