@@ -21,7 +21,7 @@ from vmla_convert.checkpoint.source import TensorSpec
 from vmla_convert.checkpoint.writer import CheckpointWriter, check_place
 from vmla_convert.config import CacheSize, CodecConfig, ConvertConfig, ModelConfig, SourceConfig
 from vmla_convert.errors import ConfigError
-from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.layers.dit import CausalWanModel, check_size
 from vmla_convert.maths.codec import CodecFit, assume_codec, fit_codec
 from vmla_convert.pipelines.calibrate import LayerReads, calibrate
 from vmla_convert.pipelines.card import CARD_NAME, model_card
@@ -133,14 +133,23 @@ def convert_to_codec(
 
 
 def planned_codec(checkpoint: OpenCheckpoint, config: ConvertConfig) -> ModelConfig:
-    """The settings of a dense model with the codec that a conversion will make.
+    """The settings of a dense checkpoint with the codec that a conversion will make.
 
     Raises:
         CheckpointError: The checkpoint is converted already.
-        ConfigError: A setting does not fit the model, or is one of MLA layers.
+        ConfigError: As `plan_codec`.
     """
     refuse_converted(checkpoint)
-    dense, plain = checkpoint.config, {f.name: f.default for f in fields(ConvertConfig)}
+    return plan_codec(checkpoint.config, config)
+
+
+def plan_codec(dense: ModelConfig, config: ConvertConfig) -> ModelConfig:
+    """The settings of a dense model with the codec that a conversion will make.
+
+    Raises:
+        ConfigError: A setting does not fit the model, or is one of MLA layers.
+    """
+    plain = {f.name: f.default for f in fields(ConvertConfig)}
     for name in _MLA_ONLY:
         if getattr(config, name) != plain[name]:
             raise ConfigError(
@@ -151,7 +160,9 @@ def planned_codec(checkpoint: OpenCheckpoint, config: ConvertConfig) -> ModelCon
     size = CodecConfig(channels).size
     if config.bytes_per_token is not None or config.cut is not None:
         size = CacheSize(config.bytes_per_token, config.cut)
-    return replace(dense, codec=CodecConfig(channels, size, config.calibrate))
+    planned = replace(dense, codec=CodecConfig(channels, size, config.calibrate))
+    check_size(planned, size)
+    return planned
 
 
 def codec_channels(dense: ModelConfig, config: ConvertConfig) -> int:
