@@ -743,7 +743,7 @@ class SweepConfig:
         dense_dtypes: Dtypes in which the dense model's own cache is measured beside them.
         inits: MLA: names of `vmla_convert.maths.factor.INITS`.
         latents: MLA: kinds of latent, as of `MLAConfig`.
-        kv_lora_ranks: MLA: cache sizes as explicit ranks.
+        kv_lora_ranks: MLA: cache sizes as explicit ranks, in place of `cuts`.
         qk_rope_head_dims: MLA: widths of the rope key beside explicit ranks.
         seeds: Seeds of conversion and recovery.
         recover: Whether points are recovered, or only measured at step 0.

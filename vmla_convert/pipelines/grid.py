@@ -121,12 +121,11 @@ def _codecs(config: SweepConfig, shared: ConvertConfig) -> list[ConvertConfig]:
 
 def _mla(config: SweepConfig, shared: ConvertConfig) -> list[ConvertConfig]:
     """MLA layers of every size, latent, init and seed, smallest caches first."""
-    sizes: list[dict[str, Any]] = [{"cut": size.cut} for size in _cuts(config)]
-    sizes += [
+    sizes: list[dict[str, Any]] = [
         {"kv_lora_rank": rank, "qk_rope_head_dim": rope}
         for rank in sorted(config.kv_lora_ranks)
         for rope in config.qk_rope_head_dims or (None,)
-    ]
+    ] or [{"cut": size.cut} for size in _cuts(config)]
     bare = replace(shared, product="mla", channels=None, bytes_per_token=None, cut=None)
     bare = replace(bare, cache_scalars=None, kv_lora_rank=None, qk_rope_head_dim=None)
     bare = replace(bare, plan=None, ranks=None)
