@@ -20,7 +20,6 @@ from vmla_convert.checkpoint.layouts import CODEC
 from vmla_convert.checkpoint.source import TensorSpec, fingerprint
 from vmla_convert.checkpoint.writer import CheckpointWriter, check_place
 from vmla_convert.config import (
-    DENSE_ITEMSIZE,
     CacheSize,
     CodecConfig,
     ConvertConfig,
@@ -28,7 +27,7 @@ from vmla_convert.config import (
     SourceConfig,
 )
 from vmla_convert.errors import ConfigError
-from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.layers.dit import CausalWanModel, check_size
 from vmla_convert.maths.codec import CodecFit, assume_codec, fit_codec
 from vmla_convert.pipelines.calibrate import LayerReads, calibrate, model_blocks
 from vmla_convert.pipelines.card import CARD_NAME, model_card
@@ -152,41 +151,42 @@ def refuse_layout(out: Path, layout: str) -> None:
 
 
 def planned_codec(checkpoint: OpenCheckpoint, config: ConvertConfig) -> ModelConfig:
-    """The settings of a dense model with the codec that a conversion will make.
+    """The settings of a dense checkpoint with the codec that a conversion will make.
 
     Raises:
         CheckpointError: The checkpoint is converted already.
-        ConfigError: A setting does not fit the model, or is one of MLA layers.
+        ConfigError: As `plan_codec`.
     """
     refuse_converted(checkpoint)
-    dense, plain = checkpoint.config, {f.name: f.default for f in fields(ConvertConfig)}
+    return plan_codec(checkpoint.config, config)
+
+
+def plan_codec(dense: ModelConfig, config: ConvertConfig) -> ModelConfig:
+    """The settings of a dense model with the codec that a conversion will make.
+
+    Raises:
+        ConfigError: A setting does not fit the model, or is one of MLA layers.
+    """
+    plain = {f.name: f.default for f in fields(ConvertConfig)}
     for name in _MLA_ONLY:
         if getattr(config, name) != plain[name]:
             raise ConfigError(
                 f"{name} is a setting of MLA layers, and this makes a codec",
                 "leave it out, or add --preset videomla",
             )
-    return replace(dense, codec=codec_settings(dense, config))
+    codec = codec_settings(dense, config)
+    planned = replace(dense, codec=codec)
+    check_size(planned, codec.size)
+    return planned
 
 
 def codec_settings(dense: ModelConfig, config: ConvertConfig) -> CodecConfig:
-    """Channels and default size of the codec that a conversion makes.
-
-    Raises:
-        ConfigError: The default size that was asked for is above what the file will hold, or below
-            a byte for each layer.
-    """
+    """Channels and default size of the codec that a conversion makes."""
     channels = config.channels or min(CHANNELS, dense.geometry.dim)
     size, whole = CodecConfig(channels).size, CacheSize(rank=channels)
     most = whole.token_bytes(dense.geometry)
     if config.bytes_per_token is not None or config.cut is not None:
         size = CacheSize(config.bytes_per_token, config.cut)
-        if not 1 <= (asked := size.token_bytes(dense.geometry)) <= most:
-            raise ConfigError(
-                f"{asked:g} bytes per token are not between 1 and {most:g}, what {channels} "
-                "channels of a layer hold",
-                "ask for another size, or store more channels: --channels",
-            )
     elif size.token_bytes(dense.geometry) > most:
         size = whole
     return CodecConfig(channels, size, config.calibrate)
