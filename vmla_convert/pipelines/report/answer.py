@@ -89,7 +89,7 @@ def answer_reasons(best: Recommendation | None, dense: Dense | None, failed: int
         reasons.append(_dense_note(dense))
     if failed:
         points = "point" if failed == 1 else "points"
-        reasons.append(f"{failed} {points} failed, and say nothing here; see Failures.")
+        reasons.append(f"{failed} {points} failed; see Failures.")
     return reasons
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from vmla_convert.pipelines.report.answer import recommend
@@ -38,6 +38,7 @@ from vmla_convert.results import Row
 MOST_PANELS = 6
 MOST_LINES = 6
 ENERGY = 0.99
+VELOCITY_ERROR = "velocity error (share)"
 # Okabe-Ito without its yellow, which is too pale for lines on white.
 COLOURS = {
     "codec": ["#0072B2", "#00456b", "#3b9bd4"],
@@ -69,8 +70,7 @@ def draw_charts(rows: Sequence[Row], bound: float) -> dict[str, Chart]:
         "quality": quality_chart(settings, dense, best),
         "recovery": recovery_chart(settings),
         "rollout": rollout_chart(rows, settings, best),
-        "spectra": spectra_chart(rows),
-        "effective_rank": effective_rank_chart(rows, settings),
+        "spectra": spectra_chart(rows, settings),
     }
     return {name: chart for name, chart in charts.items() if chart is not None}
 
@@ -78,7 +78,7 @@ def draw_charts(rows: Sequence[Row], bound: float) -> dict[str, Chart]:
 def quality_chart(
     settings: Sequence[Setting], dense: Dense | None, best: Setting | None
 ) -> Chart | None:
-    """velocity_error over bytes per token, a line per method; dashed as converted.
+    """velocity_error over bytes per token, a line per method; dotted as converted.
 
     Args:
         settings: All of them.
@@ -104,16 +104,8 @@ def quality_chart(
     guides: list[Guide] = []
     if dense is not None and dense.nbytes:
         guides.append(Guide(dense.nbytes, f"dense {format_number(dense.nbytes)}", upright=True))
-    panel = Panel(
-        "Velocity error against bytes",
-        subtitle,
-        "cache (bytes per token and layer)",
-        "velocity error (share)",
-        lines,
-        xscale="log",
-        yscale="log",
-        guides=guides,
-    )
+    title, xlabel = "Velocity error against bytes", "cache (bytes per token and layer)"
+    panel = Panel(title, subtitle, xlabel, VELOCITY_ERROR, lines, "log", "log", guides)
     return Chart([panel], height=4.8)
 
 
@@ -130,7 +122,7 @@ def recovery_chart(settings: Sequence[Setting]) -> Chart | None:
             f"Recovery: {method}",
             "a line per size, in bytes per token and layer",
             "step of recovery",
-            "velocity error (share)",
+            VELOCITY_ERROR,
             _recovery_lines(_spread(own, MOST_LINES)),
             yscale="log",
             ylimits=(min(finite) / 1.3, max(finite) * 1.3),
@@ -168,76 +160,29 @@ def rollout_chart(
     return Chart(panels) if panels else None
 
 
-def spectra_chart(rows: Sequence[Row]) -> Chart | None:
-    """Kept energy by rank, then the 99 %-energy rank by layer, of weights and on activations."""
-    spectra = [row for row in rows if row.run in SPECTRA and row.layer is not None]
-    panels: list[Panel] = []
-    if lines := _energy_lines(spectra):
-        panels.append(
-            Panel(
-                "Energy kept by rank",
-                "keys and values of each layer; bold: median",
-                "rank (directions)",
-                "energy kept (share)",
-                lines,
-                xscale="log",
-                guides=[Guide(ENERGY, "99 %")],
-                ylimits=(0.0, 1.05),
-            )
-        )
-    lines = list[Line]()
+def spectra_chart(rows: Sequence[Row], settings: Sequence[Setting]) -> Chart | None:
+    """Energy by rank, 99 %-energy rank by layer, and the share of its rank an MLA layer fills."""
+    kept: list[Line] = []
+    needed: list[Line] = []
     for run, (name, colour) in SPECTRA.items():
-        own = [row for row in spectra if row.run == run]
+        own = [row for row in rows if row.run == run]
+        energies = group_medians(own, "energy_at_rank", lambda row: row.kv_lora_rank)
         ranks = group_medians(own, "effective_rank_99", lambda row: row.layer)
-        lines += curve_line(name, colour, ranks, marker="o")
-    if lines:
-        top = 1.1 * max(y for line in lines for y in line.ys)
-        title, how = "Rank that keeps 99 % of the energy", "lower converts better"
-        panels.append(
-            Panel(title, how, "layer (index)", "rank (directions)", lines, ylimits=(0.0, top))
-        )
+        kept += curve_line(name, colour, energies)
+        needed += curve_line(name, colour, ranks, marker="o")
+    by_layer, of_rank = "layer (index)", "rank (directions)"
+    how = "keys and values together; median of layers"
+    energy = Panel(
+        "Energy kept by rank", how, of_rank, "energy kept (share)", kept, "log",
+        guides=[Guide(ENERGY, "99 %")], ylimits=(0.0, 1.05),
+    )  # fmt: skip
+    title = "Rank that keeps 99 % of the energy"
+    rank = Panel(title, "lower converts better", by_layer, of_rank, needed)
+    how = "99 %-energy rank of the operator over R; dotted: as converted, solid: recovered"
+    filled = _filled_lines(rows, settings)
+    share = Panel("Share of its rank that an MLA layer fills", how, by_layer, "share of R", filled)
+    panels = [panel for panel in (energy, rank, share) if panel.lines]
     return Chart(panels, height=3.6) if panels else None
-
-
-def effective_rank_chart(rows: Sequence[Row], settings: Sequence[Setting]) -> Chart | None:
-    """The share of its rank that each MLA layer fills, as converted and after recovery."""
-    looks = _looks(settings)
-    methods = {each.key: each.method for each in settings if each.product == "mla"}
-    ranks = group_medians(rows, "kv_lora_rank", lambda row: (key_of(row), row.layer))
-    last = {each.key: each.last_step for each in settings}
-    shares: defaultdict[tuple[str, bool], defaultdict[int, list[float]]]
-    shares = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        key = key_of(row)
-        rank = ranks.get((key, row.layer), row.kv_lora_rank)
-        if row.metric != "effective_rank_99" or key not in methods or not rank:
-            continue
-        if row.layer is not None and (row.step or 0) in (0, last[key]):
-            shares[methods[key], bool(row.step)][row.layer].append(row.value / rank)
-    lines: list[Line] = []
-    for (method, after), by_layer in shares.items():
-        curve = {layer: statistics.median(values) for layer, values in by_layer.items()}
-        colour, marker = looks[method]
-        dash = "-" if after else ":"
-        # A line is named once, by the later of both.
-        named = after or (method, True) not in shares
-        label = method if after else f"{method}, as converted"
-        lines += curve_line(
-            label, colour, curve, marker=marker, dash=dash, hollow=not after, named=named
-        )
-    if not lines:
-        return None
-    low = min(y for line in lines for y in line.ys)
-    panel = Panel(
-        "Rank that MLA layers fill",
-        "99 %-energy rank of the operator over R; dotted: as converted, solid: recovered",
-        "layer (index)",
-        "share of R",
-        lines,
-        guides=[Guide(1.0, "all of R")],
-        ylimits=(max(0.0, min(0.8, low - 0.05)), 1.06),
-    )
-    return Chart([panel], height=3.6)
 
 
 def spectra_notes(rows: Sequence[Row]) -> list[str]:
@@ -311,22 +256,26 @@ def _rolled(measured: Sequence[Row], metric: str, key: Key, name: str, number: i
     return curve_line(name, colours[-number % len(colours)], curve, marker=MARKERS[number])
 
 
-def _energy_lines(spectra: Sequence[Row]) -> list[Line]:
-    """A thin line per layer, and the median of them, of each kind of spectrum."""
+def _filled_lines(rows: Sequence[Row], settings: Sequence[Setting]) -> list[Line]:
+    """A line per MLA method, the median of its sizes, as converted and at the last step."""
+    looks, mla = _looks(settings), {each.key: each for each in settings if each.product == "mla"}
+    ranks = group_medians(rows, "kv_lora_rank", lambda row: (key_of(row), row.layer))
+    shares: defaultdict[tuple[str, bool], defaultdict[int, list[float]]]
+    shares = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        setting = mla.get(key_of(row)) if row.metric == "effective_rank_99" else None
+        rank = ranks.get((key_of(row), row.layer), row.kv_lora_rank)
+        if setting is None or row.layer is None or not rank:
+            continue
+        if (row.step or 0) in (0, setting.last_step):
+            shares[setting.method, bool(row.step)][row.layer].append(row.value / rank)
     lines: list[Line] = []
-    for run, (name, colour) in SPECTRA.items():
-        own = [row for row in spectra if row.run == run]
-        kept = group_medians(own, "energy_at_rank", lambda r: (r.layer or 0, r.kv_lora_rank or 0))
-        curves: defaultdict[int, dict[int, float]] = defaultdict(dict)
-        for (layer, rank), energy in kept.items():
-            curves[layer][rank] = energy
-        for layer, curve in sorted(curves.items()):
-            label = f"{name}, layer {layer}"
-            lines += curve_line(label, colour, curve, named=False, width=0.8, alpha=0.35)
-        lines += curve_line(name, colour, _median_curve(list(curves.values())))
+    for (method, after), by_layer in shares.items():
+        curve = {layer: statistics.median(values) for layer, values in by_layer.items()}
+        (colour, marker), label = looks[method], method if after else f"{method}, as converted"
+        own = curve_line(label, colour, curve, marker=marker)
+        # A line is named once, by the later of both.
+        named = after or (method, True) not in shares
+        how = {"dash": "-" if after else ":", "hollow": not after, "named": named}
+        lines += [replace(line, **how) for line in own]
     return lines
-
-
-def _median_curve(curves: Sequence[Mapping[int, float]]) -> dict[int, float]:
-    shared = set.intersection(*map(set, curves)) if curves else set[int]()
-    return {x: statistics.median(curve[x] for curve in curves) for x in shared}

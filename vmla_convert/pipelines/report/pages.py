@@ -74,7 +74,7 @@ class Picture:
     Attributes:
         path: Path of a PNG, relative to the report's folder.
         alt: What it shows.
-        data: Path of the CSV with what it draws; empty for none.
+        data: Path of what it was made from; empty for none.
     """
 
     path: str
@@ -90,14 +90,7 @@ class Code:
     language: str = "sh"
 
 
-@dataclass(frozen=True)
-class Link:
-    """Another file, by its path relative to the report's folder."""
-
-    path: str
-
-
-Block = Text | Table | Picture | Code | Link
+Block = Text | Table | Picture | Code
 
 
 @dataclass(frozen=True)
@@ -146,11 +139,9 @@ def _markdown(block: Block) -> str:
             return _markdown_table(block)
         case Picture(path, alt, data):
             image = f"![{_plain(alt)}]({quote(path)})"
-            return f"{image}\n\n{_markdown(Link(data))}" if data else image
+            return f"{image}\n\n[{_plain(data)}]({quote(data)})" if data else image
         case Code(text, language):
             return f"```{language}\n{text}\n```"
-        case Link(path):
-            return f"[{_plain(path)}]({quote(path)})"
 
 
 def _html(block: Block, folder: Path) -> str:
@@ -165,8 +156,6 @@ def _html(block: Block, folder: Path) -> str:
         case Code(text):
             # A box that scrolls must be reachable by keyboard.
             return f'<pre tabindex="0"><code>{escape(text)}</code></pre>'
-        case Link(path):
-            return f"<p>{_html_link(path, path)}</p>"
 
 
 def _markdown_table(table: Table) -> str:
@@ -198,8 +187,8 @@ def _html_table(table: Table) -> str:
 
 
 def _html_figure(picture: Picture, source: str) -> str:
-    links = [_html_link(picture.path, "PNG")]
-    links += [_html_link(picture.data, "CSV")] if picture.data else []
+    paths = filter(None, [picture.path, picture.data])
+    links = [f'<a href="{quote(path)}">{Path(path).suffix[1:].upper()}</a>' for path in paths]
     alt = escape(picture.alt)
     return (
         f'<figure>\n<div class="card"><img src="{source}" alt="{alt}"></div>\n'
@@ -241,7 +230,3 @@ def _html_section(section: Section, folder: Path) -> str:
         + "\n".join(parts)
         + "\n</section>"
     )
-
-
-def _html_link(path: str, text: str) -> str:
-    return f'<a href="{quote(path)}">{escape(text)}</a>'

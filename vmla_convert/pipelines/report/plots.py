@@ -43,7 +43,6 @@ class Line:
         dash: As matplotlib names it.
         hollow: Whether markers are not filled.
         marker_size: Size in points.
-        alpha: Opacity.
     """
 
     label: str
@@ -56,7 +55,6 @@ class Line:
     dash: str = "-"
     hollow: bool = False
     marker_size: float = 4.5
-    alpha: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -187,7 +185,7 @@ def _draw_panel(ax: Axes, panel: Panel, label_gap: float) -> None:
             line.xs, line.ys, color=line.colour, lw=line.width, ls=line.dash if line.width else "",
             marker=line.marker or None, ms=line.marker_size,
             mfc="none" if line.marker_size == RING else "white" if line.hollow else line.colour,
-            mew=1.4 if line.hollow else 0.6, alpha=line.alpha, solid_capstyle="round",
+            mew=1.4 if line.hollow else 0.6, solid_capstyle="round",
         )  # fmt: skip
     for guide in panel.guides:
         draw = ax.axvline if guide.upright else ax.axhline
@@ -224,15 +222,12 @@ def _scale_axes(ax: Axes, panel: Panel) -> None:
 
 def _name_guide(ax: Axes, guide: Guide) -> None:
     """The guide's name on it, at its start: names of lines are at their ends."""
-    behind = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.5}
-    how: dict[str, Any] = {"color": GREY, "fontsize": 8, "zorder": 2.5, "bbox": behind}
-    if guide.upright:
-        to_axes = ax.get_xaxis_transform()
-        place = (guide.value, 0.95)
-        ax.annotate(guide.label, place, (-4, 0), to_axes, "offset points", ha="right", **how)
-    else:
-        to_axes = ax.get_yaxis_transform()
-        ax.annotate(guide.label, (0, guide.value), (3, 2.5), to_axes, "offset points", **how)
+    place, offset = ((guide.value, 0.95), (-4, 0)) if guide.upright else ((0, guide.value), (3, 3))
+    axis = ax.get_xaxis_transform() if guide.upright else ax.get_yaxis_transform()
+    side = "right" if guide.upright else "left"
+    ax.annotate(
+        guide.label, place, offset, axis, "offset points", ha=side, color=GREY, fontsize=8
+    )  # fmt: skip
 
 
 def _label_ends(ax: Axes, lines: Sequence[Line], gap: float) -> None:

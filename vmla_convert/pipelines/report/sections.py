@@ -13,7 +13,7 @@ from vmla_convert.pipelines.report.answer import (
     recommend,
 )
 from vmla_convert.pipelines.report.charts import spectra_notes
-from vmla_convert.pipelines.report.pages import Block, Code, Link, Picture, Section, Table, Text
+from vmla_convert.pipelines.report.pages import Block, Code, Picture, Section, Table, Text
 from vmla_convert.pipelines.report.recipe import (
     RECIPE_FILE,
     commands,
@@ -38,8 +38,7 @@ PLOTS = {
     "quality": "velocity_error of every cache against its bytes per token and layer",
     "recovery": "velocity_error against the step of recovery, for each cache size",
     "rollout": "quality and drift of each segment of a rollout, dense and converted",
-    "spectra": "kept energy by rank, and 99 %-energy rank by layer, of weights and on activations",
-    "effective_rank": "share of its rank that each MLA layer fills, before and after recovery",
+    "spectra": "energy by rank, and 99 %-energy rank by layer, of weights, on activations, of MLA",
 }
 MEASURES = (
     "velocity_error is the squared distance from the dense model's velocity, relative to its "
@@ -79,7 +78,6 @@ def report_sections(
         ),
         Section("Rollouts", [*plots["rollout"], *_pictures(folder, settings, best)]),
         Section("Spectra", [*plots["spectra"], *map(Text, spectra_notes(rows))]),
-        Section("Rank that MLA layers fill", plots["effective_rank"]),
         Section("Failures", _noted(failed_table(rows), "Failures")),
         Section("Provenance", _provenance(rows, told)),
     ]
@@ -150,8 +148,9 @@ def _pictures(
         alt = f"{name}: dense rollout, converted rollout and their difference, from start to end"
         blocks.append(Picture(f"strips/{path.name}", alt))
     if (folder / "compare.png").is_file():
-        blocks.append(Picture("compare.png", "frames of the dense rollout beside the converted"))
-    return blocks + ([Link("compare.mp4")] if (folder / "compare.mp4").is_file() else [])
+        alt = "frames of the dense rollout beside the converted"
+        blocks.append(Picture("compare.png", alt, "compare.mp4"))
+    return blocks
 
 
 def _provenance(rows: Sequence[Row], told: Mapping[str, Any]) -> list[Block]:

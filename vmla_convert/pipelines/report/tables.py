@@ -66,9 +66,10 @@ def equal_errors(rows: Sequence[Row], settings: Sequence[Setting]) -> list[str]:
     for dtype, nbytes in sorted(found.items(), key=lambda item: -item[1]):
         if (setting := dense.get(dtype)) is not None:
             most = "at most " if nbytes <= least else ""
+            when = ", as converted," if not last and any(s.last_step for s in settings) else ""
             sentences.append(
                 f"At the error of dense {dtype}, {format_number(setting.error)}, which takes "
-                f"{format_number(setting.nbytes)} bytes, the codec takes {most}"
+                f"{format_number(setting.nbytes)} bytes, the codec{when} takes {most}"
                 f"{format_number(nbytes)}: {setting.nbytes / nbytes:.2g} times fewer."
             )
     return sentences
