@@ -127,7 +127,7 @@ def test_a_recipe_comes_to_every_point_of_a_sweep(tmp_path: Path) -> None:
         assert again.recover.training.seed == 3
 
 
-def test_the_recipe_of_the_run_reads_back(tmp_path: Path) -> None:
+def test_the_recipe_of_the_run_reads_back() -> None:
     sweep = SweepConfig(cuts=(0.9,), seeds=(3, 4))
     recipe = told(ConvertConfig(data=SHORT), RecoverConfig(), sweep)
     tables = tomllib.loads(run_toml(recipe))

@@ -134,17 +134,18 @@ def _pictures(
     """Strips of the recommended point first, then of the more accurate; then the comparison."""
     first = [best.setting] if best is not None else []
     order = [*first, *sorted(settings, key=lambda setting: setting.error)]
-    points = [setting.key.point for setting in order]
-    named = {setting.key.point: setting.name for setting in reversed(order)}
+    labels = {setting.key.point: setting.label for setting in reversed(order)}
+    points = list(dict.fromkeys(setting.key.point for setting in order))
+
+    def key(path: Path) -> str:
+        return path.stem.rpartition("-")[0]
 
     def place(path: Path) -> int:
-        return next((i for i, key in enumerate(points) if path.stem.startswith(key)), len(points))
+        return points.index(key(path)) if key(path) in labels else len(points)
 
-    strips = sorted(sorted((folder / "strips").glob("*.png")), key=place)[:STRIPS_SHOWN]
     blocks: list[Block] = []
-    for path in strips:
-        found = place(path)
-        name = named[points[found]] if found < len(points) else path.stem
+    for path in sorted(sorted((folder / "strips").glob("*.png")), key=place)[:STRIPS_SHOWN]:
+        name = labels.get(key(path), path.stem)
         alt = f"{name}: dense rollout, converted rollout and their difference, from start to end"
         blocks.append(Picture(f"strips/{path.name}", alt))
     if (folder / "compare.png").is_file():

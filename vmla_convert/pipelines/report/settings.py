@@ -190,7 +190,9 @@ def _by_step(rows: Iterable[Row], metric: str) -> dict[int, float]:
 def _setting(key: Key, rows: list[Row], dense: Dense | None) -> Setting:
     """A setting from its own rows, yet without method and name."""
     first = rows[0]
-    nbytes = median_of(rows, "cache_bytes_per_token") or first.bytes_per_token
+    # What was asked for is exact; frames that are kept dense cost more than that.
+    nbytes = None if key.recent else first.bytes_per_token
+    nbytes = nbytes or median_of(rows, "cache_bytes_per_token")
     cut = median_of(rows, "cache_cut")
     if nbytes and dense is not None and dense.nbytes:
         cut = 1 - nbytes / dense.nbytes
