@@ -349,7 +349,7 @@ def test_provenance_tells_rows_devices_versions_and_time() -> None:
 
 
 def lines_of(chart: Chart) -> dict[str, Line]:
-    return {line.label: line for panel in chart.panels for line in panel.lines}
+    return {line.label: line for panel in chart for line in panel.lines}
 
 
 @pytest.mark.parametrize(
@@ -370,7 +370,7 @@ def test_draws_what_the_rows_allow_and_no_empty_axes(rows: list[Row], names: lis
     assert list(charts) == names
     for chart in charts.values():
         figure = draw_chart(chart)
-        assert len(figure.axes) == len(chart.panels) > 0
+        assert len(figure.axes) == len(chart) > 0
         for axes in figure.axes:
             assert axes.get_lines()
             assert axes.get_xlabel()
@@ -380,7 +380,7 @@ def test_draws_what_the_rows_allow_and_no_empty_axes(rows: list[Row], names: lis
 def test_quality_has_every_method_before_and_after_recovery() -> None:
     rows = full_rows(seeds=1)
     chart = draw_charts(rows, BOUND)["quality"]
-    (panel,) = chart.panels
+    (panel,) = chart
     assert (panel.xscale, panel.yscale) == ("log", "log")
     lines = lines_of(chart)
     named = {line.label for line in panel.lines if line.named}
@@ -394,16 +394,16 @@ def test_quality_has_every_method_before_and_after_recovery() -> None:
     assert lines["dense, quantised"].ys == sorted(DENSE_ERRORS.values(), reverse=True)
     assert "dense, quantised, as converted" not in lines
     assert (lines["recommended"].xs, lines["recommended"].ys) == ([20], [ends[1]])
-    assert [guide.value for guide in panel.guides] == [DENSE_BYTES]
+    assert list(panel.marks.values()) == [DENSE_BYTES]
     colours = {label: lines[label].colour for label in named}
     assert len(set(colours.values())) == len(named)
 
 
 def test_recovery_has_a_panel_per_method_and_a_line_per_size_on_one_scale() -> None:
     chart = draw_charts(full_rows(seeds=1), BOUND)["recovery"]
-    assert [len(panel.lines) for panel in chart.panels] == [len(SIZES)] * 2 + [len(RANKS)] * 2
-    assert len({panel.ylimits for panel in chart.panels}) == 1
-    for panel in chart.panels:
+    assert [len(panel.lines) for panel in chart] == [len(SIZES)] * 2 + [len(RANKS)] * 2
+    assert len({panel.ylimits for panel in chart}) == 1
+    for panel in chart:
         for line in panel.lines:
             assert line.xs[0] == 0
             assert line.xs[-1] == STEPS[-1]
@@ -416,7 +416,7 @@ def test_many_sizes_stay_few_lines_from_the_smallest_to_the_largest() -> None:
         for step, error in ((0, 0.2), (10, 0.1))
         for row in measured(codec_config(), error, step, runtime=sized(float(nbytes)))
     ]
-    (panel,) = draw_charts(rows, BOUND)["recovery"].panels
+    (panel,) = draw_charts(rows, BOUND)["recovery"]
     labels = [line.label for line in panel.lines]
     assert len(labels) == 6
     assert (labels[0], labels[-1]) == ("10", "85")
@@ -424,8 +424,8 @@ def test_many_sizes_stay_few_lines_from_the_smallest_to_the_largest() -> None:
 
 def test_rollouts_have_dense_and_the_recommended_first() -> None:
     chart = draw_charts(full_rows(seeds=1), BOUND)["rollout"]
-    assert len(chart.panels) == 3
-    for panel in chart.panels:
+    assert len(chart) == 3
+    for panel in chart:
         assert [line.label for line in panel.lines][:2] == ["dense", "codec at 20 bytes"]
         assert len(panel.lines) == 6
         assert len({line.colour for line in panel.lines}) == 6
@@ -434,7 +434,7 @@ def test_rollouts_have_dense_and_the_recommended_first() -> None:
 
 def test_spectra_are_of_weights_of_activations_and_of_mla() -> None:
     rows = full_rows(seeds=1)
-    kept, needed, filled = draw_charts(rows, BOUND)["spectra"].panels
+    kept, needed, filled = draw_charts(rows, BOUND)["spectra"]
     (weights, data), (_, data_ranks) = kept.lines, needed.lines
     assert weights.xs == data.xs
     assert all(w <= d + 1e-12 for w, d in zip(weights.ys, data.ys, strict=True))
@@ -451,7 +451,7 @@ def test_spectra_are_of_weights_of_activations_and_of_mla() -> None:
 
 def test_every_line_lies_within_its_axes() -> None:
     for name, chart in draw_charts(full_rows(), BOUND).items():
-        for panel, axes in zip(chart.panels, draw_chart(chart).axes, strict=True):
+        for panel, axes in zip(chart, draw_chart(chart).axes, strict=True):
             (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
             for line in panel.lines:
                 assert left <= min(line.xs) <= max(line.xs) <= right, (name, line.label)
@@ -462,7 +462,7 @@ def test_labels_at_the_line_ends_do_not_overlap() -> None:
     for chart in draw_charts(full_rows(), BOUND).values():
         figure = draw_chart(chart)
         figure.draw_without_rendering()
-        for panel, axes in zip(chart.panels, figure.axes, strict=True):
+        for panel, axes in zip(chart, figure.axes, strict=True):
             named = {line.label for line in panel.lines if line.named}
             labels = [text for text in axes.texts if text.get_text() in named]
             boxes = [Text.get_window_extent(label) for label in labels]  # without its leader
@@ -475,15 +475,15 @@ def test_csv_holds_what_is_drawn() -> None:
     for chart in draw_charts(full_rows(seeds=1), BOUND).values():
         header, *lines = csv.reader(chart_csv(chart).splitlines())
         assert header == ["panel", "line", "x", "y"]
-        for panel in chart.panels:
+        for panel in chart:
             points = [
                 [panel.title, line.label, str(x), str(y)]
                 for line in panel.lines
                 for x, y in zip(line.xs, line.ys, strict=True)
             ]
             assert all(point in lines for point in points)
-        drawn = sum(len(line.xs) for panel in chart.panels for line in panel.lines)
-        assert len(lines) == drawn + sum(len(panel.guides) for panel in chart.panels)
+        drawn = sum(len(line.xs) for panel in chart for line in panel.lines)
+        assert len(lines) == drawn + sum(len(panel.marks) for panel in chart)
 
 
 def test_spread_apart_keeps_order_and_gap() -> None:

@@ -95,6 +95,6 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         told = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise VmlaError(f"{path} is not JSON: {error}", "remove it, or write it anew") from error
-    if not isinstance(told, dict):
+    if not isinstance(told, dict) or not isinstance(told.get("recipe", {}), dict):
         raise VmlaError(f"{path} holds no table of settings", "remove it, or write it anew")
     return told

@@ -1,4 +1,4 @@
-"""The charts of a report, each None where no row has its figures."""
+"""The charts of a report, each empty where no row has its figures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from vmla_convert.pipelines.report.plots import (
     MARKERS,
     RING,
     Chart,
-    Guide,
     Line,
     Panel,
     curve_line,
@@ -37,7 +36,6 @@ from vmla_convert.results import Row
 
 MOST_PANELS = 6
 MOST_LINES = 6
-ENERGY = 0.99
 VELOCITY_ERROR = "velocity error (share)"
 # Okabe-Ito without its yellow, which is too pale for lines on white.
 COLOURS = {
@@ -72,17 +70,15 @@ def draw_charts(rows: Sequence[Row], bound: float) -> dict[str, Chart]:
         "rollout": rollout_chart(rows, settings, best),
         "spectra": spectra_chart(rows, settings),
     }
-    return {name: chart for name, chart in charts.items() if chart is not None}
+    return {name: chart for name, chart in charts.items() if chart}
 
 
-def quality_chart(
-    settings: Sequence[Setting], dense: Dense | None, best: Setting | None
-) -> Chart | None:
+def quality_chart(settings: Sequence[Setting], dense: Dense | None, best: Setting | None) -> Chart:
     """velocity_error over bytes per token, a line per method; dotted as converted.
 
     Args:
         settings: All of them.
-        dense: Drawn as a guide at its size, where that is known.
+        dense: Marked at its size, where that is known.
         best: The recommended setting, which gets a ring.
     """
     lines: list[Line] = []
@@ -95,21 +91,21 @@ def quality_chart(
         lines.append(Line(method, colour, *_least_errors(own), marker=marker))
     lines = [line for line in lines if line.xs]
     if not lines:
-        return None
+        return []
     if best is not None and math.isfinite(best.nbytes) and best.error > 0:
         ring = Line("recommended", INK, [best.nbytes], [best.error], marker="o", named=False)
         lines.append(replace(ring, width=0, hollow=True, marker_size=RING))
     subtitle = "lower left is better; ring: recommended"
     subtitle += "; dotted: before recovery" if any(each.last_step for each in settings) else ""
-    guides: list[Guide] = []
+    marks = {}
     if dense is not None and dense.nbytes:
-        guides.append(Guide(dense.nbytes, f"dense {format_number(dense.nbytes)}", upright=True))
+        marks = {f"dense {format_number(dense.nbytes)}": dense.nbytes}
     title, xlabel = "Velocity error against bytes", "cache (bytes per token and layer)"
-    panel = Panel(title, subtitle, xlabel, VELOCITY_ERROR, lines, "log", "log", guides)
-    return Chart([panel], height=4.8)
+    panel = Panel(title, subtitle, xlabel, VELOCITY_ERROR, lines, "log", "log", marks)
+    return [panel]
 
 
-def recovery_chart(settings: Sequence[Setting]) -> Chart | None:
+def recovery_chart(settings: Sequence[Setting]) -> Chart:
     """velocity_error by step of recovery, a panel per method, a line per size."""
     by_method: defaultdict[str, list[Setting]] = defaultdict(list)
     for setting in settings:
@@ -117,7 +113,7 @@ def recovery_chart(settings: Sequence[Setting]) -> Chart | None:
             by_method[setting.method].append(setting)
     everything = [e for own in by_method.values() for s in own for e in s.errors.values() if e > 0]
     finite = [error for error in everything if error < math.inf]
-    panels = [
+    return [
         Panel(
             f"Recovery: {method}",
             "a line per size, in bytes per token and layer",
@@ -129,12 +125,9 @@ def recovery_chart(settings: Sequence[Setting]) -> Chart | None:
         )
         for method, own in list(by_method.items())[:MOST_PANELS]
     ]
-    return Chart(panels) if panels else None
 
 
-def rollout_chart(
-    rows: Sequence[Row], settings: Sequence[Setting], best: Setting | None
-) -> Chart | None:
+def rollout_chart(rows: Sequence[Row], settings: Sequence[Setting], best: Setting | None) -> Chart:
     """Quality and drift by segment of a rollout, dense beside the most accurate settings."""
     measured = [row for row in rows if row.metric in SEGMENTED and row.segment is not None]
     errors = {setting.key: setting.error for setting in settings}
@@ -157,10 +150,10 @@ def rollout_chart(
             panels.append(
                 Panel(title, how, "segment of the rollout (index)", unit, lines, ylimits=share)
             )
-    return Chart(panels) if panels else None
+    return panels
 
 
-def spectra_chart(rows: Sequence[Row], settings: Sequence[Setting]) -> Chart | None:
+def spectra_chart(rows: Sequence[Row], settings: Sequence[Setting]) -> Chart:
     """Energy by rank, 99 %-energy rank by layer, and the share of its rank an MLA layer fills."""
     kept: list[Line] = []
     needed: list[Line] = []
@@ -174,15 +167,14 @@ def spectra_chart(rows: Sequence[Row], settings: Sequence[Setting]) -> Chart | N
     how = "keys and values together; median of layers"
     energy = Panel(
         "Energy kept by rank", how, of_rank, "energy kept (share)", kept, "log",
-        guides=[Guide(ENERGY, "99 %")], ylimits=(0.0, 1.05),
+        ylimits=(0.0, 1.05),
     )  # fmt: skip
     title = "Rank that keeps 99 % of the energy"
     rank = Panel(title, "lower converts better", by_layer, of_rank, needed)
     how = "99 %-energy rank of the operator over R; dotted: as converted, solid: recovered"
     filled = _filled_lines(rows, settings)
     share = Panel("Share of its rank that an MLA layer fills", how, by_layer, "share of R", filled)
-    panels = [panel for panel in (energy, rank, share) if panel.lines]
-    return Chart(panels, height=3.6) if panels else None
+    return [panel for panel in (energy, rank, share) if panel.lines]
 
 
 def spectra_notes(rows: Sequence[Row]) -> list[str]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 INK, GREY, RULE = "#1a1a1a", "#595959", "#e3e3e3"
 MARKERS = ["o", "s", "D", "^", "v", "P", "X"]
 WIDTH_INCHES = 8.6
+ROW_INCHES, ALONE_INCHES = 3.5, 4.8
 LABEL_INCHES = 0.19
 FRAME_INCHES = 1.0  # of a panel's height that titles and axis labels take
 LOG_ROOM = 1.3
@@ -58,15 +59,6 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Guide:
-    """A dashed line across a panel, with its name on it."""
-
-    value: float
-    label: str
-    upright: bool = False
-
-
-@dataclass(frozen=True)
 class Panel:
     """One pair of axes.
 
@@ -78,7 +70,7 @@ class Panel:
         lines: At least one, each with at least one point.
         xscale: As matplotlib names it.
         yscale: Likewise.
-        guides: Lines to compare with.
+        marks: Places on the horizontal axis to compare with, by name.
         ylimits: Limits of the axis; None chooses them.
     """
 
@@ -89,21 +81,12 @@ class Panel:
     lines: list[Line]
     xscale: str = "linear"
     yscale: str = "linear"
-    guides: list[Guide] = field(default_factory=list)
+    marks: dict[str, float] = field(default_factory=dict)
     ylimits: tuple[float, float] | None = None
 
 
-@dataclass(frozen=True)
-class Chart:
-    """One picture.
-
-    Attributes:
-        panels: From left to right, then down, at most two in a row.
-        height: Height of a row of panels, in inches.
-    """
-
-    panels: Sequence[Panel]
-    height: float = 3.4
+Chart = list[Panel]
+"""One picture: panels from left to right, then down, at most two in a row."""
 
 
 def curve_line(label: str, colour: str, curve: Mapping[int, float], **how: Any) -> list[Line]:
@@ -118,18 +101,16 @@ def chart_csv(chart: Chart) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["panel", "line", "x", "y"])
-    for panel in chart.panels:
+    for panel in chart:
         for line in panel.lines:
             pairs = zip(line.xs, line.ys, strict=True)
             writer.writerows([panel.title, line.label, x, y] for x, y in pairs)
-        for guide in panel.guides:
-            place = [guide.value, ""] if guide.upright else ["", guide.value]
-            writer.writerow([panel.title, guide.label, *place])
+        writer.writerows([panel.title, name, x, ""] for name, x in panel.marks.items())
     return text.getvalue()
 
 
 def draw_chart(chart: Chart) -> Figure:
-    """A chart as a figure: panels in rows; a last one alone takes the whole row.
+    """A chart as a figure; a last panel alone takes the whole row.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -138,17 +119,18 @@ def draw_chart(chart: Chart) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("the report's plots", "plots") from error
-    columns = min(2, len(chart.panels))
-    rows = math.ceil(len(chart.panels) / columns)
-    size = WIDTH_INCHES, 0.2 + chart.height * rows
+    columns = min(2, len(chart))
+    rows = math.ceil(len(chart) / columns)
+    height = ROW_INCHES if len(chart) > 1 else ALONE_INCHES
+    size = WIDTH_INCHES, 0.2 + height * rows
     figure = Figure(size, dpi=144, facecolor="white", layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # pyright: ignore
     grid = figure.add_gridspec(rows, columns)
-    for i, panel in enumerate(chart.panels):
+    for i, panel in enumerate(chart):
         row, column = divmod(i, columns)
-        alone = column == 0 and i == len(chart.panels) - 1
+        alone = column == 0 and i == len(chart) - 1
         ax = figure.add_subplot(grid[row, :] if alone else grid[row, column])
-        _draw_panel(ax, panel, LABEL_INCHES / (chart.height - FRAME_INCHES))
+        _draw_panel(ax, panel, LABEL_INCHES / (height - FRAME_INCHES))
         _finish(ax, panel)
     return figure
 
@@ -187,22 +169,22 @@ def _draw_panel(ax: Axes, panel: Panel, label_gap: float) -> None:
             mfc="none" if line.marker_size == RING else "white" if line.hollow else line.colour,
             mew=1.4 if line.hollow else 0.6, solid_capstyle="round",
         )  # fmt: skip
-    for guide in panel.guides:
-        draw = ax.axvline if guide.upright else ax.axhline
-        draw(guide.value, color=GREY, lw=1, ls="--", zorder=1)
     ax.grid(axis="y", color=RULE, lw=0.8)
     _scale_axes(ax, panel)
-    for guide in panel.guides:
-        _name_guide(ax, guide)
+    for name, x in panel.marks.items():
+        ax.axvline(x, color=GREY, lw=1, ls="--", zorder=1)
+        place, to_axes = (x, 0.95), ax.get_xaxis_transform()
+        ax.annotate(
+            name, place, (-4, 0), to_axes, "offset points", ha="right", color=GREY, fontsize=8
+        )
     _label_ends(ax, [line for line in panel.lines if line.named], label_gap)
 
 
 def _scale_axes(ax: Axes, panel: Panel) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    xs = [x for line in panel.lines for x in line.xs] + [g.value for g in panel.guides if g.upright]
+    xs = [x for line in panel.lines for x in line.xs] + list(panel.marks.values())
     ys = [y for line in panel.lines for y in line.ys] + list(panel.ylimits or ())
-    ys += [guide.value for guide in panel.guides if not guide.upright]
     for values, scale, axis, limit in (
         (xs, panel.xscale, ax.xaxis, ax.set_xlim),
         (ys, panel.yscale, ax.yaxis, ax.set_ylim),
@@ -218,16 +200,6 @@ def _scale_axes(ax: Axes, panel: Panel) -> None:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     if panel.ylimits is not None:
         ax.set_ylim(*panel.ylimits)
-
-
-def _name_guide(ax: Axes, guide: Guide) -> None:
-    """The guide's name on it, at its start: names of lines are at their ends."""
-    place, offset = ((guide.value, 0.95), (-4, 0)) if guide.upright else ((0, guide.value), (3, 3))
-    axis = ax.get_xaxis_transform() if guide.upright else ax.get_yaxis_transform()
-    side = "right" if guide.upright else "left"
-    ax.annotate(
-        guide.label, place, offset, axis, "offset points", ha=side, color=GREY, fontsize=8
-    )  # fmt: skip
 
 
 def _label_ends(ax: Axes, lines: Sequence[Line], gap: float) -> None:

@@ -8,27 +8,12 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from vmla_convert.config import (
-    ConvertConfig,
-    EvaluateConfig,
-    GenerateConfig,
-    RecoverConfig,
-    SourceConfig,
-    SweepConfig,
-)
+from vmla_convert.config import EvaluateConfig, SourceConfig
 from vmla_convert.pipelines.grid import find_point
 from vmla_convert.pipelines.report.settings import DENSE, UNQUANTISED, Setting
 from vmla_convert.tables import from_dict
 
 RECIPE_FILE = "recipe.toml"
-STAGES: dict[str, type[Any]] = {
-    "source": SourceConfig,
-    "evaluate": EvaluateConfig,
-    "convert": ConvertConfig,
-    "recover": RecoverConfig,
-    "sweep": SweepConfig,
-    "generate": GenerateConfig,
-}
 PROMPT = '--prompt "…" -o clip.mp4'
 
 
@@ -59,19 +44,6 @@ def recipe_toml(setting: Setting, recipe: Mapping[str, Any]) -> str:
     if point.recovery is not None:
         tables["recover"] = changes(point.recovery)
     return to_toml({name: table for name, table in tables.items() if table or name == "recover"})
-
-
-def run_toml(recipe: Mapping[str, Any]) -> str:
-    """The stages of a run as TOML, with what differs from the defaults; empty without any.
-
-    Args:
-        recipe: As for `recipe_toml`.
-
-    Raises:
-        ConfigError: Likewise.
-    """
-    stages = {name: cls for name, cls in STAGES.items() if recipe.get(name) is not None}
-    return to_toml({name: changes(from_dict(cls, recipe[name])) for name, cls in stages.items()})
 
 
 def commands(setting: Setting, recipe: Mapping[str, Any], made_here: bool) -> str:

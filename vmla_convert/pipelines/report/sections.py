@@ -18,7 +18,7 @@ from vmla_convert.pipelines.report.recipe import (
     RECIPE_FILE,
     commands,
     recipe_toml,
-    run_toml,
+    to_toml,
 )
 from vmla_convert.pipelines.report.settings import Setting, read_dense, read_settings
 from vmla_convert.pipelines.report.tables import (
@@ -156,6 +156,5 @@ def _pictures(
 
 def _provenance(rows: Sequence[Row], told: Mapping[str, Any]) -> list[Block]:
     facts: list[Block] = [Table(provenance_table(rows, told), "Provenance")]
-    settings = run_toml(told.get("recipe") or {})
-    note = "The run's recipe, without what is left at its default; recipe.json has all of it:"
-    return [*facts, Text(note), Code(settings, "toml")] if settings else facts
+    recipe = to_toml(told.get("recipe") or {})
+    return [*facts, Text("The recipe of the run:"), Code(recipe, "toml")] if recipe else facts
