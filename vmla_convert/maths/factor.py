@@ -14,7 +14,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from vmla_convert.maths import peers
 from vmla_convert.maths.moments import Moments, merge_moments
 from vmla_convert.maths.positions import (
     RopeBranch,
@@ -157,11 +156,8 @@ INITS: dict[str, Init] = {
     "calibrated": calibrated,
     "spectral": spectral,
     "random": random,
-    "transmla": peers.transmla,
-    "mha2mla": peers.mha2mla,
-    "xecomla": peers.xecomla,
 }
-DATA_INITS = ("calibrated", "transmla", "mha2mla")
+DATA_INITS = ("calibrated",)
 """Those that look at activations."""
 
 
@@ -268,7 +264,6 @@ def join_evidence(
         mean=inputs.mean,
         covariance=covariance,
         key_metric=reads.query_square / queries,
-        turned_key_metric=reads.turned_query_square / queries,
         value_metric=scale[:, None] * reads.value_square * scale / queries,
         query_pairs=reads.query_pairs / queries,
         phases=_shrunk_phases(reads.phases / energy, window_phases),
@@ -295,8 +290,6 @@ def assume_evidence(weights: KVWeights, phases: Tensor) -> Evidence:
         mean=mean,
         covariance=covariance,
         key_metric=square * scale,
-        # A rotation by any angle is as likely as another: only the pairs' lengths count.
-        turned_key_metric=torch.diag_embed(pairs.repeat_interleave(2, -1) / 2) * scale,
         value_metric=value_metric,
         query_pairs=pairs * scale,
         phases=phases.expand(heads, -1),

@@ -93,7 +93,6 @@ class Evidence(NamedTuple):
         mean: Of the inputs that are cached, (d,).
         covariance: Theirs, (d, d).
         key_metric: Cost of an error of a position-free key, (H, D, D).
-        turned_key_metric: Cost of an error of a key before RoPE, (H, D, D).
         value_metric: Cost of an error of all heads' values, (H·D, H·D).
         query_pairs: Cost of an error of each RoPE pair, (H, D/2).
         phases: Expected phase of each RoPE pair, (H, D/2) complex.
@@ -102,7 +101,6 @@ class Evidence(NamedTuple):
     mean: Tensor
     covariance: Tensor
     key_metric: Tensor
-    turned_key_metric: Tensor
     value_metric: Tensor
     query_pairs: Tensor
     phases: Tensor
@@ -157,30 +155,16 @@ class Solved(NamedTuple):
     phases: Tensor | None = None
 
 
-class NarrowHeads(NamedTuple):
-    """Heads whose content part is narrower than the source's D.
-
-    Attributes:
-        query_map: A (H, n, D), orthonormal rows.
-        lost: Share of the content's energy that truncation dropped, (), in the metric that it
-            minimised.
-    """
-
-    query_map: Tensor
-    lost: Tensor
-
-
 class Factors(NamedTuple):
     """Parameters of the latent layer, under its own names; float64.
 
     Attributes:
         kv_a_proj, kv_a_bias: (R, d), (R,).
-        kv_b_proj_k, kv_b_bias_k: (H·D, R of keys), (H·D,); H·n rows for heads of n.
+        kv_b_proj_k, kv_b_bias_k: (H·D, R of keys), (H·D,).
         kv_b_proj_v, kv_b_bias_v: (H·D, R of values), (H·D,).
         rope: The rope branch.
         phases: What stands for each pair's rotation in the content key, (H, D/2) complex; None
             when nothing is folded.
-        narrow: Truncates the content part of heads; None when it is D wide.
     """
 
     kv_a_proj: Tensor
@@ -191,7 +175,6 @@ class Factors(NamedTuple):
     kv_b_bias_v: Tensor
     rope: RopeKeys
     phases: Tensor | None = None
-    narrow: NarrowHeads | None = None
 
 
 def required(evidence: Evidence | None, init: str) -> Evidence:

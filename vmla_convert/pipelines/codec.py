@@ -61,10 +61,8 @@ _MLA_ONLY = (
     "init",
     "latent",
     "cache_scalars",
-    "ranks",
     "kv_lora_rank",
     "qk_rope_head_dim",
-    "qk_nope_head_dim",
     "plan",
 )
 _WIDE = ("encode", "decode")

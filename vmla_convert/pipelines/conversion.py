@@ -40,8 +40,6 @@ class Conversion:
         convert_seconds: From start to end; of a resumed conversion the last start counts.
         factor_seconds: The part spent on factorisation.
         peak_rss_bytes: Largest resident size of the process so far.
-        head_truncation_error: Of each layer, the share of the content keys' energy that truncating
-            the heads dropped; empty when none were.
     """
 
     out: Path
@@ -49,7 +47,6 @@ class Conversion:
     convert_seconds: float
     factor_seconds: float
     peak_rss_bytes: int
-    head_truncation_error: tuple[float, ...] = ()
 
 
 def peak_rss_bytes() -> int:

@@ -84,7 +84,7 @@ from vmla_convert.pipelines.versions import versions
 from vmla_convert.progress import Progress, Silent, Timed
 from vmla_convert.tables import from_dict, to_dict
 
-PRESETS = {"videomla": ConvertConfig(product="mla", init="spectral", ranks="uniform")}
+PRESETS = {"videomla": ConvertConfig(product="mla", init="spectral")}
 """The paper: its init, its shares of 192 + 32 numbers; the key norm, which it drops, is kept."""
 
 
@@ -192,13 +192,11 @@ def _convert_to_mla(
         branches = _write_tensors(checkpoint, plan, config, evidence, writer, progress)
         factor_seconds = perf_counter() - factor_started
         final = with_branches(plan.config, branches)
-        truncation = tuple(b.truncation for b in branches if b.truncation is not None)
         seconds, peak = perf_counter() - started, peak_rss_bytes()
         provenance = {
             "source": origin,
             "convert": to_dict(replace(config, data=recorded(config.data))),
             "plan": to_dict(ranks),
-            **({"head_truncation_error": truncation} if truncation else {}),
             "versions": versions(),
             "convert_seconds": seconds,
             "factor_seconds": factor_seconds,
@@ -208,7 +206,7 @@ def _convert_to_mla(
         writer.write_files(converted_files(final, provenance, form, components))
     if shelf is not None:
         shelf.remove()
-    return Conversion(out, final, seconds, factor_seconds, peak, truncation)
+    return Conversion(out, final, seconds, factor_seconds, peak)
 
 
 def convert_config(

@@ -85,33 +85,13 @@ def grid(config: SweepConfig, shared: ConvertConfig) -> list[ConvertConfig]:
     sizes: list[dict[str, Any]] = [{"cut": cut} for cut in sorted(config.cuts, reverse=True)]
     sizes += [{"kv_lora_rank": rank} for rank in sorted(config.kv_lora_ranks)]
     bare = replace(shared, cache_scalars=None, cut=None, plan=None)
-    bare = replace(bare, kv_lora_rank=None, qk_rope_head_dim=None, ranks=None)
+    bare = replace(bare, kv_lora_rank=None, qk_rope_head_dim=None)
     points: list[ConvertConfig] = []
     for size, latent, init, seed in product(sizes, config.latents, config.inits, config.seeds):
         point = replace(bare, init=init, latent=latent, seed=seed, **size)
-        if point.kv_lora_rank is not None and (splits := _head_splits(config, shared)):
-            points += [
-                replace(point, qk_nope_head_dim=nope, qk_rope_head_dim=rope)
-                for nope, rope in splits
-            ]
-        else:
-            points += _ruled(point, config, shared)
+        ropes = config.qk_rope_head_dims if point.kv_lora_rank is not None else ()
+        points += [replace(point, qk_rope_head_dim=rope) for rope in ropes] or [point]
     return points
-
-
-def _head_splits(config: SweepConfig, shared: ConvertConfig) -> list[tuple[int | None, int]]:
-    """Widths of the content and the rope part of a head, where the grid names them."""
-    return [
-        *config.head_splits,
-        *((shared.qk_nope_head_dim, rope) for rope in config.qk_rope_head_dims),
-    ]
-
-
-def _ruled(point: ConvertConfig, config: SweepConfig, shared: ConvertConfig) -> list[ConvertConfig]:
-    """A point under every rule that can divide it."""
-    if point.init != "calibrated" or point.cut is None:
-        return [point]
-    return [replace(point, ranks=rule) for rule in config.ranks or (shared.ranks,)]
 
 
 def _lasting(recovery: RecoverConfig, steps: int) -> RecoverConfig:

@@ -38,7 +38,6 @@ from vmla_convert.pipelines.factoring import (
     layer_evidence,
     layer_shape,
     layer_weights,
-    narrowed,
     planned_config,
     with_branches,
 )
@@ -235,9 +234,9 @@ class Shared:
         draws = seeded(first.seed, layer, "init")
         solved = INITS[first.init](weights, _largest(list(shapes.values())), known, draws)
         share = (perf_counter() - started) / len(group)
-        for name, each in group.items():
+        for name in group:
             started = perf_counter()
-            factors = narrowed(cut(solved, shapes[name]), weights, known, each)
+            factors = cut(solved, shapes[name])
             tensors = latent_tensors(factors, read, layer)
             seconds = torch.tensor(share + perf_counter() - started, dtype=torch.float64)
             made = tensors | _branch_tensors(branch_of(factors)) | {_SECONDS: seconds}
@@ -295,19 +294,14 @@ def _branch_tensors(branch: Branch) -> Tensors:
     tensors = {"pairs": torch.tensor(branch.pairs, dtype=torch.long)}
     if branch.phases is not None:
         tensors["phases"] = torch.tensor(branch.phases, dtype=torch.float64)
-    if branch.truncation is not None:
-        tensors["truncation"] = torch.tensor(branch.truncation, dtype=torch.float64)
     return tensors
 
 
 def _take_branch(group: Tensors) -> Branch:
     """The branch that `_branch_tensors` wrote, taken out of a group."""
-    phases, truncation = group.pop("phases", None), group.pop("truncation", None)
-    return Branch(
-        tuple(group.pop("pairs").tolist()),
-        None if phases is None else _nested(phases),
-        None if truncation is None else truncation.item(),
-    )
+    phases = group.pop("phases", None)
+    pairs = tuple(group.pop("pairs").tolist())
+    return Branch(pairs, None if phases is None else _nested(phases))
 
 
 def _nested(phases: Tensor) -> tuple[tuple[tuple[float, float], ...], ...]:
