@@ -208,14 +208,6 @@ def key_square(weights: KVWeights, mean: Tensor, covariance: Tensor) -> Tensor:
     return spread + at_mean[:, :, None] * at_mean[:, None, :].conj()
 
 
-def weight_svd(key: Tensor, value: Tensor, shape: LayerShape) -> tuple[Part, ...]:
-    """SVD of key and value weights, both (H·D, d), together or apart; no data."""
-    if shape.latent == "joint":
-        return (_svd_part(torch.cat([key, value]), shape.kv_lora_rank),)
-    key_rank, value_rank = shape.parts()
-    return _svd_part(key, key_rank), _svd_part(value, value_rank)
-
-
 def real_key(pairs: Tensor) -> Tensor:
     """Complex rows (H, D/2, d) as interleaved rows (H·D, d)."""
     return torch.view_as_real(pairs).movedim(-1, 2).flatten(0, 2)
@@ -285,9 +277,13 @@ def solve_svd(
         key_bias: Their biases (H, D/2).
         rope: The rope branch.
     """
-    parts = weight_svd(real_key(key), weights.value, shape)
-    biases = (real_bias(key_bias), weights.value_bias)
-    return Solved(parts, biases, rope)
+    content, value = real_key(key), weights.value
+    if shape.latent == "joint":
+        parts = (_svd_part(torch.cat([content, value]), shape.kv_lora_rank),)
+    else:
+        key_rank, value_rank = shape.parts()
+        parts = (_svd_part(content, key_rank), _svd_part(value, value_rank))
+    return Solved(parts, (real_bias(key_bias), weights.value_bias), rope)
 
 
 def _svd_part(rows: Tensor, rank: int) -> Part:

@@ -61,11 +61,6 @@ def budget(curves: Sequence[Tensor], total: int, step: int) -> list[int]:
     return [path[0].size for path in paths]
 
 
-def total_error(curves: Sequence[Tensor], sizes: Sequence[int]) -> float:
-    """The predicted error of a division, over all layers."""
-    return sum(curve[size].item() for curve, size in zip(curves, sizes, strict=True))
-
-
 class _Point(NamedTuple):
     size: int
     error: float
