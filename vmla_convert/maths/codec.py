@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vmla_convert.maths.factor import psd_sqrt
 from vmla_convert.maths.moments import Moments
-from vmla_convert.maths.projections import KVWeights
+from vmla_convert.maths.projections import KVWeights, white_queries
 from vmla_convert.maths.quantise import (
     distortions,
     fit_tables,
@@ -149,8 +149,6 @@ def read_metric(sums: ReadSums, entries: Moments) -> Tensor:
 
 def _assumed_metric(weights: KVWeights) -> Tensor:
     """M (2d, 2d) for queries as W_q makes them and values as W_o passes them on."""
-    from vmla_convert.maths.projections import white_queries
-
     heads, head_dim = weights.num_heads, weights.head_dim
     of_values = weights.output.mT @ weights.output
     # Keys count by the energy of a value at the output, which a change of attention moves.

@@ -12,10 +12,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from vmla_convert.errors import ConfigError
 from vmla_convert.maths.moments import as_channels, as_pairs
 from vmla_convert.maths.positions import RopeBranch
-from vmla_convert.maths.spectra import truncate
 
 
 class KVWeights(NamedTuple):
@@ -177,22 +175,6 @@ class Factors(NamedTuple):
     phases: Tensor | None = None
 
 
-def required(evidence: Evidence | None, init: str) -> Evidence:
-    """The evidence of an init that cannot do without.
-
-    Raises:
-        ConfigError: There is none.
-    """
-    if evidence is None:
-        raise ConfigError(f"the init '{init}' needs calibration clips", "or use --init spectral")
-    return evidence
-
-
-def white_inputs(width: int) -> tuple[Tensor, Tensor]:
-    """Mean (d,) and covariance (d, d) to assume of inputs that nobody measured."""
-    return torch.zeros(width, dtype=torch.float64), torch.eye(width, dtype=torch.float64)
-
-
 def white_queries(weights: KVWeights) -> Tensor:
     """Second moment of each head's queries of white inputs, (H, D, D); channels have mean 1."""
     raw = torch.cat([weights.query, weights.query_bias[:, None]], 1)
@@ -263,32 +245,6 @@ def cut(solved: Solved, shape: LayerShape) -> Factors:
         rope=solved.rope,
         phases=solved.phases,
     )
-
-
-def solve_svd(
-    weights: KVWeights, shape: LayerShape, key: Tensor, key_bias: Tensor, rope: RopeKeys
-) -> Solved:
-    """A layer by SVD of its weights alone, for what rope keys left of the keys.
-
-    Args:
-        weights: The dense layer.
-        shape: The largest that is wanted of it.
-        key: Complex rows (H, D/2, d) of the content.
-        key_bias: Their biases (H, D/2).
-        rope: The rope branch.
-    """
-    content, value = real_key(key), weights.value
-    if shape.latent == "joint":
-        parts = (_svd_part(torch.cat([content, value]), shape.kv_lora_rank),)
-    else:
-        key_rank, value_rank = shape.parts()
-        parts = (_svd_part(content, key_rank), _svd_part(value, value_rank))
-    return Solved(parts, (real_bias(key_bias), weights.value_bias), rope)
-
-
-def _svd_part(rows: Tensor, rank: int) -> Part:
-    up, down = truncate(rows, rank)
-    return Part(down, down.new_zeros(rank), up, down.new_ones(rank))
 
 
 def _leading(part: Part, rank: int) -> Part:

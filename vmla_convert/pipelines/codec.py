@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from vmla_convert.config import CacheSize, CodecConfig, ConvertConfig, ModelConf
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.codec import CodecFit, assume_codec, fit_codec
-from vmla_convert.pipelines.calibrate import LayerReads
+from vmla_convert.pipelines.calibrate import LayerReads, calibrate, model_blocks
 from vmla_convert.pipelines.card import CARD_NAME, model_card
 from vmla_convert.pipelines.conversion import (
     Clock,
@@ -33,11 +33,14 @@ from vmla_convert.pipelines.conversion import (
     made_ahead,
     measure_layers,
     open_dense,
+    open_measured,
     origin_of,
     refuse_converted,
     require_finite,
     weights_of,
 )
+from vmla_convert.pipelines.data import ClipSource
+from vmla_convert.pipelines.factoring import layer_weights
 from vmla_convert.pipelines.load import CONVERSION_NAME, DEMO, Source
 from vmla_convert.pipelines.shelf import Shelf
 from vmla_convert.progress import Progress, Silent, Timed
@@ -158,6 +161,53 @@ def fit_layer(reads: LayerReads, channels: int) -> CodecFit:
     """The codec of a layer that calibration measured."""
     assert reads.samples is not None
     return fit_codec(*reads.past, reads.samples, channels)
+
+
+def fit_model(
+    teacher: CausalWanModel,
+    config: ConvertConfig,
+    clips: ClipSource | None = None,
+    progress: Progress | None = None,
+) -> CausalWanModel:
+    """A dense model in memory with a codec beside its attention, float32; its weights are shared.
+
+    Args:
+        teacher: The dense model.
+        config: Channels, default size and calibration.
+        clips: Where calibration clips come from; None for those of `config`.
+        progress: Where to draw.
+    """
+    geometry, dense = teacher.config.geometry, teacher.config
+    channels = codec_channels(dense, config)
+    if config.calibrate:
+        clips = clips or open_measured(dense, config)
+        blocks, count = model_blocks(teacher), config.calibration_clips
+        reads = calibrate(teacher, blocks, clips, count, config.seed, progress)
+        fits = [fit_layer(reads(layer), channels) for layer in range(geometry.num_layers)]
+    else:
+        state = teacher.state_dict()
+        layers = range(geometry.num_layers)
+        weights = (layer_weights(state.__getitem__, i, geometry.num_heads) for i in layers)
+        fits = [assume_codec(each, channels) for each in weights]
+    size = CodecConfig(channels).size
+    return with_codec(teacher, fits, CodecConfig(channels, size, config.calibrate))
+
+
+def with_codec(
+    teacher: CausalWanModel, fits: Sequence[CodecFit], codec: CodecConfig
+) -> CausalWanModel:
+    """A dense model with fitted codecs, its weights shared, at the codec's default size."""
+    with torch.device("meta"):
+        model = CausalWanModel(replace(teacher.config, codec=codec))
+    device = teacher.patch_embedding.weight.device
+    state = dict(teacher.state_dict())
+    for layer, fit in enumerate(fits):
+        state |= {
+            name: t.to(device, torch.float32) for name, t in codec_tensors(fit, layer).items()
+        }
+    model.load_state_dict(state, assign=True)
+    model.resize(codec.size)
+    return model.eval().requires_grad_(False)
 
 
 def _fitter(

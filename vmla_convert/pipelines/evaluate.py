@@ -20,7 +20,7 @@ from vmla_convert.maths.spectra import (
     weight_spectrum,
 )
 from vmla_convert.pipelines.calibrate import LayerReads, check_clips, clips_at_once
-from vmla_convert.pipelines.data import open_clips, seeded
+from vmla_convert.pipelines.data import ClipSource, open_clips, seeded
 from vmla_convert.pipelines.factoring import layer_weights
 from vmla_convert.pipelines.losses import (
     Example,
@@ -90,6 +90,7 @@ class HeldOut:
         config: Which clips.
         streamed: How models see them.
         progress: Where every pass over them is drawn, those of later measurements too.
+        clips: Where they come from; None for the source of `config`.
 
     Raises:
         ConfigError: As `check_held_out`.
@@ -101,11 +102,12 @@ class HeldOut:
         config: EvaluateConfig,
         streamed: bool = False,
         progress: Progress | None = None,
+        clips: ClipSource | None = None,
     ) -> None:
         self.config, self.streamed = teacher.config, streamed
         self.progress = progress or Silent()
         check_held_out(self.config, config, streamed)
-        clips = open_clips(config.data)
+        clips = clips or open_clips(config.data)
         self.examples = [
             make_example(
                 clips.batch(index, min(CLIPS_DRAWN, config.clips - start), "held_out"),

@@ -348,7 +348,8 @@ def _size_ticks(
 
 
 def _full_name(point: Point) -> str:
-    return ", ".join(filter(None, (point.name, point.latent)))
+    rule = f"ranks {point.ranks}" if point.ranks else ""
+    return ", ".join(filter(None, (point.name, point.latent, rule)))
 
 
 def _glyph(point: Point) -> str:
