@@ -70,9 +70,11 @@ MODEL = ModelConfig(
 )
 CLIPS = DataConfig(frames=6)
 # Explicit sizes, which rows can name.
-CONVERT = ConvertConfig(kv_lora_rank=8, qk_rope_head_dim=4, calibration_clips=4, data=CLIPS)
-# What a user gets who asks for nothing: a budget.
-BUDGETED = ConvertConfig(calibration_clips=4, data=CLIPS)
+CONVERT = ConvertConfig(
+    product="mla", kv_lora_rank=8, qk_rope_head_dim=4, calibration_clips=4, data=CLIPS
+)
+# The sizes of an MLA checkpoint where none are asked for: a budget.
+BUDGETED = ConvertConfig(product="mla", calibration_clips=4, data=CLIPS)
 RECOVER = RecoverConfig(
     layerwise_steps=2,
     training=TrainingConfig(steps=4, batch_size=2, lr=1e-3, eval_every=2, checkpoint_every=2),
@@ -114,7 +116,9 @@ def budgeted(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measured(teacher: Path) -> list[LayerReads]:
     """What calibration sees of the checkpoint, on the clips of `CONVERT` and `BUDGETED`."""
     model = load(teacher)
-    reads = calibrate(model, model_blocks(model), open_clips(CLIPS), CONVERT.calibration_clips)
+    reads = calibrate(
+        model, model_blocks(model), open_clips(CLIPS), CONVERT.calibration_clips, product="mla"
+    )
     return [reads(layer) for layer in range(MODEL.geometry.num_layers)]
 
 

@@ -531,14 +531,14 @@ def test_without_calibration_no_clips_are_needed(
     assert model.config.mla and model.config.mla.init == "calibrated"
     assert model.config.cache_cut() >= 0.8
     held_out = HeldOut(dense, EVALUATE)
-    random = convert_model(dense, ConvertConfig("random", cut=0.8), None)
+    random = convert_model(dense, ConvertConfig("mla", init="random", cut=0.8), None)
     errors = [held_out.measure(m).velocity_error for m in (model, random)]
     assert errors[0] < errors[1]
 
 
 @pytest.mark.parametrize("init", ["calibrated", "transmla", "mha2mla"])
 def test_every_init_that_looks_at_data_does_without(init: str, wan: Path, tmp_path: Path) -> None:
-    convert(wan, tmp_path / "out", ConvertConfig(init, calibrate=False))
+    convert(wan, tmp_path / "out", ConvertConfig("mla", init=init, calibrate=False))
     assert velocity(load(tmp_path / "out")).isfinite().all()
 
 

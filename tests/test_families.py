@@ -71,7 +71,7 @@ SMALL_CONFIG = native_config(SMALL)
 MODEL = ModelConfig(SMALL, (8, 8), 2, CachePolicy(6, 1, "relative"), SamplerConfig(), "demo")
 # Frames of two by three tokens.
 SETTINGS = ("latent_size=[4, 6]", "chunk_frames=2", "cache.window_frames=6", "cache.sink_frames=1")
-SPECTRAL = ConvertConfig(init="spectral", kv_lora_rank=24)
+SPECTRAL = ConvertConfig("mla", init="spectral", kv_lora_rank=24)
 
 
 @cache

@@ -49,7 +49,9 @@ def test_the_foretold_cache_is_the_converted_models(
 
 
 def spectrum(teacher: Path, rank: int) -> list[LayerSpectrum]:
-    return inspect_checkpoint(teacher, ConvertConfig(kv_lora_rank=rank), spectra=True).spectrum
+    return inspect_checkpoint(
+        teacher, ConvertConfig("mla", kv_lora_rank=rank), spectra=True
+    ).spectrum
 
 
 def test_every_layer_has_a_spectrum_that_more_rank_fills(teacher: Path) -> None:
@@ -92,7 +94,7 @@ def test_a_budget_is_shown_as_equal_shares(
 
 def test_sizes_that_do_not_fit_are_refused(teacher: Path) -> None:
     with pytest.raises(ConfigError, match="kv_lora_rank 49"):
-        inspect_checkpoint(teacher, ConvertConfig(kv_lora_rank=49))
+        inspect_checkpoint(teacher, ConvertConfig("mla", kv_lora_rank=49))
 
 
 def test_nothing_is_refused(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from vmla_convert.pipelines.load import (
 
 pytest_plugins = ["checkpoints"]
 
-SPECTRAL = ConvertConfig("spectral")
+SPECTRAL = ConvertConfig("mla", init="spectral")
 
 
 @pytest.fixture

@@ -163,7 +163,7 @@ def test_components_outlive_a_push_in_another_layout(
     """And are the repository's still; a native folder cannot bring its own."""
     source = SourceConfig(str(wan_folder), overrides=SETTINGS)
     for layout in ("diffusers", "native"):
-        how = ConvertConfig("spectral", cut=0.5)
+        how = ConvertConfig("mla", init="spectral", cut=0.5)
         convert(source, tmp_path / layout, how, layout=layout)
         pushed = push(tmp_path / layout, REPO)
     assert set(pushed.removed) == {
@@ -313,7 +313,7 @@ def test_what_was_a_repository_stays_one(teacher: Path, tmp_path: Path, stub: Hu
     files = {f"checkpoints/{file.name}": file.read_bytes() for file in teacher.iterdir()}
     stub.put("someone/dense", {**files, "checkpoints/other.pt": b"another"})
     source = SourceConfig("someone/dense@main", file="checkpoints/model.pt")
-    convert(source, tmp_path / "out", ConvertConfig("spectral", cut=0.5))
+    convert(source, tmp_path / "out", ConvertConfig("mla", init="spectral", cut=0.5))
     push(tmp_path / "out", REPO)
     there = json.loads(stub.repos[REPO].files["conversion.json"].content)
     assert there == json.loads((tmp_path / "out" / "conversion.json").read_text())
@@ -496,7 +496,7 @@ def test_a_revision_that_is_not_there_is_told(converted: Path, stub: Hub, vmla: 
 def test_a_pipelines_folder_goes_up_whole(wan_folder: Path, tmp_path: Path, stub: Hub) -> None:
     folder = tmp_path / "pipe"
     source = SourceConfig(str(wan_folder), overrides=SETTINGS)
-    convert(source, folder, ConvertConfig(calibrate=False), layout="diffusers")
+    convert(source, folder, ConvertConfig("mla", calibrate=False), layout="diffusers")
     pushed = push(folder, REPO)
     names = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
     assert set(pushed.uploaded) == names <= set(stub.repos[REPO].files)
@@ -510,7 +510,7 @@ def test_nothing_else_in_a_pipelines_folders_goes_up(
 ) -> None:
     folder = tmp_path / "mine" / "pipe"
     source = SourceConfig(str(wan_folder), overrides=SETTINGS)
-    convert(source, folder, ConvertConfig("spectral", cut=0.5), layout="diffusers")
+    convert(source, folder, ConvertConfig("mla", init="spectral", cut=0.5), layout="diffusers")
     own = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
     parts = ("vae", "text_encoder", "tokenizer", "scheduler", "transformer")
     for part in (*parts, "notes", ".."):
@@ -533,7 +533,7 @@ def test_what_a_component_of_older_form_needs_goes_up(
     """Pickled weights, several files of them, and a tokenizer by sentencepiece."""
     folder = tmp_path / "pipe"
     source = SourceConfig(str(wan_folder), overrides=SETTINGS)
-    convert(source, folder, ConvertConfig("spectral", cut=0.5), layout="diffusers")
+    convert(source, folder, ConvertConfig("mla", init="spectral", cut=0.5), layout="diffusers")
     more = {
         "vae/diffusion_pytorch_model.bin",
         "text_encoder/model-00001-of-00002.safetensors",
@@ -571,7 +571,12 @@ def test_where_a_component_lay_does_not_go_up(wan_folder: Path, tmp_path: Path, 
         table = json.loads((base / name).read_text()) | {key: origin, "odd": "/not/a folder"}
         (base / name).write_text(json.dumps(table))
     source = SourceConfig(str(base), overrides=SETTINGS)
-    convert(source, tmp_path / "pipe", ConvertConfig("spectral", cut=0.5), layout="diffusers")
+    convert(
+        source,
+        tmp_path / "pipe",
+        ConvertConfig("mla", init="spectral", cut=0.5),
+        layout="diffusers",
+    )
     push(tmp_path / "pipe", REPO)
     files = stub.repos[REPO].files
     assert not any(b"secret-project" in blob.content for blob in files.values())
@@ -585,7 +590,7 @@ def test_a_pipelines_card_says_what_runs(
     wan_folder: Path, tmp_path: Path, stub: Hub, vmla: Vmla, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of its lines, on shorter clips, with the repository's own text encoder and VAE."""
-    how = ConvertConfig("spectral", cut=0.5)
+    how = ConvertConfig("mla", init="spectral", cut=0.5)
     convert(
         SourceConfig(str(wan_folder), overrides=SETTINGS),
         tmp_path / "pipe",
