@@ -456,16 +456,6 @@ def test_a_budget_that_turns_out_too_small_costs_no_second_calibration(
     assert not kept.exists()
 
 
-def test_what_truncated_heads_lost_is_remembered(deep: Path, tmp_path: Path) -> None:
-    config = replace(CASES["spectral"], qk_nope_head_dim=5)
-    whole = convert(deep, tmp_path / "whole" / "out", config)
-    stopped(deep, tmp_path / "here" / "out", config, "converting", 2)
-    done = convert(deep, tmp_path / "here" / "out", config, resume=True)
-    assert_same(tmp_path / "here" / "out", tmp_path / "whole" / "out")
-    assert done.head_truncation_error == whole.head_truncation_error
-    assert len(done.head_truncation_error) == LAYERS
-
-
 def test_a_full_disk_leaves_what_can_be_resumed(
     deep: Path, whole: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
