@@ -120,17 +120,13 @@ def _finite_loss(point: Point) -> float:
 
 def _setting(point: Point) -> str:
     """The setting in full: init, sizes, latent, how it is kept."""
-    nope = point.qk_nope_head_dim
-    truncated = [] if nope is None else [f"qk_nope_head_dim {nope}"]
     if point.kv_lora_rank is None:
         sizes = f"{format_number(point.scalars)} numbers per token, divided among layers"
-        sizes = ", and ".join([sizes, *truncated])
     else:
         rope = point.qk_rope_head_dim
         named = [f"kv_lora_rank {point.kv_lora_rank}"]
         named += [f"qk_rope_head_dim {rope}"] if rope else []
-        sizes = join_words(named + truncated)
-    sizes += f" by the rule {point.ranks}" if point.ranks else ""
+        sizes = join_words(named)
     latent = f" ({point.latent} latent)" if point.latent else ""
     kept = f", cache kept as {point.kept.words}" if point.kept.words else ""
     return f"{point.init} with {sizes}{latent}{kept}"

@@ -19,7 +19,7 @@ Settings = Mapping[str, Any]
 _SIZES = ("kv_lora_rank", "qk_rope_head_dim", "cache_scalars", "cut")
 # What `convert` has options for, and what of a recovery is not left to `--set`.
 _CONVERT_SAYS = {
-    *(*_SIZES, "plan", "init", "latent", "ranks", "qk_nope_head_dim", "seed", "dtype"),
+    *(*_SIZES, "plan", "init", "latent", "seed", "dtype"),
     *("calibrate", "calibration_clips", "data.source", "data.frames"),
 }
 _RECOVER_SAYS = {
@@ -68,10 +68,8 @@ def _read_conversion(point: Point, dense: Dense | None, recipe: Settings) -> dic
     shared = dict(recipe.get("convert") or {})
     for name in (*_SIZES, "plan"):
         shared.pop(name, None)
-    shared |= {"init": point.init, "latent": point.latent or None, "ranks": point.ranks}
-    shared["qk_nope_head_dim"] = point.qk_nope_head_dim
-    # A rule divides a budget, and refuses a rank, also where it gave all layers the same.
-    if point.kv_lora_rank is not None and not point.ranks:
+    shared |= {"init": point.init, "latent": point.latent or None}
+    if point.kv_lora_rank is not None:
         shared["kv_lora_rank"] = point.kv_lora_rank
         shared["qk_rope_head_dim"] = point.qk_rope_head_dim or None
     elif point.scalars is not None and dense is not None and dense.scalars:
@@ -98,8 +96,7 @@ def _convert_words(convert: Settings, source: Settings) -> list[str]:
     for name in _SIZES:
         words += _option(name, convert.get(name))
     words += ["--plan", "PLAN"] if convert.get("plan") else []
-    for name in ("latent", "ranks", "qk_nope_head_dim"):
-        words += _option(name, convert.get(name))
+    words += _option("latent", convert.get("latent"))
     words += _reading(source)
     words += [] if convert.get("calibrate", True) else ["--no-calibration"]
     for name in ("calibration_clips", "seed", "dtype"):

@@ -18,9 +18,6 @@ INIT_COLOURS = {
     "calibrated": "#0072B2",
     "spectral": "#D55E00",
     "random": "#009E73",
-    "transmla": "#CC79A7",
-    "mha2mla": "#E69F00",
-    "xecomla": "#56B4E9",
 }
 OTHER_COLOURS = ["#000000"]
 LEAST_LOG_WIDTH = math.log(4)  # sizes that rounding keeps apart are not to look far apart

@@ -71,10 +71,8 @@ class Point:
         init: How the projections were initialised.
         kept: How its cache is kept: a quantised cache makes a setting of its own.
         latent: Joint or split; empty where rows do not tell.
-        ranks: Rule that divided the budget.
         kv_lora_rank: Rank of the content latent; None where layers differ.
         qk_rope_head_dim: Width of the shared rope key; None where layers differ.
-        qk_nope_head_dim: Width that heads' content part was truncated to; None where it was not.
         scalars: Numbers cached per token and layer.
         nbytes: Bytes they take; None where no row says.
         cut: Share of the dense cache that is gone.
@@ -95,10 +93,8 @@ class Point:
     init: str
     kept: Kept
     latent: str
-    ranks: str | None
     kv_lora_rank: int | None
     qk_rope_head_dim: int | None
-    qk_nope_head_dim: int | None
     scalars: float | None
     nbytes: float | None
     cut: float | None
@@ -179,25 +175,16 @@ def setting_key(row: Row) -> str:
 
 
 def setting_names(points: Sequence[Point]) -> dict[str, str]:
-    """Short names by `setting_key`; those that share one get what else differs too."""
+    """Short names by `setting_key`; those that share one get their latent too."""
     short = [point.name for point in points]
-    others = [_other_words(point) for point in points]
+    latents = {point.latent for point in points}
 
     def name(point: Point) -> str:
         if short.count(point.name) == 1:
             return point.name
-        words = enumerate(_other_words(point))
-        differing = [
-            word for i, word in words if any(word not in each[i : i + 1] for each in others)
-        ]
-        return f"{point.name} ({' '.join(differing) or point.key})"
+        return f"{point.name} ({(len(latents) > 1 and point.latent) or point.key})"
 
     return {" ".join(filter(None, (p.key, p.kept.words))): name(p) for p in points}
-
-
-def _other_words(point: Point) -> list[str]:
-    nope = point.qk_nope_head_dim
-    return [point.latent, *([f"nope{nope}"] if nope is not None else [])]
 
 
 def point_key(row: Row) -> str:
@@ -299,10 +286,8 @@ def _point(
         init=first.init or "",
         kept=kept,
         latent=first.latent or "",
-        ranks=first.ranks,
         kv_lora_rank=first.kv_lora_rank,
         qk_rope_head_dim=first.qk_rope_head_dim,
-        qk_nope_head_dim=first.qk_nope_head_dim,
         scalars=scalars,
         nbytes=nbytes,
         cut=cut,

@@ -348,8 +348,7 @@ def _size_ticks(
 
 
 def _full_name(point: Point) -> str:
-    rule = f"ranks {point.ranks}" if point.ranks else ""
-    return ", ".join(filter(None, (point.name, point.latent, rule)))
+    return ", ".join(filter(None, (point.name, point.latent)))
 
 
 def _glyph(point: Point) -> str:

@@ -30,7 +30,7 @@ from vmla_convert.pipelines.report.wording import (
 from vmla_convert.results import Row
 
 Table = list[list[str]]
-PROVENANCE_FIELDS = ("latent", "ranks")
+PROVENANCE_FIELDS = ("latent",)
 SECONDS_TO_CONVERT = "seconds to convert"
 SECONDS = ("sweep_seconds", "convert_seconds", "recover_seconds")
 
@@ -192,13 +192,7 @@ def _setting_columns(points: Sequence[Point], dense: Dense | None) -> list[Colum
         Column("init", lambda p: p.init, "dense"),
         Column("latent", lambda p: p.latent or ABSENT, ABSENT),
     ]
-    if len({p.ranks for p in points if p.ranks}) > 1:
-        columns.append(Column("ranks", lambda p: p.ranks or ABSENT, ABSENT))
     columns.append(Column("scalars/token", _scalars, scalars))
-    if len({p.qk_nope_head_dim for p in points}) > 1:
-        columns.append(
-            Column("qk_nope_head_dim", lambda p: format_number(p.qk_nope_head_dim), ABSENT)
-        )
     if any(p.kept.words for p in points):
         columns.append(Column("kept as", lambda p: p.kept.words or "model", "model"))
     if any(p.nbytes is not None for p in points):
