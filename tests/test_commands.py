@@ -55,7 +55,7 @@ MADE = {
         ),
     ),
     "MLA of explicit ranks": (
-        ConvertConfig(product="mla", kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=12),
+        ConvertConfig(product="mla", kv_lora_rank=8, qk_rope_head_dim=4),
         RecoverConfig(layerwise_steps=0, train="attention", dmd=DMDConfig(2, critic_lr=2e-5)),
     ),
     "MLA of a plan": (

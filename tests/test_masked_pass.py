@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,11 +35,9 @@ from vmla_convert.pipelines.data import Batch
 from vmla_convert.pipelines.losses import flow_matching, make_example, teacher_forcing_inputs
 
 FRAMES, TOKENS = 6, 2
-NARROW = dataclasses.replace(tiny_mla(), qk_nope_head_dim=10)
 KINDS: dict[str, MLAConfig | None] = {
     "dense model": None,
     **{latent: tiny_mla(latent) for latent in EITHER_LATENT},
-    "narrow": NARROW,
 }
 POLICIES = [
     # policy, chunk; all that have one evict
