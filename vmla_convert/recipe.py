@@ -489,7 +489,7 @@ def _run_generate(recipe: Recipe, out: Path, progress: Progress) -> None:
         device, source = compute_device(), open_named(recipe.source)
         models = build(source, device), load(out / "converted", device)
         how = MediaConfig(recipe.generate.base)
-        media = open_media(source.config, how, source.source.path, device)
+        media = open_media(source.config, how, source.model_path, device)
         rows = compare(*models, recipe.generate, out / "compare.mp4", progress, media)
         append_rows(out / ROWS_NAME, _as_point(recipe, rows))
 

@@ -17,11 +17,17 @@ from vmla_convert.checkpoint.families import OpenCheckpoint, converted_config
 from vmla_convert.checkpoint.hub import cached_repo
 from vmla_convert.checkpoint.known import known_model
 from vmla_convert.checkpoint.layouts import CODEC
-from vmla_convert.checkpoint.source import TensorSpec
+from vmla_convert.checkpoint.source import TensorSpec, fingerprint
 from vmla_convert.checkpoint.writer import CheckpointWriter, check_place
-from vmla_convert.config import CacheSize, CodecConfig, ConvertConfig, ModelConfig, SourceConfig
+from vmla_convert.config import (
+    CacheSize,
+    CodecConfig,
+    ConvertConfig,
+    ModelConfig,
+    SourceConfig,
+)
 from vmla_convert.errors import ConfigError
-from vmla_convert.layers.dit import CausalWanModel, check_size
+from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.codec import CodecFit, assume_codec, fit_codec
 from vmla_convert.pipelines.calibrate import LayerReads, calibrate, model_blocks
 from vmla_convert.pipelines.card import CARD_NAME, model_card
@@ -81,11 +87,7 @@ def convert_to_codec(
 ) -> Conversion:
     """Fit a codec; arguments and errors as of `convert`. The source is read and never written."""
     started, progress = perf_counter(), Timed(progress or Silent())
-    if layout != "native":
-        raise ConfigError(
-            f"a codec is a file beside its base model and has no layout '{layout}'",
-            f"convert first, then: vmla export {out} -o DIR --layout {layout}",
-        )
+    refuse_layout(out, layout)
     checkpoint = open_named(source)
     if checkpoint.known and (note := known_model(checkpoint.known).note):
         progress.note(f"{checkpoint.known}: {note}")
@@ -101,6 +103,8 @@ def convert_to_codec(
         "base": base["tensors"],
         "model": to_dict(checkpoint.config),
         "clips": clips_hash(config),
+        # All of the source decides what its layers attend to.
+        "weights": fingerprint(checkpoint.source.path, progress) if measures(config) else None,
     }
     shelf = calibration_shelf(out, basis, config) if measures(config) else None
     fit = _fitter(checkpoint, config, shelf, progress)
@@ -133,6 +137,19 @@ def convert_to_codec(
     return Conversion(out, planned, seconds, factor_seconds, peak)
 
 
+def refuse_layout(out: Path, layout: str) -> None:
+    """Refuse a layout that no codec has.
+
+    Raises:
+        ConfigError: It is not our own.
+    """
+    if layout != "native":
+        raise ConfigError(
+            f"a codec is a file beside its base model and has no layout '{layout}'",
+            f"convert first, then: vmla export {out} -o DIR --layout {layout}",
+        )
+
+
 def planned_codec(checkpoint: OpenCheckpoint, config: ConvertConfig) -> ModelConfig:
     """The settings of a dense checkpoint with the codec that a conversion will make.
 
@@ -157,18 +174,30 @@ def plan_codec(dense: ModelConfig, config: ConvertConfig) -> ModelConfig:
                 f"{name} is a setting of MLA layers, and this makes a codec",
                 "leave it out, or add --preset videomla",
             )
-    channels = codec_channels(dense, config)
-    size = CodecConfig(channels).size
+    return replace(dense, codec=codec_settings(dense, config))
+
+
+def codec_settings(dense: ModelConfig, config: ConvertConfig) -> CodecConfig:
+    """Channels and default size of the codec that a conversion makes.
+
+    Raises:
+        ConfigError: The default size that was asked for is above what the file will hold, or below
+            a byte for each layer.
+    """
+    channels = config.channels or min(CHANNELS, dense.geometry.dim)
+    size, whole = CodecConfig(channels).size, CacheSize(rank=channels)
+    most = whole.token_bytes(dense.geometry)
     if config.bytes_per_token is not None or config.cut is not None:
         size = CacheSize(config.bytes_per_token, config.cut)
-    planned = replace(dense, codec=CodecConfig(channels, size, config.calibrate))
-    check_size(planned, size)
-    return planned
-
-
-def codec_channels(dense: ModelConfig, config: ConvertConfig) -> int:
-    """Channels per layer that a conversion stores."""
-    return config.channels or min(CHANNELS, dense.geometry.dim)
+        if not 1 <= (asked := size.token_bytes(dense.geometry)) <= most:
+            raise ConfigError(
+                f"{asked:g} bytes per token are not between 1 and {most:g}, what {channels} "
+                "channels of a layer hold",
+                "ask for another size, or store more channels: --channels",
+            )
+    elif size.token_bytes(dense.geometry) > most:
+        size = whole
+    return CodecConfig(channels, size, config.calibrate)
 
 
 def codec_specs(config: ModelConfig, how: ConvertConfig) -> dict[str, TensorSpec]:
@@ -218,19 +247,18 @@ def fit_model(
         progress: Where to draw.
     """
     geometry, dense = teacher.config.geometry, teacher.config
-    channels = codec_channels(dense, config)
+    codec = codec_settings(dense, config)
     if config.calibrate:
         clips = clips or open_measured(dense, config)
         blocks, count = model_blocks(teacher), config.calibration_clips
         reads = calibrate(teacher, blocks, clips, count, config.seed, progress)
-        fits = [fit_layer(reads(layer), channels) for layer in range(geometry.num_layers)]
+        fits = [fit_layer(reads(layer), codec.rank) for layer in range(geometry.num_layers)]
     else:
         state = teacher.state_dict()
         layers = range(geometry.num_layers)
         weights = (layer_weights(state.__getitem__, i, geometry.num_heads) for i in layers)
-        fits = [assume_codec(each, channels) for each in weights]
-    size = CodecConfig(channels).size
-    return with_codec(teacher, fits, CodecConfig(channels, size, config.calibrate))
+        fits = [assume_codec(each, codec.rank) for each in weights]
+    return with_codec(teacher, fits, codec)
 
 
 def with_codec(
@@ -254,7 +282,7 @@ def _fitter(
     checkpoint: OpenCheckpoint, config: ConvertConfig, shelf: Any, progress: Progress
 ) -> Callable[[int], CodecFit]:
     """Fits the codec of a layer by its index; calibration happens here and now."""
-    channels = codec_channels(checkpoint.config, config)
+    channels = codec_settings(checkpoint.config, config).rank
     if not config.calibrate:
         weights = weights_of(checkpoint)
         return lambda layer: assume_codec(weights(layer), channels)
@@ -287,6 +315,10 @@ def _base_record(source: Source, checkpoint: OpenCheckpoint, progress: Progress)
     elif repo := cached_repo(path):
         name, _, revision = repo.partition("@")
         record = {"name": name.rpartition("/")[2], "repo": name, "revision": revision}
+        inside = path.parts[path.parts.index(revision) + 1 :]
+        record |= {"file": "/".join(inside)} if inside else {}
+    if checkpoint.loras:
+        record["loras"] = [f"{lora.path.absolute()}:{lora.scale!r}" for lora in checkpoint.loras]
     return record | {"tensors": hashes}
 
 

@@ -13,7 +13,7 @@ from vmla_convert.checkpoint.layouts import CODEC
 from vmla_convert.checkpoint.writer import check_place, copied_bytes, planned_files
 from vmla_convert.config import ConvertConfig, Geometry
 from vmla_convert.maths.spectra import truncate
-from vmla_convert.pipelines.codec import codec_specs, planned_codec
+from vmla_convert.pipelines.codec import codec_specs, planned_codec, refuse_layout
 from vmla_convert.pipelines.conversion import measures, open_measured
 from vmla_convert.pipelines.convert import plan_conversion
 from vmla_convert.pipelines.folders import named_layout, parts_to_copy
@@ -63,6 +63,7 @@ def foresee(
     """
     checkpoint = open_named(source)
     if config.product == "codec":
+        refuse_layout(out, layout)
         model = planned_codec(checkpoint, config)
         form, specs, components = CODEC, codec_specs(model, config), {}
     else:
