@@ -803,8 +803,8 @@ class ReportConfig:
     """The report stage.
 
     Attributes:
-        title: Of the page.
-        loss_bound: Flow loss that a recommended setting may have above the dense model's, as a
+        title: Heading of the report.
+        loss_bound: Flow loss that the recommended size may have above the dense model's, as a
             share of it.
     """
 

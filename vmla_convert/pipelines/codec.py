@@ -27,7 +27,7 @@ from vmla_convert.config import (
     SourceConfig,
 )
 from vmla_convert.errors import ConfigError
-from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.layers.dit import CausalWanModel, check_size
 from vmla_convert.maths.codec import CodecFit, assume_codec, fit_codec
 from vmla_convert.pipelines.calibrate import LayerReads, calibrate, model_blocks
 from vmla_convert.pipelines.card import CARD_NAME, model_card
@@ -174,27 +174,19 @@ def plan_codec(dense: ModelConfig, config: ConvertConfig) -> ModelConfig:
                 f"{name} is a setting of MLA layers, and this makes a codec",
                 "leave it out, or add --preset videomla",
             )
-    return replace(dense, codec=codec_settings(dense, config))
+    codec = codec_settings(dense, config)
+    planned = replace(dense, codec=codec)
+    check_size(planned, codec.size)
+    return planned
 
 
 def codec_settings(dense: ModelConfig, config: ConvertConfig) -> CodecConfig:
-    """Channels and default size of the codec that a conversion makes.
-
-    Raises:
-        ConfigError: The default size that was asked for is above what the file will hold, or below
-            a byte for each layer.
-    """
+    """Channels and default size of the codec that a conversion makes."""
     channels = config.channels or min(CHANNELS, dense.geometry.dim)
     size, whole = CodecConfig(channels).size, CacheSize(rank=channels)
     most = whole.token_bytes(dense.geometry)
     if config.bytes_per_token is not None or config.cut is not None:
         size = CacheSize(config.bytes_per_token, config.cut)
-        if not 1 <= (asked := size.token_bytes(dense.geometry)) <= most:
-            raise ConfigError(
-                f"{asked:g} bytes per token are not between 1 and {most:g}, what {channels} "
-                "channels of a layer hold",
-                "ask for another size, or store more channels: --channels",
-            )
     elif size.token_bytes(dense.geometry) > most:
         size = whole
     return CodecConfig(channels, size, config.calibrate)
