@@ -122,9 +122,10 @@ def test_a_recipe_comes_to_every_point_of_a_sweep(tmp_path: Path) -> None:
     assert len(points) > 1
     for key, point in points.items():
         again = remade(setting_of(point, model_of(point.conversion)), recipe, tmp_path)
-        assert again.convert is not None and again.recover is not None
-        assert SweepPoint(again.convert, again.recover).key == key
-        assert again.recover.training.seed == 3
+        found = find_point(key, recipe)
+        assert found is not None
+        assert (again.convert, again.recover) == (found.conversion, point.recovery)
+        assert replace(found.conversion, seed=point.seed) == point.conversion
 
 
 def test_only_what_differs_from_defaults_is_told() -> None:

@@ -541,6 +541,7 @@ def test_a_run_leaves_the_model_the_rows_the_report_and_the_videos(finished: Pat
     assert {path.name for path in finished.iterdir()} == {
         "converted",
         "recipe.json",
+        "recipe.toml",
         "rows.jsonl",
         "report.md",
         "report.html",

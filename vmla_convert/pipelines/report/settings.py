@@ -243,7 +243,7 @@ def _named(settings: Sequence[Setting]) -> list[Setting]:
         named.append(replace(setting, method=method, name=name))
     counts = Counter(setting.name for setting in named)
     return [
-        replace(each, name=f"{each.name} ({each.key.point or each.key.run})")
+        replace(each, name=f"{each.name} ({(each.key.point or each.key.run)[:6]})")
         if counts[each.name] > 1
         else each
         for each in named
