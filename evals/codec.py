@@ -12,18 +12,21 @@ On held-out clips, streamed, no training:
 * `nested_difference`: the largest relative difference in velocity error between one codec at eight
   ranks and eight codecs of exactly these ranks;
 * `lora_error_ratio`: the error of a codec fitted before a LoRA, used with it, over the error of a
-  codec fitted with the LoRA merged. The LoRA is trained here, to make negatives of the clips.
+  codec fitted with the LoRA merged. Two LoRAs are trained here: one makes mirrored clips, one
+  negatives, whose pixels no clip of the demo world ever had.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from torch import Tensor
 
 from vmla_convert.__main__ import main as run_reporting_errors
 from vmla_convert.config import (
@@ -76,10 +79,11 @@ def main(
             rows += lora_rows(teacher, config, clips, progress)
     append_rows(rows_file, rows)
     cells = [
-        [row.run, row.metric, row.bytes_per_token or "", row.cache_dtype or "", row.value]
+        [row.run, row.metric, row.bytes_per_token, row.cache_dtype, row.value, row.note]
         for row in rows
     ]
-    out.table("Codec", ["run", "metric", "bytes per token", "dtype", "value"], cells)
+    header = ["run", "metric", "bytes per token", "dtype", "value", "note"]
+    out.table("Codec", header, [["" if c is None else c for c in line] for line in cells])
 
 
 def size_rows(model: CausalWanModel, held_out: HeldOut, progress: Progress) -> list[Row]:
@@ -162,16 +166,22 @@ def set_rank(model: CausalWanModel, rank: int) -> None:
         block.codec.rate = Rate((WHOLE_BITS,) * rank, quantised=False)
 
 
-class Negatives:
-    """Clips of the demo world with all colours inverted: what the LoRA is trained to make."""
+class ChangedClips:
+    """Clips of the demo world with changed pixels: what a LoRA is trained to make."""
 
-    def __init__(self, clips: DemoClips) -> None:
-        self.clips = clips
+    def __init__(self, clips: DemoClips, change: Callable[[Tensor], Tensor]) -> None:
+        self.clips, self.change = clips, change
 
     def batch(self, index: int, size: int, split: Split = "train") -> Batch:
         """The batch of a given number."""
         clips, media = self.clips.clips(index, size, split), self.clips.media
-        return Batch(media.encode(-clips.video), media.encode_labels(clips.labels))
+        return Batch(media.encode(self.change(clips.video)), media.encode_labels(clips.labels))
+
+
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "mirrored": lambda video: video.flip(-1),
+    "negative": lambda video: -video,
+}
 
 
 def lora_rows(
@@ -180,21 +190,42 @@ def lora_rows(
     """A codec that was fitted before a LoRA was trained, against one fitted with it merged."""
     demo = open_clips(config.data, teacher.config.cache.sink_frames)
     assert isinstance(demo, DemoClips)
-    own = Negatives(demo)
-    adapted = train_lora(teacher, own, progress)
-    before, after = fit_model(teacher, config, demo), fit_model(adapted, config, own)
-    before.load_state_dict(before.state_dict() | adapted.state_dict(), assign=True)
-    evaluate = EvaluateConfig(count, DataConfig(seed=1))
-    held_out = HeldOut(adapted, evaluate, streamed=True, clips=own)
+    evaluate, rows = EvaluateConfig(count, DataConfig(seed=1)), list[Row]()
+    for name, change in CHANGES.items():
+        own = ChangedClips(demo, change)
+        adapted = train_lora(teacher, own, progress)
+        before, after = fit_model(teacher, config, demo), fit_model(adapted, config, own)
+        before.load_state_dict(before.state_dict() | adapted.state_dict(), assign=True)
+        unseen = ChangedClips(DemoClips(evaluate.data), change)
+        held_out = HeldOut(adapted, evaluate, streamed=True, clips=unseen)
+        rows += _lora_rows(name, before, after, held_out)
+    return rows
+
+
+def _lora_rows(
+    name: str, before: CausalWanModel, after: CausalWanModel, held_out: HeldOut
+) -> list[Row]:
     rows: list[Row] = []
     for size in LORA_SIZES:
         way = RuntimeConfig(size=CacheSize(bytes_per_token=size))
         errors = [held_out.measure(each, way).velocity_error for each in (before, after)]
         fields = row_fields(before.config, runtime=way)
         rows += [
-            Row("velocity_error", errors[0], "relative", **fields, note="fitted before the LoRA"),
-            Row("velocity_error", errors[1], "relative", **fields, note="fitted with the LoRA"),
-            Row("lora_error_ratio", errors[0] / errors[1], "before over with", **fields),
+            Row(
+                "velocity_error",
+                errors[0],
+                "relative",
+                **fields,
+                note=f"{name}: fitted before the LoRA",
+            ),
+            Row(
+                "velocity_error",
+                errors[1],
+                "relative",
+                **fields,
+                note=f"{name}: fitted with the LoRA",
+            ),
+            Row("lora_error_ratio", errors[0] / errors[1], "before over with", **fields, note=name),
         ]
     return rows
 

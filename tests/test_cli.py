@@ -26,6 +26,7 @@ from vmla_convert.results import Row, append_rows
 pytest_plugins = ["checkpoints"]
 
 COMMANDS = {"convert", "demo", "eval", "generate", "inspect", "recipes", "recover"}
+MLA = ("--preset", "videomla", "--init", "calibrated")
 COMMANDS |= {"export", "push", "report", "run", "sweep"}
 
 
@@ -105,7 +106,9 @@ def test_convert_recover_and_eval_work_one_after_the_other(
     teacher: Path, tmp_path: Path, vmla: Vmla
 ) -> None:
     latent, recovered = tmp_path / "latent", tmp_path / "recovered"
-    ran = vmla("convert", teacher, "-o", latent, "--calibration-clips", "2", "--kv-lora-rank", "8")
+    ran = vmla(
+        "convert", teacher, "-o", latent, "--calibration-clips", "2", *MLA, "--kv-lora-rank", "8"
+    )
     assert ran.code == 0
     assert f"vmla recover {latent} --teacher {teacher}" in ran.err
     steps = ("--steps", "1", "--layerwise-steps", "1", "--batch-size", "1")
@@ -125,9 +128,9 @@ def test_convert_recover_and_eval_work_one_after_the_other(
     assert re.fullmatch(r"measuring: 6 in [\d.]+ s\n", ran.err)
     (rows,) = map(json.loads, ran.out.splitlines())
     told = {(row["run"], row["metric"]): row["value"] for row in rows}
-    run = "calibrated-8+6-joint"
-    assert told[run, "cache_scalars_per_token"] == 15
-    assert told["dense", "cache_scalars_per_token"] == 96
+    run = "mla-calibrated-8+6-joint"
+    assert told[run, "cache_bytes_per_token"] == 2 * 15
+    assert told["dense", "cache_bytes_per_token"] == 2 * 96
     assert told[run, "velocity_error"] > 0
 
 
@@ -137,7 +140,7 @@ def test_convert_says_what_was_really_cut(teacher: Path, tmp_path: Path, vmla: V
     assert ran.code == 0
     told, wrote = map(json.loads, ran.out.splitlines())
     assert told["cache cut"] >= 0.9
-    assert told["numbers cached per token and layer"] <= 9.6
+    assert told["bytes cached per token and layer"] <= 2 * 9.6
     assert told["seconds"] > 0
     assert wrote == {"wrote": str(tmp_path / "out")}
     planned = vmla("convert", teacher, "-o", tmp_path / "new", "--dry-run", *words)
@@ -223,7 +226,7 @@ def test_a_dense_cache_is_not_absorbed(teacher: Path, tmp_path: Path, vmla: Vmla
     ran = vmla("generate", teacher, "--prompt", "7", "-o", tmp_path / "a.mp4",
                "--backend", "absorbed")  # fmt: skip
     assert refused(ran)
-    assert "only latent layers can be absorbed" in ran.err
+    assert "only MLA layers can be absorbed" in ran.err
 
 
 def test_eval_measures_the_cache_that_is_asked_for(
@@ -303,8 +306,8 @@ def test_generate_refuses_a_prompt_without_one_digit(
 
 def test_report_is_written_from_rows(tmp_path: Path, vmla: Vmla) -> None:
     rows = [
-        Row(metric, value, "1", "random-8+4", init="random", kv_lora_rank=8, qk_rope_head_dim=4,
-            step=0)
+        Row(metric, value, "1", "mla-random-8+4-joint", product="mla", init="random", step=0,
+            bytes_per_token=26.0, kv_lora_rank=8, qk_rope_head_dim=4)
         for metric, value in (("velocity_error", 0.1), ("flow_loss", 0.2))
     ]  # fmt: skip
     append_rows(tmp_path / "rows.jsonl", [*rows, Row("flow_loss", 0.15, "1", "dense")])
@@ -312,9 +315,8 @@ def test_report_is_written_from_rows(tmp_path: Path, vmla: Vmla) -> None:
     assert ran.code == 0
     assert f"wrote: {tmp_path / 'report.md'}" in ran.out.splitlines()
     assert (tmp_path / "report.md").read_text().startswith("# Mine")
-    assert "flow loss +33 % against the dense model (bound: +40 %)" in (
-        (tmp_path / "report.md").read_text()
-    )
+    answer = (tmp_path / "report.md").read_text().split("##")[1]
+    assert all(fact in answer for fact in ("26 bytes", "40 %", "+33 %"))
 
 
 def test_report_refuses_a_folder_without_rows(tmp_path: Path, vmla: Vmla) -> None:
@@ -387,7 +389,7 @@ def interrupted(
     def press(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    words = ("convert", teacher, "-o", tmp_path / "out", "--init", "spectral")
+    words = ("convert", teacher, "-o", tmp_path / "out", "--preset", "videomla")
     with monkeypatch.context() as patch:
         patch.setattr("vmla_convert.pipelines.convert.factor_layer", press)
         ran = vmla(*words)

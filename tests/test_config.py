@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from vmla_convert import config
 from vmla_convert.config import (
     CachePolicy,
+    CacheSize,
+    CodecConfig,
     ConvertConfig,
     DataConfig,
     DMDConfig,
@@ -65,7 +67,10 @@ EVERY_CONFIG: list[Any] = [
     GEOMETRY,
     DENSE.cache,
     SamplerConfig(denoising_step_list=(1000, 500), shift=3.0, renoise=False),
-    RuntimeConfig("absorbed", 16, offload=True),
+    CacheSize(cut=0.95),
+    RuntimeConfig(CacheSize(rank=3), "model", offload=True),
+    RuntimeConfig(backend="absorbed", tile_mib=16),
+    CodecConfig(48, CacheSize(bytes_per_token=12.5), calibrated=False),
     MediaConfig("a/b", vae_tiling=True, cpu_offload=True),
     CONVERTED.mla,
     SPLIT,
@@ -75,10 +80,12 @@ EVERY_CONFIG: list[Any] = [
     DENSE,
     CONVERTED,
     dataclasses.replace(DENSE, mla=SPLIT),
+    dataclasses.replace(DENSE, codec=CodecConfig(48)),
     DataConfig(source="clips.safetensors", sink_gap=3),
     ConvertConfig(),
-    ConvertConfig(kv_lora_rank=16, qk_rope_head_dim=8),
-    ConvertConfig(latent="split", plan=RankPlan((8, 10), (3, 1), (3, 6))),
+    ConvertConfig(channels=64, bytes_per_token=40.5),
+    ConvertConfig("mla", kv_lora_rank=16, qk_rope_head_dim=8),
+    ConvertConfig("mla", latent="split", plan=RankPlan((8, 10), (3, 1), (3, 6))),
     TrainingConfig(mixed_precision="bf16"),
     RecoverConfig(training=TrainingConfig(steps=7)),
     DMDConfig(steps=3),
@@ -323,8 +330,8 @@ def test_a_window_must_hold_a_chunk_beside_its_sink() -> None:
 
 def test_cache_sizes_by_hand() -> None:
     # dense: a key and a value of 48; layer 0: 8 + 2·3 + 1 = 15, layer 1: 10 + 2·1 + 1 = 13
-    assert DENSE.cache_scalars_per_token() == 96
-    assert CONVERTED.cache_scalars_per_token() == 14
+    assert DENSE.cache_bytes_per_token() == 2 * 96
+    assert CONVERTED.cache_bytes_per_token() == 2 * 14
     assert DENSE.cache_cut() == 0
     assert CONVERTED.cache_cut() == pytest.approx(1 - 14 / 96)
     # 8×12 latents in 2×2 patches are 24 tokens; two layers, two bytes

@@ -167,7 +167,7 @@ def test_every_layer_streams_a_rollout_through_the_cache_that_it_promises(made: 
 def test_no_layer_costs_more_than_it_should(made: Made, dense: CausalWanModel) -> None:
     """An eighth of the cache holds what this model needs to almost all."""
     model = load(made.folder)
-    assert model.config.cache_scalars_per_token() == 13
+    assert model.config.cache_bytes_per_token() == 2 * 13
     assert HeldOut(dense, EVALUATE).measure(model).velocity_error < 0.01
 
 
@@ -255,7 +255,7 @@ def test_the_card_inherits_the_licence_and_leaves_an_unknown_base_model_out(
 def test_the_card_says_which_latent_it_is_and_what_it_caches(folder: Path) -> None:
     card, model = (folder / "README.md").read_text(), load(folder)
     assert model.config.mla is not None
-    assert "caches 13 numbers per token instead of 96 (86.5% less)" in card
+    assert "caches 26 bytes per token instead of 192 (86.5% less)" in card
     assert f"| latent | {model.config.mla.latent} |" in card
 
 
@@ -338,14 +338,14 @@ def test_a_dry_run_writes_nothing_and_foretells_the_size(
     assert ran.code == 0
     told = json.loads(ran.out)
     assert told["files"] == {WEIGHTS: (converted / WEIGHTS).stat().st_size}
-    assert told["cache_scalars_per_token"] == 13
+    assert told["cache_bytes_per_token"] == 2 * 13
     assert not list(tmp_path.iterdir())
 
 
 def test_the_command_writes_what_the_pipeline_writes(
     teacher: Path, converted: Path, tmp_path: Path, vmla: Vmla
 ) -> None:
-    words = ("--latent", "split", "--cache-scalars", "20", "--init", "spectral")
+    words = ("--preset", "videomla", "--latent", "split", "--cache-scalars", "20")
     ran = vmla("convert", teacher, "-o", tmp_path / "out", *words)
     assert ran.code == 0
     assert f"wrote: {tmp_path / 'out'}" in ran.out
@@ -354,7 +354,7 @@ def test_the_command_writes_what_the_pipeline_writes(
     }
     told = load(tmp_path / "out").config
     assert told.mla and told.mla.latent == "split"
-    assert told.cache_scalars_per_token() == 20
+    assert told.cache_bytes_per_token() == 2 * 20
 
 
 def a_missing_file(folder: Path, _: Path) -> Path:
@@ -468,9 +468,10 @@ def test_without_calibration_no_clips_are_needed(
     def refuse(*_: object) -> NoReturn:
         pytest.fail("clips that should not have been opened")
 
-    for work in ("open_clips", "calibrate"):
+    for work in ("open_measured", "calibrate"):
         monkeypatch.setattr(pipeline, work, refuse)
-    ran = vmla("convert", wan, "-o", tmp_path / "out", "--no-calibration", "--cut", "0.8")
+    words = ("--preset", "videomla", "--init", "calibrated", "--no-calibration", "--cut", "0.8")
+    ran = vmla("convert", wan, "-o", tmp_path / "out", *words)
     assert ran.code == 0
     model = load(tmp_path / "out")
     assert model.config.mla and model.config.mla.init == "calibrated"
@@ -494,7 +495,8 @@ def test_clips_of_ones_own_calibrate_any_checkpoint(
     data = DataConfig(str(tmp_path / "clips.safetensors"), frames=4)
     convert(wan, tmp_path / "out", replace(CONVERT, data=data))
     clips = open_clips(data)
-    measured = calibrate(dense, model_blocks(dense), clips, CONVERT.calibration_clips)
+    blocks, count = model_blocks(dense), CONVERT.calibration_clips
+    measured = calibrate(dense, blocks, clips, count, product="mla")
     here = convert_model(dense, CONVERT, evidence_of(dense, every(measured)))
     assert near(velocity(load(tmp_path / "out")), velocity(here))
     assert not near(velocity(here), velocity(load(wan)))
@@ -502,7 +504,7 @@ def test_clips_of_ones_own_calibrate_any_checkpoint(
 
 def test_the_clips_decide_what_is_kept(converted: Path, dense: CausalWanModel) -> None:
     other = replace(CLIPS, seed=7)
-    measured = calibrate(dense, model_blocks(dense), open_clips(other), 4)
+    measured = calibrate(dense, model_blocks(dense), open_clips(other), 4, product="mla")
     here = convert_model(dense, CONVERT, evidence_of(dense, every(measured)))
     assert not near(velocity(load(converted)), velocity(here), 1e-4)
 
@@ -587,7 +589,7 @@ def test_every_weight_is_written_in_the_dtype_that_was_asked_for(
 
 
 def test_the_command_takes_a_dtype(teacher: Path, tmp_path: Path, vmla: Vmla) -> None:
-    words = ("--init", "spectral", "--dtype")
+    words = ("--preset", "videomla", "--dtype")
     assert vmla("convert", teacher, "-o", tmp_path / "out", *words, "bfloat16").code == 0
     specs = open_checkpoint(tmp_path / "out").specs().values()
     assert {spec.dtype for spec in specs} == {torch.bfloat16}
@@ -612,7 +614,7 @@ def test_clips_that_do_not_fit_are_refused_before_the_source_is_read(
     def refuse(*_: object) -> NoReturn:
         pytest.fail("weights that should not have been read")
 
-    for work in ("fingerprint", "check_finite"):
+    for work in ("fingerprint", "require_finite"):
         monkeypatch.setattr(pipeline, work, refuse)
     save_file(
         {"latents": torch.ones(3, 6, 5, 12, 12), "context": torch.ones(3, 1, 10)},

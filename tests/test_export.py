@@ -145,7 +145,8 @@ def test_an_mla_layer_has_names_in_a_pipeline(tmp_path: Path) -> None:
 def test_a_conversion_may_be_written_as_a_pipeline(
     wan_folder: Path, tmp_path: Path, vmla: Vmla
 ) -> None:
-    common = ("convert", wan_folder, "--no-calibration", "--cut", "0.5")
+    words = ("--preset", "videomla", "--no-calibration", "--cut", "0.5")
+    common = ("convert", wan_folder, *words)
     assert vmla(*common, "-o", tmp_path / "native").code == 0
     assert vmla(*common, "-o", tmp_path / "pipe", "--layout", "diffusers").code == 0
     assert same(tmp_path / "native", tmp_path / "pipe")

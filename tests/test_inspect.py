@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 import torch
-from checkpoints import BUDGETED, CONVERT, MODEL, Vmla, refused
+from checkpoints import MODEL, Vmla, refused
 
 from vmla_convert.checkpoint.families import OpenCheckpoint
 from vmla_convert.checkpoint.known import KNOWN, KnownModel
 from vmla_convert.config import CachePolicy, ConvertConfig
 from vmla_convert.errors import CheckpointError, ConfigError
-from vmla_convert.pipelines.inspect import LayerSpectrum, inspect_checkpoint
+from vmla_convert.pipelines.convert import convert
+from vmla_convert.pipelines.inspect import inspect_checkpoint
 from vmla_convert.pipelines.load import load
 from vmla_convert.tables import to_dict
 
@@ -34,32 +37,33 @@ def test_a_dense_checkpoint_is_described_as_it_is(teacher: Path) -> None:
     assert told.window_cache_bytes == cache.nbytes // 2  # four bytes a number there, two here
 
 
-@pytest.mark.parametrize("name", ["converted", "budgeted"])
-def test_the_foretold_cache_is_the_converted_models(
-    name: str, teacher: Path, request: pytest.FixtureRequest
+SIZED = [ConvertConfig(), ConvertConfig(cut=0.9), ConvertConfig(bytes_per_token=7.5, channels=9)]
+
+
+@pytest.mark.parametrize("config", SIZED, ids=["default", "cut", "bytes"])
+def test_the_foretold_cache_is_the_codecs(
+    config: ConvertConfig, teacher: Path, tmp_path: Path
 ) -> None:
-    told = inspect_checkpoint(teacher, CONVERT if name == "converted" else BUDGETED)
-    assert told.converted.cache_scalars_per_token() == 13
-    cache = load(request.getfixturevalue(name)).new_cache(1)
-    assert told.converted_window_cache_bytes == cache.nbytes // 2
-    assert told.converted.mla
-    told = inspect_checkpoint(teacher, CONVERT if name == "converted" else BUDGETED, spectra=True)
-    assert told.converted.mla
-    assert told.spectrum == spectrum(teacher, told.converted.mla.kv_lora_rank[0])
+    told = inspect_checkpoint(teacher, config)
+    convert(teacher, tmp_path / "out", replace(config, calibrate=False))
+    model = load(tmp_path / "out")
+    assert told.converted == replace(model.config, codec=told.converted.codec)
+    assert told.converted.codec and model.config.codec
+    assert told.converted.codec.size == model.config.codec.size
+    tokens = MODEL.cache.window_frames * MODEL.tokens_per_frame
+    cached = model.new_cache(1).nbytes
+    # Whole bytes in every layer, and never more than was asked for.
+    assert told.converted_window_cache_bytes - 2 * tokens < cached
+    assert cached <= told.converted_window_cache_bytes
 
 
-def spectrum(teacher: Path, rank: int) -> list[LayerSpectrum]:
-    return inspect_checkpoint(
-        teacher, ConvertConfig("mla", kv_lora_rank=rank), spectra=True
-    ).spectrum
-
-
-def test_every_layer_has_a_spectrum_that_more_rank_fills(teacher: Path) -> None:
-    small, large = spectrum(teacher, 8), spectrum(teacher, 40)
-    assert [layer.layer for layer in small] == [0, 1]
-    for few, many in zip(small, large, strict=True):
-        assert 0 < few.energy_at_rank < many.energy_at_rank < 1
-        assert 8 < few.effective_rank_99 == many.effective_rank_99 <= MODEL.geometry.dim
+def test_every_layer_has_a_spectrum(teacher: Path) -> None:
+    spectrum = inspect_checkpoint(teacher, spectra=True).spectrum
+    assert [layer.layer for layer in spectrum] == [0, 1]
+    for layer in spectrum:
+        assert 0 < layer.energy_at_rank < 1
+        # An eighth of the width is 6.
+        assert 6 < layer.effective_rank_99 <= MODEL.geometry.dim
 
 
 def test_spectra_are_read_only_when_asked_for(
@@ -80,21 +84,12 @@ def test_a_converted_folder_is_compared_with_nothing(converted: Path) -> None:
     assert told.spectrum == []
 
 
-@pytest.mark.parametrize(
-    ("option", "size", "rank"), [("--cut", 0.8, 16), ("--cache-scalars", 20, 17)]
-)
-def test_a_budget_is_shown_as_equal_shares(
-    option: str, size: float, rank: int, teacher: Path, vmla: Vmla
-) -> None:
-    ran = vmla("inspect", teacher, "--json", option, str(size))
-    assert ran.code == 0
-    mla = json.loads(ran.out)["converted"]["mla"]
-    assert (mla["kv_lora_rank"], mla["rope_pairs"]) == ([rank, rank], [[0], [0]])
-
-
 def test_sizes_that_do_not_fit_are_refused(teacher: Path) -> None:
-    with pytest.raises(ConfigError, match="kv_lora_rank 49"):
-        inspect_checkpoint(teacher, ConvertConfig("mla", kv_lora_rank=49))
+    # 48 channels of two bytes.
+    inspect_checkpoint(teacher, ConvertConfig(bytes_per_token=96))
+    for nbytes in (96.5, 0.5):
+        with pytest.raises(ConfigError, match=f"{nbytes:g} bytes"):
+            inspect_checkpoint(teacher, ConvertConfig(bytes_per_token=nbytes))
 
 
 def test_nothing_is_refused(tmp_path: Path) -> None:
@@ -144,12 +139,12 @@ def test_what_is_not_whole_is_neither_measured_nor_converted(
 
 
 def test_the_command_speaks_json(teacher: Path, damaged: Path, vmla: Vmla) -> None:
-    ran = vmla("inspect", teacher, "--json", "--kv-lora-rank", "8")
+    ran = vmla("inspect", teacher, "--json", "--bytes-per-token", "8")
     assert ran.code == 0
     told = json.loads(ran.out)
     assert told["model"]["geometry"]["dim"] == 48
     assert told["model"]["licence"] == MODEL.licence
-    assert told["converted"]["mla"]["kv_lora_rank"] == [8, 8]
+    assert told["converted"]["codec"]["size"]["bytes_per_token"] == 8
     assert told["parameters"] == inspect_checkpoint(teacher).parameters
     assert (told["family"], told["known_model"]) == ("self_forcing", None)
     assert told["unknown"] == told["missing"] == told["spectrum"] == []
@@ -202,12 +197,15 @@ def test_the_command_refuses_settings_that_do_not_fit(
 
 
 def test_the_command_shows_the_cut_and_the_spectrum(teacher: Path, vmla: Vmla) -> None:
-    ran = vmla("inspect", teacher, "--kv-lora-rank", "12", "--spectra")
+    ran = vmla("inspect", teacher, "--bytes-per-token", "12", "--spectra")
     assert ran.code == 0
-    assert "80.2%" in ran.out
-    assert "energy at R = 12" in ran.out
+    # 12 bytes of 192 in each of two layers.
+    assert "93.8%" in ran.out
+    assert re.search(r"\b192\s+384\s", ran.out)
+    assert re.search(r"\b12\s+24\s", ran.out)
+    assert "energy at R = 6" in ran.out
     assert "self_forcing" in ran.out
-    assert "energy" not in vmla("inspect", teacher, "--kv-lora-rank", "12").out
+    assert "energy" not in vmla("inspect", teacher).out
 
 
 def test_the_command_shows_a_converted_folder(converted: Path, vmla: Vmla) -> None:
@@ -221,5 +219,5 @@ def test_the_command_refuses_nothing_and_bad_sizes(
     teacher: Path, tmp_path: Path, vmla: Vmla
 ) -> None:
     assert refused(vmla("inspect", tmp_path / "nothing"))
-    assert refused(vmla("inspect", teacher, "--kv-lora-rank", "49"))
-    assert refused(vmla("inspect", teacher, "--cut", "0.9", "--kv-lora-rank", "8"))
+    assert refused(vmla("inspect", teacher, "--bytes-per-token", "97"))
+    assert refused(vmla("inspect", teacher, "--cut", "0.9", "--bytes-per-token", "8"))

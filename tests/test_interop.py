@@ -276,7 +276,7 @@ def test_in_bfloat16_too(wan_converted: Path) -> None:
 
 
 def test_runtime_reaches_the_cache(demo_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, how, told = demo_pipe.transformer.wan, RuntimeConfig("absorbed"), list[object]()
+    model, how, told = demo_pipe.transformer.wan, RuntimeConfig(backend="absorbed"), list[object]()
     new_cache = model.new_cache
 
     def noted(batch: int, runtime: RuntimeConfig) -> Any:

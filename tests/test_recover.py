@@ -93,8 +93,8 @@ def layer_errors(student: CausalWanModel, dense: CausalWanModel) -> list[float]:
     errors: list[float] = []
     with torch.no_grad():
         steps = dense.walk(example.latents, example.timestep, example.context, positions, mask)
-        for latent, (block, x, attend) in zip(student.self_attentions(), steps, strict=True):
-            target = attend(block.self_attn, x)  # pyright: ignore[reportArgumentType]
+        for latent, (block, x, attend) in zip(student.all_blocks(), steps, strict=True):
+            target = attend(block, x)
             error = (attend(latent, x) - target).square().sum() / target.square().sum()
             errors.append(error.item())
     return errors
@@ -141,7 +141,7 @@ def test_only_what_the_conversion_made_is_trained(
 def test_either_latent_recovers_by_what_the_conversion_made(
     latent: Literal["joint", "split"], dense: CausalWanModel
 ) -> None:
-    student = convert_model(dense, ConvertConfig("random", latent), None)
+    student = convert_model(dense, ConvertConfig("mla", init="random", latent=latent), None)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     errors: list[float] = []
     recover_model(
@@ -189,12 +189,11 @@ def test_the_rows_tell_the_whole_curve(
     held_out = HeldOut(dense, EVALUATE)
     assert curve[0] == held_out.measure(load(converted)).velocity_error
     assert curve[6] == held_out.measure(load(out)).velocity_error
-    assert {row.run for row in rows} == {"dense", "calibrated-8+4-joint"}
+    assert {row.run for row in rows} == {"dense", "mla-calibrated-8+4-joint"}
     metrics = [row.metric for row in rows if row.step is None and row.run != "dense"]
     assert sorted(metrics) == [
         "cache_bytes_per_token",
         "cache_cut",
-        "cache_scalars_per_token",
         "learning_rate",
         "recover_seconds",
     ]

@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 LAYERS = 3
 DEEP = replace(MODEL, geometry=replace(MODEL.geometry, num_layers=LAYERS))
-SOME = ConvertConfig(calibration_clips=2, data=DataConfig(frames=4), cut=0.8)
+SOME = ConvertConfig("mla", calibration_clips=2, data=DataConfig(frames=4), cut=0.8)
 CASES = {
     "spectral": replace(CONVERT, init="spectral"),
     "default": SOME,
@@ -293,7 +293,7 @@ def test_resume_without_anything_to_resume_just_converts(
 OTHERS = {
     "rank": (replace(CASES["spectral"], kv_lora_rank=9), "plan, settings"),
     "dtype": (replace(CASES["spectral"], dtype="bfloat16"), "settings"),
-    "layer": (ConvertConfig("spectral"), "plan, settings"),
+    "layer": (ConvertConfig("mla", init="spectral"), "plan, settings"),
     "init": (replace(CASES["spectral"], init="random"), "settings"),
 }
 

@@ -12,8 +12,7 @@ from checkpoints import CLIPS, CONVERT, EVALUATE, MODEL, RECOVER, evidence_of
 from torch import Tensor
 
 from vmla_convert.config import RecoverConfig, SamplerConfig, TrainingConfig
-from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.layers.mla import LatentSelfAttention
+from vmla_convert.layers.dit import Block, CausalWanModel
 from vmla_convert.maths.flow import sampler_sigmas
 from vmla_convert.pipelines import calibrate
 from vmla_convert.pipelines.calibrate import LayerReads, model_blocks
@@ -30,11 +29,11 @@ from vmla_convert.pipelines.losses import (
     velocity_distillation,
 )
 from vmla_convert.pipelines.recovery import layerwise, recover
+from vmla_convert.pipelines.recovery.nested import Sizes
 from vmla_convert.pipelines.recovery.rollouts import Share, roll_out, rollout_examples
 from vmla_convert.pipelines.recovery.stages import Recovered, fit_layers, recover_model
 from vmla_convert.pipelines.recovery.trained import (
     add_adapters,
-    latent_layers,
     merge_adapters,
     new_names,
     new_parameters,
@@ -335,10 +334,10 @@ def test_a_ruinous_layer_is_undone_by_itself(
     before, fit = weights(ignorant), layerwise.fit_layer
 
     def ruin_the_first(
-        layer: LatentSelfAttention, lesson: layerwise.Lesson, config: RecoverConfig
+        layer: Block, lesson: layerwise.Lesson, config: RecoverConfig, sizes: Sizes
     ) -> tuple[float, float]:
-        first = layer is latent_layers(ignorant)[0]
-        return fit(layer, lesson, replace(config, layerwise_lr=1.0 if first else 3e-3))
+        first = layer is ignorant.all_blocks()[0]
+        return fit(layer, lesson, replace(config, layerwise_lr=1.0 if first else 3e-3), sizes)
 
     monkeypatch.setattr(layerwise, "fit_layer", ruin_the_first)
     config = RecoverConfig(10, training=TrainingConfig(batch_size=4), data=CLIPS)
@@ -429,9 +428,10 @@ def test_processes_divide_the_layers(
     together = convert_model(dense, replace(CONVERT, init="random"), None)
 
     def fit(student: CausalWanModel, share: Share) -> MemoryShelf:
-        shelf, layers = MemoryShelf(), latent_layers(student)
+        shelf, layers = MemoryShelf(), student.all_blocks()
+        blocks, sizes = model_blocks(dense), Sizes(student, (), 0)
         layerwise.recover_layers(
-            dense, model_blocks(dense), layers, clips, config, shelf, share, Silent()
+            dense, blocks, layers, clips, config, shelf, share, Silent(), sizes
         )
         return shelf
 

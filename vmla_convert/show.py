@@ -114,12 +114,12 @@ def show_inspection(inspection: Inspection) -> None:
     ]
     out.table(
         "KV cache",
-        ["", "numbers per token and layer", "bytes per token, bf16", "full window (bytes)", "cut"],
+        ["", "bytes per token and layer", "bytes per token", "full window (bytes)", "cut"],
         [
             [
                 name,
-                f"{c.cache_bytes_per_token():g}",
-                f"{round(2 * c.cache_bytes_per_token() * geometry.num_layers):,}",
+                f"{c.cache_bytes_per_token():.4g}",
+                f"{round(c.cache_bytes_per_token() * geometry.num_layers):,}",
                 f"{nbytes:,}",
                 f"{c.cache_cut():.1%}",
             ]

@@ -17,11 +17,9 @@ import torch
 from vmla_convert.checkpoint.families import OpenCheckpoint
 from vmla_convert.checkpoint.hub import is_repo
 from vmla_convert.checkpoint.keymap import listed
+from vmla_convert.checkpoint.lora import parse_lora
 from vmla_convert.checkpoint.source import TensorSource, TensorSpec
 from vmla_convert.errors import CheckpointError
-
-CODEC_NAME = "codec.safetensors"
-"""The weights of a codec, which tell its folder from others."""
 
 _KEYS_AND_VALUES = ("k.weight", "k.bias", "norm_k.weight", "v.weight", "v.bias")
 
@@ -40,7 +38,7 @@ def tensor_hash(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
-def find_base(codec: Path, record: Mapping[str, Any]) -> str:
+def find_base(codec: Path, record: Mapping[str, Any]) -> tuple[str, str | None]:
     """Where the base model of a codec is: where it was, beside the codec, or on the Hub.
 
     Args:
@@ -48,26 +46,45 @@ def find_base(codec: Path, record: Mapping[str, Any]) -> str:
         record: What its record says of the base.
 
     Returns:
-        A path, `demo`, or a Hub id with its revision.
+        A path, `demo`, or a Hub id with its revision; and the file in that repository.
 
     Raises:
         CheckpointError: It is at none of these places.
     """
     repo, name = record.get("repo"), str(record.get("name", ""))
     if repo == "demo":
-        return repo
-    places = [Path(str(record["path"]))] if record.get("path") else []
-    places += [folder / name for folder in (codec, codec.parent)] if name else []
-    for place in places:
-        if place.exists():
-            return str(place)
+        return repo, None
+    if name and (place := _kept_place(codec, Path(record.get("path", name)))):
+        return str(place), None
     if repo and is_repo(repo):
         revision = record.get("revision")
-        return f"{repo}@{revision}" if revision else repo
+        return f"{repo}@{revision}" if revision else repo, record.get("file")
     raise CheckpointError(
         f"the base model '{name}' of {codec} is not where it was, nor beside the codec",
         "name it: --base-model PATH",
     )
+
+
+def find_loras(codec: Path, record: Mapping[str, Any]) -> tuple[str, ...]:
+    """The LoRAs that were merged into the base model of a codec, each where it was or beside it.
+
+    Args:
+        codec: The codec's folder.
+        record: What its record says of the base.
+    """
+    found: list[str] = []
+    for option in record.get("loras", ()):
+        path, scale = parse_lora(option)
+        found.append(f"{_kept_place(codec, path) or path}:{scale!r}")
+    return tuple(found)
+
+
+def _kept_place(codec: Path, path: Path) -> Path | None:
+    """A path, or what is of its name in a codec's folder or the one above."""
+    beside = (codec / path.name, codec.parent / path.name)
+    # A bare name is all that a pushed record has, and means nothing where a program runs.
+    places = (path, *beside) if path.is_absolute() else beside
+    return next((place for place in places if place.exists()), None)
 
 
 def check_base(
@@ -122,6 +139,7 @@ def join(base: OpenCheckpoint, codec: OpenCheckpoint) -> OpenCheckpoint:
         known=base.known,
         loras=base.loras,
         conditioning=conditioning,
+        base=base.source.path,
     )
 
 

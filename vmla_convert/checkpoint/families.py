@@ -133,6 +133,7 @@ class OpenCheckpoint:
         conditioning: SkyReels' frame-rate tensors, native name to source name; read as a bias.
         unknown: Tensors that are no part of the model.
         missing: Tensors that the model lacks.
+        base: Path of a codec's base model, where both are open.
     """
 
     source: TensorSource
@@ -144,6 +145,12 @@ class OpenCheckpoint:
     conditioning: dict[str, str] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    base: Path | None = None
+
+    @property
+    def model_path(self) -> Path:
+        """Where the model's own weights are, beside which text encoder and VAE may lie."""
+        return self.base or self.source.path
 
     @property
     def is_codec(self) -> bool:

@@ -32,6 +32,9 @@ PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 STATE_KEYS = ("generator_ema", "generator", "model", "ema", "state_dict")
 
 # Where pipelines keep their video model, Wan's own name before that of diffusers.
+CODEC_NAME = "codec.safetensors"
+"""The weights of a codec, which tell its folder from others; its base model may lie beside them."""
+
 _EXPERTS = ("high_noise_model", "low_noise_model", "transformer", "transformer_2")
 
 # Every dtype whose numbers stand one by one: those left out are quantised or packed.
@@ -276,6 +279,8 @@ def _locate_in_folder(folder: Path) -> Path:
 
 
 def _only_checkpoint(folder: Path) -> Path | None:
+    if (folder / CODEC_NAME).is_file():
+        return folder / CODEC_NAME
     if found := _only(folder, INDEX_SUFFIX) or _only(folder, ".safetensors"):
         return found
     # Before the pickles: beside Wan's experts lie its media and text encoder, as .pth.

@@ -201,7 +201,7 @@ def generate(
     device = compute_device()
     precision = getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     how = MediaConfig(base, vae_tiling, cpu_offload)
-    media = open_media(first.config, how, first.source.path, device, precision)
+    media = open_media(first.config, how, first.model_path, device, precision)
     given = read_prefix(prefix, media, first.config.latent_size, length) if prefix else None
     clips: dict[str, Tensor] = {}
     sizes: dict[str, int] = {}

@@ -65,12 +65,11 @@ def model_card(
     )
     origin = record.get("source", {})
     sections = [
-        f"---\n{_metadata(config, origin).to_yaml()}\n---",
+        f"---\n{_metadata(config, record).to_yaml()}\n---",
         f"# {origin.get('name', 'A checkpoint')}, converted to a latent KV cache",
-        "Converted by vmla-convert to a cache like that of "
-        "[VideoMLA](https://arxiv.org/abs/2605.30351): each layer "
-        f"caches {config.cache_bytes_per_token():.4g} bytes per token instead of "
-        f"{DENSE_ITEMSIZE * config.geometry.dense_cache_scalars} ({config.cache_cut():.1%} less).",
+        f"{_made(config)}: each layer caches {config.cache_bytes_per_token():.4g} bytes per token "
+        f"instead of {DENSE_ITEMSIZE * config.geometry.dense_cache_scalars} "
+        f"({config.cache_cut():.1%} less).",
         f"![frames of a rollout]({strip})" if strip else "",
         f"## Licence\n\n{_licence(config, origin)}",
         f"## How to use it\n\n{_usage(repo or '.', config, parts)}",
@@ -92,14 +91,14 @@ def without_folders(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record as others may see it: of what lay in somebody's folders the names alone.
 
     What a string is, its key says. Ids of the Hub stay whole where one is meant: a source's
-    `checkpoint` and a `base_model` are nothing else, and a `file` beside such a `checkpoint` is a
-    path in that repository. A `base` may be a folder too, which records have as an absolute path
-    (`data.recorded`), and so may a `_name_or_path`: what looks like an id passes for one unless it
-    is there as a path.
+    `checkpoint`, a `base_model` and a base's `repo` are nothing else, and a `file` beside a
+    `checkpoint` or `repo` is a path in that repository. A `base` may be a folder too, which records
+    have as an absolute path (`data.recorded`), and so may a `_name_or_path`: what looks like an id
+    passes for one unless it is there as a path.
     """
     public: dict[str, Any] = {}
     for key, value in record.items():
-        in_repo = key == "file" and is_repo(str(record.get("checkpoint", "")))
+        in_repo = key == "file" and is_repo(str(record.get("checkpoint") or record.get("repo")))
         public[_free(_name(key), public)] = value if in_repo else _public(key, value)
     return public
 
@@ -154,13 +153,31 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _metadata(config: ModelConfig, origin: Mapping[str, Any]) -> ModelCardData:
+def _made(config: ModelConfig) -> str:
+    """What a conversion is, in words."""
+    if config.codec is not None:
+        return "A cache codec made by vmla-convert, which goes with its base model"
+    return (
+        "Converted by vmla-convert to a cache like that of "
+        "[VideoMLA](https://arxiv.org/abs/2605.30351)"
+    )
+
+
+def _metadata(config: ModelConfig, record: Mapping[str, Any]) -> ModelCardData:
+    origin = record.get("source", {})
     name, link = _terms(config, origin) if config.licence == OTHER else (None, None)
+    base_model = config.base_model if config.base_model != UNKNOWN else None
+    if config.codec is not None:
+        repo = str(record.get("base", {}).get("repo"))
+        base_model = repo if is_repo(repo) else base_model
+    # A whole checkpoint is no adapter of what it was trained from.
+    is_adapter = config.codec is not None and base_model is not None
     return ModelCardData(
         license=config.licence,
         license_name=name,
         license_link=link,
-        base_model=config.base_model if config.base_model != UNKNOWN else None,
+        base_model=base_model,
+        base_model_relation="adapter" if is_adapter else None,
         library_name="vmla-convert",
         pipeline_tag="text-to-video",
         tags=["vmla", "latent-kv-cache", "causal-video-diffusion"],

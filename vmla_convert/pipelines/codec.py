@@ -15,11 +15,11 @@ from vmla_convert.checkpoint.base import base_tensors, tensor_hash
 from vmla_convert.checkpoint.families import OpenCheckpoint, converted_config
 from vmla_convert.checkpoint.hub import cached_repo
 from vmla_convert.checkpoint.layouts import CODEC
-from vmla_convert.checkpoint.source import TensorSpec
+from vmla_convert.checkpoint.source import TensorSpec, fingerprint
 from vmla_convert.checkpoint.writer import CheckpointWriter
 from vmla_convert.config import CacheSize, CodecConfig, ConvertConfig, ModelConfig, SourceConfig
 from vmla_convert.errors import ConfigError
-from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.layers.dit import CausalWanModel, check_size
 from vmla_convert.maths.codec import CodecFit, assume_codec, fit_codec
 from vmla_convert.pipelines.calibrate import LayerReads, calibrate, model_blocks
 from vmla_convert.pipelines.card import CARD_NAME, model_card
@@ -32,6 +32,7 @@ from vmla_convert.pipelines.conversion import (
     clips_hash,
     made_ahead,
     measure_layers,
+    measures,
     open_dense,
     open_measured,
     origin_of,
@@ -64,15 +65,21 @@ def convert_to_codec(
 ) -> Conversion:
     """Fit a codec; arguments and errors as of `convert`. The source is read and never written."""
     clock, progress = Clock(), Timed(progress or Silent())
-    refuse_layout(layout, out)
+    refuse_layout(out, layout)
     checkpoint = open_dense(source, progress)
     planned = planned_codec(checkpoint, config)
     specs = codec_specs(planned, config)
     check_start(checkpoint, config, out, sum(spec.nbytes for spec in specs.values()), resume)
     base = _base_record(source, checkpoint, progress)
     origin = origin_of(source, checkpoint)
-    model, tensors = to_dict(checkpoint.config), base["tensors"]
-    basis = {"source": origin, "base": tensors, "model": model, "clips": clips_hash(config)}
+    basis = {
+        "source": origin,
+        "base": base["tensors"],
+        "model": to_dict(checkpoint.config),
+        "clips": clips_hash(config),
+        # All of the source decides what its layers attend to.
+        "weights": fingerprint(checkpoint.source.path, progress) if measures(config) else None,
+    }
     shelf = calibration_shelf(out, basis, config)
     fit = _fitter(checkpoint, config, shelf, progress)
     clock.start_factoring()
@@ -91,11 +98,11 @@ def convert_to_codec(
     return Conversion.recorded(out, planned, record)
 
 
-def refuse_layout(layout: str, out: Path) -> None:
-    """Refuse a layout that a codec in the folder `out` cannot have.
+def refuse_layout(out: Path, layout: str) -> None:
+    """Refuse a layout that no codec has.
 
     Raises:
-        ConfigError: It is not `native`.
+        ConfigError: It is not our own.
     """
     if layout != "native":
         raise ConfigError(
@@ -105,30 +112,45 @@ def refuse_layout(layout: str, out: Path) -> None:
 
 
 def planned_codec(checkpoint: OpenCheckpoint, config: ConvertConfig) -> ModelConfig:
-    """The settings of a dense model with the codec that a conversion will make.
+    """The settings of a dense checkpoint with the codec that a conversion will make.
 
     Raises:
         CheckpointError: The checkpoint is converted already.
-        ConfigError: A setting does not fit the model, or is one of MLA layers.
+        ConfigError: As `plan_codec`.
     """
     refuse_converted(checkpoint)
-    dense, plain = checkpoint.config, {f.name: f.default for f in fields(ConvertConfig)}
+    return plan_codec(checkpoint.config, config)
+
+
+def plan_codec(dense: ModelConfig, config: ConvertConfig) -> ModelConfig:
+    """The settings of a dense model with the codec that a conversion will make.
+
+    Raises:
+        ConfigError: A setting does not fit the model, or is one of MLA layers.
+    """
+    plain = {f.name: f.default for f in fields(ConvertConfig)}
     for name in _MLA_ONLY:
         if getattr(config, name) != plain[name]:
             raise ConfigError(
                 f"{name} is a setting of MLA layers, and this makes a codec",
                 "leave it out, or add --preset videomla",
             )
-    channels = codec_channels(dense, config)
-    size = CodecConfig(channels).size
+    codec = codec_settings(dense, config)
+    planned = replace(dense, codec=codec)
+    check_size(planned, codec.size)
+    return planned
+
+
+def codec_settings(dense: ModelConfig, config: ConvertConfig) -> CodecConfig:
+    """Channels and default size of the codec that a conversion makes."""
+    channels = config.channels or min(CHANNELS, dense.geometry.dim)
+    size, whole = CodecConfig(channels).size, CacheSize(rank=channels)
+    most = whole.token_bytes(dense.geometry)
     if config.bytes_per_token is not None or config.cut is not None:
         size = CacheSize(config.bytes_per_token, config.cut)
-    return replace(dense, codec=CodecConfig(channels, size, config.calibrate))
-
-
-def codec_channels(dense: ModelConfig, config: ConvertConfig) -> int:
-    """Channels per layer that a conversion stores."""
-    return config.channels or min(CHANNELS, dense.geometry.dim)
+    elif size.token_bytes(dense.geometry) > most:
+        size = whole
+    return CodecConfig(channels, size, config.calibrate)
 
 
 def codec_specs(config: ModelConfig, how: ConvertConfig) -> dict[str, TensorSpec]:
@@ -178,19 +200,18 @@ def fit_model(
         progress: Where to draw.
     """
     geometry, dense = teacher.config.geometry, teacher.config
-    channels = codec_channels(dense, config)
+    codec = codec_settings(dense, config)
     if config.calibrate:
         clips = clips or open_measured(dense, config)
         blocks, count = model_blocks(teacher), config.calibration_clips
         reads = calibrate(teacher, blocks, clips, count, config.seed, progress)
-        fits = [fit_layer(reads(layer), channels) for layer in range(geometry.num_layers)]
+        fits = [fit_layer(reads(layer), codec.rank) for layer in range(geometry.num_layers)]
     else:
         state = teacher.state_dict()
         layers = range(geometry.num_layers)
         weights = (layer_weights(state.__getitem__, i, geometry.num_heads) for i in layers)
-        fits = [assume_codec(each, channels) for each in weights]
-    size = CodecConfig(channels).size
-    return with_codec(teacher, fits, CodecConfig(channels, size, config.calibrate))
+        fits = [assume_codec(each, codec.rank) for each in weights]
+    return with_codec(teacher, fits, codec)
 
 
 def with_codec(
@@ -214,7 +235,7 @@ def _fitter(
     checkpoint: OpenCheckpoint, config: ConvertConfig, shelf: Shelf | None, progress: Progress
 ) -> Callable[[int], CodecFit]:
     """Fits the codec of a layer by its index; calibration happens here and now."""
-    channels = codec_channels(checkpoint.config, config)
+    channels = codec_settings(checkpoint.config, config).rank
     if not config.calibrate:
         weights = weights_of(checkpoint)
         return lambda layer: assume_codec(weights(layer), channels)
@@ -238,6 +259,10 @@ def _base_record(source: Source, checkpoint: OpenCheckpoint, progress: Progress)
     elif repo := cached_repo(path):
         name, _, revision = repo.partition("@")
         record = {"name": name.rpartition("/")[2], "repo": name, "revision": revision}
+        inside = path.parts[path.parts.index(revision) + 1 :]
+        record |= {"file": "/".join(inside)} if inside else {}
+    if checkpoint.loras:
+        record["loras"] = [f"{lora.path.absolute()}:{lora.scale!r}" for lora in checkpoint.loras]
     return record | {"tensors": hashes}
 
 

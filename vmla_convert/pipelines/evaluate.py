@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,11 @@ from vmla_convert.demo.judge import background_psnr, read_digits
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.layers.mla import LatentSelfAttention
-from vmla_convert.maths.projections import KVWeights
 from vmla_convert.maths.spectra import (
     activation_spectrum,
     effective_rank,
     energy_at_rank,
+    spectrum,
     weight_spectrum,
 )
 from vmla_convert.pipelines.calibrate import LayerReads, check_clips, clips_at_once
@@ -184,14 +184,28 @@ def dense_rows(teacher: CausalWanModel, held_out: HeldOut) -> list[Row]:
     ]
 
 
-def spectrum_rows(teacher: CausalWanModel, measured: list[LayerReads], rank: int) -> list[Row]:
-    """Rows of each layer's joint key and value spectrum, as weights and on cached inputs."""
+def spectrum_rows(teacher: CausalWanModel, measured: Iterable[LayerReads], rank: int) -> list[Row]:
+    """Rows of each layer's joint key and value spectrum, as weights and on what is cached.
+
+    Args:
+        teacher: The dense model.
+        measured: Calibration of every layer, in order, for either product.
+        rank: Number of directions whose energy is told among others.
+    """
     read = teacher.state_dict().__getitem__
     rows: list[Row] = []
     for layer, reads in enumerate(measured):
         weights = layer_weights(read, layer, teacher.config.geometry.num_heads)
-        covariance = reads.past[1].covariance
-        rows += operator_spectra(_joint(weights), covariance, layer, rank)
+        joint, covariance = torch.cat([weights.key, weights.value]), reads.past[1].covariance
+        # A codec is calibrated on keys and values themselves, MLA layers on what they come from.
+        is_codec = reads.samples is not None
+        spectra = {
+            "weights": weight_spectrum(joint),
+            "weights_x_activations": spectrum(covariance)
+            if is_codec
+            else activation_spectrum(joint, covariance),
+        }
+        rows += _energy_rows(spectra, layer, {rank, *_spread(joint.shape[1])})
     return rows
 
 
@@ -213,18 +227,14 @@ def learned_spectrum_rows(model: CausalWanModel, step: int, seed: int = 0) -> li
     return rows
 
 
-def operator_spectra(target: Tensor, covariance: Tensor, layer: int, rank: int) -> list[Row]:
-    """Rows of one joint operator (n, d), alone and on inputs of a covariance (d, d)."""
+def _energy_rows(spectra: dict[str, Tensor], layer: int, ranks: set[int]) -> list[Row]:
+    """Rows of one layer's spectra, by run."""
     rows: list[Row] = []
-    spectra = {
-        "weights": weight_spectrum(target),
-        "weights_x_activations": activation_spectrum(target, covariance),
-    }
-    for run, spectrum in spectra.items():
-        rank_99 = effective_rank(spectrum)
+    for run, energies in spectra.items():
+        rank_99 = effective_rank(energies)
         rows.append(Row("effective_rank_99", rank_99, "directions", run, layer=layer))
-        for size in sorted({rank, *_spread(len(covariance))}):
-            energy = energy_at_rank(spectrum, size)
+        for size in sorted(ranks):
+            energy = energy_at_rank(energies, size)
             rows.append(Row("energy_at_rank", energy, "share", run, layer=layer, kv_lora_rank=size))
     return rows
 
@@ -232,10 +242,6 @@ def operator_spectra(target: Tensor, covariance: Tensor, layer: int, rank: int) 
 def _spread(width: int) -> list[int]:
     """About twenty ranks up to the width, evenly spread by ratio: enough to draw a spectrum."""
     return [round(width ** (i / (RANKS_DRAWN - 1))) for i in range(RANKS_DRAWN)]
-
-
-def _joint(weights: KVWeights) -> Tensor:
-    return torch.cat([weights.key, weights.value])
 
 
 def rollout_rows(video: Tensor, prompts: list[str], config: ModelConfig, seed: int) -> list[Row]:

@@ -60,11 +60,10 @@ def export(
     refuse_taken(out)  # before anything is fetched
     progress = progress or Silent()
     checkpoint = open_named(source, progress)
-    path = checkpoint.source.path
     chosen = layout or _LAYOUT_OF_FAMILY.get(checkpoint.config.family, "native")
     _check_words(chosen, key)
     form = _form(chosen, converted=not checkpoint.config.is_dense)
-    components = parts_to_copy(path, form, progress)
+    components = parts_to_copy(checkpoint.model_path, form, progress)
     if checkpoint.config.is_dense:
         files = dense_files(checkpoint.config, form, components)
     else:

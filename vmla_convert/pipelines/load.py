@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vmla_convert.checkpoint.base import CODEC_NAME, check_base, find_base, join
+from vmla_convert.checkpoint.base import check_base, find_base, find_loras, join
 from vmla_convert.checkpoint.families import (
     OpenCheckpoint,
     is_converted,
@@ -24,7 +24,7 @@ from vmla_convert.checkpoint.families import (
 from vmla_convert.checkpoint.hub import fetch, fetch_headers, has_parts, is_repo
 from vmla_convert.checkpoint.known import known_by_repo, known_model
 from vmla_convert.checkpoint.layouts import DIFFUSERS, NATIVE
-from vmla_convert.checkpoint.source import fingerprint, located
+from vmla_convert.checkpoint.source import CODEC_NAME, fingerprint, located
 from vmla_convert.config import CacheSize, RuntimeConfig, SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError
 from vmla_convert.layers.dit import Block, CausalWanModel, check_runtime
@@ -76,9 +76,15 @@ def base_of(codec: Path, how: SourceConfig) -> SourceConfig:
     """
     folder, record = located(codec).parent, read_provenance(codec)
     asked = from_dict(SourceConfig, record.get("source", {}).get("asked", {}))
-    base = how.base_model or find_base(folder, record.get("base", {}))
-    file = None if Path(base).is_file() else asked.file
-    return replace(asked, checkpoint=base, file=file, loras=how.loras or asked.loras)
+    told = record.get("base", {})
+    if how.base_model is None:
+        base, file = find_base(folder, told)
+    else:
+        base, file = how.base_model, asked.file or told.get("file")
+        if file and Path(base).exists() and not (Path(base) / file).exists():
+            file = None
+    loras = how.loras or find_loras(folder, told)
+    return replace(asked, checkpoint=base, file=file, loras=loras)
 
 
 def _refuse_base(how: SourceConfig) -> None:
