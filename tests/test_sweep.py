@@ -608,7 +608,7 @@ def test_a_point_is_timed_and_rolled_out(dense: CausalWanModel, tmp_path: Path) 
 
 ABLATION = SweepConfig(
     products=("mla",),
-    inits=("calibrated", "spectral"),
+    inits=("calibrated", "spectral", "random"),
     latents=("joint", "split"),
     cuts=(0.9, 0.8),
     recover=False,

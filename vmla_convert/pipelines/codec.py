@@ -65,18 +65,17 @@ def convert_to_codec(
 ) -> Conversion:
     """Fit a codec; arguments and errors as of `convert`. The source is read and never written."""
     clock, progress = Clock(), Timed(progress or Silent())
-    refuse_layout(layout, out)
+    refuse_layout(out, layout)
     checkpoint = open_dense(source, progress)
     planned = planned_codec(checkpoint, config)
     specs = codec_specs(planned, config)
     check_start(checkpoint, config, out, sum(spec.nbytes for spec in specs.values()), resume)
     base = _base_record(source, checkpoint, progress)
     origin = origin_of(source, checkpoint)
-    model, tensors = to_dict(checkpoint.config), base["tensors"]
     basis = {
         "source": origin,
-        "base": tensors,
-        "model": model,
+        "base": base["tensors"],
+        "model": to_dict(checkpoint.config),
         "clips": clips_hash(config),
         # All of the source decides what its layers attend to.
         "weights": fingerprint(checkpoint.source.path, progress) if measures(config) else None,
@@ -99,11 +98,11 @@ def convert_to_codec(
     return Conversion.recorded(out, planned, record)
 
 
-def refuse_layout(layout: str, out: Path) -> None:
-    """Refuse a layout that a codec in the folder `out` cannot have.
+def refuse_layout(out: Path, layout: str) -> None:
+    """Refuse a layout that no codec has.
 
     Raises:
-        ConfigError: It is not `native`.
+        ConfigError: It is not our own.
     """
     if layout != "native":
         raise ConfigError(

@@ -129,10 +129,10 @@ def _mla(config: SweepConfig, shared: ConvertConfig) -> list[ConvertConfig]:
     bare = replace(shared, product="mla", channels=None, bytes_per_token=None, cut=None)
     bare = replace(bare, cache_scalars=None, kv_lora_rank=None, qk_rope_head_dim=None)
     bare = replace(bare, plan=None)
-    points: list[ConvertConfig] = []
-    for size, latent, init, seed in product(sizes, config.latents, config.inits, config.seeds):
-        points.append(replace(bare, init=init, latent=latent, seed=seed, **size))
-    return points
+    return [
+        replace(bare, init=init, latent=latent, seed=seed, **size)
+        for size, latent, init, seed in product(sizes, config.latents, config.inits, config.seeds)
+    ]
 
 
 def _cuts(config: SweepConfig) -> list[CacheSize]:

@@ -51,7 +51,7 @@ def foresee(
         VmlaError: As `convert`, for all that shows before weights are read.
     """
     if config.product == "codec":
-        refuse_layout(layout, out)
+        refuse_layout(out, layout)
     checkpoint = open_named(source)
     if config.product == "codec":
         model = planned_codec(checkpoint, config)
