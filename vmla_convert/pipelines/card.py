@@ -68,7 +68,8 @@ def model_card(
         f"---\n{_metadata(config, record).to_yaml()}\n---",
         f"# {origin.get('name', 'A checkpoint')}, converted to a latent KV cache",
         f"{_made(config)}: each layer caches {config.cache_bytes_per_token():.4g} bytes per token "
-        f"instead of {DENSE_ITEMSIZE * config.geometry.dense_cache_scalars} ({config.cache_cut():.1%} less).",
+        f"instead of {DENSE_ITEMSIZE * config.geometry.dense_cache_scalars} "
+        f"({config.cache_cut():.1%} less).",
         f"![frames of a rollout]({strip})" if strip else "",
         f"## Licence\n\n{_licence(config, origin)}",
         f"## How to use it\n\n{_usage(repo or '.', config, parts)}",
