@@ -29,7 +29,10 @@ from torch import Tensor
 
 from vmla_convert.__main__ import main as run_reporting_errors
 from vmla_convert.config import (
+    DENSE_BITS,
     CachePolicy,
+    CacheSize,
+    CodecConfig,
     Geometry,
     MLAConfig,
     ModelConfig,
@@ -38,11 +41,24 @@ from vmla_convert.config import (
 )
 from vmla_convert.console import out
 from vmla_convert.errors import ConfigError, did_you_mean
-from vmla_convert.layers.attention import DenseSelfAttention, Reading, Sight, attend, split_heads
+from vmla_convert.layers.attention import (
+    DenseSelfAttention,
+    Reading,
+    Sight,
+    attend_with_past,
+    split_heads,
+)
+from vmla_convert.layers.cache import CodecStore, Storage, Store
+from vmla_convert.layers.codec import LayerCodec
 from vmla_convert.layers.dit import Block
 from vmla_convert.layers.mla import LatentSelfAttention
+from vmla_convert.layers.quantised import QuantisedStore
+from vmla_convert.layers.sdpa import attend
 from vmla_convert.maths.cost import absorbed_flops, materialised_flops
+from vmla_convert.maths.quantise import distortions, gaussian_samples, gaussian_tables
+from vmla_convert.maths.rates import allocate
 from vmla_convert.maths.rope3d import Rotary, grid_table, rotate
+from vmla_convert.pipelines.codec import CHANNELS
 from vmla_convert.pipelines.load import compute_device
 from vmla_convert.pipelines.rows import row_fields
 from vmla_convert.results import Row, append_rows
@@ -89,7 +105,6 @@ class Variant:
         latent: Whether keys and values share the latent.
         key_share: R over the width; of split latents what keys read.
         value_share: Of split latents what values read.
-        narrow: Content parts of heads are truncated, so that with the rope key they are D wide.
         backend: How latents are read.
         tile_mib: Most MiB that are rebuilt at a time.
     """
@@ -97,7 +112,6 @@ class Variant:
     latent: Latent
     key_share: float
     value_share: float = 0.0
-    narrow: bool = False
     backend: Backend = "auto"
     tile_mib: int | None = None
 
@@ -112,7 +126,6 @@ class Variant:
             "none",
             self.latent,
             (key - 1,) * layers * split,
-            qk_nope_head_dim=geometry.head_dim - 2 * len(pairs) if self.narrow else None,
         )
 
 
@@ -120,12 +133,13 @@ class Variant:
 PAPERS, HALF, SMALL = 1 / 8, 1 / 16, 1 / 24
 SIZES = [
     Variant("joint", PAPERS),
-    Variant("joint", PAPERS, narrow=True),
     Variant("joint", HALF),
     Variant("split", HALF, HALF),
     Variant("split", SMALL, SMALL),
 ]
 BACKENDS: tuple[Backend, ...] = ("materialised", "absorbed", "auto")
+CUTS = (0.95, 0.975)
+DTYPES: tuple[Literal["int8", "int4"], ...] = ("int8", "int4")
 VARIANTS = [replace(variant, backend=backend) for variant in SIZES for backend in BACKENDS]
 
 
@@ -172,6 +186,8 @@ def measure(shapes: Shapes, window: int) -> list[Row]:
     torch.manual_seed(0)
     bench = Bench(shapes, window)
     cases = [bench.dense(rotated=True), bench.dense(rotated=False)]
+    cases += [bench.codec(cut) for cut in CUTS]
+    cases += [bench.quantised(dtype) for dtype in DTYPES]
     cases += [bench.converted(variant) for variant in VARIANTS]
     for case in cases:
         case.run(bench.chunk)
@@ -266,8 +282,8 @@ class Bench:
         key, value = (
             torch.cat([old, new], 1)
             for old, new in zip(
-                attention.project(self.past).cached,
-                attention.project(self.chunk).cached,
+                attention.project(self.past),
+                attention.project(self.chunk),
                 strict=True,
             )
         )
@@ -276,7 +292,7 @@ class Bench:
 
         def run(x: Tensor) -> tuple[float, float]:
             started = self._now()
-            new_key, new_value = (split_heads(e, heads) for e in attention.project(x).cached)
+            new_key, new_value = (split_heads(e, heads) for e in attention.project(x))
             key[:, start:] = rotate(new_key, own) if rotated else new_key
             value[:, start:] = new_value
             q = split_heads(attention.norm_q(attention.q(x)), heads)
@@ -296,8 +312,8 @@ class Bench:
         mla = variant.mla(self.shapes.geometry)
         attention = LatentSelfAttention(self.shapes.geometry, mla, 0).to(self.device)
         torch.nn.init.normal_(attention.q_rope_map, std=0.05)
-        runtime = RuntimeConfig(variant.backend, variant.tile_mib)
-        past = attention.project(self.past).cached
+        runtime = RuntimeConfig(backend=variant.backend, tile_mib=variant.tile_mib)
+        past = attention.project(self.past)
         sight = Sight(self._table(-1), self._table(0), runtime=runtime)
 
         def run(x: Tensor) -> tuple[float, float]:
@@ -310,9 +326,9 @@ class Bench:
             return gathered - read, self._now() - started
 
         def prepared(x: Tensor) -> tuple[Tensor, Reading]:
-            projection = attention.project(x, keep=False)
+            entries = attention.project(x)
             q = split_heads(attention.norm_q(attention.q(x)), attention.num_heads)
-            pairs = zip(past, projection.cached, strict=True)
+            pairs = zip(past, entries, strict=True)
             return q, Reading(tuple(torch.cat(pair, 1) for pair in pairs))
 
         q, reading = prepared(self.chunk)
@@ -322,6 +338,61 @@ class Bench:
         config = replace(self.config, mla=mla)
         fields = row_fields(config) | {"backend": variant.backend, "frames": self.window}
         return Case(fields, run, flops)
+
+    def compressed(self, store: Store, config: ModelConfig, runtime: RuntimeConfig) -> Case:
+        """The dense layer with a compressed past, rebuilt at each pass."""
+        attention = self.block.self_attn
+        assert isinstance(attention, DenseSelfAttention)
+        heads, past = attention.num_heads, self.window - self.shapes.chunk_frames
+        slots = range(past)
+        for start in range(0, past, self.shapes.chunk_frames):
+            chunk = list(range(start, min(start + self.shapes.chunk_frames, past)))
+            tokens = slice(chunk[0] * self.tokens, (chunk[-1] + 1) * self.tokens)
+            store.write(chunk, *attention.project(self.past[:, tokens]))
+        sight = Sight(self._table(-1), self._table(-1), self._table(1), runtime=runtime)
+
+        def run(x: Tensor) -> tuple[float, float]:
+            started = self._now()
+            key, value = (split_heads(entry, heads) for entry in attention.project(x))
+            q = split_heads(attention.norm_q(attention.q(x)), heads)
+            projected = self._now()
+            q, key = rotate(q, sight.query), rotate(key, sight.keys)
+            y = attend_with_past(q, key, value, store.past(slots), sight)
+            gathered = self._now()
+            attention.o(y.flatten(2))
+            return gathered - projected, self._now() - started
+
+        fields = row_fields(config, runtime=runtime) | {"frames": self.window}
+        tokens = self.window * self.tokens
+        return Case(fields, run, 4 * self.chunk.shape[1] * tokens * attention.o.in_features)
+
+    def codec(self, cut: float) -> Case:
+        """The codec at a size, with random maps and energies that halve every eight channels."""
+        geometry = self.shapes.geometry
+        rank = min(CHANNELS, geometry.dim)
+        codec = LayerCodec(geometry.dim, geometry.num_heads, rank).to(self.device)
+        torch.nn.init.normal_(codec.encode, std=(2 * geometry.dim) ** -0.5)
+        torch.nn.init.normal_(codec.decode, std=rank**-0.5)
+        codec.energies.copy_(torch.exp2(-torch.arange(rank) / 8))
+        codec.tables.copy_(gaussian_tables())
+        codec.distortions.copy_(distortions(gaussian_tables(), gaussian_samples()))
+        config = replace(self.config, codec=CodecConfig(rank))
+        runtime = RuntimeConfig(size=CacheSize(cut=cut))
+        asked = int(config.cache_bytes_per_token(runtime))
+        (rate,) = allocate([codec.purchases()], asked)
+        store = CodecStore(codec, rate, self.window, self._storage())
+        return self.compressed(store, config, runtime)
+
+    def quantised(self, dtype: Literal["int8", "int4"]) -> Case:
+        """The dense cache quantised in place."""
+        geometry, runtime = self.shapes.geometry, RuntimeConfig(cache_dtype=dtype)
+        store = QuantisedStore(
+            geometry.num_heads, geometry.dim, DENSE_BITS[dtype], self.window, self._storage()
+        )
+        return self.compressed(store, self.config, runtime)
+
+    def _storage(self) -> Storage:
+        return Storage(1, self.tokens, device=self.device)
 
     def gemm_rate(self) -> float:
         """Operations a second of one large product."""
@@ -337,9 +408,9 @@ class Bench:
         return self._now() - started
 
     def _table(self, part: int) -> Rotary:
-        """Positions of the whole window (0), or of the chunk (−1)."""
+        """Positions of the whole window (0), of the past (1), or of the chunk (−1)."""
         frames, edge = torch.arange(self.window), self.window - self.shapes.chunk_frames
-        chosen = {0: frames, -1: frames[edge:]}[part]
+        chosen = {0: frames, 1: frames[:edge], -1: frames[edge:]}[part]
         _, rows, columns = self.shapes.geometry.patch_size
         height, width = self.shapes.latent_size
         return grid_table(

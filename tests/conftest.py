@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 from typing import Literal
 
 import torch
@@ -10,12 +11,18 @@ from torch import Tensor, nn
 
 from vmla_convert.config import (
     CachePolicy,
+    CodecConfig,
     Geometry,
     MLAConfig,
     ModelConfig,
     SamplerConfig,
 )
-from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.layers.attention import DenseSelfAttention
+from vmla_convert.layers.codec import LayerCodec
+from vmla_convert.layers.dit import Block, CausalWanModel, SelfAttention
+from vmla_convert.maths.codec import CodecFit, fit_codec
+from vmla_convert.maths.moments import measure_moments
+from vmla_convert.maths.reads import ReadSums
 
 WIDE_WINDOW = CachePolicy(window_frames=64)
 TINY_GEOMETRY = Geometry(
@@ -50,6 +57,7 @@ def tiny_config(
     mla: MLAConfig | None = None,
     chunk_frames: int = 2,
     latent_size: tuple[int, int] = (4, 6),
+    codec: CodecConfig | None = None,
 ) -> ModelConfig:
     """A model of two small layers over frames of 2 x 3 tokens."""
     return ModelConfig(
@@ -59,14 +67,66 @@ def tiny_config(
         cache=cache,
         sampler=SamplerConfig(),
         mla=mla,
+        codec=codec,
     )
 
 
 def tiny_model(config: ModelConfig, seed: int = 0) -> CausalWanModel:
-    """A model with no parameter at zero or one, so that none can be ignored unnoticed."""
+    """A model with no parameter at zero or one, so that none can be ignored unnoticed.
+
+    A codec is fitted to the keys and values of random tokens, and has the size of its config.
+    """
     model = CausalWanModel(config)
-    randomise(model, seed)
+    if config.codec is None:
+        randomise(model, seed)
+        return model
+    model.load_state_dict(_codec_state(config.geometry, config.codec.rank, seed))
+    model.resize(config.codec.size)
     return model
+
+
+@cache
+def _codec_state(geometry: Geometry, rank: int, seed: int) -> dict[str, Tensor]:
+    """Parameters and buffers of `tiny_model`; fits take a while."""
+    model = CausalWanModel(tiny_config(geometry, codec=CodecConfig(rank)))
+    randomise(model, seed)
+    for block in model.all_blocks():
+        assert isinstance(block.self_attn, DenseSelfAttention) and block.codec is not None
+        block.codec.load_state_dict(tiny_fit(block.self_attn, rank)._asdict())
+    return model.state_dict()
+
+
+@torch.no_grad()
+def tiny_fit(attention: DenseSelfAttention, rank: int) -> CodecFit:
+    """A codec of a tiny layer, fitted to random tokens and a random metric."""
+    dim, heads = attention.k.out_features, attention.num_heads
+    entries = torch.cat(attention.project(noise(600, dim, seed=40)), -1)
+    moments = measure_moments(entries)
+    return fit_codec(random_sums(heads, dim // heads), moments, entries, rank)
+
+
+def random_sums(heads: int, head_dim: int, seed: int = 41) -> ReadSums:
+    """Reads whose squares are random and of full rank."""
+
+    def square(*batch: int, size: int) -> Tensor:
+        root = noise(*batch, size, 2 * size, seed=seed + size).double()
+        return root @ root.mT
+
+    return ReadSums(
+        queries=torch.tensor(50.0, dtype=torch.float64),
+        query_square=square(heads, size=head_dim),
+        turned_query_square=square(heads, size=head_dim),
+        query_pairs=noise(heads, head_dim // 2, seed=seed).double().square(),
+        phases=noise(heads, head_dim // 2, seed=seed).to(torch.complex128),
+        value_square=square(size=heads * head_dim),
+    )
+
+
+def block_of(attention: SelfAttention, codec: LayerCodec | None = None) -> Block:
+    """A block whose self-attention is given; masked passes take blocks."""
+    block = Block(tiny_config(), 0)
+    block.self_attn, block.codec = attention, codec
+    return block
 
 
 def randomise(module: nn.Module, seed: int) -> None:

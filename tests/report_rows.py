@@ -1,143 +1,194 @@
-"""Planted rows of everything that a report can show, as a sweep would write them."""
+"""Planted rows of everything that a report can show, made as a sweep makes them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
-from vmla_convert.results import Row
+from vmla_convert.config import (
+    CachePolicy,
+    CacheSize,
+    CodecConfig,
+    Geometry,
+    MLAConfig,
+    ModelConfig,
+    RuntimeConfig,
+    SamplerConfig,
+)
+from vmla_convert.pipelines.rows import (
+    Errors,
+    cache_rows,
+    error_rows,
+    memory_rows,
+    row_fields,
+)
+from vmla_convert.results import Row, bytes_at_error
 
-DENSE_LOSS, DENSE_SCALARS, DENSE_STEP = 0.04, 256, 0.080
-LATENT = {"latent": "joint"}
-QUALITY = {"calibrated": 1.0, "spectral": 12.0, "random": 30.0}
+DENSE_LOSS, DENSE_BYTES, DENSE_STEP = 0.04, 512.0, 0.080
+GEOMETRY = Geometry(dim=128, ffn_dim=256, num_heads=4, num_layers=6, in_dim=16, out_dim=16)
 STEPS = (0, 20, 40, 60)
+SIZES = (12.0, 20.0, 32.0, 51.2, 80.0, 128.0)
+RANKS = ((8, 4), (16, 8), (32, 16))
+# What errors are multiples of: those of the codec at the same bytes.
+QUALITY = {"model": 2.5, "calibrated": 4.0, "spectral": 30.0}
+DENSE_ERRORS = {"int8": 1e-5, "int4": 4e-3, "int3": 0.03, "int2": 0.3}
+CODEC_POINT = "c0dec0000000"
 
 
-def full_rows(
-    ranks: Sequence[tuple[int, int]] = ((8, 4), (16, 8), (32, 16)),
-    layers: int = 6,
-    pairs: int = 16,
-    seeds: int = 2,
-) -> list[Row]:
-    """A whole sweep: three inits, several sizes, seeds, quantised caches, every further metric."""
-    points = [
-        row
-        for rank, rope in ranks
-        for init in QUALITY
-        for seed in range(seeds)
-        for row in whole_point(init, rank, rope, seed, layers, pairs)
+def dense_config() -> ModelConfig:
+    """A model of six layers whose dense cache takes 512 bytes per token and layer."""
+    return ModelConfig(
+        geometry=GEOMETRY,
+        latent_size=(12, 12),
+        chunk_frames=2,
+        cache=CachePolicy(12, 2, "relative"),
+        sampler=SamplerConfig(),
+        media="demo",
+    )
+
+
+def codec_config() -> ModelConfig:
+    return replace(dense_config(), codec=CodecConfig(128, CacheSize(20.0)))
+
+
+def mla_config(init: str, rank: int, rope: int) -> ModelConfig:
+    layers = GEOMETRY.num_layers
+    pairs = tuple(range(rope // 2))
+    return replace(dense_config(), mla=MLAConfig((rank,) * layers, (pairs,) * layers, init))
+
+
+def full_rows(seeds: int = 2) -> list[Row]:
+    """A whole sweep: a codec at several sizes, MLA of two inits, quantised dense caches."""
+    return [
+        *dense_rows(),
+        *weight_spectra(),
+        *(row for seed in range(seeds) for row in codec_rows(seed)),
+        *(
+            row
+            for seed in range(seeds)
+            for init in ("calibrated", "spectral")
+            for rank, rope in RANKS
+            for row in mla_rows(init, rank, rope, seed)
+        ),
+        Row("failed", 1.0, "point", "mla-random-2+2", point="f", note="diverged at step 12"),
+        Row("sweep_seconds", 12.5, "s", "sweep", note="calibrating"),
+        Row("sweep_seconds", 3.5, "s", "sweep", note="converting"),
     ]
-    failed = Row(
-        "failed", 1.0, "point", "random-2+2", point="random-2+2", init="random", seed=1,
-        note="training diverged at step 12",
-    )  # fmt: skip
-    sweep = [
-        Row("sweep_seconds", 12.5, "s", "sweep", note="calibrate"),
-        Row("sweep_seconds", 3.5, "s", "sweep", note="factor"),
-    ]
-    return [*dense_model_rows(), *weight_spectra(layers), *points, failed, *sweep]
 
 
-def dense_model_rows() -> list[Row]:
+def dense_rows() -> list[Row]:
+    """The dense model, as it is and quantised."""
+    config = dense_config()
     rows = [
-        Row("flow_loss", DENSE_LOSS, "squared velocity", "dense"),
-        Row("flow_loss_other_past", 0.4, "squared velocity", "dense"),
-        Row("cache_scalars_per_token", DENSE_SCALARS, "numbers per token and layer", "dense"),
-        Row("cache_bytes_per_token", 2 * DENSE_SCALARS, "bytes per token and layer", "dense"),
-        Row("step_seconds", DENSE_STEP, "s", "dense"),
+        *error_rows(Errors(0.0, DENSE_LOSS), config, None),
+        Row("flow_loss_other_past", 0.4, "squared velocity", **row_fields(config)),
+        *cache_rows(config),
+        *memory_rows(config),
+        Row("step_seconds", DENSE_STEP, "s", **row_fields(config)),
+        *rollout(config, 0.0),
     ]
-    return [*rows, *rollout("dense", 0.0, {}), *memory(DENSE_SCALARS, {"run": "dense"})]
+    for dtype, error in DENSE_ERRORS.items():
+        runtime = RuntimeConfig(cache_dtype=dtype)  # pyright: ignore[reportArgumentType]
+        rows += measured(config, error, None, runtime=runtime)
+        rows += memory_rows(config, runtime=runtime)
+    return rows
 
 
-def whole_point(
-    init: str, rank: int, rope: int, seed: int, layers: int, pairs: int
-) -> Iterator[Row]:
-    key = f"{init}-{rank}+{rope}"
-    fields: dict[str, Any] = {
-        "run": key, "point": key, "seed": seed, "init": init, "kv_lora_rank": rank,
-        "qk_rope_head_dim": rope, "recovery_steps": STEPS[-1], **LATENT,
-    }  # fmt: skip
-    scalars = rank + rope + 1
-    yield Row("cache_scalars_per_token", scalars, "numbers per token and layer", **fields)
-    yield Row("cache_bytes_per_token", 2 * scalars, "bytes per token and layer", **fields)
-    yield Row("convert_seconds", 1.5, "s", **fields)
-    yield Row("recover_seconds", 20.0, "s", **fields)
-    yield Row("step_seconds", DENSE_STEP * (0.5 + scalars / 100), "s", **fields)
-    yield Row("seconds_ratio", 0.5 + scalars / 100, "step, over dense", **fields)
-    error = 0.5 * QUALITY[init] / scalars**1.5 * (1 + 0.1 * seed)
+def measured(
+    config: ModelConfig,
+    error: float,
+    step: int | None,
+    seed: int = 0,
+    runtime: RuntimeConfig | None = None,
+) -> list[Row]:
+    """One measurement, whose flow loss grows with the error, and what a token costs."""
+    errors = Errors(error, DENSE_LOSS * (1 + 20 * error))
+    return [
+        *error_rows(errors, config, step, seed, runtime),
+        *cache_rows(config, seed, runtime),
+    ]
+
+
+def codec_error(nbytes: float) -> float:
+    """Falls by half with every eight bytes."""
+    return 0.2 * 2 ** (-nbytes / 8)
+
+
+def recovered(error: float, step: int) -> float:
+    """A fifth of the error is left at the last step."""
+    return error * 0.2 ** (step / STEPS[-1])
+
+
+def codec_rows(seed: int = 0) -> list[Row]:
+    config, rows = codec_config(), list[Row]()
+    for nbytes in SIZES:
+        for dtype in ("auto", "model"):
+            runtime = RuntimeConfig(CacheSize(nbytes), cache_dtype=dtype)
+            error = codec_error(nbytes) * QUALITY.get(dtype, 1.0) * (1 + 0.1 * seed)
+            steps = STEPS if dtype == "auto" else (0, STEPS[-1])
+            for step in steps:
+                rows += measured(config, recovered(error, step), step, seed, runtime)
+            rows += memory_rows(config, seed, runtime)
+    fields = row_fields(config, seed)
+    rows += [
+        Row("convert_seconds", 1.5, "s", **fields),
+        Row("recover_seconds", 20.0, "s", **fields),
+        Row("learning_rate", 1e-3, "per step", **fields),
+        *rollout(config, 2.0),
+    ]
+    for dtype, error in DENSE_ERRORS.items():
+        for step in (0, STEPS[-1]):
+            curve = [(size, recovered(codec_error(size), step)) for size in SIZES]
+            if (nbytes := bytes_at_error(curve, error)) is not None:
+                own = {**fields, "cache_dtype": dtype}
+                rows.append(Row("bytes_at_error", nbytes, "bytes", step=step, **own))
+    labels = {"point": CODEC_POINT, "recovery_steps": STEPS[-1]}
+    return [replace(row, seed=seed, **labels) for row in rows]
+
+
+def mla_rows(init: str, rank: int, rope: int, seed: int = 0) -> list[Row]:
+    config, rows = mla_config(init, rank, rope), list[Row]()
+    fields, nbytes = row_fields(config, seed), config.cache_bytes_per_token()
+    error = codec_error(nbytes / 4) * QUALITY[init] / 4
     for step in STEPS:
-        now = min(0.9, error) * 0.2 ** (step / STEPS[-1])
-        yield from errors(now, fields, step)
-    last = min(0.9, error) * 0.2
-    for dtype, share, worse in (("int8", 1.0, 1.02), ("int4", 0.5, 1.5)):
-        kept = {**fields, "cache_dtype": dtype}
-        yield from errors(last * worse, kept, STEPS[-1])
-        nbytes = rank * share + 2 * rope + 2
-        yield Row("cache_bytes_per_token", nbytes, "bytes per token and layer", **kept)
-        yield from memory(nbytes / 2, kept)
-    yield from learned_spectra(init, fields, layers)
-    yield from positions(fields, layers, pairs)
-    yield from rollout(key, 40 * last, fields)
-    yield from memory(scalars, fields)
+        rows += measured(config, recovered(error, step), step, seed)
+    rows += memory_rows(config, seed)
+    rows += [
+        Row("convert_seconds", 1.5, "s", **fields),
+        Row("step_seconds", DENSE_STEP * (0.5 + nbytes / 400), "s", **fields),
+        Row("seconds_ratio", 0.5 + nbytes / 400, "converted / dense", **fields),
+        *rollout(config, 40 * error),
+        *learned_spectra(config, seed),
+    ]
+    point = f"{init}-{rank}+{rope}"
+    return [replace(row, point=point, seed=seed, recovery_steps=STEPS[-1]) for row in rows]
 
 
-def errors(error: float, fields: dict[str, Any], step: int) -> Iterator[Row]:
-    loss = DENSE_LOSS * (1 + 20 * error)
-    yield Row("velocity_error", error, "relative", step=step, **fields)
-    yield Row("flow_loss", loss, "squared velocity", step=step, **fields)
+def learned_spectra(config: ModelConfig, seed: int) -> Iterator[Row]:
+    """Layers that fill nearly all of R, more so after recovery."""
+    fields = row_fields(config, seed)
+    for layer in range(GEOMETRY.num_layers):
+        for step, share in ((0, 0.85), (STEPS[-1], 0.95)):
+            wide = math.ceil(fields["kv_lora_rank"] * (share - 0.01 * layer))
+            yield Row("effective_rank_99", wide, "directions", layer=layer, step=step, **fields)
 
 
-def learned_spectra(init: str, fields: dict[str, Any], layers: int) -> Iterator[Row]:
-    for layer in range(layers):
-        rank = fields["kv_lora_rank"] + layer % 3 - 1
-        own = {**fields, "layer": layer}
-        yield Row("kv_lora_rank", rank, "numbers", **own)
-        for step, share in ((0, 0.93), (STEPS[-1], 0.97)):
-            wide = math.ceil(rank * (share + 0.03 * (init == "random")))
-            yield Row("effective_rank_99", wide, "directions", step=step, **own)
-
-
-def positions(fields: dict[str, Any], layers: int, pairs: int) -> Iterator[Row]:
-    rope = fields["qk_rope_head_dim"] // 2
-    for layer in range(layers):
-        for pair in range(pairs):
-            axis = ("time", "height", "width")[min(2, 3 * pair // pairs)]
-            own = {**fields, "layer": layer, "pair": pair, "note": axis}
-            place = (pair * 7 + layer * 3) % pairs
-            if place < rope:
-                count = 2.0 if place == 0 and layer % 2 else 1.0
-                yield Row("rope_pair", count, "rope keys", **own)
-            length = math.exp(-place / 6)
-            yield Row("phase_length", length, "mean of |phase|", **own)
-            yield Row("phase_angle", math.pi * math.sin(place), "radians", **own)
-
-
-def rollout(run: str, loss: float, fields: dict[str, Any]) -> Iterator[Row]:
-    own = {**fields, "run": run, "frames": 240}
+def rollout(config: ModelConfig, loss: float) -> Iterator[Row]:
+    """Quality that falls from segment to segment."""
+    fields = {**row_fields(config), "frames": 240}
     for segment in range(4):
         fall = segment * (0.5 + loss)
         for metric, value, unit in (
             ("background_psnr", 40 - fall - 3 * loss, "dB"),
-            ("digit_accuracy", max(0.1, 1 - 0.1 * fall), "share of frames"),
-            ("motion_error", 0.1 + 0.05 * fall, "pixels"),
-            ("drift", 0.02 * fall, "share"),
+            ("digit_accuracy", max(0.1, 1 - 0.02 * fall), "share of frames"),
+            ("drift", 0.02 * fall, "squared, relative to the spread"),
         ):
-            yield Row(metric, value, unit, segment=segment, **own)
-    yield Row("background_psnr", 38 - loss, "dB", **own)
+            yield Row(metric, value, unit, segment=segment, **fields)
+    yield Row("background_psnr", 38 - loss, "dB", **fields)
 
 
-def memory(scalars: float, fields: dict[str, Any]) -> Iterator[Row]:
-    for batch in (1, 4):
-        whole = 2 * scalars * 6 * 36 * batch
-        for seconds, frames in ((5.0, 20), (30.0, 120), (60.0, 240)):
-            own = {**fields, "batch": batch, "frames": frames, "clip_seconds": seconds}
-            yield Row("cache_bytes", whole * frames, "bytes", **own)
-        yield Row("cache_bytes", whole * 12, "bytes", **{**fields, "batch": batch, "frames": 12})
-
-
-def weight_spectra(layers: int, width: int = 128) -> Iterator[Row]:
+def weight_spectra(layers: int = GEOMETRY.num_layers, width: int = 128) -> Iterator[Row]:
     """Cumulative spectra at about twenty ranks, flat for weights, steep on activations."""
     ranks = sorted({round(width ** (i / 19)) for i in range(20)})
     for layer in range(layers):
@@ -150,6 +201,10 @@ def weight_spectra(layers: int, width: int = 128) -> Iterator[Row]:
                 yield Row("energy_at_rank", kept, "share", run, layer=layer, kv_lora_rank=rank)
 
 
-def without_points(rows: Sequence[Row]) -> list[Row]:
-    """The same rows as conversions by themselves write them, whose points have no key."""
-    return [replace(row, point=None) for row in rows]
+def point_rows(
+    errors: Sequence[float], init: str = "calibrated", rank: int = 16, rope: int = 8, seed: int = 0
+) -> list[Row]:
+    """An MLA model measured at steps 0, 10, 20, … of recovery."""
+    config = mla_config(init, rank, rope)
+    rows = [row for i, error in enumerate(errors) for row in measured(config, error, 10 * i, seed)]
+    return [replace(row, point=f"{init}-{rank}+{rope}") for row in rows]

@@ -75,8 +75,8 @@ def sights(
     """
     rotary = rotary_table(token_positions(places, 1, 2), HEAD_DIM)
     tokens = torch.arange(x.shape[1])
-    runtime = RuntimeConfig(backend, tile_mib)
-    reading = Reading(layer.project(x).cached)
+    runtime = RuntimeConfig(backend=backend, tile_mib=tile_mib)
+    reading = Reading(layer.project(x))
     return reading, Sight(rotary.at(tokens[past:]), rotary, runtime=runtime)
 
 
@@ -254,7 +254,7 @@ def test_auto_times_each_way_once_for_each_shape_where_the_count_is_unclear(
             q = split_heads(layer.norm_q(layer.q(x[:, past:])), HEADS)
             assert layer.faster(q, reading, sight) == fast
             y = layer(x[:, past:], reading, sight)
-            other = sight._replace(runtime=RuntimeConfig("materialised"))
+            other = sight._replace(runtime=RuntimeConfig(backend="materialised"))
             torch.testing.assert_close(y, layer(x[:, past:], reading, other), atol=1e-5, rtol=0)
     assert sorted(timed) == sorted(2 * ["materialised", "absorbed"])
 
@@ -287,9 +287,9 @@ def test_a_masked_read_is_rebuilt() -> None:
 
 def test_a_dense_model_is_not_absorbed() -> None:
     with pytest.raises(ConfigError) as caught:
-        tiny_model(tiny_config()).new_cache(1, RuntimeConfig("absorbed"))
+        tiny_model(tiny_config()).new_cache(1, RuntimeConfig(backend="absorbed"))
     sentence = str(caught.value).splitlines()[0]
-    assert sentence.startswith("only latent layers can be absorbed")
+    assert sentence.startswith("only MLA layers can be absorbed")
     assert not sentence.endswith(".")
     assert caught.value.hint
 

@@ -20,13 +20,12 @@ from reference.window import NaiveWindow
 from torch import Tensor, nn
 
 from vmla_convert.config import CachePolicy, MLAConfig, RuntimeConfig
-from vmla_convert.layers.attention import Projection
 from vmla_convert.layers.cache import DenseCache, KVCache, LatentCache, Storage
 
 BATCH, TOKENS = 2, 3
 CPU = torch.device("cpu")
 # Layers differ in what they keep, and layers of a kind in their widths.
-DENSE_WIDTHS = [{"key": 4, "value": 4}, {"key": 6, "value": 5}]
+DENSE_WIDTHS = [(4, 4), (6, 5)]
 LATENT_WIDTHS = [{"latent": 5, "rope": 2, "norm": 1}, {"latent": 3}]
 
 
@@ -59,6 +58,11 @@ def entries(
     return tuple(entry(frames, w, first_kind + i, versions) for i, w in enumerate(widths))
 
 
+def latent_cache(widths: dict[str, int], policy: CachePolicy) -> KVCache:
+    """The cache of one latent layer."""
+    return KVCache(policy, [LatentCache(widths, policy, storage())], RuntimeConfig())
+
+
 def same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
     return len(one) == len(other) and all(map(torch.equal, one, other))
 
@@ -82,13 +86,14 @@ class Caches(RuleBasedStateMachine):
                 *(DenseCache(widths, policy, kept) for widths in DENSE_WIDTHS),
                 *(LatentCache(widths, policy, kept) for widths in LATENT_WIDTHS),
             ],
+            RuntimeConfig(),
         )
         self.room, self.naive = room, NaiveWindow(policy.window_frames, sink)
         self.slots: dict[int, int] = {}
         self.written: dict[int, int] = {}
         self.kept: dict[int, int] = {}
         self.passes, self.chunk_is_kept = 0, True
-        self.widths = [[*widths.values()] for widths in (*DENSE_WIDTHS, *LATENT_WIDTHS)]
+        self.widths = [*map(list, DENSE_WIDTHS), *([*w.values()] for w in LATENT_WIDTHS)]
 
     @precondition(lambda self: self.chunk_is_kept)
     @rule(data=st.data())
@@ -125,20 +130,20 @@ class Caches(RuleBasedStateMachine):
     def read_dense(self, layer: int, keep: bool) -> None:
         window, widths = self.cache.window, self.widths[layer]
         new = entries(self.naive.chunk, widths, [self.passes] * len(self.naive.chunk))
-        reading = self.cache.update(layer, Projection(new, keep=keep))
+        reading = self.cache.update(layer, new, keep)
         held = [self.slots[slot] for slot in range(window.held)]
         assert same(reading.entries, entries(held, widths, [self.written[f] for f in held]))
-        assert reading.exact is None
+        assert reading.past is None
 
     def read_latent(self, layer: int, keep: bool) -> None:
         window, widths, chunk = self.cache.window, self.widths[layer], self.naive.chunk
         now = [self.passes] * len(chunk)
         new = entries(chunk, widths, now)
-        past = [self.slots[slot] for slot in window.latent_slots]
+        past = [self.slots[slot] for slot in window.past_slots]
         before = [self.kept[f] for f in past]
-        reading = self.cache.update(layer, Projection(new, keep=keep))
+        reading = self.cache.update(layer, new, keep)
         assert same(reading.entries, entries(past + chunk, widths, before + now))
-        assert reading.exact is None
+        assert reading.past is None
 
     @invariant()
     def no_other_frames_are_held(self) -> None:
@@ -159,11 +164,12 @@ TestCaches.settings = settings(
 def test_a_dense_read_is_a_view_of_all_slots_in_use(positions: str) -> None:
     assert positions in ("absolute", "relative")
     policy = CachePolicy(5, 1, positions)
-    cache, places = KVCache(policy, [DenseCache({"key": 4}, policy, storage())]), set[int]()
+    cache = KVCache(policy, [DenseCache((4,), policy, storage())], RuntimeConfig())
+    places = set[int]()
     for count in (2, 4, 5, 5):
         cache.open_chunk(2)
         for keep in (False, True):
-            (held,) = cache.update(0, Projection((torch.ones(BATCH, 2 * TOKENS, 4),), keep=keep))[0]
+            (held,) = cache.update(0, (torch.ones(BATCH, 2 * TOKENS, 4),), keep).entries
             assert held.shape == (BATCH, count * TOKENS, 4)
             assert held._is_view()
             places.add(held.data_ptr())
@@ -172,12 +178,12 @@ def test_a_dense_read_is_a_view_of_all_slots_in_use(positions: str) -> None:
 
 def test_an_open_chunk_reads_its_own_entries_as_they_are() -> None:
     policy = CachePolicy(4)
-    cache = KVCache(policy, [LatentCache({"latent": 5, "rope": 2}, policy, storage())])
+    cache = latent_cache({"latent": 5, "rope": 2}, policy)
     for seed in range(4):
         new = noise(BATCH, TOKENS, 5, seed=seed), noise(BATCH, TOKENS, 2, seed=10 + seed)
         cache.open_chunk(1)
         for _ in range(2):
-            read = cache.update(0, Projection(new)).entries
+            read = cache.update(0, new, True).entries
             assert same(tuple(entry[:, -TOKENS:] for entry in read), new)
 
 
@@ -216,8 +222,10 @@ def test_a_cache_takes_the_bytes_that_its_config_says(mla: MLAConfig | None) -> 
     model = tiny_model(config)
     for size in (4, 2):
         for offload in (False, True):
-            cache = model.new_cache(3, RuntimeConfig(offload=offload))
-            assert cache.nbytes == config.cache_bytes(7, 3, size) == allocated(cache)
+            runtime = RuntimeConfig(offload=offload)
+            cache = model.new_cache(3, runtime)
+            assert cache.nbytes == model.cache_bytes(3, runtime) == allocated(cache)
+            assert cache.nbytes == config.cache_bytes(7, 3) * size // 2
         model = model.bfloat16()
 
 
@@ -230,12 +238,12 @@ def test_the_bytes_of_a_token_by_hand() -> None:
 
 def test_a_cache_does_not_grow() -> None:
     policy = CachePolicy(4, 1)
-    cache = KVCache(policy, [LatentCache({"latent": 5, "norm": 1}, policy, storage())])
+    cache = latent_cache({"latent": 5, "norm": 1}, policy)
     sizes: set[int] = set()
     for seed in range(8):
         cache.open_chunk(2)
         new = noise(BATCH, 2 * TOKENS, 5, seed=seed), noise(BATCH, 2 * TOKENS, 1, seed=seed)
-        cache.update(0, Projection(new))
+        cache.update(0, new, True)
         sizes.add(allocated(cache))
         if seed == 5:
             cache.rewind(4, keep_sink=True)
@@ -250,10 +258,10 @@ def test_entries_are_kept_in_the_cache_dtype_but_norms_in_float16() -> None:
         kept = {(t.shape[-1], t.dtype) for t in tensors_in(cache, set())}
         assert kept == {(5, dtype), (2, dtype), (1, norm)}
         new = tuple(noise(BATCH, TOKENS, width).to(dtype) for width in widths.values())
-        whole = KVCache(policy, [cache])
+        whole = KVCache(policy, [cache], RuntimeConfig())
         for _ in range(2):
             whole.open_chunk(1)
-            read = whole.update(0, Projection(new)).entries
+            read = whole.update(0, new, True).entries
             assert [part.dtype for part in read[:2]] == [dtype] * 2
             assert read[2].dtype.itemsize >= norm.itemsize
             assert same(tuple(part[:, :TOKENS] for part in read), new)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vmla_convert.checkpoint.families import open_checkpoint
-from vmla_convert.config import DataConfig
+from vmla_convert.config import DataConfig, Product
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.attention import DenseSelfAttention
 from vmla_convert.layers.dit import Block, CausalWanModel
@@ -47,6 +47,8 @@ def tensors(reads: LayerReads) -> Iterator[Tensor]:
     for sums, moments in (reads.past, *reads.own):
         yield from sums
         yield from moments
+    if reads.samples is not None:
+        yield reads.samples
 
 
 def equal(one: list[LayerReads], other: list[LayerReads]) -> bool:
@@ -79,7 +81,7 @@ def walked(teacher: Path) -> tuple[list[LayerReads], list[Seen]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "CLIPS_AT_ONCE", 2)
         patch.setattr(pipeline, "measure_attention", noted)
-        measured = calibrate(model, model_blocks(model), open_clips(CLIPS), 3, SEED)
+        measured = calibrate(model, model_blocks(model), open_clips(CLIPS), 3, SEED, product="mla")
     return every(measured), seen
 
 
@@ -117,6 +119,7 @@ def test_reading_blocks_from_the_checkpoint_measures_what_the_model_in_memory_sh
         lambda layer: read_block(checkpoint, layer),
         open_clips(CLIPS),
         CONVERT.calibration_clips,
+        product="mla",
     )
     for one, other in zip(every(streamed), measured, strict=True):
         for a, b in zip(tensors(one), tensors(other), strict=True):
@@ -239,33 +242,91 @@ def test_phases_belong_to_the_window_that_the_model_runs_with() -> None:
     torch.testing.assert_close(many[time:], few[time:])
 
 
-def own_seen(reads: list[LayerReads]) -> list[int]:
-    return [len(layer.own) for layer in reads]
-
-
-def test_without_the_own_chunk_only_the_past_is_measured_and_is_the_same(
-    dense: CausalWanModel,
+@pytest.mark.parametrize("product", ["codec", "mla"])
+def test_a_folder_gives_what_memory_gives(
+    product: Product, dense: CausalWanModel, tmp_path: Path
 ) -> None:
-    both, past = (
-        every(calibrate(dense, model_blocks(dense), open_clips(CLIPS), 3, SEED, own=own))
-        for own in (True, False)
-    )
-    assert own_seen(both) == [2] * LAYERS
-    assert own_seen(past) == [0] * LAYERS
-    assert equal(past, [LayerReads(reads.past, []) for reads in both])
-
-
-@pytest.mark.parametrize("own", [True, False])
-def test_a_folder_gives_what_memory_gives(own: bool, dense: CausalWanModel, tmp_path: Path) -> None:
-    shelf = FolderShelf(tmp_path / "shelf", "work")
+    shelf, clips = FolderShelf(tmp_path / "shelf", "work"), open_clips(CLIPS)
     here, there = (
-        every(
-            calibrate(dense, model_blocks(dense), open_clips(CLIPS), 3, SEED, shelf=place, own=own)
-        )
+        every(calibrate(dense, model_blocks(dense), clips, 3, SEED, shelf=place, product=product))
         for place in (None, shelf)
     )
     assert equal(here, there)
-    assert own_seen(here) == own_seen(there) == [2 * own] * LAYERS
+    assert {len(reads.own) for reads in here + there} == {2 if product == "mla" else 0}
+    assert {reads.samples is None for reads in here + there} == {product == "mla"}
+
+
+# For a codec
+
+
+class Entered(NamedTuple):
+    """What calibration for a codec measured of a layer, and [k; v] of its clean tokens."""
+
+    reads: LayerReads
+    entries: Tensor
+
+
+def entered(model: CausalWanModel, monkeypatch: pytest.MonkeyPatch) -> list[Entered]:
+    """Of the clips of `walked`, layer by layer."""
+    measure, seen = pipeline.measure_attention, dict[nn.Module, list[Tensor]]()
+
+    def noted(attention: DenseSelfAttention, x: Tensor, *rest: Any) -> LayerReads:
+        parts = attention.project(x[:, :HALF])
+        seen.setdefault(attention, []).append(torch.cat(parts, -1).detach().flatten(0, 1))
+        return measure(attention, x, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "CLIPS_AT_ONCE", 2)
+        patch.setattr(pipeline, "measure_attention", noted)
+        measured = every(calibrate(model, model_blocks(model), open_clips(CLIPS), 3, SEED))
+    entries = [torch.cat(seen[attention]) for attention in model.self_attentions()]
+    return [Entered(*layer) for layer in zip(measured, entries, strict=True)]
+
+
+def test_a_codec_is_measured_by_normed_keys_and_values_of_clean_tokens(
+    dense: CausalWanModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for reads, entries in entered(dense, monkeypatch):
+        assert reads.own == []
+        assert entries.shape == (3 * HALF, 2 * MODEL.geometry.dim)
+        assert_moments(reads.past[1], measure_moments(entries))
+
+
+@pytest.mark.parametrize("asked", [5, 10**6])
+def test_samples_are_entries_of_clean_tokens_equally_many_of_each_clip(
+    asked: int, dense: CausalWanModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No token is sampled twice: all of them are each sampled once."""
+    monkeypatch.setattr(pipeline, "SAMPLES_PER_CLIP", asked)
+    for reads, entries in entered(dense, monkeypatch):
+        assert reads.samples is not None
+        assert reads.samples.dtype == torch.float32
+        of_clips = reads.samples.view(3, min(asked, HALF), -1)
+        for samples, known in zip(of_clips, entries.split(HALF), strict=True):
+            gaps = torch.cdist(samples.double(), known.double())
+            assert gaps.min(1).values.max() < 1e-4
+            if asked > HALF:
+                torch.testing.assert_close(samples.sum(0), known.sum(0), rtol=1e-4, atol=1e-2)
+                assert gaps.min(0).values.max() < 1e-4
+
+
+def test_what_is_read_of_normed_keys_is_what_is_read_of_raw_ones_but_for_their_norm(
+    dense: CausalWanModel,
+    walked: tuple[list[LayerReads], list[Seen]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for (reads, _), mla in zip(entered(dense, monkeypatch), walked[0], strict=True):
+        normed, raw = reads.past[0], mla.past[0]
+        assert normed.queries == raw.queries
+        torch.testing.assert_close(normed.value_square, raw.value_square, rtol=1e-4, atol=1e-6)
+        assert not torch.allclose(normed.turned_query_square, raw.turned_query_square, rtol=0.05)
+
+
+def test_samples_of_parts_are_those_of_all_clips(dense: CausalWanModel) -> None:
+    reads = calibrate(dense, model_blocks(dense), open_clips(CLIPS), 1)(0)
+    twice = merge_layer_reads([reads, reads])
+    assert reads.samples is not None and twice.samples is not None
+    assert torch.equal(twice.samples, torch.cat([reads.samples, reads.samples]))
 
 
 def test_what_lies_on_a_shelf_is_not_measured_again(dense: CausalWanModel, tmp_path: Path) -> None:

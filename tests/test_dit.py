@@ -332,7 +332,7 @@ def test_a_walk_yields_what_each_self_attention_reads(mla: MLAConfig | None) -> 
     for step, (block, (x, y)) in zip(steps, zip(model.blocks, seen, strict=True), strict=True):
         assert step[0] is block
         assert torch.equal(step[1], x)
-        assert torch.equal(step[2](step[0].self_attn, x), y)
+        assert torch.equal(step[2](step[0], x), y)
     assert len(seen) == config.geometry.num_layers
 
 

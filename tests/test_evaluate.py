@@ -45,9 +45,11 @@ pytest_plugins = ["checkpoints"]
 
 Latent = Literal["joint", "split"]
 
-RUN = "calibrated-8+4-joint"
+RUN = "mla-calibrated-8+4-joint"
 LATENT_FIELDS = {
     "run": RUN,
+    "product": "mla",
+    "bytes_per_token": 26,
     "init": "calibrated",
     "kv_lora_rank": 8,
     "qk_rope_head_dim": 4,
@@ -158,11 +160,9 @@ def test_rows_of_the_dense_model(dense: CausalWanModel, held_out: HeldOut) -> No
     assert rows.keys() == {
         "flow_loss",
         "flow_loss_other_past",
-        "cache_scalars_per_token",
         "cache_bytes_per_token",
     }
     assert all(row.run == "dense" and row.init is None for row in rows.values())
-    assert rows["cache_scalars_per_token"].value == 96
     assert rows["cache_bytes_per_token"].value == 192
     assert rows["flow_loss"].value == held_out.measure(dense).flow_loss
     assert rows["flow_loss_other_past"].value == held_out.measure_other_past(dense).flow_loss
@@ -179,7 +179,6 @@ def test_rows_of_a_conversions_cache(latent: CausalWanModel) -> None:
     rows = cache_rows(latent.config)
     values = {row.metric: row.value for row in rows}
     assert values == {
-        "cache_scalars_per_token": 13,
         "cache_bytes_per_token": 26,
         "cache_cut": pytest.approx(1 - 13 / 96),
     }
@@ -190,33 +189,33 @@ def test_rows_of_a_conversions_cache(latent: CausalWanModel) -> None:
 def test_a_run_is_named_after_what_was_made(dense: CausalWanModel) -> None:
     def name(latent: Latent, ranks: tuple[int, ...], pairs: tuple[int, ...]) -> str:
         plan = RankPlan(ranks, pairs, (2, 2) if latent == "split" else ())
-        config = ConvertConfig("random", latent, plan=plan)
+        config = ConvertConfig(product="mla", init="random", latent=latent, plan=plan)
         return run_name(planned_config(MODEL, config, plan))
 
     assert run_name(dense.config) == "dense"
     names = {
-        "random-9+4-joint": name("joint", (9, 9), (2, 2)),
-        "random-13.5-joint": name("joint", (8, 9), (2, 2)),
-        "random-14-split": name("split", (8, 10), (2, 2)),
+        "mla-random-9+4-joint": name("joint", (9, 9), (2, 2)),
+        "mla-random-13.5-joint": name("joint", (8, 9), (2, 2)),
+        "mla-random-14-split": name("split", (8, 10), (2, 2)),
         # Other shares of the same size are another setting too.
-        "random-13-joint": name("joint", (8, 6), (2, 3)),
+        "mla-random-13-joint": name("joint", (8, 6), (2, 3)),
     }
     assert list(names) == list(names.values())
     narrow = replace(CONVERT, init="random", qk_nope_head_dim=6)
     plan = RankPlan((8, 8), (2, 2))
     named = run_name(planned_config(MODEL, narrow, plan))
-    assert named == "random-8+4-joint-nope6"
+    assert named == "mla-random-8+4-joint-nope6"
 
 
 def test_rows_name_no_size_that_layers_do_not_share(
     dense: CausalWanModel, measured: list[LayerReads]
 ) -> None:
     plan = RankPlan((8, 9), (2, 2))
-    config = ConvertConfig(plan=plan)
+    config = ConvertConfig(product="mla", plan=plan)
     model = convert_model(dense, config, evidence_of(dense, measured))
     rows = cache_rows(model.config)
     assert {(row.kv_lora_rank, row.qk_rope_head_dim) for row in rows} == {(None, None)}
-    assert rows[0].value == 13.5
+    assert rows[0].value == 27
 
 
 def test_rows_of_what_a_conversion_took(latent: CausalWanModel) -> None:

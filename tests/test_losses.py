@@ -15,7 +15,6 @@ from conftest import (
 from torch import Tensor, nn
 
 from vmla_convert.config import CachePolicy, MLAConfig
-from vmla_convert.layers.mla import LatentSelfAttention
 from vmla_convert.maths.flow import predict_clean
 from vmla_convert.maths.masks import teacher_forcing_mask
 from vmla_convert.pipelines.data import Batch
@@ -140,9 +139,8 @@ def test_distillation_moves_every_parameter_that_a_conversion_makes(mla: MLAConf
     student = tiny_model(tiny_config(cache=CONFIG.cache, mla=mla), seed=1)
     student.requires_grad_(False)
     new: set[Tensor] = set()
-    for attention in student.self_attentions():
-        assert isinstance(attention, LatentSelfAttention)
-        new |= {p.requires_grad_(True) for p in new_parameters(attention)}
+    for block in student.all_blocks():
+        new |= {p.requires_grad_(True) for p in new_parameters(block)}
     velocity_distillation(teacher)(student, example()[1]).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 1e-7 for p in new)
     assert {p for p in student.parameters() if p.grad is not None} == new

@@ -11,6 +11,7 @@ import torch
 from conftest import (
     EITHER_LATENT,
     TINY_GEOMETRY,
+    block_of,
     noise,
     randomise,
     tiny_clip,
@@ -89,7 +90,7 @@ def attend_of(mask: Visibility) -> Attend:
 def passed(layer: SelfAttention, x: Tensor, mask: Visibility) -> Pass:
     """Output and gradients, of x first and then of all parameters that take part."""
     leaf = x.clone().requires_grad_()
-    y = attend_of(mask)(layer, leaf)
+    y = attend_of(mask)(block_of(layer), leaf)
     inputs = [leaf, *layer.parameters()]
     pull = noise(*y.shape, seed=9).to(y)
     gradients = torch.autograd.grad(y, inputs, pull, allow_unused=True)
@@ -134,11 +135,11 @@ def test_without_gradients_too(
     """Also in two bytes."""
     layer, mask = layer_of(KINDS[kind]).to(dtype), make(FRAMES, 2, TOKENS, CachePolicy(5, 1))
     x = noise(2, TOKENS * len(mask.seen), TINY_GEOMETRY.dim).to(dtype)
-    attend = attend_of(mask)
-    grouped = attend(layer, x)
+    attend, block = attend_of(mask), block_of(layer)
+    grouped = attend(block, x)
     pairwise(monkeypatch, mask)
     assert grouped.dtype == dtype
-    torch.testing.assert_close(grouped, attend(layer, x), atol=error, rtol=error)
+    torch.testing.assert_close(grouped, attend(block, x), atol=error, rtol=error)
 
 
 # What is never made

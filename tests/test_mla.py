@@ -11,6 +11,7 @@ from conftest import (
     TINY_GEOMETRY,
     TINY_MLA,
     Latent,
+    block_of,
     chunk_timesteps,
     noise,
     randomise,
@@ -116,8 +117,8 @@ def test_a_full_size_layer_is_the_dense_layer_wherever_the_frames_are(
 ) -> None:
     x = noise(2, 48, DIM)
     attend = masked_attention(table(torch.tensor(2 * frames)), teacher_forcing_mask(4, 2, 6))
-    y = attend(lossless(dense, latent), x)
-    torch.testing.assert_close(y, attend(dense, x), atol=1e-5, rtol=0)
+    y = attend(block_of(lossless(dense, latent)), x)
+    torch.testing.assert_close(y, attend(block_of(dense), x), atol=1e-5, rtol=0)
 
 
 @either_latent
@@ -129,8 +130,8 @@ def test_a_full_size_layer_reads_slots_in_any_order_at_any_place(
     layer, tokens = lossless(dense, latent), noise(2, 30, DIM)
     x = tokens[:, 6:18]
     places, here = table(torch.tensor([4, 9, 10, 0, 1])), table(torch.tensor([9, 10]))
-    expected = dense(x, Reading(dense.project(tokens).cached), Sight(here, places))
-    y = layer(x, Reading(layer.project(tokens).cached), Sight(here, places))
+    expected = dense(x, Reading(dense.project(tokens)), Sight(here, places))
+    y = layer(x, Reading(layer.project(tokens)), Sight(here, places))
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
 
 
@@ -163,10 +164,10 @@ def test_a_full_size_model_rolls_out_like_its_source(latent: Latent, positions: 
 def test_keys_in_the_latent_are_the_dense_layers_without_positions(
     dense: DenseSelfAttention, latent: Latent
 ) -> None:
-    layer, x = lossless(dense, latent, keys_in="latent"), noise(2, 12, DIM)
+    layer, x = block_of(lossless(dense, latent, keys_in="latent")), noise(2, 12, DIM)
     nowhere = rotary_table(torch.zeros(12, 3, dtype=torch.long), HEAD_DIM)
     without, within = (masked_attention(t, None) for t in (nowhere, table(torch.arange(2))))
-    torch.testing.assert_close(without(layer, x), without(dense, x), atol=1e-5, rtol=0)
+    torch.testing.assert_close(without(layer, x), without(block_of(dense), x), atol=1e-5, rtol=0)
     # … wherever the tokens are: the content branch has no positions.
     assert torch.equal(within(layer, x), without(layer, x))
 
@@ -187,7 +188,7 @@ def test_scores_are_those_of_the_formula_in_one_softmax(mla: MLAConfig) -> None:
     attention, x = random_layer(mla), noise(1, 16, DIM)
     rotary = rotary_table(token_positions(torch.tensor([3, 8, 9, 11] * 2), 1, 2), HEAD_DIM)
     mask = teacher_forcing_mask(4, 2, 2)
-    y = masked_attention(rotary, mask)(attention, x)[0]
+    y = masked_attention(rotary, mask)(block_of(attention), x)[0]
     expected = one_softmax(attention, mla, 1, x[0], rotary, token_masks(mask)[0])
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
 
@@ -204,9 +205,9 @@ def test_a_token_costs_what_its_config_says(latent: Latent) -> None:
         widths = [rank, rope, 1]
         assert list(attention.entry_widths.values()) == widths
         assert mla.cache_scalars(index) == sum(widths)
-        cached, own, _ = attention.project(noise(2, 6, DIM))
-        assert [entry.shape for entry in cached] == [(2, 6, width) for width in widths]
-        assert own is None
+        assert isinstance(attention, LatentSelfAttention)
+        entries = attention.project(noise(2, 6, DIM))
+        assert [entry.shape for entry in entries] == [(2, 6, width) for width in widths]
         parts = mla.latent_parts(index)
         assert (sum(parts) == rank) if latent == "split" else (parts == (rank, rank))
 
@@ -221,10 +222,11 @@ def test_the_sizes_of_a_layer_by_hand() -> None:
 )
 def test_the_cache_is_as_large_as_the_config_says(mla: MLAConfig | None, scalars: int) -> None:
     config = tiny_config(cache=CachePolicy(7, 2), mla=mla)
-    cache = tiny_model(config).new_cache(batch=3)
-    assert cache.nbytes == config.cache_bytes(frames=7, batch=3, bytes_per_scalar=4)
+    model = tiny_model(config)
+    cache = model.new_cache(batch=3)
+    assert cache.nbytes == model.cache_bytes(batch=3)
     assert cache.nbytes == scalars * 7 * 6 * 3 * 4
-    assert config.cache_scalars_per_token() == scalars / 2
+    assert config.cache_bytes_per_token() == 2 * (scalars / 2)
     assert config.cache_cut() == pytest.approx(1 - scalars / (2 * 96))
 
 

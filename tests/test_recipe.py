@@ -16,6 +16,7 @@ from vmla_convert.checkpoint.hub import is_repo
 from vmla_convert.checkpoint.known import known_by_repo
 from vmla_convert.config import ConvertConfig, RankPlan
 from vmla_convert.errors import ConfigError, OutputError, VmlaError
+from vmla_convert.pipelines.grid import SweepPoint
 from vmla_convert.pipelines.load import load
 from vmla_convert.pipelines.processes import check_shares
 from vmla_convert.recipe import (
@@ -34,7 +35,8 @@ pytestmark = pytest.mark.usefixtures("few_layerwise_clips")
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "recipes").rglob("*.toml"))
 
-RANDOM, CALIBRATED = (f"{init}-8+4-joint" for init in ("random", "calibrated"))
+RANDOM, CALIBRATED = (f"mla-{init}-8+4-joint" for init in ("random", "calibrated"))
+POINTS = ("codec", RANDOM, CALIBRATED)
 TINY = """
 [recipe]
 name = "tiny"
@@ -48,6 +50,7 @@ clips = 4
 data = {{ frames = 6, seed = 1 }}
 
 [convert]
+product = "mla"
 kv_lora_rank = 8
 qk_rope_head_dim = 4
 calibration_clips = 4
@@ -59,6 +62,9 @@ data = {{ frames = 6 }}
 training = {{ steps = 3, batch_size = 2, eval_every = 1, checkpoint_every = 2 }}
 
 [sweep]
+products = ["codec", "mla"]
+bytes_per_token = [8]
+dense_dtypes = ["int2"]
 inits = ["random", "calibrated"]
 kv_lora_ranks = [8]
 qk_rope_head_dims = [4]
@@ -96,12 +102,12 @@ def comparable(out: Path) -> list[Row]:
 def test_the_dense_model_and_every_point_have_their_memory(finished: Path) -> None:
     told = [row for row in read_rows(finished / "rows.jsonl") if row.metric == "cache_bytes"]
     lengths = {(batch, seconds) for batch in (1, 4, 16) for seconds in (None, 5, 30, 60)}
-    for run in ("dense", RANDOM, CALIBRATED):
+    runs = ("dense", "dense int2", *POINTS)
+    for run in runs:
         own = [(row.batch, row.clip_seconds) for row in told if row.run == run]
         assert len(own) == len(lengths)
         assert set(own) == lengths
-    assert len(told) == 3 * len(lengths)
-    assert "No row tells the memory" not in (finished / "report.md").read_text()
+    assert len(told) == len(runs) * len(lengths)
 
 
 def written(path: Path, text: str) -> Path:
@@ -132,8 +138,7 @@ REAL = [file for file in SHIPPED if read_recipe(file).source.checkpoint != "demo
 
 def test_the_recipes_of_real_checkpoints_name_models_that_are_known() -> None:
     assert {file.stem for file in REAL} == {
-        "rank_ablation",
-        "rope_ablation",
+        "size_ablation",
         "init_ablation",
         "self_forcing_1_3b",
         "causal_forcing_1_3b",
@@ -187,9 +192,9 @@ def test_every_recipe_parses_and_dry_runs(file: Path, tmp_path: Path, vmla: Vmla
 
 def test_a_sweep_says_beforehand_how_many_points_it_has(tmp_path: Path, vmla: Vmla) -> None:
     wanted = ("--set", "demo=true", "--set", "sweep.seeds=[0, 1, 2]")
-    ran = vmla("sweep", "rank_ablation", "-o", tmp_path / "out", "--dry-run", *wanted)
+    ran = vmla("sweep", "size_ablation", "-o", tmp_path / "out", "--dry-run", *wanted)
     assert ran.code == 0
-    assert re.search(r"^points +15 *$", ran.out, re.MULTILINE)
+    assert re.search(r"^points +6 *$", ran.out, re.MULTILINE)
     assert re.search(r"^stages +sweep, report *$", ran.out, re.MULTILINE)
     assert not list(tmp_path.iterdir())
 
@@ -199,9 +204,9 @@ def test_clips_that_are_not_there_name_the_demo_where_the_recipe_has_one(
     dry: tuple[str, ...], tiny: Path, tmp_path: Path, vmla: Vmla
 ) -> None:
     missing = ("--set", "convert.data.source=nowhere")
-    offered = vmla("sweep", "rank_ablation", "-o", tmp_path / "out", *missing, *dry)
+    offered = vmla("sweep", "size_ablation", "-o", tmp_path / "out", *missing, *dry)
     scaled = vmla(
-        "sweep", "rank_ablation", "-o", tmp_path / "out", "--set", "demo=true", *missing, *dry
+        "sweep", "size_ablation", "-o", tmp_path / "out", "--set", "demo=true", *missing, *dry
     )
     plain = vmla("sweep", tiny, "-o", tmp_path / "out", *missing, *dry)
     for ran in (offered, scaled, plain):
@@ -231,6 +236,7 @@ def test_a_recipe_may_name_latent_budget_rule_and_plan(tmp_path: Path) -> None:
         INFO
         + """
 [convert]
+product = "mla"
 latent = "split"
 cut = 0.9
 ranks = "energy"
@@ -238,7 +244,9 @@ calibrate = false
 """
     )
     recipe = read_recipe(written(tmp_path / "x.toml", text))
-    assert recipe.convert == ConvertConfig(latent="split", cut=0.9, ranks="energy", calibrate=False)
+    assert recipe.convert == ConvertConfig(
+        product="mla", latent="split", cut=0.9, ranks="energy", calibrate=False
+    )
     overrides = ["convert.plan.kv_lora_rank=[8, 9]", "convert.plan.rope_pairs=[1, 1]"]
     recipe = read_recipe(tmp_path / "x.toml", overrides)
     assert recipe.convert and recipe.convert.plan == RankPlan((8, 9), (1, 1))
@@ -349,7 +357,9 @@ UNFIT = {
     "unknown init in the sweep": ('sweep.inits=["random", "spectrl"]', "'spectrl'"),
     "odd rope in the sweep": ("sweep.qk_rope_head_dims=[4, 7]", "7"),
     "empty sweep": ("sweep.seeds=[]", "empty"),
-    "a sweep without sizes": ("sweep.kv_lora_ranks=[]", "empty"),
+    "a size of MLA without MLA": ('sweep.products=["codec"]', "kv_lora_ranks"),
+    "a size that no codec holds": ("sweep.bytes_per_token=[8, 97]", "97"),
+    "a setting of MLA for a codec": ("convert.product=codec", "kv_lora_rank"),
     "a cut of everything in the sweep": ("sweep.cuts=[0.9, 1.0]", "cut 1"),
     "two sizes": ("convert.cut=0.9", "given twice"),
     "a prompt of no digit": ('generate.prompts=["3", "a cat"]', "'a cat'"),
@@ -509,7 +519,7 @@ def test_only_the_stages_that_will_run_are_checked(tiny: Path, tmp_path: Path) -
 def test_a_run_may_convert_the_teacher_that_it_trains(tmp_path: Path) -> None:
     out = tmp_path / "out"
     recipe = read_recipe(
-        "teacher_moving_digits", ["convert.kv_lora_rank=8", f"source.checkpoint={out}/checkpoint"]
+        "teacher_moving_digits", ["convert.cut=0.9", f"source.checkpoint={out}/checkpoint"]
     )
     check_recipe(recipe, out)
     with pytest.raises(VmlaError):
@@ -553,7 +563,7 @@ def test_a_run_leaves_every_figure_once(finished: Path) -> None:
     assert len(set(keys)) == len(keys)
     curves = {
         run: [row.step for row in rows if (row.metric, row.run) == ("velocity_error", run)]
-        for run in (RANDOM, CALIBRATED)
+        for run in POINTS
     }
     assert set(map(tuple, curves.values())) == {(0, 2, 3, 4, 5)}
     for metric in ("convert_seconds", "factor_seconds", "peak_rss_bytes", "recover_seconds"):
@@ -563,8 +573,8 @@ def test_a_run_leaves_every_figure_once(finished: Path) -> None:
     # The sweep has the calibrated point from the stages before it.
     spectra = {row.run for row in rows if row.metric == "effective_rank_99"}
     assert spectra == {"weights", "weights_x_activations", RANDOM}
-    points = {row.run: row.point for row in rows if row.run in (RANDOM, CALIBRATED)}
-    assert len(set(points.values()) - {None}) == 2
+    points = {row.run: row.point for row in rows if row.run in POINTS}
+    assert len(set(points.values()) - {None}) == 3
 
 
 def test_a_run_interrupted_in_every_stage_finishes_with_the_same_rows(
@@ -588,6 +598,48 @@ def test_a_run_interrupted_in_every_stage_finishes_with_the_same_rows(
     assert {path.name for path in out.iterdir()} == {path.name for path in finished.iterdir()}
     weights = (out / "converted" / "model.safetensors").read_bytes()
     assert weights == (finished / "converted" / "model.safetensors").read_bytes()
+
+
+def test_a_codec_goes_through_every_stage(teacher: Path, tmp_path: Path) -> None:
+    out, file = tmp_path / "out", tmp_path / "codec.toml"
+    file.write_text(CODEC.format(teacher=teacher))
+    with pytest.raises(PowerCutError):
+        run_recipe(read_recipe(file), out, PowerCut("distilling", 1))
+    run_recipe(read_recipe(file), out)
+    model = load(out / "converted")
+    assert model.config.codec is not None and model.config.codec.size.cut == 0.9
+    assert (out / "converted" / "codec.safetensors").is_file()
+    rows = [row for row in read_rows(out / "rows.jsonl") if row.run == "codec"]
+    assert {"convert_seconds", "recover_seconds", "digit_accuracy"} <= {row.metric for row in rows}
+    (key,) = {row.point for row in rows}
+    recipe = read_recipe(file)
+    assert recipe.convert
+    assert key == SweepPoint(recipe.convert, recipe.recover).key
+
+
+CODEC = """
+[recipe]
+name = "codec"
+description = "a codec"
+[source]
+checkpoint = "{teacher}"
+[evaluate]
+clips = 4
+data = {{ frames = 6, seed = 1 }}
+[convert]
+cut = 0.9
+calibration_clips = 4
+data = {{ frames = 6 }}
+[recover]
+layerwise_steps = 2
+nested = [0.9, 0.8]
+data = {{ frames = 6 }}
+training = {{ steps = 2, batch_size = 2, eval_every = 1, checkpoint_every = 1, lr = 1e-3 }}
+[generate]
+prompts = ["3"]
+shown = 1
+frames = 4
+"""
 
 
 def test_only_the_stages_asked_for_run(tiny: Path, tmp_path: Path) -> None:
@@ -638,6 +690,7 @@ data = {{ frames = 6 }}
 [sweep]
 alone = true
 recover = false
+products = ["mla"]
 inits = ["random"]
 cuts = [0.8]
 """

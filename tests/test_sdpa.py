@@ -10,10 +10,9 @@ from conftest import noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from vmla_convert.layers.partial import Partial, attend_partly, merge, plainly
 
-from vmla_convert.layers import partial as partial_module
-from vmla_convert.layers.attention import attend
+from vmla_convert.layers import sdpa
+from vmla_convert.layers.sdpa import Partial, attend, attend_partly, merge, plainly
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=40)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -137,7 +136,7 @@ def test_the_kernel_is_the_plain_matrix_products(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, at_once: int
 ) -> None:
     """However many queries the plain way takes at a time."""
-    monkeypatch.setattr(partial_module, "QUERIES_AT_ONCE", at_once)
+    monkeypatch.setattr(sdpa, "QUERIES_AT_ONCE", at_once)
     q, k, v = (x.to(dtype) for x in reads(11, queries=9))
     part = attend_partly(q, k, v, 0.4)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))

@@ -93,8 +93,8 @@ def under(model: CausalWanModel, policy: CachePolicy) -> CausalWanModel:
 
 def runtimes(mla: MLAConfig | None) -> list[RuntimeConfig]:
     """Every way in which a model reads."""
-    ways = [RuntimeConfig("auto"), RuntimeConfig("materialised")]
-    return ways if mla is None else [*ways, RuntimeConfig("absorbed")]
+    ways = [RuntimeConfig(), RuntimeConfig(backend="materialised")]
+    return ways if mla is None else [*ways, RuntimeConfig(backend="absorbed")]
 
 
 def clip_of(config: ModelConfig, frames: int, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:

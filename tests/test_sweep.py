@@ -27,23 +27,26 @@ from safetensors import SafetensorError
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from vmla_convert import progress
-from vmla_convert.config import SweepConfig
+from vmla_convert.config import Product, RecoverConfig, RuntimeConfig, SweepConfig
 from vmla_convert.errors import ConfigError, OutputError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths import factor
-from vmla_convert.maths.projections import LayerShape
 from vmla_convert.pipelines import sweep as pipeline
 from vmla_convert.pipelines.calibrate import LayerReads
+from vmla_convert.pipelines.calibrate import _Walk as Walk  # pyright: ignore[reportPrivateUsage]
+from vmla_convert.pipelines.convert import convert
 from vmla_convert.pipelines.evaluate import HeldOut
 from vmla_convert.pipelines.factoring import convert_model
 from vmla_convert.pipelines.grid import SweepPoint
 from vmla_convert.pipelines.load import load
+from vmla_convert.pipelines.recovery.stages import recover_model
 from vmla_convert.pipelines.rows import run_name
-from vmla_convert.pipelines.shelf import FolderShelf, MemoryShelf
+from vmla_convert.pipelines.shelf import FolderShelf, MemoryShelf, Shelf
 from vmla_convert.pipelines.sweep import Team, grid, shared, sweep, sweep_points
+from vmla_convert.pipelines.sweep import point as measured_point
 from vmla_convert.pipelines.sweep.shared import Shared
 from vmla_convert.progress import Progress, Silent
-from vmla_convert.results import Row, append_rows, read_rows
+from vmla_convert.results import Row, append_rows, bytes_at_error, read_rows
 
 T = TypeVar("T")
 
@@ -51,6 +54,7 @@ pytest_plugins = ["checkpoints"]
 pytestmark = pytest.mark.usefixtures("few_layerwise_clips")
 
 GRID = SweepConfig(
+    products=("mla",),
     inits=("random", "calibrated"),
     kv_lora_ranks=(8,),
     qk_rope_head_dims=(4,),
@@ -81,15 +85,15 @@ def points_of(config: SweepConfig) -> list[SweepPoint]:
 @pytest.fixture(scope="module")
 def whole(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Row], int]:
     """An uninterrupted sweep: its file, its rows, and how often it calibrated."""
-    dense, calibrate, calls = load(teacher), shared.calibrate, []
+    dense, begin, calls = load(teacher), Walk.__init__, list[object]()
 
-    def counted(*args: object, **how: object) -> object:
-        calls.append(args)
-        return calibrate(*args, **how)  # pyright: ignore[reportArgumentType]
+    def counted(walk: Walk, *args: Any) -> None:
+        calls.append(walk)
+        begin(walk, *args)
 
     file = tmp_path_factory.mktemp("sweep") / "rows.jsonl"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shared, "calibrate", counted)
+        patch.setattr(Walk, "__init__", counted)
         rows = run(dense, file)
     return file, rows, len(calls)
 
@@ -105,11 +109,11 @@ def test_the_points_share_one_calibration(whole: tuple[Path, list[Row], int]) ->
 def test_every_point_has_its_curve_its_cache_and_its_times(
     whole: tuple[Path, list[Row], int],
 ) -> None:
-    once = {"cache_scalars_per_token", "cache_bytes_per_token", "cache_cut"}
+    once = {"cache_bytes_per_token", "cache_cut"}
     once |= {"convert_seconds", "recover_seconds", "learning_rate"}
     for init, seed in POINTS:
         rows = [row for row in whole[1] if (row.init, row.seed) == (init, seed)]
-        assert {row.run for row in rows} == {f"{init}-8+4-joint"}
+        assert {row.run for row in rows} == {f"mla-{init}-8+4-joint"}
         (key,) = {row.point for row in rows}
         assert key in {point.key for point in points_of(GRID) if point.conversion.init == init}
         assert {row.recovery_steps for row in rows} == {4}
@@ -137,7 +141,7 @@ def test_the_dense_model_and_its_spectra_are_told_once(whole: tuple[Path, list[R
     spectra = [row for row in whole[1] if row.run.startswith("weights")]
     assert len([row for row in spectra if row.metric == "effective_rank_99"]) == 4
     drawn = [r for r in spectra if r.layer == 1 and r.run == "weights" and r.kv_lora_rank]
-    assert {1, 8, 48} <= {row.kv_lora_rank for row in drawn}
+    assert {1, 6, 48} <= {row.kv_lora_rank for row in drawn}
     assert all(a.value <= b.value for a, b in pairwise(drawn))
     assert drawn[-1].value == pytest.approx(1)
     assert {(row.batch, row.clip_seconds) for row in whole[1] if row.metric == "cache_bytes"} == {
@@ -153,7 +157,7 @@ def test_the_seed_of_a_point_counts(whole: tuple[Path, list[Row], int]) -> None:
 
 @pytest.mark.parametrize(
     ("label", "before"),
-    [("calibrating", 1), ("converting", 1), ("sweep", 2), ("distilling", 3)],
+    [("calibrating", 1), ("weighing errors", 1), ("sweep", 2), ("distilling", 3)],
 )
 def test_an_interrupted_sweep_goes_on_where_it_was(
     label: str,
@@ -284,7 +288,7 @@ def test_a_full_disk_ends_the_sweep_and_what_was_measured_is_kept(
     assert [r.init for r in rows if r.metric == "velocity_error"] == list(UNTRAINED.inits)
 
 
-def test_a_disk_that_fills_up_while_all_are_converted_ends_the_sweep_there(
+def test_a_disk_that_fills_up_while_the_model_is_calibrated_ends_the_sweep_there(
     dense: CausalWanModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     tried: list[str] = []
@@ -294,9 +298,7 @@ def test_a_disk_that_fills_up_while_all_are_converted_ends_the_sweep_there(
         raise NO_SPACE
 
     write = FolderShelf._write  # pyright: ignore[reportPrivateUsage]
-    monkeypatch.setattr(
-        FolderShelf, "_write", lambda *a: (full if "converted-" in a[1] else write)(*a)
-    )
+    monkeypatch.setattr(FolderShelf, "_write", lambda *a: (full if "reads-" in a[1] else write)(*a))
     with pytest.raises(OutputError, match="disk is full"):
         run(dense, tmp_path / "rows.jsonl", UNTRAINED)
     assert len(tried) == 1
@@ -407,8 +409,11 @@ def test_the_first_process_draws_what_all_have_done(dense: CausalWanModel, tmp_p
     [
         {"seeds": (0, 0)},
         {"cuts": (0.9, 0.9)},
-        {"ranks": ("budget",), "kv_lora_ranks": (8,)},
-        {"cuts": (0.9,), "head_splits": ((20, 4),)},
+        {"kv_lora_ranks": (8,)},
+        {"products": ("mla",), "bytes_per_token": (16.0,)},
+        {"products": ("mla",), "cuts": (0.9,), "unquantised": True},
+        {"products": ("mla",), "cuts": (0.9,), "qk_rope_head_dims": (4,)},
+        {"cuts": (0.9,), "recovery_steps": (2,), "recover": False},
     ],
 )
 def test_an_axis_that_acts_on_nothing_or_repeats_itself_is_refused(wrong: dict[str, Any]) -> None:
@@ -416,85 +421,162 @@ def test_an_axis_that_acts_on_nothing_or_repeats_itself_is_refused(wrong: dict[s
         SweepConfig(**wrong)
 
 
-MANY = [
-    replace(CONVERT, init=init, latent=latent, seed=seed, qk_rope_head_dim=None, **size)
-    for init in factor.INITS
-    for latent in ("joint", "split")
-    for size in (
-        {"kv_lora_rank": 6},
-        {"kv_lora_rank": 11},
-        {"cut": 0.8, "kv_lora_rank": None},
-        {"cut": 0.9, "kv_lora_rank": None},
-    )
-    for seed in ((0, 1) if init == "random" else (0,))
-]
-
-
-def test_a_shared_decomposition_makes_what_a_separate_conversion_makes(
-    dense: CausalWanModel, measured: list[LayerReads]
-) -> None:
-    both = Shared(dense, CONVERT, MANY, MemoryShelf())
-    both.measure()
-    both.convert()
-    for conversion in MANY:
-        known = evidence_of(dense, measured)
-        own = convert_model(dense, conversion, known)
-        student, seconds = both.student(conversion)
-        assert seconds > 0
-        assert student.config == own.config
-        for name, tensor in own.state_dict().items():
-            # The same up to a sign of each direction, which the next test looks through.
-            got = student.state_dict()[name]
-            torch.testing.assert_close(got.abs(), tensor.abs(), rtol=1e-3, atol=1e-4)
-
-
-def test_all_sizes_are_cut_from_one_decomposition(
-    dense: CausalWanModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    solved: list[int] = []
-    calibrated = factor.INITS["calibrated"]
-
-    def counted(weights: object, shape: LayerShape, *rest: object) -> object:
-        solved.append(shape.kv_lora_rank)
-        return calibrated(weights, shape, *rest)  # pyright: ignore[reportArgumentType]
-
-    monkeypatch.setitem(factor.INITS, "calibrated", counted)
-    sizes = [replace(CONVERT, kv_lora_rank=rank) for rank in (20, 14, 10, 8, 6)]
-    seeds = [replace(each, seed=seed) for each in sizes for seed in (0, 1)]
-    both = Shared(dense, CONVERT, seeds, MemoryShelf())
-    both.measure()
-    both.convert()
-    assert len(solved) == 2  # one for each layer
-    ranks = {both.plan(each).kv_lora_rank for each in seeds}
-    assert len(ranks) == 5
-
-
-def test_rules_steps_and_splits_are_axes_of_the_grid() -> None:
-    ruled = SweepConfig(cuts=(0.8,), ranks=("budget", "uniform"), recovery_steps=(2, 4))
-    points = points_of(ruled)
-    rules = Counter((p.conversion.init, p.conversion.ranks) for p in points)
-    assert rules == {
-        ("calibrated", "budget"): 2,
-        ("calibrated", "uniform"): 2,
-        ("random", None): 2,
-        ("spectral", None): 2,
-    }
-    assert {p.recovery.training.steps for p in points if p.recovery} == {2, 4}
-    assert len({point.key for point in points}) == len(points)
-    split = SweepConfig(inits=("random",), kv_lora_ranks=(8,), head_splits=((20, 4), (16, 8)))
-    widths = [(c.qk_nope_head_dim, c.qk_rope_head_dim) for c in grid(split, CONVERT)]
-    assert widths == [(20, 4), (16, 8)]
-    with pytest.raises(ConfigError):
-        replace(split, qk_rope_head_dims=(4,))
-    with pytest.raises(ConfigError):
-        replace(ruled, recover=False)
-
-
 def test_a_key_names_all_settings_but_the_seed() -> None:
     keys: dict[str, set[int]] = {}
     for point in points_of(replace(GRID, kv_lora_ranks=(8, 9))):
         keys.setdefault(point.key, set()).add(point.seed)
     assert list(keys.values()) == 4 * [{0, 1}]
+    codecs = [points_of(each)[0].key for each in (SIZES, replace(SIZES, cuts=(0.8, 0.7)))]
+    assert len(set(codecs)) == 2
+
+
+SIZES = SweepConfig(
+    products=("codec", "mla"),
+    cuts=(0.9, 0.8),
+    bytes_per_token=(6.0,),
+    unquantised=True,
+    dense_dtypes=("int4", "int2"),
+    inits=("calibrated",),
+)
+
+
+@pytest.fixture(scope="module")
+def sizes(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Row], int]:
+    """A sweep of both products: its rows, and how many codecs were recovered."""
+    file, recovered = tmp_path_factory.mktemp("sizes") / "rows.jsonl", list[RecoverConfig]()
+
+    def noted(*args: Any, **how: Any) -> Any:
+        recovered.append(args[2])
+        return recover_model(*args, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measured_point, "recover_model", noted)
+        rows = run(load(teacher), file, SIZES)
+    assert [config.nested for config in recovered] == [(0.9, 0.8), (), ()]
+    return rows, len(recovered)
+
+
+def of_codec(rows: list[Row], metric: str) -> list[Row]:
+    return [row for row in rows if row.product == "codec" and row.metric == metric]
+
+
+def test_a_codec_is_measured_at_every_size_before_and_after_its_one_recovery(
+    sizes: tuple[list[Row], int],
+) -> None:
+    rows, recovered = sizes
+    assert recovered == 3  # beside the codec, MLA at two cuts
+    ways = {(6.0, "auto"), (6.0, "model"), (19.2, "auto"), (19.2, "model")}
+    ways |= {(38.4, "auto"), (38.4, "model")}
+    for metric in ("velocity_error", "flow_loss"):
+        for step in (0, 6):
+            told = [
+                (round(row.bytes_per_token or 0, 6), row.cache_dtype)
+                for row in of_codec(rows, metric)
+                if row.step == step
+            ]
+            assert set(told) == ways
+            assert len(told) == len(ways)
+    # The size in the middle of the cuts has its curve too.
+    between = [row for row in of_codec(rows, "velocity_error") if row.step in (2, 4)]
+    assert {round(row.bytes_per_token or 0, 6) for row in between} == {38.4}
+    assert len(of_codec(rows, "cache_bytes_per_token")) == len(ways)
+    assert len(of_codec(rows, "cache_bytes")) == 12 * len(ways)
+    assert not of_codec(rows, "effective_rank_99") + of_codec(rows, "kv_lora_rank")
+    assert {row.run for row in rows if row.product == "mla"} == {
+        f"mla-calibrated-{numbers}-joint" for numbers in ("9.5", "19")
+    }
+
+
+def test_more_bytes_err_less_and_bits_err_less_than_whole_numbers(
+    sizes: tuple[list[Row], int],
+) -> None:
+    start = [row for row in of_codec(sizes[0], "velocity_error") if row.step == 0]
+    curves = {
+        dtype: [
+            row.value
+            for row in sorted(start, key=lambda row: row.bytes_per_token or 0)
+            if row.cache_dtype == dtype
+        ]
+        for dtype in ("auto", "model")
+    }
+    for curve in curves.values():
+        assert curve == sorted(curve, reverse=True)
+    assert all(a < b for a, b in zip(curves["auto"], curves["model"], strict=True))
+
+
+def test_the_dense_model_is_measured_with_its_own_cache_quantised(
+    sizes: tuple[list[Row], int], dense: CausalWanModel
+) -> None:
+    rows, streamed = sizes[0], HeldOut(dense, EVALUATE, streamed=True)
+    for dtype in SIZES.dense_dtypes:
+        told = {row.metric: row for row in rows if row.run == f"dense {dtype}" and not row.batch}
+        assert {"velocity_error", "flow_loss", "cache_bytes_per_token"} <= told.keys()
+        runtime = RuntimeConfig(cache_dtype=dtype)
+        error = streamed.measure(dense, runtime).velocity_error
+        assert told["velocity_error"].value == pytest.approx(error, rel=1e-4)
+        assert {row.cache_dtype for row in told.values()} == {dtype}
+
+
+def test_sizes_are_compared_at_equal_error(sizes: tuple[list[Row], int]) -> None:
+    rows = sizes[0]
+    start = [row for row in of_codec(rows, "velocity_error") if row.step == 0]
+    curve = [(r.bytes_per_token or 0, r.value) for r in start if r.cache_dtype == "auto"]
+    dense = [r for r in rows if r.run.startswith("dense int") and r.metric == "velocity_error"]
+    errors = {row.cache_dtype: row.value for row in dense}
+    wanted = {dtype: bytes_at_error(curve, error) for dtype, error in errors.items()}
+    told = {row.cache_dtype: row.value for row in rows if row.metric == "bytes_at_error"}
+    assert wanted.keys() == {"int4", "int2"}
+    assert told == {dtype: nbytes for dtype, nbytes in wanted.items() if nbytes is not None}
+    assert told
+
+
+def test_a_dtype_that_is_added_is_measured_without_the_points(
+    sizes: tuple[list[Row], int],
+    dense: CausalWanModel,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    append_rows(file, sizes[0])
+    monkeypatch.setattr(pipeline, "measure_point", refuse)
+    monkeypatch.setattr(shared, "calibrate", refuse)
+    assert run(dense, file, SIZES) == sizes[0]
+    rows = run(dense, file, replace(SIZES, dense_dtypes=("int8", "int4", "int2")))
+    assert {row.run for row in rows} - {row.run for row in sizes[0]} == {"dense int8"}
+    assert Counter(row.metric for row in rows if row.run == "dense int8")["velocity_error"] == 1
+
+
+def test_a_codec_of_a_sweep_is_the_one_that_a_conversion_writes(
+    dense: CausalWanModel, teacher: Path, tmp_path: Path
+) -> None:
+    conversion = grid(SweepConfig(cuts=(0.9,)), CONVERT)[0]
+    convert(teacher, tmp_path / "kv", conversion)
+    shelves: dict[Product, Shelf] = {"codec": MemoryShelf()}
+    student, written = Shared(dense, CONVERT, shelves).student(conversion), load(tmp_path / "kv")
+    assert student.config == written.config
+    for name, tensor in written.state_dict().items():
+        assert torch.equal(student.state_dict()[name], tensor), name
+
+
+def test_codecs_are_of_seeds_and_lengths_and_mla_of_sizes() -> None:
+    products: tuple[Product, ...] = ("codec", "mla")
+    config = SweepConfig(
+        products, cuts=(0.8, 0.9), bytes_per_token=(8.0,), seeds=(0, 1), recovery_steps=(2, 4)
+    )
+    points = points_of(config)
+    count = Counter((each.conversion.product, each.conversion.init) for each in points)
+    assert count == {("codec", "calibrated"): 4, ("mla", "spectral"): 8, ("mla", "calibrated"): 8}
+    assert {each.recovery.training.steps for each in points if each.recovery} == {2, 4}
+    for each in points:
+        assert each.recovery is not None
+        is_codec = each.conversion.product == "codec"
+        assert each.recovery.nested == ((0.8, 0.9) if is_codec else ())
+        assert len(each.runtimes) == (3 if is_codec else 0)
+    (single,) = points_of(SweepConfig(cuts=(0.9,)))
+    assert single.recovery is not None
+    assert (single.conversion.cut, single.recovery.nested) == (0.9, ())
+    (sized,) = points_of(SweepConfig(bytes_per_token=(8.0, 16.0, 24.0)))
+    assert sized.conversion.bytes_per_token == 16.0
 
 
 MEASURED = replace(
@@ -512,7 +594,7 @@ def test_a_point_is_timed_and_rolled_out(dense: CausalWanModel, tmp_path: Path) 
     rows = run(dense, tmp_path / "rows.jsonl", MEASURED)
     (ratio,) = [row.value for row in rows if row.metric == "seconds_ratio"]
     assert ratio > 0
-    for name in ("dense", "calibrated-8+4-joint"):
+    for name in ("dense", "mla-calibrated-8+4-joint"):
         drift = [r for r in rows if r.run == name and r.metric == "drift"]
         assert [row.segment for row in drift] == [0, 1, 2, 3]
         assert drift[0].value == 0 < min(row.value for row in drift[1:])
@@ -525,6 +607,7 @@ def test_a_point_is_timed_and_rolled_out(dense: CausalWanModel, tmp_path: Path) 
 
 
 ABLATION = SweepConfig(
+    products=("mla",),
     inits=("calibrated", "spectral", "mha2mla"),
     latents=("joint", "split"),
     cuts=(0.9, 0.8),
@@ -583,31 +666,29 @@ def test_a_sweep_without_recovery_goes_on_where_it_was(
 
 def test_the_grid_has_every_latent_and_each_rope_beside_ranks() -> None:
     config = SweepConfig(
+        products=("mla",),
         inits=("random",),
         latents=("joint", "split"),
         cuts=(0.8, 0.9),
-        kv_lora_ranks=(12, 8),
-        qk_rope_head_dims=(4, 6),
         seeds=(0, 1),
     )
-    points = grid(config, replace(BUDGETED, cut=0.5, seed=9))
-    assert {point.latent for point in points} == {"joint", "split"}
-    of_cuts = [point for point in points if point.cut is not None]
-    of_ranks = [point for point in points if point.kv_lora_rank is not None]
-    assert [len(of_cuts), len(of_ranks)] == [2 * 2 * 2, 2 * 2 * 2 * 2]
-    assert len(set(points)) == len(points) == len(of_cuts) + len(of_ranks)
+    shared = replace(BUDGETED, cut=0.5, seed=9)
+    of_cuts = grid(config, shared)
+    ranks = replace(config, kv_lora_ranks=(12, 8), qk_rope_head_dims=(4, 6))
+    of_ranks = grid(ranks, shared)  # in place of cuts
+    assert [len(set(of_cuts)), len(set(of_ranks))] == [2 * 2 * 2, 2 * 2 * 2 * 2]
+    assert {point.latent for point in of_cuts} == {"joint", "split"}
     assert {point.qk_rope_head_dim for point in of_ranks} == {4, 6}
     # Smallest caches first.
-    assert [p.cut for p in of_cuts] == sorted((p.cut for p in of_cuts if p.cut), reverse=True)
+    assert [p.cut for p in of_cuts] == 4 * [0.9] + 4 * [0.8]
     assert [p.kv_lora_rank for p in of_ranks] == 8 * [8] + 8 * [12]
 
 
 def test_only_calibrated_points_are_divided_by_the_shared_rule() -> None:
     shared = replace(BUDGETED, ranks="energy")
-    points = grid(SweepConfig(cuts=(0.8,)), shared)
+    points = grid(SweepConfig(products=("mla",), cuts=(0.8,)), shared)
     assert {point.init: point.ranks for point in points} == {
         "calibrated": "energy",
-        "random": None,
         "spectral": None,
     }
 
@@ -615,7 +696,8 @@ def test_only_calibrated_points_are_divided_by_the_shared_rule() -> None:
 def test_white_inputs_are_assumed_where_nothing_shall_be_measured(
     dense: CausalWanModel, held_out: HeldOut, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = SweepConfig(inits=("calibrated",), cuts=(0.8,), recover=False)
+    products: tuple[Product, ...] = ("codec", "mla")
+    config = SweepConfig(products, cuts=(0.8,), inits=("calibrated",), recover=False)
     students: list[CausalWanModel] = []
 
     def noted(student: CausalWanModel, *_: object) -> list[Row]:
@@ -626,15 +708,19 @@ def test_white_inputs_are_assumed_where_nothing_shall_be_measured(
     for calibrate in (True, False):
         common, folder = replace(BUDGETED, calibrate=calibrate), tmp_path / f"{calibrate}"
         sweep(dense, config, common, RECOVER, EVALUATE, folder / "rows.jsonl")
-    measured, assumed = (held_out.measure(student).velocity_error for student in students)
-    assert 0 < measured < assumed
+    errors = [held_out.measure(student).velocity_error for student in students]
+    for measured, assumed in zip(errors[:2], errors[2:], strict=True):
+        assert 0 < measured < assumed
 
 
 BAD_GRIDS = {
     "misspelt init": (replace(GRID, inits=("random", "spectrl")), "spectral"),
     "rank over width": (replace(GRID, kv_lora_ranks=(8, 49)), "48"),
     "odd rope": (replace(GRID, qk_rope_head_dims=(4, 5)), "even"),
-    "nothing left": (replace(GRID, cuts=(0.8, 1.0)), "cut 1"),
+    "nothing left": (replace(ABLATION, cuts=(0.8, 1.0)), "cut 1"),
+    "more than a codec holds": (SweepConfig(bytes_per_token=(16.0, 97.0)), "96"),
+    "less than a channel": (SweepConfig(bytes_per_token=(0.5,)), "0.5"),
+    "no size": (SweepConfig(), "empty"),
 }
 
 

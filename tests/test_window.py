@@ -70,7 +70,7 @@ class Windows(RuleBasedStateMachine):
         assert window.chunk_frames == naive.chunk
         assert [self.written[slot] for slot in window.chunk_slots] == naive.chunk
         assert window.recent == naive.recent
-        assert sorted(self.written[slot] for slot in window.latent_slots) == naive.latent
+        assert sorted(self.written[slot] for slot in window.past_slots) == naive.past
         # The sink never moves, so that no entry has to.
         sink = naive.held[: self.policy.sink_frames]
         assert held[: len(sink)] == sink
@@ -83,8 +83,8 @@ class Windows(RuleBasedStateMachine):
             )
 
         assert window.positions(slots) == places(held)
-        latent = [self.written[slot] for slot in window.latent_slots]
-        assert window.positions(window.latent_slots) == places(latent)
+        past = [self.written[slot] for slot in window.past_slots]
+        assert window.positions(window.past_slots) == places(past)
         assert window.exact_positions() == places(naive.recent + naive.chunk)
 
 
@@ -108,7 +108,7 @@ def test_the_worked_example_of_the_module() -> None:
     for window in (absolute, relative):
         window.open_chunk(2)
         assert window.chunk_slots == [2, 3]
-        assert window.latent_slots == [0, 1, 4, 5]
+        assert window.past_slots == [0, 1, 4, 5]
     assert absolute.positions(slots) == [0, 1, 6, 7, 4, 5]
     assert relative.positions(slots) == [0, 1, 4, 5, 2, 3]
     assert absolute.exact_positions() == [6, 7]

@@ -731,19 +731,21 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """A grid: every init, latent and cache size, measured at step 0 and after recovery.
+    """A grid: codecs and MLA layers of several sizes, measured at step 0 and after recovery.
+
+    A codec is fitted and recovered once for each seed, and measured at every size.
 
     Attributes:
-        inits: Names of `vmla_convert.maths.factor.INITS`.
-        latents: Kinds of latent, as of `MLAConfig`.
+        products: What the dense model is converted to.
         cuts: Cache sizes as shares of the dense cache to save.
-        kv_lora_ranks: Cache sizes as explicit ranks, with `qk_rope_head_dims`.
-        qk_rope_head_dims: See there.
-        head_splits: Pairs of `qk_nope_head_dim` and `qk_rope_head_dim`, in their place: heads whose
-            content part is truncated, as the paper's 96 + 32.
-        ranks: Rules that divide a cut among layers, of the init that predicts its errors; where
-            there are none, that of the convert stage.
-        seeds: Of conversion and recovery.
+        bytes_per_token: Further sizes of codecs, in bytes per token and layer.
+        unquantised: Whether codecs are measured at every size with unquantised channels too.
+        dense_dtypes: Dtypes in which the dense model's own cache is measured beside them.
+        inits: MLA: names of `vmla_convert.maths.factor.INITS`.
+        latents: MLA: kinds of latent, as of `MLAConfig`.
+        kv_lora_ranks: MLA: cache sizes as explicit ranks, in place of `cuts`.
+        qk_rope_head_dims: MLA: widths of the rope key beside explicit ranks.
+        seeds: Seeds of conversion and recovery.
         recover: Whether points are recovered, or only measured at step 0.
         recovery_steps: Lengths of the distillation, each a point of its own; where there are none,
             that of the recover stage.
@@ -754,13 +756,15 @@ class SweepConfig:
         alone: A recipe's [convert] and [recover] only say what the points share, and do not run.
     """
 
-    inits: tuple[str, ...] = ("random", "spectral", "calibrated")
-    latents: tuple[Literal["joint", "split"], ...] = ("joint",)
+    products: tuple[Product, ...] = ("codec",)
     cuts: tuple[float, ...] = ()
+    bytes_per_token: tuple[float, ...] = ()
+    unquantised: bool = False
+    dense_dtypes: tuple[Literal["int8", "int4", "int3", "int2"], ...] = ()
+    inits: tuple[str, ...] = ("spectral", "calibrated")
+    latents: tuple[Literal["joint", "split"], ...] = ("joint",)
     kv_lora_ranks: tuple[int, ...] = ()
     qk_rope_head_dims: tuple[int, ...] = ()
-    head_splits: tuple[tuple[int, int], ...] = ()
-    ranks: tuple[Literal["uniform", "energy", "budget"], ...] = ()
     seeds: tuple[int, ...] = (0,)
     recover: bool = True
     recovery_steps: tuple[int, ...] = ()
@@ -771,20 +775,22 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         _require(self, 0, "rollout_frames")
-        for name in ("inits", "latents", "cuts", "kv_lora_ranks", "ranks", "seeds"):
+        axes = ("products", "cuts", "bytes_per_token", "dense_dtypes", "inits", "latents")
+        for name in (*axes, "kv_lora_ranks", "qk_rope_head_dims", "seeds", "recovery_steps"):
             values: tuple[Any, ...] = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ConfigError(f"{name} names a value twice", "name each once")
-        if self.ranks and not self.cuts:
-            raise ConfigError("ranks divide cuts, and there are none", "add cuts = [0.92]")
-        if (self.qk_rope_head_dims or self.head_splits) and self.cuts and not self.kv_lora_ranks:
+        only = {"bytes_per_token": "codec", "unquantised": "codec", "kv_lora_ranks": "mla"}
+        for name, product in only.items():
+            if getattr(self, name) and product not in self.products:
+                raise ConfigError(
+                    f"{name} is of {product}, which products does not name",
+                    f'add "{product}" to products, or leave {name} out',
+                )
+        if self.qk_rope_head_dims and not self.kv_lora_ranks:
             raise ConfigError(
-                "rope widths go with explicit ranks, and there are only cuts",
+                "qk_rope_head_dims go with explicit ranks, and there are none",
                 "add kv_lora_ranks = [192], or leave them out",
-            )
-        if self.qk_rope_head_dims and self.head_splits:
-            raise ConfigError(
-                "qk_rope_head_dims and head_splits both name rope widths", "leave one of them out"
             )
         if self.recovery_steps and not self.recover:
             raise ConfigError(
@@ -797,8 +803,8 @@ class ReportConfig:
     """The report stage.
 
     Attributes:
-        title: Of the page.
-        loss_bound: Flow loss that a recommended setting may have above the dense model's, as a
+        title: Heading of the report.
+        loss_bound: Flow loss that the recommended size may have above the dense model's, as a
             share of it.
     """
 

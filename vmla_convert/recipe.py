@@ -326,7 +326,6 @@ def _check_inputs(recipe: Recipe, out: Path, stages: list[str]) -> None:
 def _check_source(recipe: Recipe, out: Path, stages: list[str]) -> None:
     """The source opens, every conversion of it can be done, and clips and prompts can be read."""
     from vmla_convert.checkpoint.families import open_checkpoint
-    from vmla_convert.pipelines.convert import plan_conversion
     from vmla_convert.pipelines.data import source_kind
     from vmla_convert.pipelines.load import locate
     from vmla_convert.pipelines.media import check_prompts, open_media
@@ -338,9 +337,7 @@ def _check_source(recipe: Recipe, out: Path, stages: list[str]) -> None:
     if "teacher" in stages and path.resolve() == (out / "checkpoint").resolve():
         return  # This very run will make it.
     checkpoint = open_checkpoint(path, how)
-    for conversion in _conversions(recipe, stages):
-        plan_conversion(checkpoint, conversion)
-    _check_clips(recipe, stages, checkpoint)
+    _check_stages(recipe, stages, checkpoint)
     if recipe.generate and "generate" in stages:
         open_media(checkpoint.config, MediaConfig(recipe.generate.base), path)
         check_prompts(checkpoint.config, recipe.generate.prompts)
@@ -360,34 +357,26 @@ def _clips(recipe: Recipe, stages: list[str]) -> list[DataConfig]:
     return [data for data, asked in looked_at if asked]
 
 
-def _check_clips(recipe: Recipe, stages: list[str], checkpoint: OpenCheckpoint) -> None:
-    """Clips and the prompts of a sweep fit the model, by a look at one of each."""
-    from vmla_convert.pipelines.conversion import measures, open_measured
+def _check_stages(recipe: Recipe, stages: list[str], checkpoint: OpenCheckpoint) -> None:
+    """Settings, clips and the prompts of a sweep fit the model, by a look at one clip of each."""
+    from vmla_convert.pipelines.codec import planned_codec
+    from vmla_convert.pipelines.conversion import measures, open_measured, refuse_converted
+    from vmla_convert.pipelines.convert import plan_conversion
     from vmla_convert.pipelines.recovery import check_recovery
     from vmla_convert.pipelines.sweep import check_sweep
 
     convert, recover = recipe.convert or ConvertConfig(), recipe.recover or RecoverConfig()
-    if "convert" in stages and measures(convert):
-        open_measured(checkpoint.config, convert)
+    refuse_converted(checkpoint)
+    if "convert" in stages:
+        plan = planned_codec if convert.product == "codec" else plan_conversion
+        plan(checkpoint, convert)
+        if measures(convert):
+            open_measured(checkpoint.config, convert)
     if "recover" in stages:
         world = int(os.environ.get("WORLD_SIZE", "1"))
         check_recovery(checkpoint, recover, recipe.evaluate, world)
     if "sweep" in stages and recipe.sweep:
         check_sweep(checkpoint.config, recipe.sweep, convert, recover, recipe.evaluate)
-
-
-def _conversions(recipe: Recipe, stages: list[str]) -> list[ConvertConfig]:
-    """Every conversion that the stages will do."""
-    from vmla_convert.pipelines.sweep import grid
-
-    shared = recipe.convert or ConvertConfig()
-    conversions = [shared] if "convert" in stages else []
-    if recipe.sweep and "sweep" in stages:
-        points = grid(recipe.sweep, shared)
-        if not points:
-            raise ConfigError("a list of the sweep is empty", "give each of them a value")
-        conversions += points
-    return conversions
 
 
 def _claim_folder(recipe: Recipe, out: Path, stages: Collection[str]) -> None:

@@ -32,7 +32,7 @@ class NaiveWindow:
         self._since_rewind: list[int] = []
 
     @property
-    def latent(self) -> list[int]:
+    def past(self) -> list[int]:
         """Past frames that are not dense."""
         return [frame for frame in self.held if frame not in self.chunk + self.recent]
 

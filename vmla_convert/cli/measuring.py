@@ -99,13 +99,13 @@ def report(
         float,
         typer.Option(
             min=0,
-            help="Flow loss that the recommended setting may have above the dense model's, as a "
+            help="Flow loss that the recommended size may have above the dense model's, as a "
             "share of it.",
         ),
     ] = ReportConfig.loss_bound,
     json: Json = False,
 ) -> None:
-    """Write report.md, report.html and plots from the rows in a folder."""
+    """Write report.md, report.html and plots from the rows in a folder: which size to use."""
     from vmla_convert.pipelines.report import write_report
 
     out.json = json

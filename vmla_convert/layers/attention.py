@@ -180,7 +180,7 @@ def attend_with_past(q: Tensor, key: Tensor, value: Tensor, past: Past, sight: S
 
 
 def head_tiles(q: Tensor, tokens: int, width: int, tile_mib: int | None) -> list[slice]:
-    """Heads that are rebuilt together: tiles of one size, as that keeps all cores at work.
+    """Heads that are rebuilt together: tiles of one size but the last, to keep all cores at work.
 
     Args:
         q: Queries (B, T, H, D), for their batch, dtype and device.
@@ -197,4 +197,5 @@ def head_tiles(q: Tensor, tokens: int, width: int, tile_mib: int | None) -> list
     head_bytes = max(1, q.shape[0] * tokens * width * itemsize)
     most = (tile_mib or TILE_MIB["cuda" if q.is_cuda else "cpu"]) * 2**20 // head_bytes
     heads = -(-num_heads // -(-num_heads // max(1, most)))
-    return [slice(start, start + heads) for start in range(0, num_heads, heads)]
+    starts = range(0, num_heads, heads)
+    return [slice(start, min(start + heads, num_heads)) for start in starts]

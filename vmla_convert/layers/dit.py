@@ -298,24 +298,10 @@ class CausalWanModel(nn.Module):
             quantised: Whether channels get bits; else as many as the size pays for stay whole.
 
         Raises:
-            ConfigError: The size is below one channel of each layer, or above what the codec holds.
+            ConfigError: As `check_size`.
         """
+        total = check_size(self.config, size, quantised)
         codecs = [block.codec for block in self.all_blocks() if block.codec is not None]
-        asked, layers = size.token_bytes(self.config.geometry), len(codecs)
-        # A size of 0.95 of 640 bytes is 32, whatever floating point makes of it.
-        total = int(asked * layers + 1e-6)
-        least = 1 if quantised else DENSE_ITEMSIZE
-        most = sum(len(codec.energies) for codec in codecs) * DENSE_ITEMSIZE
-        if total < least * layers:
-            raise ConfigError(
-                f"{asked:g} bytes per token are below {least}, the cost of a channel in each layer",
-                f"use --bytes-per-token {least} or more",
-            )
-        if total > most:
-            raise ConfigError(
-                f"{asked:g} bytes per token are above {most / layers:g}, all that this codec holds",
-                f"use --bytes-per-token {most / layers:g} or less, or convert with more --channels",
-            )
         if not quantised:
             energies = [codec.energies.cpu() for codec in codecs]
             return rates.truncate(energies, total // DENSE_ITEMSIZE)
@@ -399,6 +385,36 @@ class CausalWanModel(nn.Module):
         # (B, F, h, w, pt, ph, pw, C) -> (B, F, pt, C, h, ph, w, pw)
         grid = grid.permute(0, 1, 4, 7, 2, 5, 3, 6)
         return grid.reshape(batch, frames, -1, height, width)
+
+
+def check_size(config: ModelConfig, size: CacheSize, quantised: bool = True) -> int:
+    """Bytes of a token in all layers of a codec together.
+
+    Args:
+        config: The model's, with its codec.
+        size: Size of the cache.
+        quantised: Whether channels get bits.
+
+    Raises:
+        ConfigError: The size is below one channel of each layer, or above what the codec holds.
+    """
+    assert config.codec is not None
+    asked, layers = size.token_bytes(config.geometry), config.geometry.num_layers
+    # A size of 0.95 of 640 bytes is 32, whatever floating point makes of it.
+    total = int(asked * layers + 1e-6)
+    least = 1 if quantised else DENSE_ITEMSIZE
+    most = config.codec.rank * DENSE_ITEMSIZE
+    if total < least * layers:
+        raise ConfigError(
+            f"{asked:g} bytes per token are below {least}, the cost of a channel in each layer",
+            f"use --bytes-per-token {least} or more",
+        )
+    if total > most * layers:
+        raise ConfigError(
+            f"{asked:g} bytes per token are above {most:g}, all that this codec holds",
+            f"use --bytes-per-token {most:g} or less, or convert with more --channels",
+        )
+    return total
 
 
 def check_runtime(config: ModelConfig, runtime: RuntimeConfig) -> None:

@@ -19,6 +19,8 @@ from vmla_convert.layers.attention import Entries, split_heads
 from vmla_convert.layers.cache import FrameBuffer, Storage
 from vmla_convert.maths.quantise import code_bytes, pack, unpack
 
+LEAST_STEP = 2.0**-24  # the smallest float16 above 0; a step of 0 divides by it
+
 
 class Grid(NamedTuple):
     """Even steps from a least value.
@@ -120,7 +122,7 @@ def fit_grid(x: Tensor, dim: int, bits: int) -> Grid:
 
 def to_codes(x: Tensor, grid: Grid, bits: int) -> Tensor:
     """The nearest value of a grid for each number, as int32."""
-    step = grid.step.float().clamp_min(torch.finfo(torch.float16).tiny)
+    step = grid.step.float().clamp_min(LEAST_STEP)
     steps = (x.float() - grid.least.float()) / step
     return steps.round().clamp(0, 2**bits - 1).int()
 

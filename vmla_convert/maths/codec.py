@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vmla_convert.maths.factor import psd_sqrt
 from vmla_convert.maths.moments import Moments
-from vmla_convert.maths.projections import KVWeights
+from vmla_convert.maths.projections import KVWeights, white_queries
 from vmla_convert.maths.quantise import (
     distortions,
     fit_tables,
@@ -33,6 +33,25 @@ from vmla_convert.maths.reads import ReadSums
 
 # The most energetic channels are the ones whose bits matter; their samples make the tables.
 SAMPLED_CHANNELS = 48
+
+
+class Metric(NamedTuple):
+    """What an error of [k; v] costs at the model's output: a quadratic form M, by its blocks.
+
+    Attributes:
+        keys: Cost of an error of the key of each head, (H, D, D).
+        values: Cost of an error of the values of all heads, (d, d).
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def apply(self, vectors: Tensor) -> Tensor:
+        """M times vectors (2d, n)."""
+        heads, width = self.keys.shape[0], len(self.values)
+        keys, values = vectors.split(width)
+        by_head = self.keys @ keys.unflatten(0, (heads, -1))
+        return torch.cat([by_head.flatten(0, 1), self.values @ values])
 
 
 class CodecFit(NamedTuple):
@@ -100,15 +119,15 @@ def assume_codec(weights: KVWeights, rank: int) -> CodecFit:
     return CodecFit(*channels[:2], mean, channels[2], tables, told)
 
 
-def fit_channels(root: Tensor, metric: Tensor, rank: int) -> Channels:
+def fit_channels(root: Tensor, metric: Metric, rank: int) -> Channels:
     """The best linear code of every rank up to R.
 
     Args:
         root: G with C = G Gᵀ, (2d, n).
-        metric: M, symmetric and positive semi-definite, (2d, 2d).
+        metric: M, symmetric and positive semi-definite.
         rank: R; channels beyond the rank of Gᵀ M G are zeros.
     """
-    costly = metric @ root
+    costly = metric.apply(root)
     product = root.mT @ costly
     # Products are symmetric but for rounding.
     values, vectors = torch.linalg.eigh((product + product.mT) / 2)
@@ -127,8 +146,8 @@ def fit_channels(root: Tensor, metric: Tensor, rank: int) -> Channels:
     return Channels(encode, decode, energies)
 
 
-def read_metric(sums: ReadSums, entries: Moments) -> Tensor:
-    """M (2d, 2d): what an error of [k; v] costs at the model's output (Method: what errors cost).
+def read_metric(sums: ReadSums, entries: Moments) -> Metric:
+    """What an error of [k; v] costs at the model's output (Method: what errors cost).
 
     Keys matter by head, turned into their own frame; values across heads, since the output
     projection mixes these.
@@ -142,20 +161,16 @@ def read_metric(sums: ReadSums, entries: Moments) -> Tensor:
     # Values were weighted by the length that each head gathered; a token's own length counts once.
     length = spread.unflatten(0, (heads, -1)).sum(1).clamp_min(1e-30)
     scale = length.rsqrt().repeat_interleave(head_dim)
-    of_keys = torch.block_diag(*sums.turned_query_square)
     of_values = scale[:, None] * sums.value_square * scale
-    return torch.block_diag(of_keys, of_values) / sums.queries
+    return Metric(sums.turned_query_square / sums.queries, of_values / sums.queries)
 
 
-def _assumed_metric(weights: KVWeights) -> Tensor:
-    """M (2d, 2d) for queries as W_q makes them and values as W_o passes them on."""
-    from vmla_convert.maths.projections import white_queries
-
+def _assumed_metric(weights: KVWeights) -> Metric:
+    """The cost for queries as W_q makes them and values as W_o passes them on."""
     heads, head_dim = weights.num_heads, weights.head_dim
-    of_values = weights.output.mT @ weights.output
     # Keys count by the energy of a value at the output, which a change of attention moves.
-    energy = ((weights.value @ weights.value.mT) * of_values).sum() / heads
+    energy = (weights.output @ weights.value).square().sum() / heads
     pairs = white_queries(weights).diagonal(dim1=-2, dim2=-1).unflatten(-1, (-1, 2)).mean(-1)
     # A rotation by any angle is as likely as another: only the lengths of pairs count.
-    of_keys = pairs.repeat_interleave(2, -1).flatten() * energy / head_dim
-    return torch.block_diag(torch.diag(of_keys), of_values)
+    of_keys = pairs.repeat_interleave(2, -1) * energy / head_dim
+    return Metric(torch.diag_embed(of_keys), weights.output.mT @ weights.output)

@@ -201,11 +201,6 @@ class ErrorCurve(NamedTuple):
     rope_pairs: list[int]
     key_ranks: list[int]
 
-    def up_to(self, most: int) -> ErrorCurve:
-        """The curve of a smaller `most`."""
-        end = most + 1
-        return ErrorCurve(self.errors[:end], self.rope_pairs[:end], self.key_ranks[:end])
-
 
 def predict_errors(
     weights: KVWeights,

@@ -133,7 +133,8 @@ def pack(codes: Tensor, widths: Sequence[int]) -> Tensor:
     words = codes << bit
     count = code_bytes(widths)
     # No channel touches more than two bytes, and channels share no bit, so that sums are unions.
-    joined = words.new_zeros(*words.shape[:-1], count + 1)
+    # A channel of no bits may start after the last byte.
+    joined = words.new_zeros(*words.shape[:-1], count + 2)
     joined.index_add_(-1, byte, words & 255).index_add_(-1, byte + 1, words >> 8)
     return joined[..., :count].to(torch.uint8)
 
@@ -141,7 +142,7 @@ def pack(codes: Tensor, widths: Sequence[int]) -> Tensor:
 def unpack(packed: Tensor, widths: Sequence[int]) -> Tensor:
     """The codes (..., R) int32 that `pack` wrote."""
     byte, bit = _places(widths, packed.device)
-    single = pad(packed, (0, 1)).int()
+    single = pad(packed, (0, 2)).int()
     words = single[..., byte] | single[..., byte + 1] << 8
     masks = torch.tensor([(1 << width) - 1 for width in widths], device=packed.device)
     return (words >> bit & masks).int()

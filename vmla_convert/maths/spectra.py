@@ -60,12 +60,12 @@ def _leading_eigenvectors(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, fl
 
 def weight_spectrum(target: Tensor) -> Tensor:
     """Squared singular values of stacked weights (n, d), descending: what the paper looks at."""
-    return _spectrum(target.mT @ target)
+    return spectrum(target.mT @ target)
 
 
 def activation_spectrum(target: Tensor, covariance: Tensor) -> Tensor:
     """Energies of W u for inputs of covariance C, descending: what the layer computes on data."""
-    return _spectrum(target @ covariance @ target.mT)
+    return spectrum(target @ covariance @ target.mT)
 
 
 def effective_rank(spectrum: Tensor, energy: float = 0.99) -> int:
@@ -79,7 +79,7 @@ def energy_at_rank(spectrum: Tensor, rank: int) -> float:
     return (spectrum[:rank].sum() / spectrum.sum()).item()
 
 
-def _spectrum(square: Tensor) -> Tensor:
+def spectrum(square: Tensor) -> Tensor:
     """Eigenvalues of a positive semi-definite matrix, descending."""
     values = scipy.linalg.eigvalsh(square.numpy(), check_finite=False)
     return torch.from_numpy(values).clamp_min(0).flip(0)

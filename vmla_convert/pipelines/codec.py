@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from time import perf_counter
@@ -20,7 +20,6 @@ from vmla_convert.checkpoint.layouts import CODEC
 from vmla_convert.checkpoint.source import TensorSpec, fingerprint
 from vmla_convert.checkpoint.writer import CheckpointWriter, check_place
 from vmla_convert.config import (
-    DENSE_ITEMSIZE,
     CacheSize,
     CodecConfig,
     ConvertConfig,
@@ -28,9 +27,9 @@ from vmla_convert.config import (
     SourceConfig,
 )
 from vmla_convert.errors import ConfigError
-from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.layers.dit import CausalWanModel, check_size
 from vmla_convert.maths.codec import CodecFit, assume_codec, fit_codec
-from vmla_convert.pipelines.calibrate import LayerReads, calibrate
+from vmla_convert.pipelines.calibrate import LayerReads, calibrate, model_blocks
 from vmla_convert.pipelines.card import CARD_NAME, model_card
 from vmla_convert.pipelines.conversion import (
     Conversion,
@@ -45,7 +44,8 @@ from vmla_convert.pipelines.conversion import (
     require_finite,
     weights_of,
 )
-from vmla_convert.pipelines.data import recorded
+from vmla_convert.pipelines.data import ClipSource, recorded
+from vmla_convert.pipelines.factoring import layer_weights
 from vmla_convert.pipelines.load import (
     CONVERSION_NAME,
     DEMO,
@@ -151,49 +151,45 @@ def refuse_layout(out: Path, layout: str) -> None:
 
 
 def planned_codec(checkpoint: OpenCheckpoint, config: ConvertConfig) -> ModelConfig:
-    """The settings of a dense model with the codec that a conversion will make.
+    """The settings of a dense checkpoint with the codec that a conversion will make.
 
     Raises:
         CheckpointError: The checkpoint is converted already.
-        ConfigError: A setting does not fit the model, or is one of MLA layers.
+        ConfigError: As `plan_codec`.
     """
     refuse_converted(checkpoint)
-    dense, plain = checkpoint.config, {f.name: f.default for f in fields(ConvertConfig)}
+    return plan_codec(checkpoint.config, config)
+
+
+def plan_codec(dense: ModelConfig, config: ConvertConfig) -> ModelConfig:
+    """The settings of a dense model with the codec that a conversion will make.
+
+    Raises:
+        ConfigError: A setting does not fit the model, or is one of MLA layers.
+    """
+    plain = {f.name: f.default for f in fields(ConvertConfig)}
     for name in _MLA_ONLY:
         if getattr(config, name) != plain[name]:
             raise ConfigError(
                 f"{name} is a setting of MLA layers, and this makes a codec",
                 "leave it out, or add --preset videomla",
             )
-    channels = codec_channels(dense, config)
-    size = _default_size(dense, config, channels)
-    return replace(dense, codec=CodecConfig(channels, size, config.calibrate))
+    codec = codec_settings(dense, config)
+    planned = replace(dense, codec=codec)
+    check_size(planned, codec.size)
+    return planned
 
 
-def _default_size(dense: ModelConfig, config: ConvertConfig, channels: int) -> CacheSize:
-    """The size that a codec has where none is asked for; never more than its file holds.
-
-    Raises:
-        ConfigError: The size that was asked for is more, or less than a byte for each layer.
-    """
-    most, geometry = float(channels * DENSE_ITEMSIZE), dense.geometry
-    if config.bytes_per_token is None and config.cut is None:
-        size = CodecConfig(channels).size
-        return size if size.token_bytes(geometry) <= most else CacheSize(most)
-    size = CacheSize(config.bytes_per_token, config.cut)
-    asked = size.token_bytes(geometry)
-    if not 1 <= asked <= most:
-        raise ConfigError(
-            f"{asked:g} bytes per token are not between 1 and {most:g}, what {channels} channels "
-            "of a layer hold",
-            "ask for another size, or store more channels: --channels",
-        )
-    return size
-
-
-def codec_channels(dense: ModelConfig, config: ConvertConfig) -> int:
-    """Channels per layer that a conversion stores."""
-    return config.channels or min(CHANNELS, dense.geometry.dim)
+def codec_settings(dense: ModelConfig, config: ConvertConfig) -> CodecConfig:
+    """Channels and default size of the codec that a conversion makes."""
+    channels = config.channels or min(CHANNELS, dense.geometry.dim)
+    size, whole = CodecConfig(channels).size, CacheSize(rank=channels)
+    most = whole.token_bytes(dense.geometry)
+    if config.bytes_per_token is not None or config.cut is not None:
+        size = CacheSize(config.bytes_per_token, config.cut)
+    elif size.token_bytes(dense.geometry) > most:
+        size = whole
+    return CodecConfig(channels, size, config.calibrate)
 
 
 def codec_specs(config: ModelConfig, how: ConvertConfig) -> dict[str, TensorSpec]:
@@ -228,11 +224,57 @@ def fit_layer(reads: LayerReads, channels: int) -> CodecFit:
     return fit_codec(*reads.past, reads.samples, channels)
 
 
+def fit_model(
+    teacher: CausalWanModel,
+    config: ConvertConfig,
+    clips: ClipSource | None = None,
+    progress: Progress | None = None,
+) -> CausalWanModel:
+    """A dense model in memory with a codec beside its attention, float32; its weights are shared.
+
+    Args:
+        teacher: The dense model.
+        config: Channels, default size and calibration.
+        clips: Where calibration clips come from; None for those of `config`.
+        progress: Where to draw.
+    """
+    geometry, dense = teacher.config.geometry, teacher.config
+    codec = codec_settings(dense, config)
+    if config.calibrate:
+        clips = clips or open_measured(dense, config)
+        blocks, count = model_blocks(teacher), config.calibration_clips
+        reads = calibrate(teacher, blocks, clips, count, config.seed, progress)
+        fits = [fit_layer(reads(layer), codec.rank) for layer in range(geometry.num_layers)]
+    else:
+        state = teacher.state_dict()
+        layers = range(geometry.num_layers)
+        weights = (layer_weights(state.__getitem__, i, geometry.num_heads) for i in layers)
+        fits = [assume_codec(each, codec.rank) for each in weights]
+    return with_codec(teacher, fits, codec)
+
+
+def with_codec(
+    teacher: CausalWanModel, fits: Sequence[CodecFit], codec: CodecConfig
+) -> CausalWanModel:
+    """A dense model with fitted codecs, its weights shared, at the codec's default size."""
+    with torch.device("meta"):
+        model = CausalWanModel(replace(teacher.config, codec=codec))
+    device = teacher.patch_embedding.weight.device
+    state = dict(teacher.state_dict())
+    for layer, fit in enumerate(fits):
+        state |= {
+            name: t.to(device, torch.float32) for name, t in codec_tensors(fit, layer).items()
+        }
+    model.load_state_dict(state, assign=True)
+    model.resize(codec.size)
+    return model.eval().requires_grad_(False)
+
+
 def _fitter(
     checkpoint: OpenCheckpoint, config: ConvertConfig, shelf: Any, progress: Progress
 ) -> Callable[[int], CodecFit]:
     """Fits the codec of a layer by its index; calibration happens here and now."""
-    channels = codec_channels(checkpoint.config, config)
+    channels = codec_settings(checkpoint.config, config).rank
     if not config.calibrate:
         weights = weights_of(checkpoint)
         return lambda layer: assume_codec(weights(layer), channels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +12,15 @@ from vmla_convert.demo.judge import background_psnr, read_digits
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.layers.mla import LatentSelfAttention
-from vmla_convert.maths.projections import KVWeights
 from vmla_convert.maths.spectra import (
     activation_spectrum,
     effective_rank,
     energy_at_rank,
+    spectrum,
     weight_spectrum,
 )
 from vmla_convert.pipelines.calibrate import LayerReads, check_clips, clips_at_once
-from vmla_convert.pipelines.data import open_clips, seeded
+from vmla_convert.pipelines.data import ClipSource, open_clips, seeded
 from vmla_convert.pipelines.factoring import layer_weights
 from vmla_convert.pipelines.losses import (
     Example,
@@ -90,6 +90,7 @@ class HeldOut:
         config: Which clips.
         streamed: How models see them.
         progress: Where every pass over them is drawn, those of later measurements too.
+        clips: Where they come from; None for the source of `config`.
 
     Raises:
         ConfigError: As `check_held_out`.
@@ -101,11 +102,12 @@ class HeldOut:
         config: EvaluateConfig,
         streamed: bool = False,
         progress: Progress | None = None,
+        clips: ClipSource | None = None,
     ) -> None:
         self.config, self.streamed = teacher.config, streamed
         self.progress = progress or Silent()
         check_held_out(self.config, config, streamed)
-        clips = open_clips(config.data)
+        clips = clips or open_clips(config.data)
         self.examples = [
             make_example(
                 clips.batch(index, min(CLIPS_DRAWN, config.clips - start), "held_out"),
@@ -182,14 +184,28 @@ def dense_rows(teacher: CausalWanModel, held_out: HeldOut) -> list[Row]:
     ]
 
 
-def spectrum_rows(teacher: CausalWanModel, measured: list[LayerReads], rank: int) -> list[Row]:
-    """Rows of each layer's joint key and value spectrum, as weights and on cached inputs."""
+def spectrum_rows(teacher: CausalWanModel, measured: Iterable[LayerReads], rank: int) -> list[Row]:
+    """Rows of each layer's joint key and value spectrum, as weights and on what is cached.
+
+    Args:
+        teacher: The dense model.
+        measured: Calibration of every layer, in order, for either product.
+        rank: Number of directions whose energy is told among others.
+    """
     read = teacher.state_dict().__getitem__
     rows: list[Row] = []
     for layer, reads in enumerate(measured):
         weights = layer_weights(read, layer, teacher.config.geometry.num_heads)
-        covariance = reads.past[1].covariance
-        rows += operator_spectra(_joint(weights), covariance, layer, rank)
+        joint, covariance = torch.cat([weights.key, weights.value]), reads.past[1].covariance
+        # A codec is calibrated on keys and values themselves, MLA layers on what they come from.
+        is_codec = reads.samples is not None
+        spectra = {
+            "weights": weight_spectrum(joint),
+            "weights_x_activations": spectrum(covariance)
+            if is_codec
+            else activation_spectrum(joint, covariance),
+        }
+        rows += _energy_rows(spectra, layer, {rank, *_spread(joint.shape[1])})
     return rows
 
 
@@ -219,18 +235,14 @@ def _key_rows(attention: LatentSelfAttention) -> Tensor:
     return (attention.q_nope_map.mT @ rows.unflatten(0, (attention.num_heads, -1))).flatten(0, 1)
 
 
-def operator_spectra(target: Tensor, covariance: Tensor, layer: int, rank: int) -> list[Row]:
-    """Rows of one joint operator (n, d), alone and on inputs of a covariance (d, d)."""
+def _energy_rows(spectra: dict[str, Tensor], layer: int, ranks: set[int]) -> list[Row]:
+    """Rows of one layer's spectra, by run."""
     rows: list[Row] = []
-    spectra = {
-        "weights": weight_spectrum(target),
-        "weights_x_activations": activation_spectrum(target, covariance),
-    }
-    for run, spectrum in spectra.items():
-        rank_99 = effective_rank(spectrum)
+    for run, energies in spectra.items():
+        rank_99 = effective_rank(energies)
         rows.append(Row("effective_rank_99", rank_99, "directions", run, layer=layer))
-        for size in sorted({rank, *_spread(len(covariance))}):
-            energy = energy_at_rank(spectrum, size)
+        for size in sorted(ranks):
+            energy = energy_at_rank(energies, size)
             rows.append(Row("energy_at_rank", energy, "share", run, layer=layer, kv_lora_rank=size))
     return rows
 
@@ -238,10 +250,6 @@ def operator_spectra(target: Tensor, covariance: Tensor, layer: int, rank: int) 
 def _spread(width: int) -> list[int]:
     """About twenty ranks up to the width, evenly spread by ratio: enough to draw a spectrum."""
     return [round(width ** (i / (RANKS_DRAWN - 1))) for i in range(RANKS_DRAWN)]
-
-
-def _joint(weights: KVWeights) -> Tensor:
-    return torch.cat([weights.key, weights.value])
 
 
 def rollout_rows(video: Tensor, prompts: list[str], config: ModelConfig, seed: int) -> list[Row]:

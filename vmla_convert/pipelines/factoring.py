@@ -23,19 +23,21 @@ Read = Callable[[str], Tensor]
 
 
 def convert_model(
-    teacher: CausalWanModel, config: ConvertConfig, evidence: list[Evidence] | None
+    teacher: CausalWanModel,
+    config: ConvertConfig,
+    evidence: list[Evidence] | ReadEvidence | None,
 ) -> CausalWanModel:
-    """The same conversion in memory, by itself: what those of a sweep are held against.
+    """A conversion to MLA layers in memory.
 
     Args:
         teacher: The dense model.
         config: The conversion.
-        evidence: Of every layer; None where the init looks at none.
+        evidence: Evidence of every layer; None where the init looks at none.
     """
     check_sizes(teacher.config, config)
     state = teacher.state_dict()
     heads = teacher.config.geometry.num_heads
-    known = evidence.__getitem__ if evidence else None
+    known = evidence.__getitem__ if isinstance(evidence, list) else evidence
     ranks = plan_ranks(
         teacher.config,
         config,

@@ -9,7 +9,13 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from vmla_convert.config import ConvertConfig, RecoverConfig, SweepConfig
+from vmla_convert.config import (
+    CacheSize,
+    ConvertConfig,
+    RecoverConfig,
+    RuntimeConfig,
+    SweepConfig,
+)
 from vmla_convert.tables import from_dict, to_dict
 
 
@@ -18,23 +24,26 @@ class SweepPoint:
     """One conversion and its recovery.
 
     Attributes:
-        conversion: Its seed is the recovery's too.
+        conversion: The conversion; its seed is the recovery's too.
         recovery: None where only step 0 is measured.
+        runtimes: Sizes and dtypes of the cache that a codec is measured with; empty for MLA.
     """
 
     conversion: ConvertConfig
     recovery: RecoverConfig | None
+    runtimes: tuple[RuntimeConfig, ...] = ()
 
     @property
     def seed(self) -> int:
-        """Of conversion and recovery."""
+        """Seed of conversion and recovery."""
         return self.conversion.seed
 
     @property
     def key(self) -> str:
-        """Names the settings, all but the seed."""
+        """Name of the settings, all but the seed."""
         recovery = to_dict(_seeded(self.recovery, 0)) if self.recovery else None
-        return digest([to_dict(replace(self.conversion, seed=0)), recovery])
+        runtimes = [to_dict(runtime) for runtime in self.runtimes]
+        return digest([to_dict(replace(self.conversion, seed=0)), recovery, runtimes])
 
 
 def digest(settings: Any) -> str:
@@ -46,15 +55,18 @@ def digest(settings: Any) -> str:
 def sweep_points(
     config: SweepConfig, shared: ConvertConfig, recovery: RecoverConfig
 ) -> list[SweepPoint]:
-    """Every point, smallest caches first."""
-    if not config.recover:
-        return [SweepPoint(conversion, None) for conversion in grid(config, shared)]
+    """Every point, product by product, smallest caches first."""
     lengths = config.recovery_steps or (recovery.training.steps,)
-    return [
-        SweepPoint(conversion, _seeded(_lasting(recovery, steps), conversion.seed))
-        for conversion in grid(config, shared)
-        for steps in lengths
-    ]
+    points: list[SweepPoint] = []
+    for conversion in grid(config, shared):
+        is_codec = conversion.product == "codec"
+        runtimes = _runtimes(config) if is_codec else ()
+        # One recovered codec serves all cuts; with a single one it has that size anyway.
+        nested = config.cuts if is_codec and len(config.cuts) > 1 else ()
+        own = _seeded(replace(recovery, nested=nested), conversion.seed)
+        recoveries = [_lasting(own, steps) for steps in lengths] if config.recover else [None]
+        points += [SweepPoint(conversion, each, runtimes) for each in recoveries]
+    return points
 
 
 def find_point(key: str, recipe: Mapping[str, Any]) -> SweepPoint | None:
@@ -62,7 +74,7 @@ def find_point(key: str, recipe: Mapping[str, Any]) -> SweepPoint | None:
 
     Args:
         key: `SweepPoint.key`.
-        recipe: Of the run, as its `recipe.json` holds it.
+        recipe: The run's, as its `recipe.json` holds it.
 
     Returns:
         None where the recipe has no such point.
@@ -81,37 +93,65 @@ def find_point(key: str, recipe: Mapping[str, Any]) -> SweepPoint | None:
 
 
 def grid(config: SweepConfig, shared: ConvertConfig) -> list[ConvertConfig]:
-    """Every conversion, smallest caches first."""
-    sizes: list[dict[str, Any]] = [{"cut": cut} for cut in sorted(config.cuts, reverse=True)]
-    sizes += [{"kv_lora_rank": rank} for rank in sorted(config.kv_lora_ranks)]
-    bare = replace(shared, cache_scalars=None, cut=None, plan=None)
-    bare = replace(bare, kv_lora_rank=None, qk_rope_head_dim=None, ranks=None)
-    points: list[ConvertConfig] = []
-    for size, latent, init, seed in product(sizes, config.latents, config.inits, config.seeds):
-        point = replace(bare, init=init, latent=latent, seed=seed, **size)
-        if point.kv_lora_rank is not None and (splits := _head_splits(config, shared)):
-            points += [
-                replace(point, qk_nope_head_dim=nope, qk_rope_head_dim=rope)
-                for nope, rope in splits
-            ]
-        else:
-            points += _ruled(point, config, shared)
-    return points
+    """Every conversion: a codec for each seed, whatever the sizes, and MLA at every size."""
+    made = {"codec": _codecs, "mla": _mla}
+    return [each for name in config.products for each in made[name](config, shared)]
 
 
-def _head_splits(config: SweepConfig, shared: ConvertConfig) -> list[tuple[int | None, int]]:
-    """Widths of the content and the rope part of a head, where the grid names them."""
+def _codecs(config: SweepConfig, shared: ConvertConfig) -> list[ConvertConfig]:
+    """A codec for each seed; by default it has the size in the middle of the list."""
+    sizes = _cuts(config) or _bytes(config)
+    if not sizes:
+        return []
+    size = sizes[len(sizes) // 2]
     return [
-        *config.head_splits,
-        *((shared.qk_nope_head_dim, rope) for rope in config.qk_rope_head_dims),
+        ConvertConfig(
+            channels=shared.channels,
+            bytes_per_token=size.bytes_per_token,
+            cut=size.cut,
+            dtype=shared.dtype,
+            calibrate=shared.calibrate,
+            calibration_clips=shared.calibration_clips,
+            data=shared.data,
+            seed=seed,
+        )
+        for seed in config.seeds
     ]
 
 
-def _ruled(point: ConvertConfig, config: SweepConfig, shared: ConvertConfig) -> list[ConvertConfig]:
-    """A point under every rule that can divide it."""
-    if point.init != "calibrated" or point.cut is None:
-        return [point]
-    return [replace(point, ranks=rule) for rule in config.ranks or (shared.ranks,)]
+def _mla(config: SweepConfig, shared: ConvertConfig) -> list[ConvertConfig]:
+    """MLA layers of every size, latent, init and seed, smallest caches first."""
+    sizes: list[dict[str, Any]] = [
+        {"kv_lora_rank": rank, "qk_rope_head_dim": rope}
+        for rank in sorted(config.kv_lora_ranks)
+        for rope in config.qk_rope_head_dims or (None,)
+    ] or [{"cut": size.cut} for size in _cuts(config)]
+    bare = replace(shared, product="mla", channels=None, bytes_per_token=None, cut=None)
+    bare = replace(bare, cache_scalars=None, kv_lora_rank=None, qk_rope_head_dim=None)
+    bare = replace(bare, plan=None, ranks=None)
+    points: list[ConvertConfig] = []
+    for size, latent, init, seed in product(sizes, config.latents, config.inits, config.seeds):
+        # A rule divides a budget by the errors that this init predicts.
+        rule = shared.ranks if init == "calibrated" and "cut" in size else None
+        points.append(replace(bare, init=init, latent=latent, seed=seed, ranks=rule, **size))
+    return points
+
+
+def _cuts(config: SweepConfig) -> list[CacheSize]:
+    return [CacheSize(cut=cut) for cut in sorted(config.cuts, reverse=True)]
+
+
+def _bytes(config: SweepConfig) -> list[CacheSize]:
+    return [CacheSize(bytes_per_token=size) for size in sorted(config.bytes_per_token)]
+
+
+def _runtimes(config: SweepConfig) -> tuple[RuntimeConfig, ...]:
+    """All that a codec is measured with: every size, and the same unquantised if asked for."""
+    sizes = [*_cuts(config), *_bytes(config)]
+    quantised = [RuntimeConfig(size=size) for size in sizes]
+    if not config.unquantised:
+        return tuple(quantised)
+    return (*quantised, *(replace(each, cache_dtype="model") for each in quantised))
 
 
 def _lasting(recovery: RecoverConfig, steps: int) -> RecoverConfig:

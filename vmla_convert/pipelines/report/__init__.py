@@ -1,4 +1,4 @@
-"""Report: from the rows of a folder to a page that says which setting to use.
+"""Report: from the rows of a folder to a page that says which size to use.
 
 Written from `rows.jsonl` alone, without torch; a section appears only when its rows exist.
 """
@@ -11,10 +11,13 @@ from typing import Any
 
 from vmla_convert.config import ReportConfig
 from vmla_convert.errors import VmlaError
+from vmla_convert.pipelines.report.answer import recommend
+from vmla_convert.pipelines.report.charts import draw_charts
 from vmla_convert.pipelines.report.pages import to_html, to_markdown
-from vmla_convert.pipelines.report.panels import Chart, chart_csv
-from vmla_convert.pipelines.report.plots import draw_chart, save_figure
-from vmla_convert.pipelines.report.sections import PLOTS, draw_charts, report_sections
+from vmla_convert.pipelines.report.plots import Chart, chart_csv, draw_chart
+from vmla_convert.pipelines.report.recipe import RECIPE_FILE, recipe_toml
+from vmla_convert.pipelines.report.sections import PLOTS, report_sections
+from vmla_convert.pipelines.report.settings import read_settings
 from vmla_convert.pipelines.report.tables import decisive_table
 from vmla_convert.results import read_rows
 
@@ -24,38 +27,48 @@ __all__ = ["decisive_table", "write_report"]
 def write_report(
     folder: Path,
     title: str = ReportConfig.title,
-    flow_loss_bound: float = ReportConfig.loss_bound,
+    loss_bound: float = ReportConfig.loss_bound,
 ) -> list[Path]:
     """Write `report.md`, `report.html` and `plots/*` from the folder's `rows.jsonl`.
 
-    Every plot is a PNG with a CSV of all that it draws beside it. What else lies in the folder is
-    shown when it is there: `strips/*.png`, a contact sheet `compare.png`, `compare.mp4` as a link,
-    and the settings and versions of `recipe.json`.
+    Every plot is a PNG with a CSV of all that it draws beside it. Where `recipe.json` says how the
+    recommended size was made, `recipe.toml` makes it again. What else lies in the folder is shown
+    when it is there: `strips/*.png`, a contact sheet `compare.png`, and `compare.mp4` as a link.
 
     Args:
         folder: Where the rows lie and the report goes.
-        title: Of the report.
-        flow_loss_bound: Flow loss that a recommended setting may have above the dense model's, as
-            a share of it.
+        title: Title of the report.
+        loss_bound: Flow loss that the recommended size may have above the dense model's, as a
+            share of it.
 
     Returns:
         The paths written.
 
     Raises:
-        VmlaError: There are no rows, a line is not a row, or `recipe.json` is no JSON object.
+        VmlaError: There are no rows, a line is not a row, or `recipe.json` holds no recipe.
         MissingExtraError: matplotlib is not installed.
     """
     rows = read_rows(folder / "rows.jsonl")
     if not rows:
         raise VmlaError(f"no rows in {folder / 'rows.jsonl'}", "run a sweep or an eval first")
-    recipe = _read_recipe(folder / "recipe.json")
-    charts = draw_charts(rows, flow_loss_bound)
-    plots = _save_plots(folder / "plots", charts)
-    sections = report_sections(folder, rows, flow_loss_bound, list(charts), recipe)
-    markdown, html = folder / "report.md", folder / "report.html"
-    markdown.write_text(to_markdown(title, sections), encoding="utf-8")
-    html.write_text(to_html(title, sections, folder), encoding="utf-8")
-    return [markdown, html, *plots]
+    told = _read_recipe(folder / "recipe.json")
+    best = recommend(read_settings(rows), loss_bound)
+    toml = recipe_toml(best.setting, told.get("recipe") or {}) if best is not None else ""
+    charts = draw_charts(rows, loss_bound)
+    written = _save_plots(folder / "plots", charts)
+    sections = report_sections(folder, rows, loss_bound, charts, told)
+    texts = {
+        "report.md": to_markdown(title, sections),
+        "report.html": to_html(title, sections, folder),
+        RECIPE_FILE: toml,
+    }
+    for name, text in texts.items():
+        if text:
+            (folder / name).write_text(text.strip() + "\n", encoding="utf-8")
+            written.append(folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
+    return written
 
 
 def _save_plots(folder: Path, charts: dict[str, Chart]) -> list[Path]:
@@ -68,20 +81,20 @@ def _save_plots(folder: Path, charts: dict[str, Chart]) -> list[Path]:
     written: list[Path] = []
     for name, figure in figures.items():
         image, data = folder / f"{name}.png", folder / f"{name}.csv"
-        save_figure(figure, image)
+        figure.savefig(image)
         data.write_text(chart_csv(charts[name]), encoding="utf-8")
         written += [image, data]
     return written
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
-    """Settings, versions and command of the run, where it left them."""
+    """Settings and versions of the run, where it left them."""
     if not path.is_file():
         return {}
     try:
-        recipe = json.loads(path.read_text(encoding="utf-8"))
+        told = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise VmlaError(f"{path} is not JSON: {error}", "remove it, or write it anew") from error
-    if not isinstance(recipe, dict):
+    if not isinstance(told, dict) or not isinstance(told.get("recipe", {}), dict):
         raise VmlaError(f"{path} holds no table of settings", "remove it, or write it anew")
-    return recipe
+    return told

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from urllib.parse import quote
 
-from vmla_convert.pipelines.report.cells import html_table, markdown_table
-
-EMBED_LIMIT_BYTES = 1_000_000
-# All embedded images together, as base64, so that the page stays under 3 MB.
-EMBED_BUDGET_BYTES = 2_800_000
+EMBED_LIMIT_BYTES = 600_000
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -31,188 +26,207 @@ PAGE = """<!doctype html>
 </head>
 <body>
 <header><h1>{title}</h1></header>
-<nav aria-labelledby="contents">
-<details open>
-<summary id="contents">Contents</summary>
+<nav aria-label="Contents">
 <ol>
 {contents}
 </ol>
-</details>
 </nav>
 <main>
 {body}
 </main>
-<script>{script}</script>
 </body>
 </html>
 """
+# 'self' is empty for a page opened from a disk, where an image beside it is of scheme file.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src 'self' file: data:"
+# What could be taken for Markdown or for HTML in it.
+MARKUP = re.compile(r"([\\<*|\[\]`])")
+NUMBER = re.compile(r"[+-]?\d[^,;]*|–|diverged|")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph; a lead must not be missed."""
+
+    text: str
+    lead: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Lines of cells, the first of which is the header.
+
+    Attributes:
+        lines: All of one length.
+        label: What the table is called by screen readers.
+        marked: Index of the line that stands out; None for none.
+    """
+
+    lines: Sequence[Sequence[str]]
+    label: str
+    marked: int | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image beside the report.
+
+    Attributes:
+        path: Path of a PNG, relative to the report's folder.
+        alt: What it shows.
+        data: Path of what it was made from; empty for none.
+    """
+
+    path: str
+    alt: str
+    data: str = ""
+
+
+@dataclass(frozen=True)
+class Code:
+    """Lines to copy."""
+
+    text: str
+    language: str = "sh"
+
+
+Block = Text | Table | Picture | Code
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report, the same for both formats.
-
-    Attributes:
-        title: Heading.
-        lead: What must not be missed; the page shows its first sentence large.
-        paragraphs: Plain text.
-        table: Lines of cells, the first of which is the header.
-        marked: Index into `table` of the line that stands out.
-        image: Path of a PNG, relative to the report's folder.
-        alt: What the image shows.
-        data: Path of the CSV with what the image draws, relative to the report's folder.
-        images: What further images show, by path.
-        code: Commands to copy.
-        link: Path of another file, relative to the report's folder.
-    """
+    """A part of the report, the same for both formats; no two have the same title."""
 
     title: str
-    lead: str = ""
-    paragraphs: list[str] = field(default_factory=list)
-    table: list[list[str]] = field(default_factory=list)
-    marked: int | None = None
-    image: str = ""
-    alt: str = ""
-    data: str = ""
-    images: dict[str, str] = field(default_factory=dict)
-    code: str = ""
-    link: str = ""
+    blocks: Sequence[Block]
 
 
 def to_markdown(title: str, sections: Sequence[Section]) -> str:
     """The report as Markdown, which refers to its images by relative paths."""
-    blocks = [f"# {title}"]
+    parts = [f"# {_plain(title)}"]
     for section in sections:
-        blocks.append(f"## {section.title}")
-        if section.lead:
-            blocks.append(f"**{section.lead}**")
-        if section.table:
-            blocks.append(markdown_table(section.table, section.marked))
-        if section.image:
-            blocks.append(f"![{section.alt}]({section.image})")
-        blocks += [f"![{alt}]({image})\n\n{alt}" for image, alt in section.images.items()]
-        if section.data:
-            blocks.append(f"[{section.data}]({section.data})")
-        blocks += section.paragraphs
-        if section.code:
-            blocks.append(f"```sh\n{section.code}\n```")
-        if section.link:
-            blocks.append(f"[{section.link}]({section.link})")
-    return "\n\n".join(blocks) + "\n"
+        parts.append(f"## {_plain(section.title)}")
+        parts += map(_markdown, section.blocks)
+    return "\n\n".join(parts) + "\n"
 
 
 def to_html(title: str, sections: Sequence[Section], folder: Path) -> str:
     """The report as one HTML page with its images inside, which needs nothing from elsewhere.
 
     Args:
-        title: Of the page.
+        title: Title of the page.
         sections: In order.
-        folder: Where the sections' images lie. Images that would make the page too large
-            (`EMBED_LIMIT_BYTES`, `EMBED_BUDGET_BYTES`) are referred to by their relative paths.
+        folder: Where the sections' images lie. Those above `EMBED_LIMIT_BYTES` are referred to by
+            their relative paths.
     """
-    style, script = _asset("page.css"), _asset("page.js")
-    names = _section_ids([section.title for section in sections])
-    images = [path for section in sections for path in (section.image, *section.images) if path]
-    sources = _image_sources(folder, images)
+    style = files("vmla_convert.pipelines.report").joinpath("page.css").read_text("utf-8")
     return PAGE.format(
-        policy=_content_policy(style, script),
+        policy=POLICY,
         title=escape(title),
         style=style,
         contents="\n".join(
-            f'<li><a href="#{name}">{escape(section.title)}</a></li>'
-            for name, section in zip(names, sections, strict=True)
+            f'<li><a href="#{_anchor(each)}">{escape(each.title)}</a></li>' for each in sections
         ),
-        body="\n".join(
-            _html_section(name, section, sources)
-            for name, section in zip(names, sections, strict=True)
-        ),
-        script=script,
+        body="\n".join(_html_section(section, folder) for section in sections),
     )
 
 
-def _asset(name: str) -> str:
-    return files("vmla_convert.pipelines.report").joinpath(name).read_text(encoding="utf-8")
+def _markdown(block: Block) -> str:
+    match block:
+        case Text(text, lead):
+            return f"**{_plain(text)}**" if lead else _plain(text)
+        case Table():
+            return _markdown_table(block)
+        case Picture(path, alt, data):
+            image = f"![{_plain(alt)}]({quote(path)})"
+            return f"{image}\n\n[{_plain(data)}]({quote(data)})" if data else image
+        case Code(text, language):
+            return f"```{language}\n{text}\n```"
 
 
-def _content_policy(style: str, script: str) -> str:
-    """What the page may do: run its own style and script, show its images, fetch nothing."""
-    style_hash, script_hash = (
-        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        for text in (style, script)
+def _html(block: Block, folder: Path) -> str:
+    match block:
+        case Text(text, lead):
+            kind = ' class="lead"' if lead else ""
+            return f"<p{kind}>{escape(text)}</p>"
+        case Table():
+            return _html_table(block)
+        case Picture():
+            return _html_figure(block, _source(folder / block.path, block.path))
+        case Code(text):
+            # A box that scrolls must be reachable by keyboard.
+            return f'<pre tabindex="0"><code>{escape(text)}</code></pre>'
+
+
+def _markdown_table(table: Table) -> str:
+    lines = [[_plain(cell) for cell in cells] for cells in table.lines]
+    if table.marked is not None:
+        lines[table.marked] = [f"**{cell}**" for cell in lines[table.marked]]
+    rule = ["---:" if is_number else "---" for is_number in _numeric(table)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [lines[0], rule, *lines[1:]])
+
+
+def _html_table(table: Table) -> str:
+    kinds = [' data-kind="number"' if is_number else "" for is_number in _numeric(table)]
+    head = "".join(
+        f'<th scope="col"{kind}>{escape(cell)}</th>'
+        for cell, kind in zip(table.lines[0], kinds, strict=True)
     )
-    # 'self' is empty for a page opened from a disk, where an image beside it is of scheme file.
+    body: list[str] = []
+    for number, (first, *cells) in enumerate(table.lines[1:], start=1):
+        current = ' aria-current="true"' if number == table.marked else ""
+        parts = [f'<th scope="row"{kinds[0]}>{escape(first)}</th>']
+        parts += [f"<td{k}>{escape(cell)}</td>" for cell, k in zip(cells, kinds[1:], strict=True)]
+        body.append(f"<tr{current}>{''.join(parts)}</tr>")
+    # A box that scrolls must be reachable by keyboard.
     return (
-        f"default-src 'none'; style-src 'sha256-{style_hash}'; script-src 'sha256-{script_hash}'; "
-        "img-src 'self' file: data:; base-uri 'none'; form-action 'none'"
+        f'<div class="wide" role="region" aria-label="{escape(table.label)}" tabindex="0">\n'
+        f"<table>\n<thead>\n<tr>{head}</tr>\n</thead>\n<tbody>\n" + "\n".join(body) + "\n"
+        "</tbody>\n</table>\n</div>"
     )
 
 
-def _section_ids(titles: Iterable[str]) -> list[str]:
-    """A name for each heading that links can point to, unique on the page."""
-    ids: list[str] = []
-    for title in titles:
-        stem = "section-" + (re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "untitled")
-        name, count = stem, 1
-        while name in ids:
-            count += 1
-            name = f"{stem}-{count}"
-        ids.append(name)
-    return ids
-
-
-def _image_sources(folder: Path, images: Iterable[str]) -> dict[str, str]:
-    """What each image's `src` says: its bytes, or its path once the page would grow too large."""
-    room = EMBED_BUDGET_BYTES
-    sources: dict[str, str] = {}
-    for image in dict.fromkeys(images):
-        data = (folder / image).read_bytes()
-        encoded = base64.b64encode(data).decode()
-        if len(data) > EMBED_LIMIT_BYTES or len(encoded) > room:
-            sources[image] = quote(image)
-        else:
-            sources[image] = f"data:image/png;base64,{encoded}"
-            room -= len(encoded)
-    return sources
-
-
-def _html_section(name: str, section: Section, sources: dict[str, str]) -> str:
-    parts = [f'<h2 id="{name}">{escape(section.title)}</h2>']
-    if section.lead:
-        parts.append(_html_lead(section.lead))
-    if section.table:
-        parts.append(html_table(section.table, section.marked, section.title))
-    if section.image:
-        source = sources[section.image]
-        parts.append(_html_figure(section.image, section.alt, section.data, source))
-    for image, alt in section.images.items():
-        parts.append(_html_figure(image, alt, "", sources[image]))
-    parts += [f"<p>{escape(paragraph)}</p>" for paragraph in section.paragraphs]
-    if section.code:
-        parts.append(f'<pre tabindex="0"><code>{escape(section.code)}</code></pre>')
-    if section.link:
-        parts.append(f"<p>{_html_link(section.link, section.link)}</p>")
-    kind = ' class="answer"' if section.lead else ""
-    return f'<section{kind} aria-labelledby="{name}">\n' + "\n".join(parts) + "\n</section>"
-
-
-def _html_lead(lead: str) -> str:
-    first, stop, rest = lead.partition(". ")
-    parts = [f'<p class="lead">{escape(first + stop.rstrip())}</p>']
-    if rest:
-        parts.append(f"<p>{escape(rest)}</p>")
-    return "\n".join(parts)
-
-
-def _html_figure(image: str, alt: str, data: str, source: str) -> str:
-    links = [_html_link(image, "PNG")]
-    if data:
-        links.append(_html_link(data, "CSV"))
+def _html_figure(picture: Picture, source: str) -> str:
+    paths = filter(None, [picture.path, picture.data])
+    links = [f'<a href="{quote(path)}">{Path(path).suffix[1:].upper()}</a>' for path in paths]
+    alt = escape(picture.alt)
     return (
-        f'<figure>\n<div class="card"><img src="{source}" alt="{escape(alt)}"></div>\n'
-        f'<figcaption><span>{escape(alt)}</span> <span class="files">{" ".join(links)}'
+        f'<figure>\n<div class="card"><img src="{source}" alt="{alt}"></div>\n'
+        f'<figcaption><span>{alt}</span> <span class="files">{" ".join(links)}'
         "</span></figcaption>\n</figure>"
     )
 
 
-def _html_link(path: str, text: str) -> str:
-    return f'<a href="{quote(path)}">{escape(text)}</a>'
+def _numeric(table: Table) -> list[bool]:
+    """For each column whether all its cells below the header are numbers, or absent."""
+    columns = zip(*table.lines[1:], strict=True)
+    return [all(NUMBER.fullmatch(cell) for cell in column) for column in columns]
+
+
+def _plain(text: str) -> str:
+    """Words on one line of Markdown that mean nothing to it."""
+    return MARKUP.sub(r"\\\1", " ".join(text.split()))
+
+
+def _anchor(section: Section) -> str:
+    return "section-" + re.sub(r"[^a-z0-9]+", "-", section.title.lower()).strip("-")
+
+
+def _source(path: Path, image: str) -> str:
+    """What an image's `src` says: its bytes, or its path where the page would grow too large."""
+    data = path.read_bytes()
+    if len(data) > EMBED_LIMIT_BYTES:
+        return quote(image)
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def _html_section(section: Section, folder: Path) -> str:
+    leads = any(isinstance(block, Text) and block.lead for block in section.blocks)
+    parts = [f'<h2 id="{_anchor(section)}">{escape(section.title)}</h2>']
+    parts += [_html(block, folder) for block in section.blocks]
+    kind = ' class="answer"' if leads else ""
+    return (
+        f'<section{kind} aria-labelledby="{_anchor(section)}">\n'
+        + "\n".join(parts)
+        + "\n</section>"
+    )

@@ -1,22 +1,21 @@
-"""Tables of a report: every setting, what failed, memory, speed, and where figures come from."""
+"""Tables of a report: every cache, equal errors, memory, speed, failures, and provenance."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from vmla_convert.pipelines.report.points import (
-    Dense,
-    Point,
+from vmla_convert import __version__
+from vmla_convert.pipelines.report.settings import (
+    DENSE,
+    UNQUANTISED,
+    Setting,
     group_medians,
-    is_step_ratio,
-    median_of,
+    key_of,
     read_dense,
-    read_points,
-    setting_key,
+    read_settings,
     setting_names,
-    shared_seconds,
 )
 from vmla_convert.pipelines.report.wording import (
     ABSENT,
@@ -27,261 +26,153 @@ from vmla_convert.pipelines.report.wording import (
     format_range,
     format_seconds,
 )
-from vmla_convert.results import Row
+from vmla_convert.results import FAILED, Row
 
 Table = list[list[str]]
-PROVENANCE_FIELDS = ("latent", "ranks")
-SECONDS_TO_CONVERT = "seconds to convert"
 SECONDS = ("sweep_seconds", "convert_seconds", "recover_seconds")
 
 
-class Column(NamedTuple):
-    """A column of the decisive table: its head, a point's cell, the dense model's cell."""
-
-    head: str
-    cell: Callable[[Point], str]
-    dense: str
-
-
 def decisive_table(rows: Sequence[Row]) -> Table:
-    """The table that decides: header, the dense model, then a line per setting.
+    """What each cache costs and loses: header, the dense model, then a line per setting.
 
     Args:
         rows: Rows of a sweep or of one conversion.
 
     Returns:
         Lines of cells; the first line is the header. The dense model's line is there only when
-        rows about it are; columns that tell no two settings apart are left out.
+        rows about it are, and what recovery made only when there was one.
     """
-    dense, points = read_dense(rows), read_points(rows)
-    columns = [*_setting_columns(points, dense), *_quality_columns(points, dense)]
-    table = [[column.head for column in columns]]
+    dense, settings = read_dense(rows), read_settings(rows)
+    recovered = any(setting.last_step for setting in settings)
+    quality = ["velocity_error", "flow loss above dense"]
+    head = ["cache", "bytes per token", "cut", *quality]
+    head += [f"{name}, recovered" for name in quality] if recovered else []
+    table = [head]
     if dense is not None:
-        table.append([column.dense for column in columns])
-    return table + [[column.cell(point) for column in columns] for point in points]
+        after = [ABSENT, ABSENT] if recovered else []
+        table.append([DENSE, format_number(dense.nbytes), "0 %", "0", "+0 %", *after])
+    return table + [_line(setting, recovered) for setting in settings]
+
+
+def equal_errors(rows: Sequence[Row], settings: Sequence[Setting]) -> list[str]:
+    """A sentence per dtype of a quantised dense cache: bytes of the codec at the same error."""
+    measured = [row for row in rows if row.metric == "bytes_at_error"]
+    last = max((row.step or 0 for row in measured), default=0)
+    at_end = [row for row in measured if (row.step or 0) == last]
+    found = group_medians(at_end, "bytes_at_error", lambda row: row.cache_dtype)
+    dense = {each.key.kept: each for each in settings if each.product == DENSE}
+    least = min((each.nbytes for each in settings if each.product == "codec"), default=0.0)
+    sentences: list[str] = []
+    for dtype, nbytes in sorted(found.items(), key=lambda item: -item[1]):
+        if (setting := dense.get(dtype)) is not None:
+            most = "at most " if nbytes <= least else ""
+            when = ", as converted," if not last and any(s.last_step for s in settings) else ""
+            sentences.append(
+                f"At the error of dense {dtype}, {format_number(setting.error)}, which takes "
+                f"{format_number(setting.nbytes)} bytes, the codec{when} takes {most}"
+                f"{format_number(nbytes)}: {setting.nbytes / nbytes:.2g} times fewer."
+            )
+    return sentences
+
+
+def memory_table(rows: Sequence[Row], settings: Sequence[Setting]) -> Table:
+    """Bytes of the cache of one clip by its length, a line per size; empty without rows.
+
+    Clips at once multiply them, and are left out.
+    """
+    measured = [row for row in rows if row.metric == "cache_bytes" and row.batch in (None, 1)]
+    # Without quantising a codec keeps fewer numbers in as many bytes.
+    measured = [row for row in measured if key_of(row).kept != UNQUANTISED]
+    lengths = sorted({row.clip_seconds or 0.0 for row in measured})
+    amounts = group_medians(measured, "cache_bytes", lambda r: (key_of(r), r.clip_seconds or 0.0))
+    names = setting_names(settings)
+    sizes: defaultdict[tuple[float | None, ...], list[str]] = defaultdict(list)
+    for key in dict.fromkeys(key for key, _ in amounts):
+        cells = tuple(amounts.get((key, length)) for length in lengths)
+        sizes[cells].append(names.get(key, key.run))
+    order = sorted(sizes.items(), key=lambda item: -max(cell or 0 for cell in item[0]))
+    lines = [[_shared_name(who), *map(format_memory, cells)] for cells, who in order]
+    heads = [f"{length:g} s" if length else "window" for length in lengths]
+    return [["cache", *heads], *lines] if lines else []
+
+
+def speed_table(rows: Sequence[Row], settings: Sequence[Setting]) -> Table:
+    """Seconds of a denoising step and their ratio to the dense model's; empty without rows."""
+    names = setting_names(settings)
+    seconds = group_medians(rows, "step_seconds", key_of)
+    ratios = group_medians(rows, "seconds_ratio", key_of)
+    keys = sorted({**seconds, **ratios}, key=lambda key: (key.run != DENSE, key.nbytes or 0))
+    lines = [
+        [
+            names.get(key, key.run),
+            format_seconds(seconds.get(key)),
+            "1" if key.run == DENSE else format_number(ratios.get(key)),
+        ]
+        for key in keys
+    ]
+    return [["cache", "step", "step / dense"], *lines] if lines else []
 
 
 def failed_table(rows: Sequence[Row]) -> Table:
     """Points that failed and why; empty where none did."""
     failed: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
     for row in rows:
-        if row.metric == "failed":
-            failed[row.point or row.run, row.note or "no reason was written"].add(row.seed)
-    if not failed:
-        return []
+        if row.metric == FAILED:
+            failed[row.run, row.note or "no reason was written"].add(row.seed)
     lines = [[name, ", ".join(map(str, sorted(s))), why] for (name, why), s in failed.items()]
-    return [["setting", "seeds", "why"], *lines]
-
-
-def memory_table(rows: Sequence[Row], points: Sequence[Point]) -> Table:
-    """Bytes of a whole cache by clip length and batch, a line per size; empty without rows."""
-    measured = [row for row in rows if row.metric == "cache_bytes"]
-    if not measured:
-        return []
-    lengths = sorted({(row.clip_seconds or 0.0, row.frames or 0) for row in measured})
-    if all(seconds == 0 for seconds, _ in lengths):
-        heads = [f"{frames} frames" for _, frames in lengths]
-    else:
-        heads = [f"{seconds:g} s" if seconds else "window" for seconds, _ in lengths]
-    cells = group_medians(
-        measured,
-        "cache_bytes",
-        lambda r: (setting_key(r), r.batch or 1, r.clip_seconds or 0.0, r.frames or 0),
-    )
-    settings = list(dict.fromkeys((key, batch) for key, batch, _, _ in cells))
-    settings.sort(key=lambda setting: (setting[1], setting[0] != "dense"))
-    names = setting_names(points)
-    sizes: defaultdict[tuple[int, tuple[float | None, ...]], list[str]] = defaultdict(list)
-    for key, batch in settings:
-        amounts = tuple(cells.get((key, batch, *length)) for length in lengths)
-        sizes[batch, amounts].append(names.get(key, key))
-    order = sorted(sizes.items(), key=lambda item: (item[0][0], -max(a or 0 for a in item[0][1])))
-    lines = [
-        [_shared_name(who), str(batch), *map(format_memory, amounts)]
-        for (batch, amounts), who in order
-    ]
-    return [["cache", "batch", *heads], *lines]
-
-
-def without_memory(rows: Sequence[Row], points: Sequence[Point]) -> list[str]:
-    """Names of the models that `memory_table` leaves out, as no row tells their memory."""
-    told = {setting_key(row) for row in rows if row.metric == "cache_bytes"}
-    names = setting_names(points)
-    if read_dense(rows) is not None:
-        names = {"dense": "dense", **names}
-    return [name for key, name in names.items() if key not in told]
-
-
-def speed_table(rows: Sequence[Row], points: Sequence[Point]) -> Table:
-    """Seconds of a denoising step and their ratio to the dense model's; empty without rows."""
-    timed = [row for row in rows if row.metric == "step_seconds" or is_step_ratio(row)]
-    groups: defaultdict[tuple[str, str, int], list[Row]] = defaultdict(list)
-    for row in timed:
-        groups[setting_key(row), row.backend or ABSENT, row.frames or 0].append(row)
-    # Elsewhere ratios may compare anything: without a single step there is no table of steps.
-    if not any(row.metric == "step_seconds" or row.init for row in timed):
-        return []
-    names = setting_names(points)
-    several = len({(backend, frames) for _, backend, frames in groups}) > 1
-    head = ["setting", *(["backend", "frames"] if several else [])]
-    table = [[*head, "step", "step / dense"]]
-    for key, backend, frames in sorted(groups, key=lambda k: (k[0] != "dense", k[2], k[0], k[1])):
-        own = groups[key, backend, frames]
-        seconds = median_of(own, "step_seconds")
-        ratio = median_of(own, "seconds_ratio")
-        dense = median_of(groups.get(("dense", ABSENT, frames), []), "step_seconds")
-        if ratio is None and seconds is not None and dense:
-            ratio = seconds / dense
-        extra = [backend, str(frames or ABSENT)] if several else []
-        name = names.get(key, key)
-        table.append([name, *extra, format_seconds(seconds), format_number(ratio)])
-    return table
+    return [["point", "seeds", "why"], *lines] if lines else []
 
 
 def provenance_table(rows: Sequence[Row], recipe: Mapping[str, Any]) -> Table:
-    """Where the figures come from: rows, seeds, devices, versions, command, settings, seconds.
+    """Where the figures come from: rows, seeds, devices, versions, seconds, learning rates.
 
     Args:
         rows: All rows.
         recipe: `recipe.json` of the run; empty where there is none.
     """
-    seeds = ", ".join(map(str, sorted({row.seed for row in rows})))
-    devices = ", ".join(sorted({row.device for row in rows}))
-    facts = [["fact", "value"], ["rows", str(len(rows))], ["seeds", seeds], ["devices", devices]]
-    if recipe.get("command"):
-        facts.append(["command", str(recipe["command"])])
+    facts = [
+        ["fact", "value"],
+        ["rows", str(len(rows))],
+        ["seeds", ", ".join(map(str, sorted({row.seed for row in rows})))],
+        ["devices", ", ".join(sorted({row.device for row in rows}))],
+        ["report written by", f"vmla_convert {__version__}"],
+    ]
     versions = recipe.get("versions") or {}
-    facts += [[f"version of {name}", str(value)] for name, value in versions.items()]
-    for name in PROVENANCE_FIELDS:
-        values = sorted({value for row in rows if (value := getattr(row, name)) is not None})
-        if values:
-            facts.append([name, ", ".join(values)])
-    return facts + _seconds_facts(rows)
-
-
-def _seconds_facts(rows: Sequence[Row]) -> Table:
-    """How long everything took, and what of it was done once for all settings of a sweep."""
-    shared, facts = shared_seconds(rows), list[list[str]]()
+    facts += [[f"measured by {name}", str(value)] for name, value in versions.items()]
     for metric in SECONDS:
-        seconds = [row.value for row in rows if row.metric == metric]
-        if not seconds:
-            continue
-        aside = ", without what settings share" if shared and metric == "convert_seconds" else ""
-        facts.append([f"{metric}, all runs{aside}", f"{sum(seconds):.1f}"])
-        if metric == "sweep_seconds":
-            facts += [
-                [f"of these {stage}, once for all settings", f"{amount:.1f}"]
-                for stage, amount in shared.items()
-            ]
-    return facts
+        # A sweep tells its stages apart: what points share is done once for all of them.
+        stages: defaultdict[str, float] = defaultdict(float)
+        for row in rows:
+            if row.metric == metric:
+                stages[row.note or ""] += row.value
+        facts += [
+            [": ".join(filter(None, (metric, stage))), format_seconds(amount)]
+            for stage, amount in stages.items()
+        ]
+    rates = sorted({row.value for row in rows if row.metric == "learning_rate"})
+    return [*facts, ["learning rates", ", ".join(map(format_number, rates))]] if rates else facts
 
 
-def settings_table(recipe: Mapping[str, Any]) -> Table:
-    """Every setting of the run's recipe that is not left open; empty without a recipe."""
-    settings = [
-        [name, text]
-        for name, value in _leaves(recipe.get("recipe") or {})
-        if (text := _plain(value)) != ""
+def _line(setting: Setting, recovered: bool) -> list[str]:
+    cells = [
+        setting.label,
+        format_number(setting.nbytes),
+        format_cut(setting.cut),
+        _error(setting, 0),
+        format_excess(setting.losses.get(0)),
     ]
-    return [["setting", "value"], *settings] if settings else []
+    if recovered:
+        last = setting.last_step
+        cells += [_error(setting, last), format_excess(setting.loss)] if last else [ABSENT] * 2
+    return cells
 
 
-def _setting_columns(points: Sequence[Point], dense: Dense | None) -> list[Column]:
-    scalars = format_number(dense.scalars if dense else None)
-    columns = [
-        Column("init", lambda p: p.init, "dense"),
-        Column("latent", lambda p: p.latent or ABSENT, ABSENT),
-    ]
-    if len({p.ranks for p in points if p.ranks}) > 1:
-        columns.append(Column("ranks", lambda p: p.ranks or ABSENT, ABSENT))
-    columns.append(Column("scalars/token", _scalars, scalars))
-    if len({p.qk_nope_head_dim for p in points}) > 1:
-        columns.append(
-            Column("qk_nope_head_dim", lambda p: format_number(p.qk_nope_head_dim), ABSENT)
-        )
-    if any(p.kept.words for p in points):
-        columns.append(Column("kept as", lambda p: p.kept.words or "model", "model"))
-    if any(p.nbytes is not None for p in points):
-        nbytes = format_number(dense.nbytes if dense else None)
-        columns.append(Column("bytes/token", lambda p: format_number(p.nbytes), nbytes))
-    columns.append(Column("cache cut", lambda p: format_cut(p.cut), "0 %"))
-    if len({p.recovery_steps for p in points}) > 1:
-        columns.append(Column("recovery steps", lambda p: str(p.recovery_steps or 0), ABSENT))
-    return columns
-
-
-def _quality_columns(points: Sequence[Point], dense: Dense | None) -> list[Column]:
-    recovered = any(point.last_step > 0 for point in points)
-    columns = _recovery_columns() if recovered else _step0_columns(dense)
-    if any(point.seconds_ratio is not None for point in points):
-        columns.append(Column("step / dense", lambda p: format_number(p.seconds_ratio), "1"))
-    return columns
-
-
-def _recovery_columns() -> list[Column]:
-    return [
-        Column("velocity_error step 0", lambda p: format_number(p.errors.get(0)), "0"),
-        Column("velocity_error after recovery", _after(_error), ABSENT),
-        Column("flow loss above dense step 0", lambda p: format_excess(p.losses.get(0)), "+0 %"),
-        Column(
-            "flow loss above dense after recovery",
-            _after(lambda p: format_excess(p.final_loss)),
-            ABSENT,
-        ),
-    ]
-
-
-def _step0_columns(dense: Dense | None) -> list[Column]:
-    loss = format_number(dense.flow_loss if dense else None)
-    return [
-        Column("velocity_error", _error, "0"),
-        Column("flow_loss", lambda p: format_number(p.flow_losses.get(0)), loss),
-        Column("flow_loss_dense", lambda _: loss, loss),
-        Column("flow loss above dense", lambda p: format_excess(p.losses.get(0)), "+0 %"),
-        Column(SECONDS_TO_CONVERT, _seconds, ABSENT),
-    ]
-
-
-def _after(cell: Callable[[Point], str]) -> Callable[[Point], str]:
-    """Empty for a setting that was not recovered."""
-    return lambda point: cell(point) if point.last_step > 0 else ABSENT
-
-
-def _error(point: Point) -> str:
-    """velocity_error at the last step, with its spread over several seeds."""
-    error = point.errors.get(point.last_step)
-    return format_range(error, point.error_spread if point.seeds > 1 else None)
-
-
-def _seconds(point: Point) -> str:
-    shared = " (+ shared)" if point.shares and point.seconds is not None else ""
-    return format_number(point.seconds) + shared
-
-
-def _scalars(point: Point) -> str:
-    sizes = "" if point.kv_lora_rank is None else f" ({point.split})"
-    return format_number(point.scalars) + sizes
+def _error(setting: Setting, step: int) -> str:
+    """velocity_error at a step, at the last one with its spread over several seeds."""
+    spread = setting.error_spread if step == setting.last_step else None
+    return format_range(setting.errors.get(step), spread)
 
 
 def _shared_name(who: Sequence[str]) -> str:
     """One name for settings of one size: which of them does not matter to memory."""
     return who[0] if len(who) == 1 else f"{who[0]} and {len(who) - 1} more of this size"
-
-
-def _leaves(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Dotted names and values of nested settings."""
-    leaves: list[tuple[str, Any]] = []
-    for name, value in table.items():
-        if isinstance(value, Mapping):
-            leaves += _leaves(value, f"{prefix}{name}.")
-        else:
-            leaves.append((prefix + name, value))
-    return leaves
-
-
-def _plain(value: object) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
-    return str(value)

@@ -57,14 +57,6 @@ def format_memory(nbytes: float | None) -> str:
     return f"{nbytes / MEGABYTE:.3g} MB"
 
 
-def format_speed(ratio: float) -> str:
-    """A ratio of seconds, converted over dense, in words."""
-    if abs(ratio - 1) < 0.005:
-        return "as fast as the dense model"
-    percent = f"{abs(100 * (ratio - 1)):.0f} %"
-    return f"a step takes {percent} {'less' if ratio < 1 else 'more'} time than the dense model's"
-
-
 def join_words(words: Sequence[str]) -> str:
     """`a`, `a and b`, or `a, b and c`."""
     if len(words) < 2:

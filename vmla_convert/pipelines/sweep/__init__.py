@@ -7,29 +7,42 @@ that cannot be done is a row that says why.
 
 from __future__ import annotations
 
+import shutil
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
 
 from vmla_convert.config import (
     ConvertConfig,
     EvaluateConfig,
     ModelConfig,
+    Product,
     RecoverConfig,
+    RuntimeConfig,
     SweepConfig,
 )
-from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.errors import ConfigError
+from vmla_convert.layers.dit import CausalWanModel, check_size
 from vmla_convert.pipelines.calibrate import check_clips
+from vmla_convert.pipelines.codec import plan_codec
 from vmla_convert.pipelines.conversion import open_measured
 from vmla_convert.pipelines.data import open_clips
 from vmla_convert.pipelines.evaluate import HeldOut, check_held_out, dense_rows, spectrum_rows
 from vmla_convert.pipelines.grid import SweepPoint, digest, grid, sweep_points
 from vmla_convert.pipelines.media import check_prompts, open_media
-from vmla_convert.pipelines.plan import check_sizes, uniform_plan
+from vmla_convert.pipelines.plan import check_sizes
 from vmla_convert.pipelines.processes import check_shares
 from vmla_convert.pipelines.recovery.trained import check_adapters
-from vmla_convert.pipelines.rows import device_name, memory_rows
+from vmla_convert.pipelines.rows import (
+    cache_rows,
+    device_name,
+    error_rows,
+    memory_rows,
+    run_name,
+)
 from vmla_convert.pipelines.shelf import FolderShelf
 from vmla_convert.pipelines.sweep.failures import FAILURES, first_line, is_full_disk, keeping
 from vmla_convert.pipelines.sweep.point import Bench, labelled, measure_point
@@ -38,7 +51,15 @@ from vmla_convert.pipelines.sweep.shared import Shared
 from vmla_convert.pipelines.sweep.team import Team, join_team
 from vmla_convert.pipelines.training import check_tracker
 from vmla_convert.progress import Joint, Progress, Silent, Timed
-from vmla_convert.results import FAILED, Row, append_rows, drop_torn_line, read_rows, write_rows
+from vmla_convert.results import (
+    FAILED,
+    Row,
+    append_rows,
+    bytes_at_error,
+    drop_torn_line,
+    read_rows,
+    write_rows,
+)
 from vmla_convert.tables import to_dict
 
 __all__ = [
@@ -53,6 +74,8 @@ __all__ = [
 ]
 
 SHELF_NAME = ".shared"
+AT_ERROR = "bytes_at_error"
+"""Metric: bytes at which a codec errs as much as a quantised dense cache."""
 
 
 def sweep(
@@ -92,8 +115,8 @@ def sweep(
             team.announce("prepared")
         team.await_leader("prepared")
         work.run(progress, team)
-    if team.leads:
-        work.shelf.remove()
+        if team.leads:
+            work.conclude()
 
 
 def check_sweep(
@@ -114,16 +137,19 @@ def check_sweep(
 
     Raises:
         CheckpointError: Points are rolled out, and the text encoder is not there.
-        ConfigError: An init or a size of the grid does not fit the model, a batch does not divide,
-            or clips are not there or do not fit.
+        ConfigError: There is no point, an init or a size of the grid does not fit the model, a
+            batch does not divide, or clips are not there or do not fit.
         MissingExtraError: There are to be adapters, and peft is not installed.
         VmlaError: The model's text encoder cannot read a prompt.
     """
-    for point in sweep_points(config, convert_config, recover_config):
-        check_sizes(model, point.conversion)
+    points = sweep_points(config, convert_config, recover_config)
+    if not points:
+        raise ConfigError("a list of the sweep is empty", "give each of them a value")
+    for point in points:
+        _check_point(model, point)
     # Calibration describes the model too, so that it is done whatever the points are.
     open_measured(model, convert_config)
-    check_held_out(model, evaluate_config)
+    check_held_out(model, evaluate_config, streamed=bool(config.dense_dtypes))
     if config.recover:
         check_shares(recover_config.training, world=1)
         check_tracker(recover_config.training)
@@ -132,6 +158,17 @@ def check_sweep(
     if config.rollout_frames:
         check_prompts(model, config.rollout_prompts)
         open_media(model)
+
+
+def _check_point(model: ModelConfig, point: SweepPoint) -> None:
+    """Refuse sizes that do not fit the model, or what the codec of a point holds."""
+    if point.conversion.product == "mla":
+        check_sizes(model, point.conversion)
+        return
+    planned = plan_codec(model, point.conversion)
+    for runtime in point.runtimes:
+        assert runtime.size is not None
+        check_size(planned, runtime.size, runtime.cache_dtype == "auto")
 
 
 class _Sweep:
@@ -147,35 +184,67 @@ class _Sweep:
         points: Sequence[SweepPoint],
     ) -> None:
         self.teacher, self.config, self.points = teacher, config, points
-        self.rows_file, folder = rows_file, rows_file.parent
+        self.evaluate, self.rows_file, folder = evaluate_config, rows_file, rows_file.parent
         common = [to_dict(convert_config), to_dict(teacher.config), to_dict(evaluate_config)]
         identity = {"common": digest(common), "rollout": config.rollout_frames}
-        self.shelf = FolderShelf(folder / SHELF_NAME, identity)
-        conversions = [point.conversion for point in points]
-        self.shared = Shared(teacher, convert_config, conversions, self.shelf)
+        self.folder = folder / SHELF_NAME
+        shelves: dict[Product, FolderShelf] = {
+            product: FolderShelf(self.folder / product, identity) for product in config.products
+        }
+        self.rollouts = FolderShelf(self.folder / "rollout", identity)
+        self.shared = Shared(teacher, convert_config, shelves)
         self.bench = Bench(teacher, evaluate_config, config, self._dense_rollout, folder / "strips")
 
     def prepare(self, progress: Progress) -> None:
-        """What is done once, by one process: the dense model's rows, and all conversions."""
+        """What is done once, by one process: the dense model's rows, and all calibration."""
         drop_torn_line(self.rows_file)
         written = self._forget_unfinished()
-        if {(point.key, point.seed) for point in self.points} <= self._done(written):
+        quantised = self._quantised(written)
+        left = {(point.key, point.seed) for point in self.points} - self._done(written)
+        if not left and not quantised:
             return
+        rows: list[Row] = []
+        if left:
+            rows += self._shared_rows(written, progress)
+        if quantised:
+            streamed = HeldOut(self.teacher, self.evaluate, streamed=True, progress=progress)
+            for runtime in quantised:
+                errors, config = streamed.measure(self.teacher, runtime), self.teacher.config
+                rows += error_rows(errors, config, None, runtime=runtime)
+                rows += cache_rows(config, runtime=runtime) + memory_rows(config, runtime=runtime)
+        append_rows(self.rows_file, rows)
+
+    def _shared_rows(self, written: Sequence[Row], progress: Progress) -> list[Row]:
+        """Calibrate for every product, and tell of the dense model what is not told."""
         held_out = self.bench.held_out  # before hours of work: its clips may not fit
         timed = Timed(progress)
-        measured = self.shared.measure(timed)
-        self.shared.convert(timed)
+        reads = [self.shared.reads(product, timed) for product in self.config.products]
         rollout = self._roll_dense_out(progress)
         told = {row.metric for row in written if row.run == "dense"}
         rows = self._dense_rows(told, held_out, rollout)
         if not any(row.metric == "effective_rank_99" for row in written):
-            size = uniform_plan(self.teacher.config, self.points[0].conversion).kv_lora_rank[0]
-            rows += spectrum_rows(self.teacher, measured, size)
-        rows += [
+            geometry = self.teacher.config.geometry
+            layers = map(reads[0], range(geometry.num_layers))
+            rows += spectrum_rows(self.teacher, layers, geometry.dim // 8)
+        return rows + [
             Row("sweep_seconds", seconds, "s", "sweep", device=device_name(), note=stage)
             for stage, seconds in timed.seconds.items()
         ]
-        append_rows(self.rows_file, rows)
+
+    def _quantised(self, written: Sequence[Row]) -> list[RuntimeConfig]:
+        """Ways of quantising the dense model's cache that are still to be measured."""
+        told, dense = {row.run for row in written}, self.teacher.config
+        asked = [RuntimeConfig(cache_dtype=dtype) for dtype in self.config.dense_dtypes]
+        return [runtime for runtime in asked if run_name(dense, runtime) not in told]
+
+    def conclude(self) -> None:
+        """Compare sizes at equal errors, and remove what points shared."""
+        written = read_rows(self.rows_file)
+        rows = [row for row in written if row.metric != AT_ERROR]
+        rows += _equal_errors(rows, self.config, self.points, self.teacher.config)
+        if rows != written:
+            write_rows(self.rows_file, rows)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def run(self, progress: Progress, team: Team) -> None:
         """The points that are this process's to do; the leader waits for the others'."""
@@ -195,16 +264,19 @@ class _Sweep:
 
     def _measured(self, point: SweepPoint, progress: Progress) -> list[Row]:
         try:
-            student, seconds = self.shared.student(point.conversion)
+            started = perf_counter()
+            student = self.shared.student(point.conversion)
+            seconds = perf_counter() - started
             return measure_point(student, point, self.bench, seconds, progress)
         except FAILURES as error:
             if is_full_disk(error):
                 raise
             reason = first_line(error)
-            name = f"{point.conversion.init} {point.key}"
-            progress.note(f"{name} failed: {reason}")
             conversion = point.conversion
-            row = Row(FAILED, 1.0, "point", name, init=conversion.init, note=reason)
+            made, init = conversion.product, conversion.init
+            name = f"{made} {init} {point.key}"
+            progress.note(f"{name} failed: {reason}")
+            row = Row(FAILED, 1.0, "point", name, product=made, init=init, note=reason)
             return [labelled(row, point)]
 
     def _done(self, rows: Sequence[Row]) -> set[tuple[str | None, int]]:
@@ -238,10 +310,34 @@ class _Sweep:
         """The dense model's rollout, where points are rolled out beside it."""
         if not self.config.rollout_frames:
             return []
-        if not self.shelf.has("rollout"):
+        if not self.rollouts.has("rollout"):
             rollout = roll_out(self.teacher, self.config, progress)
-            self.shelf.put("rollout", {"latents": rollout.latents})
+            self.rollouts.put("rollout", {"latents": rollout.latents})
         return [self._dense_rollout()]
 
     def _dense_rollout(self) -> Rollout:
-        return Rollout(self.teacher.config, self.shelf.get("rollout")["latents"])
+        return Rollout(self.teacher.config, self.rollouts.get("rollout")["latents"])
+
+
+def _equal_errors(
+    rows: Sequence[Row], config: SweepConfig, points: Sequence[SweepPoint], dense: ModelConfig
+) -> list[Row]:
+    """Rows of the bytes at which a codec errs as much, untrained, as each quantised dense cache."""
+    codec = next((point for point in points if point.runtimes), None)
+    if codec is None:
+        return []
+    errors = [row for row in rows if row.metric == "velocity_error"]
+    curve = [
+        (row.bytes_per_token, row.value)
+        for row in errors
+        if row.bytes_per_token is not None
+        and (row.point, row.seed, row.step, row.cache_dtype) == (codec.key, codec.seed, 0, "auto")
+    ]
+    found: list[Row] = []
+    for dtype in config.dense_dtypes:
+        run = run_name(dense, RuntimeConfig(cache_dtype=dtype))
+        error = next(row.value for row in errors if row.run == run)
+        if (nbytes := bytes_at_error(curve, error)) is not None:
+            told = Row(AT_ERROR, nbytes, "bytes per token and layer", "codec", cache_dtype=dtype)
+            found.append(labelled(replace(told, product="codec", device=device_name()), codec))
+    return found

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 
-from vmla_convert.config import EvaluateConfig, SweepConfig
+from vmla_convert.config import EvaluateConfig, RuntimeConfig, SweepConfig
 from vmla_convert.errors import VmlaError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines.evaluate import HeldOut, learned_spectrum_rows
@@ -36,8 +36,8 @@ class Bench:
         teacher: The dense model.
         evaluate: Held-out clips.
         config: What to measure.
-        dense_rollout: The dense model's; asked for only where points are rolled out.
-        strips: Folder of their frames.
+        dense_rollout: Gives the dense model's rollout; asked only where points are rolled out.
+        strips: Folder of pictures of rollouts.
     """
 
     teacher: CausalWanModel
@@ -61,24 +61,17 @@ def measure_point(
         student: As converted; it is trained in place.
         point: Its settings.
         bench: What it is measured against.
-        seconds: That its own decompositions took; `sweep_seconds` has what points share.
+        seconds: What its conversion took; `sweep_seconds` has the calibration that points share.
         progress: Where to draw.
     """
     config, seed = student.config, point.seed
-    fields = row_fields(config, seed)
-    rows = [
-        Row("convert_seconds", seconds, "s", **fields),
-        *cache_rows(config, seed),
-        *memory_rows(config, seed),
-        *branch_rows(config, seed),
-        *learned_spectrum_rows(student, 0, seed),
-    ]
-    if point.recovery is None:
-        rows += error_rows(bench.held_out.measure(student), config, 0, seed)
-    else:
-        rows += _recover(student, point, bench, progress)
-    last = max(row.step for row in rows if row.metric == "velocity_error" and row.step is not None)
-    if last:
+    rows = [Row("convert_seconds", seconds, "s", **row_fields(config, seed))]
+    for runtime in point.runtimes or (None,):
+        rows += [*cache_rows(config, seed, runtime), *memory_rows(config, seed, runtime)]
+    rows += branch_rows(config, seed)
+    last, measured = _errors(student, point, bench, progress)
+    rows += measured
+    if config.mla is not None and last:
         rows += learned_spectrum_rows(student, last, seed)
     if bench.config.timed:
         rows += step_rows(bench.teacher, student)
@@ -102,20 +95,50 @@ def labelled(row: Row, point: SweepPoint) -> Row:
     return replace(row, point=point.key, seed=point.seed, ranks=rule, recovery_steps=steps)
 
 
-def _recover(
+def _errors(
     student: CausalWanModel, point: SweepPoint, bench: Bench, progress: Progress
-) -> list[Row]:
-    assert point.recovery is not None
-    rows: list[Row] = []
+) -> tuple[int, list[Row]]:
+    """The last step of a recovery, and rows of errors: along it at one size, of others at its ends.
+
+    The one size is that which the student has by default.
+    """
+    config, seed, rows = student.config, point.seed, list[Row]()
+    own = None if config.codec is None else RuntimeConfig(size=config.codec.size)
+    others = [runtime for runtime in point.runtimes if runtime != own]
 
     def on_step(step: int, errors: Errors) -> None:
-        rows.extend(error_rows(errors, student.config, step, point.seed))
+        rows.extend(error_rows(errors, config, step, seed, own))
 
-    started, fields = perf_counter(), row_fields(student.config, point.seed)
+    if config.mla is not None:
+        rows += learned_spectrum_rows(student, 0, seed)
+    rows += _resized(student, others, bench.held_out, 0, seed)
+    if point.recovery is None:
+        on_step(0, bench.held_out.measure(student))
+        return 0, rows
+    started, fields = perf_counter(), row_fields(config, seed)
     how = recover_model(
         student, bench.teacher, point.recovery, bench.held_out, on_step, progress=progress
     )
     rows.append(Row("recover_seconds", perf_counter() - started, "s", **fields))
     if how.learning_rate is not None:
         rows.append(Row("learning_rate", how.learning_rate, "per step", **fields))
+    last = max(row.step or 0 for row in rows)
+    return last, rows + _resized(student, others, bench.held_out, last, seed)
+
+
+def _resized(
+    student: CausalWanModel,
+    runtimes: Iterable[RuntimeConfig],
+    held_out: HeldOut,
+    step: int,
+    seed: int,
+) -> list[Row]:
+    """Rows of a codec's errors at other sizes than its own, which it has again in the end."""
+    config, rows = student.config, list[Row]()
+    for runtime in runtimes:
+        assert runtime.size is not None
+        student.resize(runtime.size, runtime.cache_dtype == "auto")
+        rows += error_rows(held_out.measure(student), config, step, seed, runtime)
+    if config.codec is not None:
+        student.resize(config.codec.size)
     return rows

@@ -1,0 +1,259 @@
+"""What the cache codec loses at each size, beside the dense cache quantised in place.
+
+    python -m evals.codec --out rows.jsonl [--checkpoint demo] [--clips 48]
+
+On held-out clips, streamed, no training:
+
+* `velocity_error` of the codec at several sizes, of the codec unquantised (`run` = `codec`,
+  `cache_dtype` = `model`), and of the dense cache in int8, int4, int3 and int2 (`run` =
+  `dense int4`, …), with `bytes_per_token`;
+* `bytes_ratio_at_error` (`run` = `int4`, `int3`, `int2`): bytes of the quantised dense cache over
+  bytes of the codec at the same error, found by bisection;
+* `nested_difference`: the largest relative difference in velocity error between one codec at eight
+  ranks and eight codecs of exactly these ranks;
+* `lora_error_ratio`: the error of a codec fitted before a LoRA, used with it, over the error of a
+  codec fitted with the LoRA merged. Two LoRAs are trained here: one makes mirrored clips, one
+  negatives, whose pixels no clip of the demo world ever had.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+
+from vmla_convert.__main__ import main as run_reporting_errors
+from vmla_convert.config import (
+    CacheSize,
+    ConvertConfig,
+    DataConfig,
+    EvaluateConfig,
+    RuntimeConfig,
+)
+from vmla_convert.console import out
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.maths.quantise import WHOLE_BITS
+from vmla_convert.maths.rates import Rate
+from vmla_convert.pipelines.codec import fit_model
+from vmla_convert.pipelines.data import Batch, ClipSource, DemoClips, Split, open_clips, seeded
+from vmla_convert.pipelines.evaluate import HeldOut
+from vmla_convert.pipelines.load import load
+from vmla_convert.pipelines.losses import flow_matching, make_example
+from vmla_convert.pipelines.rows import device_name, row_fields
+from vmla_convert.progress import Progress
+from vmla_convert.results import Row, append_rows
+
+SIZES = (6.0, 8.0, 10.0, 12.0, 16.3, 20.0, 24.0, 31.5, 40.0, 51.2, 64.0)
+UNQUANTISED_CUTS = (0.96, 0.92, 0.85)
+NESTED_RANKS = (4, 8, 12, 16, 24, 32, 48, 64)
+BISECTIONS = 9
+RATIO_DTYPES = ("int4", "int3", "int2")
+LORA_SIZES = (16.3, 31.5)
+LORA_RANK, LORA_STEPS, LORA_RATE = 8, 120, 2e-3
+
+
+def main(
+    rows_file: Annotated[Path, typer.Option("--out", help="JSONL to append rows to.")],
+    checkpoint: Annotated[str, typer.Option(help="The dense checkpoint, or 'demo'.")] = "demo",
+    clips: Annotated[int, typer.Option(min=2, help="Held-out clips.")] = 48,
+    data: Annotated[str, typer.Option(help="Clips to fit to and to measure on.")] = "demo",
+    lora: Annotated[bool, typer.Option(help="Also the LoRA, which needs the demo model.")] = True,
+) -> None:
+    """Measure, append the rows and print them."""
+    teacher, config = load(checkpoint), ConvertConfig(data=DataConfig(data))
+    evaluate = EvaluateConfig(clips, DataConfig(data, seed=1))
+    with out.progress() as progress:
+        model = fit_model(teacher, config, progress=progress)
+        held_out = HeldOut(teacher, evaluate, streamed=True)
+        rows = size_rows(model, held_out, progress)
+        rows += dense_rows(teacher, held_out, progress)
+        rows += ratio_rows(model, held_out, rows, progress)
+        rows.append(nested_row(teacher, model, config, held_out, progress))
+        if lora:
+            rows += lora_rows(teacher, config, clips, progress)
+    append_rows(rows_file, rows)
+    cells = [
+        [row.run, row.metric, row.bytes_per_token, row.cache_dtype, row.value, row.note]
+        for row in rows
+    ]
+    header = ["run", "metric", "bytes per token", "dtype", "value", "note"]
+    out.table("Codec", header, [["" if c is None else c for c in line] for line in cells])
+
+
+def size_rows(model: CausalWanModel, held_out: HeldOut, progress: Progress) -> list[Row]:
+    """Errors of the codec at each size, with bits by channel, and unquantised."""
+    ways = [RuntimeConfig(size=CacheSize(bytes_per_token=size)) for size in SIZES]
+    ways += [RuntimeConfig(CacheSize(cut=cut), cache_dtype="model") for cut in UNQUANTISED_CUTS]
+    tracked = progress.track(ways, "sizes")
+    return [row for way in tracked for row in error_rows(model, held_out, way)]
+
+
+def dense_rows(teacher: CausalWanModel, held_out: HeldOut, progress: Progress) -> list[Row]:
+    """Errors of the dense cache quantised in place."""
+    ways = [RuntimeConfig(cache_dtype=dtype) for dtype in ("int8", "int4", "int3", "int2")]
+    tracked = progress.track(ways, "dense cache quantised")
+    return [row for way in tracked for row in error_rows(teacher, held_out, way)]
+
+
+def error_rows(model: CausalWanModel, held_out: HeldOut, way: RuntimeConfig) -> list[Row]:
+    """Rows of one way of caching: velocity error, and flow loss above the dense model's."""
+    errors, fields = held_out.measure(model, way), row_fields(model.config, runtime=way)
+    above = errors.flow_loss / held_out.teacher_errors().flow_loss - 1
+    return [
+        Row("velocity_error", errors.velocity_error, "relative", **fields),
+        Row("flow_loss_above_dense", above, "share of the dense model's", **fields),
+    ]
+
+
+def ratio_rows(
+    model: CausalWanModel, held_out: HeldOut, rows: list[Row], progress: Progress
+) -> list[Row]:
+    """Bytes of the dense cache over bytes of the codec, at equal error."""
+    found: list[Row] = []
+    dense = [r for r in rows if r.metric == "velocity_error" and r.cache_dtype in RATIO_DTYPES]
+    for row in progress.track(dense, "equal error"):
+        assert row.bytes_per_token is not None and row.cache_dtype is not None
+        nbytes = bytes_at(model, held_out, row.value)
+        ratio, unit = row.bytes_per_token / nbytes, "dense bytes over codec bytes"
+        found.append(
+            Row("bytes_ratio_at_error", ratio, unit, row.cache_dtype, bytes_per_token=nbytes)
+        )
+    return found
+
+
+def bytes_at(model: CausalWanModel, held_out: HeldOut, error: float) -> float:
+    """The smallest size, in whole bytes of all layers, at which the codec is as good."""
+    layers = model.config.geometry.num_layers
+    few, many = layers, round(max(SIZES)) * layers
+    for _ in range(BISECTIONS):
+        middle = (few + many) // 2
+        size = CacheSize(bytes_per_token=middle / layers)
+        if held_out.measure(model, RuntimeConfig(size=size)).velocity_error <= error:
+            many = middle
+        else:
+            few = middle
+    return many / layers
+
+
+def nested_row(
+    teacher: CausalWanModel,
+    model: CausalWanModel,
+    config: ConvertConfig,
+    held_out: HeldOut,
+    progress: Progress,
+) -> Row:
+    """One file at eight sizes against eight conversions."""
+    differences: list[float] = []
+    for rank in progress.track(NESTED_RANKS, "one file against many"):
+        errors: list[float] = []
+        for each in (model, fit_model(teacher, replace(config, channels=rank))):
+            set_rank(each, rank)
+            errors.append(held_out.measure(each).velocity_error)
+        differences.append(abs(errors[0] / errors[1] - 1))
+    return Row("nested_difference", max(differences), "relative", "codec", device=device_name())
+
+
+def set_rank(model: CausalWanModel, rank: int) -> None:
+    """Keep the same number of channels in every layer, unquantised."""
+    for block in model.all_blocks():
+        assert block.codec is not None
+        block.codec.rate = Rate((WHOLE_BITS,) * rank, quantised=False)
+
+
+class ChangedClips:
+    """Clips of the demo world with changed pixels: what a LoRA is trained to make."""
+
+    def __init__(self, clips: DemoClips, change: Callable[[Tensor], Tensor]) -> None:
+        self.clips, self.change = clips, change
+
+    def batch(self, index: int, size: int, split: Split = "train") -> Batch:
+        """The batch of a given number."""
+        clips, media = self.clips.clips(index, size, split), self.clips.media
+        return Batch(media.encode(self.change(clips.video)), media.encode_labels(clips.labels))
+
+
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "mirrored": lambda video: video.flip(-1),
+    "negative": lambda video: -video,
+}
+
+
+def lora_rows(
+    teacher: CausalWanModel, config: ConvertConfig, count: int, progress: Progress
+) -> list[Row]:
+    """A codec that was fitted before a LoRA was trained, against one fitted with it merged."""
+    demo = open_clips(config.data, teacher.config.cache.sink_frames)
+    assert isinstance(demo, DemoClips)
+    evaluate, rows = EvaluateConfig(count, DataConfig(seed=1)), list[Row]()
+    for name, change in CHANGES.items():
+        own = ChangedClips(demo, change)
+        adapted = train_lora(teacher, own, progress)
+        before, after = fit_model(teacher, config, demo), fit_model(adapted, config, own)
+        before.load_state_dict(before.state_dict() | adapted.state_dict(), assign=True)
+        unseen = ChangedClips(DemoClips(evaluate.data), change)
+        held_out = HeldOut(adapted, evaluate, streamed=True, clips=unseen)
+        rows += _lora_rows(name, before, after, held_out)
+    return rows
+
+
+def _lora_rows(
+    name: str, before: CausalWanModel, after: CausalWanModel, held_out: HeldOut
+) -> list[Row]:
+    rows: list[Row] = []
+    for size in LORA_SIZES:
+        way = RuntimeConfig(size=CacheSize(bytes_per_token=size))
+        errors = [held_out.measure(each, way).velocity_error for each in (before, after)]
+        fields = row_fields(before.config, runtime=way)
+        rows += [
+            Row(
+                "velocity_error",
+                errors[0],
+                "relative",
+                **fields,
+                note=f"{name}: fitted before the LoRA",
+            ),
+            Row(
+                "velocity_error",
+                errors[1],
+                "relative",
+                **fields,
+                note=f"{name}: fitted with the LoRA",
+            ),
+            Row("lora_error_ratio", errors[0] / errors[1], "before over with", **fields, note=name),
+        ]
+    return rows
+
+
+def train_lora(teacher: CausalWanModel, clips: ClipSource, progress: Progress) -> CausalWanModel:
+    """The teacher with a LoRA merged that was trained by flow matching."""
+    from peft import LoraConfig, LoraModel
+
+    model = CausalWanModel(teacher.config)
+    model.load_state_dict(teacher.state_dict())
+    targets = r"blocks\.\d+\.(self_attn\.[qkvo]|cross_attn\.[qkvo]|ffn\.[02])"
+    adapted = LoraModel(
+        model,
+        {"default": LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=targets)},
+        "default",
+    )
+    loss = flow_matching(teacher.config)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.Adam(weights, lr=LORA_RATE)
+    for step in progress.track(range(LORA_STEPS), "training a LoRA"):
+        noise = seeded(0, step, "lora")
+        example = make_example(clips.batch(step, 8), teacher.config.chunk_frames, noise)
+        optimiser.zero_grad()
+        loss(model, example).backward()
+        optimiser.step()
+    adapted.merge_and_unload()
+    return model.eval().requires_grad_(False)
+
+
+if __name__ == "__main__":
+    sys.exit(run_reporting_errors(lambda: typer.run(main)))

@@ -1,0 +1,502 @@
+"""Models with a codec: lossless at full size, the same streamed and masked, within their bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from conftest import (
+    TINY_GEOMETRY,
+    block_of,
+    chunk_timesteps,
+    noise,
+    randomise,
+    tiny_clip,
+    tiny_config,
+    tiny_fit,
+    tiny_model,
+)
+from reference.rope import rotary_table
+from torch import Tensor
+
+from vmla_convert.config import CachePolicy, CacheSize, CodecConfig, RuntimeConfig
+from vmla_convert.errors import ConfigError
+from vmla_convert.layers.attention import DenseSelfAttention, Reading, Sight
+from vmla_convert.layers.cache import KVCache
+from vmla_convert.layers.codec import DecodedPast, LayerCodec
+from vmla_convert.layers.dit import CausalWanModel, masked_attention
+from vmla_convert.maths.masks import block_causal_mask
+from vmla_convert.maths.quantise import quantise
+from vmla_convert.maths.rates import Rate
+from vmla_convert.maths.rope3d import token_positions
+
+DIM, HEAD_DIM, HEADS = TINY_GEOMETRY.dim, TINY_GEOMETRY.head_dim, TINY_GEOMETRY.num_heads
+WIDTH, LAYERS = TINY_GEOMETRY.dense_cache_scalars, TINY_GEOMETRY.num_layers
+WHOLE = RuntimeConfig(CacheSize(rank=WIDTH), "model")
+POLICIES = [
+    # policy, chunk; all evict
+    (CachePolicy(6, 2), 2),
+    (CachePolicy(6, 2, "relative"), 2),
+    (CachePolicy(5, 0), 1),
+    (CachePolicy(7, 1, "relative"), 3),
+    (CachePolicy(6, 1, dense_recent_frames=2), 2),
+    (CachePolicy(7, 2, "relative", dense_recent_frames=3), 2),
+    (CachePolicy(6, 1, dense_recent_frames=1), 3),
+]
+policies = pytest.mark.parametrize(
+    ("policy", "chunk"),
+    POLICIES,
+    ids=[f"{'-'.join(map(str, dataclasses.astuple(p)))}-{chunk}" for p, chunk in POLICIES],
+)
+
+
+def codec_model(
+    policy: CachePolicy, size: CacheSize | None = None, rank: int = WIDTH, **how: Any
+) -> CausalWanModel:
+    """A model whose codec has R channels, in float64: rounding there moves no code."""
+    codec = CodecConfig(rank, size or CacheSize(rank=rank))
+    return tiny_model(tiny_config(cache=policy, codec=codec, **how)).double()
+
+
+def dense_twin(model: CausalWanModel) -> CausalWanModel:
+    """The dense model that a codec stands beside."""
+    twin = CausalWanModel(dataclasses.replace(model.config, codec=None)).double()
+    state = {n: t for n, t in model.state_dict().items() if ".codec." not in n}
+    twin.load_state_dict(state)
+    return twin
+
+
+def clip_of(model: CausalWanModel, frames: int, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, timesteps and context."""
+    latents, context = tiny_clip(model.config, frames, batch)
+    return latents.double(), chunk_timesteps(model.config, frames, batch), context.double()
+
+
+@torch.no_grad()
+def rollout(
+    model: CausalWanModel,
+    clip: tuple[Tensor, Tensor, Tensor],
+    cache: KVCache | RuntimeConfig | None = None,
+) -> Tensor:
+    """Velocities of a clip, streamed."""
+    latents, timestep, context = clip
+    if not isinstance(cache, KVCache):
+        cache = model.new_cache(len(latents), cache)
+    prompt, chunk = model.read_prompt(context), model.config.chunk_frames
+    velocities: list[Tensor] = []
+    for part, level in zip(latents.split(chunk, 1), timestep.split(chunk, 1), strict=True):
+        cache.open_chunk(chunk)
+        model.stream(part.flip(0), level, prompt, cache, keep=False)
+        velocities.append(model.stream(part, level, prompt, cache))
+    return torch.cat(velocities, 1)
+
+
+@torch.no_grad()
+def masked(model: CausalWanModel, clip: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Velocities of a clip in one pass."""
+    config, frames = model.config, clip[0].shape[1]
+    mask = block_causal_mask(frames, config.chunk_frames, config.tokens_per_frame, config.cache)
+    return model(*clip, torch.arange(frames), mask)
+
+
+# At full size nothing is lost
+
+
+@policies
+def test_a_full_size_codec_that_rounds_nothing_is_the_dense_model(
+    policy: CachePolicy, chunk: int
+) -> None:
+    """In host memory too."""
+    model = codec_model(policy, chunk_frames=chunk)
+    clip = clip_of(model, 4 * chunk if chunk > 1 else 8)
+    expected = rollout(dense_twin(model), clip)
+    for runtime in (WHOLE, dataclasses.replace(WHOLE, offload=True)):
+        torch.testing.assert_close(rollout(model, clip, runtime), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("positions", ["absolute", "relative"])
+@pytest.mark.parametrize("dense", [0, 2])
+@torch.no_grad()
+def test_after_a_switch_of_prompt_it_still_is(positions: Any, dense: int) -> None:
+    model = codec_model(CachePolicy(6, 2, positions, dense))
+    first, other = clip_of(model, 10), clip_of(model, 6)
+    pair: list[Tensor] = []
+    for which, runtime in ((model, WHOLE), (dense_twin(model), None)):
+        cache = which.new_cache(2, runtime)
+        rollout(which, first, cache)
+        cache.rewind(4)
+        pair.append(rollout(which, (other[0], other[1], first[2] + 1), cache))
+    torch.testing.assert_close(*pair, rtol=0, atol=1e-6)
+
+
+def test_dense_frames_as_many_as_the_window_has_room_for_are_the_dense_model() -> None:
+    """However small the codec is: nothing is left for it."""
+    model = codec_model(CachePolicy(6, dense_recent_frames=4), CacheSize(bytes_per_token=1))
+    clip = clip_of(model, 10)
+    torch.testing.assert_close(
+        rollout(model, clip), rollout(dense_twin(model), clip), rtol=0, atol=1e-10
+    )
+    fewer = codec_model(CachePolicy(6, dense_recent_frames=3), CacheSize(bytes_per_token=1))
+    assert (rollout(fewer, clip) - rollout(model, clip)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("quantised", [True, False])
+def test_larger_sizes_are_nearer_to_the_dense_model(quantised: bool) -> None:
+    model = codec_model(CachePolicy(6, 1))
+    clip = clip_of(model, 8)
+    exact = rollout(dense_twin(model), clip)
+    errors = [
+        (rollout(model, clip, RuntimeConfig(CacheSize(size), "auto" if quantised else "model"))
+         - exact).square().mean().item()
+        for size in (3, 12, 48, 192)
+    ]  # fmt: skip
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-3 * errors[0]
+    # The first chunk attends to itself alone.
+    small = rollout(model, clip, RuntimeConfig(CacheSize(2)))
+    torch.testing.assert_close(small[:, :2], exact[:, :2], rtol=0, atol=1e-10)
+
+
+# Streamed is masked
+
+
+@pytest.mark.parametrize("nbytes", [1.5, 9.5, 60])
+@pytest.mark.parametrize("quantised", [True, False])
+@pytest.mark.parametrize(
+    ("policy", "chunk", "batch"),
+    [
+        (CachePolicy(6, 2), 2, 2),
+        (CachePolicy(5, 0), 1, 1),
+        (CachePolicy(8, 1, dense_recent_frames=2), 2, 3),
+        (CachePolicy(7, 1, dense_recent_frames=2), 3, 2),
+    ],
+)
+def test_streaming_equals_the_masked_pass_at_every_size(
+    policy: CachePolicy, chunk: int, batch: int, nbytes: float, quantised: bool
+) -> None:
+    size = CacheSize(max(nbytes, 1 if quantised else 2))
+    model = codec_model(policy, chunk_frames=chunk)
+    model.resize(size, quantised)
+    clip = clip_of(model, 12, batch)
+    expected = masked(model, clip)
+    runtimes = RuntimeConfig(), RuntimeConfig(size, "auto" if quantised else "model")
+    for runtime in runtimes:
+        torch.testing.assert_close(rollout(model, clip, runtime), expected, rtol=0, atol=1e-7)
+
+
+def test_a_pass_without_a_past_attends_to_nothing_decoded() -> None:
+    model = codec_model(CachePolicy(6), CacheSize(1))
+    latents, timestep, context = clip_of(model, 2)
+    with torch.no_grad():
+        velocity = model(latents, timestep, context, torch.arange(2))
+        exact = dense_twin(model)(latents, timestep, context, torch.arange(2))
+    torch.testing.assert_close(velocity, exact, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        masked(model, (latents, timestep, context)), exact, rtol=0, atol=1e-10
+    )
+
+
+# What is kept
+
+
+def held(model: CausalWanModel, cache: KVCache) -> list[Tensor]:
+    """Channels of the past of every layer, by a pass that keeps nothing."""
+    seen: list[Tensor] = []
+    decode = LayerCodec.decode_heads
+
+    def noted(codec: LayerCodec, channels: Tensor, heads: slice) -> Any:
+        seen.append(channels.clone())
+        return decode(codec, channels, heads)
+
+    latents, timestep, context = clip_of(model, 2)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(LayerCodec, "decode_heads", noted)
+        model.stream(latents, timestep, model.read_prompt(context), cache, keep=False)
+    assert len(seen) == LAYERS
+    return seen
+
+
+@pytest.mark.parametrize("dense", [0, 1])
+@pytest.mark.parametrize("runtime", [RuntimeConfig(CacheSize(20)), WHOLE], ids=["bits", "whole"])
+@torch.no_grad()
+def test_passes_that_are_not_kept_leave_the_cache_as_it_is(
+    dense: int, runtime: RuntimeConfig
+) -> None:
+    model = codec_model(CachePolicy(6, 1, dense_recent_frames=dense))
+    cache = model.new_cache(2, runtime)
+    rollout(model, clip_of(model, 8), cache)
+    cache.open_chunk(2)
+    before = held(model, cache)
+    latents, timestep, context = clip_of(model, 2)
+    prompt = model.read_prompt(context)
+    for seed in range(3):
+        other = noise(*latents.shape, seed=seed).double()
+        model.stream(other, timestep, prompt, cache, keep=False)
+    assert all(map(torch.equal, held(model, cache)[:1], before[:1]))
+    model.stream(latents + 1, timestep, prompt, cache)
+    cache.open_chunk(2)
+    after = held(model, cache)[0]
+    assert after.shape != before[0].shape or not torch.equal(after, before[0])
+
+
+@torch.no_grad()
+def test_a_chunk_is_kept_once_where_frames_stay_dense() -> None:
+    """Its own frames took the place of those that it attends to."""
+    model = codec_model(CachePolicy(6, 1, dense_recent_frames=2), CacheSize(20))
+    latents, timestep, context = clip_of(model, 2)
+    prompt, cache = model.read_prompt(context), model.new_cache(2)
+    cache.open_chunk(2)
+    for _ in range(2):
+        model.stream(latents, timestep, prompt, cache)
+    cache.open_chunk(2)
+    model.stream(latents, timestep, prompt, cache)
+    for keep in (True, False):
+        with pytest.raises(ValueError, match="kept already"):
+            model.stream(latents, timestep, prompt, cache, keep)
+    cache.open_chunk(2)
+    model.stream(latents, timestep, prompt, cache)
+
+
+# Bytes
+
+
+@pytest.mark.parametrize("dense", [0, 2])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("nbytes", [1, 2.5, 9.6, 40, 131.5, 192])
+def test_a_cache_takes_the_bytes_of_its_formula_and_no_more_than_asked(
+    nbytes: float, batch: int, dense: int
+) -> None:
+    policy = CachePolicy(7, 2, dense_recent_frames=dense)
+    model = codec_model(policy).float()
+    tokens = batch * model.config.tokens_per_frame
+    recent = tokens * LAYERS * dense * WIDTH
+    for narrow in (model, codec_model(policy).bfloat16()):
+        itemsize = narrow.patch_embedding.weight.dtype.itemsize
+        runtime = RuntimeConfig(CacheSize(nbytes))
+        cache = narrow.new_cache(batch, runtime)
+        assert cache.nbytes == narrow.cache_bytes(batch, runtime)
+        stored = (cache.nbytes - itemsize * recent) / (tokens * 7)
+        # All layers together get what they ask for, in whole bytes.
+        assert int(nbytes * LAYERS) == stored
+        if nbytes >= 2:
+            whole = RuntimeConfig(CacheSize(nbytes), "model")
+            cache = narrow.new_cache(batch, whole)
+            assert cache.nbytes == narrow.cache_bytes(batch, whole)
+            stored = (cache.nbytes - itemsize * recent) / (tokens * 7 * itemsize)
+            assert int(nbytes * LAYERS) // 2 == stored
+
+
+def test_a_cut_of_the_dense_cache_is_that_share_of_its_bytes() -> None:
+    model = codec_model(CachePolicy(8)).bfloat16()
+    dense = CausalWanModel(dataclasses.replace(model.config, codec=None)).bfloat16().new_cache(1)
+    for cut in (0.5, 0.75, 0.9, 0.95):
+        nbytes = model.new_cache(1, RuntimeConfig(CacheSize(cut=cut))).nbytes
+        assert nbytes <= (1 - cut) * dense.nbytes * (1 + 1e-9)
+        assert nbytes > (1 - cut) * dense.nbytes - 8 * 6
+
+
+@pytest.mark.parametrize("quantised", [True, False])
+def test_sizes_that_a_codec_cannot_have_are_refused(quantised: bool) -> None:
+    model = codec_model(CachePolicy(6), rank=20)
+    least, dtype = (1, "auto") if quantised else (2, "model")
+    for fitting in (least, least + 0.4, 40):
+        rates = model.rates(CacheSize(fitting), quantised)
+        assert sum(rate.token_bytes(2) for rate in rates) <= fitting * LAYERS
+    for bad in (CacheSize(least - 0.01), CacheSize(40.5), CacheSize(rank=21), CacheSize(cut=0.5)):
+        with pytest.raises(ConfigError) as caught:
+            model.rates(bad, quantised)
+        assert caught.value.hint
+        with pytest.raises(ConfigError):
+            model.new_cache(1, RuntimeConfig(bad, dtype))
+
+
+def test_the_largest_size_keeps_all_channels_and_the_smallest_one_byte() -> None:
+    model = codec_model(CachePolicy(6), rank=20)
+    assert [rate.widths for rate in model.rates(CacheSize(40))] == [(16,) * 20] * LAYERS
+    assert all(1 <= sum(rate.widths) <= 8 for rate in model.rates(CacheSize(1)))
+    assert [len(r.widths) for r in model.rates(CacheSize(rank=20), False)] == [20] * LAYERS
+
+
+# The layer alone
+
+
+@pytest.fixture
+def dense() -> DenseSelfAttention:
+    attention = DenseSelfAttention(TINY_GEOMETRY)
+    randomise(attention, seed=2)
+    return attention.double()
+
+
+def layer_codec(attention: DenseSelfAttention, rank: int, rate: Rate | None = None) -> LayerCodec:
+    """A codec that is fitted to a layer."""
+    codec = LayerCodec(DIM, HEADS, rank)
+    codec.load_state_dict(tiny_fit(attention.float(), rank)._asdict())
+    attention.double()
+    if rate is not None:
+        codec.rate = rate
+    return codec.double()
+
+
+def entries_of(attention: DenseSelfAttention, tokens: int, seed: int = 0) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return attention.project(noise(1, tokens, DIM, seed=seed).double())
+
+
+MIXED = Rate((16, 16, 8, 7, 5, 5, 3, 2, 2, 1, 1))
+
+
+@pytest.mark.parametrize("rank", [WIDTH, 30])
+@torch.no_grad()
+def test_decoded_channels_are_encoded_to_themselves(dense: DenseSelfAttention, rank: int) -> None:
+    codec = layer_codec(dense, rank)
+    channels = noise(1, 50, rank).double()
+    key, value = (part.flatten(2) for part in codec.decode_heads(channels, slice(0, HEADS)))
+    again = codec.channels(key, value, codec.rate)
+    torch.testing.assert_close(again, channels, rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
+def test_codes_of_what_codes_stand_for_are_these_codes(dense: DenseSelfAttention) -> None:
+    """What was stored once may be stored again and again."""
+    codec = layer_codec(dense, WIDTH, MIXED)
+    key, value = entries_of(dense, 60)
+    stored = codec.store(codec.channels(key, value, MIXED), MIXED)
+    assert stored.dtype == torch.uint8
+    assert stored.shape == (1, 60, MIXED.token_bytes(8))
+    channels = codec.fetch(stored, MIXED)
+    key, value = (part.flatten(2) for part in codec.decode_heads(channels, slice(0, HEADS)))
+    again = codec.channels(key, value, MIXED)
+    codes = [quantise(c, codec.tables, MIXED.widths)[..., 2:] for c in (channels, again)]
+    assert torch.equal(*codes)
+    torch.testing.assert_close(again[..., :2], channels[..., :2], rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_pass_without_a_cache_decodes_what_a_cache_would_hold(dense: DenseSelfAttention) -> None:
+    for rate in (MIXED, Rate((16,) * 13, quantised=False)):
+        codec = layer_codec(dense, 40, rate)
+        key, value = entries_of(dense, 60)
+        kept = codec.fetch(codec.store(codec.channels(key, value, rate), rate), rate)
+        assert torch.equal(codec.past(key, value).channels, kept)
+        assert kept.shape == (1, 60, len(rate.widths))
+
+
+@torch.no_grad()
+def test_heads_are_decoded_alike_together_and_apart(dense: DenseSelfAttention) -> None:
+    codec = layer_codec(dense, 40)
+    channels = noise(2, 7, 40).double()
+    keys, values = codec.decode_heads(channels, slice(0, HEADS))
+    for head in range(HEADS):
+        key, value = codec.decode_heads(channels, slice(head, head + 1))
+        torch.testing.assert_close(key, keys[:, :, head : head + 1], rtol=0, atol=1e-12)
+        torch.testing.assert_close(value, values[:, :, head : head + 1], rtol=0, atol=1e-12)
+    whole = torch.cat([keys.flatten(2), values.flatten(2)], -1)
+    torch.testing.assert_close(whole, channels @ codec.decode.mT + codec.mean, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_tiles_of_heads_attend_as_all_heads_do(
+    dense: DenseSelfAttention, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A past of 3,000 tokens, of which a head takes 0.7 MiB."""
+    codec, x = layer_codec(dense, 40, MIXED), noise(1, 3_006, DIM).double()
+    rotary = rotary_table(token_positions(torch.arange(1_503), 1, 2), HEAD_DIM)
+    tokens = torch.arange(3_006)
+    key, value = dense.project(x)
+    past = codec.past(key[:, :3_000], value[:, :3_000])
+    reading = Reading((key[:, 3_000:], value[:, 3_000:]), past)
+    own, older, tiles = rotary.at(tokens[3_000:]), rotary.at(tokens[:3_000]), list[int]()
+    decode = LayerCodec.decode_heads
+
+    def noted(codec: LayerCodec, channels: Tensor, heads: slice) -> Any:
+        tiles.append(heads.stop - heads.start)
+        return decode(codec, channels, heads)
+
+    monkeypatch.setattr(LayerCodec, "decode_heads", noted)
+    outputs: list[Tensor] = []
+    for tile_mib in (1, 2, 64, None):
+        sight = Sight(own, own, older, runtime=RuntimeConfig(tile_mib=tile_mib))
+        outputs.append(dense(x[:, 3_000:], reading, sight))
+    # The last tile ends with the last head.
+    assert tiles == [1, 1, 1, 2, 1, 3, 3]
+    for output in outputs:
+        torch.testing.assert_close(output, outputs[0], rtol=0, atol=1e-10)
+    # … and as one softmax over keys and values that are decoded beforehand.
+    whole = tuple(part.flatten(2) for part in decode(codec, past.channels, slice(0, HEADS)))
+    joined = tuple(torch.cat(parts, 1) for parts in zip(whole, reading.entries, strict=True))
+    expected = dense(x[:, 3_000:], Reading(joined), Sight(own, rotary))
+    torch.testing.assert_close(outputs[0], expected, rtol=0, atol=1e-10)
+
+
+# Gradients
+
+
+def test_gradients_pass_the_rounding_as_if_it_were_not_there(dense: DenseSelfAttention) -> None:
+    pull, rank = noise(1, 40, len(MIXED.widths)).double(), len(MIXED.widths)
+    gradients: list[Tensor] = []
+    for rate in (MIXED, Rate((16,) * rank, quantised=False)):
+        codec = layer_codec(dense, 40, rate)
+        channels = codec.past(*entries_of(dense, 40)).channels
+        gradients += torch.autograd.grad((channels * pull).sum(), codec.encode)
+    assert torch.equal(*gradients)
+    assert gradients[0][:rank].any(1).all()
+    assert not gradients[0][rank:].any()
+
+
+@pytest.mark.parametrize("size", [CacheSize(4), CacheSize(30.5), CacheSize(192)])
+def test_training_reaches_encoders_and_decoders_and_nothing_else(size: CacheSize) -> None:
+    model = codec_model(CachePolicy(4, 1), size).requires_grad_(False)
+    names = {n for n, _ in model.named_parameters() if n.endswith(("codec.encode", "codec.decode"))}
+    assert len(names) == 2 * LAYERS
+    for name in names:
+        model.get_parameter(name).requires_grad_(True)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    latents, timestep, context = clip_of(model, 8)
+    mask = block_causal_mask(8, 2, model.config.tokens_per_frame, model.config.cache)
+    model(latents, timestep, context, torch.arange(8), mask).square().mean().backward()
+    reached = {n for n, p in model.named_parameters() if p.grad is not None}
+    assert reached == names
+    for block in model.all_blocks():
+        assert block.codec is not None
+        used = len(block.codec.rate.widths)
+        encode, decode = block.codec.encode.grad, block.codec.decode.grad
+        assert encode is not None and decode is not None
+        assert encode.isfinite().all() and decode.isfinite().all()
+        assert encode[:used].any(1).all() and decode[:, :used].any(0).all()
+        assert not encode[used:].any() and not decode[:, used:].any()
+    assert before and all(torch.equal(model.get_buffer(n), b) for n, b in before.items())
+    assert not any(buffer.requires_grad for buffer in model.buffers())
+
+
+def test_a_step_down_the_gradient_comes_nearer_to_the_dense_layer(
+    dense: DenseSelfAttention,
+) -> None:
+    """The decoder's gradient is exact; the encoder's passes the rounding."""
+    codec = layer_codec(dense, 40, MIXED)
+    block = block_of(dense.requires_grad_(False), codec)
+    rotary = rotary_table(token_positions(torch.arange(8), 1, 2), HEAD_DIM)
+    attend = masked_attention(rotary, block_causal_mask(8, 2, 2))
+    x = noise(3, 16, DIM, seed=7).double()
+    exact = attend(block_of(dense), x)
+
+    def error() -> Tensor:
+        return (attend(block, x) - exact).square().mean()
+
+    first = error()
+    gradients = torch.autograd.grad(first, [codec.encode, codec.decode])
+    for parameter, gradient, rate in zip(
+        (codec.encode, codec.decode), gradients, (1e-3, 1e-3), strict=True
+    ):
+        with torch.no_grad():
+            parameter -= rate * gradient / gradient.norm() * parameter.norm()
+            assert error() < first
+            first = error()
+
+
+def test_a_decoded_past_knows_how_many_tokens_it_has(dense: DenseSelfAttention) -> None:
+    codec = layer_codec(dense, 12)
+    past = codec.past(*entries_of(dense, 9))
+    assert isinstance(past, DecodedPast)
+    assert past.tokens == 9

@@ -1,0 +1,261 @@
+"""The dense cache in a few bits per number: how wrong it is, what it takes, and that it stays."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import pytest
+import torch
+from conftest import (
+    TINY_GEOMETRY,
+    TINY_MLA,
+    chunk_timesteps,
+    noise,
+    tiny_clip,
+    tiny_config,
+    tiny_model,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vmla_convert.config import DENSE_BITS, CachePolicy, CodecConfig, RuntimeConfig
+from vmla_convert.errors import ConfigError
+from vmla_convert.layers.attention import split_heads
+from vmla_convert.layers.cache import CompressedCache, KVCache, Storage
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.layers.quantised import QuantisedStore, fit_grid, from_codes, to_codes
+
+BATCH, TOKENS, HEADS, HEAD_DIM = 2, 3, 2, 6
+WIDTH = HEADS * HEAD_DIM
+HALF_ROUNDING = 2.0**-11  # of a float16, relative
+BITS = [*DENSE_BITS.values()]
+CacheDtype = Literal["int8", "int4", "int3", "int2"]
+DTYPES: tuple[CacheDtype, ...] = ("int8", "int4", "int3", "int2")
+repeatable = settings(derandomize=True, deadline=None, max_examples=40)
+
+
+def store(bits: int, slots: int = 6, dtype: torch.dtype = torch.float32) -> QuantisedStore:
+    return QuantisedStore(HEADS, WIDTH, bits, slots, Storage(BATCH, TOKENS, dtype))
+
+
+def chunk(frames: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, L, d); channels of keys and tokens of values differ in size and mean."""
+    shape = BATCH, frames * TOKENS, WIDTH
+    key = noise(*shape, seed=seed) * torch.logspace(-2, 1, WIDTH) + 5 * noise(WIDTH, seed=1)
+    return key, noise(*shape, seed=seed + 1) * torch.logspace(-1, 1, shape[1])[:, None] + 1
+
+
+def kept(held: QuantisedStore, slots: list[int]) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, L, d) that a store rebuilds."""
+    past = held.past(slots)
+    assert past.tokens == TOKENS * len(slots)
+    key, value = past.heads(slice(0, HEADS))
+    return key.flatten(2), value.flatten(2)
+
+
+def allowed(x: Tensor, dim: int, bits: int) -> Tensor:
+    """Half a step of the grid over a dimension, and what float16 rounds of its ends."""
+    least, most = x.amin(dim, True), x.amax(dim, True)
+    step = (most - least) / (2**bits - 1)
+    return step / 2 + HALF_ROUNDING * (least.abs() + most - least) + 2.0**-25 * 2**bits
+
+
+# How wrong
+
+
+@given(
+    st.sampled_from([1, *BITS]),
+    st.integers(0, 99),
+    st.sampled_from([1e-3, 1.0, 300.0]),
+    st.floats(-50, 50),
+)
+@repeatable
+def test_a_number_is_wrong_by_half_a_step_at_most(
+    bits: int, seed: int, size: float, mean: float
+) -> None:
+    x = size * noise(3, 7, 5, seed=seed) + mean
+    for dim in (1, -1):
+        grid = fit_grid(x, dim, bits)
+        codes = to_codes(x, grid, bits)
+        assert codes.min() >= 0 and codes.max() < 2**bits
+        assert ((from_codes(codes, grid) - x).abs() <= allowed(x, dim, bits)).all()
+
+
+def test_numbers_that_are_all_alike_come_back() -> None:
+    x = torch.full((2, 4, 3), 0.75)
+    grid = fit_grid(x, 1, 2)
+    assert torch.equal(from_codes(to_codes(x, grid, 2), grid), x)
+
+
+def test_numbers_of_a_grid_come_back() -> None:
+    x = torch.tensor([-1.0, -0.5, 0.0, 0.5])[torch.randint(4, (2, 50, 3))]
+    x[:, :2] = torch.tensor([-1.0, 0.5])[:, None]
+    grid = fit_grid(x, 1, 2)
+    assert torch.equal(from_codes(to_codes(x, grid, 2), grid), x)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_keys_have_a_grid_for_each_channel_and_values_for_each_head_of_a_token(bits: int) -> None:
+    held, (key, value) = store(bits), chunk(2, 0)
+    held.write([3, 1], key, value)
+    got_key, got_value = kept(held, [3, 1])
+    assert ((got_key - key).abs() <= allowed(key, 1, bits)).all()
+    by_head = split_heads(value, HEADS)
+    gap = (split_heads(got_value, HEADS) - by_head).abs()
+    assert (gap <= allowed(by_head, -1, bits)).all()
+    # The ends of each grid are met: no grid is wider than it must be.
+    for one, other, dim in ((got_key, key, 1), (got_value.unflatten(-1, (HEADS, -1)), by_head, -1)):
+        for end in (torch.amin, torch.amax):
+            torch.testing.assert_close(end(one, dim), end(other, dim), rtol=2e-3, atol=2e-3)
+
+
+def test_heads_are_rebuilt_alike_together_and_apart() -> None:
+    held = store(4)
+    held.write([0, 1], *chunk(2, 0))
+    past = held.past([1, 0])
+    whole = past.heads(slice(0, HEADS))
+    for head in range(HEADS):
+        apart = past.heads(slice(head, head + 1))
+        for one, all_heads in zip(apart, whole, strict=True):
+            assert torch.equal(one, all_heads[:, :, head : head + 1])
+
+
+def streamed(
+    model: CausalWanModel, frames: int, runtime: RuntimeConfig | None = None
+) -> tuple[Tensor, KVCache]:
+    """Velocities of a clip, and the cache after it."""
+    latents, context = tiny_clip(model.config, frames)
+    latents, context = (x.to(model.patch_embedding.weight.dtype) for x in (latents, context))
+    timestep, chunk = chunk_timesteps(model.config, frames), model.config.chunk_frames
+    cache, prompt = model.new_cache(2, runtime), model.read_prompt(context)
+    velocities: list[Tensor] = []
+    with torch.no_grad():
+        for part, level in zip(latents.split(chunk, 1), timestep.split(chunk, 1), strict=True):
+            cache.open_chunk(chunk)
+            model.stream(part.flip(0), level, prompt, cache, keep=False)
+            velocities.append(model.stream(part, level, prompt, cache))
+    return torch.cat(velocities, 1), cache
+
+
+@pytest.mark.parametrize("policy", [CachePolicy(6, 2), CachePolicy(6, 1, "relative")])
+def test_more_bits_are_nearer_to_the_dense_model(policy: CachePolicy) -> None:
+    model = tiny_model(tiny_config(cache=policy))
+    exact, _ = streamed(model, 10)
+    errors = [
+        (streamed(model, 10, RuntimeConfig(cache_dtype=dtype))[0] - exact).square().mean().item()
+        for dtype in DTYPES
+    ]
+    assert 0 < errors[0] < errors[1] / 20 < errors[2] / 60
+    assert errors[2] < errors[3] / 2
+    # The first chunk attends to itself alone.
+    first = streamed(model, 10, RuntimeConfig(cache_dtype="int2"))[0][:, :2]
+    torch.testing.assert_close(first, exact[:, :2], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_host_memory_and_dense_frames_change_what_they_should(dtype: CacheDtype) -> None:
+    model = tiny_model(tiny_config(cache=CachePolicy(6)))
+    near, _ = streamed(model, 10, RuntimeConfig(cache_dtype=dtype))
+    away, _ = streamed(model, 10, RuntimeConfig(cache_dtype=dtype, offload=True))
+    assert torch.equal(near, away)
+    recent = CausalWanModel(
+        dataclasses.replace(model.config, cache=CachePolicy(6, dense_recent_frames=4))
+    )
+    recent.load_state_dict(model.state_dict())
+    exact, _ = streamed(model, 10)
+    covered, _ = streamed(recent, 10, RuntimeConfig(cache_dtype=dtype))
+    torch.testing.assert_close(covered, exact, rtol=0, atol=1e-5)
+
+
+# What it takes
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("policy", "chunk_frames"),
+    [(CachePolicy(6), 2), (CachePolicy(6, 2), 2), (CachePolicy(9, 3), 3), (CachePolicy(4, 1), 1)],
+)
+def test_a_full_window_of_whole_chunks_takes_the_bytes_of_the_formula(
+    dtype: CacheDtype, policy: CachePolicy, chunk_frames: int
+) -> None:
+    config = tiny_config(cache=policy, chunk_frames=chunk_frames)
+    runtime = RuntimeConfig(cache_dtype=dtype)
+    tokens = 2 * policy.window_frames * config.tokens_per_frame * TINY_GEOMETRY.num_layers
+    expected = config.cache_bytes_per_token(runtime) * tokens
+    for model in (tiny_model(config), tiny_model(config).bfloat16()):
+        for frames in (policy.window_frames, 3 * policy.window_frames):
+            _, cache = streamed(model, frames, runtime)
+            assert cache.nbytes == pytest.approx(expected, abs=1e-6)
+        assert model.cache_bytes(2, runtime) == cache.nbytes
+        assert config.cache_bytes(policy.window_frames, 2, runtime) == cache.nbytes
+
+
+def test_the_bytes_of_a_token_by_hand() -> None:
+    """Of 2 · 48 numbers, in chunks of two frames of six tokens, with three heads."""
+    config = tiny_config()
+    grids = 4 * 48 / 12 + 4 * 3
+    for dtype, codes in zip(DTYPES, (96, 48, 36, 24), strict=True):
+        assert config.cache_bytes_per_token(RuntimeConfig(cache_dtype=dtype)) == codes + grids
+    assert config.cache_cut(RuntimeConfig(cache_dtype="int4")) == 1 - (48 + grids) / 192
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_only_dense_caches_are_quantised(dtype: CacheDtype) -> None:
+    for config in (tiny_config(mla=TINY_MLA), tiny_config(codec=CodecConfig(20))):
+        with pytest.raises(ConfigError) as caught:
+            CausalWanModel(config).new_cache(1, RuntimeConfig(cache_dtype=dtype))
+        assert caught.value.hint
+
+
+# What stays
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_what_is_kept_stays_as_it_is_until_its_slot_is_claimed(bits: int) -> None:
+    """Chunks that the window evicts in part leave the grid to what is left of them."""
+    policy = CachePolicy(7, 2, "relative")
+    held = store(bits, slots=7)
+    cache = KVCache(
+        policy,
+        [CompressedCache(held, WIDTH, policy, Storage(BATCH, TOKENS))],
+        RuntimeConfig(),
+    )
+    known: dict[int, tuple[Tensor, Tensor]] = {}
+    for seed, frames in enumerate([2, 2, 3, 1, 2, 3, 3, 2, 1, 1, 5, 2]):
+        cache.open_chunk(frames)
+        window = cache.window
+        new = chunk(frames, 10 * seed)
+        slots, owner = window.past_slots, {v: k for k, v in enumerate(window._slot_frames)}
+        for keep in (False, True):
+            reading = cache.update(0, new if keep else chunk(frames, 999), keep)
+            assert all(map(torch.equal, reading.entries, new)) or not keep
+            past = reading.past
+            assert past is not None and past.tokens == TOKENS * len(slots)
+            got = tuple(part.flatten(2) for part in past.heads(slice(0, HEADS)))
+            frames_held = [window._slot_frames[slot] for slot in slots]
+            for i, frame in enumerate(frames_held):
+                part = slice(i * TOKENS, (i + 1) * TOKENS)
+                for one, expected in zip(got, known[frame], strict=True):
+                    assert torch.equal(one[:, part], expected)
+            assert {owner[frame] for frame in frames_held} == {*slots}
+        for frame, parts in zip(window.chunk_frames, by_frame(new, bits), strict=True):
+            known[frame] = parts
+
+
+def by_frame(new: tuple[Tensor, Tensor], bits: int) -> list[tuple[Tensor, Tensor]]:
+    """What a store makes of the frames of a chunk."""
+    key, value = new
+    grid = fit_grid(key, 1, bits)
+    key = from_codes(to_codes(key, grid, bits), grid)
+    by_head = split_heads(value, HEADS)
+    grid = fit_grid(by_head, -1, bits)
+    value = from_codes(to_codes(by_head, grid, bits), grid).flatten(2)
+    return list(zip(key.split(TOKENS, 1), value.split(TOKENS, 1), strict=True))
+
+
+def test_an_empty_past_has_no_tokens() -> None:
+    past = store(4).past([])
+    assert past.tokens == 0
+    assert past.heads(slice(0, HEADS))[0].shape == (BATCH, 0, HEADS, HEAD_DIM)
