@@ -234,7 +234,7 @@ def test_without_calibration_the_loss_is_larger(
         (replace(QUICK, cut=0.8), CacheSize(cut=0.8)),
         (replace(QUICK, bytes_per_token=12.5), CacheSize(bytes_per_token=12.5)),
         # A twentieth of the dense cache is more than two channels.
-        (replace(QUICK, channels=2), CacheSize(bytes_per_token=4)),
+        (replace(QUICK, channels=2), CacheSize(rank=2)),
     ],
     ids=["none", "cut", "bytes", "few channels"],
 )
