@@ -288,7 +288,9 @@ def test_no_folder_that_a_conversion_was_given_goes_up(
         "loras": ["lora.safetensors:0.5"],
         "overrides": ["base_model=models"],
     }
-    assert torch.equal(says(load(REPO)), says(load("out")))
+    base, lora = f"{there}/models/dense/model.pt", f"{there}/lora.safetensors:0.5"
+    here = SourceConfig(REPO, base_model=base, loras=(lora,))
+    assert torch.equal(says(load(here)), says(load("out")))
 
 
 @pytest.mark.usefixtures("few_layerwise_clips")

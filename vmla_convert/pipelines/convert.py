@@ -76,6 +76,9 @@ PRESETS = {"videomla": ConvertConfig(product="mla", init="spectral")}
 """The paper: its init, its shares of 192 + 32 numbers; the key norm, which it drops, is kept."""
 
 
+_CODEC_ONLY = ("channels", "bytes_per_token")
+
+
 @dataclass(frozen=True)
 class ConversionPlan:
     """What a conversion will do, known before any arithmetic.
@@ -239,6 +242,12 @@ def plan_conversion(
     """
     dense = checkpoint.config
     refuse_converted(checkpoint)
+    for name in _CODEC_ONLY:
+        if getattr(config, name) is not None:
+            raise ConfigError(
+                f"{name} is a setting of codecs, and this makes MLA layers",
+                "leave it out, or convert without --preset",
+            )
     check_sizes(dense, config)
     if measures(config) and config.data.source == "demo":
         require_demo_media(dense, "calibration on the demo world")

@@ -10,7 +10,7 @@ from vmla_convert.checkpoint.source import STATE_KEYS
 from vmla_convert.checkpoint.writer import CheckpointWriter, refuse_taken, write_pickle
 from vmla_convert.errors import ConfigError, did_you_mean
 from vmla_convert.pipelines.folders import Files, converted_files, dense_files, parts_to_copy
-from vmla_convert.pipelines.load import Source, open_named, read_provenance
+from vmla_convert.pipelines.load import Source, check_whole, open_named, read_provenance
 from vmla_convert.progress import Progress, Silent
 
 SELF_FORCING = "self_forcing"
@@ -67,6 +67,7 @@ def export(
     if checkpoint.config.is_dense:
         files = dense_files(checkpoint.config, form, components)
     else:
+        check_whole(checkpoint)
         record = read_provenance(source)
         files = converted_files(checkpoint.config, record, form, components)
     if chosen == SELF_FORCING:

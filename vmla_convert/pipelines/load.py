@@ -56,6 +56,7 @@ def open_named(source: Source, progress: Progress | None = None) -> OpenCheckpoi
         _refuse_base(how)
         return open_checkpoint(path, how)
     codec = open_checkpoint(path, replace(how, loras=(), base_model=None))
+    check_whole(codec)
     return _with_base(codec, how, progress or Silent())
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -25,7 +26,14 @@ from vmla_convert.checkpoint.families import OpenCheckpoint, converted_config
 from vmla_convert.checkpoint.layouts import CODEC, NATIVE
 from vmla_convert.checkpoint.source import TensorSpec
 from vmla_convert.checkpoint.writer import partial_folder, refuse_taken, write_checkpoint
-from vmla_convert.config import EvaluateConfig, MediaConfig, ModelConfig, RecoverConfig
+from vmla_convert.config import (
+    DENSE_ITEMSIZE,
+    CacheSize,
+    EvaluateConfig,
+    MediaConfig,
+    ModelConfig,
+    RecoverConfig,
+)
 from vmla_convert.errors import CheckpointError, ConfigError, OutputError, VmlaError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.pipelines.calibrate import check_clips
@@ -398,14 +406,28 @@ def _check_scope(converted: str | Path, source: OpenCheckpoint, config: RecoverC
     Raises:
         ConfigError: A codec's base model was to be trained, or sizes are nested without a codec.
     """
-    if config.nested and source.config.codec is None:
-        raise ConfigError("only a codec has nested sizes", "leave --nested out")
+    if config.nested:
+        _check_nested(source.config, config.nested)
     if is_codec_folder(converted) and (config.train != "new" or config.lora_rank):
         what = "lora_rank" if config.lora_rank else f"train '{config.train}'"
         raise ConfigError(
             f"{what} would change the base model, which {converted} leaves as it is",
             f"make a whole checkpoint first: vmla export {converted} -o whole",
         )
+
+
+def _check_nested(config: ModelConfig, cuts: Sequence[float]) -> None:
+    if config.codec is None:
+        raise ConfigError("only a codec has nested sizes", "leave --nested out")
+    most = config.codec.rank * DENSE_ITEMSIZE
+    for cut in cuts:
+        asked = CacheSize(cut=cut).token_bytes(config.geometry)
+        if not 1 <= asked <= most:
+            raise ConfigError(
+                f"nested size {cut:g} makes {asked:g} bytes per token, which are not between 1 and "
+                f"{most}, all that this codec holds",
+                "give sizes that it holds: --set nested=[0.98,0.95]",
+            )
 
 
 def check_recovery(
