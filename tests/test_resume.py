@@ -23,6 +23,7 @@ from vmla_convert.config import ConvertConfig, DataConfig, SourceConfig
 from vmla_convert.errors import ConfigError, OutputError
 from vmla_convert.layers.dit import Block
 from vmla_convert.maths.projections import Factors
+from vmla_convert.pipelines import conversion
 from vmla_convert.pipelines import convert as pipeline
 from vmla_convert.pipelines.convert import convert
 from vmla_convert.pipelines.load import load
@@ -97,7 +98,7 @@ def whole(deep: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
-    counts, read, factor = Counted([], []), pipeline.read_block, pipeline.factor_layer
+    counts, read, factor = Counted([], []), conversion.read_block, pipeline.factor_layer
 
     def reading(checkpoint: Any, layer: int, device: Any) -> Block:
         counts.blocks.append(layer)
@@ -107,7 +108,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
         counts.layers.append(args[4])
         return factor(*args)
 
-    monkeypatch.setattr(pipeline, "read_block", reading)
+    monkeypatch.setattr(conversion, "read_block", reading)
     monkeypatch.setattr(pipeline, "factor_layer", factoring)
     return counts
 
