@@ -197,6 +197,7 @@ def test_scores_are_those_of_the_formula_in_one_softmax(mla: MLAConfig) -> None:
 def test_a_token_costs_what_its_config_says(latent: Latent) -> None:
     mla = tiny_mla(latent)
     for index, attention in enumerate(tiny_model(tiny_config(mla=mla)).self_attentions()):
+        assert isinstance(attention, LatentSelfAttention)
         rank, rope = mla.kv_lora_rank[index], 2 * len(mla.rope_pairs[index])
         widths = [rank, rope, 1]
         assert isinstance(attention, LatentSelfAttention)
