@@ -94,7 +94,7 @@ EVERY_CONFIG: list[Any] = [
     EvaluateConfig(clips=3),
     GenerateConfig(prompts=("1",)),
     ReportConfig(loss_bound=0.1),
-    SweepConfig(kv_lora_ranks=(8, 16)),
+    SweepConfig(products=("mla",), kv_lora_ranks=(8, 16)),
     SourceConfig(),
     SourceConfig("a/b@c", "m.pt", "generator", "longlive", ("chunk_frames=1",), ("l.pt:0.5",)),
 ]
