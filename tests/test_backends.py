@@ -38,15 +38,13 @@ DIM, HEADS, HEAD_DIM = TINY_GEOMETRY.dim, TINY_GEOMETRY.num_heads, TINY_GEOMETRY
 PLACES = torch.tensor([0, 1, 700, 41, 42])  # of frames of two tokens, as in a cache's slots
 EVERY_SIZE = [
     *map(tiny_mla, EITHER_LATENT),
-    *(dataclasses.replace(tiny_mla(latent), qk_nope_head_dim=5) for latent in EITHER_LATENT),
     # Values that read more than the key that all heads share is wide, and nearly none of it.
     *(MLAConfig((20, 20), ((1,), (1,)), "random", "split", ranks) for ranks in ((1, 1), (18, 18))),
 ]
 
 
 def size_id(mla: MLAConfig) -> str:
-    narrow = f"-nope{mla.qk_nope_head_dim}" if mla.qk_nope_head_dim else ""
-    return f"{mla.latent}-{mla.key_ranks[:1]}-of-{mla.kv_lora_rank[0]}{narrow}"
+    return f"{mla.latent}-{mla.key_ranks[:1]}-of-{mla.kv_lora_rank[0]}"
 
 
 def random_layer(mla: MLAConfig, index: int = 1) -> LatentSelfAttention:
@@ -139,7 +137,7 @@ def test_tiles_of_any_number_of_heads_read_the_same_and_stay_small(mla: MLAConfi
     reads = partial(sights, layer, x, torch.arange(3_002), 6_000)
     q = split_heads(layer.norm_q(layer.q(x[:, 6_000:])), HEADS)
     whole = layer.read_materialised(q, *reads(tile_mib=64))
-    key_width = layer.nope_dim + 2 * len(mla.rope_pairs[1])
+    key_width = layer.head_dim + 2 * len(mla.rope_pairs[1])
     head_mib = 4 * 6_000 * (key_width + HEAD_DIM) / 2**20
     sizes: list[int] = []
     for tile_mib in range(1, 7):
@@ -351,8 +349,6 @@ def test_operations_are_those_that_torch_counts(mla: MLAConfig, backend: str) ->
         getattr(layer, f"read_{backend}")(q, reading, sight)
     rope = 2 * len(mla.rope_pairs[1])
     alike = 2 * 2 * 100 * HEADS * HEAD_DIM * rope
-    if mla.qk_nope_head_dim:
-        alike += 2 * 2 * 100 * HEADS * HEAD_DIM * mla.qk_nope_head_dim
     expected = {"materialised": materialised_flops, "absorbed": absorbed_flops}[backend]
     shape = layer.read_shape(q, reading)
     assert counter.get_total_flops() == expected(shape) + alike

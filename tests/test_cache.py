@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,14 +21,16 @@ from hypothesis.stateful import (
 from reference.window import NaiveWindow
 from torch import Tensor, nn
 
-from vmla_convert.config import CachePolicy, MLAConfig, RuntimeConfig
-from vmla_convert.layers.cache import DenseCache, KVCache, LatentCache, Storage
+from vmla_convert.config import CachePolicy, CacheSize, CodecConfig, RuntimeConfig
+from vmla_convert.layers.attention import Entries
+from vmla_convert.layers.cache import CompressedCache, DenseCache, KVCache, LatentCache, Storage
 
 BATCH, TOKENS = 2, 3
 CPU = torch.device("cpu")
 # Layers differ in what they keep, and layers of a kind in their widths.
 DENSE_WIDTHS = [(4, 4), (6, 5)]
 LATENT_WIDTHS = [{"latent": 5, "rope": 2, "norm": 1}, {"latent": 3}]
+COMPRESSED_WIDTH = 6
 
 
 def storage(dtype: torch.dtype = torch.float32, offload: bool = False) -> Storage:
@@ -67,31 +71,68 @@ def same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
     return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
+class Listed(NamedTuple):
+    """A past that is what was written."""
+
+    entries: Entries
+
+    @property
+    def tokens(self) -> int:
+        return self.entries[0].shape[1]
+
+    def heads(self, heads: slice) -> Entries:
+        return tuple(part.unflatten(-1, (2, -1))[:, :, heads] for part in self.entries)
+
+
+class PlainStore:
+    """A store that compresses nothing."""
+
+    nbytes = 0
+
+    def __init__(self) -> None:
+        self.frames: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def write(self, slots: Sequence[int], key: Tensor, value: Tensor) -> None:
+        parts = zip(key.split(TOKENS, 1), value.split(TOKENS, 1), strict=True)
+        self.frames.update(zip(slots, parts, strict=True))
+
+    def past(self, slots: Sequence[int]) -> Listed:
+        kept = [self.frames[slot] for slot in slots]
+        empty = torch.zeros(BATCH, 0, COMPRESSED_WIDTH)
+        return Listed(tuple(torch.cat([empty, *(f[i] for f in kept)], 1) for i in range(2)))
+
+
 # A ring buffer is a list of frames
 
 
 class Caches(RuleBasedStateMachine):
     """Caches of every kind and a list of frames, through chunks, denoising steps and rewinds.
 
-    Layers 0 and 1 are dense, 2 and 3 latent. `written` tells the version of a frame that the last
-    pass wrote, and `kept` that of the last pass that was kept.
+    Layers 0 and 1 are dense, 2 and 3 latent, 4 compressed. `written` tells the version of a frame
+    that the last pass wrote, and `kept` that of the last pass that was kept.
     """
 
-    @initialize(sink=st.integers(0, 2), room=st.integers(1, 5), offload=st.booleans())
-    def start(self, sink: int, room: int, offload: bool) -> None:
-        policy, kept = CachePolicy(sink + room, sink), storage(offload=offload)
-        self.cache = KVCache(
-            policy,
-            [
-                *(DenseCache(widths, policy, kept) for widths in DENSE_WIDTHS),
-                *(LatentCache(widths, policy, kept) for widths in LATENT_WIDTHS),
-            ],
-            RuntimeConfig(),
-        )
-        self.room, self.naive = room, NaiveWindow(policy.window_frames, sink)
+    @initialize(
+        sink=st.integers(0, 2),
+        room=st.integers(1, 5),
+        dense=st.integers(0, 3),
+        offload=st.booleans(),
+        relative=st.booleans(),
+    )
+    def start(self, sink: int, room: int, dense: int, offload: bool, relative: bool) -> None:
+        dense, kept = min(dense, room - 1), storage(offload=offload)
+        policy = CachePolicy(sink + room, sink, "relative" if relative else "absolute", dense)
+        self.layers = [
+            *(DenseCache(widths, policy, kept) for widths in DENSE_WIDTHS),
+            *(LatentCache(widths, policy, kept) for widths in LATENT_WIDTHS),
+            CompressedCache(PlainStore(), COMPRESSED_WIDTH, policy, kept),
+        ]
+        self.cache = KVCache(policy, self.layers, RuntimeConfig())
+        self.room, self.naive = room, NaiveWindow(policy.window_frames, sink, dense)
         self.slots: dict[int, int] = {}
         self.written: dict[int, int] = {}
         self.kept: dict[int, int] = {}
+        self.stayed: dict[int, int] = {}
         self.passes, self.chunk_is_kept = 0, True
         self.widths = [*map(list, DENSE_WIDTHS), *([*w.values()] for w in LATENT_WIDTHS)]
 
@@ -123,6 +164,7 @@ class Caches(RuleBasedStateMachine):
                 self.read_dense(layer, keep)
             else:
                 self.read_latent(layer, keep)
+        self.read_compressed(keep)
         if keep:
             self.kept.update(dict.fromkeys(self.naive.chunk, self.passes))
             self.chunk_is_kept = True
@@ -134,6 +176,7 @@ class Caches(RuleBasedStateMachine):
         held = [self.slots[slot] for slot in range(window.held)]
         assert same(reading.entries, entries(held, widths, [self.written[f] for f in held]))
         assert reading.past is None
+        self.check_places(layer, held)
 
     def read_latent(self, layer: int, keep: bool) -> None:
         window, widths, chunk = self.cache.window, self.widths[layer], self.naive.chunk
@@ -144,6 +187,38 @@ class Caches(RuleBasedStateMachine):
         reading = self.cache.update(layer, new, keep)
         assert same(reading.entries, entries(past + chunk, widths, before + now))
         assert reading.past is None
+        self.check_places(layer, past + chunk)
+
+    def read_compressed(self, keep: bool) -> None:
+        """Of a chunk that was kept only where no dense frames make way for its own."""
+        window, chunk, recent = self.cache.window, self.naive.chunk, self.naive.recent
+        widths = [COMPRESSED_WIDTH] * 2
+        now = [self.passes] * len(chunk)
+        new = entries(chunk, widths, now)
+        if recent and self.chunk_is_kept:
+            with pytest.raises(ValueError, match="kept already"):
+                self.cache.update(4, new, keep)
+            return
+        past = [self.slots[slot] for slot in window.past_slots]
+        assert sorted(past) == self.naive.past
+        reading = self.cache.update(4, new, keep)
+        exact = entries(recent + chunk, widths, [self.stayed[f] for f in recent] + now)
+        assert same(reading.entries, exact)
+        assert isinstance(reading.past, Listed)
+        assert same(reading.past.entries, entries(past, widths, [self.stayed[f] for f in past]))
+        self.check_places(4, recent + chunk, past)
+        if keep:
+            self.stayed.update(dict.fromkeys(chunk, self.passes))
+
+    def check_places(self, layer: int, exact: list[int], past: list[int] | None = None) -> None:
+        """Whether frames are where the policy puts them."""
+        held, relative = self.naive.held, self.cache.window.policy.positions == "relative"
+        places = self.layers[layer].places(self.cache.window)
+        expected = [
+            [held.index(frame) for frame in frames] if relative and frames else frames
+            for frames in (exact, past)
+        ]
+        assert [*places] == expected
 
     @invariant()
     def no_other_frames_are_held(self) -> None:
@@ -215,10 +290,12 @@ def allocated(cache: KVCache) -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("mla", [None, TINY_MLA, tiny_mla("split")])
-def test_a_cache_takes_the_bytes_that_its_config_says(mla: MLAConfig | None) -> None:
+@pytest.mark.parametrize(
+    "kind", [{}, {"mla": TINY_MLA}, {"mla": tiny_mla("split")}], ids=["dense", "joint", "split"]
+)
+def test_a_cache_takes_the_bytes_that_its_config_says(kind: dict[str, Any]) -> None:
     """For every kind of layer, place and model dtype."""
-    config = tiny_config(cache=CachePolicy(7, 2), mla=mla)
+    config = tiny_config(cache=CachePolicy(7, 2), **kind)
     model = tiny_model(config)
     for size in (4, 2):
         for offload in (False, True):
@@ -227,6 +304,24 @@ def test_a_cache_takes_the_bytes_that_its_config_says(mla: MLAConfig | None) -> 
             assert cache.nbytes == model.cache_bytes(3, runtime) == allocated(cache)
             assert cache.nbytes == config.cache_bytes(7, 3) * size // 2
         model = model.bfloat16()
+
+
+@pytest.mark.parametrize("dense", [0, 3])
+@pytest.mark.parametrize("nbytes", [1, 12.5, 40])
+def test_a_codecs_cache_keeps_nothing_that_its_size_does_not_count(
+    nbytes: float, dense: int
+) -> None:
+    policy = CachePolicy(7, 2, dense_recent_frames=dense)
+    codec = CodecConfig(20, CacheSize(nbytes))
+    model = tiny_model(tiny_config(cache=policy, codec=codec))
+    # 25 bytes for two layers, of 7 frames of 6 tokens of 3 clips; exact numbers take 4.
+    expected = 3 * 6 * (7 * int(2 * nbytes) + 2 * dense * 96 * 4)
+    for offload in (False, True):
+        cache = model.new_cache(3, RuntimeConfig(offload=offload))
+        assert cache.nbytes == allocated(cache) == expected
+        assert model.cache_bytes(3) == expected
+    in_bytes = dataclasses.replace(model.config, cache=CachePolicy(7, 2)).cache_bytes(7, 3)
+    assert in_bytes == 3 * 6 * 7 * 2 * nbytes
 
 
 def test_the_bytes_of_a_token_by_hand() -> None:

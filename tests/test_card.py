@@ -121,7 +121,6 @@ def test_errors_that_were_measured_are_told() -> None:
     [
         ({}, "no error of the whole model was measured"),
         ({"recovered": {"kept_steps": {}}}, "No error of the whole model was measured"),
-        ({"head_truncation_error": [0.1, 0.3]}, "Narrowing the heads dropped 0.2 of the"),
     ],
 )
 def test_errors_that_were_not_are_not_invented(more: dict[str, Any], said: str) -> None:

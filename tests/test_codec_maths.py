@@ -10,6 +10,7 @@ from torch import Tensor
 from vmla_convert.maths.codec import (
     SAMPLED_CHANNELS,
     CodecFit,
+    Metric,
     assume_codec,
     fit_channels,
     fit_codec,
@@ -43,8 +44,13 @@ def rebuilt(codec: CodecFit, entries: Tensor) -> Tensor:
 def cost(entries: Tensor, back: Tensor) -> float:
     """Mean cost of errors in the metric."""
     error = back - entries
-    metric = read_metric(SUMS, measure_moments(entries))
+    metric = dense(read_metric(SUMS, measure_moments(entries)))
     return torch.einsum("ni,ij,nj->", error, metric, error).item() / len(entries)
+
+
+def dense(metric: Metric) -> Tensor:
+    """The quadratic form as a matrix (2d, 2d)."""
+    return metric.apply(torch.eye(2 * len(metric.values)).double())
 
 
 def best_decoder(covariance: Tensor, encode: Tensor) -> Tensor:
@@ -85,7 +91,7 @@ def test_an_error_of_a_channel_costs_its_square_times_its_energy() -> None:
     entries = data()
     codec = fitted(entries, WIDTH)
     metric = read_metric(SUMS, measure_moments(entries))
-    gram = codec.decode.mT @ metric @ codec.decode
+    gram = codec.decode.mT @ metric.apply(codec.decode)
     scale = codec.energies.sqrt()
     normed = gram / scale[:, None] / scale
     torch.testing.assert_close(normed, torch.eye(WIDTH).double(), rtol=0, atol=1e-6)
@@ -144,8 +150,10 @@ def test_what_the_data_never_does_takes_no_channel(rank: int) -> None:
 
 def test_what_costs_nothing_takes_no_channel() -> None:
     root = noise(WIDTH, WIDTH).double()
-    metric = torch.zeros(WIDTH, WIDTH).double()
-    metric[:5, :5] = torch.eye(5)
+    keys = torch.zeros(WIDTH // 2).double()
+    keys[:5] = 1
+    half = WIDTH // 2
+    metric = Metric(torch.diag(keys)[None], torch.zeros(half, half).double())
     channels = fit_channels(root, metric, WIDTH)
     assert (channels.energies > 0).tolist() == [True] * 5 + [False] * (WIDTH - 5)
     kept = channels.decode @ channels.encode
@@ -168,7 +176,7 @@ def test_tables_are_those_of_the_most_energetic_channels() -> None:
 
 def test_the_metric_is_what_its_formula_says_pair_by_pair() -> None:
     moments = measure_moments(data())
-    metric, spread = read_metric(SUMS, moments), moments.covariance.diagonal()
+    metric, spread = dense(read_metric(SUMS, moments)), moments.covariance.diagonal()
     expected = torch.zeros(WIDTH, WIDTH).double()
     half = HEADS * HEAD_DIM
     length = [
@@ -187,7 +195,7 @@ def test_the_metric_is_what_its_formula_says_pair_by_pair() -> None:
 
 
 def test_the_metric_is_symmetric_and_nothing_gains_by_an_error() -> None:
-    metric = read_metric(SUMS, measure_moments(data()))
+    metric = dense(read_metric(SUMS, measure_moments(data())))
     torch.testing.assert_close(metric, metric.mT, rtol=0, atol=1e-12)
     values = torch.linalg.eigvalsh(metric)
     assert values.min() > -1e-12 * values.max()
@@ -199,7 +207,7 @@ def test_a_value_that_never_changes_does_not_break_the_metric() -> None:
     square = SUMS.value_square.clone()
     square[:HEAD_DIM] = square[:, :HEAD_DIM] = 0
     sums, moments = SUMS._replace(value_square=square), measure_moments(entries)
-    assert read_metric(sums, moments).isfinite().all()
+    assert dense(read_metric(sums, moments)).isfinite().all()
     codec = fit_codec(sums, moments, entries, WIDTH)
     assert (codec.energies > 0).sum() == WIDTH - HEAD_DIM
     torch.testing.assert_close(rebuilt(codec, entries), entries, rtol=0, atol=1e-5)

@@ -61,7 +61,6 @@ FOLDED = MLAConfig(
     rope_pairs=((1,), (0,)),
     init="calibrated",
     phases=((((0.5, 1.0), (-3.1, 0.25)),), (((0.0, 0.0), (1.5, 0.125)),)),
-    qk_nope_head_dim=3,
 )
 
 EVERY_CONFIG: list[Any] = [
@@ -363,23 +362,6 @@ def test_an_mla_that_cannot_be(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         MLAConfig((8, 10), pairs, "calibrated", latent, key_ranks)
-
-
-def test_heads_that_cannot_be() -> None:
-    mla = CONVERTED.mla
-    assert mla is not None
-    with pytest.raises(ConfigError, match="qk_nope_head_dim 0 must be at least 1"):
-        dataclasses.replace(mla, qk_nope_head_dim=0)
-    whole = dataclasses.replace(mla, qk_nope_head_dim=GEOMETRY.head_dim)
-    assert dataclasses.replace(DENSE, mla=whole).mla == whole
-    wider = dataclasses.replace(mla, qk_nope_head_dim=GEOMETRY.head_dim + 1)
-    with pytest.raises(ConfigError, match="is wider than heads of"):
-        dataclasses.replace(DENSE, mla=wider)
-
-
-def test_a_config_without_truncation_does_not_speak_of_it() -> None:
-    assert "qk_nope_head_dim" not in to_dict(CONVERTED)["mla"]
-    assert "qk_nope_head_dim" not in to_dict(ConvertConfig())
 
 
 @pytest.mark.parametrize(("ranks", "pairs"), [((8,), ((0,),)), ((8, 10, 8), ((0,), (0,), (0,)))])

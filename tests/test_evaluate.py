@@ -201,10 +201,6 @@ def test_a_run_is_named_after_what_was_made(dense: CausalWanModel) -> None:
         "mla-random-13-joint": name("joint", (8, 6), (2, 3)),
     }
     assert list(names) == list(names.values())
-    narrow = replace(CONVERT, init="random", qk_nope_head_dim=6)
-    plan = RankPlan((8, 8), (2, 2))
-    named = run_name(planned_config(MODEL, narrow, plan))
-    assert named == "mla-random-8+4-joint-nope6"
 
 
 def test_rows_name_no_size_that_layers_do_not_share(
@@ -226,12 +222,6 @@ def test_rows_of_what_a_conversion_took(latent: CausalWanModel) -> None:
         ("peak_rss_bytes", 1000.0, "bytes"),
     ]
     assert all(has_fields(row, LATENT_FIELDS) for row in rows)
-    narrow = Conversion(Path("out"), latent.config, 3.0, 2.0, 1000, (0.25, 0.125))
-    assert [
-        (row.layer, row.value, row.unit)
-        for row in conversion_rows(narrow)
-        if row.metric == "head_truncation_error"
-    ] == [(0, 0.25, "relative"), (1, 0.125, "relative")]
 
 
 def test_spectra_are_told_for_every_layer_with_and_without_data(
@@ -276,27 +266,6 @@ def test_every_converted_layer_tells_how_much_of_its_rank_it_fills(
             [keys @ down[: keys.shape[1]], values @ down[len(down) - values.shape[1] :]]
         )
         assert effective_rank(weight_spectrum(operator.double())) == row.value
-
-
-def test_the_operator_of_truncated_heads_is_what_queries_see_of_it(
-    dense: CausalWanModel, measured: list[LayerReads]
-) -> None:
-    config = replace(CONVERT, kv_lora_rank=16, qk_nope_head_dim=6)
-    model = convert_model(dense, config, evidence_of(dense, measured))
-    for attention in model.self_attentions():
-        # As recovery may leave it: no longer of orthonormal rows.
-        attention.get_parameter("q_nope_map")[0] *= 100
-    for row, attention in zip(
-        learned_spectrum_rows(model, 0), model.self_attentions(), strict=True
-    ):
-        weights = {name: tensor.double() for name, tensor in attention.state_dict().items()}
-        rows = weights["kv_b_proj_k.weight"].unflatten(0, (2, 6))
-        keys = torch.cat([a.mT @ u for a, u in zip(weights["q_nope_map"], rows, strict=True)])
-        joint = torch.cat([keys, weights["kv_b_proj_v.weight"]]) @ weights["kv_a_proj.weight"]
-        assert effective_rank(weight_spectrum(joint)) == row.value
-        unseen = torch.cat([rows.flatten(0, 1), weights["kv_b_proj_v.weight"]])
-        unseen = unseen @ weights["kv_a_proj.weight"]
-        assert effective_rank(weight_spectrum(unseen)) != row.value
 
 
 def test_rollouts_are_scored_whole_and_by_segment(monkeypatch: pytest.MonkeyPatch) -> None:

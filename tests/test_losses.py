@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import (
@@ -14,7 +16,7 @@ from conftest import (
 )
 from torch import Tensor, nn
 
-from vmla_convert.config import CachePolicy, MLAConfig
+from vmla_convert.config import CachePolicy, CacheSize, CodecConfig
 from vmla_convert.maths.flow import predict_clean
 from vmla_convert.maths.masks import teacher_forcing_mask
 from vmla_convert.pipelines.data import Batch
@@ -97,10 +99,16 @@ def test_a_pass_repeats_the_positions_and_masks_by_the_policy() -> None:
     assert not torch.equal(mask.seen, teacher_forcing_mask(FRAMES, CHUNK, tokens).seen)
 
 
-@pytest.mark.parametrize("mla", [None, *map(tiny_mla, EITHER_LATENT)])
+CONVERTED: dict[str, dict[str, Any]] = {
+    **{latent: {"mla": tiny_mla(latent)} for latent in EITHER_LATENT},
+    "codec": {"codec": CodecConfig(30, CacheSize(12))},
+}
+
+
+@pytest.mark.parametrize("kind", [{}, *CONVERTED.values()], ids=["dense model", *CONVERTED])
 @torch.no_grad()
-def test_a_prediction_depends_on_the_past_of_its_chunk_only(mla: MLAConfig | None) -> None:
-    model = tiny_model(tiny_config(cache=CONFIG.cache, mla=mla))
+def test_a_prediction_depends_on_the_past_of_its_chunk_only(kind: dict[str, Any]) -> None:
+    model = tiny_model(tiny_config(cache=CONFIG.cache, **kind))
     made = example()[1]
     before = predicted_velocity(model, CONFIG, made)
     latents = made.latents.clone()
@@ -133,10 +141,10 @@ def test_distillation_trains_the_student_only() -> None:
     assert all(p.grad is not None for p in student.parameters())
 
 
-@pytest.mark.parametrize("mla", [*map(tiny_mla, EITHER_LATENT)])
-def test_distillation_moves_every_parameter_that_a_conversion_makes(mla: MLAConfig) -> None:
+@pytest.mark.parametrize("kind", CONVERTED)
+def test_distillation_moves_every_parameter_that_a_conversion_makes(kind: str) -> None:
     teacher = tiny_model(CONFIG)
-    student = tiny_model(tiny_config(cache=CONFIG.cache, mla=mla), seed=1)
+    student = tiny_model(tiny_config(cache=CONFIG.cache, **CONVERTED[kind]), seed=1)
     student.requires_grad_(False)
     new: set[Tensor] = set()
     for block in student.all_blocks():
@@ -144,6 +152,12 @@ def test_distillation_moves_every_parameter_that_a_conversion_makes(mla: MLAConf
     velocity_distillation(teacher)(student, example()[1]).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 1e-7 for p in new)
     assert {p for p in student.parameters() if p.grad is not None} == new
+    if kind == "codec":
+        assert {n.split(".", 2)[2] for n, p in student.named_parameters() if p in new} == {
+            "codec.encode",
+            "codec.decode",
+        }
+        return
     # All else is the teacher's, the norm's key projection too.
     kept = {name for name, p in student.named_parameters() if "self_attn" in name and p not in new}
     modules = {name.split("self_attn.")[1].split(".")[0] for name in kept}

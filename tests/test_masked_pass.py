@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,9 +10,7 @@ import torch
 from conftest import (
     EITHER_LATENT,
     TINY_GEOMETRY,
-    block_of,
     noise,
-    randomise,
     tiny_clip,
     tiny_config,
     tiny_mla,
@@ -24,23 +21,20 @@ from reference.rope import rotary_table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vmla_convert.config import CachePolicy, MLAConfig
+from vmla_convert.config import CachePolicy, CacheSize, CodecConfig
 from vmla_convert.layers import attention as dense_layer
 from vmla_convert.layers import mla as latent_layer
-from vmla_convert.layers.attention import DenseSelfAttention
-from vmla_convert.layers.dit import Attend, SelfAttention, masked_attention
-from vmla_convert.layers.mla import LatentSelfAttention
+from vmla_convert.layers.dit import Attend, Block, masked_attention
 from vmla_convert.maths.masks import Visibility, block_causal_mask, teacher_forcing_mask
 from vmla_convert.maths.rope3d import token_positions
 from vmla_convert.pipelines.data import Batch
 from vmla_convert.pipelines.losses import flow_matching, make_example, teacher_forcing_inputs
 
 FRAMES, TOKENS = 6, 2
-NARROW = dataclasses.replace(tiny_mla(), qk_nope_head_dim=10)
-KINDS: dict[str, MLAConfig | None] = {
-    "dense model": None,
-    **{latent: tiny_mla(latent) for latent in EITHER_LATENT},
-    "narrow": NARROW,
+KINDS: dict[str, dict[str, Any]] = {
+    "dense model": {},
+    **{latent: {"mla": tiny_mla(latent)} for latent in EITHER_LATENT},
+    "codec": {"codec": CodecConfig(40, CacheSize(20))},
 }
 POLICIES = [
     # policy, chunk; all that have one evict
@@ -70,14 +64,9 @@ class Pass(NamedTuple):
     gradients: list[Tensor]
 
 
-def layer_of(mla: MLAConfig | None) -> SelfAttention:
-    """A layer with random parameters."""
-    if mla is None:
-        layer: SelfAttention = DenseSelfAttention(TINY_GEOMETRY)
-    else:
-        layer = LatentSelfAttention(TINY_GEOMETRY, mla, 1)
-    randomise(layer, seed=4)
-    return layer
+def block_with(kind: dict[str, Any]) -> Block:
+    """A block with random parameters."""
+    return tiny_model(tiny_config(**kind), seed=4).all_blocks()[1]
 
 
 def attend_of(mask: Visibility) -> Attend:
@@ -87,11 +76,11 @@ def attend_of(mask: Visibility) -> Attend:
     return masked_attention(rotary, mask)
 
 
-def passed(layer: SelfAttention, x: Tensor, mask: Visibility) -> Pass:
+def passed(block: Block, x: Tensor, mask: Visibility) -> Pass:
     """Output and gradients, of x first and then of all parameters that take part."""
     leaf = x.clone().requires_grad_()
-    y = attend_of(mask)(block_of(layer), leaf)
-    inputs = [leaf, *layer.parameters()]
+    y = attend_of(mask)(block, leaf)
+    inputs = [leaf, *block.parameters()]
     pull = noise(*y.shape, seed=9).to(y)
     gradients = torch.autograd.grad(y, inputs, pull, allow_unused=True)
     return Pass(y.detach(), [g for g in gradients if g is not None])
@@ -114,11 +103,11 @@ def test_groups_give_what_a_mask_of_all_pairs_gives(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Outputs and gradients alike, of several clips."""
-    layer, mask = layer_of(KINDS[kind]).double(), make(FRAMES, chunk, TOKENS, policy)
+    block, mask = block_with(KINDS[kind]).double(), make(FRAMES, chunk, TOKENS, policy)
     x = noise(2, TOKENS * len(mask.seen), TINY_GEOMETRY.dim).double()
-    grouped = passed(layer, x, mask)
+    grouped = passed(block, x, mask)
     pairwise(monkeypatch, mask)
-    plain = passed(layer, x, mask)
+    plain = passed(block, x, mask)
     assert len(grouped.gradients) == len(plain.gradients) > 5
     torch.testing.assert_close(grouped, plain, atol=1e-10, rtol=1e-10)
 
@@ -133,9 +122,9 @@ def test_without_gradients_too(
     kind: str, make: Maker, dtype: torch.dtype, error: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also in two bytes."""
-    layer, mask = layer_of(KINDS[kind]).to(dtype), make(FRAMES, 2, TOKENS, CachePolicy(5, 1))
+    block, mask = block_with(KINDS[kind]).to(dtype), make(FRAMES, 2, TOKENS, CachePolicy(5, 1))
     x = noise(2, TOKENS * len(mask.seen), TINY_GEOMETRY.dim).to(dtype)
-    attend, block = attend_of(mask), block_of(layer)
+    attend = attend_of(mask)
     grouped = attend(block, x)
     pairwise(monkeypatch, mask)
     assert grouped.dtype == dtype
@@ -170,7 +159,7 @@ class Watched(TorchDispatchMode):
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
 def test_training_makes_nothing_of_the_size_of_all_pairs(kind: str, checkpointed: bool) -> None:
     """Nor goes over a pair that nobody sees."""
-    config = tiny_config(cache=CachePolicy(5, 1), mla=KINDS[kind], latent_size=(16, 16))
+    config = tiny_config(cache=CachePolicy(5, 1), **KINDS[kind], latent_size=(16, 16))
     model, clip = tiny_model(config), Batch(*tiny_clip(config, 8, batch=1))
     if checkpointed:
         model.checkpoint_blocks()

@@ -35,15 +35,11 @@ from vmla_convert.maths.rope3d import Rotary, token_positions
 DIM, HEADS, HEAD_DIM = TINY_GEOMETRY.dim, TINY_GEOMETRY.num_heads, TINY_GEOMETRY.head_dim
 ALL_PAIRS = tuple(range(HEAD_DIM // 2)) * HEADS
 either_latent = pytest.mark.parametrize("latent", EITHER_LATENT)
-# Truncated latents; whole heads, and narrow ones.
-EVERY_SIZE = [
-    *map(tiny_mla, EITHER_LATENT),
-    *(dataclasses.replace(tiny_mla(latent), qk_nope_head_dim=10) for latent in EITHER_LATENT),
-]
+EVERY_SIZE = [*map(tiny_mla, EITHER_LATENT)]
 
 
 def size_id(mla: MLAConfig) -> str:
-    return mla.latent + ("-narrow" if mla.qk_nope_head_dim else "")
+    return mla.latent
 
 
 def full_size(latent: Latent) -> MLAConfig:
@@ -201,11 +197,12 @@ def test_scores_are_those_of_the_formula_in_one_softmax(mla: MLAConfig) -> None:
 def test_a_token_costs_what_its_config_says(latent: Latent) -> None:
     mla = tiny_mla(latent)
     for index, attention in enumerate(tiny_model(tiny_config(mla=mla)).self_attentions()):
+        assert isinstance(attention, LatentSelfAttention)
         rank, rope = mla.kv_lora_rank[index], 2 * len(mla.rope_pairs[index])
         widths = [rank, rope, 1]
+        assert isinstance(attention, LatentSelfAttention)
         assert list(attention.entry_widths.values()) == widths
         assert mla.cache_scalars(index) == sum(widths)
-        assert isinstance(attention, LatentSelfAttention)
         entries = attention.project(noise(2, 6, DIM))
         assert [entry.shape for entry in entries] == [(2, 6, width) for width in widths]
         parts = mla.latent_parts(index)
@@ -235,23 +232,3 @@ def test_the_names_of_a_layers_parameters() -> None:
     expected = {f"{name}.{kind}" for name in linears for kind in ("weight", "bias")}
     names = set(LatentSelfAttention(TINY_GEOMETRY, TINY_MLA, 0).state_dict())
     assert names == expected | {"norm_q.weight", "q_rope_map"}
-
-
-def test_truncated_heads_are_smaller_and_cost_no_cache() -> None:
-    whole, narrow = (
-        LatentSelfAttention(TINY_GEOMETRY, mla, 0)
-        for mla in (TINY_MLA, dataclasses.replace(TINY_MLA, qk_nope_head_dim=10))
-    )
-    was, now = ({n: t.shape for n, t in layer.state_dict().items()} for layer in (whole, narrow))
-    assert now.pop("q_nope_map") == (HEADS, 10, HEAD_DIM)
-    assert now.pop("kv_b_proj_k.weight") == (HEADS * 10, 16)
-    assert now.pop("kv_b_proj_k.bias") == (HEADS * 10,)
-    assert now.items() <= was.items() and len(now) == len(was) - 2
-    assert narrow.entry_widths == whole.entry_widths
-
-
-def test_heads_truncated_to_their_own_width_are_whole() -> None:
-    mla = dataclasses.replace(TINY_MLA, qk_nope_head_dim=HEAD_DIM)
-    named, whole = (LatentSelfAttention(TINY_GEOMETRY, m, 0) for m in (mla, TINY_MLA))
-    assert named.q_nope_map is None
-    assert named.state_dict().keys() == whole.state_dict().keys()

@@ -21,7 +21,6 @@ from vmla_convert.config import (
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.factor import INITS, predict_errors
-from vmla_convert.maths.ranks import total_error
 from vmla_convert.pipelines.calibrate import LayerReads
 from vmla_convert.pipelines.convert import PRESETS, convert, convert_config, read_plan
 from vmla_convert.pipelines.factoring import convert_model, planned_config
@@ -39,6 +38,7 @@ pytest_plugins = ["checkpoints"]
 
 Latent = Literal["joint", "split"]
 
+MLA = ConvertConfig(product="mla")
 WEIGHTS = "model.safetensors"
 LATENTS: tuple[Latent, ...] = ("joint", "split")
 either_latent = pytest.mark.parametrize("latent", LATENTS)
@@ -63,49 +63,35 @@ def sizes(plan: RankPlan) -> list[int]:
 
 @either_latent
 @pytest.mark.parametrize("cut", [0.5, 0.8, 0.865, 0.93])
-@pytest.mark.parametrize("rule", ["uniform", "energy", "budget"])
-def test_a_rule_divides_no_more_than_the_budget(
-    rule: str,
+def test_all_of_a_budget_is_divided_and_no_more(
     cut: float,
     latent: Latent,
     dense: CausalWanModel,
     measured: list[LayerReads],
 ) -> None:
-    config = from_dict(ConvertConfig, {"ranks": rule, "cut": cut})
-    config = replace(config, latent=latent)
+    config = replace(MLA, latent=latent, cut=cut)
     total, plan = total_numbers(MODEL, config), planned(dense, measured, config)
-    assert sum(sizes(plan)) <= total
+    assert total - rank_step(MODEL) * MODEL.geometry.num_layers < sum(sizes(plan)) <= total
     # The norm is paid for out of the same budget.
     assert planned_config(MODEL, config, plan).cache_cut() >= cut
-    if rule == "budget":
-        assert sum(sizes(plan)) > total - rank_step(MODEL) * MODEL.geometry.num_layers
-    if rule == "uniform":
-        assert len(set(sizes(plan))) == 1
-    check_sizes(MODEL, ConvertConfig(latent=latent, plan=plan))
+    check_sizes(MODEL, replace(MLA, latent=latent, plan=plan))
 
 
 @either_latent
 def test_the_budget_is_divided_by_predicted_error(
     latent: Latent, dense: CausalWanModel, measured: list[LayerReads]
 ) -> None:
-    config = ConvertConfig(latent=latent, cut=0.865)
+    config = replace(MLA, latent=latent, cut=0.865)
     weights, evidence = weights_of(dense), evidence_of(dense, measured)
     curves = [predict_errors(weights(i), latent, evidence[i], 96).errors for i in (0, 1)]
-    error = {
-        rule: total_error(curves, sizes(planned(dense, measured, replace(config, ranks=rule))))
-        for rule in ("uniform", "energy", "budget", None)
-    }
-    assert error["budget"] <= min(error.values())
-    assert error["budget"] < error["uniform"]
-    assert error[None] == error["budget"]
+    total = total_numbers(MODEL, config)
+    divided = sizes(planned(dense, measured, config))
+    assert len(set(divided)) == 2
 
+    def error(division: list[int]) -> float:
+        return sum(curve[size].item() for curve, size in zip(curves, division, strict=True))
 
-def test_the_rules_are_not_the_same(dense: CausalWanModel, measured: list[LayerReads]) -> None:
-    plans = {
-        planned(dense, measured, ConvertConfig(ranks=rule, cut=0.865))
-        for rule in ("uniform", "energy", "budget")
-    }
-    assert len(plans) == 3
+    assert error(divided) < error([total // 2, total // 2])
 
 
 @pytest.mark.parametrize("init", [init for init in INITS if init != "calibrated"])
@@ -113,7 +99,7 @@ def test_an_init_that_predicts_no_errors_gets_the_same_sizes_everywhere(
     init: str, dense: CausalWanModel, measured: list[LayerReads]
 ) -> None:
     for latent in LATENTS:
-        config = ConvertConfig(init, latent, cut=0.8)
+        config = replace(MLA, init=init, latent=latent, cut=0.8)
         plan = planned(dense, measured, config)
         assert plan == uniform_plan(MODEL, config)
         assert len(set(zip(plan.kv_lora_rank, plan.rope_pairs, strict=True))) == 1
@@ -122,14 +108,14 @@ def test_an_init_that_predicts_no_errors_gets_the_same_sizes_everywhere(
 
 @pytest.mark.parametrize(("scalars", "cut"), [(13, None), (None, 83 / 96), (None, 0.864)])
 def test_a_cut_and_a_number_say_the_same(scalars: int | None, cut: float | None) -> None:
-    config = ConvertConfig(cache_scalars=scalars, cut=cut)
+    config = replace(MLA, cache_scalars=scalars, cut=cut)
     assert total_numbers(MODEL, config) == 2 * 12  # the norm takes one of 13
 
 
 def test_sizes_default_to_the_papers() -> None:
-    model = planned_config(WAN, config := ConvertConfig(), uniform_plan(WAN, config))
-    assert model.cache_scalars_per_token() == 192 + 32 + 1
-    assert uniform_plan(MODEL, ConvertConfig()) == RankPlan((10, 10), (1, 1))
+    model = planned_config(WAN, MLA, uniform_plan(WAN, MLA))
+    assert model.cache_bytes_per_token() == 2 * (192 + 32 + 1)
+    assert uniform_plan(MODEL, MLA) == RankPlan((10, 10), (1, 1))
 
 
 def test_the_preset_is_the_papers_split() -> None:
@@ -147,8 +133,8 @@ def test_rope_keys_have_no_more_pairs_than_a_head() -> None:
 def test_explicit_sizes_stay_as_given(dense: CausalWanModel, measured: list[LayerReads]) -> None:
     given = {
         replace(CONVERT, kv_lora_rank=9): RankPlan((9, 9), (2, 2)),
-        ConvertConfig(kv_lora_rank=9): RankPlan((9, 9), (3, 3)),
-        ConvertConfig(qk_rope_head_dim=4): RankPlan((6, 6), (2, 2)),
+        replace(MLA, kv_lora_rank=9): RankPlan((9, 9), (3, 3)),
+        replace(MLA, qk_rope_head_dim=4): RankPlan((6, 6), (2, 2)),
     }
     for config, plan in given.items():
         assert planned(dense, measured, config) == plan
@@ -157,7 +143,7 @@ def test_explicit_sizes_stay_as_given(dense: CausalWanModel, measured: list[Laye
 def test_of_explicit_sizes_only_a_split_latent_is_divided(
     dense: CausalWanModel, measured: list[LayerReads]
 ) -> None:
-    config = ConvertConfig(latent="split", kv_lora_rank=9, qk_rope_head_dim=4)
+    config = replace(MLA, latent="split", kv_lora_rank=9, qk_rope_head_dim=4)
     plan, halves = planned(dense, measured, config), uniform_plan(MODEL, config)
     assert plan.kv_lora_rank == halves.kv_lora_rank == (9, 9)
     assert plan.rope_pairs == halves.rope_pairs
@@ -174,8 +160,9 @@ def test_a_plan_is_taken_as_it_is(
     config = replace(BUDGETED, init=init, latent="split", plan=plan)
     assert planned(dense, measured, config) == plan
     model = convert_model(dense, config, evidence_of(dense, measured))
-    widths = [tuple(attention.entry_widths.values()) for attention in model.self_attentions()]
-    assert widths == [(4, 6, 1), (9, 2, 1)]
+    assert model.config.mla is not None
+    assert model.config.mla.kv_lora_rank == (4, 9)
+    assert [model.config.mla.qk_rope_head_dim(layer) for layer in (0, 1)] == [6, 2]
 
 
 def test_a_conversion_keeps_its_plan(budgeted: Path) -> None:
@@ -202,13 +189,14 @@ def test_a_replayed_plan_gives_the_same_bytes(
 
 
 def test_the_command_replays_a_plan(teacher: Path, tmp_path: Path, vmla: Vmla) -> None:
-    clips = ("--calibration-clips", "1", "--json")
+    clips = ("--preset", "videomla", "--calibration-clips", "1", "--json")
+    ours = ("--init", "calibrated", *clips)
     first, again, third = (tmp_path / name for name in "abc")
-    assert vmla("convert", teacher, "-o", first, "--cut", "0.8", *clips).code == 0
-    assert vmla("convert", teacher, "-o", again, "--plan", first, *clips).code == 0
+    assert vmla("convert", teacher, "-o", first, "--cut", "0.8", *ours).code == 0
+    assert vmla("convert", teacher, "-o", again, "--plan", first, *ours).code == 0
     assert (again / WEIGHTS).read_bytes() == (first / WEIGHTS).read_bytes()
     random = ("--plan", again / "conversion.json", "--init", "random")
-    assert vmla("convert", teacher, "-o", third, *random).code == 0
+    assert vmla("convert", teacher, "-o", third, *random, *clips).code == 0
     assert read_plan(first) == read_plan(again) == read_plan(third)
 
 
@@ -223,7 +211,7 @@ def test_the_command_takes_the_preset_and_what_overrides_it(
     paper, other = (load(folder).config for folder in folders)
     assert paper.mla and other.mla
     assert (paper.mla.init, paper.mla.latent) == ("spectral", "joint")
-    assert paper.cache_scalars_per_token() == 13
+    assert paper.cache_bytes_per_token() == 26
     assert (other.mla.init, other.mla.latent) == ("spectral", "split")
     assert other.cache_cut() >= 0.8
 
@@ -240,56 +228,45 @@ def test_words_that_are_left_out_keep_what_the_preset_says() -> None:
 
 
 def words(config: ConvertConfig) -> list[str]:
-    """A config as it would be typed."""
+    """A config of MLA layers as it would be typed."""
     options = {
+        "--preset": "videomla",
         "--init": config.init,
         "--latent": config.latent,
         "--cache-scalars": config.cache_scalars,
         "--cut": config.cut,
         "--kv-lora-rank": config.kv_lora_rank,
         "--qk-rope-head-dim": config.qk_rope_head_dim,
-        "--qk-nope-head-dim": config.qk_nope_head_dim,
-        "--ranks": config.ranks,
     }
     return [str(w) for option in options.items() if option[1] is not None for w in option]
 
 
-RANK = ConvertConfig(kv_lora_rank=8)
+RANK = replace(MLA, kv_lora_rank=8)
 # What is asked for, and what the message or the hint must name.
 REFUSED = {
-    "rank over width": (ConvertConfig(kv_lora_rank=49), "48"),
-    "rank zero": (ConvertConfig(kv_lora_rank=0), "kv_lora_rank 0"),
-    "split rank over both widths": (ConvertConfig(latent="split", kv_lora_rank=97), "96"),
-    "split rank without a value": (ConvertConfig(latent="split", kv_lora_rank=1), "2 and 96"),
+    "rank over width": (replace(MLA, kv_lora_rank=49), "48"),
+    "rank zero": (replace(MLA, kv_lora_rank=0), "kv_lora_rank 0"),
+    "split rank over both widths": (replace(MLA, latent="split", kv_lora_rank=97), "96"),
+    "split rank without a value": (replace(MLA, latent="split", kv_lora_rank=1), "2 and 96"),
     "odd rope": (replace(RANK, qk_rope_head_dim=5), "even"),
     "rope over head": (replace(RANK, qk_rope_head_dim=26), "24"),
     "rope zero": (replace(RANK, qk_rope_head_dim=0), "qk_rope_head_dim 0"),
-    "heads over the head": (
-        ConvertConfig(qk_nope_head_dim=25),
-        "between 1 and 24",
-    ),
-    "heads of nothing": (
-        ConvertConfig(qk_nope_head_dim=0),
-        "--qk-nope-head-dim 18",
-    ),
-    "two sizes": (ConvertConfig(cache_scalars=13, cut=0.9), "cache_scalars and as cut"),
-    "a budget and a rank": (ConvertConfig(cut=0.9, kv_lora_rank=8), "kv_lora_rank and as cut"),
+    "two sizes": (replace(MLA, cache_scalars=13, cut=0.9), "cache_scalars and as cut"),
+    "a budget and a rank": (replace(MLA, cut=0.9, kv_lora_rank=8), "kv_lora_rank and as cut"),
     "a budget and a rope": (
-        ConvertConfig(cut=0.9, qk_rope_head_dim=4),
+        replace(MLA, cut=0.9, qk_rope_head_dim=4),
         "kv_lora_rank and as cut",
     ),
-    "a rule without errors": (ConvertConfig("spectral", ranks="budget"), "--ranks uniform"),
-    "a rule without a budget": (ConvertConfig(kv_lora_rank=8, ranks="energy"), "--cut"),
-    "no cut": (ConvertConfig(cut=0.0), "cut 0 "),
-    "nothing left": (ConvertConfig(cut=1.0), "cut 1 "),
-    "a negative cut": (ConvertConfig(cut=-0.5), "cut -0.5"),
-    "no number": (ConvertConfig(cut=float("nan")), "cut nan"),
-    "a percentage": (ConvertConfig(cut=92.0), "cut 92"),
-    "too large a budget": (ConvertConfig(cache_scalars=500), "48"),
-    "too small a budget": (ConvertConfig(cache_scalars=1), "between 1 and 48"),
-    "no budget": (ConvertConfig(cache_scalars=0), "cache_scalars 0 makes a kv_lora_rank of -3"),
-    "a cut of nearly all": (ConvertConfig(cut=0.99), "cut 0.99 makes a kv_lora_rank of -2"),
-    "misspelt init": (ConvertConfig("calibratd"), "did you mean 'calibrated'?"),
+    "no cut": (replace(MLA, cut=0.0), "cut 0 "),
+    "nothing left": (replace(MLA, cut=1.0), "cut 1 "),
+    "a negative cut": (replace(MLA, cut=-0.5), "cut -0.5"),
+    "no number": (replace(MLA, cut=float("nan")), "cut nan"),
+    "a percentage": (replace(MLA, cut=92.0), "cut 92"),
+    "too large a budget": (replace(MLA, cache_scalars=500), "48"),
+    "too small a budget": (replace(MLA, cache_scalars=1), "between 1 and 48"),
+    "no budget": (replace(MLA, cache_scalars=0), "cache_scalars 0 makes a kv_lora_rank of -3"),
+    "a cut of nearly all": (replace(MLA, cut=0.99), "cut 0.99 makes a kv_lora_rank of -2"),
+    "misspelt init": (replace(MLA, init="calibratd"), "did you mean 'calibrated'?"),
 }
 
 
@@ -310,16 +287,11 @@ def test_sizes_that_do_not_fit_are_refused_before_anything_is_written(
 
 BAD_WORDS = {
     "unknown preset": (("--preset", "videomal"), "did you mean 'videomla'?"),
-    "unknown rule": (("--ranks", "budgt"), "'budget'"),
     "unknown latent": (("--latent", "splt"), "'split'"),
     "no plan there": (("--plan", "no/such/folder"), "holds no plan"),
     "two sizes with the preset": (
         ("--preset", "videomla", "--cut", "0.9", "--kv-lora-rank", "8"),
         "sizes are given twice",
-    ),
-    "a rule that the preset's init knows not": (
-        ("--preset", "videomla", "--ranks", "budget"),
-        "--ranks uniform",
     ),
 }
 
@@ -339,28 +311,28 @@ FITTING = RankPlan((4, 5), (1, 2))
 # What the plan is given to, and what the message or the hint must name.
 BAD_PLANS = {
     "another depth": (
-        ConvertConfig(plan=replace(FITTING, kv_lora_rank=(4, 5, 6), rope_pairs=(1, 1, 1))),
+        replace(MLA, plan=replace(FITTING, kv_lora_rank=(4, 5, 6), rope_pairs=(1, 1, 1))),
         "2 layers",
     ),
-    "uneven": (ConvertConfig(plan=replace(FITTING, rope_pairs=(1,))), "2 layers"),
-    "another width": (ConvertConfig(plan=replace(FITTING, kv_lora_rank=(4, 49))), "48"),
-    "no rope key": (ConvertConfig(plan=replace(FITTING, rope_pairs=(0, 1))), "without a rope key"),
-    "parts": (ConvertConfig(plan=replace(FITTING, key_ranks=(2, 2))), "joint latent"),
-    "no parts": (ConvertConfig(latent="split", plan=FITTING), "split latent"),
+    "uneven": (replace(MLA, plan=replace(FITTING, rope_pairs=(1,))), "2 layers"),
+    "another width": (replace(MLA, plan=replace(FITTING, kv_lora_rank=(4, 49))), "48"),
+    "no rope key": (replace(MLA, plan=replace(FITTING, rope_pairs=(0, 1))), "without a rope key"),
+    "parts": (replace(MLA, plan=replace(FITTING, key_ranks=(2, 2))), "joint latent"),
+    "no parts": (replace(MLA, latent="split", plan=FITTING), "split latent"),
     "part of the parts": (
-        ConvertConfig(latent="split", plan=replace(FITTING, key_ranks=(2,))),
+        replace(MLA, latent="split", plan=replace(FITTING, key_ranks=(2,))),
         "split latent",
     ),
     "an empty part": (
-        ConvertConfig(latent="split", plan=replace(FITTING, key_ranks=(2, 5))),
+        replace(MLA, latent="split", plan=replace(FITTING, key_ranks=(2, 5))),
         "split latent",
     ),
     "more rope keys than there are": (
-        ConvertConfig(plan=replace(FITTING, rope_pairs=(2, 25))),
+        replace(MLA, plan=replace(FITTING, rope_pairs=(2, 25))),
         "24",
     ),
     "more rope keys than an init knows": (
-        ConvertConfig("spectral", plan=replace(FITTING, rope_pairs=(2, 13))),
+        replace(MLA, init="spectral", plan=replace(FITTING, rope_pairs=(2, 13))),
         "12",
     ),
 }
@@ -386,11 +358,9 @@ def test_a_plan_of_another_model_or_layer_is_refused(
 
 def test_a_plan_and_another_size_are_refused(teacher: Path, tmp_path: Path) -> None:
     for size in ({"cut": 0.9}, {"cache_scalars": 13}, {"kv_lora_rank": 8}):
-        config = replace(ConvertConfig(plan=FITTING), **size)
+        config = replace(MLA, plan=FITTING, **size)
         with pytest.raises(ConfigError, match="given twice, as plan and as"):
             convert(teacher, tmp_path / "out", config)
-    with pytest.raises(ConfigError, match="nothing to divide when plan is given"):
-        convert(teacher, tmp_path / "out", ConvertConfig(plan=FITTING, ranks="energy"))
     assert not list(tmp_path.iterdir())
 
 
@@ -408,7 +378,7 @@ def test_what_passes_before_calibration_does_not_fail_after_it(
 ) -> None:
     passed = 0
     for scalars in (2, 3, 4, 5):
-        config = ConvertConfig(latent=latent, cache_scalars=scalars)
+        config = replace(MLA, latent=latent, cache_scalars=scalars)
         try:
             check_sizes(MODEL, config)
         except ConfigError:

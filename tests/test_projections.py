@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,7 +18,6 @@ from reference.latent import (
     turns,
 )
 
-from vmla_convert.errors import ConfigError
 from vmla_convert.maths.factor import factor
 from vmla_convert.maths.moments import as_channels, as_pairs
 from vmla_convert.maths.positions import highest_frequency_branch, principal_branch
@@ -30,14 +27,10 @@ from vmla_convert.maths.projections import (
     key_square,
     real_bias,
     real_key,
-    required,
     subtract_rope,
-    weight_svd,
 )
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=20)
-Latent = Literal["joint", "split"]
-either_latent = pytest.mark.parametrize("latent", ["joint", "split"])
 
 
 @repeatable
@@ -101,24 +94,6 @@ def test_the_query_map_scores_the_shared_key_as_each_heads_own_would_be() -> Non
     torch.testing.assert_close(score.real.sum(1), expected.real.sum(1))
 
 
-@either_latent
-def test_weight_svd_loses_the_tail_of_the_singular_values(latent: Latent) -> None:
-    weights = toy().weights
-    shape = LayerShape(latent, 9, 1)
-    key, value = weights.key, weights.value
-    parts = weight_svd(key, value, shape)
-    targets = [torch.cat([key, value])] if latent == "joint" else [key, value]
-    gaps = [t - part.up @ part.down for t, part in zip(targets, parts, strict=True)]
-    error = sum((gap.square().sum() for gap in gaps), start=torch.tensor(0.0))
-    if latent == "joint":
-        tail = torch.linalg.svdvals(torch.cat([key, value]))[9:].square().sum()
-    else:
-        assert [len(part.down) for part in parts] == [5, 4]
-        tail = torch.linalg.svdvals(key)[5:].square().sum()
-        tail += torch.linalg.svdvals(value)[4:].square().sum()
-    torch.testing.assert_close(error, tail)
-
-
 @pytest.mark.parametrize(("rank", "asked", "parts"), [(8, None, (4, 4)), (7, None, (4, 3))])
 def test_a_split_left_open_is_in_halves(
     rank: int, asked: int | None, parts: tuple[int, int]
@@ -127,19 +102,12 @@ def test_a_split_left_open_is_in_halves(
     assert LayerShape("split", rank, 1, 2).parts() == (2, rank - 2)
 
 
-def test_required_evidence_is_given_back_or_asked_for() -> None:
-    evidence = toy().evidence
-    assert required(evidence, "x") is evidence
-    with pytest.raises(ConfigError, match="'x' needs calibration clips"):
-        required(None, "x")
-
-
 def test_the_reference_finds_no_loss_in_a_lossless_layer_and_some_in_a_small_one() -> None:
     """What other tests measure by is checked here on a layer that loses nothing."""
     data = toy()
     scale = dense_value(data.weights, data.inputs).square().sum(1).mean().item()
-    whole = factor("mha2mla", data.weights, data.full_shape(), data.evidence, generator())
+    whole = factor("calibrated", data.weights, data.full_shape(), data.evidence, generator())
     assert lost(data, whole) < 1e-10 * scale
     shape = data.full_shape()._replace(kv_lora_rank=3)
-    small = factor("mha2mla", data.weights, shape, data.evidence, generator())
+    small = factor("calibrated", data.weights, shape, data.evidence, generator())
     assert lost(data, small) > 1e-3 * scale

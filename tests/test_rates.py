@@ -188,11 +188,14 @@ def test_a_later_bit_is_never_worth_more_than_an_earlier_one() -> None:
     """Of tables of few samples the fourth bit may help more than the third."""
     bumpy = GAUSSIAN.clone()
     bumpy[3] = bumpy[2] * 0.99
-    shop = purchases(energies(0, 5), bumpy)
+    layer = energies(0, 5)
+    shop, true = purchases(layer, bumpy), -bumpy.diff() / torch.tensor(WIDTHS).diff()
     assert (shop.gains.diff() <= 0).all()
     for channel in range(5):
         mine = shop.channels == channel
         assert shop.bits[mine].tolist() == [1] * 8 + [8]
+        # … and never more than it gains.
+        assert (shop.gains[mine] <= layer[channel] * true * (1 + 1e-9)).all()
     for bits in range(2, 80):
         widths = shop.widths(bits)
         assert list(widths) == sorted(widths, reverse=True)

@@ -239,14 +239,11 @@ def test_a_recipe_may_name_latent_budget_rule_and_plan(tmp_path: Path) -> None:
 product = "mla"
 latent = "split"
 cut = 0.9
-ranks = "energy"
 calibrate = false
 """
     )
     recipe = read_recipe(written(tmp_path / "x.toml", text))
-    assert recipe.convert == ConvertConfig(
-        product="mla", latent="split", cut=0.9, ranks="energy", calibrate=False
-    )
+    assert recipe.convert == ConvertConfig(product="mla", latent="split", cut=0.9, calibrate=False)
     overrides = ["convert.plan.kv_lora_rank=[8, 9]", "convert.plan.rope_pairs=[1, 1]"]
     recipe = read_recipe(tmp_path / "x.toml", overrides)
     assert recipe.convert and recipe.convert.plan == RankPlan((8, 9), (1, 1))
@@ -544,6 +541,7 @@ def test_a_run_leaves_the_model_the_rows_the_report_and_the_videos(finished: Pat
     assert {path.name for path in finished.iterdir()} == {
         "converted",
         "recipe.json",
+        "recipe.toml",
         "rows.jsonl",
         "report.md",
         "report.html",

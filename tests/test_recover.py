@@ -156,15 +156,6 @@ def test_either_latent_recovers_by_what_the_conversion_made(
     assert changed == TRAINED
 
 
-def test_maps_of_truncated_heads_are_trained_too(dense: CausalWanModel) -> None:
-    config = replace(CONVERT, init="random", qk_nope_head_dim=6)
-    student = convert_model(dense, config, None)
-    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    fit_alone(student, dense, RecoverConfig(2, data=CLIPS))
-    changed = {n for n, t in student.state_dict().items() if not torch.equal(t, before[n])}
-    assert changed == TRAINED | {f"blocks.{layer}.self_attn.q_nope_map" for layer in (0, 1)}
-
-
 def test_the_recovered_folder_is_a_converted_one_that_says_how(
     converted: Path, recovered: tuple[Path, list[Row]]
 ) -> None:

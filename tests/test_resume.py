@@ -23,6 +23,7 @@ from vmla_convert.config import ConvertConfig, DataConfig, SourceConfig
 from vmla_convert.errors import ConfigError, OutputError
 from vmla_convert.layers.dit import Block
 from vmla_convert.maths.projections import Factors
+from vmla_convert.pipelines import conversion
 from vmla_convert.pipelines import convert as pipeline
 from vmla_convert.pipelines.convert import convert
 from vmla_convert.pipelines.load import load
@@ -97,7 +98,7 @@ def whole(deep: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
-    counts, read, factor = Counted([], []), pipeline.read_block, pipeline.factor_layer
+    counts, read, factor = Counted([], []), conversion.read_block, pipeline.factor_layer
 
     def reading(checkpoint: Any, layer: int, device: Any) -> Block:
         counts.blocks.append(layer)
@@ -107,7 +108,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
         counts.layers.append(args[4])
         return factor(*args)
 
-    monkeypatch.setattr(pipeline, "read_block", reading)
+    monkeypatch.setattr(conversion, "read_block", reading)
     monkeypatch.setattr(pipeline, "factor_layer", factoring)
     return counts
 
@@ -454,16 +455,6 @@ def test_a_budget_that_turns_out_too_small_costs_no_second_calibration(
         again = (tmp_path / "again" / "out" / name).read_bytes()
         assert (tmp_path / "out" / name).read_bytes() == again
     assert not kept.exists()
-
-
-def test_what_truncated_heads_lost_is_remembered(deep: Path, tmp_path: Path) -> None:
-    config = replace(CASES["spectral"], qk_nope_head_dim=5)
-    whole = convert(deep, tmp_path / "whole" / "out", config)
-    stopped(deep, tmp_path / "here" / "out", config, "converting", 2)
-    done = convert(deep, tmp_path / "here" / "out", config, resume=True)
-    assert_same(tmp_path / "here" / "out", tmp_path / "whole" / "out")
-    assert done.head_truncation_error == whole.head_truncation_error
-    assert len(done.head_truncation_error) == LAYERS
 
 
 def test_a_full_disk_leaves_what_can_be_resumed(

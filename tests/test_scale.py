@@ -59,18 +59,12 @@ def depths(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     return {layers: place / str(layers) for layers in (FEW, MANY)}
 
 
-WAYS = {
-    "codec": ["--data"],
-    "videomla": ["--preset", "videomla", "--cut", "0.8", "--data"],
-    "calibrated": ["--preset", "videomla", "--init", "calibrated", "--cut", "0.8", "--data"],
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("init", ["spectral", "calibrated"])
 def test_memory_does_not_grow_with_the_number_of_blocks(
-    way: str, depths: dict[int, Path], tmp_path: Path
+    init: str, depths: dict[int, Path], tmp_path: Path
 ) -> None:
-    words = [*WAYS[way], str(depths[FEW].parent / "clips"), "--calibration-clips", "2"]
+    words = ["--init", init, "--cut", "0.8"]
+    words += ["--data", str(depths[FEW].parent / "clips"), "--calibration-clips", "2"]
     running = [
         subprocess.Popen(
             [*CONVERT, str(source), "-o", str(tmp_path / str(layers)), *words],
@@ -90,8 +84,7 @@ def test_memory_does_not_grow_with_the_number_of_blocks(
 
 
 @pytest.mark.parametrize(
-    ("size", "way"),
-    [("1.3b", "assumed"), ("14b", "calibrated"), ("1.3b", "mla")],
+    ("size", "way"), [("1.3b", "assumed"), ("14b", "calibrated"), ("1.3b", "mla")]
 )
 def test_the_program_measures_a_conversion(
     size: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -103,11 +96,9 @@ def test_the_program_measures_a_conversion(
     rows = read_rows(rows_file)
     run = f"{size} {way}"
     one = {(row.run, row.metric): row.value for row in rows}
-    assert len(one) == len(rows)
     assert all(value > 0 for value in one.values())
     assert one[run, "convert_seconds"] > one[run, "factor_seconds"]
     assert one[run, "peak_rss_bytes"] > 10**7
-    assert one[run, "written_bytes"] > 10**5
     assert ((f"{run}, calibrating", "stage_seconds") in one) == (way == "calibrated")
     source = folder / ("1.3b.pt" if size == "1.3b" else "14b")
     assert source.exists()

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from vmla_convert.config import (
     CachePolicy,
-    MLAConfig,
+    CacheSize,
+    CodecConfig,
     ModelConfig,
     RuntimeConfig,
     SamplerConfig,
@@ -35,8 +36,28 @@ from vmla_convert.maths.flow import sampler_sigmas
 from vmla_convert.maths.masks import block_causal_mask
 from vmla_convert.pipelines.sample import sample_chunk
 
-KINDS_BY_NAME = {"dense model": None, **{latent: tiny_mla(latent) for latent in EITHER_LATENT}}
-KINDS = pytest.mark.parametrize("mla", list(KINDS_BY_NAME.values()), ids=list(KINDS_BY_NAME))
+Kind = dict[str, Any]
+KINDS_BY_NAME: dict[str, Kind] = {
+    "dense model": {},
+    **{latent: {"mla": tiny_mla(latent)} for latent in EITHER_LATENT},
+    "codec": {"codec": CodecConfig(40, CacheSize(rank=40))},
+}
+"""What a config has of a kind of model."""
+
+# Rounding may move a code: between passes that differ by it, only codecs without codes compare.
+IN_BITS: dict[str, Kind] = {"codec in bits": {"codec": CodecConfig(40, CacheSize(12.5))}}
+KINDS, EXACT_KINDS = (
+    pytest.mark.parametrize("kind", list(kinds.values()), ids=list(kinds))
+    for kinds in (KINDS_BY_NAME, KINDS_BY_NAME | IN_BITS)
+)
+
+
+def model_of(config: ModelConfig) -> CausalWanModel:
+    """A model; a codec whose size is a rank stores no codes."""
+    model = tiny_model(config)
+    if config.codec is not None:
+        model.resize(config.codec.size, quantised=config.codec.size.rank is None)
+    return model
 
 
 def rollout(
@@ -72,16 +93,14 @@ def rollout(
     return torch.cat(velocities, 1)
 
 
-def one_layer(mla: MLAConfig | None) -> dict[str, Any]:
+def one_layer(kind: Kind) -> dict[str, Any]:
     """Sizes of a model in which a held entry depends on its own frame only."""
-    if mla is not None:
-        mla = dataclasses.replace(
-            mla,
-            kv_lora_rank=mla.kv_lora_rank[:1],
-            rope_pairs=mla.rope_pairs[:1],
-            key_ranks=mla.key_ranks[:1],
-        )
-    return {"geometry": dataclasses.replace(TINY_GEOMETRY, num_layers=1), "mla": mla}
+    if mla := kind.get("mla"):
+        first = {
+            name: getattr(mla, name)[:1] for name in ("kv_lora_rank", "rope_pairs", "key_ranks")
+        }
+        kind = {"mla": dataclasses.replace(mla, **first)}
+    return {"geometry": dataclasses.replace(TINY_GEOMETRY, num_layers=1), **kind}
 
 
 def under(model: CausalWanModel, policy: CachePolicy) -> CausalWanModel:
@@ -91,10 +110,10 @@ def under(model: CausalWanModel, policy: CachePolicy) -> CausalWanModel:
     return other
 
 
-def runtimes(mla: MLAConfig | None) -> list[RuntimeConfig]:
+def runtimes(kind: Kind) -> list[RuntimeConfig]:
     """Every way in which a model reads."""
     ways = [RuntimeConfig(), RuntimeConfig(backend="materialised")]
-    return ways if mla is None else [*ways, RuntimeConfig(backend="absorbed")]
+    return ways if "mla" not in kind else [*ways, RuntimeConfig(backend="absorbed")]
 
 
 def clip_of(config: ModelConfig, frames: int, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,15 +149,15 @@ POLICIES = [
 )
 @torch.no_grad()
 def test_streaming_equals_the_masked_pass_however_it_is_read(
-    mla: MLAConfig | None, policy: CachePolicy, chunk: int, batch: int
+    kind: Kind, policy: CachePolicy, chunk: int, batch: int
 ) -> None:
     """Without a sink relative positions are those of the clip, up to a shift."""
-    config = tiny_config(cache=policy, mla=mla, chunk_frames=chunk)
-    model = tiny_model(config)
+    config = tiny_config(cache=policy, **kind, chunk_frames=chunk)
+    model = model_of(config)
     latents, timestep, context = clip_of(config, 12, batch)
     mask = block_causal_mask(12, chunk, config.tokens_per_frame, policy)
     masked = model(latents, timestep, context, torch.arange(12), mask)
-    for runtime in runtimes(mla):
+    for runtime in runtimes(kind):
         streamed = rollout(model, latents, timestep, context, runtime)
         torch.testing.assert_close(streamed, masked, atol=2e-5, rtol=0)
 
@@ -149,13 +168,13 @@ def test_behind_a_sink_relative_positions_are_those_of_a_clip_of_the_held_frames
     latent: Latent,
 ) -> None:
     policy = CachePolicy(6, 2, "relative")
-    config = tiny_config(cache=policy, **one_layer(tiny_mla(latent)))
-    model = tiny_model(config)
+    config = tiny_config(cache=policy, **one_layer({"mla": tiny_mla(latent)}))
+    model = model_of(config)
     latents, timestep, context = clip_of(config, 10)
     held = [0, 1, 6, 7, 8, 9]
     mask = block_causal_mask(6, 2, config.tokens_per_frame, policy)
     again = model(latents[:, held], timestep[:, held], context, torch.arange(6), mask)
-    for runtime in runtimes(config.mla):
+    for runtime in runtimes({"mla": config.mla}):
         streamed = rollout(model, latents, timestep, context, runtime)
         torch.testing.assert_close(streamed[:, -2:], again[:, -2:], atol=2e-5, rtol=0)
 
@@ -163,32 +182,32 @@ def test_behind_a_sink_relative_positions_are_those_of_a_clip_of_the_held_frames
 # Denoising steps
 
 
-@KINDS
+@EXACT_KINDS
 @torch.no_grad()
-def test_passes_that_are_not_kept_leave_no_trace(mla: MLAConfig | None) -> None:
-    config = tiny_config(cache=CachePolicy(6, 1), mla=mla)
-    model = tiny_model(config)
+def test_passes_that_are_not_kept_leave_no_trace(kind: Kind) -> None:
+    config = tiny_config(cache=CachePolicy(6, 1), **kind)
+    model = model_of(config)
     clip = clip_of(config, 8)
     assert torch.equal(rollout(model, *clip, between=2), rollout(model, *clip))
 
 
-@KINDS
+@EXACT_KINDS
 @torch.no_grad()
-def test_passes_that_are_kept_are_overwritten_by_the_next(mla: MLAConfig | None) -> None:
-    config = tiny_config(cache=CachePolicy(6, 1), mla=mla)
-    model = tiny_model(config)
+def test_passes_that_are_kept_are_overwritten_by_the_next(kind: Kind) -> None:
+    config = tiny_config(cache=CachePolicy(6, 1), **kind)
+    model = model_of(config)
     clip = clip_of(config, 8)
     again = rollout(model, *clip, between=1, keep_between=True)
     assert torch.equal(again, rollout(model, *clip))
 
 
-@KINDS
+@EXACT_KINDS
 @torch.no_grad()
 def test_a_sampled_chunk_leaves_what_a_pass_over_its_clean_latents_leaves(
-    mla: MLAConfig | None,
+    kind: Kind,
 ) -> None:
-    config = tiny_config(cache=CachePolicy(6, 1), mla=mla)
-    model = tiny_model(config)
+    config = tiny_config(cache=CachePolicy(6, 1), **kind)
+    model = model_of(config)
     latents, timestep, context = clip_of(config, 2)
     prompt, generator = model.read_prompt(context), torch.Generator().manual_seed(0)
     sampled, clean = model.new_cache(2), model.new_cache(2)
@@ -209,7 +228,7 @@ def test_a_bf16_model_is_given_the_timesteps_that_were_asked_for(
 ) -> None:
     sampler = SamplerConfig(tuple(range(1000, 0, -20)), shift=8.0, renoise=False)
     config = dataclasses.replace(tiny_config(cache=CachePolicy(6)), sampler=sampler)
-    model = tiny_model(config).bfloat16()
+    model = model_of(config).bfloat16()
     told: list[float] = []
     stream = model.stream
 
@@ -246,9 +265,9 @@ def started_after(model: CausalWanModel, frames: int, batch: int) -> KVCache:
 @KINDS
 @pytest.mark.parametrize("frames", [7, 1_025, 3_000])
 @torch.no_grad()
-def test_where_a_clip_starts_does_not_matter(mla: MLAConfig | None, frames: int) -> None:
+def test_where_a_clip_starts_does_not_matter(kind: Kind, frames: int) -> None:
     """To relative positions at all, to absolute ones beyond rounding."""
-    model = tiny_model(tiny_config(cache=CachePolicy(6, 2), mla=mla))
+    model = model_of(tiny_config(cache=CachePolicy(6, 2), **kind))
     relative = under(model, CachePolicy(6, 2, "relative"))
     clip = clip_of(model.config, 10)
     here = rollout(relative, *clip)
@@ -263,11 +282,11 @@ def live_bytes() -> int:
     return sum(held.nbytes for held in gc.get_objects() if type(held) is Tensor)
 
 
-@KINDS
+@EXACT_KINDS
 @torch.no_grad()
-def test_three_hundred_frames_take_no_more_than_the_first_ones(mla: MLAConfig | None) -> None:
+def test_three_hundred_frames_take_no_more_than_the_first_ones(kind: Kind) -> None:
     policy = CachePolicy(6, 1, "relative")
-    model = tiny_model(tiny_config(cache=policy, mla=mla, latent_size=(2, 2)))
+    model = model_of(tiny_config(cache=policy, **kind, latent_size=(2, 2)))
     latents, timestep, context = clip_of(model.config, 2, batch=1)
     cache, prompt = model.new_cache(1), model.read_prompt(context)
     sizes: list[tuple[int, int]] = []
@@ -296,11 +315,11 @@ def future(model: CausalWanModel, cache: KVCache, batch: int = 2) -> Tensor:
 @pytest.mark.parametrize("positions", ["absolute", "relative"])
 @torch.no_grad()
 def test_frames_written_again_behind_the_sink_are_as_if_they_had_never_gone(
-    mla: MLAConfig | None, positions: Any
+    kind: Kind, positions: Any
 ) -> None:
     """After evictions, where entries depend on their own frame only."""
     policy = CachePolicy(6, 2, positions)
-    model = tiny_model(tiny_config(cache=policy, **one_layer(mla)))
+    model = model_of(tiny_config(cache=policy, **one_layer(kind)))
     latents, timestep, context = clip_of(model.config, 10)
     caches = [model.new_cache(2) for _ in range(3)]
     for cache in caches:
@@ -317,10 +336,10 @@ def test_frames_written_again_behind_the_sink_are_as_if_they_had_never_gone(
 @KINDS
 @torch.no_grad()
 def test_written_again_with_their_own_prompt_frames_are_the_same_and_with_another_not(
-    mla: MLAConfig | None,
+    kind: Kind,
 ) -> None:
     """While nothing is evicted, all layers see again what they saw."""
-    model = tiny_model(tiny_config(cache=CachePolicy(12, 2), mla=mla))
+    model = model_of(tiny_config(cache=CachePolicy(12, 2), **kind))
     latents, timestep, context = clip_of(model.config, 8)
     caches = [model.new_cache(2) for _ in range(3)]
     for cache in caches:
@@ -334,11 +353,11 @@ def test_written_again_with_their_own_prompt_frames_are_the_same_and_with_anothe
     assert (changed - uninterrupted).abs().max() > 1e-2
 
 
-@KINDS
+@EXACT_KINDS
 @torch.no_grad()
-def test_without_the_sink_the_first_frames_written_again_become_it(mla: MLAConfig | None) -> None:
+def test_without_the_sink_the_first_frames_written_again_become_it(kind: Kind) -> None:
     """As in a new cache: what was there before leaves no trace."""
-    model = tiny_model(tiny_config(cache=CachePolicy(6, 2, "relative"), mla=mla))
+    model = model_of(tiny_config(cache=CachePolicy(6, 2, "relative"), **kind))
     latents, timestep, context = clip_of(model.config, 10)
     cache, new, kept = (model.new_cache(2) for _ in range(3))
     for old in (cache, kept):
@@ -357,8 +376,8 @@ def test_without_the_sink_the_first_frames_written_again_become_it(mla: MLAConfi
 
 @KINDS
 @torch.no_grad()
-def test_a_bf16_model_streams_with_a_cache_in_any_place(mla: MLAConfig | None) -> None:
-    model = tiny_model(tiny_config(cache=CachePolicy(6, 2), mla=mla))
+def test_a_bf16_model_streams_with_a_cache_in_any_place(kind: Kind) -> None:
+    model = model_of(tiny_config(cache=CachePolicy(6, 2), **kind))
     latents, timestep, context = clip_of(model.config, 10)
     exact = rollout(model, latents, timestep, context)
     clip = latents.bfloat16(), timestep, context.bfloat16()

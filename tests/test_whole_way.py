@@ -19,23 +19,25 @@ pytest_plugins = ["checkpoints", "hub_stub", "tiny_wan"]
 # That huggingface-hub 2.4 uploads in a way that its HTTP library calls old is not ours to mend.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
-REPO = "user/tiny-wan-vmla"
+REPO, BASE = "user/tiny-wan-kv", "user/wan"
 PROMPT = "a cat walks on a red roof in the rain"
 
 
 def test_from_a_pipeline_to_the_hub_and_back_to_the_same_frames(
     wan_folder: Path, tmp_path: Path, stub: Hub, vmla: Vmla
 ) -> None:
+    stub.put_folder(BASE, wan_folder)
     settings = [word for setting in SETTINGS for word in ("--set", setting)]
-    prompts, step0, final = tmp_path / "prompts.txt", tmp_path / "mla", tmp_path / "recovered"
+    prompts, step0, final = tmp_path / "prompts.txt", tmp_path / "kv", tmp_path / "recovered"
     prompts.write_text(f"{PROMPT}\ntwo dogs run along the beach\n")
 
     told = vmla("inspect", wan_folder, *settings, "--json")
     assert json.loads(told.out)["family"] == "diffusers"
-    assert vmla("convert", wan_folder, "-o", step0, "--no-calibration", *settings).code == 0
+    assert vmla("convert", BASE, "-o", step0, "--no-calibration", *settings).code == 0
+    assert (step0 / "codec.safetensors").is_file()
     self_made = ("--data", "self", "--prompts", prompts, "--clips", 4, "--frames", 6)
     stages = ("--layerwise-steps", 2, "--steps", 2, "--batch-size", 2, "--lr", 1e-3)
-    recovered = vmla("recover", step0, "--teacher", wan_folder, "-o", final, *self_made, *stages)
+    recovered = vmla("recover", step0, "-o", final, *self_made, *stages)
     assert recovered.code == 0, recovered.err
     wanted = ("--prompt", PROMPT, "--frames", 8, "--base", wan_folder)
     assert vmla("generate", final, *wanted, "-o", tmp_path / "here.mp4").code == 0
@@ -58,9 +60,9 @@ def test_a_pipeline_on_the_hub_brings_its_own_components(
     wan_folder: Path, tmp_path: Path, stub: Hub, vmla: Vmla
 ) -> None:
     """Taken when they are needed, and of the commit that the weights are of."""
-    stub.put_folder("user/wan", wan_folder)
+    stub.put_folder(BASE, wan_folder)
     settings = [word for setting in SETTINGS for word in ("--set", setting)]
-    cut = ("--no-calibration", "--cut", 0.5, *settings, "--layout", "diffusers")
+    cut = ("--preset", "videomla", "--cut", 0.5, *settings, "--layout", "diffusers")
     made = vmla("convert", "user/wan", "-o", tmp_path / "there", *cut)
     assert made.code == 0, made.err
     commit = stub.repos["user/wan"].head

@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 from vmla_convert.checkpoint import source, writer
 from vmla_convert.checkpoint.source import TensorSpec, open_source
 from vmla_convert.checkpoint.writer import (
-    INDEX_NAME,
     CheckpointWriter,
     check_place,
     planned_files,
@@ -30,6 +29,7 @@ from vmla_convert.checkpoint.writer import (
 )
 from vmla_convert.errors import CheckpointError, ConfigError, OutputError
 
+INDEX_NAME = "model.safetensors.index.json"
 TENSORS = {
     "a": torch.arange(8, dtype=torch.float32).reshape(2, 4),
     "b": torch.ones(16, dtype=torch.bfloat16),

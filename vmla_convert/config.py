@@ -246,8 +246,6 @@ class MLAConfig:
         phases: For each layer and head, the angle and length of the constant that stands for each
             RoPE pair's rotation in the content key; empty when nothing is folded. They belong to
             the window, the sink and the grid that were measured.
-        qk_nope_head_dim: Width n of the content part of every head; None for the source's D, which
-            truncates nothing.
     """
 
     kv_lora_rank: tuple[int, ...]
@@ -256,13 +254,10 @@ class MLAConfig:
     latent: Literal["joint", "split"] = "joint"
     key_ranks: tuple[int, ...] = ()
     phases: tuple[tuple[tuple[tuple[float, float], ...], ...], ...] = ()
-    qk_nope_head_dim: int | None = None
 
     def __post_init__(self) -> None:
         ranks = RankPlan(self.kv_lora_rank, tuple(map(len, self.rope_pairs)), self.key_ranks)
         ranks.check_fits(self.latent)
-        if self.qk_nope_head_dim is not None:
-            _require(self, 1, "qk_nope_head_dim")
 
     def qk_rope_head_dim(self, layer: int) -> int:
         """Width of the shared rope key: two numbers for each pair."""
@@ -370,11 +365,6 @@ class ModelConfig:
         ):
             raise ConfigError(
                 f"mla must name ranks and pairs for {self.geometry.num_layers} layers"
-            )
-        nope = self.mla.qk_nope_head_dim if self.mla else None
-        if nope is not None and nope > self.geometry.head_dim:
-            raise ConfigError(
-                f"qk_nope_head_dim {nope} is wider than heads of {self.geometry.head_dim}"
             )
 
     @property
@@ -494,8 +484,9 @@ class ConvertConfig:
 
     A codec stores `channels` per layer and serves every size up to these; `cut` and
     `bytes_per_token` set the size that it has where none is asked for. An MLA layer has the size
-    that it is made for: one budget (`cache_scalars` or `cut`), explicit ranks for every layer, or
-    the plan of an earlier conversion; by default a token costs an eighth of the width plus a
+    that it is made for: one budget (`cache_scalars` or `cut`), which the init `calibrated` divides
+    among layers by the errors that it predicts; explicit ranks for every layer; or the plan of an
+    earlier conversion. By default a token costs an eighth of the width plus a
     quarter of a head, the paper's 192 + 32 numbers for Wan 1.3B.
 
     Attributes:
@@ -508,12 +499,8 @@ class ConvertConfig:
         latent: MLA: as of `MLAConfig`.
         cache_scalars: MLA: numbers a token may cost per layer, averaged over layers, the key's norm
             among them.
-        ranks: MLA: how one budget is divided, a rule of `vmla_convert.maths.ranks.RULES`; None for
-            `budget` where the init predicts its errors, else `uniform`.
         kv_lora_rank: MLA: R of every layer.
         qk_rope_head_dim: MLA: width of the shared rope key of every layer, even.
-        qk_nope_head_dim: MLA: width n to which the content part of every head is truncated; None
-            keeps the source's D. It costs no cache.
         plan: MLA: sizes layer by layer.
         dtype: Dtype of the weights that are written. None writes a codec as bfloat16; of an MLA
             model it leaves kept weights as they are and makes new ones float32.
@@ -530,10 +517,8 @@ class ConvertConfig:
     init: str = "calibrated"
     latent: Literal["joint", "split"] = "joint"
     cache_scalars: int | None = None
-    ranks: Literal["uniform", "energy", "budget"] | None = None
     kv_lora_rank: int | None = None
     qk_rope_head_dim: int | None = None
-    qk_nope_head_dim: int | None = None
     plan: RankPlan | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     calibrate: bool = True

@@ -29,8 +29,6 @@ class Row:
         product: `codec` or `mla`.
         bytes_per_token: Bytes of the cache per token and layer, averaged over layers; a number that
             is not quantised counts two.
-        qk_nope_head_dim: Width that heads' content part was truncated to.
-        ranks: Rule that divided its budget.
         recovery_steps: Steps of distillation that were asked for; None where none were.
         pair: RoPE pair of a head, in Wan's order time, height, width.
         batch: Clips at once.
@@ -51,9 +49,7 @@ class Row:
     init: str | None = None
     kv_lora_rank: int | None = None
     qk_rope_head_dim: int | None = None
-    qk_nope_head_dim: int | None = None
     latent: str | None = None
-    ranks: str | None = None
     recovery_steps: int | None = None
     backend: str | None = None
     cache_dtype: str | None = None

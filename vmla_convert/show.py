@@ -42,7 +42,6 @@ def show_outlook(outlook: Outlook) -> None:
             "bytes cached per token and layer": outlook.cache_bytes_per_token,
             "cache cut": f"{outlook.cache_cut:.1%}",
             "working files beside it (bytes)": f"{outlook.working_bytes:,}",
-            "about (seconds)": round(outlook.seconds),
         }
     )
     files = [[name, f"{nbytes:,}"] for name, nbytes in outlook.files.items()]

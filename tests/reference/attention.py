@@ -50,14 +50,10 @@ def head_reads(
     query, tokens = layer.norm_q(layer.q(x)), range(len(x))
     for head in range(heads):
         q, k = of_head(query, head), of_head(key, head)
-        content = q
-        if mla.qk_nope_head_dim is not None:
-            assert layer.q_nope_map is not None
-            content = q @ layer.q_nope_map[head].mT
         logits = torch.zeros(len(x), len(x))
         for i in tokens:
             for j in tokens:
                 rope = turned(layer.q_rope_map[head] @ q[i], i) @ turned(r[j], j)
-                logits[i, j] = (content[i] @ k[j] + rope) / (rho[j] * scale)
+                logits[i, j] = (q[i] @ k[j] + rope) / (rho[j] * scale)
         reads.append((logits, of_head(value, head)))
     return reads

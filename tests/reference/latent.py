@@ -77,7 +77,6 @@ def toy(heads: int = 3, head_dim: int = 14, seed: int = 0) -> Toy:
         mean=inputs.mean(0),
         covariance=torch.cov(inputs.mT, correction=0),
         key_metric=reads[..., None] * metric(heads, size=head_dim),
-        turned_key_metric=reads[..., None] * metric(heads, size=head_dim),
         value_metric=metric(size=width),
         query_pairs=reads * normal(heads, head_dim // 2).square(),
         phases=torch.polar(length, 6 * angle),

@@ -67,10 +67,7 @@ _LATENT_WEIGHT_AND_BIAS = tuple(
         "k_norm_proj",
     )
 )
-_LATENT_SINGLE = tuple(
-    (f"blocks.{{i}}.self_attn.{part}", f"blocks.{{i}}.attn1.{part}")
-    for part in ("q_rope_map", "q_nope_map")
-)
+_LATENT_SINGLE = (("blocks.{i}.self_attn.q_rope_map", "blocks.{i}.attn1.q_rope_map"),)
 _CODEC_SINGLE = tuple(
     (f"blocks.{{i}}.codec.{part}", f"blocks.{{i}}.codec.{part}")
     for part in ("encode", "decode", "mean", "energies", "tables", "distortions")

@@ -20,7 +20,6 @@ from vmla_convert.checkpoint.layouts import NATIVE, Layout
 from vmla_convert.checkpoint.source import INDEX_SUFFIX, TensorSpec
 from vmla_convert.errors import ConfigError, OutputError
 
-INDEX_NAME = f"{NATIVE.stem}{INDEX_SUFFIX}"
 PICKLE_NAME = "model.pt"
 SHARD_BYTES = 5 * 1000**3
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated
 
 import typer
@@ -91,22 +90,6 @@ def convert(
     qk_rope_head_dim: Annotated[
         int | None, typer.Option(help="Width of the shared rope key, even.", rich_help_panel=MLA)
     ] = None,
-    qk_nope_head_dim: Annotated[
-        int | None,
-        typer.Option(
-            help="Truncate the content part of every head: 96 with a rope key of 32 makes heads of "
-            "128, which fused attention kernels are fastest at. The cache stays as it is.",
-            rich_help_panel=MLA,
-        ),
-    ] = None,
-    ranks: Annotated[
-        str | None,
-        typer.Option(
-            help="How the numbers are divided among layers: budget (by predicted error), energy, "
-            "or uniform.",
-            rich_help_panel=MLA,
-        ),
-    ] = None,
     plan: Annotated[
         Path | None,
         typer.Option(
@@ -117,8 +100,8 @@ def convert(
     init: Annotated[
         str | None,
         typer.Option(
-            help="spectral (the paper), calibrated, random; or what a converter of language models "
-            "would do: transmla, mha2mla, xecomla.",
+            help="spectral (the paper), calibrated (which divides the numbers among layers by "
+            "predicted error), or random.",
             rich_help_panel=MLA,
         ),
     ] = None,
@@ -183,7 +166,6 @@ def convert(
         "cache_scalars": cache_scalars,
         "kv_lora_rank": kv_lora_rank,
         "qk_rope_head_dim": qk_rope_head_dim,
-        "qk_nope_head_dim": qk_nope_head_dim,
         "plan": pipeline.read_plan(plan) if plan else None,
     }
     config = pipeline.convert_config(
@@ -192,7 +174,6 @@ def convert(
         {
             "init": init,
             "latent": latent,
-            "ranks": ranks,
             "calibrate": calibrate,
             "calibration_clips": calibration_clips,
             "data": {"source": data, "frames": frames},
@@ -213,12 +194,10 @@ def convert(
         if is_begun(folder):
             out.say("what is done is kept; to go on: the same command with --resume")
         raise
-    truncation = done.head_truncation_error
     out.data(
         {
             "bytes cached per token and layer": done.config.cache_bytes_per_token(),
             "cache cut": done.config.cache_cut(),
-            **({"head truncation error": fmean(truncation)} if truncation else {}),
             "seconds": done.convert_seconds,
         }
     )

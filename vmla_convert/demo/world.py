@@ -24,7 +24,6 @@ FIELD_CELLS = 4
 # Darker than any digit, whose strongest channel is 1 and whose every channel is above −0.2.
 FIELD_MEAN, FIELD_MAX = -0.55, 0.0
 TRAIN_IMAGES = 1500
-CLASSES = 10
 
 
 class Clips(NamedTuple):

@@ -82,8 +82,8 @@ class WanRMSNorm(nn.RMSNorm):
         return normed.to(x.dtype) * self.weight
 
 
-class DenseSelfAttention(nn.Module):
-    """Wan self-attention whose cache keeps the normed key and the value of every head."""
+class _Attention(nn.Module):
+    """Queries, keys, values and output of all heads, with QK-norm."""
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()
@@ -91,6 +91,10 @@ class DenseSelfAttention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(geometry.dim, geometry.dim) for _ in range(4))
         self.norm_q = WanRMSNorm(geometry.dim, eps=geometry.eps)
         self.norm_k = WanRMSNorm(geometry.dim, eps=geometry.eps)
+
+
+class DenseSelfAttention(_Attention):
+    """Wan self-attention whose cache keeps the normed key and the value of every head."""
 
     def project(self, x: Tensor) -> Entries:
         """Normed key, not yet rotated, and value of tokens x (B, L, d), both (B, L, d)."""
@@ -116,15 +120,8 @@ class DenseSelfAttention(nn.Module):
         return self.o(attend_with_past(q, key, value, reading.past, sight).flatten(2))
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(_Attention):
     """Wan cross-attention to the prompt: QK-norm, no positions, no mask."""
-
-    def __init__(self, geometry: Geometry) -> None:
-        super().__init__()
-        self.num_heads = geometry.num_heads
-        self.q, self.k, self.v, self.o = (nn.Linear(geometry.dim, geometry.dim) for _ in range(4))
-        self.norm_q = WanRMSNorm(geometry.dim, eps=geometry.eps)
-        self.norm_k = WanRMSNorm(geometry.dim, eps=geometry.eps)
 
     def read_prompt(self, text: Tensor) -> Entries:
         """Key and value (B, S, d) of an embedded prompt (B, S, d); they last as long as it does."""

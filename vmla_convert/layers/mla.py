@@ -45,9 +45,6 @@ class LatentSelfAttention(nn.Module):
     `kv_a_proj` is x → c, `kv_b_proj_k` and `kv_b_proj_v` are c → keys and values of all heads (of
     split latents each reads its own part), `k_rope_proj` is x → r, `q_rope_map` is C (H, 2·pairs,
     D). The norm comes from the source's own key projection, `k_norm_proj`.
-
-    With a `qk_nope_head_dim` n below D, `q_nope_map` is A (H, n, D), else None: keys of the content
-    part are n wide, and meet A_h q_h.
     """
 
     def __init__(self, geometry: Geometry, mla: MLAConfig, layer: int) -> None:
@@ -64,13 +61,7 @@ class LatentSelfAttention(nn.Module):
         self.norm_q = WanRMSNorm(dim, eps=geometry.eps)
         self.k_norm_proj = nn.Linear(dim, dim)
         self.kv_a_proj = nn.Linear(dim, rank)
-        self.nope_dim = mla.qk_nope_head_dim or self.head_dim
-        self.kv_b_proj_k = nn.Linear(self.key_rank, self.num_heads * self.nope_dim)
-        self.q_nope_map = (
-            nn.Parameter(torch.zeros(self.num_heads, self.nope_dim, self.head_dim))
-            if self.nope_dim < self.head_dim
-            else None
-        )
+        self.kv_b_proj_k = nn.Linear(self.key_rank, dim)
         self.kv_b_proj_v = nn.Linear(self.value_rank, dim)
         self.k_rope_proj = nn.Linear(dim, rope)
         self.q_rope_map = nn.Parameter(torch.zeros(self.num_heads, rope, self.head_dim))
@@ -200,7 +191,7 @@ class LatentSelfAttention(nn.Module):
         return torch.cat([content, norm, rope], -1).to(latent.dtype)
 
     def _key_map(self) -> Tensor:
-        """M: keys of all heads from the shared one, (H, n + rope, R of keys + 1 + rope)."""
+        """M: keys of all heads from the shared one, (H, D + rope, R of keys + 1 + rope)."""
         bias = self.kv_b_proj_k.bias[:, None]
         content = torch.cat([self.kv_b_proj_k.weight, bias], 1).unflatten(0, (self.num_heads, -1))
         rope = 2 * len(self.rope_pairs)
@@ -208,10 +199,8 @@ class LatentSelfAttention(nn.Module):
         return torch.cat([F.pad(content, (0, rope)), F.pad(eye, (content.shape[-1], 0))], 1)
 
     def _query(self, q: Tensor, rotary: Rotary) -> Tensor:
-        """What the query (B, T, H, D) is to the keys of `_key_map`, (B, T, H, n + rope)."""
+        """What the query (B, T, H, D) is to the keys of `_key_map`, (B, T, H, D + rope)."""
         q_rope = torch.einsum("bthd,hrd->bthr", q, self.q_rope_map)
-        if self.q_nope_map is not None:
-            q = torch.einsum("bthd,hnd->bthn", q, self.q_nope_map)
         return torch.cat([q, rotate(q_rope, self._selected(rotary))], -1)
 
     def _values_of(self, gathered: Tensor, queries: int) -> Tensor:
@@ -222,7 +211,7 @@ class LatentSelfAttention(nn.Module):
         return values + split_heads(self.kv_b_proj_v.bias, self.num_heads)
 
     def _key_width(self) -> int:
-        return self.nope_dim + 2 * len(self.rope_pairs)
+        return self.head_dim + 2 * len(self.rope_pairs)
 
     def _value_part(self, latent: Tensor) -> Tensor:
         return latent[..., latent.shape[-1] - self.value_rank :]

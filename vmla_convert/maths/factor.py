@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from vmla_convert.maths import peers
+from vmla_convert.errors import ConfigError
 from vmla_convert.maths.moments import Moments, merge_moments
 from vmla_convert.maths.positions import (
     RopeBranch,
@@ -35,13 +35,11 @@ from vmla_convert.maths.projections import (
     key_square,
     real_bias,
     real_key,
-    required,
-    solve_svd,
     subtract_rope,
-    white_inputs,
     white_queries,
 )
 from vmla_convert.maths.reads import ReadSums, merge_reads
+from vmla_convert.maths.spectra import truncate
 
 WINDOW_SHARE = 0.5
 # Rope branches that a budget may be split with; more pairs than these buy little.
@@ -114,7 +112,13 @@ def spectral(
     branch = highest_frequency_branch(weights.head_dim, weights.num_heads, shape.rope_pairs)
     rope = gather_rope(branch, key, key_bias)
     key[:, branch.pairs], key_bias[:, branch.pairs] = 0, 0
-    return solve_svd(weights, shape, key, key_bias, rope)
+    content, value = real_key(key), weights.value
+    if shape.latent == "joint":
+        parts = (_svd_part(torch.cat([content, value]), shape.kv_lora_rank),)
+    else:
+        key_rank, value_rank = shape.parts()
+        parts = (_svd_part(content, key_rank), _svd_part(value, value_rank))
+    return Solved(parts, (real_bias(key_bias), weights.value_bias), rope)
 
 
 def calibrated(
@@ -133,7 +137,7 @@ def calibrated(
     Raises:
         ConfigError: There is no evidence.
     """
-    known = required(evidence, "calibrated")
+    known = _required(evidence)
     key, key_bias = weights.key_pairs()
     branch = _best_branch(weights, known, shape.rope_pairs)
     rope = gather_rope(branch, key, key_bias)
@@ -157,11 +161,8 @@ INITS: dict[str, Init] = {
     "calibrated": calibrated,
     "spectral": spectral,
     "random": random,
-    "transmla": peers.transmla,
-    "mha2mla": peers.mha2mla,
-    "xecomla": peers.xecomla,
 }
-DATA_INITS = ("calibrated", "transmla", "mha2mla")
+DATA_INITS = ("calibrated",)
 """Those that look at activations."""
 
 
@@ -217,7 +218,7 @@ def predict_errors(
     Raises:
         ConfigError: There is no evidence.
     """
-    known = required(evidence, "calibrated")
+    known = _required(evidence)
     square = key_square(weights, known.mean, known.covariance)
     lost = branch_tail(square, position_cost(known.query_pairs, known.phases))
     errors = torch.full((most + 1,), torch.inf, dtype=torch.float64)
@@ -263,7 +264,6 @@ def join_evidence(
         mean=inputs.mean,
         covariance=covariance,
         key_metric=reads.query_square / queries,
-        turned_key_metric=reads.turned_query_square / queries,
         value_metric=scale[:, None] * reads.value_square * scale / queries,
         query_pairs=reads.query_pairs / queries,
         phases=_shrunk_phases(reads.phases / energy, window_phases),
@@ -285,13 +285,10 @@ def assume_evidence(weights: KVWeights, phases: Tensor) -> Evidence:
     value_energy = ((weights.value @ weights.value.mT) * value_metric).sum() / heads
     raw_key_square = weights.raw_key.square().sum() + weights.raw_key_bias.square().sum()
     scale = value_energy / weights.head_dim / (raw_key_square / len(weights.raw_key))
-    mean, covariance = white_inputs(width)
     return Evidence(
-        mean=mean,
-        covariance=covariance,
+        mean=torch.zeros(width, dtype=torch.float64),
+        covariance=torch.eye(width, dtype=torch.float64),
         key_metric=square * scale,
-        # A rotation by any angle is as likely as another: only the pairs' lengths count.
-        turned_key_metric=torch.diag_embed(pairs.repeat_interleave(2, -1) / 2) * scale,
         value_metric=value_metric,
         query_pairs=pairs * scale,
         phases=phases.expand(heads, -1),
@@ -338,6 +335,17 @@ def psd_sqrt(matrix: Tensor) -> Tensor:
     least = values.amax(-1, keepdim=True) * _rounding(values)
     values = torch.where(values > least, values, 0)
     return (vectors * values.sqrt()[..., None, :]) @ vectors.mT
+
+
+def _required(evidence: Evidence | None) -> Evidence:
+    if evidence is None:
+        raise ConfigError("the init 'calibrated' needs calibration clips", "or use --init spectral")
+    return evidence
+
+
+def _svd_part(rows: Tensor, rank: int) -> Part:
+    up, down = truncate(rows, rank)
+    return Part(down, down.new_zeros(rank), up, down.new_ones(rank))
 
 
 def _rounding(values: Tensor) -> float:

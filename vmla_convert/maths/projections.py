@@ -12,10 +12,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from vmla_convert.errors import ConfigError
 from vmla_convert.maths.moments import as_channels, as_pairs
 from vmla_convert.maths.positions import RopeBranch
-from vmla_convert.maths.spectra import truncate
 
 
 class KVWeights(NamedTuple):
@@ -93,7 +91,6 @@ class Evidence(NamedTuple):
         mean: Of the inputs that are cached, (d,).
         covariance: Theirs, (d, d).
         key_metric: Cost of an error of a position-free key, (H, D, D).
-        turned_key_metric: Cost of an error of a key before RoPE, (H, D, D).
         value_metric: Cost of an error of all heads' values, (H·D, H·D).
         query_pairs: Cost of an error of each RoPE pair, (H, D/2).
         phases: Expected phase of each RoPE pair, (H, D/2) complex.
@@ -102,7 +99,6 @@ class Evidence(NamedTuple):
     mean: Tensor
     covariance: Tensor
     key_metric: Tensor
-    turned_key_metric: Tensor
     value_metric: Tensor
     query_pairs: Tensor
     phases: Tensor
@@ -157,30 +153,16 @@ class Solved(NamedTuple):
     phases: Tensor | None = None
 
 
-class NarrowHeads(NamedTuple):
-    """Heads whose content part is narrower than the source's D.
-
-    Attributes:
-        query_map: A (H, n, D), orthonormal rows.
-        lost: Share of the content's energy that truncation dropped, (), in the metric that it
-            minimised.
-    """
-
-    query_map: Tensor
-    lost: Tensor
-
-
 class Factors(NamedTuple):
     """Parameters of the latent layer, under its own names; float64.
 
     Attributes:
         kv_a_proj, kv_a_bias: (R, d), (R,).
-        kv_b_proj_k, kv_b_bias_k: (H·D, R of keys), (H·D,); H·n rows for heads of n.
+        kv_b_proj_k, kv_b_bias_k: (H·D, R of keys), (H·D,).
         kv_b_proj_v, kv_b_bias_v: (H·D, R of values), (H·D,).
         rope: The rope branch.
         phases: What stands for each pair's rotation in the content key, (H, D/2) complex; None
             when nothing is folded.
-        narrow: Truncates the content part of heads; None when it is D wide.
     """
 
     kv_a_proj: Tensor
@@ -191,23 +173,6 @@ class Factors(NamedTuple):
     kv_b_bias_v: Tensor
     rope: RopeKeys
     phases: Tensor | None = None
-    narrow: NarrowHeads | None = None
-
-
-def required(evidence: Evidence | None, init: str) -> Evidence:
-    """The evidence of an init that cannot do without.
-
-    Raises:
-        ConfigError: There is none.
-    """
-    if evidence is None:
-        raise ConfigError(f"the init '{init}' needs calibration clips", "or use --init spectral")
-    return evidence
-
-
-def white_inputs(width: int) -> tuple[Tensor, Tensor]:
-    """Mean (d,) and covariance (d, d) to assume of inputs that nobody measured."""
-    return torch.zeros(width, dtype=torch.float64), torch.eye(width, dtype=torch.float64)
 
 
 def white_queries(weights: KVWeights) -> Tensor:
@@ -223,14 +188,6 @@ def key_square(weights: KVWeights, mean: Tensor, covariance: Tensor) -> Tensor:
     at_mean = key @ mean.to(key.dtype) + bias
     spread = key @ covariance.to(key.dtype) @ key.mH
     return spread + at_mean[:, :, None] * at_mean[:, None, :].conj()
-
-
-def weight_svd(key: Tensor, value: Tensor, shape: LayerShape) -> tuple[Part, ...]:
-    """SVD of key and value weights, both (H·D, d), together or apart; no data."""
-    if shape.latent == "joint":
-        return (_svd_part(torch.cat([key, value]), shape.kv_lora_rank),)
-    key_rank, value_rank = shape.parts()
-    return _svd_part(key, key_rank), _svd_part(value, value_rank)
 
 
 def real_key(pairs: Tensor) -> Tensor:
@@ -288,28 +245,6 @@ def cut(solved: Solved, shape: LayerShape) -> Factors:
         rope=solved.rope,
         phases=solved.phases,
     )
-
-
-def solve_svd(
-    weights: KVWeights, shape: LayerShape, key: Tensor, key_bias: Tensor, rope: RopeKeys
-) -> Solved:
-    """A layer by SVD of its weights alone, for what rope keys left of the keys.
-
-    Args:
-        weights: The dense layer.
-        shape: The largest that is wanted of it.
-        key: Complex rows (H, D/2, d) of the content.
-        key_bias: Their biases (H, D/2).
-        rope: The rope branch.
-    """
-    parts = weight_svd(real_key(key), weights.value, shape)
-    biases = (real_bias(key_bias), weights.value_bias)
-    return Solved(parts, biases, rope)
-
-
-def _svd_part(rows: Tensor, rank: int) -> Part:
-    up, down = truncate(rows, rank)
-    return Part(down, down.new_zeros(rank), up, down.new_ones(rank))
 
 
 def _leading(part: Part, rank: int) -> Part:

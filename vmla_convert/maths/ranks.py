@@ -2,24 +2,19 @@
 
 Truncation error is convex in the rank, so the number that gains most is always the best one to buy
 next, and buying until the budget is spent puts one threshold on the weighted energies w·sigma² of
-all layers (METHOD 7). The other rules are what it is compared with.
+all layers (METHOD 7).
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
 from torch import Tensor
 
 from vmla_convert.errors import ConfigError
-
-# Predicted errors of every layer by size (`inf` where a size is impossible), the numbers that all
-# layers may take together, the step that every size is a multiple of -> the size of every layer.
-Rule = Callable[[Sequence[Tensor], int, int], list[int]]
 
 
 def uniform(curves: Sequence[Tensor], total: int, step: int) -> list[int]:
@@ -36,27 +31,6 @@ def uniform(curves: Sequence[Tensor], total: int, step: int) -> list[int]:
             "raise --cache-scalars, or let sizes differ between layers",
         )
     return [max(fitting)] * len(curves)
-
-
-def energy(curves: Sequence[Tensor], total: int, step: int) -> list[int]:
-    """The same share of energy for every layer, as high as fits: the rule of X-EcoMLA.
-
-    Raises:
-        ConfigError: The smallest possible sizes do not fit the total.
-    """
-    possible = _possible(curves, step)
-    _check_smallest(possible, total)
-    shares = [_shares(curve, points) for curve, points in zip(curves, possible, strict=True)]
-
-    def needed(share: float) -> list[int]:
-        return [next(size for size, kept in layer if kept >= share) for layer in shares]
-
-    reachable = min(layer[-1][1] for layer in shares)
-    candidates = sorted({kept for layer in shares for _, kept in layer if kept <= reachable})
-    # The lowest candidate asks for the smallest sizes, which fit, so there is one before the first
-    # that does not.
-    too_high = bisect_left(candidates, True, key=lambda share: sum(needed(share)) > total)
-    return needed(candidates[too_high - 1])
 
 
 def budget(curves: Sequence[Tensor], total: int, step: int) -> list[int]:
@@ -87,14 +61,6 @@ def budget(curves: Sequence[Tensor], total: int, step: int) -> list[int]:
     return [path[0].size for path in paths]
 
 
-RULES: dict[str, Rule] = {"uniform": uniform, "energy": energy, "budget": budget}
-
-
-def total_error(curves: Sequence[Tensor], sizes: Sequence[int]) -> float:
-    """The predicted error of a division, over all layers."""
-    return sum(curve[size].item() for curve, size in zip(curves, sizes, strict=True))
-
-
 class _Point(NamedTuple):
     size: int
     error: float
@@ -123,12 +89,6 @@ def _check_smallest(possible: list[list[_Point]], total: int) -> int:
             "raise --cache-scalars",
         )
     return smallest
-
-
-def _shares(curve: Tensor, points: list[_Point]) -> list[tuple[int, float]]:
-    """Each size with the share of the energy that it keeps; where there is none, all of it."""
-    whole = curve[curve.isfinite()][0].item()
-    return [(p.size, 1 - p.error / whole if whole else 1.0) for p in points]
 
 
 def _hull(points: list[_Point]) -> list[_Point]:

@@ -120,8 +120,3 @@ def truncate(energies: Sequence[Tensor], total: int) -> list[Rate]:
     least = float(best[more]) if more < len(best) else -1.0
     counts = [1 + int((layer[1:] > least).sum()) for layer in energies]
     return [Rate((WHOLE_BITS,) * count, quantised=False) for count in counts]
-
-
-def most_bytes(ranks: Sequence[int]) -> int:
-    """Bytes of a token when every channel of every layer is kept as float16."""
-    return sum(rank * WHOLE_BITS // 8 for rank in ranks)

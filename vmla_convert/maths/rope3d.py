@@ -19,7 +19,7 @@ class Rotary(NamedTuple):
     """How every pair turns at every token.
 
     Attributes:
-        table: Cosine and sine, (L, pairs, 2) or (B, L, pairs, 2), float32.
+        table: Cosine and sine, (L, pairs, 2), float32.
     """
 
     table: Tensor
@@ -31,10 +31,6 @@ class Rotary(NamedTuple):
     def at(self, tokens: Tensor) -> Rotary:
         """The table of some tokens only."""
         return Rotary(self.table.index_select(-3, tokens))
-
-    def scaled(self, scale: Tensor) -> Rotary:
-        """Turns that also multiply each token by its own scale (B, L, 1)."""
-        return Rotary(self.table * scale[..., None])
 
     def turns(self) -> Tensor:
         """exp(i·angle) of every pair at every token, (L, pairs) complex."""

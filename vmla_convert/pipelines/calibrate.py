@@ -241,9 +241,35 @@ def clips_at_once(geometry: Geometry, latents: Tensor) -> int:
 
     By their size and not by what memory is free, so that figures do not depend on the machine.
     """
+    return max(1, min(CLIPS_AT_ONCE, TOKENS_AT_ONCE // _clip_tokens(geometry, latents)))
+
+
+def shelf_bytes(geometry: Geometry, latents: Tensor, clips: int, product: Product = "codec") -> int:
+    """Most bytes that calibration has on its shelf at one time.
+
+    Args:
+        geometry: Of the dense model.
+        latents: Clips like those that are measured, (B, F, C, height, width).
+        clips: How many are measured.
+        product: What the layers become.
+    """
+    dim, layers, tokens = geometry.dim, geometry.num_layers, _clip_tokens(geometry, latents)
+    activations = 4 * clips * tokens * dim
+    # Moments of keys with values, or those of inputs for the past and the own chunk twice.
+    groups, width = (1, 2 * dim) if product == "codec" else (3, dim)
+    sums = dim * (dim + 2 * geometry.head_dim + 2)
+    reads = 8 * groups * (width * (width + 1) + sums)
+    if product == "codec":
+        reads += 4 * clips * min(SAMPLES_PER_CLIP, tokens // 2) * width
+    # What every block reads and the last one gives, beside the gradients above and below a block;
+    # from layer to layer one of these goes, and one layer's reads are added.
+    return max((layers + 3) * activations + reads, 4 * activations + layers * reads)
+
+
+def _clip_tokens(geometry: Geometry, latents: Tensor) -> int:
+    """Tokens of one clip of latents (B, F, C, height, width), clean and noisy."""
     height, width = latents.shape[-2:]
-    tokens = 2 * latents.shape[1] * geometry.tokens_per_frame((height, width))
-    return max(1, min(CLIPS_AT_ONCE, TOKENS_AT_ONCE // tokens))
+    return 2 * latents.shape[1] * geometry.tokens_per_frame((height, width))
 
 
 def _batch_sizes(config: ModelConfig, clips: ClipSource, count: int) -> list[int]:

@@ -301,9 +301,6 @@ def _losses(record: Mapping[str, Any]) -> str:
             "It was not trained after its conversion, and no error of the whole model was "
             "measured: see `vmla eval`."
         )
-    if truncation := record.get("head_truncation_error"):
-        mean = sum(truncation) / len(truncation)
-        told.append(f"Narrowing the heads dropped {mean:.3g} of the content keys' energy.")
     return "\n\n".join(told)
 
 
@@ -328,13 +325,11 @@ def _settings(config: ModelConfig, origin: Mapping[str, Any]) -> str:
 
 
 def _mla_settings(mla: MLAConfig) -> list[list[Any]]:
-    nope = mla.qk_nope_head_dim
     return [
         ["init", mla.init],
         ["latent", mla.latent],
         ["kv_lora_rank, layer by layer", _listed(mla.kv_lora_rank)],
         ["qk_rope_head_dim", _listed([2 * len(pairs) for pairs in mla.rope_pairs])],
-        *([["qk_nope_head_dim", nope]] if nope else []),
     ]
 
 

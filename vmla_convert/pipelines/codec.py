@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -15,48 +14,36 @@ from vmla_convert import __version__
 from vmla_convert.checkpoint.base import base_tensors, tensor_hash
 from vmla_convert.checkpoint.families import OpenCheckpoint, converted_config
 from vmla_convert.checkpoint.hub import cached_repo
-from vmla_convert.checkpoint.known import known_model
 from vmla_convert.checkpoint.layouts import CODEC
 from vmla_convert.checkpoint.source import TensorSpec, fingerprint
-from vmla_convert.checkpoint.writer import CheckpointWriter, check_place
-from vmla_convert.config import (
-    CacheSize,
-    CodecConfig,
-    ConvertConfig,
-    ModelConfig,
-    SourceConfig,
-)
+from vmla_convert.checkpoint.writer import CheckpointWriter
+from vmla_convert.config import CacheSize, CodecConfig, ConvertConfig, ModelConfig, SourceConfig
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.dit import CausalWanModel, check_size
 from vmla_convert.maths.codec import CodecFit, assume_codec, fit_codec
 from vmla_convert.pipelines.calibrate import LayerReads, calibrate, model_blocks
 from vmla_convert.pipelines.card import CARD_NAME, model_card
 from vmla_convert.pipelines.conversion import (
+    Clock,
     Conversion,
     calibration_shelf,
     cast_finite,
+    check_start,
     clips_hash,
+    made_ahead,
+    measure_layers,
     measures,
+    open_dense,
     open_measured,
     origin_of,
-    peak_rss_bytes,
     refuse_converted,
     require_finite,
     weights_of,
 )
-from vmla_convert.pipelines.data import ClipSource, recorded
+from vmla_convert.pipelines.data import ClipSource
 from vmla_convert.pipelines.factoring import layer_weights
-from vmla_convert.pipelines.load import (
-    CONVERSION_NAME,
-    DEMO,
-    Source,
-    build_shell,
-    compute_device,
-    open_named,
-    read_block,
-)
-from vmla_convert.pipelines.parallel import ahead, workers_for
-from vmla_convert.pipelines.versions import versions
+from vmla_convert.pipelines.load import CONVERSION_NAME, DEMO, Source
+from vmla_convert.pipelines.shelf import Shelf
 from vmla_convert.progress import Progress, Silent, Timed
 from vmla_convert.tables import to_dict
 
@@ -64,16 +51,7 @@ CHANNELS = 256
 """Channels per layer by default: 2.4 times what 1/20 of the dense bytes uses in the demo model."""
 
 # What makes sense only for the other product; a codec has no other value of these.
-_MLA_ONLY = (
-    "init",
-    "latent",
-    "cache_scalars",
-    "ranks",
-    "kv_lora_rank",
-    "qk_rope_head_dim",
-    "qk_nope_head_dim",
-    "plan",
-)
+_MLA_ONLY = ("init", "latent", "cache_scalars", "kv_lora_rank", "qk_rope_head_dim", "plan")
 _WIDE = ("encode", "decode")
 
 
@@ -86,16 +64,12 @@ def convert_to_codec(
     layout: str = "native",
 ) -> Conversion:
     """Fit a codec; arguments and errors as of `convert`. The source is read and never written."""
-    started, progress = perf_counter(), Timed(progress or Silent())
+    clock, progress = Clock(), Timed(progress or Silent())
     refuse_layout(out, layout)
-    checkpoint = open_named(source)
-    if checkpoint.known and (note := known_model(checkpoint.known).note):
-        progress.note(f"{checkpoint.known}: {note}")
+    checkpoint = open_dense(source, progress)
     planned = planned_codec(checkpoint, config)
     specs = codec_specs(planned, config)
-    check_place(out, sum(spec.nbytes for spec in specs.values()), resume)
-    if measures(config):
-        open_measured(checkpoint.config, config)
+    check_start(checkpoint, config, out, sum(spec.nbytes for spec in specs.values()), resume)
     base = _base_record(source, checkpoint, progress)
     origin = origin_of(source, checkpoint)
     basis = {
@@ -106,35 +80,22 @@ def convert_to_codec(
         # All of the source decides what its layers attend to.
         "weights": fingerprint(checkpoint.source.path, progress) if measures(config) else None,
     }
-    shelf = calibration_shelf(out, basis, config) if measures(config) else None
+    shelf = calibration_shelf(out, basis, config)
     fit = _fitter(checkpoint, config, shelf, progress)
-    factor_started = perf_counter()
+    clock.start_factoring()
     identity = {**basis, "version": __version__, "settings": to_dict(config)}
     with CheckpointWriter(out, specs, identity=identity, resume=resume, layout=CODEC) as writer:
         left = range(int(writer.state or 0), checkpoint.config.geometry.num_layers)
-        made = ahead(fit, left, workers_for(_fit_bytes(planned, config)))
-        for layer, codec in zip(
-            left, progress.track(made, "fitting codecs", len(left)), strict=True
-        ):
+        nbytes = _fit_bytes(planned, config)
+        for layer, codec in made_ahead(fit, left, nbytes, progress, "fitting codecs"):
             for name, tensor in codec_tensors(codec, layer).items():
                 writer.add(name, cast_finite(name, tensor, specs[name].dtype))
             writer.commit(layer + 1)
-        seconds, peak = perf_counter() - started, peak_rss_bytes()
-        factor_seconds = perf_counter() - factor_started
-        record = {
-            "source": origin,
-            "base": base,
-            "convert": to_dict(replace(config, data=recorded(config.data))),
-            "versions": versions(),
-            "convert_seconds": seconds,
-            "factor_seconds": factor_seconds,
-            "stage_seconds": progress.seconds,
-            "peak_rss_bytes": peak,
-        }
+        record = clock.record(config, progress, source=origin, base=base)
         writer.write_files(codec_files(planned, record))
     if shelf is not None:
         shelf.remove()
-    return Conversion(out, planned, seconds, factor_seconds, peak)
+    return Conversion.recorded(out, planned, record)
 
 
 def refuse_layout(out: Path, layout: str) -> None:
@@ -271,23 +232,14 @@ def with_codec(
 
 
 def _fitter(
-    checkpoint: OpenCheckpoint, config: ConvertConfig, shelf: Any, progress: Progress
+    checkpoint: OpenCheckpoint, config: ConvertConfig, shelf: Shelf | None, progress: Progress
 ) -> Callable[[int], CodecFit]:
     """Fits the codec of a layer by its index; calibration happens here and now."""
     channels = codec_settings(checkpoint.config, config).rank
     if not config.calibrate:
         weights = weights_of(checkpoint)
         return lambda layer: assume_codec(weights(layer), channels)
-    device = compute_device()
-    reads = calibrate(
-        build_shell(checkpoint, device),
-        lambda layer: read_block(checkpoint, layer, device),
-        open_measured(checkpoint.config, config),
-        config.calibration_clips,
-        config.seed,
-        progress,
-        shelf,
-    )
+    reads = measure_layers(checkpoint, config, shelf, progress)
     return lambda layer: fit_layer(reads(layer), channels)
 
 

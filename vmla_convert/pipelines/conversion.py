@@ -1,33 +1,53 @@
-"""What conversions of both products do: open clips, check weights, keep what was calibrated."""
+"""What conversions of both products do: open, check, calibrate, work layer by layer, record."""
 
 from __future__ import annotations
 
 import re
 import resource
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from time import perf_counter
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from vmla_convert import __version__
 from vmla_convert.checkpoint.families import OpenCheckpoint
+from vmla_convert.checkpoint.known import known_model
 from vmla_convert.checkpoint.source import fingerprint
-from vmla_convert.checkpoint.writer import partial_folder
+from vmla_convert.checkpoint.writer import check_place, partial_folder
 from vmla_convert.config import ConvertConfig, ModelConfig, SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError
 from vmla_convert.maths.factor import DATA_INITS
-from vmla_convert.pipelines.calibrate import check_clips
-from vmla_convert.pipelines.data import ClipSource, hash_files, latent_files, open_clips
+from vmla_convert.pipelines.calibrate import LayerReads, calibrate, check_clips
+from vmla_convert.pipelines.data import (
+    ClipSource,
+    hash_files,
+    latent_files,
+    open_clips,
+    recorded,
+)
 from vmla_convert.pipelines.factoring import layer_weights
-from vmla_convert.pipelines.load import Source, is_remote
+from vmla_convert.pipelines.load import (
+    Source,
+    build_shell,
+    compute_device,
+    is_remote,
+    open_named,
+    read_block,
+)
 from vmla_convert.pipelines.media import require_demo_media
+from vmla_convert.pipelines.parallel import ahead, workers_for
 from vmla_convert.pipelines.plan import ReadWeights
-from vmla_convert.pipelines.shelf import FolderShelf
+from vmla_convert.pipelines.shelf import FolderShelf, Shelf
+from vmla_convert.pipelines.versions import versions
+from vmla_convert.progress import Progress, Timed
 from vmla_convert.tables import to_dict
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,8 +60,6 @@ class Conversion:
         convert_seconds: From start to end; of a resumed conversion the last start counts.
         factor_seconds: The part spent on factorisation.
         peak_rss_bytes: Largest resident size of the process so far.
-        head_truncation_error: Of each layer, the share of the content keys' energy that truncating
-            the heads dropped; empty when none were.
     """
 
     out: Path
@@ -49,7 +67,106 @@ class Conversion:
     convert_seconds: float
     factor_seconds: float
     peak_rss_bytes: int
-    head_truncation_error: tuple[float, ...] = ()
+
+    @classmethod
+    def recorded(cls, out: Path, config: ModelConfig, record: Mapping[str, Any]) -> Conversion:
+        """With the figures of its record."""
+        times = record["convert_seconds"], record["factor_seconds"]
+        return cls(out, config, *times, record["peak_rss_bytes"])
+
+
+class Clock:
+    """The time that a conversion takes, from the making of the clock on."""
+
+    def __init__(self) -> None:
+        self._started = self._factoring = perf_counter()
+
+    def start_factoring(self) -> None:
+        """Note that calibration is over."""
+        self._factoring = perf_counter()
+
+    def record(
+        self, config: ConvertConfig, progress: Timed, **parts: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The record of a conversion that ends now.
+
+        Args:
+            config: The conversion.
+            progress: What timed its stages.
+            **parts: Source, plan and base model, where there are such.
+        """
+        now = perf_counter()
+        return {
+            **parts,
+            "convert": to_dict(replace(config, data=recorded(config.data))),
+            "versions": versions(),
+            "convert_seconds": now - self._started,
+            "factor_seconds": now - self._factoring,
+            "stage_seconds": progress.seconds,
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+
+
+def open_dense(source: Source, progress: Progress) -> OpenCheckpoint:
+    """Open what is to be converted, with a note on what is known of it."""
+    checkpoint = open_named(source)
+    if checkpoint.known and (note := known_model(checkpoint.known).note):
+        progress.note(f"{checkpoint.known}: {note}")
+    return checkpoint
+
+
+def check_start(
+    checkpoint: OpenCheckpoint, config: ConvertConfig, out: Path, nbytes: int, resume: bool
+) -> None:
+    """Refuse, before anything is read, what would fail later.
+
+    Args:
+        checkpoint: The dense model.
+        config: The conversion.
+        out: The folder to write.
+        nbytes: Bytes that will be written there.
+        resume: Whether a conversion may have begun there.
+
+    Raises:
+        ConfigError: Its clips do not fit the model.
+        OutputError: The folder is taken, or has no room.
+    """
+    check_place(out, nbytes, resume)
+    if measures(config):
+        open_measured(checkpoint.config, config)
+
+
+def measure_layers(
+    checkpoint: OpenCheckpoint, config: ConvertConfig, shelf: Shelf | None, progress: Progress
+) -> Callable[[int], LayerReads]:
+    """Calibrate here and now; the dense model is read block by block."""
+    device = compute_device()
+    return calibrate(
+        build_shell(checkpoint, device),
+        lambda layer: read_block(checkpoint, layer, device),
+        open_measured(checkpoint.config, config),
+        config.calibration_clips,
+        config.seed,
+        progress,
+        shelf,
+        config.product,
+    )
+
+
+def made_ahead(
+    make: Callable[[int], T], layers: range, nbytes: int, progress: Progress, label: str
+) -> Iterator[tuple[int, T]]:
+    """Yield layers with what is made of each, the next ones made in threads meanwhile.
+
+    Args:
+        make: Makes something of a layer by its index.
+        layers: What is left to do.
+        nbytes: Memory that one takes.
+        progress: Where to draw.
+        label: Of the bar.
+    """
+    made = ahead(make, layers, workers_for(nbytes))
+    return zip(layers, progress.track(made, label, len(layers)), strict=True)
 
 
 def peak_rss_bytes() -> int:
@@ -171,7 +288,17 @@ def _shelf_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.calibration")
 
 
-def calibration_shelf(out: Path, basis: Mapping[str, Any], config: ConvertConfig) -> FolderShelf:
-    """Beside the output; another conversion of the same source may go on with it."""
+def calibration_shelf(
+    out: Path, basis: Mapping[str, Any], config: ConvertConfig
+) -> FolderShelf | None:
+    """Shelf beside the output, which another conversion of this source may use; None without need.
+
+    Args:
+        out: The folder to write.
+        basis: What calibration depends on beside the settings.
+        config: The conversion.
+    """
+    if not measures(config):
+        return None
     how = [config.product, to_dict(config.data), config.calibration_clips, config.seed]
     return FolderShelf(_shelf_folder(out), [__version__, dict(basis), how])

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -18,34 +17,32 @@ from torch import Tensor
 
 from vmla_convert import __version__
 from vmla_convert.checkpoint.families import OpenCheckpoint
-from vmla_convert.checkpoint.known import known_model
 from vmla_convert.checkpoint.source import TensorSpec, fingerprint
 from vmla_convert.checkpoint.writer import (
     CheckpointWriter,
-    check_place,
     copied_bytes,
 )
 from vmla_convert.config import ConvertConfig, ModelConfig, RankPlan
 from vmla_convert.errors import ConfigError, did_you_mean
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.factor import DATA_INITS, assume_evidence
-from vmla_convert.pipelines.calibrate import calibrate, deployed_phases
+from vmla_convert.pipelines.calibrate import deployed_phases
 from vmla_convert.pipelines.codec import convert_to_codec
 from vmla_convert.pipelines.conversion import (
+    Clock,
     Conversion,
     calibration_shelf,
     cast_finite,
+    check_start,
     clips_hash,
+    made_ahead,
+    measure_layers,
     measures,
-    open_measured,
+    open_dense,
     origin_of,
-    peak_rss_bytes,
     refuse_converted,
     require_finite,
     weights_of,
-)
-from vmla_convert.pipelines.data import (
-    recorded,
 )
 from vmla_convert.pipelines.factoring import (
     Branch,
@@ -63,16 +60,8 @@ from vmla_convert.pipelines.folders import (
     named_layout,
     parts_to_copy,
 )
-from vmla_convert.pipelines.load import (
-    CONVERSION_NAME,
-    Source,
-    build_shell,
-    compute_device,
-    open_named,
-    read_block,
-)
+from vmla_convert.pipelines.load import CONVERSION_NAME, Source
 from vmla_convert.pipelines.media import require_demo_media
-from vmla_convert.pipelines.parallel import ahead, workers_for
 from vmla_convert.pipelines.plan import (
     ReadEvidence,
     check_sizes,
@@ -80,11 +69,10 @@ from vmla_convert.pipelines.plan import (
     uniform_plan,
 )
 from vmla_convert.pipelines.shelf import Shelf
-from vmla_convert.pipelines.versions import versions
 from vmla_convert.progress import Progress, Silent, Timed
 from vmla_convert.tables import from_dict, to_dict
 
-PRESETS = {"videomla": ConvertConfig(product="mla", init="spectral", ranks="uniform")}
+PRESETS = {"videomla": ConvertConfig(product="mla", init="spectral")}
 """The paper: its init, its shares of 192 + 32 numbers; the key norm, which it drops, is kept."""
 
 
@@ -158,24 +146,20 @@ def _convert_to_mla(
     layout: str,
 ) -> Conversion:
     """A model whose self-attention is MLA; all else keeps its bytes."""
-    started, progress = perf_counter(), Timed(progress or Silent())
-    checkpoint = open_named(source)
-    if checkpoint.known and (note := known_model(checkpoint.known).note):
-        progress.note(f"{checkpoint.known}: {note}")
+    clock, progress = Clock(), Timed(progress or Silent())
+    checkpoint = open_dense(source, progress)
     rough = plan_conversion(checkpoint, config)
     form = named_layout(layout)
     components = parts_to_copy(checkpoint.source.path, form, progress)
-    check_place(out, rough.nbytes + copied_bytes(components), resume)
-    if measures(config):
-        open_measured(checkpoint.config, config)
+    check_start(checkpoint, config, out, rough.nbytes + copied_bytes(components), resume)
     sha256 = fingerprint(checkpoint.source.path, progress)
     origin = origin_of(source, checkpoint) | {"sha256": sha256}
     for name in progress.track(checkpoint.names, "checking weights"):
         require_finite(name, checkpoint.read(name), checkpoint.source.path)
     basis = {"source": origin, "model": to_dict(checkpoint.config), "clips": clips_hash(config)}
-    shelf = calibration_shelf(out, basis, config) if measures(config) else None
+    shelf = calibration_shelf(out, basis, config)
     evidence = gather_evidence(checkpoint, config, shelf, progress)
-    factor_started = perf_counter()
+    clock.start_factoring()
     weights = weights_of(checkpoint)
     try:
         ranks = plan_ranks(checkpoint.config, config, weights, evidence, progress)
@@ -193,25 +177,12 @@ def _convert_to_mla(
         out, plan.specs, identity=identity, resume=resume, layout=form, copies=components
     ) as writer:
         branches = _write_tensors(checkpoint, plan, config, evidence, writer, progress)
-        factor_seconds = perf_counter() - factor_started
         final = with_branches(plan.config, branches)
-        truncation = tuple(b.truncation for b in branches if b.truncation is not None)
-        seconds, peak = perf_counter() - started, peak_rss_bytes()
-        provenance = {
-            "source": origin,
-            "convert": to_dict(replace(config, data=recorded(config.data))),
-            "plan": to_dict(ranks),
-            **({"head_truncation_error": truncation} if truncation else {}),
-            "versions": versions(),
-            "convert_seconds": seconds,
-            "factor_seconds": factor_seconds,
-            "stage_seconds": progress.seconds,
-            "peak_rss_bytes": peak,
-        }
+        provenance = clock.record(config, progress, source=origin, plan=to_dict(ranks))
         writer.write_files(converted_files(final, provenance, form, components))
     if shelf is not None:
         shelf.remove()
-    return Conversion(out, final, seconds, factor_seconds, peak, truncation)
+    return Conversion.recorded(out, final, provenance)
 
 
 def convert_config(
@@ -309,21 +280,10 @@ def gather_evidence(
     """What the init needs to know of every layer; the dense model is read block by block."""
     if config.init not in DATA_INITS:
         return None
-    model, weights = checkpoint.config, weights_of(checkpoint)
-    phases = deployed_phases(model)
+    weights, phases = weights_of(checkpoint), deployed_phases(checkpoint.config)
     if not config.calibrate:
         return lambda layer: assume_evidence(weights(layer), phases)
-    device = compute_device()
-    reads = calibrate(
-        build_shell(checkpoint, device),
-        lambda layer: read_block(checkpoint, layer, device),
-        open_measured(model, config),
-        config.calibration_clips,
-        config.seed,
-        progress,
-        shelf,
-        product="mla",
-    )
+    reads = measure_layers(checkpoint, config, shelf, progress)
     return lambda layer: layer_evidence(reads(layer), weights(layer), phases)
 
 
@@ -354,10 +314,8 @@ def _write_tensors(
         add(name, checkpoint.read(name))
     writer.commit(branches)
     left = range(len(branches), plan.config.geometry.num_layers)
-    work = ahead(factored, left, workers_for(_factor_bytes(plan.config)))
-    for layer, (branch, tensors) in zip(
-        left, progress.track(work, "converting", len(left)), strict=True
-    ):
+    nbytes = _factor_bytes(plan.config)
+    for layer, (branch, tensors) in made_ahead(factored, left, nbytes, progress, "converting"):
         for name, tensor in tensors.items():
             add(name, tensor)
         for name in blocks[layer]:

@@ -219,20 +219,12 @@ def learned_spectrum_rows(model: CausalWanModel, step: int, seed: int = 0) -> li
     for layer, attention in enumerate(model.self_attentions()):
         assert isinstance(attention, LatentSelfAttention)
         down = attention.kv_a_proj.weight.double().cpu()
-        key = _key_rows(attention).double().cpu() @ down[: attention.key_rank]
+        key = attention.kv_b_proj_k.weight.double().cpu() @ down[: attention.key_rank]
         value = attention.kv_b_proj_v.weight.double().cpu() @ down[-attention.value_rank :]
         rank = effective_rank(weight_spectrum(torch.cat([key, value])))
         of_layer = {"layer": layer, "step": step, **fields}
         rows.append(Row("effective_rank_99", rank, "directions", **of_layer))
     return rows
-
-
-def _key_rows(attention: LatentSelfAttention) -> Tensor:
-    """What a layer's queries see of its latent, (H·D, R of keys)."""
-    rows = attention.kv_b_proj_k.weight
-    if attention.q_nope_map is None:
-        return rows
-    return (attention.q_nope_map.mT @ rows.unflatten(0, (attention.num_heads, -1))).flatten(0, 1)
 
 
 def _energy_rows(spectra: dict[str, Tensor], layer: int, ranks: set[int]) -> list[Row]:

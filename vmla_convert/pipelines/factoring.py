@@ -12,7 +12,6 @@ from torch import Tensor
 from vmla_convert.config import ConvertConfig, MLAConfig, ModelConfig, RankPlan
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.factor import DATA_INITS, factor, join_evidence
-from vmla_convert.maths.heads import narrow_heads
 from vmla_convert.maths.moments import as_channels
 from vmla_convert.maths.projections import Evidence, Factors, KVWeights, LayerShape
 from vmla_convert.pipelines.calibrate import LayerReads
@@ -85,7 +84,7 @@ def factor_layer(
     weights = layer_weights(read, layer, num_heads)
     known = evidence(layer) if evidence and config.init in DATA_INITS else None
     shape, draws = layer_shape(config, ranks, layer), seeded(config.seed, layer, "init")
-    return narrowed(factor(config.init, weights, shape, known, draws), weights, known, config)
+    return factor(config.init, weights, shape, known, draws)
 
 
 def layer_shape(config: ConvertConfig, ranks: RankPlan, layer: int) -> LayerShape:
@@ -96,15 +95,6 @@ def layer_shape(config: ConvertConfig, ranks: RankPlan, layer: int) -> LayerShap
         ranks.rope_pairs[layer],
         ranks.key_ranks[layer] if ranks.key_ranks else None,
     )
-
-
-def narrowed(
-    factors: Factors, weights: KVWeights, evidence: Evidence | None, config: ConvertConfig
-) -> Factors:
-    """Heads truncated as the conversion asks for it."""
-    if config.qk_nope_head_dim in (None, weights.head_dim):
-        return factors
-    return narrow_heads(factors, weights, evidence, config.qk_nope_head_dim)
 
 
 def layer_weights(read: Read, layer: int, num_heads: int) -> KVWeights:
@@ -144,8 +134,6 @@ def latent_tensors(factors: Factors, read: Read, layer: int) -> dict[str, Tensor
         "k_norm_proj.weight": read(f"{prefix}k.weight"),
         "k_norm_proj.bias": read(f"{prefix}k.bias"),
     }
-    if factors.narrow is not None:
-        tensors["q_nope_map"] = factors.narrow.query_map
     return {prefix + name: tensor.float().contiguous() for name, tensor in tensors.items()}
 
 
@@ -163,14 +151,7 @@ def layer_evidence(measured: LayerReads, weights: KVWeights, phases: Tensor) -> 
 def planned_config(dense: ModelConfig, config: ConvertConfig, ranks: RankPlan) -> ModelConfig:
     """The converted model's config, with placeholders for the rope pairs."""
     pairs = tuple(tuple(range(count)) for count in ranks.rope_pairs)
-    mla = MLAConfig(
-        ranks.kv_lora_rank,
-        pairs,
-        config.init,
-        config.latent,
-        ranks.key_ranks,
-        qk_nope_head_dim=config.qk_nope_head_dim,
-    )
+    mla = MLAConfig(ranks.kv_lora_rank, pairs, config.init, config.latent, ranks.key_ranks)
     return replace(dense, mla=mla)
 
 
@@ -181,30 +162,23 @@ class Branch(NamedTuple):
         pairs: Its rope pairs.
         phases: Angle and length of what was folded for each head and pair, to four digits: a
             record, not an input. None when nothing was.
-        truncation: Share of the content keys' energy that truncating the heads dropped; None when
-            none were.
     """
 
     pairs: tuple[int, ...]
     phases: tuple[tuple[tuple[float, float], ...], ...] | None
-    truncation: float | None
 
 
 def branch_of(factors: Factors) -> Branch:
     """The branch of a factored layer."""
     pairs = tuple(factors.rope.pairs.tolist())
-    phases = None if factors.phases is None else _polar(factors.phases)
-    return Branch(pairs, phases, factors.narrow.lost.item() if factors.narrow else None)
+    return Branch(pairs, None if factors.phases is None else _polar(factors.phases))
 
 
-def branch_from(
-    pairs: list[int], phases: list[list[list[float]]] | None, truncation: float | None = None
-) -> Branch:
+def branch_from(pairs: list[int], phases: list[list[list[float]]] | None) -> Branch:
     """A branch that JSON kept."""
     if phases is None:
-        return Branch(tuple(pairs), None, truncation)
-    by_head = tuple(tuple((a, r) for a, r in head) for head in phases)
-    return Branch(tuple(pairs), by_head, truncation)
+        return Branch(tuple(pairs), None)
+    return Branch(tuple(pairs), tuple(tuple((a, r) for a, r in head) for head in phases))
 
 
 def with_branches(planned: ModelConfig, branches: list[Branch]) -> ModelConfig:

@@ -128,13 +128,11 @@ def _mla(config: SweepConfig, shared: ConvertConfig) -> list[ConvertConfig]:
     ] or [{"cut": size.cut} for size in _cuts(config)]
     bare = replace(shared, product="mla", channels=None, bytes_per_token=None, cut=None)
     bare = replace(bare, cache_scalars=None, kv_lora_rank=None, qk_rope_head_dim=None)
-    bare = replace(bare, plan=None, ranks=None)
-    points: list[ConvertConfig] = []
-    for size, latent, init, seed in product(sizes, config.latents, config.inits, config.seeds):
-        # A rule divides a budget by the errors that this init predicts.
-        rule = shared.ranks if init == "calibrated" and "cut" in size else None
-        points.append(replace(bare, init=init, latent=latent, seed=seed, ranks=rule, **size))
-    return points
+    bare = replace(bare, plan=None)
+    return [
+        replace(bare, init=init, latent=latent, seed=seed, **size)
+        for size, latent, init, seed in product(sizes, config.latents, config.inits, config.seeds)
+    ]
 
 
 def _cuts(config: SweepConfig) -> list[CacheSize]:

@@ -9,7 +9,7 @@ from vmla_convert.config import ConvertConfig, ModelConfig, RankPlan
 from vmla_convert.errors import ConfigError, did_you_mean
 from vmla_convert.maths.factor import INITS, PAIR_COUNTS, ErrorCurve, predict_errors
 from vmla_convert.maths.projections import Evidence, KVWeights, LayerShape
-from vmla_convert.maths.ranks import RULES
+from vmla_convert.maths.ranks import budget
 from vmla_convert.progress import Progress, Silent
 
 ReadWeights = Callable[[int], KVWeights]
@@ -23,7 +23,7 @@ ROPE_SHARE = 1 / 7
 
 
 def check_sizes(model: ModelConfig, config: ConvertConfig) -> None:
-    """Refuse an init, a rule or sizes that do not fit the model.
+    """Refuse an init or sizes that do not fit the model.
 
     Raises:
         ConfigError: Naming the setting.
@@ -39,17 +39,6 @@ def check_sizes(model: ModelConfig, config: ConvertConfig) -> None:
     given = [name for name, there in named.items() if there]
     if len(given) > 1:
         raise ConfigError(f"sizes are given twice, as {' and as '.join(given)}", "keep one of them")
-    if config.ranks in ("energy", "budget"):
-        if config.init != "calibrated":
-            raise ConfigError(
-                f"the rule '{config.ranks}' needs errors that only the init 'calibrated' predicts",
-                f"use --ranks uniform with --init {config.init}",
-            )
-        if "plan" in given or "kv_lora_rank" in given:
-            raise ConfigError(
-                f"the rule '{config.ranks}' has nothing to divide when {given[0]} is given",
-                "give --cache-scalars or --cut instead",
-            )
     _check_explicit(model, config)
     plan = uniform_plan(model, config)
     _check_plan(model, plan, config)
@@ -87,7 +76,7 @@ def plan_ranks(
 
     Args:
         model: The dense model.
-        config: Sizes and rule.
+        config: Init and sizes.
         read_weights: Gives the layers' weights.
         evidence: Of every layer; `calibrated` divides a budget, and a split latent, by it.
         progress: Where to draw.
@@ -139,7 +128,7 @@ def divide(model: ModelConfig, config: ConvertConfig, curves: Sequence[ErrorCurv
 
     Args:
         model: The dense model.
-        config: Sizes and rule.
+        config: Init and sizes.
         curves: Of every layer, as `wanted_curves` asks for them.
 
     Raises:
@@ -148,9 +137,8 @@ def divide(model: ModelConfig, config: ConvertConfig, curves: Sequence[ErrorCurv
     uniform = uniform_plan(model, config)
     sizes = [r + 2 * p for r, p in zip(uniform.kv_lora_rank, uniform.rope_pairs, strict=True)]
     if not _is_explicit(config):
-        rule = RULES[config.ranks or "budget"]
         total = total_numbers(model, config)
-        sizes = rule([curve.errors for curve in curves], total, rank_step(model))
+        sizes = budget([curve.errors for curve in curves], total, rank_step(model))
     pairs = [curve.rope_pairs[size] for curve, size in zip(curves, sizes, strict=True)]
     return RankPlan(
         kv_lora_rank=tuple(s - 2 * p for s, p in zip(sizes, pairs, strict=True)),
@@ -194,13 +182,6 @@ def _check_explicit(model: ModelConfig, config: ConvertConfig) -> None:
             f"qk_rope_head_dim {rope} is not an even number between 2 and {head_dim}",
             f"try --qk-rope-head-dim {2 * (head_dim // 8)}",
         )
-    nope = config.qk_nope_head_dim
-    if nope is not None and not 1 <= nope <= head_dim:
-        raise ConfigError(
-            f"qk_nope_head_dim {nope} is not between 1 and {head_dim}, the width of this model's "
-            "heads",
-            f"try --qk-nope-head-dim {head_dim - 2 * (head_dim // 8)}",
-        )
     if config.cut is not None and not 0 < config.cut < 1:
         raise ConfigError(f"cut {config.cut:g} is not between 0 and 1", "try --cut 0.92")
 
@@ -238,10 +219,10 @@ def _asked(config: ConvertConfig, rank: int) -> str:
 
 
 def _check_pairs(model: ModelConfig, plan: RankPlan, init: str) -> None:
-    """A pair of a head is one rope key at most; only some inits keep several for all heads."""
+    """A pair of a head is one rope key at most; only `calibrated` keeps several for all heads."""
     geometry = model.geometry
     most = geometry.head_dim // 2
-    if init in ("calibrated", "mha2mla"):
+    if init == "calibrated":
         most *= geometry.num_heads
     if max(plan.rope_pairs) > most:
         raise ConfigError(

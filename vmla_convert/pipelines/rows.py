@@ -40,8 +40,7 @@ def run_name(config: ModelConfig, runtime: RuntimeConfig | None = None) -> str:
     rank, rope = _uniform_sizes(mla)
     numbers = config.cache_bytes_per_token() / DENSE_ITEMSIZE
     sizes = f"{numbers:.4g}" if rank is None else f"{rank}+{rope}"
-    nope = mla.qk_nope_head_dim
-    return "-".join(("mla", mla.init, sizes, mla.latent, *([f"nope{nope}"] if nope else [])))
+    return f"mla-{mla.init}-{sizes}-{mla.latent}"
 
 
 def device_name() -> str:
@@ -72,7 +71,6 @@ def row_fields(
             "init": mla.init,
             "kv_lora_rank": rank,
             "qk_rope_head_dim": rope,
-            "qk_nope_head_dim": mla.qk_nope_head_dim,
             "latent": mla.latent,
         }
     return fields
@@ -172,8 +170,4 @@ def conversion_rows(conversion: Conversion, seed: int = 0) -> list[Row]:
         Row("convert_seconds", conversion.convert_seconds, "s", **fields),
         Row("factor_seconds", conversion.factor_seconds, "s", **fields),
         Row("peak_rss_bytes", float(conversion.peak_rss_bytes), "bytes", **fields),
-        *(
-            Row("head_truncation_error", error, "relative", layer=layer, **fields)
-            for layer, error in enumerate(conversion.head_truncation_error)
-        ),
     ]

@@ -31,9 +31,7 @@ def new_parameters(block: Block) -> list[nn.Parameter]:
     layer = block.self_attn
     assert isinstance(layer, LatentSelfAttention)
     parts = [layer.kv_a_proj, layer.kv_b_proj_k, layer.kv_b_proj_v, layer.k_rope_proj]
-    parameters = [p for part in parts for p in part.parameters()]
-    maps = (layer.q_rope_map, layer.q_nope_map)
-    return parameters + [weights for weights in maps if weights is not None]
+    return [*(p for part in parts for p in part.parameters()), layer.q_rope_map]
 
 
 def unfreeze(student: CausalWanModel, scope: Scope) -> None:

@@ -173,7 +173,10 @@ def spectra_chart(rows: Sequence[Row], settings: Sequence[Setting]) -> Chart:
     rank = Panel(title, "lower converts better", by_layer, of_rank, needed)
     how = "99 %-energy rank of the operator over R; dotted: as converted, solid: recovered"
     filled = _filled_lines(rows, settings)
-    share = Panel("Share of its rank that an MLA layer fills", how, by_layer, "share of R", filled)
+    share = Panel(
+        "Share of its rank that an MLA layer fills", how, by_layer, "share of R", filled,
+        ylimits=(0.0, 1.08),
+    )  # fmt: skip
     return [panel for panel in (energy, rank, share) if panel.lines]
 
 

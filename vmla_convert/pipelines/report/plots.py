@@ -173,10 +173,9 @@ def _draw_panel(ax: Axes, panel: Panel, label_gap: float) -> None:
     _scale_axes(ax, panel)
     for name, x in panel.marks.items():
         ax.axvline(x, color=GREY, lw=1, ls="--", zorder=1)
-        place, to_axes = (x, 0.95), ax.get_xaxis_transform()
-        ax.annotate(
-            name, place, (-4, 0), to_axes, "offset points", ha="right", color=GREY, fontsize=8
-        )
+        place, to_axes = (x, 1), ax.get_xaxis_transform()  # above the leaders of names
+        how: dict[str, Any] = {"ha": "center", "color": GREY, "fontsize": 8.5}
+        ax.annotate(name, place, (0, 4), to_axes, "offset points", **how)
     _label_ends(ax, [line for line in panel.lines if line.named], label_gap)
 
 
@@ -197,7 +196,7 @@ def _scale_axes(ax: Axes, panel: Panel) -> None:
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_locator(NullLocator())
     if panel.xscale == "linear" and all(x == round(x) for x in xs):
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
     if panel.ylimits is not None:
         ax.set_ylim(*panel.ylimits)
 

@@ -222,13 +222,11 @@ def _setting(key: Key, rows: list[Row], dense: Dense | None) -> Setting:
 
 def _words(row: Row, key: Key) -> tuple[str, ...]:
     """What may tell methods of one product apart, in the same places for all of them."""
-    nope, steps = row.qk_nope_head_dim, row.recovery_steps
+    steps = row.recovery_steps
     white = "white inputs" if row.init == "assumed" else "calibrated"
     return (
         white if row.product == "codec" else "",
         row.latent or "",
-        f"nope{nope}" if nope else "",
-        row.ranks or "",
         f"{steps} steps" if steps else "not recovered",
         f"{key.recent} recent frames dense" if key.recent else "",
     )
@@ -245,7 +243,7 @@ def _named(settings: Sequence[Setting]) -> list[Setting]:
         named.append(replace(setting, method=method, name=name))
     counts = Counter(setting.name for setting in named)
     return [
-        replace(each, name=f"{each.name} ({each.key.point or each.key.run})")
+        replace(each, name=f"{each.name} ({(each.key.point or each.key.run)[:6]})")
         if counts[each.name] > 1
         else each
         for each in named

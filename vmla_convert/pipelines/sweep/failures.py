@@ -50,16 +50,6 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def left_out() -> Iterator[None]:
-    """Let what fails in here fail alone."""
-    try:
-        yield
-    except FAILURES as error:
-        if is_full_disk(error):
-            raise
-
-
-@contextmanager
 def keeping(rows_file: Path) -> Iterator[None]:
     """Say in one sentence why a sweep cannot go on, and that nothing measured is lost.
 

@@ -90,9 +90,8 @@ def labelled(row: Row, point: SweepPoint) -> Row:
     """A row that says which point it belongs to, unless it is about the dense model."""
     if row.run == "dense":
         return row
-    rule, recovery = point.conversion.ranks, point.recovery
-    steps = recovery.training.steps if recovery else None
-    return replace(row, point=point.key, seed=point.seed, ranks=rule, recovery_steps=steps)
+    steps = point.recovery.training.steps if point.recovery else None
+    return replace(row, point=point.key, seed=point.seed, recovery_steps=steps)
 
 
 def _errors(
