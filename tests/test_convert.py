@@ -25,6 +25,7 @@ from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.factor import INITS
 from vmla_convert.maths.masks import block_causal_mask
 from vmla_convert.maths.projections import Evidence
+from vmla_convert.pipelines import conversion
 from vmla_convert.pipelines import convert as pipeline
 from vmla_convert.pipelines.calibrate import LayerReads, calibrate, model_blocks
 from vmla_convert.pipelines.convert import convert, read_plan
@@ -469,7 +470,7 @@ def test_without_calibration_no_clips_are_needed(
         pytest.fail("clips that should not have been opened")
 
     for work in ("open_measured", "calibrate"):
-        monkeypatch.setattr(pipeline, work, refuse)
+        monkeypatch.setattr(conversion, work, refuse)
     words = ("--preset", "videomla", "--init", "calibrated", "--no-calibration", "--cut", "0.8")
     ran = vmla("convert", wan, "-o", tmp_path / "out", *words)
     assert ran.code == 0

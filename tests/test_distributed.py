@@ -169,6 +169,7 @@ data = {{ frames = 6 }}
 [sweep]
 alone = true
 recover = false
+products = ["mla"]
 inits = ["random", "spectral", "calibrated"]
 cuts = [0.8, 0.9]
 """
