@@ -58,7 +58,7 @@ from vmla_convert.maths.cost import absorbed_flops, materialised_flops
 from vmla_convert.maths.quantise import distortions, gaussian_samples, gaussian_tables
 from vmla_convert.maths.rates import allocate
 from vmla_convert.maths.rope3d import Rotary, grid_table, rotate
-from vmla_convert.pipelines.codec import CHANNELS
+from vmla_convert.pipelines.codec import default_channels
 from vmla_convert.pipelines.load import compute_device
 from vmla_convert.pipelines.rows import row_fields
 from vmla_convert.results import Row, append_rows
@@ -369,7 +369,7 @@ class Bench:
     def codec(self, cut: float) -> Case:
         """The codec at a size, with random maps and energies that halve every eight channels."""
         geometry = self.shapes.geometry
-        rank = min(CHANNELS, geometry.dim)
+        rank = default_channels(geometry)
         codec = LayerCodec(geometry.dim, geometry.num_heads, rank).to(self.device)
         torch.nn.init.normal_(codec.encode, std=(2 * geometry.dim) ** -0.5)
         torch.nn.init.normal_(codec.decode, std=rank**-0.5)

@@ -81,7 +81,7 @@ def convert(
         typer.Option(
             min=1,
             help="Channels per layer in the codec's file, which bound its largest size. Default: "
-            "256, or the model's width where that is less.",
+            "a sixth of the model's width, at least 256, at most the width.",
             rich_help_panel=SIZE,
         ),
     ] = None,
