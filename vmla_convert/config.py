@@ -491,8 +491,8 @@ class ConvertConfig:
 
     Attributes:
         product: `codec` beside the dense model, or a model with `mla` layers.
-        channels: Channels per layer that a codec stores; None for a sixth of the width, at least 256
-            and at most the width.
+        channels: Channels per layer that a codec stores; None for a sixth of the width, at least
+            256 and at most the width.
         bytes_per_token: Default size of a codec's cache, per token and layer.
         cut: Share of the dense cache to save.
         init: MLA: one of `vmla_convert.maths.factor.INITS`.

@@ -57,8 +57,8 @@ from vmla_convert.tables import to_dict
 LEAST_CHANNELS, CHANNEL_SHARE = 256, 6
 """Channels per layer by default: a sixth of the width, at least 256, at most the width.
 
-They hold 8 % of the dense bytes at 16 bits each. In the demo model, whose width is less, 1/20 of the
-dense bytes spends its bits on 24 to 82 channels a layer.
+They hold 8 % of the dense bytes at 16 bits each. In the demo model, whose width is less, 1/20 of
+the dense bytes is spent on 24 to 82 channels of a layer.
 """
 
 # What makes sense only for the other product; a codec has no other value of these.
