@@ -59,11 +59,18 @@ def depths(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     return {layers: place / str(layers) for layers in (FEW, MANY)}
 
 
-@pytest.mark.parametrize("init", ["spectral", "calibrated"])
+WAYS = {
+    "codec": [],
+    "codec without data": ["--no-calibration"],
+    "MLA": ["--preset", "videomla", "--init", "calibrated", "--cut", "0.8"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_memory_does_not_grow_with_the_number_of_blocks(
-    init: str, depths: dict[int, Path], tmp_path: Path
+    way: str, depths: dict[int, Path], tmp_path: Path
 ) -> None:
-    words = ["--init", init, "--cut", "0.8"]
+    words = list(WAYS[way])
     words += ["--data", str(depths[FEW].parent / "clips"), "--calibration-clips", "2"]
     running = [
         subprocess.Popen(

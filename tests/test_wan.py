@@ -746,16 +746,24 @@ class TestCommand:
         ran = vmla(*common, *film)
         assert refused(ran)
         assert "differ in latent_size: (4, 6) and (60, 104)" in ran.err
-        assert vmla(*common, *film, *SET, "--backend", "absorbed").code == 0
+        assert vmla(*common, *film, *SET, "--bytes-per-token", "20").code == 0
         assert (tmp_path / "a.png").is_file()
 
-    def test_says_what_to_name_where_nothing_is_known(
+    def test_a_codec_takes_what_lies_beside_its_base(
         self, converted: Path, tmp_path: Path, vmla: Vmla
     ) -> None:
-        ran = vmla("generate", converted, "--prompt", PROMPT, "-o", tmp_path / "a.mp4")
+        words = ("generate", converted, "--prompt", PROMPT, "--frames", "3")
+        assert vmla(*words, "-o", tmp_path / "a.mp4").code == 0
+
+    def test_says_what_to_name_where_nothing_is_known(
+        self, source: SourceConfig, tmp_path: Path, vmla: Vmla
+    ) -> None:
+        mla, film = tmp_path / "mla", tmp_path / "a.mp4"
+        convert(source, mla, ConvertConfig(product="mla", calibrate=False, cut=0.5))
+        ran = vmla("generate", mla, "--prompt", PROMPT, "-o", film)
         assert refused(ran)
         assert "--base" in ran.err
-        assert not list(tmp_path.iterdir())
+        assert list(tmp_path.iterdir()) == [mla]
 
 
 def test_components_come_from_the_hub_part_by_part(
