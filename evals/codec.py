@@ -75,9 +75,11 @@ def main(
         rows += dense_rows(teacher, held_out, progress)
         rows += ratio_rows(model, held_out, rows, progress)
         rows.append(nested_row(teacher, model, config, held_out, progress))
+        append_rows(rows_file, rows)  # what follows takes minutes
         if lora:
-            rows += lora_rows(teacher, config, clips, progress)
-    append_rows(rows_file, rows)
+            adapted = lora_rows(teacher, config, clips, progress)
+            append_rows(rows_file, adapted)
+            rows += adapted
     cells = [
         [row.run, row.metric, row.bytes_per_token, row.cache_dtype, row.value, row.note]
         for row in rows
