@@ -610,7 +610,8 @@ class RecoverConfig:
 
     Attributes:
         layerwise_steps: Steps for each layer on the dense model's own inputs; 0 leaves it out.
-        layerwise_lr: Their peak learning rate.
+        layerwise_lr: Peak learning rate of the layer-wise steps; None for 5e-5 for a codec, whose
+            start is nearly the best of its size, and 1e-3 for MLA layers.
         on_policy_steps: Steps, after `training.steps` of distillation, on what the student itself
             rolled out.
         levels: Noise levels to distil at: the sampler's own few, those of pretraining, or half of
@@ -634,7 +635,7 @@ class RecoverConfig:
     """
 
     layerwise_steps: int = 40
-    layerwise_lr: float = 1e-3
+    layerwise_lr: float | None = None
     on_policy_steps: int = 0
     levels: Literal["both", "sampler", "training"] = "both"
     flow_weight: float = 0.0
@@ -650,7 +651,9 @@ class RecoverConfig:
 
     def __post_init__(self) -> None:
         _require(self, 0, "layerwise_steps", "on_policy_steps", "lora_rank")
-        _require_number(self, "layerwise_lr", "flow_weight", "rest_lr")
+        _require_number(self, "flow_weight", "rest_lr")
+        if self.layerwise_lr is not None:
+            _require_number(self, "layerwise_lr")
         if self.lora_rank and self.train == "all":
             raise ConfigError("train 'all' leaves nothing for lora_rank", "use one of them")
         if self.dmd.steps and self.training.mixed_precision == "fp16":

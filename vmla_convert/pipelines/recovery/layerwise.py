@@ -34,6 +34,8 @@ TOKENS = 2**18
 # Clips whose errors are one figure; their mean is what counts.
 HELD_TOGETHER = 8
 WARMUP_STEPS = 5
+# At 1e-3 ten steps take a codec further from its layer, not nearer.
+CODEC_RATE, MLA_RATE = 5e-5, 1e-3
 
 
 class Lesson(NamedTuple):
@@ -122,11 +124,14 @@ def fit_layer(
     parameters = [p.requires_grad_(True) for p in new_parameters(layer)]
     start = [p.detach().clone() for p in parameters]
     before = sizes.mean_error(lambda: _held_error(layer, lesson))
-    optimiser = torch.optim.Adam(parameters, lr=config.layerwise_lr)
+    peak = config.layerwise_lr
+    if peak is None:
+        peak = MLA_RATE if layer.codec is None else CODEC_RATE
+    optimiser = torch.optim.Adam(parameters, lr=peak)
     schedule = TrainingConfig(steps=config.layerwise_steps, warmup_steps=WARMUP_STEPS)
     for step in range(config.layerwise_steps):
         for group in optimiser.param_groups:
-            group["lr"] = config.layerwise_lr * learning_rate_factor(step, schedule)
+            group["lr"] = peak * learning_rate_factor(step, schedule)
         generator = seeded(config.training.seed, step, "layerwise batch")
         picks = torch.randint(lesson.taught, (config.training.batch_size,), generator=generator)
         sizes.draw(step)
