@@ -150,8 +150,9 @@ def convert(
 ) -> None:
     """Make a cache codec for a dense checkpoint, or with --preset a checkpoint with MLA layers.
 
-    The checkpoint is read block by block and never written. A codec serves every size up to the
-    one that its file holds. Example:
+    The checkpoint is read block by block and never written. One codec serves every size.
+
+    Example:
 
         vmla convert model.pt -o kv
     """
