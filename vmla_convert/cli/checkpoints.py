@@ -153,7 +153,6 @@ def convert(
     The checkpoint is read block by block and never written. One codec serves every size.
 
     Example:
-
         vmla convert model.pt -o kv
     """
     from vmla_convert.pipelines import convert as pipeline
