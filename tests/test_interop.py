@@ -799,7 +799,7 @@ def test_the_lines_of_the_readme_work(
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (lines,) = (block for block in blocks if "VMLAPipeline" in block)
     monkeypatch.chdir(tmp_path)
-    exec(lines.replace("runs/mla-recovered", str(converted)), {})
+    exec(lines.replace("runs/kv", str(converted)), {})
     with Image.open("seven.gif") as clip:
         assert clip.n_frames == 20  # pyright: ignore[reportAttributeAccessIssue]
 
