@@ -30,7 +30,7 @@ GEOMETRY = Geometry(dim=128, ffn_dim=256, num_heads=4, num_layers=6, in_dim=16, 
 STEPS = (0, 20, 40, 60)
 SIZES = (12.0, 20.0, 32.0, 51.2, 80.0, 128.0)
 RANKS = ((8, 4), (16, 8), (32, 16))
-# What errors are multiples of: those of the codec at the same bytes.
+# Errors are compared with the error of the codec at the same bytes.
 QUALITY = {"model": 2.5, "calibrated": 4.0, "spectral": 30.0}
 DENSE_ERRORS = {"int8": 1e-5, "int4": 4e-3, "int3": 0.03, "int2": 0.3}
 CODEC_POINT = "c0dec0000000"

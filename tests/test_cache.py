@@ -190,7 +190,7 @@ class Caches(RuleBasedStateMachine):
         self.check_places(layer, past + chunk)
 
     def read_compressed(self, keep: bool) -> None:
-        """Of a chunk that was kept only where no dense frames make way for its own."""
+        """A kept chunk may be kept again only where no dense frames make way for its own."""
         window, chunk, recent = self.cache.window, self.naive.chunk, self.naive.recent
         widths = [COMPRESSED_WIDTH] * 2
         now = [self.passes] * len(chunk)

@@ -267,7 +267,7 @@ class Entered(NamedTuple):
 
 
 def entered(model: CausalWanModel, monkeypatch: pytest.MonkeyPatch) -> list[Entered]:
-    """Of the clips of `walked`, layer by layer."""
+    """What calibration measures on the clips of `walked`, layer by layer."""
     measure, seen = pipeline.measure_attention, dict[nn.Module, list[Tensor]]()
 
     def noted(attention: DenseSelfAttention, x: Tensor, *rest: Any) -> LayerReads:

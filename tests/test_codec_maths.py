@@ -218,7 +218,7 @@ def test_a_value_that_never_changes_does_not_break_the_metric() -> None:
 
 @pytest.fixture
 def weights() -> KVWeights:
-    """Of the second layer of a tiny model."""
+    """The weights of the second layer of a tiny model."""
     state = tiny_model(tiny_config()).state_dict()
     return layer_weights(state.__getitem__, 1, TINY_GEOMETRY.num_heads)
 
@@ -232,7 +232,7 @@ def assumed_entries(weights: KVWeights, x: Tensor) -> Tensor:
 
 
 def test_without_data_enough_channels_rebuild_what_the_weights_make(weights: KVWeights) -> None:
-    """As many as inputs have numbers; more are of no use."""
+    """No more channels carry energy than inputs have numbers."""
     dim = TINY_GEOMETRY.dim
     entries = assumed_entries(weights, noise(100, dim).double())
     for rank in (dim, 2 * dim):
