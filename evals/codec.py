@@ -37,17 +37,17 @@ from vmla_convert.config import (
     RuntimeConfig,
 )
 from vmla_convert.console import out
+from vmla_convert.fitting.codec import fit_model
 from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.loading.load import load
 from vmla_convert.maths.quantise import WHOLE_BITS
 from vmla_convert.maths.rates import Rate
-from vmla_convert.pipelines.codec import fit_model
-from vmla_convert.pipelines.data import Batch, ClipSource, DemoClips, Split, open_clips, seeded
-from vmla_convert.pipelines.evaluate import HeldOut
-from vmla_convert.pipelines.load import load
-from vmla_convert.pipelines.losses import flow_matching, make_example
-from vmla_convert.pipelines.rows import device_name, row_fields
+from vmla_convert.measuring.evaluate import HeldOut
+from vmla_convert.measuring.rows import device_name, row_fields
+from vmla_convert.media.clips import Batch, ClipSource, DemoClips, Split, open_clips, seeded
 from vmla_convert.progress import Progress
 from vmla_convert.results import Row, append_rows
+from vmla_convert.training.losses import flow_matching, make_example
 
 SIZES = (6.0, 8.0, 10.0, 12.0, 16.3, 20.0, 24.0, 31.5, 40.0, 51.2, 64.0)
 UNQUANTISED_CUTS = (0.96, 0.92, 0.85)

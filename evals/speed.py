@@ -41,6 +41,7 @@ from vmla_convert.config import (
 )
 from vmla_convert.console import out
 from vmla_convert.errors import ConfigError, did_you_mean
+from vmla_convert.fitting.codec import default_channels
 from vmla_convert.layers.attention import (
     DenseSelfAttention,
     Reading,
@@ -54,13 +55,12 @@ from vmla_convert.layers.dit import Block
 from vmla_convert.layers.mla import LatentSelfAttention
 from vmla_convert.layers.quantised import QuantisedStore
 from vmla_convert.layers.sdpa import attend
+from vmla_convert.loading.load import compute_device
 from vmla_convert.maths.cost import absorbed_flops, materialised_flops
 from vmla_convert.maths.quantise import distortions, gaussian_samples, gaussian_tables
 from vmla_convert.maths.rates import allocate
 from vmla_convert.maths.rope3d import Rotary, grid_table, rotate
-from vmla_convert.pipelines.codec import default_channels
-from vmla_convert.pipelines.load import compute_device
-from vmla_convert.pipelines.rows import row_fields
+from vmla_convert.measuring.rows import row_fields
 from vmla_convert.results import Row, append_rows
 
 WAN = Geometry(1536, ffn_dim=8960, num_heads=12, num_layers=30, in_dim=16, out_dim=16)

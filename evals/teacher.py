@@ -19,10 +19,10 @@ from vmla_convert.__main__ import main as run_reporting_errors
 from vmla_convert.config import DataConfig, EvaluateConfig
 from vmla_convert.console import out
 from vmla_convert.demo.judge import background_psnr, read_digits
-from vmla_convert.pipelines.data import DemoClips
-from vmla_convert.pipelines.evaluate import HeldOut, dense_rows, rollout_rows
-from vmla_convert.pipelines.generate import rollout
-from vmla_convert.pipelines.load import load
+from vmla_convert.generating.generate import rollout
+from vmla_convert.loading.load import load
+from vmla_convert.measuring.evaluate import HeldOut, dense_rows, rollout_rows
+from vmla_convert.media.clips import DemoClips
 from vmla_convert.results import Row, append_rows
 
 HELD_OUT_SEED = 2

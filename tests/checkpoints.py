@@ -27,23 +27,23 @@ from vmla_convert.config import (
     TrainingConfig,
 )
 from vmla_convert.console import out as console
-from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.maths.projections import Evidence
-from vmla_convert.pipelines.calibrate import (
+from vmla_convert.fitting.calibrate import (
     LayerReads,
     calibrate,
     deployed_phases,
     model_blocks,
 )
-from vmla_convert.pipelines.convert import convert
-from vmla_convert.pipelines.data import open_clips
-from vmla_convert.pipelines.factoring import layer_evidence, layer_weights
-from vmla_convert.pipelines.load import load
-from vmla_convert.pipelines.plan import ReadWeights
-from vmla_convert.pipelines.pretrain import save_self_forcing
-from vmla_convert.pipelines.recovery import layerwise
+from vmla_convert.fitting.convert import convert
+from vmla_convert.fitting.factors import layer_evidence, layer_weights
+from vmla_convert.fitting.rank_plan import ReadWeights
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.loading.load import load
+from vmla_convert.maths.projections import Evidence
+from vmla_convert.media.clips import open_clips
 from vmla_convert.progress import Silent
+from vmla_convert.recovery import layerwise
 from vmla_convert.results import Row
+from vmla_convert.training.pretrain import save_self_forcing
 
 T = TypeVar("T")
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from checkpoints import EVALUATE, RECOVER, PowerCut
 
-from vmla_convert.pipelines.processes import processes
-from vmla_convert.pipelines.recovery import recover
+from vmla_convert.recovery.recover import recover
 from vmla_convert.results import append_rows
+from vmla_convert.training.processes import processes
 
 HOW = replace(
     RECOVER,

@@ -16,7 +16,7 @@ from vmla_convert.config import (
     RuntimeConfig,
     SamplerConfig,
 )
-from vmla_convert.pipelines.rows import (
+from vmla_convert.measuring.rows import (
     Errors,
     cache_rows,
     error_rows,

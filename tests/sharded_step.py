@@ -13,12 +13,12 @@ from checkpoints import CLIPS, MODEL
 from safetensors.torch import save_file
 
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.pipelines.data import open_clips, seeded
-from vmla_convert.pipelines.load import load
-from vmla_convert.pipelines.losses import Example, make_example, velocity_distillation
-from vmla_convert.pipelines.processes import processes
-from vmla_convert.pipelines.recovery.trained import unfreeze
-from vmla_convert.pipelines.sharding import gathered, shard
+from vmla_convert.loading.load import load
+from vmla_convert.media.clips import open_clips, seeded
+from vmla_convert.recovery.trained import unfreeze
+from vmla_convert.training.losses import Example, make_example, velocity_distillation
+from vmla_convert.training.processes import processes
+from vmla_convert.training.sharding import gathered, shard
 
 RATE = 1e-2
 

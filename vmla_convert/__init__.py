@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vmla_convert.config import MediaConfig, RuntimeConfig, SourceConfig
-    from vmla_convert.pipelines.convert import convert
-    from vmla_convert.pipelines.export import export
-    from vmla_convert.pipelines.generate import generate
-    from vmla_convert.pipelines.inspect import inspect_checkpoint as inspect
-    from vmla_convert.pipelines.interop.pipeline import VMLAPipeline
-    from vmla_convert.pipelines.interop.transformer import VMLATransformer
-    from vmla_convert.pipelines.load import load
-    from vmla_convert.pipelines.media import open_media
-    from vmla_convert.pipelines.publish import push
-    from vmla_convert.pipelines.recovery import recover
+    from vmla_convert.fitting.convert import convert
+    from vmla_convert.fitting.inspect import inspect_checkpoint as inspect
+    from vmla_convert.generating.generate import generate
+    from vmla_convert.interop.pipeline import VMLAPipeline
+    from vmla_convert.interop.transformer import VMLATransformer
+    from vmla_convert.loading.export import export
+    from vmla_convert.loading.load import load
+    from vmla_convert.loading.publish import push
+    from vmla_convert.media.models import open_media
+    from vmla_convert.recovery.recover import recover
 
 __version__ = "0.1.0"
 
@@ -50,16 +50,16 @@ _LAZY = {
     "MediaConfig": ("vmla_convert.config", "MediaConfig"),
     "RuntimeConfig": ("vmla_convert.config", "RuntimeConfig"),
     "SourceConfig": ("vmla_convert.config", "SourceConfig"),
-    "VMLAPipeline": ("vmla_convert.pipelines.interop.pipeline", "VMLAPipeline"),
-    "VMLATransformer": ("vmla_convert.pipelines.interop.transformer", "VMLATransformer"),
-    "convert": ("vmla_convert.pipelines.convert", "convert"),
-    "export": ("vmla_convert.pipelines.export", "export"),
-    "generate": ("vmla_convert.pipelines.generate", "generate"),
-    "inspect": ("vmla_convert.pipelines.inspect", "inspect_checkpoint"),
-    "load": ("vmla_convert.pipelines.load", "load"),
-    "open_media": ("vmla_convert.pipelines.media", "open_media"),
-    "push": ("vmla_convert.pipelines.publish", "push"),
-    "recover": ("vmla_convert.pipelines.recovery", "recover"),
+    "VMLAPipeline": ("vmla_convert.interop.pipeline", "VMLAPipeline"),
+    "VMLATransformer": ("vmla_convert.interop.transformer", "VMLATransformer"),
+    "convert": ("vmla_convert.fitting.convert", "convert"),
+    "export": ("vmla_convert.loading.export", "export"),
+    "generate": ("vmla_convert.generating.generate", "generate"),
+    "inspect": ("vmla_convert.fitting.inspect", "inspect_checkpoint"),
+    "load": ("vmla_convert.loading.load", "load"),
+    "open_media": ("vmla_convert.media.models", "open_media"),
+    "push": ("vmla_convert.loading.publish", "push"),
+    "recover": ("vmla_convert.recovery.recover", "recover"),
 }
 
 

@@ -30,14 +30,14 @@ from vmla_convert.config import (
     TeacherConfig,
 )
 from vmla_convert.errors import ConfigError, NoClipsError, OutputError, did_you_mean
-from vmla_convert.pipelines.versions import versions
 from vmla_convert.progress import Progress, Silent
+from vmla_convert.results import library_versions
 from vmla_convert.tables import from_dict, override, to_dict
 
 if TYPE_CHECKING:
     from vmla_convert.checkpoint.families import OpenCheckpoint
-    from vmla_convert.pipelines.sweep import Team
     from vmla_convert.results import Row
+    from vmla_convert.sweep.sweep import Team
 
 ROWS_NAME = "rows.jsonl"
 STAGES = ("teacher", "convert", "recover", "sweep", "generate", "report")
@@ -204,7 +204,7 @@ def check_recipe(recipe: Recipe, out: Path, only: tuple[str, ...] = STAGES) -> N
 
 def count_points(recipe: Recipe) -> int:
     """How many points the sweep of a recipe has; 0 without one."""
-    from vmla_convert.pipelines.sweep import sweep_points
+    from vmla_convert.sweep.sweep import sweep_points
 
     if recipe.sweep is None:
         return 0
@@ -270,7 +270,7 @@ def _run_together(recipe: Recipe, out: Path, progress: Progress, only: tuple[str
 
 
 def _recover_together(recipe: Recipe, out: Path, progress: Progress, stages: list[str]) -> bool:
-    from vmla_convert.pipelines.processes import processes
+    from vmla_convert.training.processes import processes
 
     state = processes()
     leads = state.is_main_process
@@ -288,7 +288,7 @@ def _recover_together(recipe: Recipe, out: Path, progress: Progress, stages: lis
 
 
 def _sweep_together(recipe: Recipe, out: Path, progress: Progress, stages: list[str]) -> bool:
-    from vmla_convert.pipelines.sweep import join_team
+    from vmla_convert.sweep.sweep import join_team
 
     team = join_team()
     if team.leads:
@@ -326,9 +326,9 @@ def _check_inputs(recipe: Recipe, out: Path, stages: list[str]) -> None:
 def _check_source(recipe: Recipe, out: Path, stages: list[str]) -> None:
     """The source opens, every conversion of it can be done, and clips and prompts can be read."""
     from vmla_convert.checkpoint.families import open_checkpoint
-    from vmla_convert.pipelines.data import source_kind
-    from vmla_convert.pipelines.load import locate
-    from vmla_convert.pipelines.media import check_prompts, open_media
+    from vmla_convert.loading.load import locate
+    from vmla_convert.media.clips import source_kind
+    from vmla_convert.media.models import check_prompts, open_media
 
     stages = [stage for stage in stages if not _is_made(recipe, out, stage)]
     for clips in _clips(recipe, stages):
@@ -345,7 +345,7 @@ def _check_source(recipe: Recipe, out: Path, stages: list[str]) -> None:
 
 def _clips(recipe: Recipe, stages: list[str]) -> list[DataConfig]:
     """Where the clips come from that the stages look at."""
-    from vmla_convert.pipelines.conversion import measures
+    from vmla_convert.fitting.conversion_steps import measures
 
     convert, recover = recipe.convert or ConvertConfig(), recipe.recover or RecoverConfig()
     recovers = recipe.sweep is not None and recipe.sweep.recover and "sweep" in stages
@@ -359,11 +359,11 @@ def _clips(recipe: Recipe, stages: list[str]) -> list[DataConfig]:
 
 def _check_stages(recipe: Recipe, stages: list[str], checkpoint: OpenCheckpoint) -> None:
     """Settings, clips and the prompts of a sweep fit the model, by a look at one clip of each."""
-    from vmla_convert.pipelines.codec import planned_codec
-    from vmla_convert.pipelines.conversion import measures, open_measured, refuse_converted
-    from vmla_convert.pipelines.convert import plan_conversion
-    from vmla_convert.pipelines.recovery import check_recovery
-    from vmla_convert.pipelines.sweep import check_sweep
+    from vmla_convert.fitting.codec import planned_codec
+    from vmla_convert.fitting.conversion_steps import measures, open_measured, refuse_converted
+    from vmla_convert.fitting.convert import plan_conversion
+    from vmla_convert.recovery.recover import check_recovery
+    from vmla_convert.sweep.sweep import check_sweep
 
     convert, recover = recipe.convert or ConvertConfig(), recipe.recover or RecoverConfig()
     refuse_converted(checkpoint)
@@ -393,7 +393,7 @@ def _claim_folder(recipe: Recipe, out: Path, stages: Collection[str]) -> None:
     if not goes_on and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} exists already", "choose another -o, or remove it")
     out.mkdir(parents=True, exist_ok=True)
-    told = {"recipe": to_dict(recipe), "versions": versions()}
+    told = {"recipe": to_dict(recipe), "versions": library_versions()}
     (out / RECIPE_NAME).write_text(json.dumps(told, indent=2) + "\n")
     marker.write_text(settings)
 
@@ -410,7 +410,7 @@ def _swept_before(recipe: Recipe, out: Path) -> bool:
 
 
 def _run_teacher(recipe: Recipe, out: Path, progress: Progress) -> None:
-    from vmla_convert.pipelines.pretrain import pretrain
+    from vmla_convert.training.pretrain import pretrain
 
     assert recipe.teacher is not None
     if not (out / "checkpoint").exists():
@@ -418,8 +418,8 @@ def _run_teacher(recipe: Recipe, out: Path, progress: Progress) -> None:
 
 
 def _run_convert(recipe: Recipe, out: Path, progress: Progress) -> None:
-    from vmla_convert.pipelines.convert import convert
-    from vmla_convert.pipelines.rows import conversion_rows
+    from vmla_convert.fitting.convert import convert
+    from vmla_convert.measuring.rows import conversion_rows
     from vmla_convert.results import append_rows
 
     assert recipe.convert is not None
@@ -431,11 +431,11 @@ def _run_convert(recipe: Recipe, out: Path, progress: Progress) -> None:
 
 
 def _run_recover(recipe: Recipe, out: Path, progress: Progress) -> None:
-    from vmla_convert.pipelines.load import open_named
-    from vmla_convert.pipelines.processes import processes
-    from vmla_convert.pipelines.recovery import recover
-    from vmla_convert.pipelines.rows import memory_rows
+    from vmla_convert.loading.load import open_named
+    from vmla_convert.measuring.rows import memory_rows
+    from vmla_convert.recovery.recover import recover
     from vmla_convert.results import append_rows
+    from vmla_convert.training.processes import processes
 
     assert recipe.recover is not None
     target, before = out / "converted", _step0_folder(recipe, out)
@@ -452,7 +452,7 @@ def _run_recover(recipe: Recipe, out: Path, progress: Progress) -> None:
 
 def _as_point(recipe: Recipe, rows: list[Row]) -> list[Row]:
     """Rows of the convert and recover stages under the key that a sweep would give them."""
-    from vmla_convert.pipelines.sweep import SweepPoint, labelled
+    from vmla_convert.sweep.sweep import SweepPoint, labelled
 
     if recipe.convert is None:  # an earlier run made it, with settings that nobody kept
         return rows
@@ -461,8 +461,8 @@ def _as_point(recipe: Recipe, rows: list[Row]) -> list[Row]:
 
 
 def _run_sweep(recipe: Recipe, out: Path, progress: Progress, team: Team | None = None) -> None:
-    from vmla_convert.pipelines.load import compute_device, load
-    from vmla_convert.pipelines.sweep import sweep
+    from vmla_convert.loading.load import compute_device, load
+    from vmla_convert.sweep.sweep import sweep
 
     assert recipe.sweep is not None
     teacher = load(recipe.source, compute_device())
@@ -479,9 +479,9 @@ def _run_sweep(recipe: Recipe, out: Path, progress: Progress, team: Team | None 
 
 
 def _run_generate(recipe: Recipe, out: Path, progress: Progress) -> None:
-    from vmla_convert.pipelines.compare import compare
-    from vmla_convert.pipelines.load import build, compute_device, load, open_named
-    from vmla_convert.pipelines.media import open_media
+    from vmla_convert.loading.load import build, compute_device, load, open_named
+    from vmla_convert.measuring.compare import compare
+    from vmla_convert.media.models import open_media
     from vmla_convert.results import append_rows
 
     assert recipe.generate is not None
@@ -495,7 +495,7 @@ def _run_generate(recipe: Recipe, out: Path, progress: Progress) -> None:
 
 
 def _run_report(recipe: Recipe, out: Path, progress: Progress) -> None:  # noqa: ARG001
-    from vmla_convert.pipelines.report import write_report
+    from vmla_convert.report.report import write_report
 
     assert recipe.report is not None
     write_report(out, recipe.report.title, recipe.report.loss_bound)

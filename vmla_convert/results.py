@@ -6,8 +6,10 @@ import dataclasses
 import json
 import math
 import os
+import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from vmla_convert.errors import VmlaError
@@ -143,3 +145,12 @@ def bytes_at_error(curve: Iterable[tuple[float, float]], error: float) -> float 
             return before[0] + share * (size - before[0])
         before = size, met
     return None
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of this package, torch and Python, without importing torch."""
+    return {
+        "vmla_convert": version("vmla-convert"),
+        "torch": version("torch"),
+        "python": platform.python_version(),
+    }

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from vmla_convert.console import out
 
 if TYPE_CHECKING:
-    from vmla_convert.pipelines.inspect import Inspection
-    from vmla_convert.pipelines.outlook import Outlook
-    from vmla_convert.pipelines.publish import Push
+    from vmla_convert.fitting.dry_run import Outlook
+    from vmla_convert.fitting.inspect import Inspection
+    from vmla_convert.loading.publish import Push
 
 
 def show_decision(rows_file: Path) -> None:
     """Print the table that a report opens with, where rows give one."""
-    from vmla_convert.pipelines.report import decisive_table
+    from vmla_convert.report.report import decisive_table
     from vmla_convert.results import read_rows
 
     header, *rows = decisive_table(read_rows(rows_file))

@@ -47,7 +47,7 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Show what a checkpoint is, what its cache costs, and what a codec's cache would cost."""
-    from vmla_convert.pipelines.inspect import inspect_checkpoint
+    from vmla_convert.fitting.inspect import inspect_checkpoint
 
     out.json = json
     source = _source(checkpoint, file, key, model, settings, loras)
@@ -155,8 +155,8 @@ def convert(
     Example:
         vmla convert model.pt -o kv
     """
-    from vmla_convert.pipelines import convert as pipeline
-    from vmla_convert.pipelines.conversion import is_begun
+    from vmla_convert.fitting import convert as pipeline
+    from vmla_convert.fitting.conversion_steps import is_begun
 
     out.json = json
     sizes = {
@@ -183,7 +183,7 @@ def convert(
     )
     source = _source(checkpoint, file, key, model, settings, loras)
     if dry_run:
-        from vmla_convert.pipelines.outlook import foresee
+        from vmla_convert.fitting.dry_run import foresee
 
         show_outlook(foresee(source, folder, config, resume, layout))
         return
@@ -245,7 +245,7 @@ def export(
     Example:
         vmla export kv -o whole --layout self_forcing
     """
-    from vmla_convert.pipelines.export import export as run
+    from vmla_convert.loading.export import export as run
 
     out.json = json
     source = replace(_source(checkpoint, file, key, model, settings, loras), base_model=base_model)

@@ -139,8 +139,7 @@ def generate(
     """
     import torch
 
-    from vmla_convert.layers.dit import check_runtime
-    from vmla_convert.pipelines.generate import (
+    from vmla_convert.generating.generate import (
         check_comparable,
         check_video_path,
         clip_frames,
@@ -151,9 +150,10 @@ def generate(
         write_clips,
         write_film,
     )
-    from vmla_convert.pipelines.generate import generate as run
-    from vmla_convert.pipelines.load import build, compute_device, open_named
-    from vmla_convert.pipelines.media import (
+    from vmla_convert.generating.generate import generate as run
+    from vmla_convert.layers.dit import check_runtime
+    from vmla_convert.loading.load import build, compute_device, open_named
+    from vmla_convert.media.models import (
         KnownPrompts,
         check_prompts,
         latent_frames_per_second,
@@ -235,7 +235,7 @@ def _sources(names: list[str], told: SourceConfig) -> list[SourceConfig]:
     File, key and model belong to the first that is no conversion, the base model to a conversion.
     """
     from vmla_convert.checkpoint.families import DEPLOYMENT
-    from vmla_convert.pipelines.load import is_conversion
+    from vmla_convert.loading.load import is_conversion
 
     if len(names) == 1:
         return [replace(told, checkpoint=names[0])]

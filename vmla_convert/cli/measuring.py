@@ -57,10 +57,10 @@ def evaluate(
         vmla eval runs/kv --bytes-per-token 16
     """
     from vmla_convert.layers.dit import check_runtime
-    from vmla_convert.pipelines.evaluate import HeldOut, dense_rows, measuring_bar
-    from vmla_convert.pipelines.load import compute_device, load, teacher_of
-    from vmla_convert.pipelines.recovery import check_pair
-    from vmla_convert.pipelines.rows import cache_rows, error_rows
+    from vmla_convert.loading.load import compute_device, load, teacher_of
+    from vmla_convert.measuring.evaluate import HeldOut, dense_rows, measuring_bar
+    from vmla_convert.measuring.rows import cache_rows, error_rows
+    from vmla_convert.recovery.recover import check_pair
 
     out.json = json
     device = compute_device()
@@ -106,7 +106,7 @@ def report(
     json: Json = False,
 ) -> None:
     """Write report.md, report.html and plots from the rows in a folder: which size to use."""
-    from vmla_convert.pipelines.report import write_report
+    from vmla_convert.report.report import write_report
 
     out.json = json
     for path in write_report(folder, title, loss_bound):
@@ -116,7 +116,7 @@ def report(
 def _check_is_teacher(checkpoint: SourceConfig, teacher: SourceConfig) -> None:
     """Refuse a second dense model: errors against the teacher are told of converted ones only."""
     from vmla_convert.checkpoint.source import fingerprint
-    from vmla_convert.pipelines.load import locate
+    from vmla_convert.loading.load import locate
 
     # By content, as one checkpoint may be given as a file and as its folder.
     one, other = (fingerprint(locate(source)[0]) for source in (checkpoint, teacher))

@@ -33,7 +33,7 @@ def push(
 
     Interrupted, run it again: what went up is not sent twice. Log in with: hf auth login
     """
-    from vmla_convert.pipelines import publish
+    from vmla_convert.loading import publish
 
     out.json = json
     with out.progress() as progress:

@@ -199,10 +199,10 @@ def recover(
 
     On several GPUs: torchrun --standalone --nproc_per_node 8 -m vmla_convert recover …
     """
-    from vmla_convert.pipelines import recovery as pipeline
-    from vmla_convert.pipelines.load import read_provenance, teacher_of
-    from vmla_convert.pipelines.prepare import read_prompts
-    from vmla_convert.pipelines.processes import processes as started
+    from vmla_convert.generating.make_clips import read_prompts
+    from vmla_convert.loading.load import read_provenance, teacher_of
+    from vmla_convert.recovery import recover as pipeline
+    from vmla_convert.training.processes import processes as started
 
     out.json = json
     table: dict[str, Any] = {

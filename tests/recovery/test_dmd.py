@@ -1,0 +1,415 @@
+"""Distribution matching: its gradient is DMD's, its critic learns, and it resumes bit for bit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import CLIPS, CONVERT, EVALUATE, MODEL, PowerCut, PowerCutError
+from conftest import noise, randomise, tiny_model
+from torch import Tensor, nn
+
+from vmla_convert.config import DMDConfig, RecoverConfig, TrainingConfig
+from vmla_convert.errors import ConfigError
+from vmla_convert.fitting.factors import convert_model
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.maths.flow import per_frame
+from vmla_convert.measuring.evaluate import HeldOut
+from vmla_convert.media.clips import open_clips
+from vmla_convert.progress import Progress
+from vmla_convert.recovery.dmd import (
+    DistributionMatching,
+    matching_gradient,
+    moved_velocity,
+    sample_distance,
+)
+from vmla_convert.recovery.on_policy import ALONE, Share
+from vmla_convert.recovery.stages import MATCHING, Folders, recover_model
+from vmla_convert.recovery.trained import new_names, unfreeze
+from vmla_convert.training.loop import train
+from vmla_convert.training.losses import Example, flow_matching, streamed_velocity
+
+pytest_plugins = ["checkpoints"]
+
+CONFIG = RecoverConfig(
+    layerwise_steps=0,
+    training=TrainingConfig(
+        steps=0, batch_size=4, lr=1e-3, warmup_steps=1, eval_every=1, checkpoint_every=2
+    ),
+    dmd=DMDConfig(steps=4, critic_steps=2, critic_lr=1e-3),
+    data=CLIPS,
+)
+# A critic that stays what it is.
+STILL = replace(CONFIG, dmd=DMDConfig(steps=1, critic_steps=1, critic_lr=0.0))
+
+
+def student_of(dense: CausalWanModel) -> CausalWanModel:
+    """A conversion that knows nothing yet, and may learn."""
+    student = convert_model(dense, replace(CONVERT, init="random"), None)
+    unfreeze(student, "new")
+    return student
+
+
+@pytest.fixture
+def student(dense: CausalWanModel) -> CausalWanModel:
+    return student_of(dense)
+
+
+def stage(
+    student: CausalWanModel,
+    dense: CausalWanModel,
+    config: RecoverConfig = CONFIG,
+    share: Share = ALONE,
+) -> DistributionMatching:
+    return DistributionMatching(student, dense, open_clips(config.data), config, share)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def changed(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
+    return {name for name, now in model.state_dict().items() if not torch.equal(now, before[name])}
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def run(
+    student: CausalWanModel,
+    dmd: DistributionMatching,
+    checkpoints: Path | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """The stage without its keeping of the best, so that every step counts."""
+    config = replace(dmd.training, steps=dmd.dmd.steps)
+    train(
+        student,
+        dmd.loss,
+        dmd.examples,
+        config,
+        lambda *_: 0.0,
+        checkpoints,
+        progress,
+        carried=[dmd],
+    )
+
+
+# The gradient
+
+
+def doubles(seed: int) -> Tensor:
+    return noise(3, 4, 2, 3, 3, seed=seed).double()
+
+
+def test_the_loss_has_the_gradient_of_dmd() -> None:
+    clean, real, fake, state = (doubles(seed) for seed in range(4))
+    sigma = torch.linspace(0.1, 1, 12, dtype=torch.float64).view(3, 4)
+    clean.requires_grad_()
+    velocity = (state - clean) / per_frame(sigma)
+    with torch.no_grad():
+        gradient = matching_gradient(clean, real, fake)
+        target = moved_velocity(velocity, gradient, sigma)
+    loss = sample_distance(velocity, target, sigma)
+    (slope,) = torch.autograd.grad(loss, clean)
+    torch.testing.assert_close(slope, gradient / clean.numel(), rtol=1e-10, atol=0)
+    literally = 0.5 * (clean - (clean - gradient).detach()).square().mean()
+    torch.testing.assert_close(loss, literally)
+    for clip in range(3):
+        scale = (clean[clip] - real[clip]).abs().mean()
+        torch.testing.assert_close(gradient[clip], (fake[clip] - real[clip]) / scale)
+
+
+def test_a_sample_moves_to_where_the_dense_model_sees_it_and_away_from_the_critic() -> None:
+    clean, real, fake = (doubles(seed) for seed in range(3))
+    step = -matching_gradient(clean, real, fake)
+    assert (step * (real - fake)).sum() > 0
+    # A critic that knows the sample exactly leaves the dense model's word alone.
+    step = -matching_gradient(clean, real, clean)
+    assert torch.equal(step.sign(), (real - clean).sign())
+
+
+def test_there_is_no_gradient_where_both_agree_or_nothing_is_left_to_move() -> None:
+    clean, real, fake = (doubles(seed) for seed in range(3))
+    assert not matching_gradient(clean, real, real).any()
+    real[1] = clean[1]
+    gradient = matching_gradient(clean, real, fake)
+    assert gradient.isfinite().all()
+    assert gradient.flatten(1).any(1).tolist() == [True, False, True]
+
+
+def test_a_critic_that_equals_the_dense_model_teaches_nothing(
+    student: CausalWanModel, dense: CausalWanModel
+) -> None:
+    dmd = stage(student, dense, STILL)
+    (example,) = dmd.examples(0)
+    loss = dmd.loss(student, example)
+    loss.backward()
+    assert loss.item() < 1e-10
+    assert dmd.loss(dense, example) > 1e-3
+    quiet = max(gradient.abs().max().item() for gradient in gradients(student).values())
+    student.zero_grad()
+    randomise(dmd.critic, seed=7)
+    (example,) = dmd.examples(0)
+    loss = dmd.loss(student, example)
+    loss.backward()
+    loud = max(gradient.abs().max().item() for gradient in gradients(student).values())
+    assert loss.item() > 1e-3
+    assert quiet < 1e-4 * loud
+
+
+def test_the_student_is_told_what_dense_model_and_critic_say_of_its_sample(
+    student: CausalWanModel, dense: CausalWanModel
+) -> None:
+    dmd = stage(student, dense, STILL)
+    randomise(dmd.critic, seed=7)
+    (example,) = dmd.examples(3)
+    number = 3 * 2 + 1
+    _, velocity, clean, noised = dmd.sample(number)
+    frames = clean.shape[1]
+    noisy, sigma = noised.latents[:, frames:], noised.timestep[:, frames:] / 1000
+    said = [
+        noisy - per_frame(sigma) * streamed_velocity(model, noised) for model in (dense, dmd.critic)
+    ]
+    gradient = matching_gradient(clean, *said)
+    level = per_frame(example.timestep[:, frames:] / 1000)
+    torch.testing.assert_close(level * (example.velocity - velocity), gradient)
+    # The sample is one step from a state that the rollout met, and is seen after its own past.
+    state = example.latents[:, frames:]
+    torch.testing.assert_close(clean, state - level * velocity)
+    assert torch.equal(noised.latents[:, :frames], example.latents[:, :frames])
+    torch.testing.assert_close(noisy, clean + per_frame(sigma) * noised.velocity)
+
+
+# The critic
+
+
+def critic_error(dmd: DistributionMatching) -> float:
+    """The critic's error on samples that it has not seen."""
+    loss = flow_matching(MODEL)
+    with torch.no_grad():
+        samples = [dmd.sample(number).noised for number in range(1000, 1008)]
+        return sum(loss(dmd.critic, sample).item() for sample in samples)
+
+
+def test_the_critic_learns_the_students_samples(
+    student: CausalWanModel, dense: CausalWanModel
+) -> None:
+    config = replace(CONFIG, dmd=DMDConfig(steps=4, critic_steps=5, critic_lr=1e-3))
+    dmd = stage(student, dense, config)
+    before, known = critic_error(dmd), weights(dense)
+    for step in range(4):
+        dmd.examples(step)
+    assert critic_error(dmd) < 0.8 * before
+    assert not changed(dense, known)
+
+
+@pytest.mark.parametrize("critic_steps", [1, 5])
+def test_the_critic_takes_its_steps_before_each_of_the_student(
+    critic_steps: int, student: CausalWanModel, dense: CausalWanModel
+) -> None:
+    dmd = stage(student, dense, replace(CONFIG, dmd=DMDConfig(2, critic_steps)))
+    run(student, dmd)
+    taken = {int(state["step"]) for state in dmd.optimiser.state.values()}
+    assert taken == {2 * critic_steps}
+
+
+def test_every_rollout_is_a_fresh_one(student: CausalWanModel, dense: CausalWanModel) -> None:
+    dmd = stage(student, dense, STILL)
+    past = [dmd.examples(step)[0].latents for step in range(2)]
+    past += [dmd.sample(number).rollout.latents for number in (0, 2)]
+    for index, one in enumerate(past):
+        for other in past[:index]:
+            assert not torch.isclose(one, other).flatten(1).all(1).any()
+    assert torch.equal(past[1], dmd.examples(1)[0].latents)
+
+
+# What trains, and how
+
+
+def test_only_what_the_conversion_made_changes(
+    student: CausalWanModel, dense: CausalWanModel
+) -> None:
+    before, known = weights(student), weights(dense)
+    dmd = stage(student, dense)
+    run(student, dmd)
+    assert changed(student, before) == new_names(student)
+    assert not changed(dense, known)
+    assert changed(dmd.critic, known) == known.keys()
+
+
+def test_it_is_the_last_stage_and_ends_no_worse(
+    student: CausalWanModel, dense: CausalWanModel
+) -> None:
+    curve: dict[int, float] = {}
+    held_out = HeldOut(dense, EVALUATE)
+    student.requires_grad_(False)
+    recovered = recover_model(
+        student,
+        dense,
+        replace(CONFIG, on_policy_steps=1),
+        held_out,
+        lambda step, errors: curve.__setitem__(step, errors.velocity_error),
+    )
+    assert list(curve) == [0, 1, 2, 3, 4, 5]
+    assert list(recovered.kept) == ["on policy", MATCHING]
+    start = curve[recovered.kept["on policy"]]
+    best = recovered.kept[MATCHING]
+    left = held_out.measure(student).velocity_error
+    assert left == (curve[1 + best] if best else start)
+    assert left <= min(start, *(curve[step] for step in range(2, 6)))
+
+
+@pytest.mark.parametrize("cut", [1, 3])
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_resumed_run_equals_one_that_never_stopped(
+    cut: int, ema: float, dense: CausalWanModel, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, training=replace(CONFIG.training, ema=ema))
+
+    def once(checkpoints: Path | None = None, progress: Progress | None = None) -> list[nn.Module]:
+        student = student_of(dense)
+        dmd = stage(student, dense, config)
+        run(student, dmd, checkpoints, progress)
+        return [student, dmd.critic]
+
+    whole = once()
+    with pytest.raises(PowerCutError):
+        once(tmp_path, PowerCut("training", cut))
+    torch.manual_seed(cut)  # global noise is no part of the state
+    for one, other in zip(whole, once(tmp_path), strict=True):
+        assert not changed(one, other.state_dict())
+
+
+def test_a_recovery_takes_its_critic_along(dense: CausalWanModel, tmp_path: Path) -> None:
+    def curve(folder: Path, progress: Progress | None = None) -> dict[int, float]:
+        student, errors = student_of(dense).requires_grad_(False), dict[int, float]()
+        recover_model(
+            student,
+            dense,
+            CONFIG,
+            HeldOut(dense, EVALUATE),
+            lambda step, measured: errors.__setitem__(step, measured.velocity_error),
+            Folders(folder / "state", folder / "logs"),
+            progress,
+        )
+        return errors
+
+    whole = curve(tmp_path / "whole")
+    with pytest.raises(PowerCutError):
+        curve(tmp_path / "cut", PowerCut(MATCHING, 3))
+    resumed = curve(tmp_path / "cut")
+    assert list(resumed) == [0, 3, 4]  # the start of every recovery is measured
+    assert resumed == {step: whole[step] for step in resumed}
+
+
+# Shares, parts and precision
+
+
+def learned(dmd: DistributionMatching) -> tuple[Example, dict[str, Tensor]]:
+    """The example of the first step, and the gradient that the critic had there, unclipped."""
+    randomise(dmd.critic, seed=7)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.utils, "clip_grad_norm_", lambda *_: None)
+        (example,) = dmd.examples(0)
+    return example, gradients(dmd.critic)
+
+
+def close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, gradient in one.items():
+        torch.testing.assert_close(gradient, other[name], rtol=1e-3, atol=1e-6)
+
+
+def test_two_shares_are_the_whole_batch(student: CausalWanModel, dense: CausalWanModel) -> None:
+    whole, *shares = (
+        learned(stage(student, dense, STILL, share))[0]
+        for share in (ALONE, Share(0, 2), Share(1, 2))
+    )
+    for tensor, *parts in zip(whole, *shares, strict=True):
+        for rank, part in enumerate(parts):
+            assert not part[1 - rank :: 2].any()
+        torch.testing.assert_close(sum(parts), tensor, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_parts_are_the_whole_batch(
+    checkpointing: bool, student: CausalWanModel, dense: CausalWanModel
+) -> None:
+    training = replace(CONFIG.training, accumulate=2, gradient_checkpointing=checkpointing)
+    whole, critic = learned(stage(student, dense, STILL))
+    parted, same = learned(stage(student, dense, replace(STILL, training=training)))
+    for one, other in zip(whole, parted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    close(critic, same)
+
+
+# With momentless steps a critic's first one is the sign of its gradient, whatever its size.
+CRITIC = replace(CONFIG, dmd=DMDConfig(steps=1, critic_steps=1, critic_lr=1e-3))
+SHARED = """
+import sys
+from pathlib import Path
+import torch
+from accelerate import PartialState
+from test_dmd import learn_shared
+
+state = PartialState(cpu=True)
+critic = learn_shared(state.process_index, state.num_processes)
+torch.save(critic, Path(sys.argv[1]) / f"critic-{state.process_index}")
+"""
+
+
+def learn_shared(rank: int, world: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A critic's weights after one step, and its gradient."""
+    dense = tiny_model(MODEL).requires_grad_(False)
+    dmd = stage(student_of(dense), dense, CRITIC, Share(rank, world))
+    _, critic = learned(dmd)
+    return weights(dmd.critic), critic
+
+
+def test_processes_hold_equal_critics_that_learn_from_the_whole_batch(tmp_path: Path) -> None:
+    script = tmp_path / "shared.py"
+    script.write_text(SHARED)
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node", "2", str(script), str(tmp_path)),
+        ],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        check=True,
+    )
+    first, second = (torch.load(tmp_path / f"critic-{rank}") for rank in (0, 1))
+    for one, other in zip(first, second, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    close(first[1], learn_shared(0, 1)[1])
+
+
+def test_bfloat16_computes_and_float32_learns(
+    student: CausalWanModel, dense: CausalWanModel
+) -> None:
+    training = replace(CONFIG.training, mixed_precision="bf16")
+    example, critic = learned(stage(student, dense, replace(CRITIC, training=training)))
+    dmd = stage(student_of(dense), dense, CRITIC)
+    exact, same = learned(dmd)
+    assert {p.dtype for p in dmd.critic.parameters()} == {torch.float32}
+    assert not torch.equal(example.latents, exact.latents)
+    error = (example.latents - exact.latents).square().mean() / exact.latents.square().mean()
+    assert error < 1e-3
+    wrong = sum((critic[name] - same[name]).square().sum() for name in same)
+    assert wrong < 1e-2 * sum(gradient.square().sum() for gradient in same.values())
+
+
+def test_fp16_is_refused() -> None:
+    training = TrainingConfig(mixed_precision="fp16")
+    with pytest.raises(ConfigError, match="does not train in fp16") as caught:
+        RecoverConfig(training=training, dmd=DMDConfig(steps=1))
+    assert "bf16" in caught.value.hint
+    RecoverConfig(training=training)

@@ -1,0 +1,451 @@
+"""Recovery learns, trains only what the conversion made, resumes bit for bit, or is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import pytest
+import torch
+from checkpoints import (
+    CLIPS,
+    CONVERT,
+    EVALUATE,
+    MODEL,
+    RECOVER,
+    PowerCut,
+    PowerCutError,
+    Vmla,
+    refused,
+    untimed,
+)
+from conftest import tiny_model
+
+from vmla_convert.checkpoint.families import open_checkpoint
+from vmla_convert.config import (
+    ConvertConfig,
+    DataConfig,
+    EvaluateConfig,
+    RecoverConfig,
+    TrainingConfig,
+)
+from vmla_convert.errors import CheckpointError, OutputError, VmlaError
+from vmla_convert.fitting.calibrate import model_blocks
+from vmla_convert.fitting.factors import convert_model
+from vmla_convert.generating import make_clips as prepare
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.loading.load import load
+from vmla_convert.measuring.evaluate import HeldOut
+from vmla_convert.measuring.rows import Errors
+from vmla_convert.media.clips import open_clips, seeded
+from vmla_convert.progress import Silent
+from vmla_convert.recovery.recover import recover
+from vmla_convert.recovery.stages import fit_layers, recover_model
+from vmla_convert.results import Row
+from vmla_convert.tables import to_dict
+from vmla_convert.training.losses import make_example, teacher_forcing_inputs
+from vmla_convert.training.pretrain import save_self_forcing
+
+pytest_plugins = ["checkpoints"]
+
+# By full name, so that `k_norm_proj`, which recovery must leave alone, is none of them.
+TRAINED = {
+    f"blocks.{layer}.self_attn.{name}"
+    for layer in range(MODEL.geometry.num_layers)
+    for name in (
+        *(
+            f"{module}.{kind}"
+            for module in ("kv_a_proj", "kv_b_proj_k", "kv_b_proj_v", "k_rope_proj")
+            for kind in ("weight", "bias")
+        ),
+        "q_rope_map",
+    )
+}
+# Every step is measured, so that a resumed run meets rows which the interrupted one wrote.
+CONFIG = replace(RECOVER, training=replace(RECOVER.training, eval_every=1))
+
+
+@pytest.fixture(scope="module")
+def recovered(
+    teacher: Path, converted: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Row]]:
+    """An uninterrupted run: the folder and its rows."""
+    out = tmp_path_factory.mktemp("run") / "recovered"
+    return out, recover(converted, teacher, out, CONFIG, EVALUATE)
+
+
+@pytest.fixture
+def student(dense: CausalWanModel) -> CausalWanModel:
+    """A conversion that knows nothing yet."""
+    return convert_model(dense, replace(CONVERT, init="random"), None)
+
+
+def layer_errors(student: CausalWanModel, dense: CausalWanModel) -> list[float]:
+    """Relative squared error of each layer's output on the dense model's own held-out inputs."""
+    clips = open_clips(EVALUATE.data).batch(0, 4, "held_out")
+    example = make_example(clips, MODEL.chunk_frames, seeded(0, 0, "layers"))
+    positions, mask = teacher_forcing_inputs(MODEL, example)
+    errors: list[float] = []
+    with torch.no_grad():
+        steps = dense.walk(example.latents, example.timestep, example.context, positions, mask)
+        for latent, (block, x, attend) in zip(student.all_blocks(), steps, strict=True):
+            target = attend(block, x)
+            error = (attend(latent, x) - target).square().sum() / target.square().sum()
+            errors.append(error.item())
+    return errors
+
+
+def fit_alone(student: CausalWanModel, dense: CausalWanModel, config: RecoverConfig) -> None:
+    """The layer-wise stage on models in memory."""
+    fit_layers(student, dense, model_blocks(dense), config, None, Silent())
+
+
+def test_recovery_takes_most_of_the_error_away(
+    student: CausalWanModel, dense: CausalWanModel
+) -> None:
+    curve: dict[int, Errors] = {}
+    training = TrainingConfig(steps=20, batch_size=4, lr=3e-3, eval_every=20)
+    config = RecoverConfig(20, 3e-3, training=training, data=CLIPS)
+    recover_model(student, dense, config, HeldOut(dense, EVALUATE), curve.__setitem__)
+    errors = [curve[step].velocity_error for step in (0, 20, 40)]
+    assert list(curve) == [0, 20, 40]
+    assert errors[2] < errors[1] < errors[0]
+    assert errors[2] < 0.5 * errors[0]
+
+
+def test_the_layerwise_stage_alone_mends_every_layer(
+    student: CausalWanModel, dense: CausalWanModel
+) -> None:
+    before = layer_errors(student, dense)
+    fit_alone(student, dense, RecoverConfig(20, 3e-3, data=CLIPS))
+    after = layer_errors(student, dense)
+    assert all(now < 0.7 * was for now, was in zip(after, before, strict=True))
+    assert not any(parameter.requires_grad for parameter in student.parameters())
+
+
+def test_only_what_the_conversion_made_is_trained(
+    converted: Path, recovered: tuple[Path, list[Row]]
+) -> None:
+    before, after = open_checkpoint(converted), open_checkpoint(recovered[0])
+    assert before.specs() == after.specs()
+    changed = {n for n in before.names if not torch.equal(before.read(n), after.read(n))}
+    assert changed == TRAINED
+
+
+@pytest.mark.parametrize("latent", ["joint", "split"])
+def test_either_latent_recovers_by_what_the_conversion_made(
+    latent: Literal["joint", "split"], dense: CausalWanModel
+) -> None:
+    student = convert_model(dense, ConvertConfig("mla", init="random", latent=latent), None)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    errors: list[float] = []
+    recover_model(
+        student,
+        dense,
+        replace(RECOVER, layerwise_steps=10, layerwise_lr=3e-3),
+        HeldOut(dense, EVALUATE),
+        lambda _, measured: errors.append(measured.velocity_error),
+    )
+    assert errors[-1] < errors[0]
+    changed = {n for n, t in student.state_dict().items() if not torch.equal(t, before[n])}
+    assert changed == TRAINED
+
+
+def test_the_recovered_folder_is_a_converted_one_that_says_how(
+    converted: Path, recovered: tuple[Path, list[Row]]
+) -> None:
+    out, rows = recovered
+    assert (out / "config.json").read_bytes() == (converted / "config.json").read_bytes()
+    was, now = (json.loads((f / "conversion.json").read_text()) for f in (converted, out))
+    told = now.pop("recovered")
+    assert now == was | {"recover": to_dict(CONFIG)}
+    assert told["kept_steps"].keys() == {"layer by layer", "distilling"}
+    assert told["learning_rate"] == CONFIG.training.lr
+    assert told["clips"] == open_clips(CLIPS).record()
+    measured = {(row.metric, row.step): row.value for row in rows}
+    for point, step in (("first", 0), ("last", 6)):
+        assert told["errors"][point] == {
+            "step": step,
+            "velocity_error": measured["velocity_error", step],
+            "flow_loss": measured["flow_loss", step],
+        }
+    assert told["errors"]["dense_flow_loss"] == measured["flow_loss", None]
+    assert told["errors"]["clips"] == EVALUATE.clips
+    assert f"{measured['velocity_error', 6]:.3g}" in (out / "README.md").read_text()
+    assert [path.name for path in out.parent.iterdir()] == ["recovered"]
+
+
+def test_the_rows_tell_the_whole_curve(
+    dense: CausalWanModel, converted: Path, recovered: tuple[Path, list[Row]]
+) -> None:
+    out, rows = recovered
+    curve = {row.step: row.value for row in rows if row.metric == "velocity_error"}
+    assert list(curve) == [0, 2, 3, 4, 5, 6]
+    held_out = HeldOut(dense, EVALUATE)
+    assert curve[0] == held_out.measure(load(converted)).velocity_error
+    assert curve[6] == held_out.measure(load(out)).velocity_error
+    assert {row.run for row in rows} == {"dense", "mla-calibrated-8+4-joint"}
+    metrics = [row.metric for row in rows if row.step is None and row.run != "dense"]
+    assert sorted(metrics) == [
+        "cache_bytes_per_token",
+        "cache_cut",
+        "learning_rate",
+        "recover_seconds",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("label", "before"), [("layer by layer", 1), ("distilling", 1), ("distilling", 3)]
+)
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
+    label: str,
+    before: int,
+    teacher: Path,
+    converted: Path,
+    recovered: tuple[Path, list[Row]],
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(PowerCutError):
+        recover(converted, teacher, out, CONFIG, EVALUATE, PowerCut(label, before))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.state"]
+    rows = recover(converted, teacher, out, CONFIG, EVALUATE)
+    assert untimed(rows) == untimed(recovered[1])
+    weights = [folder / "model.safetensors" for folder in (out, recovered[0])]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_unfinished_run_of_other_settings_is_refused_and_kept(
+    teacher: Path, converted: Path, tmp_path: Path
+) -> None:
+    out, state = tmp_path / "out", tmp_path / "out.state"
+    with pytest.raises(PowerCutError):
+        recover(converted, teacher, out, CONFIG, EVALUATE, PowerCut("distilling", 3))
+    kept = sorted(path.name for path in state.iterdir())
+    other = replace(CONFIG, layerwise_steps=CONFIG.layerwise_steps + 1)
+    was, now = CONFIG.layerwise_steps, other.layerwise_steps
+    named = rf"with other settings: recover\.layerwise_steps is {was} there and {now} here$"
+    with pytest.raises(OutputError, match=named):
+        recover(converted, teacher, out, other, EVALUATE)
+    assert sorted(path.name for path in state.iterdir()) == kept
+
+
+Pair = Callable[[Path, Path, Path], tuple[Path, Path]]
+
+
+def another_model(folder: Path, _: Path, converted: Path) -> tuple[Path, Path]:
+    config = replace(MODEL, geometry=replace(MODEL.geometry, ffn_dim=32))
+    save_self_forcing(tiny_model(config).state_dict(), config, folder / "other")
+    return converted, folder / "other"
+
+
+def a_converted_teacher(_: Path, teacher: Path, converted: Path) -> tuple[Path, Path]:  # noqa: ARG001
+    return converted, converted
+
+
+def a_dense_student(_: Path, teacher: Path, converted: Path) -> tuple[Path, Path]:  # noqa: ARG001
+    return teacher, teacher
+
+
+def no_student(folder: Path, teacher: Path, _: Path) -> tuple[Path, Path]:
+    return folder / "nothing", teacher
+
+
+def no_teacher(folder: Path, _: Path, converted: Path) -> tuple[Path, Path]:
+    return converted, folder / "nothing"
+
+
+@pytest.mark.parametrize(
+    "pair", [another_model, a_converted_teacher, a_dense_student, no_student, no_teacher]
+)
+def test_a_pair_that_does_not_fit_is_refused(
+    pair: Pair, teacher: Path, converted: Path, tmp_path: Path, vmla: Vmla
+) -> None:
+    first, second = pair(tmp_path, teacher, converted)
+    before = list(tmp_path.iterdir())
+    with pytest.raises(CheckpointError) as caught:
+        recover(first, second, tmp_path / "out", CONFIG, EVALUATE)
+    assert caught.value.hint
+    assert refused(ran := vmla("recover", first, "--teacher", second, "-o", tmp_path / "out"))
+    assert caught.value.message in ran.err
+    assert list(tmp_path.iterdir()) == before
+
+
+def test_a_taken_place_is_refused_and_kept(
+    teacher: Path, converted: Path, tmp_path: Path, vmla: Vmla
+) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(OutputError) as caught:
+        recover(converted, teacher, tmp_path / "out", CONFIG, EVALUATE)
+    assert caught.value.hint
+    assert refused(vmla("recover", converted, "--teacher", teacher, "-o", tmp_path / "out"))
+    assert (tmp_path / "out").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# Clips of the model's own, and what a dry run tells
+
+
+def test_the_dense_models_own_samples_are_made_once(
+    teacher: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = DataConfig("self", frames=6, clips=6)
+    config, evaluation = replace(CONFIG, data=data), EvaluateConfig(4, replace(data, seed=1))
+    out, clips = tmp_path / "out", tmp_path / "out.clips"
+    rows = recover(converted, teacher, out, config, evaluation)
+    record = json.loads((out / "conversion.json").read_text())
+    assert record["recover"] == to_dict(config)
+    prepared = DataConfig(str(clips), frames=6)
+    assert record["recovered"]["clips"] == open_clips(prepared).record()
+    shutil.rmtree(out)
+    monkeypatch.delattr(prepare, "generate")
+    again = recover(converted, teacher, out, config, evaluation)
+    assert untimed(again) == untimed(rows)
+
+
+def test_a_dry_run_tells_and_writes_nothing(
+    teacher: Path, converted: Path, tmp_path: Path, vmla: Vmla
+) -> None:
+    out = tmp_path / "out"
+    command = ["recover", converted, "--teacher", teacher, "-o", out, "--dry-run", "--json"]
+    told = json.loads(vmla(*command, "--on-policy-steps", "7").out)
+    state = load(converted).state_dict()
+    assert told["trains"] == sum(state[name].numel() for name in TRAINED)
+    assert told["of"] == sum(tensor.numel() for tensor in state.values())
+    assert told["bytes"] == sum(spec.nbytes for spec in open_checkpoint(converted).specs().values())
+    assert list(told["steps"].values()) == [40, 100, 7, 0]
+    assert told["clips"] == open_clips(DataConfig()).record()
+    told = json.loads(vmla(*command, "--train", "all", "--data", "self").out)
+    assert told["trains"] == told["of"]
+    assert told["clips"] == f"made into {out}.clips"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch-size", "3", "--accumulate", "2"], "batch_size 3 does not divide"),
+        (["--lr", "0"], "lr 0 must be above 0"),
+        (["--data", "nowhere"], "no clips at nowhere"),
+        (["--prompts", "none.txt"], "no prompts at none.txt"),
+        (["--train", "all", "--lora-rank", "2"], "leaves nothing for lora_rank"),
+        (["--shard"], "shard divides models over processes, and there is one"),
+        (["--shard", "--lora-rank", "2"], "shard does not go with lora_rank"),
+        (["--shard", "--dmd-steps", "1"], "shard does not go with dmd.steps"),
+        (["--shard", "--mixed-precision", "fp16"], "shard does not go with mixed_precision 'fp16'"),
+        (["--set", "training.emma=1"], "unknown key 'recover.training.emma'"),
+        (["--tracker", "paper"], "'recover.training.tracker' is 'paper'"),
+        (["--frames", "3"], "frames"),
+    ],
+)
+@pytest.mark.parametrize("dry", [False, True])
+def test_settings_that_do_not_fit_are_refused_before_any_work(
+    options: list[str],
+    message: str,
+    dry: bool,
+    teacher: Path,
+    converted: Path,
+    tmp_path: Path,
+    vmla: Vmla,
+) -> None:
+    out = tmp_path / "out"
+    ran = vmla(
+        "recover", converted, "--teacher", teacher, "-o", out, *options, *["--dry-run"] * dry
+    )
+    assert refused(ran)
+    assert message in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_adapters_without_peft_are_refused_before_any_work(
+    dry: bool,
+    teacher: Path,
+    converted: Path,
+    tmp_path: Path,
+    vmla: Vmla,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    # Nothing of either model is read, which takes minutes where they are large.
+    monkeypatch.delattr("vmla_convert.recovery.recover.build")
+    monkeypatch.delattr("vmla_convert.recovery.recover.CausalWanModel")
+    words = ["recover", converted, "--teacher", teacher, "-o", tmp_path / "out"]
+    ran = vmla(*words, "--lora-rank", "2", *["--dry-run"] * dry)
+    assert refused(ran)
+    assert "packages for adapters are not installed" in ran.err
+    assert "vmla-convert[lora]" in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_trained_is_written_as_it_was_measured(
+    dense: CausalWanModel, teacher: Path, converted: Path, tmp_path: Path
+) -> None:
+    """The source is in two bytes, which small steps do not reach."""
+    out = tmp_path / "out"
+    training = replace(RECOVER.training, lr=1e-5)
+    config = replace(CONFIG, layerwise_steps=0, train="attention", training=training)
+    rows = recover(converted, teacher, out, config, EVALUATE)
+    curve = [row.value for row in rows if row.metric == "velocity_error"]
+    assert HeldOut(dense, EVALUATE).measure(load(out)).velocity_error == curve[-1]
+    dtypes = {name: spec.dtype for name, spec in open_checkpoint(out).specs().items()}
+    assert dtypes["blocks.0.self_attn.q.weight"] == torch.float32
+    assert dtypes["blocks.0.ffn.0.weight"] == torch.bfloat16
+
+
+def test_an_unfinished_run_that_was_measured_otherwise_is_refused(
+    teacher: Path, converted: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(PowerCutError):
+        recover(converted, teacher, out, CONFIG, EVALUATE, PowerCut("distilling", 3))
+    named = rf"other settings: evaluation\.clips is {EVALUATE.clips} there and 8 here$"
+    with pytest.raises(OutputError, match=named):
+        recover(converted, teacher, out, CONFIG, replace(EVALUATE, clips=8))
+
+
+def test_a_run_that_did_nothing_is_in_no_ones_way(
+    teacher: Path, converted: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    data = DataConfig("self", frames=6, clips=2, prompts=("no digit",))
+    with pytest.raises(VmlaError, match="must name one digit"):
+        recover(converted, teacher, out, replace(CONFIG, data=data), EVALUATE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def press(*_: object, **__: object) -> NoReturn:
+    """Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(
+    teacher: Path, converted: Path, tmp_path: Path, vmla: Vmla, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["recover", converted, "--teacher", teacher, "-o", tmp_path / "out", "--steps", "1"]
+    words += ["--layerwise-steps", "1", "--batch-size", "1", "--lr", "0.001"]
+    with monkeypatch.context() as patch:
+        patch.setattr("vmla_convert.recovery.stages.recover_layers", press)
+        ran = vmla(*words)
+    assert (ran.code, ran.out) == (130, "")
+    assert ran.err.endswith("what is done is kept; to go on: the same command\ninterrupted\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.state"]
+    assert refused(ran := vmla(*words, "--train", "attention"))
+    assert 'recover.train is "new" there and "attention" here' in ran.err
+    assert vmla(*words).code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_ctrl_c_before_anything_is_done_leaves_nothing_and_says_so(
+    teacher: Path, converted: Path, tmp_path: Path, vmla: Vmla, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmla_convert.recovery.recover.build", press)
+    ran = vmla("recover", converted, "--teacher", teacher, "-o", tmp_path / "out")
+    assert (ran.code, ran.out, ran.err) == (130, "", "interrupted\n")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,62 @@
+"""Every setting as a frozen dataclass; no torch, so that `vmla --help` stays quick.
+
+Letters for shapes, here and everywhere: B batch, T query tokens, S cached tokens, L tokens of any
+kind, H heads, D head dim (H·D = `dim`), R latent rank, F frames, C channels.
+"""
+
+from vmla_convert.config.cache import (
+    DENSE_BITS,
+    DENSE_ITEMSIZE,
+    CachePolicy,
+    CacheSize,
+    RuntimeConfig,
+)
+from vmla_convert.config.fitting import ConvertConfig, Product
+from vmla_convert.config.geometry import Geometry
+from vmla_convert.config.measuring import EvaluateConfig, GenerateConfig, ReportConfig, SweepConfig
+from vmla_convert.config.model import (
+    CONFIG_VERSION,
+    CodecConfig,
+    MediaConfig,
+    MLAConfig,
+    ModelConfig,
+    RankPlan,
+    SamplerConfig,
+)
+from vmla_convert.config.source import DataConfig, SourceConfig
+from vmla_convert.config.training import (
+    NESTED_CUTS,
+    DMDConfig,
+    RecoverConfig,
+    TeacherConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "CONFIG_VERSION",
+    "DENSE_BITS",
+    "DENSE_ITEMSIZE",
+    "NESTED_CUTS",
+    "CachePolicy",
+    "CacheSize",
+    "CodecConfig",
+    "ConvertConfig",
+    "DMDConfig",
+    "DataConfig",
+    "EvaluateConfig",
+    "GenerateConfig",
+    "Geometry",
+    "MLAConfig",
+    "MediaConfig",
+    "ModelConfig",
+    "Product",
+    "RankPlan",
+    "RecoverConfig",
+    "ReportConfig",
+    "RuntimeConfig",
+    "SamplerConfig",
+    "SourceConfig",
+    "SweepConfig",
+    "TeacherConfig",
+    "TrainingConfig",
+]

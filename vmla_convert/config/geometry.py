@@ -1,0 +1,46 @@
+"""Shapes of a Wan-layout video transformer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vmla_convert.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Shapes of a Wan-layout video DiT, under Wan's names."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    in_dim: int
+    out_dim: int
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.num_heads < 1 or self.dim % self.num_heads or self.head_dim % 2:
+            raise ConfigError(
+                f"dim {self.dim} does not split into {self.num_heads} heads of even width"
+            )
+        if self.head_dim < 6:
+            raise ConfigError(f"head dim {self.head_dim} is too small for 3D RoPE (at least 6)")
+
+    @property
+    def head_dim(self) -> int:
+        """D: channels of one head."""
+        return self.dim // self.num_heads
+
+    @property
+    def dense_cache_scalars(self) -> int:
+        """Numbers the dense cache keeps per token and layer: a key and a value for every head."""
+        return 2 * self.dim
+
+    def tokens_per_frame(self, latent_size: tuple[int, int]) -> int:
+        """Tokens of one latent frame of (height, width)."""
+        return (latent_size[0] // self.patch_size[1]) * (latent_size[1] // self.patch_size[2])

@@ -1,0 +1,279 @@
+"""Models: geometry, sampler, and what a conversion made of the self-attention."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vmla_convert.config.cache import (
+    DENSE_BITS,
+    DENSE_ITEMSIZE,
+    CachePolicy,
+    CacheSize,
+    RuntimeConfig,
+)
+from vmla_convert.config.checks import require_at_least
+from vmla_convert.config.geometry import Geometry
+from vmla_convert.errors import ConfigError
+
+CONFIG_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """Few-step flow sampling.
+
+    Attributes:
+        denoising_step_list: Timesteps of 1000, descending, before the shift is applied.
+        shift: Timestep shift s: sigma' = s·sigma / (1 + (s − 1)·sigma).
+        renoise: True for distilled few-step models, which predict the clean chunk and add fresh
+            noise at each step (Self-Forcing); False follows the flow by Euler steps.
+    """
+
+    denoising_step_list: tuple[int, ...] = (1000, 750, 500, 250)
+    shift: float = 5.0
+    renoise: bool = True
+
+    def __post_init__(self) -> None:
+        steps = self.denoising_step_list
+        descending = all(a > b for a, b in itertools.pairwise(steps))
+        if not (steps and descending and steps[-1] >= 1 and steps[0] <= 1000):
+            raise ConfigError(
+                f"denoising_step_list {list(steps)} is not a descending list from 1000 to 1"
+            )
+        if self.shift <= 0:
+            raise ConfigError(f"shift {self.shift:g} must be above 0")
+
+
+@dataclass(frozen=True)
+class MediaConfig:
+    """Where Wan's text encoder and VAE come from, and how they run; the demo's need neither.
+
+    Attributes:
+        base: A folder or Hub id in diffusers' layout. None takes what lies beside the checkpoint,
+            else what is known of the model.
+        vae_tiling: Decode and encode frames in overlapping tiles, in less memory.
+        cpu_offload: Keep both in host memory, and on the device only while they work.
+    """
+
+    base: str | None = None
+    vae_tiling: bool = False
+    cpu_offload: bool = False
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """What each layer may cache; saved with a conversion, and replayable.
+
+    Attributes:
+        kv_lora_rank: R of each layer.
+        rope_pairs: How many RoPE pairs each layer's rope key carries.
+        key_ranks: Of split latents the part that keys read; empty for joint ones.
+    """
+
+    kv_lora_rank: tuple[int, ...]
+    rope_pairs: tuple[int, ...]
+    key_ranks: tuple[int, ...] = ()
+
+    def check_fits(self, latent: Literal["joint", "split"]) -> None:
+        """Refuse sizes that a layer with such a latent cannot have.
+
+        Raises:
+            ConfigError: A layer has no rope pair, or the split is bad.
+        """
+        hint = f"use the sizes of a conversion to a {latent} latent"
+        if not all(self.rope_pairs):
+            raise ConfigError("rope_pairs leave a layer without a rope key", hint)
+        parts = list(zip(self.key_ranks, self.kv_lora_rank, strict=False))
+        if len(self.key_ranks) != (len(self.kv_lora_rank) if latent == "split" else 0):
+            raise ConfigError(f"key_ranks do not fit a {latent} latent", hint)
+        if any(not 0 < key_rank < rank for key_rank, rank in parts):
+            raise ConfigError("a part of a split latent is empty", "give it at least 2 numbers")
+
+
+@dataclass(frozen=True)
+class MLAConfig:
+    """What a converted checkpoint stores per token, layer by layer.
+
+    Attributes:
+        kv_lora_rank: R of each layer.
+        rope_pairs: For each layer the RoPE pairs (of the D/2 of a head, in Wan's order t, h, w)
+            that the shared rope key carries. A pair may appear more than once.
+        init: How the projections were initialised.
+        latent: `joint` lets keys and values read all of the latent; `split` gives each its part.
+        key_ranks: Of split latents the part of R that keys read; empty for joint ones.
+        phases: For each layer and head, the angle and length of the constant that stands for each
+            RoPE pair's rotation in the content key; empty when nothing is folded. They belong to
+            the window, the sink and the grid that were measured.
+    """
+
+    kv_lora_rank: tuple[int, ...]
+    rope_pairs: tuple[tuple[int, ...], ...]
+    init: str
+    latent: Literal["joint", "split"] = "joint"
+    key_ranks: tuple[int, ...] = ()
+    phases: tuple[tuple[tuple[tuple[float, float], ...], ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        ranks = RankPlan(self.kv_lora_rank, tuple(map(len, self.rope_pairs)), self.key_ranks)
+        ranks.check_fits(self.latent)
+
+    def qk_rope_head_dim(self, layer: int) -> int:
+        """Width of the shared rope key: two numbers for each pair."""
+        return 2 * len(self.rope_pairs[layer])
+
+    def latent_parts(self, layer: int) -> tuple[int, int]:
+        """How much of the latent keys read, and values."""
+        rank = self.kv_lora_rank[layer]
+        if not self.key_ranks:
+            return rank, rank
+        return self.key_ranks[layer], rank - self.key_ranks[layer]
+
+    def cache_scalars(self, layer: int) -> int:
+        """Numbers cached per token: content latent, rope key, and the key's norm."""
+        return self.kv_lora_rank[layer] + self.qk_rope_head_dim(layer) + 1
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """A cache codec beside a dense model.
+
+    Attributes:
+        rank: Channels per layer that its file holds: the largest size that it can serve.
+        size: Size of the cache where none is asked for.
+        calibrated: Whether it was fitted to activations; else white inputs were assumed.
+    """
+
+    rank: int
+    size: CacheSize = field(default_factory=lambda: CacheSize(cut=0.95))
+    calibrated: bool = True
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "rank")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that `vmla_convert.load` needs to rebuild a model, dense or converted.
+
+    Attributes:
+        geometry: Sizes of its layers.
+        latent_size: Height and width of a latent frame.
+        chunk_frames: Latent frames that are generated together.
+        cache: What of the past is kept.
+        sampler: How a chunk is drawn from noise.
+        media: Whose text encoder and VAE it goes with.
+        family: The layout that its checkpoint was read from.
+        licence: Of the weights, by its Hub identifier.
+        base_model: Hub id of what it was trained from.
+        frames_per_second: Of the pixels that its latents stand for.
+        mla: What became of its self-attention; None where that is dense.
+        codec: The cache codec beside its dense self-attention; None where there is none.
+    """
+
+    geometry: Geometry
+    latent_size: tuple[int, int]
+    chunk_frames: int
+    cache: CachePolicy
+    sampler: SamplerConfig
+    media: Literal["demo", "wan"] = "wan"
+    family: str = "wan"
+    licence: str = "unknown"
+    base_model: str = "unknown"
+    frames_per_second: int = 16
+    mla: MLAConfig | None = None
+    codec: CodecConfig | None = None
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "chunk_frames", "frames_per_second")
+        if self.mla and self.codec:
+            raise ConfigError("a model has an MLA layer and a codec", "make one of them")
+        if self.codec and self.codec.rank > self.geometry.dense_cache_scalars:
+            raise ConfigError(
+                f"a codec of {self.codec.rank} channels for keys and values of "
+                f"{self.geometry.dense_cache_scalars} numbers",
+                f"store at most {self.geometry.dense_cache_scalars} channels",
+            )
+        _, rows, columns = self.geometry.patch_size
+        height, width = self.latent_size
+        if min(height, width) < 1 or height % rows or width % columns:
+            raise ConfigError(
+                f"latent_size {height} x {width} is not divided by patches of {rows} x {columns}"
+            )
+        if not self.licence:
+            raise ConfigError("licence is empty", "say 'unknown' when it is not known")
+        if self.cache.window_frames - self.cache.sink_frames < self.chunk_frames:
+            raise ConfigError(
+                f"a window of {self.cache.window_frames} frames with a sink of "
+                f"{self.cache.sink_frames} has no room for a chunk of {self.chunk_frames}",
+                "make the window larger, as with --set cache.window_frames=21, or the sink smaller",
+            )
+        room = self.cache.window_frames - self.cache.sink_frames - self.chunk_frames
+        if self.cache.dense_recent_frames > room:
+            raise ConfigError(
+                f"dense_recent_frames {self.cache.dense_recent_frames} is more than the {room} "
+                "past frames that the window keeps beside its sink"
+            )
+        if self.cache.dense_recent_frames and self.mla:
+            raise ConfigError(
+                "dense_recent_frames needs dense keys and values, and MLA layers have none",
+                "set cache.dense_recent_frames=0",
+            )
+        if self.mla and not (
+            len(self.mla.kv_lora_rank) == len(self.mla.rope_pairs) == self.geometry.num_layers
+        ):
+            raise ConfigError(
+                f"mla must name ranks and pairs for {self.geometry.num_layers} layers"
+            )
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Tokens of one latent frame."""
+        return self.geometry.tokens_per_frame(self.latent_size)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether its cache keeps dense keys and values: neither MLA nor a codec."""
+        return self.mla is None and self.codec is None
+
+    def cache_bytes_per_token(self, runtime: RuntimeConfig | None = None) -> float:
+        """Bytes cached per token and layer, averaged over layers, two for a number that is whole.
+
+        Args:
+            runtime: Size and dtype of the cache.
+        """
+        runtime, geometry = runtime or RuntimeConfig(), self.geometry
+        if self.codec is not None:
+            return (runtime.size or self.codec.size).token_bytes(geometry)
+        if self.mla is not None:
+            layers = range(geometry.num_layers)
+            return DENSE_ITEMSIZE * sum(map(self.mla.cache_scalars, layers)) / len(layers)
+        bits = DENSE_BITS.get(runtime.cache_dtype)
+        if bits is None:
+            return float(DENSE_ITEMSIZE * geometry.dense_cache_scalars)
+        # A least value and a step, both float16: for each key channel of a chunk, and for each head
+        # of a token's value.
+        grids = 4 * geometry.dim / (self.chunk_frames * self.tokens_per_frame)
+        codes = 2 * -(-geometry.dim * bits // 8)
+        return codes + grids + 4 * geometry.num_heads
+
+    def cache_cut(self, runtime: RuntimeConfig | None = None) -> float:
+        """Share of the dense cache that is gone: 1 − converted / dense."""
+        dense = DENSE_ITEMSIZE * self.geometry.dense_cache_scalars
+        return 1.0 - self.cache_bytes_per_token(runtime) / dense
+
+    def cache_bytes(self, frames: int, batch: int = 1, runtime: RuntimeConfig | None = None) -> int:
+        """Bytes of the whole cache when it holds `frames` frames, two for a number that is whole.
+
+        Args:
+            frames: The window's, or fewer.
+            batch: B.
+            runtime: Size and dtype of the cache.
+        """
+        tokens = batch * self.tokens_per_frame * self.geometry.num_layers
+        held = frames * self.cache_bytes_per_token(runtime)
+        if self.codec is not None:
+            recent = min(self.cache.dense_recent_frames, frames)
+            held += recent * DENSE_ITEMSIZE * self.geometry.dense_cache_scalars
+        return round(tokens * held)

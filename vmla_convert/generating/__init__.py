@@ -1,0 +1,1 @@
+"""Sampling: chunks, rollouts, films, and clips sampled from a model."""

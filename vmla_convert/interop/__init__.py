@@ -1,0 +1,1 @@
+"""Our cache in other programs: diffusers pipelines and transformers."""

@@ -1,0 +1,1 @@
+"""Checkpoints as whole models: load, export, describe, publish."""

@@ -1,0 +1,1 @@
+"""Held-out errors, timing, comparisons, and the rows that record them."""

@@ -1,0 +1,288 @@
+"""Measure a converted model against its dense source, on clips that neither was fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vmla_convert.config import EvaluateConfig, ModelConfig, RuntimeConfig
+from vmla_convert.demo.judge import background_psnr, read_digits
+from vmla_convert.errors import ConfigError
+from vmla_convert.fitting.calibrate import LayerReads, check_clips, clips_at_once
+from vmla_convert.fitting.factors import layer_weights
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.layers.mla import LatentSelfAttention
+from vmla_convert.maths.spectra import (
+    activation_spectrum,
+    effective_rank,
+    energy_at_rank,
+    spectrum,
+    weight_spectrum,
+)
+from vmla_convert.measuring.rows import Errors, cache_rows, error_rows, row_fields
+from vmla_convert.media.clips import ClipSource, open_clips, seeded
+from vmla_convert.media.models import prompted_digit, require_demo_media
+from vmla_convert.progress import OneBar, Progress, Silent
+from vmla_convert.results import Row
+from vmla_convert.training.losses import (
+    Example,
+    make_example,
+    predicted_velocity,
+    streamed_velocity,
+)
+
+# Whose noise is drawn together, whatever their size: figures do not depend on what passes together.
+CLIPS_DRAWN = 8
+MEASURING = "measuring"
+SEGMENTS = 4
+RANKS_DRAWN = 20
+
+
+def check_held_out(model: ModelConfig, config: EvaluateConfig, streamed: bool = False) -> None:
+    """Refuse clips that nothing can be measured on; one of them is read.
+
+    Raises:
+        ConfigError: There are none, they are too short, their frames do not fit the model, or its
+            cache where clips are `streamed`, or the model cannot read the demo world.
+    """
+    least = 2 * model.chunk_frames
+    if config.data.frames < least:
+        raise ConfigError(
+            f"held-out clips of {config.data.frames} frames have no chunk with a past",
+            f"use at least {least} frames",
+        )
+    if config.data.source == "demo":
+        require_demo_media(
+            model,
+            "measuring on the demo world",
+            "name clips of the model's own: --data FILE.safetensors with latents and context",
+        )
+    batch = open_clips(config.data).batch(0, 1, "held_out")
+    check_clips(model, batch)
+    size = tuple(batch.latents.shape[-2:])
+    if streamed and size != model.latent_size:
+        raise ConfigError(
+            f"held-out clips of {list(size)} do not fit a cache of {list(model.latent_size)}",
+            "give clips of the model's latent size",
+        )
+
+
+def measuring_bar(progress: Progress, config: EvaluateConfig, passes: int) -> OneBar:
+    """One bar of so many passes over held-out clips; that of `HeldOut` itself is the first."""
+    return OneBar(progress, MEASURING, passes * len(_starts(config)))
+
+
+def _starts(config: EvaluateConfig) -> range:
+    """The first of the clips of each draw."""
+    return range(0, config.clips, CLIPS_DRAWN)
+
+
+class HeldOut:
+    """Held-out clips with their noise and the dense model's answers, prepared once.
+
+    Models see them masked, in one pass, or `streamed`, chunk by chunk through a cache of their own:
+    that shows what its window and its sink do.
+
+    Args:
+        teacher: The dense model.
+        config: Which clips.
+        streamed: How models see them.
+        progress: Where every pass over them is drawn, those of later measurements too.
+        clips: Where they come from; None for the source of `config`.
+
+    Raises:
+        ConfigError: As `check_held_out`.
+    """
+
+    def __init__(
+        self,
+        teacher: CausalWanModel,
+        config: EvaluateConfig,
+        streamed: bool = False,
+        progress: Progress | None = None,
+        clips: ClipSource | None = None,
+    ) -> None:
+        self.config, self.streamed = teacher.config, streamed
+        self.progress = progress or Silent()
+        check_held_out(self.config, config, streamed)
+        clips = clips or open_clips(config.data)
+        self.examples = [
+            make_example(
+                clips.batch(index, min(CLIPS_DRAWN, config.clips - start), "held_out"),
+                self.config.chunk_frames,
+                seeded(config.data.seed, index, "evaluation"),
+            )
+            for index, start in enumerate(_starts(config))
+        ]
+        self.targets = self._velocities(teacher, self.examples)
+
+    def measure(self, model: nn.Module, runtime: RuntimeConfig | None = None) -> Errors:
+        """Errors of a model, dense or converted; the dense model's own `velocity_error` is 0."""
+        return self._errors(self._velocities(model, self.examples, runtime))
+
+    def teacher_errors(self) -> Errors:
+        """What `measure` tells of the dense model, whose answers are here already."""
+        return self._errors(self.targets)
+
+    def measure_other_past(self, teacher: CausalWanModel) -> Errors:
+        """Errors when each clip is given the past of another: what the cache is worth."""
+        pasts = torch.cat([example.latents.chunk(2, dim=1)[0] for example in self.examples])
+        others = pasts.roll(1, dims=0).split([len(e.latents) for e in self.examples])
+        swapped = [_with_past(e, past) for e, past in zip(self.examples, others, strict=True)]
+        return self._errors(self._velocities(teacher, swapped))
+
+    def _errors(self, velocities: Sequence[Tensor]) -> Errors:
+        # The first chunk reads no cache.
+        first = self.config.chunk_frames
+        got = torch.cat([v[:, first:] for v in velocities])
+        target = torch.cat([v[:, first:] for v in self.targets])
+        truth = torch.cat([e.velocity[:, first:] for e in self.examples])
+        return Errors(
+            ((got - target).square().sum() / target.square().sum()).item(),
+            (got - truth).square().mean().item(),
+        )
+
+    def _velocities(
+        self, model: nn.Module, examples: Sequence[Example], runtime: RuntimeConfig | None = None
+    ) -> list[Tensor]:
+        """One pass of a model over clips."""
+        tracked = self.progress.track(examples, MEASURING)
+        return [self._velocity(model, example, runtime) for example in tracked]
+
+    @torch.no_grad()
+    def _velocity(
+        self, model: nn.Module, example: Example, runtime: RuntimeConfig | None
+    ) -> Tensor:
+        past = example.latents.chunk(2, dim=1)[0]
+        size = clips_at_once(self.config.geometry, past)
+        parts = zip(*(tensor.split(size) for tensor in example), strict=True)
+        return torch.cat([self._part(model, Example(*part), runtime) for part in parts])
+
+    def _part(self, model: nn.Module, part: Example, runtime: RuntimeConfig | None) -> Tensor:
+        """As many clips as pass the model together."""
+        part = part.to(next(model.parameters()).device)
+        if self.streamed:
+            assert isinstance(model, CausalWanModel)
+            return streamed_velocity(model, part, runtime).cpu()
+        return predicted_velocity(model, self.config, part).cpu()
+
+
+def _with_past(example: Example, past: Tensor) -> Example:
+    noisy = example.latents.chunk(2, dim=1)[1]
+    return example._replace(latents=torch.cat([past, noisy], dim=1))
+
+
+def dense_rows(teacher: CausalWanModel, held_out: HeldOut) -> list[Row]:
+    """Rows of the dense model itself."""
+    other = held_out.measure_other_past(teacher).flow_loss
+    return [
+        *error_rows(held_out.teacher_errors(), teacher.config, None),
+        Row("flow_loss_other_past", other, "squared velocity", **row_fields(teacher.config)),
+        *cache_rows(teacher.config),
+    ]
+
+
+def spectrum_rows(teacher: CausalWanModel, measured: Iterable[LayerReads], rank: int) -> list[Row]:
+    """Rows of each layer's joint key and value spectrum, as weights and on what is cached.
+
+    Args:
+        teacher: The dense model.
+        measured: Calibration of every layer, in order, for either product.
+        rank: Number of directions whose energy is told among others.
+    """
+    read = teacher.state_dict().__getitem__
+    rows: list[Row] = []
+    for layer, reads in enumerate(measured):
+        weights = layer_weights(read, layer, teacher.config.geometry.num_heads)
+        joint, covariance = torch.cat([weights.key, weights.value]), reads.past[1].covariance
+        # A codec is calibrated on keys and values themselves, MLA layers on what they come from.
+        is_codec = reads.samples is not None
+        spectra = {
+            "weights": weight_spectrum(joint),
+            "weights_x_activations": spectrum(covariance)
+            if is_codec
+            else activation_spectrum(joint, covariance),
+        }
+        rows += _energy_rows(spectra, layer, {rank, *_spread(joint.shape[1])})
+    return rows
+
+
+def learned_spectrum_rows(model: CausalWanModel, step: int, seed: int = 0) -> list[Row]:
+    """Rows of each converted layer's own operator, U_k A over U_v A, as weights, after some steps.
+
+    VideoMLA shows that it fills its rank whatever the init (its figures 2 and 8); so it does here,
+    and tells nothing of quality.
+    """
+    fields, rows = row_fields(model.config, seed), list[Row]()
+    for layer, attention in enumerate(model.self_attentions()):
+        assert isinstance(attention, LatentSelfAttention)
+        down = attention.kv_a_proj.weight.double().cpu()
+        key = attention.kv_b_proj_k.weight.double().cpu() @ down[: attention.key_rank]
+        value = attention.kv_b_proj_v.weight.double().cpu() @ down[-attention.value_rank :]
+        rank = effective_rank(weight_spectrum(torch.cat([key, value])))
+        of_layer = {"layer": layer, "step": step, **fields}
+        rows.append(Row("effective_rank_99", rank, "directions", **of_layer))
+    return rows
+
+
+def _energy_rows(spectra: dict[str, Tensor], layer: int, ranks: set[int]) -> list[Row]:
+    """Rows of one layer's spectra, by run."""
+    rows: list[Row] = []
+    for run, energies in spectra.items():
+        rank_99 = effective_rank(energies)
+        rows.append(Row("effective_rank_99", rank_99, "directions", run, layer=layer))
+        for size in sorted(ranks):
+            energy = energy_at_rank(energies, size)
+            rows.append(Row("energy_at_rank", energy, "share", run, layer=layer, kv_lora_rank=size))
+    return rows
+
+
+def _spread(width: int) -> list[int]:
+    """About twenty ranks up to the width, evenly spread by ratio: enough to draw a spectrum."""
+    return [round(width ** (i / (RANKS_DRAWN - 1))) for i in range(RANKS_DRAWN)]
+
+
+def rollout_rows(video: Tensor, prompts: list[str], config: ModelConfig, seed: int) -> list[Row]:
+    """Score a rollout (B, F, 3, H, W) of the demo model, whole and segment by segment.
+
+    `background_psnr` is against the background of the first chunk, `digit_accuracy` the share of
+    frames in which the judge reads the prompted digit.
+    """
+    labels = torch.tensor([prompted_digit(prompt) for prompt in prompts])
+    hits = (read_digits(video) == labels[:, None]).float()
+    psnr = background_psnr(video, config.chunk_frames)[:, config.chunk_frames :]
+    fields = {**row_fields(config, seed), "frames": video.shape[1]}
+    rows = [
+        Row("background_psnr", psnr.nanmean().item(), "dB", **fields),
+        Row("digit_accuracy", hits.mean().item(), "share of frames", **fields),
+    ]
+    for segment, part in enumerate(torch.tensor_split(psnr, SEGMENTS, dim=1)):
+        rows.append(Row("background_psnr", part.nanmean().item(), "dB", segment=segment, **fields))
+    for segment, part in enumerate(torch.tensor_split(hits, SEGMENTS, dim=1)):
+        value = part.mean().item()
+        rows.append(Row("digit_accuracy", value, "share of frames", segment=segment, **fields))
+    return rows
+
+
+def drift_rows(latents: Tensor, config: ModelConfig, seed: int) -> list[Row]:
+    """How far clean latents (B, F, C, height, width) leave what they were, segment by segment.
+
+    Of each clip and channel the mean and the spread; their squared distance from those of the first
+    segment, in units of the latter's spread. It needs no judge, and so serves any model.
+    """
+    fields = {**row_fields(config, seed), "frames": latents.shape[1]}
+    parts = [part.transpose(1, 2).flatten(2) for part in latents.tensor_split(SEGMENTS, dim=1)]
+    moments = [torch.stack([part.mean(2), part.std(2)]) for part in parts]
+    first = moments[0]
+    return [
+        Row(
+            "drift",
+            ((each - first).square().sum(0) / first[1].square().clamp_min(1e-12)).mean().item(),
+            "squared, relative to the spread",
+            segment=segment,
+            **fields,
+        )
+        for segment, each in enumerate(moments)
+    ]

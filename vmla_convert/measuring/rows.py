@@ -1,0 +1,173 @@
+"""What pipelines measured, as rows: names of metrics and fields are the design's."""
+
+from __future__ import annotations
+
+import cmath
+from typing import Any, NamedTuple
+
+import torch
+
+from vmla_convert.config import DENSE_BITS, DENSE_ITEMSIZE, MLAConfig, ModelConfig, RuntimeConfig
+from vmla_convert.fitting.conversion_steps import Conversion
+from vmla_convert.maths.rope3d import axis_pairs
+from vmla_convert.media.models import latent_frames_per_second
+from vmla_convert.results import Row
+
+MEMORY_SECONDS = (5.0, 30.0, 60.0)
+MEMORY_BATCHES = (1, 4, 16)
+AXES = ("time", "height", "width")
+
+
+class Errors(NamedTuple):
+    """Held-out errors over the chunks that read a cache.
+
+    Attributes:
+        velocity_error: Squared distance to the dense velocity, relative to its square.
+        flow_loss: Mean squared distance to the true velocity.
+    """
+
+    velocity_error: float
+    flow_loss: float
+
+
+def run_name(config: ModelConfig, runtime: RuntimeConfig | None = None) -> str:
+    """How rows call a model: `dense`, `dense int4`, `codec`, or `mla` with its init and sizes."""
+    mla = config.mla
+    if mla is None:
+        quantised = runtime and runtime.cache_dtype in DENSE_BITS
+        name = "codec" if config.codec else "dense"
+        return f"{name} {runtime.cache_dtype}" if runtime and quantised else name
+    rank, rope = _uniform_sizes(mla)
+    numbers = config.cache_bytes_per_token() / DENSE_ITEMSIZE
+    sizes = f"{numbers:.4g}" if rank is None else f"{rank}+{rope}"
+    return f"mla-{mla.init}-{sizes}-{mla.latent}"
+
+
+def device_name() -> str:
+    """The device that figures are measured on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def row_fields(
+    config: ModelConfig, seed: int = 0, runtime: RuntimeConfig | None = None
+) -> dict[str, Any]:
+    """The fields that every row of one model and one way of caching shares."""
+    mla, codec = config.mla, config.codec
+    fields: dict[str, Any] = {
+        "run": run_name(config, runtime),
+        "seed": seed,
+        "device": device_name(),
+        "bytes_per_token": config.cache_bytes_per_token(runtime),
+        "cache_dtype": runtime.cache_dtype if runtime else None,
+    }
+    if codec is not None:
+        init = "calibrated" if codec.calibrated else "assumed"
+        recent = config.cache.dense_recent_frames or None
+        fields |= {"product": "codec", "init": init, "dense_recent_frames": recent}
+    if mla is not None:
+        rank, rope = _uniform_sizes(mla)
+        fields |= {
+            "product": "mla",
+            "init": mla.init,
+            "kv_lora_rank": rank,
+            "qk_rope_head_dim": rope,
+            "latent": mla.latent,
+        }
+    return fields
+
+
+def _uniform_sizes(mla: MLAConfig) -> tuple[int | None, int | None]:
+    """R and rope width where all layers share them."""
+    sizes = {(r, 2 * len(p)) for r, p in zip(mla.kv_lora_rank, mla.rope_pairs, strict=True)}
+    return sizes.pop() if len(sizes) == 1 else (None, None)
+
+
+def error_rows(
+    errors: Errors,
+    config: ModelConfig,
+    step: int | None,
+    seed: int = 0,
+    runtime: RuntimeConfig | None = None,
+) -> list[Row]:
+    """Rows of one measurement."""
+    fields = row_fields(config, seed, runtime)
+    rows = [Row("flow_loss", errors.flow_loss, "squared velocity", step=step, **fields)]
+    if fields["run"] != "dense":
+        rows.append(Row("velocity_error", errors.velocity_error, "relative", step=step, **fields))
+    return rows
+
+
+def cache_rows(
+    config: ModelConfig, seed: int = 0, runtime: RuntimeConfig | None = None
+) -> list[Row]:
+    """Rows of what a token costs, two bytes for a number that is not quantised.
+
+    Frames that are kept dense as well are spread over the window.
+    """
+    fields = row_fields(config, seed, runtime)
+    window, layers = config.cache.window_frames, config.geometry.num_layers
+    tokens = window * config.tokens_per_frame * layers
+    nbytes = config.cache_bytes(window, runtime=runtime) / tokens
+    rows = [Row("cache_bytes_per_token", nbytes, "bytes per token and layer", **fields)]
+    if fields["run"] != "dense":
+        cut = config.cache_cut(runtime)
+        rows.append(Row("cache_cut", cut, "share of the dense cache", **fields))
+    return rows
+
+
+def memory_rows(
+    config: ModelConfig, seed: int = 0, runtime: RuntimeConfig | None = None
+) -> list[Row]:
+    """Rows of what whole clips take in the cache, and of the model's own window.
+
+    Numbers that are not quantised count two bytes. Streaming needs no more than the window,
+    whatever the length of the clip.
+    """
+    fields, window = row_fields(config, seed, runtime), config.cache.window_frames
+    rows: list[Row] = []
+    for batch in MEMORY_BATCHES:
+        nbytes = float(config.cache_bytes(window, batch, runtime))
+        rows.append(Row("cache_bytes", nbytes, "bytes", batch=batch, frames=window, **fields))
+        for seconds in MEMORY_SECONDS:
+            frames = round(seconds * latent_frames_per_second(config))
+            nbytes = float(config.cache_bytes(frames, batch, runtime))
+            of_clip = {"batch": batch, "frames": frames, "clip_seconds": seconds}
+            rows.append(Row("cache_bytes", nbytes, "bytes", **of_clip, **fields))
+    return rows
+
+
+def branch_rows(config: ModelConfig, seed: int = 0) -> list[Row]:
+    """Rows of the sizes that each layer got, of its rope keys, and of what its content folds."""
+    mla, head_dim, rows = config.mla, config.geometry.head_dim, list[Row]()
+    if mla is None:
+        return rows
+    fields = row_fields(config, seed)
+    # A layer's own row has its size as value, not as field.
+    sizes = ("kv_lora_rank", "qk_rope_head_dim")
+    shared = {name: value for name, value in fields.items() if name not in sizes}
+    axes = [axis for axis, n in zip(AXES, axis_pairs(head_dim), strict=True) for _ in range(n)]
+    for layer, (rank, pairs) in enumerate(zip(mla.kv_lora_rank, mla.rope_pairs, strict=True)):
+        rows.append(Row("kv_lora_rank", rank, "numbers", layer=layer, **shared))
+        rows.append(Row("qk_rope_head_dim", 2 * len(pairs), "numbers", layer=layer, **shared))
+        for pair, axis in enumerate(axes):
+            of_pair = {"layer": layer, "pair": pair, "note": axis}
+            rows.append(Row("rope_pair", pairs.count(pair), "rope keys", **of_pair, **fields))
+            if mla.phases:
+                heads = [head[pair] for head in mla.phases[layer]]
+                mean = sum(cmath.rect(length, angle) for angle, length in heads)
+                length = sum(length for _, length in heads) / len(heads)
+                rows += [
+                    Row("phase_length", length, "share", **of_pair, **fields),
+                    Row("phase_angle", cmath.phase(mean), "radians", **of_pair, **fields),
+                ]
+    return rows
+
+
+def conversion_rows(conversion: Conversion, seed: int = 0) -> list[Row]:
+    """Rows of what a conversion took."""
+    fields = row_fields(conversion.config, seed)
+    return [
+        Row("convert_seconds", conversion.convert_seconds, "s", **fields),
+        Row("factor_seconds", conversion.factor_seconds, "s", **fields),
+        Row("peak_rss_bytes", float(conversion.peak_rss_bytes), "bytes", **fields),
+    ]

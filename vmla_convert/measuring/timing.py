@@ -1,0 +1,67 @@
+"""How long a denoising step takes beside the dense model's, measured in turns in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter
+
+import torch
+
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.measuring.rows import row_fields
+from vmla_convert.results import Row
+
+REPEATS = 9
+
+
+def step_rows(dense: CausalWanModel, converted: CausalWanModel) -> list[Row]:
+    """Rows of one denoising step of one clip at a full window: medians of repeats in turns.
+
+    Machines grow warm and are shared; only the ratio of the two, measured side by side, is to be
+    relied on.
+    """
+    steps = [_step(dense), _step(converted)]
+    seconds = [[_timed(step) for step in steps] for _ in range(REPEATS)]
+    of_dense, of_converted = (median(times) for times in zip(*seconds, strict=True))
+    ratio = median(ours / theirs for theirs, ours in seconds)
+    fields = row_fields(converted.config)
+    return [
+        Row("step_seconds", of_dense, "s", **row_fields(dense.config)),
+        Row("step_seconds", of_converted, "s", **fields),
+        Row("seconds_ratio", ratio, "converted / dense", **fields),
+    ]
+
+
+@torch.no_grad()
+def _step(model: CausalWanModel) -> Callable[[], object]:
+    """One step of a chunk that reads a full window, run once already."""
+    config, weight = model.config, model.patch_embedding.weight
+    geometry, frames = config.geometry, config.chunk_frames
+    prompt = model.read_prompt(weight.new_zeros(1, geometry.text_len, geometry.text_dim))
+    chunk = weight.new_zeros(1, frames, geometry.in_dim, *config.latent_size)
+    cache, times = model.new_cache(1), weight.new_zeros(1, frames)
+    for _ in range(-(-config.cache.window_frames // frames)):
+        cache.open_chunk(frames)
+        model.stream(chunk, times, prompt, cache)
+    cache.open_chunk(frames)
+
+    @torch.no_grad()
+    def step() -> object:
+        return model.stream(chunk, times, prompt, cache, keep=False)
+
+    step()
+    return step
+
+
+def _timed(step: Callable[[], object]) -> float:
+    _wait()
+    started = perf_counter()
+    step()
+    _wait()
+    return perf_counter() - started
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

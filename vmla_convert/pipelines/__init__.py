@@ -1,1 +1,0 @@
-"""One verb per file: where the maths, the checkpoints and the layers meet."""

@@ -1,0 +1,1 @@
+"""Recovery: a short fine-tune against the dense model, stage by stage."""

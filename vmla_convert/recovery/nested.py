@@ -1,0 +1,62 @@
+"""Train a codec at several sizes at once, so that one recovered file serves all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from vmla_convert.config import CacheSize
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.maths.rates import Rate
+from vmla_convert.media.clips import seeded
+from vmla_convert.training.losses import Example, Examples
+
+
+class Sizes:
+    """The sizes that a codec trains at; a model without a codec, or one size, changes nothing.
+
+    Args:
+        student: The model, at the size that it is measured at.
+        nested: Sizes as shares of the dense cache to save.
+        seed: Seed of the draws.
+    """
+
+    def __init__(self, student: CausalWanModel, nested: Sequence[float], seed: int) -> None:
+        codecs = [block.codec for block in student.all_blocks()]
+        self._codecs = [codec for codec in codecs if codec is not None]
+        self._seed, self._own = seed, [codec.rate for codec in self._codecs]
+        self._sizes = [student.rates(CacheSize(cut=cut)) for cut in nested]
+
+    def draw(self, step: int) -> None:
+        """Set the size of a step, a function of its number alone."""
+        if self._sizes:
+            draws = seeded(self._seed, step, "nested size")
+            self._set(self._sizes[int(torch.randint(len(self._sizes), (), generator=draws))])
+
+    def rest(self) -> None:
+        """Set the size that the model is measured at."""
+        self._set(self._own)
+
+    def examples(self, examples: Examples) -> Examples:
+        """The same examples, each step at a size of its own."""
+
+        def drawn(step: int) -> Sequence[Example]:
+            self.draw(step)
+            return examples(step)
+
+        return drawn
+
+    def mean_error(self, measure: Callable[[], float]) -> float:
+        """Geometric mean of an error over all sizes; each counts by its own improvement."""
+        errors: list[float] = []
+        for rates in self._sizes or [self._own]:
+            self._set(rates)
+            errors.append(measure())
+        self.rest()
+        return math.exp(sum(math.log(max(error, 1e-30)) for error in errors) / len(errors))
+
+    def _set(self, rates: Sequence[Rate]) -> None:
+        for codec, rate in zip(self._codecs, rates, strict=True):
+            codec.rate = rate

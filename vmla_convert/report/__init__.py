@@ -1,0 +1,1 @@
+"""Rows in, Markdown, HTML and plots out; no torch."""

@@ -1,0 +1,100 @@
+"""Report: from the rows of a folder to a page that says which size to use.
+
+Written from `rows.jsonl` alone, without torch; a section appears only when its rows exist.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vmla_convert.config import ReportConfig
+from vmla_convert.errors import VmlaError
+from vmla_convert.report.answer import recommend
+from vmla_convert.report.charts import draw_charts
+from vmla_convert.report.pages import to_html, to_markdown
+from vmla_convert.report.plots import Chart, chart_csv, draw_chart
+from vmla_convert.report.recipe import RECIPE_FILE, recipe_toml
+from vmla_convert.report.sections import PLOTS, report_sections
+from vmla_convert.report.settings import read_settings
+from vmla_convert.report.tables import decisive_table
+from vmla_convert.results import read_rows
+
+__all__ = ["decisive_table", "write_report"]
+
+
+def write_report(
+    folder: Path,
+    title: str = ReportConfig.title,
+    loss_bound: float = ReportConfig.loss_bound,
+) -> list[Path]:
+    """Write `report.md`, `report.html` and `plots/*` from the folder's `rows.jsonl`.
+
+    Every plot is a PNG with a CSV of all that it draws beside it. Where `recipe.json` says how the
+    recommended size was made, `recipe.toml` makes it again. What else lies in the folder is shown
+    when it is there: `strips/*.png`, a contact sheet `compare.png`, and `compare.mp4` as a link.
+
+    Args:
+        folder: Where the rows lie and the report goes.
+        title: Title of the report.
+        loss_bound: Flow loss that the recommended size may have above the dense model's, as a
+            share of it.
+
+    Returns:
+        The paths written.
+
+    Raises:
+        VmlaError: There are no rows, a line is not a row, or `recipe.json` holds no recipe.
+        MissingExtraError: matplotlib is not installed.
+    """
+    rows = read_rows(folder / "rows.jsonl")
+    if not rows:
+        raise VmlaError(f"no rows in {folder / 'rows.jsonl'}", "run a sweep or an eval first")
+    told = _read_recipe(folder / "recipe.json")
+    best = recommend(read_settings(rows), loss_bound)
+    toml = recipe_toml(best.setting, told.get("recipe") or {}) if best is not None else ""
+    charts = draw_charts(rows, loss_bound)
+    written = _save_plots(folder / "plots", charts)
+    sections = report_sections(folder, rows, loss_bound, charts, told)
+    texts = {
+        "report.md": to_markdown(title, sections),
+        "report.html": to_html(title, sections, folder),
+        RECIPE_FILE: toml,
+    }
+    for name, text in texts.items():
+        if text:
+            (folder / name).write_text(text.strip() + "\n", encoding="utf-8")
+            written.append(folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
+    return written
+
+
+def _save_plots(folder: Path, charts: dict[str, Chart]) -> list[Path]:
+    """Save every plot and its data; of an earlier report, what can no longer be is removed."""
+    figures = {name: draw_chart(chart) for name, chart in charts.items()}
+    folder.mkdir(exist_ok=True)
+    for name in PLOTS:
+        for kind in ("png", "csv"):
+            (folder / f"{name}.{kind}").unlink(missing_ok=True)
+    written: list[Path] = []
+    for name, figure in figures.items():
+        image, data = folder / f"{name}.png", folder / f"{name}.csv"
+        figure.savefig(image)
+        data.write_text(chart_csv(charts[name]), encoding="utf-8")
+        written += [image, data]
+    return written
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    """Settings and versions of the run, where it left them."""
+    if not path.is_file():
+        return {}
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise VmlaError(f"{path} is not JSON: {error}", "remove it, or write it anew") from error
+    if not isinstance(told, dict) or not isinstance(told.get("recipe", {}), dict):
+        raise VmlaError(f"{path} holds no table of settings", "remove it, or write it anew")
+    return told

@@ -1,0 +1,263 @@
+"""Rows gathered into settings: one cache that was measured, with its curve of recovery."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
+
+from vmla_convert.report.wording import format_number
+from vmla_convert.results import Row
+
+K = TypeVar("K", bound=Hashable)
+
+DENSE = "dense"
+UNQUANTISED = "model"
+ERRORS = ("velocity_error", "flow_loss")
+
+
+class Key(NamedTuple):
+    """What the rows of one setting share, whatever their seed.
+
+    Attributes:
+        point: Key of the sweep's point; empty for the dense model.
+        run: Name of the model.
+        nbytes: Bytes per token and layer that the cache was asked to have.
+        kept: `model` for a codec without quantising, a dtype for a quantised dense cache, else
+            empty.
+        recent: Frames that are kept dense as well.
+    """
+
+    point: str
+    run: str
+    nbytes: float | None
+    kept: str
+    recent: int
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The dense model, which every setting is measured against; None where no row says it.
+
+    Attributes:
+        nbytes: Bytes that a token takes in a layer.
+        flow_loss: Loss on held-out clips.
+        flow_loss_other_past: The same loss when another clip is put in the past.
+    """
+
+    nbytes: float | None
+    flow_loss: float | None
+    flow_loss_other_past: float | None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One cache: a model, its size and how it is kept.
+
+    Attributes:
+        key: What its rows share.
+        product: `codec`, `mla`, or `dense` for a quantised dense cache.
+        method: Words for what it has in common with other sizes: a line of a plot.
+        name: The method with the size, unlike any other setting's.
+        sizes: Rank and rope width of MLA layers, `16+8`; empty for other products.
+        init: How its projections were made.
+        words: What else tells methods apart; `method` has those that differ.
+        nbytes: Bytes per token and layer, infinite where no row tells them.
+        cut: Share of the dense cache that is gone.
+        errors: Median velocity_error over seeds, by step of recovery.
+        losses: Median flow loss above the dense model's, as a share of it, likewise.
+        error_spread: Least and greatest velocity_error of a seed at the last step.
+        seeds: How many there are.
+    """
+
+    key: Key
+    product: str
+    method: str
+    name: str
+    sizes: str
+    init: str
+    words: tuple[str, ...]
+    nbytes: float
+    cut: float | None
+    errors: dict[int, float]
+    losses: dict[int, float]
+    error_spread: tuple[float, float] | None
+    seeds: int
+
+    @property
+    def label(self) -> str:
+        """The name where its bytes stand beside it."""
+        return self.method if self.product == "codec" else self.name
+
+    @property
+    def last_step(self) -> int:
+        """The last measured step; 0 when nothing was recovered."""
+        return max(self.errors or self.losses, default=0)
+
+    @property
+    def error(self) -> float:
+        """velocity_error at the last measured step; infinite when there is none."""
+        return self.errors.get(self.last_step, math.inf)
+
+    @property
+    def loss(self) -> float | None:
+        """Flow loss above dense at the last measured step."""
+        return self.losses.get(self.last_step)
+
+
+def key_of(row: Row) -> Key:
+    """The setting that a row belongs to."""
+    dense = row.run.startswith(DENSE)
+    # An MLA cache has nothing to quantise, so that its dtype tells nothing.
+    dtype = row.cache_dtype if dense or row.product == "codec" else None
+    plain = (None, "auto", UNQUANTISED) if dense else (None, "auto")
+    return Key(
+        "" if dense else row.point or "",
+        row.run,
+        None if dense else row.bytes_per_token,
+        "" if dtype in plain else str(dtype),
+        row.dense_recent_frames or 0,
+    )
+
+
+def read_dense(rows: Sequence[Row]) -> Dense | None:
+    """The dense model's figures, or None when no row is about it."""
+    own = [row for row in rows if row.run == DENSE]
+    if not own:
+        return None
+    told = next((row.bytes_per_token for row in own if row.bytes_per_token), None)
+    return Dense(
+        nbytes=told or median_of(own, "cache_bytes_per_token"),
+        flow_loss=median_of(own, "flow_loss"),
+        flow_loss_other_past=median_of(own, "flow_loss_other_past"),
+    )
+
+
+def read_settings(rows: Sequence[Row]) -> list[Setting]:
+    """Every cache whose error was measured, smallest first, then the most accurate."""
+    dense = read_dense(rows)
+    groups: defaultdict[Key, list[Row]] = defaultdict(list)
+    for row in rows:
+        key = key_of(row)
+        if row.metric != "failed" and (row.product or key.kept):
+            groups[key].append(row)
+    settings = [
+        _setting(key, own, dense)
+        for key, own in groups.items()
+        if any(row.metric in ERRORS for row in own)
+    ]
+    return sorted(_named(settings), key=lambda each: (each.nbytes, each.error))
+
+
+def setting_names(settings: Iterable[Setting]) -> dict[Key, str]:
+    """Names by key, with the dense model's first."""
+    dense = Key("", DENSE, None, "", 0)
+    return {dense: DENSE, **{setting.key: setting.name for setting in settings}}
+
+
+def group_medians(
+    rows: Iterable[Row], metric: str, key: Callable[[Row], K | None]
+) -> dict[K, float]:
+    """Median value of a metric for each key, in the order of the keys' first rows.
+
+    Rows whose key is None are left out.
+    """
+    groups: defaultdict[K, list[float]] = defaultdict(list)
+    for row in rows:
+        name = key(row) if row.metric == metric else None
+        if name is not None:
+            groups[name].append(_told(row))
+    return {name: statistics.median(values) for name, values in groups.items()}
+
+
+def median_of(rows: Iterable[Row], metric: str) -> float | None:
+    """Median value of a metric, or None without rows of it."""
+    return group_medians(rows, metric, lambda row: row.metric).get(metric)
+
+
+def _told(row: Row) -> float:
+    """The value; a run that diverged counts as infinitely bad, so that it is not hidden."""
+    return math.inf if math.isnan(row.value) else row.value
+
+
+def _by_step(rows: Iterable[Row], metric: str) -> dict[int, float]:
+    return dict(sorted(group_medians(rows, metric, lambda row: row.step or 0).items()))
+
+
+def _setting(key: Key, rows: list[Row], dense: Dense | None) -> Setting:
+    """A setting from its own rows, yet without method and name."""
+    first = rows[0]
+    # What was asked for is exact; frames that are kept dense cost more than that.
+    nbytes = None if key.recent else first.bytes_per_token
+    nbytes = nbytes or median_of(rows, "cache_bytes_per_token")
+    cut = median_of(rows, "cache_cut")
+    if nbytes and dense is not None and dense.nbytes:
+        cut = 1 - nbytes / dense.nbytes
+    errors, losses = _by_step(rows, "velocity_error"), dict[int, float]()
+    if dense is not None and dense.flow_loss:
+        flow = _by_step(rows, "flow_loss")
+        losses = {step: loss / dense.flow_loss - 1 for step, loss in flow.items()}
+    last = max(errors, default=0)
+    ends = [_told(r) for r in rows if r.metric == "velocity_error" and (r.step or 0) == last]
+    ranks = (first.kv_lora_rank, first.qk_rope_head_dim)
+    return Setting(
+        key=key,
+        product=first.product or DENSE,
+        method="",
+        name="",
+        sizes="+".join(str(rank) for rank in ranks if rank),
+        init=first.init or "",
+        words=_words(first, key),
+        nbytes=nbytes or math.inf,
+        cut=cut,
+        errors=errors,
+        losses=losses,
+        error_spread=(min(ends), max(ends)) if ends else None,
+        seeds=len({row.seed for row in rows}),
+    )
+
+
+def _words(row: Row, key: Key) -> tuple[str, ...]:
+    """What may tell methods of one product apart, in the same places for all of them."""
+    steps = row.recovery_steps
+    white = "white inputs" if row.init == "assumed" else "calibrated"
+    return (
+        white if row.product == "codec" else "",
+        row.latent or "",
+        f"{steps} steps" if steps else "not recovered",
+        f"{key.recent} recent frames dense" if key.recent else "",
+    )
+
+
+def _named(settings: Sequence[Setting]) -> list[Setting]:
+    """Settings with methods and names, no two of them named alike."""
+    named: list[Setting] = []
+    for setting in settings:
+        others = [each.words for each in settings if each.product == setting.product]
+        method = _method(setting, others)
+        size = setting.sizes or f"at {format_number(setting.nbytes)} bytes"
+        name = setting.key.run if setting.product == DENSE else f"{method} {size}"
+        named.append(replace(setting, method=method, name=name))
+    counts = Counter(setting.name for setting in named)
+    return [
+        replace(each, name=f"{each.name} ({(each.key.point or each.key.run)[:6]})")
+        if counts[each.name] > 1
+        else each
+        for each in named
+    ]
+
+
+def _method(setting: Setting, others: Sequence[tuple[str, ...]]) -> str:
+    if setting.product == DENSE:
+        return "dense, quantised"
+    start = f"MLA {setting.init}" if setting.product == "mla" else setting.product
+    kept = ["unquantised"] if setting.key.kept == UNQUANTISED else []
+    differing = [
+        word
+        for place, word in enumerate(setting.words)
+        if word and any(word != each[place] for each in others)
+    ]
+    return ", ".join([start, *kept, *differing])

@@ -1,0 +1,1 @@
+"""Grids of conversions, measured point by point."""
