@@ -1,22 +1,28 @@
-# make demo   the quickstart, from nothing to a converted model and its report
-# make test   everything that CI runs, from nothing
-# make check  the same checks in the environment that is already there
+# make demo      the quickstart, from nothing to a converted model and its report
+# make test      lint, format, types, import contracts and the fast tests, from nothing
+# make test-all  the same with the slow tests
+# make check     as `make test`, in the environment that is already there
 
 PYTHON ?= python3
 OUT ?= runs/quickstart
+# Which tests `make check` runs.
+SELECT ?= not slow
 
 BIN := .venv/bin
 # One pin, written in the [dev] extra: pip then never fetches a second build of torch.
 TORCH := $(shell grep -o 'torch==[0-9.]*' pyproject.toml)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check format
+.PHONY: demo test test-all check format
 
 demo: .venv/.installed-demo
 	$(BIN)/vmla run recipes/quickstart.toml -o $(OUT)
 
 test: .venv/.installed-dev
 	$(MAKE) check
+
+test-all: .venv/.installed-dev
+	$(MAKE) check SELECT=""
 
 # The names under which a browser is looked for are those of tests/test_browser.py.
 # Two test workers, so one thread of torch each: more would only compete.
@@ -28,7 +34,7 @@ check:
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "$(SELECT)"
 
 format:
 	$(BIN)/ruff check --fix .

@@ -46,7 +46,7 @@ from vmla_convert.measuring.evaluate import HeldOut
 from vmla_convert.measuring.rows import device_name, row_fields
 from vmla_convert.media.clips import Batch, ClipSource, DemoClips, Split, open_clips, seeded
 from vmla_convert.progress import Progress
-from vmla_convert.results import Row, append_rows
+from vmla_convert.results import Metric, Row, append_rows
 from vmla_convert.training.losses import flow_matching, make_example
 
 SIZES = (6.0, 8.0, 10.0, 12.0, 16.3, 20.0, 24.0, 31.5, 40.0, 51.2, 64.0)
@@ -108,8 +108,8 @@ def error_rows(model: CausalWanModel, held_out: HeldOut, way: RuntimeConfig) -> 
     errors, fields = held_out.measure(model, way), row_fields(model.config, runtime=way)
     above = errors.flow_loss / held_out.teacher_errors().flow_loss - 1
     return [
-        Row("velocity_error", errors.velocity_error, "relative", **fields),
-        Row("flow_loss_above_dense", above, "share of the dense model's", **fields),
+        Row(Metric.VELOCITY_ERROR, errors.velocity_error, "relative", **fields),
+        Row(Metric.FLOW_LOSS_ABOVE_DENSE, above, "share of the dense model's", **fields),
     ]
 
 
@@ -118,13 +118,13 @@ def ratio_rows(
 ) -> list[Row]:
     """Bytes of the dense cache over bytes of the codec, at equal error."""
     found: list[Row] = []
-    dense = [r for r in rows if r.metric == "velocity_error" and r.cache_dtype in RATIO_DTYPES]
+    dense = [r for r in rows if r.metric == Metric.VELOCITY_ERROR and r.cache_dtype in RATIO_DTYPES]
     for row in progress.track(dense, "equal error"):
         assert row.bytes_per_token is not None and row.cache_dtype is not None
         nbytes = bytes_at(model, held_out, row.value)
         ratio, unit = row.bytes_per_token / nbytes, "dense bytes over codec bytes"
         found.append(
-            Row("bytes_ratio_at_error", ratio, unit, row.cache_dtype, bytes_per_token=nbytes)
+            Row(Metric.BYTES_RATIO_AT_ERROR, ratio, unit, row.cache_dtype, bytes_per_token=nbytes)
         )
     return found
 
@@ -158,7 +158,9 @@ def nested_row(
             set_rank(each, rank)
             errors.append(held_out.measure(each).velocity_error)
         differences.append(abs(errors[0] / errors[1] - 1))
-    return Row("nested_difference", max(differences), "relative", "codec", device=device_name())
+    return Row(
+        Metric.NESTED_DIFFERENCE, max(differences), "relative", "codec", device=device_name()
+    )
 
 
 def set_rank(model: CausalWanModel, rank: int) -> None:
@@ -214,20 +216,26 @@ def _lora_rows(
         fields = row_fields(before.config, runtime=way)
         rows += [
             Row(
-                "velocity_error",
+                Metric.VELOCITY_ERROR,
                 errors[0],
                 "relative",
                 **fields,
                 note=f"{name}: fitted before the LoRA",
             ),
             Row(
-                "velocity_error",
+                Metric.VELOCITY_ERROR,
                 errors[1],
                 "relative",
                 **fields,
                 note=f"{name}: fitted with the LoRA",
             ),
-            Row("lora_error_ratio", errors[0] / errors[1], "before over with", **fields, note=name),
+            Row(
+                Metric.LORA_ERROR_RATIO,
+                errors[0] / errors[1],
+                "before over with",
+                **fields,
+                note=name,
+            ),
         ]
     return rows
 

@@ -34,7 +34,7 @@ from vmla_convert.checkpoint.writer import CheckpointWriter
 from vmla_convert.config import Geometry
 from vmla_convert.console import out
 from vmla_convert.errors import ConfigError, did_you_mean
-from vmla_convert.results import Row, append_rows
+from vmla_convert.results import Metric, Row, append_rows
 
 SIZES = {
     "1.3b": Geometry(1536, ffn_dim=8960, num_heads=12, num_layers=30, in_dim=16, out_dim=16),
@@ -115,13 +115,13 @@ def converted_rows(source: Path, place: Path, geometry: Geometry, way: str, run:
     written = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     shutil.rmtree(target)
     rows = [
-        Row("convert_seconds", seconds, "s", run),
-        Row("peak_rss_bytes", told["peak_rss_bytes"], "bytes", run),
-        Row("written_bytes", written, "bytes", run),
-        Row("factor_seconds", told["factor_seconds"], "s", run),
+        Row(Metric.CONVERT_SECONDS, seconds, "s", run),
+        Row(Metric.PEAK_RSS_BYTES, told["peak_rss_bytes"], "bytes", run),
+        Row(Metric.WRITTEN_BYTES, written, "bytes", run),
+        Row(Metric.FACTOR_SECONDS, told["factor_seconds"], "s", run),
     ]
     for stage, spent in told["stage_seconds"].items():
-        rows.append(Row("stage_seconds", spent, "s", f"{run}, {stage}"))
+        rows.append(Row(Metric.STAGE_SECONDS, spent, "s", f"{run}, {stage}"))
     return rows
 
 

@@ -61,7 +61,7 @@ from vmla_convert.maths.quantise import distortions, gaussian_samples, gaussian_
 from vmla_convert.maths.rates import allocate
 from vmla_convert.maths.rope3d import Rotary, grid_table, rotate
 from vmla_convert.measuring.rows import row_fields
-from vmla_convert.results import Row, append_rows
+from vmla_convert.results import Metric, Row, append_rows
 
 WAN = Geometry(1536, ffn_dim=8960, num_heads=12, num_layers=30, in_dim=16, out_dim=16)
 DEMO = Geometry(
@@ -234,9 +234,9 @@ def case_rows(case: Case, timings: list[Timing], layers: int) -> list[Row]:
         seconds = median(part(t.mine, t.rest) for t in timings)
         ratio = median(part(t.mine, t.rest) / part(t.dense, t.rest) for t in timings)
         rows.append(Row(f"{name}_seconds", seconds, "s", **case.fields))
-        rows.append(Row("seconds_ratio", ratio, f"{name}, over dense", **case.fields))
+        rows.append(Row(Metric.SECONDS_RATIO, ratio, f"{name}, over dense", **case.fields))
     share = median(case.flops / t.mine[0] / t.rate for t in timings)
-    return [*rows, Row("flops_share", share, "of a large product's rate", **case.fields)]
+    return [*rows, Row(Metric.FLOPS_SHARE, share, "of a large product's rate", **case.fields)]
 
 
 def auto_rows(cases: list[Case], timings: dict[int, list[Timing]]) -> list[Row]:
@@ -250,7 +250,9 @@ def auto_rows(cases: list[Case], timings: dict[int, list[Timing]]) -> list[Row]:
         run = case.fields["run"]
         if case.fields.get("backend") == "auto":
             ratio = cores[run, "auto"] / min(cores[run, "materialised"], cores[run, "absorbed"])
-            rows.append(Row("auto_ratio", ratio, "attention, over the faster way", **case.fields))
+            rows.append(
+                Row(Metric.AUTO_RATIO, ratio, "attention, over the faster way", **case.fields)
+            )
     return rows
 
 

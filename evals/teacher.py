@@ -23,7 +23,7 @@ from vmla_convert.generating.generate import rollout
 from vmla_convert.loading.load import load
 from vmla_convert.measuring.evaluate import HeldOut, dense_rows, rollout_rows
 from vmla_convert.media.clips import DemoClips
-from vmla_convert.results import Row, append_rows
+from vmla_convert.results import Metric, Row, append_rows
 
 HELD_OUT_SEED = 2
 
@@ -54,8 +54,8 @@ def truth_rows(frames: int, clips: int, chunk_frames: int) -> list[Row]:
     hits = (read_digits(truth.video) == truth.labels[:, None]).float().mean().item()
     psnr = background_psnr(truth.video, chunk_frames)[:, chunk_frames:].nanmean().item()
     return [
-        Row("digit_accuracy", hits, "share of frames", "truth", frames=frames),
-        Row("background_psnr", psnr, "dB", "truth", frames=frames),
+        Row(Metric.DIGIT_ACCURACY, hits, "share of frames", "truth", frames=frames),
+        Row(Metric.BACKGROUND_PSNR, psnr, "dB", "truth", frames=frames),
     ]
 
 

@@ -9,13 +9,60 @@ import os
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 
 from vmla_convert.errors import VmlaError
 
-FAILED = "failed"
-"""Metric of a point that could not be done."""
+
+class Metric(StrEnum):
+    """Name of a measured figure, as rows hold it. The unit stands in the row."""
+
+    # Held-out errors, against the dense model or the data
+    VELOCITY_ERROR = "velocity_error"
+    FLOW_LOSS = "flow_loss"
+    FLOW_LOSS_OTHER_PAST = "flow_loss_other_past"
+    FLOW_LOSS_ABOVE_DENSE = "flow_loss_above_dense"
+    LORA_ERROR_RATIO = "lora_error_ratio"
+    NESTED_DIFFERENCE = "nested_difference"
+
+    # Rollouts
+    BACKGROUND_PSNR = "background_psnr"
+    DIGIT_ACCURACY = "digit_accuracy"
+
+    # Size of the cache
+    CACHE_BYTES = "cache_bytes"
+    CACHE_BYTES_PER_TOKEN = "cache_bytes_per_token"
+    CACHE_CUT = "cache_cut"
+    BYTES_AT_ERROR = "bytes_at_error"
+    BYTES_RATIO_AT_ERROR = "bytes_ratio_at_error"
+    KV_LORA_RANK = "kv_lora_rank"
+    QK_ROPE_HEAD_DIM = "qk_rope_head_dim"
+
+    # Weights and activations
+    ENERGY_AT_RANK = "energy_at_rank"
+    EFFECTIVE_RANK_99 = "effective_rank_99"
+    ROPE_PAIR = "rope_pair"
+    PHASE_LENGTH = "phase_length"
+    PHASE_ANGLE = "phase_angle"
+
+    # Time, memory and disk
+    STEP_SECONDS = "step_seconds"
+    SECONDS_RATIO = "seconds_ratio"
+    AUTO_RATIO = "auto_ratio"
+    FLOPS_SHARE = "flops_share"
+    CONVERT_SECONDS = "convert_seconds"
+    FACTOR_SECONDS = "factor_seconds"
+    STAGE_SECONDS = "stage_seconds"
+    RECOVER_SECONDS = "recover_seconds"
+    SWEEP_SECONDS = "sweep_seconds"
+    PEAK_RSS_BYTES = "peak_rss_bytes"
+    WRITTEN_BYTES = "written_bytes"
+
+    # A run
+    LEARNING_RATE = "learning_rate"
+    FAILED = "failed"
 
 
 @dataclass(frozen=True)
@@ -91,7 +138,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 
 def count_failures(path: Path) -> int:
     """How many points of a sweep failed; 0 where there are no rows."""
-    return sum(row.metric == FAILED for row in read_rows(path)) if path.is_file() else 0
+    return sum(row.metric == Metric.FAILED for row in read_rows(path)) if path.is_file() else 0
 
 
 def drop_torn_line(path: Path) -> None:

@@ -18,6 +18,7 @@ from vmla_convert.config import (
     TrainingConfig,
 )
 from vmla_convert.console import out
+from vmla_convert.results import Metric
 from vmla_convert.show import show_kept
 from vmla_convert.tables import from_dict, override
 
@@ -253,7 +254,7 @@ def recover(
         raise
     if not started().is_main_process:
         return
-    curve = [row for row in rows if row.metric == "velocity_error"]
+    curve = [row for row in rows if row.metric == Metric.VELOCITY_ERROR]
     out.table("Recovery", ["step", "velocity_error"], [[row.step, row.value] for row in curve])
     show_kept(read_provenance(folder)["recovered"])
     out.path("wrote", folder)

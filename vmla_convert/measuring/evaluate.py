@@ -25,7 +25,7 @@ from vmla_convert.measuring.rows import Errors, cache_rows, error_rows, row_fiel
 from vmla_convert.media.clips import ClipSource, open_clips, seeded
 from vmla_convert.media.models import prompted_digit, require_demo_media
 from vmla_convert.progress import OneBar, Progress, Silent
-from vmla_convert.results import Row
+from vmla_convert.results import Metric, Row
 from vmla_convert.training.losses import (
     Example,
     make_example,
@@ -179,7 +179,7 @@ def dense_rows(teacher: CausalWanModel, held_out: HeldOut) -> list[Row]:
     other = held_out.measure_other_past(teacher).flow_loss
     return [
         *error_rows(held_out.teacher_errors(), teacher.config, None),
-        Row("flow_loss_other_past", other, "squared velocity", **row_fields(teacher.config)),
+        Row(Metric.FLOW_LOSS_OTHER_PAST, other, "squared velocity", **row_fields(teacher.config)),
         *cache_rows(teacher.config),
     ]
 
@@ -223,7 +223,7 @@ def learned_spectrum_rows(model: CausalWanModel, step: int, seed: int = 0) -> li
         value = attention.kv_b_proj_v.weight.double().cpu() @ down[-attention.value_rank :]
         rank = effective_rank(weight_spectrum(torch.cat([key, value])))
         of_layer = {"layer": layer, "step": step, **fields}
-        rows.append(Row("effective_rank_99", rank, "directions", **of_layer))
+        rows.append(Row(Metric.EFFECTIVE_RANK_99, rank, "directions", **of_layer))
     return rows
 
 
@@ -232,10 +232,12 @@ def _energy_rows(spectra: dict[str, Tensor], layer: int, ranks: set[int]) -> lis
     rows: list[Row] = []
     for run, energies in spectra.items():
         rank_99 = effective_rank(energies)
-        rows.append(Row("effective_rank_99", rank_99, "directions", run, layer=layer))
+        rows.append(Row(Metric.EFFECTIVE_RANK_99, rank_99, "directions", run, layer=layer))
         for size in sorted(ranks):
             energy = energy_at_rank(energies, size)
-            rows.append(Row("energy_at_rank", energy, "share", run, layer=layer, kv_lora_rank=size))
+            rows.append(
+                Row(Metric.ENERGY_AT_RANK, energy, "share", run, layer=layer, kv_lora_rank=size)
+            )
     return rows
 
 
@@ -255,14 +257,16 @@ def rollout_rows(video: Tensor, prompts: list[str], config: ModelConfig, seed: i
     psnr = background_psnr(video, config.chunk_frames)[:, config.chunk_frames :]
     fields = {**row_fields(config, seed), "frames": video.shape[1]}
     rows = [
-        Row("background_psnr", psnr.nanmean().item(), "dB", **fields),
-        Row("digit_accuracy", hits.mean().item(), "share of frames", **fields),
+        Row(Metric.BACKGROUND_PSNR, psnr.nanmean().item(), "dB", **fields),
+        Row(Metric.DIGIT_ACCURACY, hits.mean().item(), "share of frames", **fields),
     ]
     for segment, part in enumerate(torch.tensor_split(psnr, SEGMENTS, dim=1)):
-        rows.append(Row("background_psnr", part.nanmean().item(), "dB", segment=segment, **fields))
+        rows.append(
+            Row(Metric.BACKGROUND_PSNR, part.nanmean().item(), "dB", segment=segment, **fields)
+        )
     for segment, part in enumerate(torch.tensor_split(hits, SEGMENTS, dim=1)):
         value = part.mean().item()
-        rows.append(Row("digit_accuracy", value, "share of frames", segment=segment, **fields))
+        rows.append(Row(Metric.DIGIT_ACCURACY, value, "share of frames", segment=segment, **fields))
     return rows
 
 

@@ -11,7 +11,7 @@ from vmla_convert.config import DENSE_BITS, DENSE_ITEMSIZE, MLAConfig, ModelConf
 from vmla_convert.fitting.conversion_steps import Conversion
 from vmla_convert.maths.rope3d import axis_pairs
 from vmla_convert.media.models import latent_frames_per_second
-from vmla_convert.results import Row
+from vmla_convert.results import Metric, Row
 
 MEMORY_SECONDS = (5.0, 30.0, 60.0)
 MEMORY_BATCHES = (1, 4, 16)
@@ -91,9 +91,11 @@ def error_rows(
 ) -> list[Row]:
     """Rows of one measurement."""
     fields = row_fields(config, seed, runtime)
-    rows = [Row("flow_loss", errors.flow_loss, "squared velocity", step=step, **fields)]
+    rows = [Row(Metric.FLOW_LOSS, errors.flow_loss, "squared velocity", step=step, **fields)]
     if fields["run"] != "dense":
-        rows.append(Row("velocity_error", errors.velocity_error, "relative", step=step, **fields))
+        rows.append(
+            Row(Metric.VELOCITY_ERROR, errors.velocity_error, "relative", step=step, **fields)
+        )
     return rows
 
 
@@ -108,10 +110,10 @@ def cache_rows(
     window, layers = config.cache.window_frames, config.geometry.num_layers
     tokens = window * config.tokens_per_frame * layers
     nbytes = config.cache_bytes(window, runtime=runtime) / tokens
-    rows = [Row("cache_bytes_per_token", nbytes, "bytes per token and layer", **fields)]
+    rows = [Row(Metric.CACHE_BYTES_PER_TOKEN, nbytes, "bytes per token and layer", **fields)]
     if fields["run"] != "dense":
         cut = config.cache_cut(runtime)
-        rows.append(Row("cache_cut", cut, "share of the dense cache", **fields))
+        rows.append(Row(Metric.CACHE_CUT, cut, "share of the dense cache", **fields))
     return rows
 
 
@@ -127,12 +129,12 @@ def memory_rows(
     rows: list[Row] = []
     for batch in MEMORY_BATCHES:
         nbytes = float(config.cache_bytes(window, batch, runtime))
-        rows.append(Row("cache_bytes", nbytes, "bytes", batch=batch, frames=window, **fields))
+        rows.append(Row(Metric.CACHE_BYTES, nbytes, "bytes", batch=batch, frames=window, **fields))
         for seconds in MEMORY_SECONDS:
             frames = round(seconds * latent_frames_per_second(config))
             nbytes = float(config.cache_bytes(frames, batch, runtime))
             of_clip = {"batch": batch, "frames": frames, "clip_seconds": seconds}
-            rows.append(Row("cache_bytes", nbytes, "bytes", **of_clip, **fields))
+            rows.append(Row(Metric.CACHE_BYTES, nbytes, "bytes", **of_clip, **fields))
     return rows
 
 
@@ -147,18 +149,18 @@ def branch_rows(config: ModelConfig, seed: int = 0) -> list[Row]:
     shared = {name: value for name, value in fields.items() if name not in sizes}
     axes = [axis for axis, n in zip(AXES, axis_pairs(head_dim), strict=True) for _ in range(n)]
     for layer, (rank, pairs) in enumerate(zip(mla.kv_lora_rank, mla.rope_pairs, strict=True)):
-        rows.append(Row("kv_lora_rank", rank, "numbers", layer=layer, **shared))
-        rows.append(Row("qk_rope_head_dim", 2 * len(pairs), "numbers", layer=layer, **shared))
+        rows.append(Row(Metric.KV_LORA_RANK, rank, "numbers", layer=layer, **shared))
+        rows.append(Row(Metric.QK_ROPE_HEAD_DIM, 2 * len(pairs), "numbers", layer=layer, **shared))
         for pair, axis in enumerate(axes):
             of_pair = {"layer": layer, "pair": pair, "note": axis}
-            rows.append(Row("rope_pair", pairs.count(pair), "rope keys", **of_pair, **fields))
+            rows.append(Row(Metric.ROPE_PAIR, pairs.count(pair), "rope keys", **of_pair, **fields))
             if mla.phases:
                 heads = [head[pair] for head in mla.phases[layer]]
                 mean = sum(cmath.rect(length, angle) for angle, length in heads)
                 length = sum(length for _, length in heads) / len(heads)
                 rows += [
-                    Row("phase_length", length, "share", **of_pair, **fields),
-                    Row("phase_angle", cmath.phase(mean), "radians", **of_pair, **fields),
+                    Row(Metric.PHASE_LENGTH, length, "share", **of_pair, **fields),
+                    Row(Metric.PHASE_ANGLE, cmath.phase(mean), "radians", **of_pair, **fields),
                 ]
     return rows
 
@@ -167,7 +169,7 @@ def conversion_rows(conversion: Conversion, seed: int = 0) -> list[Row]:
     """Rows of what a conversion took."""
     fields = row_fields(conversion.config, seed)
     return [
-        Row("convert_seconds", conversion.convert_seconds, "s", **fields),
-        Row("factor_seconds", conversion.factor_seconds, "s", **fields),
-        Row("peak_rss_bytes", float(conversion.peak_rss_bytes), "bytes", **fields),
+        Row(Metric.CONVERT_SECONDS, conversion.convert_seconds, "s", **fields),
+        Row(Metric.FACTOR_SECONDS, conversion.factor_seconds, "s", **fields),
+        Row(Metric.PEAK_RSS_BYTES, float(conversion.peak_rss_bytes), "bytes", **fields),
     ]

@@ -10,7 +10,7 @@ import torch
 
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.measuring.rows import row_fields
-from vmla_convert.results import Row
+from vmla_convert.results import Metric, Row
 
 REPEATS = 9
 
@@ -27,9 +27,9 @@ def step_rows(dense: CausalWanModel, converted: CausalWanModel) -> list[Row]:
     ratio = median(ours / theirs for theirs, ours in seconds)
     fields = row_fields(converted.config)
     return [
-        Row("step_seconds", of_dense, "s", **row_fields(dense.config)),
-        Row("step_seconds", of_converted, "s", **fields),
-        Row("seconds_ratio", ratio, "converted / dense", **fields),
+        Row(Metric.STEP_SECONDS, of_dense, "s", **row_fields(dense.config)),
+        Row(Metric.STEP_SECONDS, of_converted, "s", **fields),
+        Row(Metric.SECONDS_RATIO, ratio, "converted / dense", **fields),
     ]
 
 

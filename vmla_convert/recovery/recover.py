@@ -67,7 +67,7 @@ from vmla_convert.recovery.stages import (
     stage_steps,
 )
 from vmla_convert.recovery.trained import add_adapters, check_adapters, unfreeze
-from vmla_convert.results import Row, append_rows, read_rows
+from vmla_convert.results import Metric, Row, append_rows, read_rows
 from vmla_convert.tables import first_difference, to_dict
 from vmla_convert.training.loop import check_tracker
 from vmla_convert.training.processes import check_shares, processes
@@ -223,9 +223,9 @@ class _Run:
             self._leave_if_new()
             raise
         seconds, fields = perf_counter() - started, row_fields(student.config)
-        rows.append(Row("recover_seconds", seconds, "s", **fields))
+        rows.append(Row(Metric.RECOVER_SECONDS, seconds, "s", **fields))
         if recovered.learning_rate is not None:
-            rows.append(Row("learning_rate", recovered.learning_rate, "per step", **fields))
+            rows.append(Row(Metric.LEARNING_RATE, recovered.learning_rate, "per step", **fields))
         weights = gathered(student.state_dict())
         if not self.processes.is_main_process:
             return rows
@@ -363,7 +363,7 @@ class _Run:
         for row in rows:
             if row.step is not None:
                 points.setdefault(row.step, {"step": row.step})[row.metric] = row.value
-        dense = [row.value for row in rows if row.metric == "flow_loss" and row.step is None]
+        dense = [row.value for row in rows if row.metric == Metric.FLOW_LOSS and row.step is None]
         if not points:
             return {}
         first, last = points[min(points)], points[max(points)]

@@ -32,7 +32,7 @@ from vmla_convert.report.settings import (
     setting_names,
 )
 from vmla_convert.report.wording import format_number
-from vmla_convert.results import Row
+from vmla_convert.results import Metric, Row
 
 MOST_PANELS = 6
 MOST_LINES = 6
@@ -48,8 +48,8 @@ COLOURS = {
 BY_SIZE = ["#440154", "#414487", "#2a788e", "#22a884", "#58b947", "#9a8a00"]
 SPECTRA = {"weights": ("weights", "#D55E00"), "weights_x_activations": ("on data", "#0072B2")}
 SEGMENTED = {
-    "background_psnr": ("Background PSNR", "higher is better"),
-    "digit_accuracy": ("Digit accuracy", "higher is better"),
+    Metric.BACKGROUND_PSNR: ("Background PSNR", "higher is better"),
+    Metric.DIGIT_ACCURACY: ("Digit accuracy", "higher is better"),
     "drift": ("Drift", "0: like the first segment"),
 }
 
@@ -146,7 +146,7 @@ def rollout_chart(rows: Sequence[Row], settings: Sequence[Setting], best: Settin
             lines += _rolled(measured, metric, key, names.get(key, key.run), number)
         if lines:
             unit = next(row.unit for row in measured if row.metric == metric)
-            share = (0.0, 1.05) if metric == "digit_accuracy" else None
+            share = (0.0, 1.05) if metric == Metric.DIGIT_ACCURACY else None
             panels.append(
                 Panel(title, how, "segment of the rollout (index)", unit, lines, ylimits=share)
             )
@@ -159,8 +159,8 @@ def spectra_chart(rows: Sequence[Row], settings: Sequence[Setting]) -> Chart:
     needed: list[Line] = []
     for run, (name, colour) in SPECTRA.items():
         own = [row for row in rows if row.run == run]
-        energies = group_medians(own, "energy_at_rank", lambda row: row.kv_lora_rank)
-        ranks = group_medians(own, "effective_rank_99", lambda row: row.layer)
+        energies = group_medians(own, Metric.ENERGY_AT_RANK, lambda row: row.kv_lora_rank)
+        ranks = group_medians(own, Metric.EFFECTIVE_RANK_99, lambda row: row.layer)
         kept += curve_line(name, colour, energies)
         needed += curve_line(name, colour, ranks, marker="o")
     by_layer, of_rank = "layer (index)", "rank (directions)"
@@ -185,7 +185,7 @@ def spectra_notes(rows: Sequence[Row]) -> list[str]:
     ranges: list[str] = []
     for run in SPECTRA:
         own = [row for row in rows if row.run == run]
-        ranks = list(group_medians(own, "effective_rank_99", lambda row: row.layer).values())
+        ranks = list(group_medians(own, Metric.EFFECTIVE_RANK_99, lambda row: row.layer).values())
         if not ranks:
             return []
         low, high = format_number(min(ranks)), format_number(max(ranks))
@@ -254,11 +254,11 @@ def _rolled(measured: Sequence[Row], metric: str, key: Key, name: str, number: i
 def _filled_lines(rows: Sequence[Row], settings: Sequence[Setting]) -> list[Line]:
     """A line per MLA method, the median of its sizes, as converted and at the last step."""
     looks, mla = _looks(settings), {each.key: each for each in settings if each.product == "mla"}
-    ranks = group_medians(rows, "kv_lora_rank", lambda row: (key_of(row), row.layer))
+    ranks = group_medians(rows, Metric.KV_LORA_RANK, lambda row: (key_of(row), row.layer))
     shares: defaultdict[tuple[str, bool], defaultdict[int, list[float]]]
     shares = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        setting = mla.get(key_of(row)) if row.metric == "effective_rank_99" else None
+        setting = mla.get(key_of(row)) if row.metric == Metric.EFFECTIVE_RANK_99 else None
         rank = ranks.get((key_of(row), row.layer), row.kv_lora_rank)
         if setting is None or row.layer is None or not rank:
             continue

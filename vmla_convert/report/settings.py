@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 from vmla_convert.report.wording import format_number
-from vmla_convert.results import Row
+from vmla_convert.results import Metric, Row
 
 K = TypeVar("K", bound=Hashable)
 
 DENSE = "dense"
 UNQUANTISED = "model"
-ERRORS = ("velocity_error", "flow_loss")
+ERRORS = (Metric.VELOCITY_ERROR, Metric.FLOW_LOSS)
 
 
 class Key(NamedTuple):
@@ -130,9 +130,9 @@ def read_dense(rows: Sequence[Row]) -> Dense | None:
         return None
     told = next((row.bytes_per_token for row in own if row.bytes_per_token), None)
     return Dense(
-        nbytes=told or median_of(own, "cache_bytes_per_token"),
-        flow_loss=median_of(own, "flow_loss"),
-        flow_loss_other_past=median_of(own, "flow_loss_other_past"),
+        nbytes=told or median_of(own, Metric.CACHE_BYTES_PER_TOKEN),
+        flow_loss=median_of(own, Metric.FLOW_LOSS),
+        flow_loss_other_past=median_of(own, Metric.FLOW_LOSS_OTHER_PAST),
     )
 
 
@@ -142,7 +142,7 @@ def read_settings(rows: Sequence[Row]) -> list[Setting]:
     groups: defaultdict[Key, list[Row]] = defaultdict(list)
     for row in rows:
         key = key_of(row)
-        if row.metric != "failed" and (row.product or key.kept):
+        if row.metric != Metric.FAILED and (row.product or key.kept):
             groups[key].append(row)
     settings = [
         _setting(key, own, dense)
@@ -192,16 +192,16 @@ def _setting(key: Key, rows: list[Row], dense: Dense | None) -> Setting:
     first = rows[0]
     # What was asked for is exact; frames that are kept dense cost more than that.
     nbytes = None if key.recent else first.bytes_per_token
-    nbytes = nbytes or median_of(rows, "cache_bytes_per_token")
-    cut = median_of(rows, "cache_cut")
+    nbytes = nbytes or median_of(rows, Metric.CACHE_BYTES_PER_TOKEN)
+    cut = median_of(rows, Metric.CACHE_CUT)
     if nbytes and dense is not None and dense.nbytes:
         cut = 1 - nbytes / dense.nbytes
-    errors, losses = _by_step(rows, "velocity_error"), dict[int, float]()
+    errors, losses = _by_step(rows, Metric.VELOCITY_ERROR), dict[int, float]()
     if dense is not None and dense.flow_loss:
-        flow = _by_step(rows, "flow_loss")
+        flow = _by_step(rows, Metric.FLOW_LOSS)
         losses = {step: loss / dense.flow_loss - 1 for step, loss in flow.items()}
     last = max(errors, default=0)
-    ends = [_told(r) for r in rows if r.metric == "velocity_error" and (r.step or 0) == last]
+    ends = [_told(r) for r in rows if r.metric == Metric.VELOCITY_ERROR and (r.step or 0) == last]
     ranks = (first.kv_lora_rank, first.qk_rope_head_dim)
     return Setting(
         key=key,

@@ -26,10 +26,10 @@ from vmla_convert.report.wording import (
     format_range,
     format_seconds,
 )
-from vmla_convert.results import FAILED, Row
+from vmla_convert.results import Metric, Row
 
 Table = list[list[str]]
-SECONDS = ("sweep_seconds", "convert_seconds", "recover_seconds")
+SECONDS = (Metric.SWEEP_SECONDS, Metric.CONVERT_SECONDS, Metric.RECOVER_SECONDS)
 
 
 def decisive_table(rows: Sequence[Row]) -> Table:
@@ -56,10 +56,10 @@ def decisive_table(rows: Sequence[Row]) -> Table:
 
 def equal_errors(rows: Sequence[Row], settings: Sequence[Setting]) -> list[str]:
     """A sentence per dtype of a quantised dense cache: bytes of the codec at the same error."""
-    measured = [row for row in rows if row.metric == "bytes_at_error"]
+    measured = [row for row in rows if row.metric == Metric.BYTES_AT_ERROR]
     last = max((row.step or 0 for row in measured), default=0)
     at_end = [row for row in measured if (row.step or 0) == last]
-    found = group_medians(at_end, "bytes_at_error", lambda row: row.cache_dtype)
+    found = group_medians(at_end, Metric.BYTES_AT_ERROR, lambda row: row.cache_dtype)
     dense = {each.key.kept: each for each in settings if each.product == DENSE}
     least = min((each.nbytes for each in settings if each.product == "codec"), default=0.0)
     sentences: list[str] = []
@@ -80,11 +80,13 @@ def memory_table(rows: Sequence[Row], settings: Sequence[Setting]) -> Table:
 
     Clips at once multiply them, and are left out.
     """
-    measured = [row for row in rows if row.metric == "cache_bytes" and row.batch in (None, 1)]
+    measured = [row for row in rows if row.metric == Metric.CACHE_BYTES and row.batch in (None, 1)]
     # Without quantising a codec keeps fewer numbers in as many bytes.
     measured = [row for row in measured if key_of(row).kept != UNQUANTISED]
     lengths = sorted({row.clip_seconds or 0.0 for row in measured})
-    amounts = group_medians(measured, "cache_bytes", lambda r: (key_of(r), r.clip_seconds or 0.0))
+    amounts = group_medians(
+        measured, Metric.CACHE_BYTES, lambda r: (key_of(r), r.clip_seconds or 0.0)
+    )
     names = setting_names(settings)
     sizes: defaultdict[tuple[float | None, ...], list[str]] = defaultdict(list)
     for key in dict.fromkeys(key for key, _ in amounts):
@@ -99,8 +101,8 @@ def memory_table(rows: Sequence[Row], settings: Sequence[Setting]) -> Table:
 def speed_table(rows: Sequence[Row], settings: Sequence[Setting]) -> Table:
     """Seconds of a denoising step and their ratio to the dense model's; empty without rows."""
     names = setting_names(settings)
-    seconds = group_medians(rows, "step_seconds", key_of)
-    ratios = group_medians(rows, "seconds_ratio", key_of)
+    seconds = group_medians(rows, Metric.STEP_SECONDS, key_of)
+    ratios = group_medians(rows, Metric.SECONDS_RATIO, key_of)
     keys = sorted({**seconds, **ratios}, key=lambda key: (key.run != DENSE, key.nbytes or 0))
     lines = [
         [
@@ -117,7 +119,7 @@ def failed_table(rows: Sequence[Row]) -> Table:
     """Points that failed and why; empty where none did."""
     failed: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
     for row in rows:
-        if row.metric == FAILED:
+        if row.metric == Metric.FAILED:
             failed[row.run, row.note or "no reason was written"].add(row.seed)
     lines = [[name, ", ".join(map(str, sorted(s))), why] for (name, why), s in failed.items()]
     return [["point", "seeds", "why"], *lines] if lines else []
@@ -149,7 +151,7 @@ def provenance_table(rows: Sequence[Row], recipe: Mapping[str, Any]) -> Table:
             [": ".join(filter(None, (metric, stage))), format_seconds(amount)]
             for stage, amount in stages.items()
         ]
-    rates = sorted({row.value for row in rows if row.metric == "learning_rate"})
+    rates = sorted({row.value for row in rows if row.metric == Metric.LEARNING_RATE})
     return [*facts, ["learning rates", ", ".join(map(format_number, rates))]] if rates else facts
 
 

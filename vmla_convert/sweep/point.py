@@ -23,7 +23,7 @@ from vmla_convert.measuring.rows import (
 from vmla_convert.measuring.timing import step_rows
 from vmla_convert.progress import Progress
 from vmla_convert.recovery.stages import recover_model
-from vmla_convert.results import Row
+from vmla_convert.results import Metric, Row
 from vmla_convert.sweep.grid import SweepPoint
 from vmla_convert.sweep.rollout_scores import Rollout, draw_strip, roll_out, score
 
@@ -65,7 +65,7 @@ def measure_point(
         progress: Where to draw.
     """
     config, seed = student.config, point.seed
-    rows = [Row("convert_seconds", seconds, "s", **row_fields(config, seed))]
+    rows = [Row(Metric.CONVERT_SECONDS, seconds, "s", **row_fields(config, seed))]
     for runtime in point.runtimes or (None,):
         rows += [*cache_rows(config, seed, runtime), *memory_rows(config, seed, runtime)]
     rows += branch_rows(config, seed)
@@ -118,9 +118,9 @@ def _errors(
     how = recover_model(
         student, bench.teacher, point.recovery, bench.held_out, on_step, progress=progress
     )
-    rows.append(Row("recover_seconds", perf_counter() - started, "s", **fields))
+    rows.append(Row(Metric.RECOVER_SECONDS, perf_counter() - started, "s", **fields))
     if how.learning_rate is not None:
-        rows.append(Row("learning_rate", how.learning_rate, "per step", **fields))
+        rows.append(Row(Metric.LEARNING_RATE, how.learning_rate, "per step", **fields))
     last = max(row.step or 0 for row in rows)
     return last, rows + _resized(student, others, bench.held_out, last, seed)
 

@@ -44,7 +44,7 @@ from vmla_convert.media.models import check_prompts, open_media
 from vmla_convert.progress import Joint, Progress, Silent, Timed
 from vmla_convert.recovery.trained import check_adapters
 from vmla_convert.results import (
-    FAILED,
+    Metric,
     Row,
     append_rows,
     bytes_at_error,
@@ -74,7 +74,6 @@ __all__ = [
 ]
 
 SHELF_NAME = ".shared"
-AT_ERROR = "bytes_at_error"
 """Metric: bytes at which a codec errs as much as a quantised dense cache."""
 
 
@@ -222,12 +221,12 @@ class _Sweep:
         rollout = self._roll_dense_out(progress)
         told = {row.metric for row in written if row.run == "dense"}
         rows = self._dense_rows(told, held_out, rollout)
-        if not any(row.metric == "effective_rank_99" for row in written):
+        if not any(row.metric == Metric.EFFECTIVE_RANK_99 for row in written):
             geometry = self.teacher.config.geometry
             layers = map(reads[0], range(geometry.num_layers))
             rows += spectrum_rows(self.teacher, layers, geometry.dim // 8)
         return rows + [
-            Row("sweep_seconds", seconds, "s", "sweep", device=device_name(), note=stage)
+            Row(Metric.SWEEP_SECONDS, seconds, "s", "sweep", device=device_name(), note=stage)
             for stage, seconds in timed.seconds.items()
         ]
 
@@ -240,7 +239,7 @@ class _Sweep:
     def conclude(self) -> None:
         """Compare sizes at equal errors, and remove what points shared."""
         written = read_rows(self.rows_file)
-        rows = [row for row in written if row.metric != AT_ERROR]
+        rows = [row for row in written if row.metric != Metric.BYTES_AT_ERROR]
         rows += _equal_errors(rows, self.config, self.points, self.teacher.config)
         if rows != written:
             write_rows(self.rows_file, rows)
@@ -276,14 +275,14 @@ class _Sweep:
             made, init = conversion.product, conversion.init
             name = f"{made} {init} {point.key}"
             progress.note(f"{name} failed: {reason}")
-            row = Row(FAILED, 1.0, "point", name, product=made, init=init, note=reason)
+            row = Row(Metric.FAILED, 1.0, "point", name, product=made, init=init, note=reason)
             return [labelled(row, point)]
 
     def _done(self, rows: Sequence[Row]) -> set[tuple[str | None, int]]:
         """Keys and seeds of points of which all is told that is asked for, here or elsewhere."""
         config = self.config
-        wanted = {"velocity_error"}
-        wanted |= {"seconds_ratio"} if config.timed else set()
+        wanted = {Metric.VELOCITY_ERROR}
+        wanted |= {Metric.SECONDS_RATIO} if config.timed else set()
         wanted |= {"drift"} if config.rollout_frames else set()
         told = defaultdict[tuple[str | None, int], set[str]](set)
         for row in rows:
@@ -301,8 +300,8 @@ class _Sweep:
 
     def _dense_rows(self, told: set[str], held_out: HeldOut, rollout: list[Rollout]) -> list[Row]:
         """What is not told of the dense model: another stage tells its errors, but no rollout."""
-        rows = [] if "flow_loss" in told else dense_rows(self.teacher, held_out)
-        rows += [] if "cache_bytes" in told else memory_rows(self.teacher.config)
+        rows = [] if Metric.FLOW_LOSS in told else dense_rows(self.teacher, held_out)
+        rows += [] if Metric.CACHE_BYTES in told else memory_rows(self.teacher.config)
         scored = [] if "drift" in told else rollout
         return rows + [row for each in scored for row in score(each, self.config, 0)]
 
@@ -326,7 +325,7 @@ def _equal_errors(
     codec = next((point for point in points if point.runtimes), None)
     if codec is None:
         return []
-    errors = [row for row in rows if row.metric == "velocity_error"]
+    errors = [row for row in rows if row.metric == Metric.VELOCITY_ERROR]
     curve = [
         (row.bytes_per_token, row.value)
         for row in errors
@@ -338,6 +337,12 @@ def _equal_errors(
         run = run_name(dense, RuntimeConfig(cache_dtype=dtype))
         error = next(row.value for row in errors if row.run == run)
         if (nbytes := bytes_at_error(curve, error)) is not None:
-            told = Row(AT_ERROR, nbytes, "bytes per token and layer", "codec", cache_dtype=dtype)
+            told = Row(
+                Metric.BYTES_AT_ERROR,
+                nbytes,
+                "bytes per token and layer",
+                "codec",
+                cache_dtype=dtype,
+            )
             found.append(labelled(replace(told, product="codec", device=device_name()), codec))
     return found
