@@ -30,11 +30,11 @@ from torch import Tensor
 
 from vmla_convert.__main__ import main as run_reporting_errors
 from vmla_convert.config import (
-    CacheSize,
     ConvertConfig,
     DataConfig,
     EvaluateConfig,
     RuntimeConfig,
+    Sizes,
 )
 from vmla_convert.console import out
 from vmla_convert.fitting.codec import fit_model
@@ -90,8 +90,8 @@ def main(
 
 def size_rows(model: CausalWanModel, held_out: HeldOut, progress: Progress) -> list[Row]:
     """Errors of the codec at each size, with bits by channel, and unquantised."""
-    ways = [RuntimeConfig(size=CacheSize(bytes_per_token=size)) for size in SIZES]
-    ways += [RuntimeConfig(CacheSize(cut=cut), cache_dtype="model") for cut in UNQUANTISED_CUTS]
+    ways = [RuntimeConfig(size=Sizes(bytes_per_token=size)) for size in SIZES]
+    ways += [RuntimeConfig(Sizes(cut=cut), cache_dtype="model") for cut in UNQUANTISED_CUTS]
     tracked = progress.track(ways, "sizes")
     return [row for way in tracked for row in error_rows(model, held_out, way)]
 
@@ -135,7 +135,7 @@ def bytes_at(model: CausalWanModel, held_out: HeldOut, error: float) -> float:
     few, many = layers, round(max(SIZES)) * layers
     for _ in range(BISECTIONS):
         middle = (few + many) // 2
-        size = CacheSize(bytes_per_token=middle / layers)
+        size = Sizes(bytes_per_token=middle / layers)
         if held_out.measure(model, RuntimeConfig(size=size)).velocity_error <= error:
             many = middle
         else:
@@ -211,7 +211,7 @@ def _lora_rows(
 ) -> list[Row]:
     rows: list[Row] = []
     for size in LORA_SIZES:
-        way = RuntimeConfig(size=CacheSize(bytes_per_token=size))
+        way = RuntimeConfig(size=Sizes(bytes_per_token=size))
         errors = [held_out.measure(each, way).velocity_error for each in (before, after)]
         fields = row_fields(before.config, runtime=way)
         rows += [

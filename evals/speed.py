@@ -31,13 +31,13 @@ from vmla_convert.__main__ import main as run_reporting_errors
 from vmla_convert.config import (
     DENSE_BITS,
     CachePolicy,
-    CacheSize,
     CodecConfig,
     Geometry,
     MLAConfig,
     ModelConfig,
     RuntimeConfig,
     SamplerConfig,
+    Sizes,
 )
 from vmla_convert.console import out
 from vmla_convert.errors import ConfigError, did_you_mean
@@ -378,8 +378,9 @@ class Bench:
         codec.energies.copy_(torch.exp2(-torch.arange(rank) / 8))
         codec.tables.copy_(gaussian_tables())
         codec.distortions.copy_(distortions(gaussian_tables(), gaussian_samples()))
-        config = replace(self.config, codec=CodecConfig(rank))
-        runtime = RuntimeConfig(size=CacheSize(cut=cut))
+        size = Sizes(cut=cut)
+        config = replace(self.config, codec=CodecConfig(rank, size))
+        runtime = RuntimeConfig(size=size)
         asked = int(config.cache_bytes_per_token(runtime))
         (rate,) = allocate([codec.purchases()], asked)
         store = CodecStore(codec, rate, self.window, self._storage())

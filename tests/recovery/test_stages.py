@@ -12,7 +12,7 @@ from checkpoints import CLIPS, CONVERT, EVALUATE, MODEL, RECOVER, evidence_of
 from torch import Tensor
 
 from vmla_convert.checkpoint.tensor_store import MemoryShelf
-from vmla_convert.config import RecoverConfig, SamplerConfig, TrainingConfig
+from vmla_convert.config import RecoverConfig, SamplerConfig, Sizes, TrainingConfig
 from vmla_convert.fitting import calibrate
 from vmla_convert.fitting.calibrate import LayerReads, model_blocks
 from vmla_convert.fitting.convert import convert
@@ -24,7 +24,7 @@ from vmla_convert.measuring.rows import Errors
 from vmla_convert.media.clips import open_clips, seeded
 from vmla_convert.progress import Silent
 from vmla_convert.recovery import layerwise
-from vmla_convert.recovery.nested import Sizes
+from vmla_convert.recovery.nested import NestedSizes
 from vmla_convert.recovery.on_policy import Share, roll_out, rollout_examples
 from vmla_convert.recovery.recover import recover
 from vmla_convert.recovery.stages import Recovered, fit_layers, recover_model
@@ -78,7 +78,7 @@ def ignorant(dense: CausalWanModel) -> CausalWanModel:
 @pytest.fixture
 def calibrated(dense: CausalWanModel, measured: list[LayerReads]) -> CausalWanModel:
     """A conversion as it should be."""
-    config = replace(CONVERT, kv_lora_rank=24)
+    config = replace(CONVERT, size=Sizes(kv_lora_rank=24, qk_rope_head_dim=4))
     return convert_model(dense, config, evidence_of(dense, measured))
 
 
@@ -335,7 +335,7 @@ def test_a_ruinous_layer_is_undone_by_itself(
     before, fit = weights(ignorant), layerwise.fit_layer
 
     def ruin_the_first(
-        layer: Block, lesson: layerwise.Lesson, config: RecoverConfig, sizes: Sizes
+        layer: Block, lesson: layerwise.Lesson, config: RecoverConfig, sizes: NestedSizes
     ) -> tuple[float, float]:
         first = layer is ignorant.all_blocks()[0]
         return fit(layer, lesson, replace(config, layerwise_lr=1.0 if first else 3e-3), sizes)
@@ -430,7 +430,7 @@ def test_processes_divide_the_layers(
 
     def fit(student: CausalWanModel, share: Share) -> MemoryShelf:
         shelf, layers = MemoryShelf(), student.all_blocks()
-        blocks, sizes = model_blocks(dense), Sizes(student, (), 0)
+        blocks, sizes = model_blocks(dense), NestedSizes(student, (), 0)
         layerwise.recover_layers(
             dense, blocks, layers, clips, config, shelf, share, Silent(), sizes
         )

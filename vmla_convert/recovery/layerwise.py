@@ -21,7 +21,7 @@ from vmla_convert.layers.attention import DenseSelfAttention
 from vmla_convert.layers.dit import Attend, Block, CausalWanModel, gated, masked_attention
 from vmla_convert.media.clips import Batch, ClipSource, seeded
 from vmla_convert.progress import Progress
-from vmla_convert.recovery.nested import Sizes
+from vmla_convert.recovery.nested import NestedSizes
 from vmla_convert.recovery.on_policy import Share
 from vmla_convert.recovery.trained import new_parameters
 from vmla_convert.training.loop import learning_rate_factor
@@ -78,7 +78,7 @@ def recover_layers(
     shelf: Shelf,
     share: Share,
     progress: Progress,
-    sizes: Sizes,
+    sizes: NestedSizes,
 ) -> None:
     """Fit layers, in place, and put their new parameters on the shelf.
 
@@ -118,7 +118,7 @@ def apply_layers(layers: list[Block], shelf: Shelf, share: Share) -> None:
 
 
 def fit_layer(
-    layer: Block, lesson: Lesson, config: RecoverConfig, sizes: Sizes
+    layer: Block, lesson: Lesson, config: RecoverConfig, sizes: NestedSizes
 ) -> tuple[float, float]:
     """Regress one layer's output; returns its error on clips of its own, before and after."""
     parameters = [p.requires_grad_(True) for p in new_parameters(layer)]

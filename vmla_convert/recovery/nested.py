@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from vmla_convert.config import CacheSize
+from vmla_convert.config import Sizes
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.rates import Rate
 from vmla_convert.media.clips import seeded
 from vmla_convert.training.losses import Example, Examples
 
 
-class Sizes:
+class NestedSizes:
     """The sizes that a codec trains at; a model without a codec, or one size, changes nothing.
 
     Args:
@@ -27,7 +27,7 @@ class Sizes:
         codecs = [block.codec for block in student.all_blocks()]
         self._codecs = [codec for codec in codecs if codec is not None]
         self._seed, self._own = seed, [codec.rate for codec in self._codecs]
-        self._sizes = [student.rates(CacheSize(cut=cut)) for cut in nested]
+        self._sizes = [student.rates(Sizes(cut=cut)) for cut in nested]
 
     def draw(self, step: int) -> None:
         """Set the size of a step, a function of its number alone."""

@@ -22,7 +22,7 @@ from vmla_convert.media.clips import open_clips, open_openings
 from vmla_convert.progress import Progress, Silent
 from vmla_convert.recovery.dmd import DistributionMatching
 from vmla_convert.recovery.layerwise import apply_layers, recover_layers
-from vmla_convert.recovery.nested import Sizes
+from vmla_convert.recovery.nested import NestedSizes
 from vmla_convert.recovery.on_policy import Share, rollout_examples
 from vmla_convert.recovery.trained import (
     add_adapters,
@@ -134,7 +134,7 @@ def fit_layers(
     if folders is not None:
         shelf = FolderShelf(folders.state / f"layers-{share.rank}", {"world": share.world})
     clips = open_clips(config.data, shell.config.cache.sink_frames)
-    sizes = Sizes(student, config.nested, config.training.seed)
+    sizes = NestedSizes(student, config.nested, config.training.seed)
     recover_layers(shell, read_block, layers, clips, config, shelf, share, progress, sizes)
     apply_layers(layers, shelf, share)
 
@@ -159,7 +159,7 @@ class _Recovery:
         self.clips = open_clips(config.data, teacher.config.cache.sink_frames)
         self.kept: dict[str, int] = {}
         self.taken = 0
-        self.sizes = Sizes(student, config.nested, config.training.seed)
+        self.sizes = NestedSizes(student, config.nested, config.training.seed)
 
     def run(self) -> Recovered:
         """All stages."""
