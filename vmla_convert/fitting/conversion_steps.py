@@ -291,7 +291,7 @@ def _shelf_folder(out: Path) -> Path:
 def calibration_shelf(
     out: Path, basis: Mapping[str, Any], config: ConvertConfig
 ) -> FolderStore | None:
-    """The store beside the output, which a second conversion of the source may use; None without need.
+    """The store beside the output, for this and other conversions of the source; None without need.
 
     Args:
         out: The folder to write.
