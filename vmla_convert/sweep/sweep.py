@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
-from vmla_convert.checkpoint.tensor_store import FolderShelf
+from vmla_convert.checkpoint.tensor_store import FolderStore
 from vmla_convert.config import (
     ConvertConfig,
     EvaluateConfig,
@@ -25,7 +25,7 @@ from vmla_convert.config import (
     RuntimeConfig,
     SweepConfig,
 )
-from vmla_convert.errors import ConfigError
+from vmla_convert.errors import ConfigError, first_line
 from vmla_convert.fitting.calibrate import check_clips
 from vmla_convert.fitting.codec import plan_codec
 from vmla_convert.fitting.conversion_steps import open_measured
@@ -52,7 +52,7 @@ from vmla_convert.results import (
     read_rows,
     write_rows,
 )
-from vmla_convert.sweep.failures import FAILURES, first_line, is_full_disk, keeping
+from vmla_convert.sweep.failures import FAILURES, is_full_disk, keeping
 from vmla_convert.sweep.grid import SweepPoint, digest, grid, sweep_points
 from vmla_convert.sweep.point import Bench, labelled, measure_point
 from vmla_convert.sweep.rollout_scores import Rollout, roll_out, score
@@ -187,10 +187,10 @@ class _Sweep:
         common = [to_dict(convert_config), to_dict(teacher.config), to_dict(evaluate_config)]
         identity = {"common": digest(common), "rollout": config.rollout_frames}
         self.folder = folder / SHELF_NAME
-        shelves: dict[Product, FolderShelf] = {
-            product: FolderShelf(self.folder / product, identity) for product in config.products
+        shelves: dict[Product, FolderStore] = {
+            product: FolderStore(self.folder / product, identity) for product in config.products
         }
-        self.rollouts = FolderShelf(self.folder / "rollout", identity)
+        self.rollouts = FolderStore(self.folder / "rollout", identity)
         self.shared = Shared(teacher, convert_config, shelves)
         self.bench = Bench(teacher, evaluate_config, config, self._dense_rollout, folder / "strips")
 
