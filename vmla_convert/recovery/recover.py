@@ -54,8 +54,9 @@ from vmla_convert.loading.load import (
 )
 from vmla_convert.measuring.evaluate import HeldOut, check_held_out, dense_rows, measuring_bar
 from vmla_convert.measuring.rows import Errors, cache_rows, error_rows, row_fields
+from vmla_convert.media.base import Media
 from vmla_convert.media.clips import open_clips, recorded, source_kind
-from vmla_convert.media.models import Media, open_media
+from vmla_convert.media.open import open_media
 from vmla_convert.progress import Progress, Silent
 from vmla_convert.recovery.stages import (
     LAYERWISE,
