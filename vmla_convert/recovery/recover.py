@@ -71,7 +71,7 @@ from vmla_convert.results import Metric, Row, append_rows, read_rows
 from vmla_convert.tables import first_difference, to_dict
 from vmla_convert.training.loop import check_tracker
 from vmla_convert.training.processes import check_shares, processes
-from vmla_convert.training.sharding import gathered, shard
+from vmla_convert.training.sharding import shard, whole_state
 
 SETTINGS = "settings.json"
 _MADE = ("self", "videos")
@@ -226,7 +226,7 @@ class _Run:
         rows.append(Row(Metric.RECOVER_SECONDS, seconds, "s", **fields))
         if recovered.learning_rate is not None:
             rows.append(Row(Metric.LEARNING_RATE, recovered.learning_rate, "per step", **fields))
-        weights = gathered(student.state_dict())
+        weights = whole_state(student)
         if not self.processes.is_main_process:
             return rows
         rows += _read_curve(self.folders.state)

@@ -22,21 +22,19 @@ from vmla_convert.media.clips import open_clips, open_openings
 from vmla_convert.progress import Progress, Silent
 from vmla_convert.recovery.dmd import DistributionMatching
 from vmla_convert.recovery.layerwise import apply_layers, recover_layers
-from vmla_convert.recovery.nested import Sizes
-from vmla_convert.recovery.on_policy import Share, rollout_examples
+from vmla_convert.recovery.nested import NestedSizes
+from vmla_convert.recovery.on_policy import rollout_examples
 from vmla_convert.recovery.trained import (
     add_adapters,
-    merge_adapters,
     new_names,
-    new_state,
     unfreeze,
 )
-from vmla_convert.training.averaging import Stateful, set_weights
-from vmla_convert.training.loop import clip_examples, train
+from vmla_convert.training.loop import Stateful, clip_examples, train
 from vmla_convert.training.losses import Examples, Levels, Loss, velocity_distillation
 from vmla_convert.training.optimisers import find_learning_rate
-from vmla_convert.training.processes import agreed, processes
+from vmla_convert.training.processes import Share, agreed, processes
 from vmla_convert.training.sharding import is_sharded
+from vmla_convert.training.weights import set_weights
 
 OnStep = Callable[[int, Errors], None]
 """Told of every held-out measurement: steps taken so far, and the errors."""
@@ -134,7 +132,7 @@ def fit_layers(
     if folders is not None:
         shelf = FolderShelf(folders.state / f"layers-{share.rank}", {"world": share.world})
     clips = open_clips(config.data, shell.config.cache.sink_frames)
-    sizes = Sizes(student, config.nested, config.training.seed)
+    sizes = NestedSizes(student, config.nested, config.training.seed)
     recover_layers(shell, read_block, layers, clips, config, shelf, share, progress, sizes)
     apply_layers(layers, shelf, share)
 
@@ -159,7 +157,7 @@ class _Recovery:
         self.clips = open_clips(config.data, teacher.config.cache.sink_frames)
         self.kept: dict[str, int] = {}
         self.taken = 0
-        self.sizes = Sizes(student, config.nested, config.training.seed)
+        self.sizes = NestedSizes(student, config.nested, config.training.seed)
 
     def run(self) -> Recovered:
         """All stages."""
@@ -184,7 +182,7 @@ class _Recovery:
             dmd = DistributionMatching(self.student, self.teacher, self.clips, config, self.share)
             self._train(MATCHING, dmd.loss, dmd.examples, config.dmd.steps, rate, [dmd])
         if adapted is not None:
-            merge_adapters(adapted)
+            adapted.merge_and_unload()
         if training.gradient_checkpointing:
             self.student.keep_activations()
         self.student.requires_grad_(False)
@@ -197,7 +195,8 @@ class _Recovery:
             before: Errors before, at the size that the model is measured at.
             error: Mean error before, over all sizes that it trains at.
         """
-        steps, start = self.config.layerwise_steps, new_state(self.student)
+        new, steps = new_names(self.student), self.config.layerwise_steps
+        start = {n: p.detach().clone() for n, p in self.student.named_parameters() if n in new}
         blocks = model_blocks(self.teacher)
         fit_layers(self.student, self.teacher, blocks, self.config, self.folders, self.progress)
         after = self._measured()
@@ -224,7 +223,7 @@ class _Recovery:
         examples: Examples,
         steps: int,
         rate: float | None,
-        carried: Sequence[Stateful] = (),
+        extra_state: Sequence[Stateful] = (),
     ) -> None:
         """One of the later stages, from where the one before it ended.
 
@@ -235,7 +234,7 @@ class _Recovery:
         met: dict[int, Errors] = {}
 
         def measure(model: nn.Module, step: int) -> float:
-            self.sizes.rest()
+            self.sizes.restore()
             met[step] = self.held_out.measure(model)
             # The start of a stage is the end of the one before.
             if 0 < step < steps:
@@ -250,15 +249,15 @@ class _Recovery:
             self.sizes.examples(examples),
             config,
             measure,
-            self._folder(stage),
+            self._state_file(stage),
             self.progress,
             stage,
             keep_best=True,
             lr_scale=self._lr_scale(),
             logs=self.folders.logs if self.folders else None,
-            carried=carried,
+            extra_state=extra_state,
         )
-        self.sizes.rest()
+        self.sizes.restore()
         self.taken, self.kept[stage] = offset + steps, outcome.best_step
         if self.state.is_main_process or is_sharded(self.student):
             # Of a run that was interrupted after its best, that measurement is gone.
@@ -309,5 +308,5 @@ class _Recovery:
         if self.state.is_main_process:
             self.on_step(step, errors)
 
-    def _folder(self, stage: str) -> Path | None:
-        return self.folders.state / stage.replace(" ", "-") if self.folders else None
+    def _state_file(self, stage: str) -> Path | None:
+        return self.folders.state / f"{stage.replace(' ', '-')}.pt" if self.folders else None
