@@ -10,26 +10,28 @@ Shapes: N clips, F frames, L tokens of a clip, D width.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from vmla_convert.checkpoint.tensor_store import Shelf
-from vmla_convert.config import RecoverConfig, TrainingConfig
+from vmla_convert.checkpoint.tensor_store import FolderStore, MemoryStore, TensorStore
+from vmla_convert.config import RecoverConfig
 from vmla_convert.fitting.calibrate import ReadBlock, clips_at_once
 from vmla_convert.layers.attention import DenseSelfAttention
 from vmla_convert.layers.dit import Attend, Block, CausalWanModel, gated, masked_attention
-from vmla_convert.media.clips import Batch, ClipSource, seeded
+from vmla_convert.media.clips import Batch, ClipSource, open_clips, seeded
 from vmla_convert.progress import Progress
 from vmla_convert.recovery.nested import NestedSizes
 from vmla_convert.recovery.trained import new_parameters
 from vmla_convert.training.loop import learning_rate_factor
 from vmla_convert.training.losses import make_example, teacher_forcing_inputs
-from vmla_convert.training.processes import Share
+from vmla_convert.training.processes import Share, own_share
 from vmla_convert.training.weights import place
 
+LAYERWISE = "layer by layer"
 CLIPS, HELD_CLIPS, LEAST_CLIPS = 36, 12, 2
 # Tokens of all clips: a layer's input, its output and the block's output have one row each.
 TOKENS = 2**18
@@ -68,45 +70,60 @@ class Lesson(NamedTuple):
             yield gated(given - self.outputs[part], self.gate[part]).square().sum() / whole
 
 
-def recover_layers(
+def fit_layers(
+    student: CausalWanModel,
     shell: CausalWanModel,
     read_block: ReadBlock,
-    layers: list[Block],
-    clips: ClipSource,
     config: RecoverConfig,
-    shelf: Shelf,
-    share: Share,
+    folder: Path | None,
     progress: Progress,
-    sizes: NestedSizes,
 ) -> None:
-    """Fit converted layers in place, and put their new parameters into a store.
+    """Fit all layers of a converted model, in place; processes share the layers.
 
     Args:
+        student: The converted model.
         shell: The dense model; only the parameters outside its blocks are used.
         read_block: Returns a dense block by index.
-        layers: The converted layers.
-        clips: Training clips.
-        config: Steps, learning rate and seed.
-        shelf: Receives `layer-000`, `layer-001` and so on; layers that it holds are not fitted.
-        share: Layers that this process fits.
+        config: Steps, learning rate and data.
+        folder: Folder that keeps finished layers for a resumed run; None keeps them in memory.
         progress: Receives the progress bar.
-        sizes: Sizes that a codec trains at.
     """
-    todo = {i for i in range(share.rank, len(layers), share.world) if not shelf.has(_name(i))}
-    lessons = _walk(shell, read_block, clips, config) if todo else iter(())
-    for index, lesson in enumerate(progress.track(lessons, "layer by layer", len(layers))):
+    share, store = own_share(), MemoryStore()
+    if folder is not None:
+        store = FolderStore(folder / f"layers-{share.rank}", {"world": share.world})
+    fit_share(student, shell, read_block, config, store, share, progress)
+    apply_layers(student.all_blocks(), store, share)
+
+
+def fit_share(
+    student: CausalWanModel,
+    shell: CausalWanModel,
+    read_block: ReadBlock,
+    config: RecoverConfig,
+    store: TensorStore,
+    share: Share,
+    progress: Progress,
+) -> None:
+    """Fit one process's layers, and put their new parameters into a store.
+
+    Layers that the store holds are not fitted again. The other arguments are those of `fit_layers`.
+    """
+    layers, sizes = student.all_blocks(), NestedSizes(student, config.nested, config.training.seed)
+    todo = {i for i in range(share.rank, len(layers), share.world) if not store.has(_name(i))}
+    lessons = _walk(shell, read_block, config) if todo else iter(())
+    for index, lesson in enumerate(progress.track(lessons, LAYERWISE, len(layers))):
         if index in todo:
             before, after = fit_layer(layers[index], lesson, config, sizes)
             progress.note(f"error of layer {index} {before:.4g} to {after:.4g}")
-            shelf.put(_name(index), _new_tensors(layers[index]))
+            store.put(_name(index), _new_tensors(layers[index]))
 
 
-def apply_layers(layers: list[Block], shelf: Shelf, share: Share) -> None:
+def apply_layers(layers: list[Block], store: TensorStore, share: Share) -> None:
     """Copy stored parameters into the layers, each sent by the process that fitted it."""
     with torch.no_grad():
         for index, layer in enumerate(layers):
             owner = index % share.world
-            stored = shelf.get(_name(index)) if owner == share.rank else {}
+            stored = store.get(_name(index)) if owner == share.rank else {}
             for name, parameter in _new_tensors(layer).items():
                 tensor = torch.empty(parameter.shape, device=parameter.device)
                 if stored:
@@ -126,10 +143,10 @@ def fit_layer(
     if peak is None:
         peak = MLA_RATE if layer.codec is None else CODEC_RATE
     optimiser = torch.optim.Adam(parameters, lr=peak)
-    schedule = TrainingConfig(steps=config.layerwise_steps, warmup_steps=WARMUP_STEPS)
-    for step in range(config.layerwise_steps):
+    steps = config.layerwise_steps
+    for step in range(steps):
         for group in optimiser.param_groups:
-            group["lr"] = peak * learning_rate_factor(step, schedule)
+            group["lr"] = peak * learning_rate_factor(step, steps, WARMUP_STEPS)
         generator = seeded(config.training.seed, step, "layerwise batch")
         picks = torch.randint(lesson.trained, (config.training.batch_size,), generator=generator)
         sizes.draw(step)
@@ -157,13 +174,9 @@ def _held_error(layer: Block, lesson: Lesson) -> float:
 
 
 @torch.no_grad()
-def _walk(
-    shell: CausalWanModel,
-    read_block: ReadBlock,
-    clips: ClipSource,
-    config: RecoverConfig,
-) -> Iterator[Lesson]:
+def _walk(shell: CausalWanModel, read_block: ReadBlock, config: RecoverConfig) -> Iterator[Lesson]:
     """The lesson of each layer, in order."""
+    clips = open_clips(config.data, shell.config.cache.sink_frames)
     seed, chunk_frames = config.training.seed, shell.config.chunk_frames
     device = shell.patch_embedding.weight.device
     drawn, trained = _draw(shell, clips)

@@ -151,10 +151,10 @@ def clip_examples(
     return examples
 
 
-def learning_rate_factor(step: int, config: TrainingConfig) -> float:
+def learning_rate_factor(step: int, steps: int, warmup_steps: int) -> float:
     """Linear warm-up, then linear decay to zero."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    return warm * (1 - step / config.steps)
+    warm = min(1.0, (step + 1) / max(1, warmup_steps))
+    return warm * (1 - step / steps)
 
 
 def check_tracker(config: TrainingConfig) -> None:
@@ -255,7 +255,8 @@ class _Loop:
         Raises:
             _NotFiniteError: The loss is not finite; the weights stay as they are.
         """
-        set_rate(self.optimisers, self.rate * learning_rate_factor(step, self.config))
+        factor = learning_rate_factor(step, self.config.steps, self.config.warmup_steps)
+        set_rate(self.optimisers, self.rate * factor)
         self.model.zero_grad()
         # The first example uses the most parameters. It comes last, because processes average
         # gradients after the last pass.

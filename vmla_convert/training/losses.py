@@ -20,7 +20,6 @@ from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.flow import (
     TRAIN_TIMESTEPS,
     interpolate,
-    per_frame,
     sample_sigma_of,
     sample_training_sigma,
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import gc
 from functools import cache
+from typing import cast
 
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -44,7 +45,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers of a model, on the CPU of the main process."""
-    return get_model_state_dict(model, options=WHOLE)
+    return cast(dict[str, Tensor], get_model_state_dict(model, options=WHOLE))
 
 
 @cache
