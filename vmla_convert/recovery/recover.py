@@ -20,8 +20,8 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from vmla_convert.checkpoint.families import converted_config
 from vmla_convert.checkpoint.layouts import CODEC, NATIVE
+from vmla_convert.checkpoint.settings import converted_config
 from vmla_convert.checkpoint.writer import write_checkpoint
 from vmla_convert.config import EvaluateConfig, RecoverConfig
 from vmla_convert.errors import VmlaError
