@@ -191,7 +191,7 @@ def _check_switches(switches: list[Switch], clips: int, starts: range) -> None:
 
 @torch.no_grad()
 def _read(model: CausalWanModel, context: Tensor) -> Prompt:
-    return model.read_prompt(context)
+    return model.project_prompt(context)
 
 
 def rollout(

@@ -39,7 +39,7 @@ def sample_chunk(
     Args:
         model: Dense or converted.
         noise: (B, F, C, height, width), standard normal.
-        prompt: From `model.read_prompt`.
+        prompt: From `model.project_prompt`.
         cache: With the chunk opened; it holds the clean chunk at the end (Self-Forcing, causal
             inference).
         draw: Fresh noise as `noise`, for samplers that add it.
@@ -91,7 +91,7 @@ def recache(
         model: Dense or converted.
         chunks: The newest that were generated, (B, F, C, height, width) each, oldest first; frames
             that the window does not keep, or that the kept sink holds, are left out.
-        prompt: From `model.read_prompt`.
+        prompt: From `model.project_prompt`.
         cache: That was written by them.
         keep_sink: Keep the sink's entries; else the first frames written again become the sink.
     """

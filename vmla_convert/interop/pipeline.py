@@ -308,7 +308,7 @@ class VMLAPipeline(DiffusionPipeline, LoraBaseMixin):
         prompt: Prompt | None = None
         for index in range(chunks):
             if prompt is None or watch.prompt_changed:
-                prompt = model.read_prompt(watch.read_prompt().to(weight))
+                prompt = model.project_prompt(watch.read_prompt().to(weight))
             draw = _drawing(shape, seeds, index)
             noise = draw()
             if latents is not None:

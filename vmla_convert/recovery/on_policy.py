@@ -74,7 +74,7 @@ def roll_out(
     shape = (config.chunk_frames, config.geometry.in_dim, *config.latent_size)
     mine = range(share.rank, len(context), share.world)
     asked = context[mine.start :: mine.step].to(weight)
-    cache, prompt = student.new_cache(len(mine)), student.read_prompt(asked)
+    cache, prompt = student.new_cache(len(mine)), student.project_prompt(asked)
     clean: list[Tensor] = []
     noisy: list[Tensor] = []
     sigmas: list[Tensor] = []
