@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vmla_convert.checkpoint.families import open_checkpoint
-from vmla_convert.checkpoint.tensor_store import FolderShelf, MemoryShelf
+from vmla_convert.checkpoint.tensor_store import FolderStore, MemoryStore
 from vmla_convert.config import DataConfig, Product
 from vmla_convert.errors import ConfigError
 from vmla_convert.fitting import calibrate as pipeline
@@ -246,7 +246,7 @@ def test_phases_belong_to_the_window_that_the_model_runs_with() -> None:
 def test_a_folder_gives_what_memory_gives(
     product: Product, dense: CausalWanModel, tmp_path: Path
 ) -> None:
-    shelf, clips = FolderShelf(tmp_path / "shelf", "work"), open_clips(CLIPS)
+    shelf, clips = FolderStore(tmp_path / "shelf", "work"), open_clips(CLIPS)
     here, there = (
         every(calibrate(dense, model_blocks(dense), clips, 3, SEED, shelf=place, product=product))
         for place in (None, shelf)
@@ -334,7 +334,7 @@ def test_what_lies_on_a_shelf_is_not_measured_again(dense: CausalWanModel, tmp_p
         pytest.fail("a block that should not have been read")
 
     clips = open_clips(CLIPS)
-    for shelf in (MemoryShelf(), FolderShelf(tmp_path / "shelf", "work")):
+    for shelf in (MemoryStore(), FolderStore(tmp_path / "shelf", "work")):
         first = every(calibrate(dense, model_blocks(dense), clips, 2, shelf=shelf))
         assert equal(first, every(calibrate(dense, refuse, clips, 2, shelf=shelf)))
 
@@ -408,7 +408,7 @@ def test_clips_that_do_not_fit_are_refused_before_a_block_is_read(
     def refuse(_: int) -> NoReturn:
         pytest.fail("a block that should not have been read")
 
-    shelf = FolderShelf(tmp_path / "shelf", "work")
+    shelf = FolderStore(tmp_path / "shelf", "work")
     with pytest.raises(ConfigError, match=word) as caught:
         calibrate(dense, refuse, latents(tmp_path / "clips", *shape), 2, shelf=shelf)
     assert caught.value.hint

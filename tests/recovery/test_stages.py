@@ -11,7 +11,7 @@ import torch
 from checkpoints import CLIPS, CONVERT, EVALUATE, MODEL, RECOVER, evidence_of
 from torch import Tensor
 
-from vmla_convert.checkpoint.tensor_store import MemoryShelf
+from vmla_convert.checkpoint.tensor_store import MemoryStore
 from vmla_convert.config import RecoverConfig, SamplerConfig, TrainingConfig
 from vmla_convert.fitting import calibrate
 from vmla_convert.fitting.calibrate import LayerReads, model_blocks
@@ -428,8 +428,8 @@ def test_processes_divide_the_layers(
     config, clips = RecoverConfig(3, data=CLIPS), open_clips(CLIPS)
     together = convert_model(dense, replace(CONVERT, init="random"), None)
 
-    def fit(student: CausalWanModel, share: Share) -> MemoryShelf:
-        shelf, layers = MemoryShelf(), student.all_blocks()
+    def fit(student: CausalWanModel, share: Share) -> MemoryStore:
+        shelf, layers = MemoryStore(), student.all_blocks()
         blocks, sizes = model_blocks(dense), Sizes(student, (), 0)
         layerwise.recover_layers(
             dense, blocks, layers, clips, config, shelf, share, Silent(), sizes

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from vmla_convert import progress
-from vmla_convert.checkpoint.tensor_store import FolderShelf, MemoryShelf, Shelf
+from vmla_convert.checkpoint.tensor_store import FolderStore, MemoryStore, TensorStore
 from vmla_convert.config import Product, RecoverConfig, RuntimeConfig, SweepConfig
 from vmla_convert.errors import ConfigError, OutputError
 from vmla_convert.fitting.calibrate import LayerReads
@@ -298,8 +298,8 @@ def test_a_disk_that_fills_up_while_the_model_is_calibrated_ends_the_sweep_there
         tried.append(name)
         raise NO_SPACE
 
-    write = FolderShelf._write  # pyright: ignore[reportPrivateUsage]
-    monkeypatch.setattr(FolderShelf, "_write", lambda *a: (full if "reads-" in a[1] else write)(*a))
+    write = FolderStore._write  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(FolderStore, "_write", lambda *a: (full if "reads-" in a[1] else write)(*a))
     with pytest.raises(OutputError, match="disk is full"):
         run(dense, tmp_path / "rows.jsonl", UNTRAINED)
     assert len(tried) == 1
@@ -552,7 +552,7 @@ def test_a_codec_of_a_sweep_is_the_one_that_a_conversion_writes(
 ) -> None:
     conversion = grid(SweepConfig(cuts=(0.9,)), CONVERT)[0]
     convert(teacher, tmp_path / "kv", conversion)
-    shelves: dict[Product, Shelf] = {"codec": MemoryShelf()}
+    shelves: dict[Product, TensorStore] = {"codec": MemoryStore()}
     student, written = Shared(dense, CONVERT, shelves).student(conversion), load(tmp_path / "kv")
     assert student.config == written.config
     for name, tensor in written.state_dict().items():

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vmla_convert.checkpoint.tensor_store import MemoryShelf, Shelf
+from vmla_convert.checkpoint.tensor_store import MemoryStore, TensorStore
 from vmla_convert.config import Geometry, ModelConfig, Product
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.attention import DenseSelfAttention, split_heads
@@ -69,7 +69,7 @@ def calibrate(
     count: int,
     seed: int = 0,
     progress: Progress | None = None,
-    shelf: Shelf | None = None,
+    shelf: TensorStore | None = None,
     product: Product = "codec",
 ) -> Callable[[int], LayerReads]:
     """Measure every layer of a dense model.
@@ -91,7 +91,7 @@ def calibrate(
     Raises:
         ConfigError: The clips do not fit the model.
     """
-    progress, shelf = progress or Silent(), shelf or MemoryShelf()
+    progress, shelf = progress or Silent(), shelf or MemoryStore()
     layers = range(shell.config.geometry.num_layers)
     if not shelf.has(_reads(0)):
         walk = _Walk(shell, clips, count, seed, shelf, product)
@@ -134,7 +134,7 @@ class _Walk:
         clips: ClipSource,
         count: int,
         seed: int,
-        shelf: Shelf,
+        shelf: TensorStore,
         product: Product,
     ) -> None:
         self.shell, self.shelf = shell, shelf

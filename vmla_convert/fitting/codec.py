@@ -16,7 +16,7 @@ from vmla_convert.checkpoint.families import OpenCheckpoint, converted_config
 from vmla_convert.checkpoint.hub import cached_repo
 from vmla_convert.checkpoint.layouts import CODEC
 from vmla_convert.checkpoint.source import TensorSpec, fingerprint
-from vmla_convert.checkpoint.tensor_store import Shelf
+from vmla_convert.checkpoint.tensor_store import TensorStore
 from vmla_convert.checkpoint.writer import CheckpointWriter
 from vmla_convert.config import (
     CacheSize,
@@ -248,7 +248,7 @@ def with_codec(
 
 
 def _fitter(
-    checkpoint: OpenCheckpoint, config: ConvertConfig, shelf: Shelf | None, progress: Progress
+    checkpoint: OpenCheckpoint, config: ConvertConfig, shelf: TensorStore | None, progress: Progress
 ) -> Callable[[int], CodecFit]:
     """Fits the codec of a layer by its index; calibration happens here and now."""
     channels = codec_settings(checkpoint.config, config).rank

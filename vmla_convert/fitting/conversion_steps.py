@@ -18,7 +18,7 @@ from vmla_convert import __version__
 from vmla_convert.checkpoint.families import OpenCheckpoint
 from vmla_convert.checkpoint.known import known_model
 from vmla_convert.checkpoint.source import fingerprint
-from vmla_convert.checkpoint.tensor_store import FolderShelf, Shelf
+from vmla_convert.checkpoint.tensor_store import FolderStore, TensorStore
 from vmla_convert.checkpoint.writer import check_place, partial_folder
 from vmla_convert.config import ConvertConfig, ModelConfig, SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError
@@ -137,7 +137,7 @@ def check_start(
 
 
 def measure_layers(
-    checkpoint: OpenCheckpoint, config: ConvertConfig, shelf: Shelf | None, progress: Progress
+    checkpoint: OpenCheckpoint, config: ConvertConfig, shelf: TensorStore | None, progress: Progress
 ) -> Callable[[int], LayerReads]:
     """Calibrate here and now; the dense model is read block by block."""
     device = compute_device()
@@ -290,8 +290,8 @@ def _shelf_folder(out: Path) -> Path:
 
 def calibration_shelf(
     out: Path, basis: Mapping[str, Any], config: ConvertConfig
-) -> FolderShelf | None:
-    """Shelf beside the output, which another conversion of this source may use; None without need.
+) -> FolderStore | None:
+    """The store beside the output, for this and other conversions of the source; None without need.
 
     Args:
         out: The folder to write.
@@ -301,4 +301,4 @@ def calibration_shelf(
     if not measures(config):
         return None
     how = [config.product, to_dict(config.data), config.calibration_clips, config.seed]
-    return FolderShelf(_shelf_folder(out), [__version__, dict(basis), how])
+    return FolderStore(_shelf_folder(out), [__version__, dict(basis), how])

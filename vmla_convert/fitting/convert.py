@@ -18,7 +18,7 @@ from torch import Tensor
 from vmla_convert import __version__
 from vmla_convert.checkpoint.families import OpenCheckpoint
 from vmla_convert.checkpoint.source import TensorSpec, fingerprint
-from vmla_convert.checkpoint.tensor_store import Shelf
+from vmla_convert.checkpoint.tensor_store import TensorStore
 from vmla_convert.checkpoint.writer import (
     CheckpointWriter,
     copied_bytes,
@@ -275,7 +275,7 @@ def _block_of(name: str) -> int:
 
 
 def gather_evidence(
-    checkpoint: OpenCheckpoint, config: ConvertConfig, shelf: Shelf | None, progress: Progress
+    checkpoint: OpenCheckpoint, config: ConvertConfig, shelf: TensorStore | None, progress: Progress
 ) -> ReadEvidence | None:
     """What the init needs to know of every layer; the dense model is read block by block."""
     if config.init not in DATA_INITS:

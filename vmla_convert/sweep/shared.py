@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from vmla_convert.checkpoint.tensor_store import Shelf
+from vmla_convert.checkpoint.tensor_store import TensorStore
 from vmla_convert.config import ConvertConfig, Product
 from vmla_convert.fitting.calibrate import LayerReads, calibrate, deployed_phases, model_blocks
 from vmla_convert.fitting.codec import codec_specs, codec_tensors, fit_layer, plan_codec
@@ -35,7 +35,7 @@ class Shared:
     """
 
     def __init__(
-        self, teacher: CausalWanModel, common: ConvertConfig, shelves: Mapping[Product, Shelf]
+        self, teacher: CausalWanModel, common: ConvertConfig, shelves: Mapping[Product, TensorStore]
     ) -> None:
         self.teacher, self.common, self.shelves = teacher, common, shelves
 

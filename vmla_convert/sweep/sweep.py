@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
-from vmla_convert.checkpoint.tensor_store import FolderShelf
+from vmla_convert.checkpoint.tensor_store import FolderStore
 from vmla_convert.config import (
     ConvertConfig,
     EvaluateConfig,
@@ -187,10 +187,10 @@ class _Sweep:
         common = [to_dict(convert_config), to_dict(teacher.config), to_dict(evaluate_config)]
         identity = {"common": digest(common), "rollout": config.rollout_frames}
         self.folder = folder / SHELF_NAME
-        shelves: dict[Product, FolderShelf] = {
-            product: FolderShelf(self.folder / product, identity) for product in config.products
+        shelves: dict[Product, FolderStore] = {
+            product: FolderStore(self.folder / product, identity) for product in config.products
         }
-        self.rollouts = FolderShelf(self.folder / "rollout", identity)
+        self.rollouts = FolderStore(self.folder / "rollout", identity)
         self.shared = Shared(teacher, convert_config, shelves)
         self.bench = Bench(teacher, evaluate_config, config, self._dense_rollout, folder / "strips")
 
