@@ -189,7 +189,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             read = getattr(LatentSelfAttention, name)
 
             def note(*arguments: Any, read: Any = read, name: str = name) -> Tensor:
-                ways.append(name.removeprefix("read_"))
+                ways.append(name.removeprefix("attend_"))
                 return read(*arguments)
 
             patch.setattr(LatentSelfAttention, name, note)
@@ -237,7 +237,7 @@ def test_auto_times_each_way_once_for_each_shape_where_the_count_is_unclear(
         names: list[str] = []
         for read in (one, other):
             assert isinstance(read, partial)
-            names.append(read.func.__name__.removeprefix("read_"))
+            names.append(read.func.__name__.removeprefix("attend_"))
         timed.extend(names)
         return tuple(1.0 if name == fast else 2.0 for name in names)
 
