@@ -43,9 +43,9 @@ from vmla_convert.console import out
 from vmla_convert.errors import ConfigError, did_you_mean
 from vmla_convert.fitting.codec import default_channels
 from vmla_convert.layers.attention import (
+    AttendedTokens,
+    AttentionMetadata,
     DenseSelfAttention,
-    Reading,
-    Sight,
     attend_with_past,
     split_heads,
 )
@@ -270,7 +270,7 @@ class Bench:
             geometry, shapes.latent_size, shapes.chunk_frames, CachePolicy(window), SamplerConfig()
         )
         self.block = Block(self.config, 0).to(self.device)
-        self.prompt = self.block.cross_attn.read_prompt(
+        self.prompt = self.block.cross_attn.project_prompt(
             self._random(geometry.text_len, geometry.dim)
         )
         self.time = self._random(shapes.chunk_frames, 6 * geometry.dim).unflatten(-1, (6, -1))
@@ -316,26 +316,30 @@ class Bench:
         torch.nn.init.normal_(attention.q_rope_map, std=0.05)
         runtime = RuntimeConfig(backend=variant.backend, tile_mib=variant.tile_mib)
         past = attention.project(self.past)
-        sight = Sight(self._table(-1), self._table(0), runtime=runtime)
+        metadata = AttentionMetadata(self._table(-1), self._table(0), runtime=runtime)
 
         def run(x: Tensor) -> tuple[float, float]:
             started = self._now()
-            q, reading = prepared(x)
+            q, attended = prepared(x)
             read = self._now()
-            y = attention.read(q, reading, sight)
+            y = attention.attend_latents(q, attended, metadata)
             gathered = self._now()
             attention.o(y.flatten(2))
             return gathered - read, self._now() - started
 
-        def prepared(x: Tensor) -> tuple[Tensor, Reading]:
+        def prepared(x: Tensor) -> tuple[Tensor, AttendedTokens]:
             entries = attention.project(x)
             q = split_heads(attention.norm_q(attention.q(x)), attention.num_heads)
             pairs = zip(past, entries, strict=True)
-            return q, Reading(tuple(torch.cat(pair, 1) for pair in pairs))
+            return q, AttendedTokens(tuple(torch.cat(pair, 1) for pair in pairs))
 
-        q, reading = prepared(self.chunk)
-        way = attention.faster(q, reading, sight) if variant.backend == "auto" else variant.backend
-        shape = attention.read_shape(q, reading)
+        q, attended = prepared(self.chunk)
+        way = (
+            attention.faster_backend(q, attended, metadata)
+            if variant.backend == "auto"
+            else variant.backend
+        )
+        shape = attention.attention_shape(q, attended)
         flops = absorbed_flops(shape) if way == "absorbed" else materialised_flops(shape)
         config = replace(self.config, mla=mla)
         fields = row_fields(config) | {"backend": variant.backend, "frames": self.window}
@@ -351,15 +355,17 @@ class Bench:
             chunk = list(range(start, min(start + self.shapes.chunk_frames, past)))
             tokens = slice(chunk[0] * self.tokens, (chunk[-1] + 1) * self.tokens)
             store.write(chunk, *attention.project(self.past[:, tokens]))
-        sight = Sight(self._table(-1), self._table(-1), self._table(1), runtime=runtime)
+        metadata = AttentionMetadata(
+            self._table(-1), self._table(-1), self._table(1), runtime=runtime
+        )
 
         def run(x: Tensor) -> tuple[float, float]:
             started = self._now()
             key, value = (split_heads(entry, heads) for entry in attention.project(x))
             q = split_heads(attention.norm_q(attention.q(x)), heads)
             projected = self._now()
-            q, key = rotate(q, sight.query), rotate(key, sight.keys)
-            y = attend_with_past(q, key, value, store.past(slots), sight)
+            q, key = rotate(q, metadata.query_positions), rotate(key, metadata.key_positions)
+            y = attend_with_past(q, key, value, store.past(slots), metadata)
             gathered = self._now()
             attention.o(y.flatten(2))
             return gathered - projected, self._now() - started

@@ -23,7 +23,7 @@ from vmla_convert.maths.flow import (
     sample_sigma_of,
     sample_training_sigma,
 )
-from vmla_convert.maths.masks import Visibility, teacher_forcing_mask
+from vmla_convert.maths.masks import AttentionMask, teacher_forcing_mask
 from vmla_convert.media.clips import Batch
 
 
@@ -123,7 +123,7 @@ def make_example(
     return Example.build(past, interpolate(clean, noise, sigma), sigma, noise - clean, context)
 
 
-def teacher_forcing_inputs(config: ModelConfig, example: Example) -> tuple[Tensor, Visibility]:
+def teacher_forcing_inputs(config: ModelConfig, example: Example) -> tuple[Tensor, AttentionMask]:
     """Frame positions (2F,) and mask of one teacher-forced pass."""
     frames, (height, width) = example.velocity.shape[1], example.latents.shape[-2:]
     frame_positions = torch.arange(frames, device=example.latents.device).repeat(2)
@@ -153,7 +153,7 @@ def streamed_velocity(
     The two differ by the rounding of the cache only.
     """
     cache = model.new_cache(len(example.latents), runtime)
-    prompt, velocities = model.read_prompt(example.context), list[Tensor]()
+    prompt, velocities = model.project_prompt(example.context), list[Tensor]()
     size = model.config.chunk_frames
     levels = example.timestep[:, example.velocity.shape[1] :]
     chunks = (tensor.split(size, dim=1) for tensor in (example.past, example.noisy, levels))

@@ -30,10 +30,10 @@ def shard(model: CausalWanModel) -> CausalWanModel:
     mesh = _mesh()
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
-        register_fsdp_forward_method(block, "read_prompt")
+        register_fsdp_forward_method(block, "project_prompt")
     # By default the root's own parameters stay gathered after a pass without gradients.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
-    for method in ("read_prompt", "stream"):
+    for method in ("project_prompt", "stream"):
         register_fsdp_forward_method(model, method)
     return model
 
