@@ -83,7 +83,7 @@ BACKENDS: tuple[Literal["materialised", "absorbed", "auto"], ...] = (
 )
 DENSE_DTYPES: tuple[Literal["int8", "int4"], ...] = ("int8", "int4")
 CODEC_CUTS = (0.95, 0.975)
-# For Wan 1.3B: 192 + 32 numbers per token and layer as in the paper, 96 + 32, and split 96 + 96 + 32.
+# For Wan 1.3B: 192 + 32 numbers per token and layer (the paper), 96 + 32, split 96 + 96 + 32.
 MLA_SIZES: tuple[tuple[Latent, float], ...] = (
     ("joint", 1 / 8),
     ("joint", 1 / 16),

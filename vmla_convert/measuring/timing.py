@@ -50,7 +50,7 @@ def _step(model: CausalWanModel, runtime: RuntimeConfig | None = None) -> Callab
     """One step of a chunk that reads a full window, run once already."""
     config, weight = model.config, model.patch_embedding.weight
     geometry, frames = config.geometry, config.chunk_frames
-    prompt = model.read_prompt(weight.new_zeros(1, geometry.text_len, geometry.text_dim))
+    prompt = model.project_prompt(weight.new_zeros(1, geometry.text_len, geometry.text_dim))
     chunk = weight.new_zeros(1, frames, geometry.in_dim, *config.latent_size)
     cache, times = model.new_cache(1, runtime), weight.new_zeros(1, frames)
     for _ in range(-(-config.cache.window_frames // frames)):

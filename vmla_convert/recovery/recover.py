@@ -22,8 +22,9 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from vmla_convert.checkpoint.families import OpenCheckpoint, converted_config
+from vmla_convert.checkpoint.families import OpenCheckpoint
 from vmla_convert.checkpoint.layouts import CODEC, NATIVE
+from vmla_convert.checkpoint.settings import converted_config
 from vmla_convert.checkpoint.source import TensorSpec
 from vmla_convert.checkpoint.writer import partial_folder, refuse_taken, write_checkpoint
 from vmla_convert.config import (

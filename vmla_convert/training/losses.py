@@ -21,7 +21,7 @@ from vmla_convert.maths.flow import (
     sample_sigma_of,
     sample_training_sigma,
 )
-from vmla_convert.maths.masks import Visibility, teacher_forcing_mask
+from vmla_convert.maths.masks import AttentionMask, teacher_forcing_mask
 from vmla_convert.media.clips import Batch
 
 
@@ -105,7 +105,7 @@ def make_example(
     )
 
 
-def teacher_forcing_inputs(config: ModelConfig, example: Example) -> tuple[Tensor, Visibility]:
+def teacher_forcing_inputs(config: ModelConfig, example: Example) -> tuple[Tensor, AttentionMask]:
     """Frame positions (2F,) and masks (2F, 2F) of one teacher-forced pass."""
     frames, (height, width) = example.latents.shape[1] // 2, example.latents.shape[-2:]
     positions = torch.arange(frames, device=example.latents.device).repeat(2)
@@ -136,7 +136,7 @@ def streamed_velocity(
         (B, F, C, height, width); as `predicted_velocity`, but for what the cache rounds.
     """
     latents, timestep, _, context = example
-    cache, prompt = model.new_cache(len(latents), runtime), model.read_prompt(context)
+    cache, prompt = model.new_cache(len(latents), runtime), model.project_prompt(context)
     clean, noisy = latents.chunk(2, dim=1)
     levels, velocities = timestep.chunk(2, dim=1)[1], list[Tensor]()
     size = model.config.chunk_frames

@@ -29,10 +29,10 @@ def shard(model: CausalWanModel) -> CausalWanModel:
     mesh = _mesh()
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
-        register_fsdp_forward_method(block, "read_prompt")
+        register_fsdp_forward_method(block, "project_prompt")
     # What is outside the blocks would stay whole after a pass without gradients.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
-    for entrance in ("read_prompt", "stream"):
+    for entrance in ("project_prompt", "stream"):
         register_fsdp_forward_method(model, entrance)
     return model
 
