@@ -2,9 +2,9 @@
 
     python -m evals.speed --shapes wan-1.3b --out rows.jsonl
 
-Models have the true width, few layers and random weights. Each denoises one chunk of one clip while
-its cache is full. Every variant runs in turns with the dense model. Rows hold medians: `step_seconds`
-is the time of a step, `seconds_ratio` the variant's time over the dense model's.
+Models have the true width, few layers and random weights. Each denoises one chunk of one clip
+while its cache is full. Every variant runs in turns with the dense model. Rows hold medians:
+`step_seconds` is the time of a step, `seconds_ratio` the variant's time over the dense model's.
 
 The dense model rotates cached keys at every step, like all models of this package. Programs that
 cache rotated keys, such as Self-Forcing's own, save that work.
