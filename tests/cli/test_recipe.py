@@ -623,7 +623,7 @@ checkpoint = "{teacher}"
 clips = 4
 data = {{ frames = 6, seed = 1 }}
 [convert]
-size = { cut = 0.9 }
+size = {{ cut = 0.9 }}
 calibration_clips = 4
 data = {{ frames = 6 }}
 [recover]
@@ -688,7 +688,7 @@ alone = true
 recover = false
 products = ["mla"]
 inits = ["random"]
-sizes = [{ cut = 0.8 }]
+sizes = [{{ cut = 0.8 }}]
 """
 
 
