@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vmla_convert.config import EvaluateConfig, ModelConfig, RuntimeConfig, SweepConfig
 from vmla_convert.errors import VmlaError
+from vmla_convert.generating.film import comparison_rows
 from vmla_convert.generating.generate import generate
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.measuring.evaluate import (
@@ -33,7 +34,7 @@ from vmla_convert.measuring.rows import (
     row_fields,
 )
 from vmla_convert.measuring.timing import step_rows
-from vmla_convert.media.models import DemoMedia
+from vmla_convert.media.demo import DemoMedia
 from vmla_convert.media.video import contact_sheet
 from vmla_convert.progress import Progress
 from vmla_convert.recovery.stages import recover_model
@@ -137,11 +138,8 @@ def draw_strip(
     """
     if model.media != "demo":
         return
-    rows: list[tuple[str, Tensor]] = []
-    for index, prompt in enumerate(config.rollout_prompts[:STRIP_PROMPTS]):
-        one, other = _pixels(dense[index]), _pixels(converted[index])
-        rows += [(f"dense · {prompt}", one), (f"converted · {prompt}", other)]
-        rows.append(("difference", (other - one) / 2))
+    clips = {"dense": _pixels(dense), "converted": _pixels(converted)}
+    rows = comparison_rows(clips, config.rollout_prompts[:STRIP_PROMPTS], difference=True)
     contact_sheet(path, rows, STRIP_COLUMNS, group=3)
 
 
