@@ -362,7 +362,7 @@ def _check_stages(recipe: Recipe, stages: list[str], checkpoint: OpenCheckpoint)
     from vmla_convert.fitting.codec import planned_codec
     from vmla_convert.fitting.conversion_steps import measures, open_measured, refuse_converted
     from vmla_convert.fitting.convert import plan_conversion
-    from vmla_convert.recovery.recover import check_recovery
+    from vmla_convert.recovery.checks import check_recovery
     from vmla_convert.sweep.sweep import check_sweep
 
     convert, recover = recipe.convert or ConvertConfig(), recipe.recover or RecoverConfig()

@@ -105,7 +105,7 @@ def test_the_dense_runtime_is_diffusers_own(wan_folder: Path) -> None:
         causal = ours.wan.stream(
             latents.transpose(1, 2),
             timestep[:, None].expand(2, 3),
-            ours.wan.read_prompt(context),
+            ours.wan.project_prompt(context),
             opened(ours, 2, 3),
         )
     assert wanted.std() > 0.1

@@ -64,7 +64,7 @@ def rollout(
     size, first = config.chunk_frames, new_prompt(0)
     assert first is not None, "a rollout begins with a prompt"
     clips = len(first.context)
-    cache, prompt = model.new_cache(clips, runtime), model.read_prompt(first.context.to(weight))
+    cache, prompt = model.new_cache(clips, runtime), model.project_prompt(first.context.to(weight))
     past: deque[Tensor] = deque(maxlen=-(-config.cache.window_frames // size))
     for chunk in [] if prefix is None else prefix_chunks(prefix.to(weight), size):
         write_clean(model, chunk, prompt, cache)
@@ -75,7 +75,7 @@ def rollout(
     for index in range(chunks):
         start = index * size
         if given + start and (new := new_prompt(given + start)):
-            prompt = model.read_prompt(new.context.to(weight))
+            prompt = model.project_prompt(new.context.to(weight))
             if new.recache:
                 recache(model, list(past), prompt, cache, new.keep_sink)
         draw = _noise_source(shape, generators(index))
@@ -120,7 +120,7 @@ def recache(
         model: Dense or converted.
         chunks: The newest clean chunks, oldest first. Frames outside the window, and frames of a
             kept sink, are skipped.
-        prompt: From `model.read_prompt`.
+        prompt: From `model.project_prompt`.
         cache: Holds the chunks under the old prompt.
         keep_sink: Keep the sink's entries. Otherwise the oldest rewritten frames become the sink.
     """
