@@ -328,7 +328,7 @@ def _check_source(recipe: Recipe, out: Path, stages: list[str]) -> None:
     from vmla_convert.checkpoint.families import open_checkpoint
     from vmla_convert.loading.load import locate
     from vmla_convert.media.clips import source_kind
-    from vmla_convert.media.models import check_prompts, open_media
+    from vmla_convert.media.open import check_prompts, open_media
 
     stages = [stage for stage in stages if not _is_made(recipe, out, stage)]
     for clips in _clips(recipe, stages):
@@ -481,7 +481,7 @@ def _run_sweep(recipe: Recipe, out: Path, progress: Progress, team: Team | None 
 def _run_generate(recipe: Recipe, out: Path, progress: Progress) -> None:
     from vmla_convert.loading.load import build, compute_device, load, open_named
     from vmla_convert.measuring.compare import compare
-    from vmla_convert.media.models import open_media
+    from vmla_convert.media.open import open_media
     from vmla_convert.results import append_rows
 
     assert recipe.generate is not None

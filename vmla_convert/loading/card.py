@@ -15,8 +15,8 @@ from vmla_convert.checkpoint.known import KNOWN
 from vmla_convert.checkpoint.licences import OTHER, UNKNOWN
 from vmla_convert.config import DENSE_ITEMSIZE, ModelConfig
 from vmla_convert.loading.public_record import public_value, without_folders
+from vmla_convert.media.base import latent_frames_per_second
 from vmla_convert.media.components import PARTS
-from vmla_convert.media.models import latent_frames_per_second
 from vmla_convert.tables import to_dict
 
 CARD_NAME = "README.md"

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from vmla_convert.config import ModelConfig, SweepConfig
+from vmla_convert.generating.film import comparison_rows
 from vmla_convert.generating.generate import generate
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.measuring.evaluate import drift_rows, rollout_rows
-from vmla_convert.media.models import DemoMedia
+from vmla_convert.media.demo import DemoMedia
 from vmla_convert.media.video import contact_sheet
 from vmla_convert.progress import Progress
 from vmla_convert.results import Row
@@ -56,14 +57,9 @@ def draw_strip(path: Path, dense: Rollout, converted: Rollout, config: SweepConf
     """
     if converted.config.media != "demo":
         return
-    rows: list[tuple[str, Tensor]] = []
-    for index, prompt in enumerate(config.rollout_prompts[:SHOWN]):
-        one, other = (_pixels(each.latents[index]) for each in (dense, converted))
-        rows += [
-            (f"dense · {prompt}", one),
-            (f"converted · {prompt}", other),
-            ("difference", (other - one) / 2),
-        ]
+    models = {"dense": dense, "converted": converted}
+    clips = {name: _pixels(each.latents) for name, each in models.items()}
+    rows = comparison_rows(clips, config.rollout_prompts[:SHOWN], difference=True)
     contact_sheet(path, rows, COLUMNS, group=3)
 
 

@@ -40,7 +40,7 @@ from vmla_convert.measuring.rows import (
     run_name,
 )
 from vmla_convert.media.clips import open_clips
-from vmla_convert.media.models import check_prompts, open_media
+from vmla_convert.media.open import check_prompts, open_media
 from vmla_convert.progress import Joint, Progress, Silent, Timed
 from vmla_convert.recovery.trained import check_adapters
 from vmla_convert.results import (
