@@ -256,7 +256,7 @@ def test_the_card_inherits_the_licence_and_leaves_an_unknown_base_model_out(
 def test_the_card_says_which_latent_it_is_and_what_it_caches(folder: Path) -> None:
     card, model = (folder / "README.md").read_text(), load(folder)
     assert model.config.mla is not None
-    assert "caches 26 bytes per token instead of 192 (86.5% less)" in card
+    assert "26 bytes per token and layer instead of 192 (86.5% less)" in card
     assert f"| latent | {model.config.mla.latent} |" in card
 
 
