@@ -135,6 +135,10 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         return value
     if origin is tuple:
         return _coerce_tuple(args, value, where)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"'{where}' must be a table, not {value!r}")
+        return typing.cast(dict[str, Any], value)
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:

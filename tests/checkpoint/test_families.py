@@ -70,7 +70,7 @@ SMALL = dataclasses.replace(GEOMETRY, dim=48, num_heads=2, in_dim=4, out_dim=4, 
 SMALL_CONFIG = native_config(SMALL)
 MODEL = ModelConfig(SMALL, (8, 8), 2, CachePolicy(6, 1, "relative"), SamplerConfig(), "demo")
 # Frames of two by three tokens.
-SETTINGS = ("latent_size=[4, 6]", "chunk_frames=2", "cache.window_frames=6", "cache.sink_frames=1")
+SETTINGS = {"latent_size": [4, 6], "chunk_frames": 2, "cache": {"window_frames": 6, "sink_frames": 1}}
 SPECTRAL = ConvertConfig("mla", init="spectral", size=Sizes(kv_lora_rank=24))
 
 
@@ -226,7 +226,7 @@ def test_wan_22s_vae_has_smaller_frames(
     geometry = dataclasses.replace(GEOMETRY, in_dim=channels, out_dim=channels)
     path = write_header(tmp_path, native_shapes(geometry))
     assert open_checkpoint(path).config.latent_size == latent_size
-    told = open_checkpoint(path, SourceConfig(overrides=("latent_size=[8, 8]",)))
+    told = open_checkpoint(path, SourceConfig(overrides={"latent_size": [8, 8]}))
     assert told.config.latent_size == (8, 8)
 
 
@@ -476,7 +476,7 @@ def tiny_known(monkeypatch: pytest.MonkeyPatch) -> str:
     return "tiny"
 
 
-def opened_config(path: Path, *overrides: str, model: str | None = None) -> ModelConfig:
+def opened_config(path: Path, model: str | None = None, **overrides: Any) -> ModelConfig:
     return open_checkpoint(path, SourceConfig(model=model, overrides=overrides)).config
 
 
@@ -500,11 +500,10 @@ def test_a_known_model_gives_way_to_config_json_and_both_to_the_user(
 
     config = opened_config(
         told_path,
-        "cache.frame_positions=absolute",
-        "sampler.shift=4",
-        "chunk_frames=2",
-        "chunk_frames=5",
-        model=tiny_known,
+        tiny_known,
+        cache={"frame_positions": "absolute"},
+        sampler={"shift": 4},
+        chunk_frames=5,
     )
     assert config.cache == CachePolicy(9, 3, "absolute")
     assert config.sampler == SamplerConfig((1000, 800), 4.0, renoise=True)
@@ -514,7 +513,7 @@ def test_a_known_model_gives_way_to_config_json_and_both_to_the_user(
 def test_an_override_mends_what_a_table_gets_wrong(tmp_path: Path) -> None:
     table = {"cache": {"window_frames": 2}}
     path = small_wan(tmp_path, native(), {**SMALL_CONFIG, "vmla": table})
-    assert opened_config(path, "chunk_frames=1").cache == CachePolicy(2)
+    assert opened_config(path, chunk_frames=1).cache == CachePolicy(2)
 
 
 def test_a_known_model_is_of_its_own_width(tiny_known: str, tmp_path: Path) -> None:
@@ -555,22 +554,23 @@ def test_a_bad_table_is_refused(table: object, message: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("override", "message", "hint"),
     [
-        ("chunk_frame=3", "'chunk_frame' in --set", "'chunk_frames'"),
-        ("geometry.dim=96", "'geometry' in --set", "known: "),
-        ("cache.window=12", r"'cache\.window'", "'window_frames'"),
-        ("cache.frame_positions=relativ", "'relativ'", "'relative'"),
-        ("cache=12", "'cache' must be a table", "--set"),
-        ("chunk_frames=many", "'chunk_frames' must be int", "--set"),
-        ("chunk_frames=30", "no room for a chunk of 30", "--set"),
-        ("cache.sink_frames=21", "a sink of 21", "--set"),
-        ("latent_size=[60]", "must have 2 items", "--set"),
-        ("licence=2", "'licence' must be str", "--set"),
-        ("cache.window_frames", "key=value", "--set"),
+        ({"chunk_frame": 3}, r"model\.chunk_frame", "chunk_frames"),
+        ({"geometry": {"dim": 96}}, r"model\.geometry", "chunk_frames"),
+        ({"cache": {"window": 12}}, r"cache\.window", "window_frames"),
+        ({"cache": {"frame_positions": "relativ"}}, "relativ", "relative"),
+        ({"cache": 12}, "cache", "--set"),
+        ({"chunk_frames": "many"}, "chunk_frames", "--set"),
+        ({"chunk_frames": 30}, "chunk of 30", "--set"),
+        ({"cache": {"sink_frames": 21}}, "sink of 21", "--set"),
+        ({"latent_size": [60]}, "2 items", "--set"),
+        ({"licence": 2}, "licence", "--set"),
     ],
 )
-def test_a_bad_override_is_refused(override: str, message: str, hint: str, tmp_path: Path) -> None:
+def test_a_bad_override_is_refused(
+    override: dict[str, Any], message: str, hint: str, tmp_path: Path
+) -> None:
     """By its own name: config.json is not at fault."""
-    how = SourceConfig(overrides=("licence=apache-2.0", override))
+    how = SourceConfig(overrides={"licence": "apache-2.0"} | override)
     error = refused(small_wan(tmp_path, native()), message, how, ConfigError)
     assert hint in error.hint
     assert "config.json" not in error.message
@@ -580,7 +580,7 @@ def test_a_converted_folder_takes_no_settings(tmp_path: Path) -> None:
     path = write_vmla(tmp_path / "f", native())
     for how in (
         SourceConfig(model="self-forcing"),
-        SourceConfig(overrides=("chunk_frames=1",)),
+        SourceConfig(overrides={"chunk_frames": 1}),
         SourceConfig(loras=("lora.pt",)),
     ):
         refused(path, "converted already", how, ConfigError)
@@ -590,10 +590,10 @@ def test_a_converted_folder_takes_no_settings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "licence"), [((), "unknown"), (("licence=apache-2.0",), "apache-2.0")]
+    ("overrides", "licence"), [({}, "unknown"), ({"licence": "apache-2.0"}, "apache-2.0")]
 )
 def test_a_lora_makes_the_licence_unknown(
-    overrides: tuple[str, ...], licence: str, tmp_path: Path
+    overrides: dict[str, Any], licence: str, tmp_path: Path
 ) -> None:
     path = write_longlive(tmp_path, sane())
     write_json(path.parent / "config.json", native_config(vmla={"licence": "other"}))

@@ -128,7 +128,7 @@ def test_a_pickle_is_downloaded_and_that_is_said_before(teacher: Path, stub: Hub
 
 def test_a_setting_is_taken_as_of_a_local_one(dense_shards: Path, stub: Hub) -> None:
     put(stub, dense_shards)
-    told = inspect_checkpoint(SourceConfig(REPO, overrides=("cache.window_frames=8",)))
+    told = inspect_checkpoint(SourceConfig(REPO, overrides={"cache": {"window_frames": 8}}))
     assert told.model.cache.window_frames == 8
 
 

@@ -313,7 +313,7 @@ FAMILIES = (
     "LongLive with its LoRA",
     "ComfyUI",
 )
-SETTINGS = ("latent_size=[4, 6]", "chunk_frames=2", "cache.window_frames=6", "cache.sink_frames=1")
+SETTINGS = {"latent_size": [4, 6], "chunk_frames": 2, "cache": {"window_frames": 6, "sink_frames": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -614,7 +614,7 @@ def test_the_card_of_a_local_source_names_what_that_was_trained_from(
     products: tuple[Product, ...] = ("codec", "mla")
     for product, known in itertools.product(products, (False, True)):
         out = tmp_path / f"{product}-{known}"
-        overrides = (f"base_model={trained}",) if known else ()
+        overrides = {"base_model": str(trained)} if known else {}
         convert(
             SourceConfig(str(teacher), overrides=overrides),
             out,

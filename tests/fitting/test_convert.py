@@ -235,7 +235,7 @@ def test_conversion_json_says_what_made_the_folder(teacher: Path, converted: Pat
         "state_key": "generator_ema",
         "family": "self_forcing",
         "known_model": None,
-        "asked": {"overrides": [], "loras": []},
+        "asked": {"overrides": {}, "loras": []},
         "loras": [],
     }
     assert told["convert"] == to_dict(CONVERT)

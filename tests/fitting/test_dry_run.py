@@ -97,7 +97,7 @@ def as_it_is(source: Path, _: Path) -> SourceConfig:
 
 
 def a_wan_media(source: Path, _: Path) -> SourceConfig:
-    return SourceConfig(str(source), overrides=("media=wan",))
+    return SourceConfig(str(source), overrides={"media": "wan"})
 
 
 def a_taken_place(source: Path, folder: Path) -> SourceConfig:

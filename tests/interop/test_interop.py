@@ -222,7 +222,7 @@ def test_the_whole_pipeline_is_diffusers_own(wan_folder: Path) -> None:
     """One chunk and one step: the same text, the same noise, the same model, the same VAE."""
     theirs: Any = WanPipeline.from_pretrained(wan_folder)
     theirs.set_progress_bar_config(disable=True)
-    settings = ("latent_size=[4, 6]", "chunk_frames=3", "cache.window_frames=3")
+    settings = {"latent_size": [4, 6], "chunk_frames": 3, "cache": {"window_frames": 3}}
     source = SourceConfig(str(wan_folder), overrides=settings)
     ours = quiet(VMLAPipeline.from_pretrained(source))
     start = noise(2, 16, 3, 4, 6)

@@ -116,7 +116,7 @@ def test_a_family_has_its_own_layout(wan_folder: Path, teacher: Path, tmp_path: 
 
 
 def test_settings_travel_with_a_dense_export(wan_folder: Path, tmp_path: Path) -> None:
-    source = SourceConfig(str(wan_folder), overrides=("chunk_frames=1", "licence=apache-2.0"))
+    source = SourceConfig(str(wan_folder), overrides={"chunk_frames": 1, "licence": "apache-2.0"})
     export(source, tmp_path / "out")
     config = load(tmp_path / "out").config
     assert (config.chunk_frames, config.licence) == (1, "apache-2.0")

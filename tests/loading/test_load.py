@@ -89,7 +89,7 @@ def test_demo_is_the_checkpoint_that_ships() -> None:
 
 
 def test_a_path_is_itself_or_a_file_in_it(teacher: Path) -> None:
-    how = SourceConfig(str(teacher), model="longlive", overrides=("chunk_frames=1",))
+    how = SourceConfig(str(teacher), model="longlive", overrides={"chunk_frames": 1})
     assert locate(teacher) == (teacher, SourceConfig(str(teacher)))
     assert locate(str(teacher))[0] == teacher
     assert locate(how) == (teacher, how)
@@ -98,7 +98,7 @@ def test_a_path_is_itself_or_a_file_in_it(teacher: Path) -> None:
 
 
 def test_settings_reach_the_model(teacher: Path) -> None:
-    source = SourceConfig(str(teacher), overrides=("cache.window_frames=8",))
+    source = SourceConfig(str(teacher), overrides={"cache": {"window_frames": 8}})
     opened = open_named(source)
     assert opened.config == replace(MODEL, cache=replace(MODEL.cache, window_frames=8))
     assert load(source).config == build(opened).config == opened.config
@@ -145,20 +145,19 @@ def test_a_hub_id_is_fetched_and_known(
     source: SourceConfig, file: str | None, model: str | None, hub: FakeHub
 ) -> None:
     """None takes the file that is known of a repository, or its only one."""
-    source = replace(source, overrides=("licence=other",))
+    source = replace(source, overrides={"licence": "other"})
     path, how = locate(source)
     assert path == hub.path
     assert hub.asked == [(source.checkpoint, source.file if file == "=" else file)]
     repo = source.checkpoint.partition("@")[0]
-    base = f"base_model={repo}"
-    assert how == replace(source, model=model, overrides=(base, "licence=other"))
+    assert how == replace(source, model=model, overrides={"base_model": repo, "licence": "other"})
     if model is None:
         config = open_named(source).config
         assert (config.base_model, config.licence) == (repo, "other")
 
 
 def test_the_user_names_the_base_model_last(hub: FakeHub) -> None:
-    source = SourceConfig("someone/fork", overrides=("base_model=someone/else",))
+    source = SourceConfig("someone/fork", overrides={"base_model": "someone/else"})
     assert open_named(source).config.base_model == "someone/else"
     assert hub.asked
 
@@ -175,12 +174,12 @@ def test_a_converted_folder_may_lie_on_the_hub(latent: Path, hub: FakeHub) -> No
     hub.path = latent
     assert load("someone/converted").config == load(latent).config
     with pytest.raises(ConfigError, match="converted already"):
-        load(SourceConfig("someone/converted", overrides=("licence=other",)))
+        load(SourceConfig("someone/converted", overrides={"licence": "other"}))
 
 
 def test_a_converted_folder_may_be_run_in_another_window(latent: Path) -> None:
     made = load(latent)
-    settings = ("cache.window_frames=6", "cache.sink_frames=1", "sampler.shift=3")
+    settings = {"cache": {"window_frames": 6, "sink_frames": 1}, "sampler": {"shift": 3}}
     set_ = load(SourceConfig(str(latent), overrides=settings))
     assert (set_.config.cache.window_frames, set_.config.cache.sink_frames) == (6, 1)
     assert set_.config.cache.frame_positions == made.config.cache.frame_positions
@@ -189,9 +188,9 @@ def test_a_converted_folder_may_be_run_in_another_window(latent: Path) -> None:
     weights = made.state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in set_.state_dict().items())
     with pytest.raises(ConfigError, match=r"unknown key 'cache\.window'"):
-        load(SourceConfig(str(latent), overrides=("cache.window=6",)))
+        load(SourceConfig(str(latent), overrides={"cache": {"window": 6}}))
     with pytest.raises(ConfigError, match="a window of 2 frames with a sink of"):
-        load(SourceConfig(str(latent), overrides=("cache.window_frames=2", "cache.sink_frames=1")))
+        load(SourceConfig(str(latent), overrides={"cache": {"window_frames": 2, "sink_frames": 1}}))
 
 
 def test_a_tensor_of_another_shape_is_named(copied: Path) -> None:
@@ -245,7 +244,7 @@ def test_no_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_teacher_is_read_as_when_it_was_converted(teacher: Path, tmp_path: Path) -> None:
-    asked = SourceConfig(str(teacher), key="generator_ema", overrides=("chunk_frames=1",))
+    asked = SourceConfig(str(teacher), key="generator_ema", overrides={"chunk_frames": 1})
     convert(asked, tmp_path / "out", SPECTRAL)
     for given in (tmp_path / "out", tmp_path / "out" / "model.safetensors"):
         assert as_teacher(str(teacher), given) == asked
@@ -256,13 +255,13 @@ def test_a_teacher_is_read_as_when_it_was_converted(teacher: Path, tmp_path: Pat
 def test_other_bytes_are_read_without_the_key_and_loras_of_the_source(
     teacher: Path, tmp_path: Path
 ) -> None:
-    asked = SourceConfig(str(teacher), key="generator_ema", overrides=("chunk_frames=1",))
+    asked = SourceConfig(str(teacher), key="generator_ema", overrides={"chunk_frames": 1})
     convert(asked, tmp_path / "out", SPECTRAL)
     state = {name: tensor.clone() for name, tensor in load(teacher).state_dict().items()}
     save_file(state, tmp_path / "native.safetensors")
     (tmp_path / "config.json").write_bytes((teacher / "config.json").read_bytes())
     known = as_teacher(tmp_path / "native.safetensors", tmp_path / "out")
-    assert (known.key, known.loras, known.overrides) == (None, (), ("chunk_frames=1",))
+    assert (known.key, known.loras, known.overrides) == (None, (), {"chunk_frames": 1})
     assert open_named(known).config.chunk_frames == 1
 
 

@@ -286,7 +286,7 @@ def test_no_folder_that_a_conversion_was_given_goes_up(
     assert asked == {
         "file": "model.pt",
         "loras": ["lora.safetensors:0.5"],
-        "overrides": ["base_model=models"],
+        "overrides": {"base_model": "models"},
     }
     base, lora = f"{there}/models/dense/model.pt", f"{there}/lora.safetensors:0.5"
     here = SourceConfig(REPO, base_model=base, loras=(lora,))

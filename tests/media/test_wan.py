@@ -20,7 +20,7 @@ from checkpoints import Vmla, refused
 from conftest import noise
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_wan import LATENT_SIZE, SETTINGS, TEXT_DIM, tiny_wide_vae
+from tiny_wan import LATENT_SIZE, SET, SETTINGS, TEXT_DIM, tiny_wide_vae
 from torch import Tensor, nn
 
 from vmla_convert.config import (
@@ -55,7 +55,6 @@ from vmla_convert.media.wan import WanMedia
 pytest_plugins = ["checkpoints", "tiny_wan"]
 
 PROMPT = "a cat walks on a red roof"
-SET = [word for setting in SETTINGS for word in ("--set", setting)]
 
 
 @pytest.fixture(scope="module")
@@ -803,10 +802,14 @@ def test_a_recipe_names_components_too(wan_folder: Path, tmp_path: Path, vmla: V
         description = "A pipeline's transformer alone"
         [source]
         checkpoint = "{tmp_path / "alone"}"
-        overrides = {json.dumps(SETTINGS)}
+        [model]
+        latent_size = [4, 6]
+        chunk_frames = 2
+        cache = {{ window_frames = 6, sink_frames = 2, frame_positions = "relative" }}
+        sampler = {{ denoising_step_list = [1000, 500] }}
         [convert]
         calibrate = false
-        cut = 0.5
+        size = {{ cut = 0.5 }}
         [generate]
         prompts = ["{PROMPT}"]
         frames = 3

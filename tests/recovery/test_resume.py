@@ -328,7 +328,7 @@ def changed_config(folder: Path) -> SourceConfig:
 
 def changed_settings(folder: Path) -> SourceConfig:
     """The same by --set."""
-    return SourceConfig(str(folder), overrides=("cache.window_frames=12",))
+    return SourceConfig(str(folder), overrides={"cache": {"window_frames": 12}})
 
 
 Change = Callable[[Path], SourceConfig]

@@ -173,9 +173,9 @@ def _file_of(how: SourceConfig) -> str | None:
 
 def _known(how: SourceConfig) -> SourceConfig:
     """The settings with the base model and known model of a dense checkpoint's repository."""
-    base = f"base_model={how.checkpoint.partition('@')[0]}"
+    base = {"base_model": how.checkpoint.partition("@")[0]}
     model = how.model or known_by_repo(how.checkpoint, how.file)
-    return replace(how, model=model, overrides=(base, *how.overrides))
+    return replace(how, model=model, overrides=base | how.overrides)
 
 
 def compute_device() -> torch.device:
