@@ -38,7 +38,7 @@ from vmla_convert.fitting.factors import layer_evidence, layer_weights
 from vmla_convert.fitting.rank_plan import ReadWeights
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import load
-from vmla_convert.maths.projections import Evidence
+from vmla_convert.maths.evidence import Evidence
 from vmla_convert.media.clips import open_clips
 from vmla_convert.progress import Silent
 from vmla_convert.recovery import layerwise

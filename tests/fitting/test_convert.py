@@ -30,8 +30,8 @@ from vmla_convert.fitting.factors import convert_model, factor_layer
 from vmla_convert.generating.generate import generate
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import load
+from vmla_convert.maths.evidence import Evidence
 from vmla_convert.maths.factor import INITS
-from vmla_convert.maths.projections import Evidence
 from vmla_convert.measuring.evaluate import HeldOut
 from vmla_convert.media.clips import open_clips
 from vmla_convert.tables import to_dict
