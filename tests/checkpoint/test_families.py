@@ -49,6 +49,7 @@ from vmla_convert.config import (
     MLAConfig,
     ModelConfig,
     SamplerConfig,
+    Sizes,
     SourceConfig,
 )
 from vmla_convert.errors import CheckpointError, ConfigError, VmlaError
@@ -126,7 +127,7 @@ def test_every_form_reads_back_as_the_same_native_model(name: str, tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["SkyReels, diffusers", "LongLive with its LoRA"])
 def test_a_form_converts_as_the_native_model(name: str, tmp_path: Path) -> None:
-    form, spectral = FORMS[name], ConvertConfig("mla", init="spectral", kv_lora_rank=24)
+    form, spectral = FORMS[name], ConvertConfig("mla", init="spectral", size=Sizes(kv_lora_rank=24))
     path = form.write(tmp_path / "form", sane())
     loras = (str(path.parent / form.lora),) if form.lora else ()
     twin = write_wan(tmp_path / "wan", form.is_equal_to(sane()))
@@ -334,7 +335,7 @@ def opened_config(path: Path, *overrides: str, model: str | None = None) -> Mode
 TABLE = {
     "latent_size": [8, 8],
     "chunk_frames": 2,
-    "cache": {"window_frames": 6, "sink_frames": 1, "positions": "relative"},
+    "cache": {"window_frames": 6, "sink_frames": 1, "frame_positions": "relative"},
     "sampler": {"denoising_step_list": [1000, 500], "shift": 3, "renoise": False},
     "media": "demo",
     "licence": "apache-2.0",
@@ -368,7 +369,7 @@ def tiny_known(monkeypatch: pytest.MonkeyPatch) -> str:
     """A known model of the width of `SMALL`."""
     settings = {
         "chunk_frames": 4,
-        "cache": {"window_frames": 12, "sink_frames": 3, "positions": "relative"},
+        "cache": {"window_frames": 12, "sink_frames": 3, "frame_positions": "relative"},
         "sampler": {"denoising_step_list": (1000, 800), "shift": 2.0},
         "licence": "other",
         "base_model": "someone/tiny",
@@ -394,7 +395,13 @@ def test_config_json_overrides_a_known_model_and_the_user_both(
     assert config.cache == CachePolicy(9, 3, "relative")
     assert (config.chunk_frames, config.licence) == (1, "apache-2.0")
 
-    typed = ("cache.positions=absolute", "sampler.shift=4", "chunk_frames=2", "chunk_frames=5")
+    typed = ("cache.frame_positions=absolute", "sampler.shift=4")
+    typed += ("chunk_frames=2", "chunk_frames=5")
+        "cache.frame_positions=absolute",
+        "sampler.shift=4",
+        "chunk_frames=2",
+        "chunk_frames=5",
+    )
     config = opened_config(with_table, *typed, model=tiny_known)
     assert config.cache == CachePolicy(9, 3, "absolute")
     assert config.sampler == SamplerConfig((1000, 800), 4.0, renoise=True)
@@ -441,7 +448,7 @@ def test_a_bad_table_is_refused(table: object, fact: str, tmp_path: Path) -> Non
         ("chunk_frame=3", "'chunk_frame'", "'chunk_frames'"),
         ("geometry.dim=96", "'geometry'", "known: "),
         ("cache.window=12", "'cache.window'", "'window_frames'"),
-        ("cache.positions=relativ", "'relativ'", "'relative'"),
+        ("cache.frame_positions=relativ", "'relativ'", "'relative'"),
         ("cache=12", "'cache'", "--set"),
         ("chunk_frames=many", "'chunk_frames'", "--set"),
         ("chunk_frames=30", "30", "--set"),

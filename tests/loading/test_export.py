@@ -25,7 +25,7 @@ from vmla_convert.checkpoint.layouts import DIFFUSERS
 from vmla_convert.checkpoint.settings import converted_config
 from vmla_convert.checkpoint.source import TensorSpec
 from vmla_convert.checkpoint.writer import CheckpointWriter, write_checkpoint
-from vmla_convert.config import ConvertConfig, SourceConfig
+from vmla_convert.config import ConvertConfig, Sizes, SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError, OutputError
 from vmla_convert.fitting.convert import convert, read_plan
 from vmla_convert.fitting.dry_run import foresee
@@ -35,7 +35,7 @@ from vmla_convert.loading.metadata_files import transformer_config
 
 pytest_plugins = ["checkpoints", "tiny_wan"]
 
-CHEAP = ConvertConfig("mla", init="spectral", cut=0.5)
+CHEAP = ConvertConfig("mla", init="spectral", size=Sizes(cut=0.5))
 
 
 def same(one: Path, other: Path) -> bool:

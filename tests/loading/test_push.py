@@ -23,7 +23,7 @@ from tiny_wan import SETTINGS
 
 from vmla_convert.checkpoint.source import fingerprint
 from vmla_convert.checkpoint.writer import CheckpointWriter
-from vmla_convert.config import ConvertConfig, SourceConfig
+from vmla_convert.config import ConvertConfig, Sizes, SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError, OutputError
 from vmla_convert.fitting.convert import convert
 from vmla_convert.layers.dit import CausalWanModel
@@ -40,7 +40,7 @@ pytest_plugins = ["checkpoints", "hub_stub", "tiny_wan"]
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 REPO = "user/tiny-vmla"
-CHEAP = ConvertConfig("mla", init="spectral", cut=0.5)
+CHEAP = ConvertConfig("mla", init="spectral", size=Sizes(cut=0.5))
 
 
 @pytest.fixture(scope="module")
