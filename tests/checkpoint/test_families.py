@@ -397,11 +397,6 @@ def test_config_json_overrides_a_known_model_and_the_user_both(
 
     typed = ("cache.frame_positions=absolute", "sampler.shift=4")
     typed += ("chunk_frames=2", "chunk_frames=5")
-        "cache.frame_positions=absolute",
-        "sampler.shift=4",
-        "chunk_frames=2",
-        "chunk_frames=5",
-    )
     config = opened_config(with_table, *typed, model=tiny_known)
     assert config.cache == CachePolicy(9, 3, "absolute")
     assert config.sampler == SamplerConfig((1000, 800), 4.0, renoise=True)
