@@ -135,7 +135,11 @@ def student(dense: CausalWanModel) -> CausalWanModel:
 @pytest.fixture
 def calibrated(dense: CausalWanModel, measured: list[LayerReads]) -> CausalWanModel:
     """A conversion with most of the quality of the dense model."""
-    return convert_model(dense, replace(CONVERT, kv_lora_rank=24), evidence_of(dense, measured))
+    return convert_model(
+        dense,
+        replace(CONVERT, size=Sizes(kv_lora_rank=24, qk_rope_head_dim=4)),
+        evidence_of(dense, measured),
+    )
 
 
 def snapshot(model: nn.Module) -> Weights:

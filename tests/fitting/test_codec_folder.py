@@ -313,7 +313,11 @@ FAMILIES = (
     "LongLive with its LoRA",
     "ComfyUI",
 )
-SETTINGS = {"latent_size": [4, 6], "chunk_frames": 2, "cache": {"window_frames": 6, "sink_frames": 1}}
+SETTINGS = {
+    "latent_size": [4, 6],
+    "chunk_frames": 2,
+    "cache": {"window_frames": 6, "sink_frames": 1},
+}
 
 
 @pytest.fixture(scope="module")

@@ -109,5 +109,5 @@ def dense_model(
     except ConfigError as error:
         raise ConfigError(
             f"the settings of {path} do not fit: {error.message}",
-            error.hint or "correct them with --set model.KEY=VALUE, or in the config.json beside it",
+            error.hint or "correct them with --set model.KEY=…, or in the config.json beside it",
         ) from error
