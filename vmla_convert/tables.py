@@ -45,13 +45,18 @@ def from_dict(cls: type[T], data: Any, where: str = "") -> T:
     for key in table:
         if key not in names:
             raise ConfigError(f"unknown key '{_join(where, key)}'", did_you_mean(key, names))
-    values = {k: _coerce(hints[k], v, _join(where, k)) for k, v in table.items()}
+    values: dict[str, Any] = {}
+    for f in dataclasses.fields(typing.cast(Any, cls)):
+        if f.name in table:
+            value, default = table[f.name], _default(f)
+            # A nested table changes the default of its field, which need not be its class's own.
+            if isinstance(value, dict) and dataclasses.is_dataclass(default):
+                value = merged(to_dict(default), typing.cast(dict[str, Any], value))
+            values[f.name] = _coerce(hints[f.name], value, _join(where, f.name))
     missing = [
         f.name
         for f in dataclasses.fields(typing.cast(Any, cls))
-        if f.name not in values
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
+        if f.name not in values and _default(f) is dataclasses.MISSING
     ]
     if missing:
         raise ConfigError(f"missing key '{_join(where, missing[0])}'")
@@ -71,6 +76,15 @@ def override(table: dict[str, Any], text: str) -> None:
         value = tomllib.loads(f"value = {typed}")["value"]
     except tomllib.TOMLDecodeError:
         value = typed
+    set_key(table, key, value)
+
+
+def set_key(table: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key of a table of tables.
+
+    Raises:
+        ConfigError: A part of the key names a value.
+    """
     *parts, name = key.split(".")
     for part in parts:
         inner: Any = table.setdefault(part, {})
@@ -108,6 +122,12 @@ def first_difference(one: Any, other: Any, where: str = "") -> tuple[str, Any, A
     else:
         return found
     return next(filter(None, (first_difference(*values) for values in inner)), None)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
 
 
 def _plain(value: Any) -> Any:

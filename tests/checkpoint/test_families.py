@@ -414,7 +414,7 @@ def test_config_json_overrides_a_known_model_and_the_user_both(
 def test_an_override_corrects_a_wrong_table(tmp_path: Path) -> None:
     table = {"cache": {"window_frames": 2}}
     path = small_wan(tmp_path, native(), {**SMALL_CONFIG, "vmla": table})
-    assert opened_config(path, chunk_frames=1).cache == CachePolicy(2)
+    assert opened_config(path, "chunk_frames=1").cache == CachePolicy(2)
 
 
 def test_a_wrong_model_name_is_refused(tiny_known: str, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ MADE = {
     ),
 }
 SOURCE = SourceConfig(
-    "owner/name", file='a "b".pt', overrides=("cache.window_frames=12",), loras=("a.pt:0.5",)
+    "owner/name", file='a "b".pt', overrides={"cache": {"window_frames": 12}}, loras=("a.pt:0.5",)
 )
 EVALUATE = EvaluateConfig(12, DataConfig("held out\\.safetensors", 21, seed=1))
 

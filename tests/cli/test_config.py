@@ -95,7 +95,7 @@ EVERY_CONFIG: list[Any] = [
     ReportConfig(loss_bound=0.1),
     SweepConfig(products=("mla",), mla_sizes=(Sizes(kv_lora_rank=8), Sizes(cut=0.9))),
     SourceConfig(),
-    SourceConfig("a/b@c", "m.pt", "generator", "longlive", ("chunk_frames=1",), ("l.pt:0.5",)),
+    SourceConfig("a/b@c", "m.pt", "generator", "longlive", {"chunk_frames": 1}, ("l.pt:0.5",)),
 ]
 
 

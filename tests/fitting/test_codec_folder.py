@@ -46,8 +46,9 @@ from vmla_convert.fitting.convert import convert
 from vmla_convert.generating.generate import generate
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.export import LAYOUTS, export
-from vmla_convert.loading.load import is_codec, load, locate, open_named, teacher_of
+from vmla_convert.loading.load import is_codec, load, locate, open_named
 from vmla_convert.loading.publish import push
+from vmla_convert.loading.teacher import teacher_of
 from vmla_convert.maths.quantise import TABLE_SIZE, WHOLE_BITS, WIDTHS
 from vmla_convert.maths.rates import Rate
 from vmla_convert.measuring.evaluate import HeldOut

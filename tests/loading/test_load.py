@@ -21,13 +21,13 @@ from vmla_convert.fitting.convert import convert
 from vmla_convert.layers.mla import LatentSelfAttention
 from vmla_convert.loading import load as module
 from vmla_convert.loading.load import (
-    as_teacher,
     build,
     load,
     locate,
     open_named,
     read_provenance,
 )
+from vmla_convert.loading.teacher import as_teacher
 
 pytest_plugins = ["checkpoints"]
 

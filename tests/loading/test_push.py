@@ -29,8 +29,9 @@ from vmla_convert.fitting.convert import convert
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading import publish
 from vmla_convert.loading.export import LAYOUTS, export
-from vmla_convert.loading.load import as_teacher, load, open_named
+from vmla_convert.loading.load import load, open_named
 from vmla_convert.loading.publish import push
+from vmla_convert.loading.teacher import as_teacher
 from vmla_convert.media.components import find_components
 from vmla_convert.recovery.recover import recover
 
