@@ -29,7 +29,7 @@ from vmla_convert.checkpoint.writer import CheckpointWriter, write_checkpoint
 from vmla_convert.config import SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError, OutputError
 from vmla_convert.fitting.convert import convert, read_plan
-from vmla_convert.fitting.dry_run import foresee
+from vmla_convert.fitting.plan import plan_output
 from vmla_convert.loading.export import LAYOUTS, export
 from vmla_convert.loading.load import load, read_provenance
 from vmla_convert.loading.metadata_files import transformer_config
@@ -189,7 +189,7 @@ def test_components_need_not_be_in_a_pipeline_nor_be_all(wan_folder: Path, tmp_p
 
 
 def test_an_outlook_names_the_files_of_the_layout(teacher: Path, tmp_path: Path) -> None:
-    outlook = foresee(teacher, tmp_path / "out", BUDGETED, layout="diffusers")
+    outlook = plan_output(teacher, tmp_path / "out", BUDGETED, layout="diffusers")
     assert list(outlook.files) == ["transformer/diffusion_pytorch_model.safetensors"]
 
 

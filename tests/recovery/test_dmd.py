@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vmla_convert.config import DMDConfig, RecoverConfig, TrainingConfig
 from vmla_convert.errors import ConfigError
-from vmla_convert.fitting.factors import convert_model
+from vmla_convert.fitting.mla import convert_model
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.flow import per_frame
 from vmla_convert.measuring.evaluate import HeldOut

@@ -36,7 +36,7 @@ from vmla_convert.config import (
 )
 from vmla_convert.errors import CheckpointError, OutputError, VmlaError
 from vmla_convert.fitting.calibrate import model_blocks
-from vmla_convert.fitting.factors import convert_model
+from vmla_convert.fitting.mla import convert_model
 from vmla_convert.generating import make_clips as prepare
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import load

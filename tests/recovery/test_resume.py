@@ -18,12 +18,12 @@ from conftest import tiny_model
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vmla_convert.checkpoint.tensor_store import FolderShelf, Tensors
+from vmla_convert.checkpoint.tensor_store import FolderStore, Tensors
 from vmla_convert.checkpoint.writer import CheckpointWriter
 from vmla_convert.config import ConvertConfig, DataConfig, SourceConfig
 from vmla_convert.errors import ConfigError, OutputError
-from vmla_convert.fitting import conversion_steps as conversion
-from vmla_convert.fitting import convert as pipeline
+from vmla_convert.fitting import calibrate as conversion
+from vmla_convert.fitting import write as pipeline
 from vmla_convert.fitting.convert import convert
 from vmla_convert.layers.dit import Block
 from vmla_convert.loading.load import load
@@ -232,10 +232,10 @@ def test_killed_around_a_file_of_the_calibration_it_redoes_one_block_at_most(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    expected, put, names = whole("default"), FolderShelf.put, list[str]()
+    expected, put, names = whole("default"), FolderStore.put, list[str]()
     counted.blocks.clear()
 
-    def killed(shelf: FolderShelf, name: str, tensors: Tensors) -> None:
+    def killed(shelf: FolderStore, name: str, tensors: Tensors) -> None:
         names.append(name)
         if len(names) <= moment or after:
             put(shelf, name, tensors)
@@ -243,7 +243,7 @@ def test_killed_around_a_file_of_the_calibration_it_redoes_one_block_at_most(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(FolderShelf, "put", killed)
+        patch.setattr(FolderStore, "put", killed)
         with pytest.raises(KeyboardInterrupt):
             convert(deep, tmp_path / "out", CASES["default"])
     convert(deep, tmp_path / "out", CASES["default"])

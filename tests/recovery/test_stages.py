@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import CLIPS, CONVERT, EVALUATE, MODEL, RECOVER, evidence_of
+from checkpoints import CLIPS, CONVERT, EVALUATE, MODEL, RECOVER
 from torch import Tensor
 
-from vmla_convert.checkpoint.tensor_store import MemoryShelf
+from vmla_convert.checkpoint.tensor_store import MemoryStore
 from vmla_convert.config import RecoverConfig, SamplerConfig, TrainingConfig
 from vmla_convert.fitting import calibrate
-from vmla_convert.fitting.calibrate import LayerReads, model_blocks
+from vmla_convert.fitting.calibrate import Statistics, model_blocks
 from vmla_convert.fitting.convert import convert
-from vmla_convert.fitting.factors import convert_model
+from vmla_convert.fitting.mla import convert_model
 from vmla_convert.layers.dit import Block, CausalWanModel
 from vmla_convert.maths.flow import sampler_sigmas
 from vmla_convert.measuring.evaluate import HeldOut
@@ -76,10 +76,10 @@ def ignorant(dense: CausalWanModel) -> CausalWanModel:
 
 
 @pytest.fixture
-def calibrated(dense: CausalWanModel, measured: list[LayerReads]) -> CausalWanModel:
+def calibrated(dense: CausalWanModel, measured: Statistics) -> CausalWanModel:
     """A conversion as it should be."""
     config = replace(CONVERT, kv_lora_rank=24)
-    return convert_model(dense, config, evidence_of(dense, measured))
+    return convert_model(dense, config, measured)
 
 
 def weights(model: CausalWanModel) -> Weights:
@@ -428,8 +428,8 @@ def test_processes_divide_the_layers(
     config, clips = RecoverConfig(3, data=CLIPS), open_clips(CLIPS)
     together = convert_model(dense, replace(CONVERT, init="random"), None)
 
-    def fit(student: CausalWanModel, share: Share) -> MemoryShelf:
-        shelf, layers = MemoryShelf(), student.all_blocks()
+    def fit(student: CausalWanModel, share: Share) -> MemoryStore:
+        shelf, layers = MemoryStore(), student.all_blocks()
         blocks, sizes = model_blocks(dense), Sizes(student, (), 0)
         layerwise.recover_layers(
             dense, blocks, layers, clips, config, shelf, share, Silent(), sizes

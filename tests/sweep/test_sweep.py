@@ -20,20 +20,19 @@ from checkpoints import (
     RECOVER,
     PowerCut,
     PowerCutError,
-    evidence_of,
     untimed,
 )
 from safetensors import SafetensorError
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from vmla_convert import progress
-from vmla_convert.checkpoint.tensor_store import FolderShelf, MemoryShelf, Shelf
+from vmla_convert.checkpoint.tensor_store import FolderStore, MemoryStore, TensorStore
 from vmla_convert.config import Product, RecoverConfig, RuntimeConfig, SweepConfig
 from vmla_convert.errors import ConfigError, OutputError
-from vmla_convert.fitting.calibrate import LayerReads
+from vmla_convert.fitting.calibrate import Statistics
 from vmla_convert.fitting.calibrate import _Walk as Walk  # pyright: ignore[reportPrivateUsage]
 from vmla_convert.fitting.convert import convert
-from vmla_convert.fitting.factors import convert_model
+from vmla_convert.fitting.mla import convert_model
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import load
 from vmla_convert.maths import factor
@@ -298,8 +297,8 @@ def test_a_disk_that_fills_up_while_the_model_is_calibrated_ends_the_sweep_there
         tried.append(name)
         raise NO_SPACE
 
-    write = FolderShelf._write  # pyright: ignore[reportPrivateUsage]
-    monkeypatch.setattr(FolderShelf, "_write", lambda *a: (full if "reads-" in a[1] else write)(*a))
+    write = FolderStore._write  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(FolderStore, "_write", lambda *a: (full if "reads-" in a[1] else write)(*a))
     with pytest.raises(OutputError, match="disk is full"):
         run(dense, tmp_path / "rows.jsonl", UNTRAINED)
     assert len(tried) == 1
@@ -552,7 +551,7 @@ def test_a_codec_of_a_sweep_is_the_one_that_a_conversion_writes(
 ) -> None:
     conversion = grid(SweepConfig(cuts=(0.9,)), CONVERT)[0]
     convert(teacher, tmp_path / "kv", conversion)
-    shelves: dict[Product, Shelf] = {"codec": MemoryShelf()}
+    shelves: dict[Product, TensorStore] = {"codec": MemoryStore()}
     student, written = Shared(dense, CONVERT, shelves).student(conversion), load(tmp_path / "kv")
     assert student.config == written.config
     for name, tensor in written.state_dict().items():
@@ -642,11 +641,11 @@ def test_without_recovery_only_step_0_is_measured(ablation: list[Row]) -> None:
 
 
 def test_a_point_is_the_conversion_that_its_settings_make(
-    ablation: list[Row], dense: CausalWanModel, measured: list[LayerReads], held_out: HeldOut
+    ablation: list[Row], dense: CausalWanModel, measured: Statistics, held_out: HeldOut
 ) -> None:
     for cut, latent in ((0.9, "joint"), (0.8, "split")):
         point = replace(BUDGETED, latent=latent, cut=cut)
-        student = convert_model(dense, point, evidence_of(dense, measured))
+        student = convert_model(dense, point, measured)
         name = run_name(student.config)
         (told,) = [r.value for r in ablation if (r.run, r.metric) == (name, "velocity_error")]
         assert told == pytest.approx(held_out.measure(student).velocity_error, rel=1e-4)

@@ -17,7 +17,7 @@ from vmla_convert.errors import OutputError
 Tensors = dict[str, Tensor]
 
 
-class Shelf(Protocol):
+class TensorStore(Protocol):
     """Groups of tensors by name."""
 
     def put(self, name: str, tensors: Tensors) -> None:
@@ -37,7 +37,7 @@ class Shelf(Protocol):
         ...
 
 
-class MemoryShelf:
+class MemoryStore:
     """For models that fit in memory many times over."""
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class MemoryShelf:
         self._groups.pop(name, None)
 
 
-class FolderShelf:
+class FolderStore:
     """A file for each group, there whole or not at all; found again by the same work.
 
     Args:

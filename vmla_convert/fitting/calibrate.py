@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vmla_convert.checkpoint.families import OpenCheckpoint
-from vmla_convert.checkpoint.tensor_store import MemoryShelf, Shelf
+from vmla_convert.checkpoint.tensor_store import MemoryStore, TensorStore
 from vmla_convert.config import ConvertConfig, Geometry, ModelConfig, Product
 from vmla_convert.fitting.calibration_clips import (
     batch_sizes,
@@ -51,7 +51,7 @@ def calibrate(
     count: int,
     seed: int = 0,
     progress: Progress | None = None,
-    store: Shelf | None = None,
+    store: TensorStore | None = None,
     product: Product = "codec",
 ) -> Statistics:
     """Measure every layer of a dense model.
@@ -70,7 +70,7 @@ def calibrate(
     Raises:
         ConfigError: The clips do not fit the model.
     """
-    progress, store = progress or Silent(), store or MemoryShelf()
+    progress, store = progress or Silent(), store or MemoryStore()
     layers = range(shell.config.geometry.num_layers)
     if not store.has(_statistics(0)):
         walk = _Walk(shell, clips, count, seed, store, product)
@@ -83,7 +83,7 @@ def calibrate(
 
 
 def calibrate_checkpoint(
-    checkpoint: OpenCheckpoint, config: ConvertConfig, store: Shelf | None, progress: Progress
+    checkpoint: OpenCheckpoint, config: ConvertConfig, store: TensorStore | None, progress: Progress
 ) -> Statistics:
     """Measure every layer of a dense checkpoint, which is read block by block."""
     device = compute_device()
@@ -163,7 +163,7 @@ class _Walk:
         clips: ClipSource,
         count: int,
         seed: int,
-        store: Shelf,
+        store: TensorStore,
         product: Product,
     ) -> None:
         self.shell, self.store = shell, store

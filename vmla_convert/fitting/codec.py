@@ -38,8 +38,9 @@ def plan_codec(dense: ModelConfig, config: ConvertConfig) -> ModelConfig:
                 f"{name} is a setting of MLA layers, and this makes a codec",
                 "leave it out, or add --preset videomla",
             )
-    planned = replace(dense, codec=codec_settings(dense, config))
-    check_size(planned, planned.codec.size)
+    codec = codec_settings(dense, config)
+    planned = replace(dense, codec=codec)
+    check_size(planned, codec.size)
     return planned
 
 
@@ -95,9 +96,7 @@ def codec_fitter(
     return fit
 
 
-def codec_tensors(
-    fit: CodecFit, layer: int, specs: dict[str, TensorSpec]
-) -> dict[str, Tensor]:
+def codec_tensors(fit: CodecFit, layer: int, specs: dict[str, TensorSpec]) -> dict[str, Tensor]:
     """Tensors of a fitted layer by native name, in the dtypes of a codec file.
 
     Raises:

@@ -14,20 +14,21 @@ from typing import Any
 
 from vmla_convert import __version__
 from vmla_convert.checkpoint.source import fingerprint
-from vmla_convert.checkpoint.tensor_store import FolderShelf
+from vmla_convert.checkpoint.tensor_store import FolderStore
 from vmla_convert.checkpoint.writer import CheckpointWriter, partial_folder
 from vmla_convert.config import ConvertConfig, ModelConfig, RankPlan
 from vmla_convert.errors import ConfigError, did_you_mean
-from vmla_convert.fitting.calibrate import calibrate_checkpoint
+from vmla_convert.fitting.calibrate import Statistics, calibrate_checkpoint
 from vmla_convert.fitting.calibration_clips import clips_hash, measures
 from vmla_convert.fitting.dense_source import (
+    CheckedCheckpoint,
     NotFiniteError,
     base_record,
     open_dense,
     source_record,
 )
 from vmla_convert.fitting.mla import layer_inputs
-from vmla_convert.fitting.plan import ConversionPlan, check_start, plan_conversion
+from vmla_convert.fitting.plan import check_start, plan_conversion
 from vmla_convert.fitting.rank_plan import plan_ranks
 from vmla_convert.fitting.write import write_codec, write_mla
 from vmla_convert.loading.load import CONVERSION_NAME, Source
@@ -151,7 +152,7 @@ def _read_source(
 
 def _calibration_store(
     out: Path, basis: Mapping[str, Any], config: ConvertConfig
-) -> TensorStore | None:
+) -> FolderStore | None:
     """Store beside the output, which other conversions of the same source may share."""
     if not measures(config):
         return None
@@ -162,7 +163,7 @@ def _calibration_store(
 def _calibrate(
     checkpoint: CheckedCheckpoint,
     config: ConvertConfig,
-    store: TensorStore | None,
+    store: FolderStore | None,
     progress: Progress,
 ) -> Statistics | None:
     if store is None:

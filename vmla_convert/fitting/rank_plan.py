@@ -150,7 +150,8 @@ def _check_plan(model: ModelConfig, plan: RankPlan, config: ConvertConfig) -> No
     lengths = {len(plan.kv_lora_rank), len(plan.rope_pairs)}
     if lengths != {geometry.num_layers}:
         raise ConfigError(
-            f"the plan has sizes for {len(plan.kv_lora_rank)} layers, the model has {geometry.num_layers} layers",
+            f"the plan has sizes for {sorted(lengths)} layers, the model has "
+            f"{geometry.num_layers} layers",
             "use the plan of a conversion of this very model",
         )
     # Each part of a split latent has at least one number.
@@ -178,7 +179,7 @@ def _asked(config: ConvertConfig, rank: int) -> str:
 
 
 def _check_pairs(model: ModelConfig, plan: RankPlan, init: str) -> None:
-    """Refuse more rope keys than an init can make: `calibrated` one per pair and head, others one per pair."""
+    """Refuse more rope keys than one per pair, or for `calibrated` one per pair and head."""
     geometry = model.geometry
     most = geometry.head_dim // 2
     if init == "calibrated":

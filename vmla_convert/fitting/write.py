@@ -73,6 +73,8 @@ def write_mla(
     Returns:
         The plan's config with the rope pairs that the layers chose.
     """
+    ranks = plan.ranks
+    assert ranks is not None
     rope = [LayerRope.from_json(*layer) for layer in writer.state or []]
     kept: dict[int, list[str]] = {}
     for name in plan.specs.keys() & checkpoint.names.keys() - writer.written:
@@ -89,7 +91,7 @@ def write_mla(
 
         inputs = layer_inputs(read, checkpoint.config, config, statistics)
         weights, evidence = inputs(layer)
-        factors = factor_layer(weights, evidence, plan.ranks, config, layer)
+        factors = factor_layer(weights, evidence, ranks, config, layer)
         # Weights that were read for the factors and are kept need not be read again.
         copied = {name: seen[name] for name in kept[layer] if name in seen}
         return LayerRope.of(factors), copied | latent_tensors(factors, weights, layer)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vmla_convert import __version__
-from vmla_convert.checkpoint.tensor_store import FolderShelf, Tensors
+from vmla_convert.checkpoint.tensor_store import FolderStore, Tensors
 from vmla_convert.checkpoint.writer import partial_folder
 from vmla_convert.config import DataConfig, MediaConfig, ModelConfig
 from vmla_convert.errors import ConfigError, OutputError
@@ -75,7 +75,7 @@ def prepare_clips(
         work = _Videos.planned(config, dense.config, media)
     done = folder.exists()
     # The shelf refuses a folder of other work.
-    shelf = FolderShelf(folder if done else partial_folder(folder), work.identity())
+    shelf = FolderStore(folder if done else partial_folder(folder), work.identity())
     if not done:
         work.fill(shelf, progress or Silent())
         _publish(shelf.folder, folder)
@@ -140,7 +140,7 @@ class _OwnSamples:
         how = [config.frames, config.clips, config.seed, self.prompts, self.media.name]
         return [__version__, how, to_dict(self.dense.config), self.origin]
 
-    def fill(self, shelf: FolderShelf, progress: Progress) -> None:
+    def fill(self, shelf: FolderStore, progress: Progress) -> None:
         """Sample every shard that is not there."""
         check_prompts(self.dense.config, self.prompts)
         prompts = list(islice(cycle(self.prompts), self.config.clips))
@@ -193,7 +193,7 @@ class _Videos:
         how = [self.media.name, self.model.latent_size, self.config.frames]
         return [__version__, how, videos]
 
-    def fill(self, shelf: FolderShelf, progress: Progress) -> None:
+    def fill(self, shelf: FolderStore, progress: Progress) -> None:
         """Encode every shard that is not there.
 
         A second start decodes again what it has: where a clip lies in its file is known by no other

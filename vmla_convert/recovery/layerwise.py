@@ -14,9 +14,10 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from vmla_convert.checkpoint.tensor_store import Shelf
+from vmla_convert.checkpoint.tensor_store import TensorStore
 from vmla_convert.config import RecoverConfig, TrainingConfig
-from vmla_convert.fitting.calibrate import ReadBlock, clips_at_once
+from vmla_convert.fitting.calibrate import ReadBlock
+from vmla_convert.fitting.calibration_clips import clips_at_once
 from vmla_convert.layers.attention import DenseSelfAttention
 from vmla_convert.layers.dit import Attend, Block, CausalWanModel, gated, masked_attention
 from vmla_convert.media.clips import Batch, ClipSource, seeded
@@ -75,7 +76,7 @@ def recover_layers(
     layers: list[Block],
     clips: ClipSource,
     config: RecoverConfig,
-    shelf: Shelf,
+    shelf: TensorStore,
     share: Share,
     progress: Progress,
     sizes: Sizes,
@@ -102,7 +103,7 @@ def recover_layers(
             shelf.put(_name(index), _new_tensors(layers[index]))
 
 
-def apply_layers(layers: list[Block], shelf: Shelf, share: Share) -> None:
+def apply_layers(layers: list[Block], shelf: TensorStore, share: Share) -> None:
     """Give layers what was put on the shelf, each from the process that fitted it."""
     with torch.no_grad():
         for index, layer in enumerate(layers):

@@ -35,7 +35,7 @@ from vmla_convert.config import (
     RecoverConfig,
 )
 from vmla_convert.errors import CheckpointError, ConfigError, OutputError, VmlaError
-from vmla_convert.fitting.calibrate import check_clips
+from vmla_convert.fitting.calibration_clips import check_clips
 from vmla_convert.generating.make_clips import check_makeable, prepare_clips
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.card import model_card

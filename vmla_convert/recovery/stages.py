@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from vmla_convert.checkpoint.tensor_store import FolderShelf, MemoryShelf, Shelf
+from vmla_convert.checkpoint.tensor_store import FolderStore, MemoryStore, TensorStore
 from vmla_convert.config import RecoverConfig
 from vmla_convert.fitting.calibrate import ReadBlock, model_blocks
 from vmla_convert.layers.dit import CausalWanModel
@@ -130,9 +130,9 @@ def fit_layers(
     """
     state, layers = processes(), student.all_blocks()
     share = Share(state.process_index, state.num_processes)
-    shelf: Shelf = MemoryShelf()
+    shelf: TensorStore = MemoryStore()
     if folders is not None:
-        shelf = FolderShelf(folders.state / f"layers-{share.rank}", {"world": share.world})
+        shelf = FolderStore(folders.state / f"layers-{share.rank}", {"world": share.world})
     clips = open_clips(config.data, shell.config.cache.sink_frames)
     sizes = Sizes(student, config.nested, config.training.seed)
     recover_layers(shell, read_block, layers, clips, config, shelf, share, progress, sizes)

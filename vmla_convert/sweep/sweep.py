@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
-from vmla_convert.checkpoint.tensor_store import FolderShelf
+from vmla_convert.checkpoint.tensor_store import FolderStore
 from vmla_convert.config import (
     ConvertConfig,
     EvaluateConfig,
@@ -26,9 +26,8 @@ from vmla_convert.config import (
     SweepConfig,
 )
 from vmla_convert.errors import ConfigError
-from vmla_convert.fitting.calibrate import check_clips
+from vmla_convert.fitting.calibration_clips import check_clips, open_calibration
 from vmla_convert.fitting.codec import plan_codec
-from vmla_convert.fitting.conversion_steps import open_measured
 from vmla_convert.fitting.rank_plan import check_sizes
 from vmla_convert.layers.dit import CausalWanModel, check_size
 from vmla_convert.measuring.evaluate import HeldOut, check_held_out, dense_rows, spectrum_rows
@@ -147,7 +146,7 @@ def check_sweep(
     for point in points:
         _check_point(model, point)
     # Calibration describes the model too, so that it is done whatever the points are.
-    open_measured(model, convert_config)
+    open_calibration(model, convert_config)
     check_held_out(model, evaluate_config, streamed=bool(config.dense_dtypes))
     if config.recover:
         check_shares(recover_config.training, world=1)
@@ -187,10 +186,10 @@ class _Sweep:
         common = [to_dict(convert_config), to_dict(teacher.config), to_dict(evaluate_config)]
         identity = {"common": digest(common), "rollout": config.rollout_frames}
         self.folder = folder / SHELF_NAME
-        shelves: dict[Product, FolderShelf] = {
-            product: FolderShelf(self.folder / product, identity) for product in config.products
+        shelves: dict[Product, FolderStore] = {
+            product: FolderStore(self.folder / product, identity) for product in config.products
         }
-        self.rollouts = FolderShelf(self.folder / "rollout", identity)
+        self.rollouts = FolderStore(self.folder / "rollout", identity)
         self.shared = Shared(teacher, convert_config, shelves)
         self.bench = Bench(teacher, evaluate_config, config, self._dense_rollout, folder / "strips")
 
@@ -217,7 +216,7 @@ class _Sweep:
         """Calibrate for every product, and tell of the dense model what is not told."""
         held_out = self.bench.held_out  # before hours of work: its clips may not fit
         timed = Timed(progress)
-        reads = [self.shared.reads(product, timed) for product in self.config.products]
+        reads = [self.shared.statistics(product, timed) for product in self.config.products]
         rollout = self._roll_dense_out(progress)
         told = {row.metric for row in written if row.run == "dense"}
         rows = self._dense_rows(told, held_out, rollout)
