@@ -18,7 +18,7 @@ from vmla_convert.media.clips import open_clips, seeded
 from vmla_convert.recovery.trained import unfreeze
 from vmla_convert.training.losses import Example, make_example, velocity_distillation
 from vmla_convert.training.processes import processes
-from vmla_convert.training.sharding import gathered, shard
+from vmla_convert.training.sharding import shard, whole_state
 
 RATE = 1e-2
 
@@ -38,7 +38,7 @@ def main(converted: Path, teacher: Path, out: Path) -> None:
     unfreeze(student, "all")
     shard(student)
     one_step(student, load(teacher), state.process_index, state.num_processes)
-    weights = gathered(student.state_dict())
+    weights = whole_state(student)
     if state.is_main_process:
         save_file(weights, out)
     state.wait_for_everyone()  # who leaves first takes the connection along

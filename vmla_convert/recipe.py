@@ -362,7 +362,7 @@ def _check_stages(recipe: Recipe, stages: list[str], checkpoint: OpenCheckpoint)
     from vmla_convert.fitting.calibration_clips import measures, open_calibration
     from vmla_convert.fitting.dense_source import refuse_converted
     from vmla_convert.fitting.plan import plan_conversion
-    from vmla_convert.recovery.recover import check_recovery
+    from vmla_convert.recovery.checks import check_recovery
     from vmla_convert.sweep.sweep import check_sweep
 
     convert, recover = recipe.convert or ConvertConfig(), recipe.recover or RecoverConfig()

@@ -239,7 +239,7 @@ def test_codec_statistics_differ_from_mla_statistics_by_the_key_norm_alone(
         normed, raw = codec.past[0], mla.past[0]
         assert normed.queries == raw.queries
         torch.testing.assert_close(normed.value_square, raw.value_square, rtol=1e-4, atol=1e-6)
-        assert not torch.allclose(normed.turned_query_square, raw.turned_query_square, rtol=0.05)
+        assert not torch.allclose(normed.rotated_query_square, raw.rotated_query_square, rtol=0.05)
 
 
 @pytest.mark.parametrize("asked", [5, 10**6])

@@ -15,6 +15,7 @@ import pytest
 import torch
 from checkpoints import BUDGETED, CLIPS, CONVERT, EVALUATE, MODEL, Vmla, refused
 from conftest import chunk_timesteps, tiny_clip
+from reference.masks import block_causal_mask
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -36,7 +37,6 @@ from vmla_convert.generating.generate import generate
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import load
 from vmla_convert.maths.factor import INITS
-from vmla_convert.maths.masks import block_causal_mask
 from vmla_convert.measuring.evaluate import HeldOut
 from vmla_convert.media.clips import open_clips
 from vmla_convert.tables import to_dict

@@ -187,7 +187,7 @@ def test_the_metric_is_what_its_formula_says_pair_by_pair() -> None:
         for b in range(half):
             heads = a // HEAD_DIM, b // HEAD_DIM
             if heads[0] == heads[1]:
-                square = SUMS.turned_query_square[heads[0], a % HEAD_DIM, b % HEAD_DIM]
+                square = SUMS.rotated_query_square[heads[0], a % HEAD_DIM, b % HEAD_DIM]
                 expected[a, b] = square / SUMS.queries
             of_values = SUMS.value_square[a, b] / (length[heads[0]] * length[heads[1]])
             expected[half + a, half + b] = of_values / SUMS.queries

@@ -24,6 +24,12 @@ from reference.latent import (
 from torch import Tensor
 
 from vmla_convert.errors import ConfigError
+from vmla_convert.maths.attention_stats import (
+    AttentionSample,
+    AttentionStats,
+    measure_stats,
+    merge_stats,
+)
 from vmla_convert.maths.factor import (
     DATA_INITS,
     INITS,
@@ -38,7 +44,6 @@ from vmla_convert.maths.factor import (
 )
 from vmla_convert.maths.moments import Moments, as_pairs, measure_moments, merge_moments
 from vmla_convert.maths.projections import Evidence, Factors, LayerShape, cut
-from vmla_convert.maths.reads import Reads, ReadSums, measure_reads, merge_reads
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=20)
 few = settings(derandomize=True, deadline=None, max_examples=10)
@@ -438,7 +443,7 @@ STILL = torch.ones(3, dtype=torch.complex128)
 """Phases of pairs of a head of 6 that never turn."""
 
 
-def measured(seed: int, pull: float = 1) -> tuple[ReadSums, Moments]:
+def measured(seed: int, pull: float = 1) -> tuple[AttentionStats, Moments]:
     """Reads and moments of some random tokens of a layer of 2 heads of 6."""
     draw = generator(seed)
 
@@ -450,7 +455,7 @@ def measured(seed: int, pull: float = 1) -> tuple[ReadSums, Moments]:
         return torch.polar(torch.ones_like(angles), angles)
 
     seen = torch.ones(4, 8, dtype=torch.bool)
-    reads = Reads(
+    reads = AttentionSample(
         normal(1, 4, 2, 6),
         turn(4),
         normal(1, 8, 2, 6),
@@ -461,7 +466,7 @@ def measured(seed: int, pull: float = 1) -> tuple[ReadSums, Moments]:
         pull * normal(1, 4, 2, 6),
         seen,
     )
-    return measure_reads(reads, [seen])[0], measure_moments(normal(30, 12) + seed)
+    return measure_stats(reads, [seen])[0], measure_moments(normal(30, 12) + seed)
 
 
 def test_evidence_is_the_mean_of_the_reads_per_query() -> None:
@@ -499,7 +504,7 @@ def test_a_group_counts_for_inputs_by_what_its_errors_cost() -> None:
     weighted = [moments.weighted(sums.value_square.trace()) for sums, moments in parts[:2]]
     torch.testing.assert_close(joined.mean, merge_moments(weighted).mean)
     torch.testing.assert_close(joined.covariance, merge_moments(weighted).covariance)
-    reads = merge_reads([sums for sums, _ in parts])
+    reads = merge_stats([sums for sums, _ in parts])
     # The same queries read every group.
     queries = parts[0][0].queries
     torch.testing.assert_close(joined.key_metric, reads.query_square / queries)

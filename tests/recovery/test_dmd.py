@@ -28,11 +28,11 @@ from vmla_convert.recovery.dmd import (
     moved_velocity,
     sample_distance,
 )
-from vmla_convert.recovery.on_policy import ALONE, Share
 from vmla_convert.recovery.stages import MATCHING, Folders, recover_model
 from vmla_convert.recovery.trained import new_names, unfreeze
 from vmla_convert.training.loop import train
 from vmla_convert.training.losses import Example, flow_matching, streamed_velocity
+from vmla_convert.training.processes import ALONE, Share
 
 pytest_plugins = ["checkpoints"]
 
@@ -97,7 +97,7 @@ def run(
         lambda *_: 0.0,
         checkpoints,
         progress,
-        carried=[dmd],
+        extra_state=[dmd],
     )
 
 
@@ -258,9 +258,9 @@ def test_it_is_the_last_stage_and_ends_no_worse(
         lambda step, errors: curve.__setitem__(step, errors.velocity_error),
     )
     assert list(curve) == [0, 1, 2, 3, 4, 5]
-    assert list(recovered.kept) == ["on policy", MATCHING]
-    start = curve[recovered.kept["on policy"]]
-    best = recovered.kept[MATCHING]
+    assert list(recovered.best_steps) == ["on policy", MATCHING]
+    start = curve[recovered.best_steps["on policy"]]
+    best = recovered.best_steps[MATCHING]
     left = held_out.measure(student).velocity_error
     assert left == (curve[1 + best] if best else start)
     assert left <= min(start, *(curve[step] for step in range(2, 6)))
@@ -281,9 +281,9 @@ def test_a_resumed_run_equals_one_that_never_stopped(
 
     whole = once()
     with pytest.raises(PowerCutError):
-        once(tmp_path, PowerCut("training", cut))
+        once(tmp_path / "state.pt", PowerCut("training", cut))
     torch.manual_seed(cut)  # global noise is no part of the state
-    for one, other in zip(whole, once(tmp_path), strict=True):
+    for one, other in zip(whole, once(tmp_path / "state.pt"), strict=True):
         assert not changed(one, other.state_dict())
 
 

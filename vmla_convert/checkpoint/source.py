@@ -21,21 +21,18 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
+from vmla_convert.checkpoint.choose_file import (
+    ENDINGS,
+    INDEX_SUFFIX,
+    PICKLE_SUFFIXES,
+    choose_file,
+)
 from vmla_convert.errors import CheckpointError, did_you_mean
 from vmla_convert.progress import Progress, Silent
-
-INDEX_SUFFIX = ".safetensors.index.json"
-PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 # Trainers keep several state dicts in one file; the averaged generator is the one that is meant
 # to be sampled from. "generator_lora" is left out: it is no model without its base.
 STATE_KEYS = ("generator_ema", "generator", "model", "ema", "state_dict")
-
-# Where pipelines keep their video model, Wan's own name before that of diffusers.
-CODEC_NAME = "codec.safetensors"
-"""The weights of a codec, which tell its folder from others; its base model may lie beside them."""
-
-_EXPERTS = ("high_noise_model", "low_noise_model", "transformer", "transformer_2")
 
 # Every dtype whose numbers stand one by one: those left out are quantised or packed.
 _DTYPES = {
@@ -103,7 +100,7 @@ def open_source(path: Path, key: str | None = None) -> TensorSource:
 
     Args:
         path: A .safetensors file, an index of shards, a torch pickle (.pt, .pth, .bin, .ckpt), or
-            a folder that holds one of these, itself or in `transformer`.
+            a folder that holds one of these.
         key: The state dict wanted from a pickle that holds several; None takes the first of
             `STATE_KEYS` that is there, or the whole file when it is flat.
 
@@ -180,11 +177,11 @@ def located(path: Path) -> Path:
         raise CheckpointError(
             f"there is no checkpoint at {path}", "give the path of a file or folder that exists"
         )
-    if _is_index(path) or path.suffix in (".safetensors", *PICKLE_SUFFIXES):
+    if path.name.endswith(ENDINGS):
         return path
     raise CheckpointError(
         f"{path} is not a checkpoint",
-        f"known endings: .safetensors, {INDEX_SUFFIX}, {', '.join(PICKLE_SUFFIXES)}",
+        f"known endings: {', '.join(ENDINGS)}",
     )
 
 
@@ -268,66 +265,57 @@ class _FileSource:
 
 
 def _locate_in_folder(folder: Path) -> Path:
-    for place in (folder, folder / "transformer"):
-        if place.is_dir() and (found := _only_checkpoint(place)):
-            return found
-    raise CheckpointError(
-        f"{folder} holds nothing that can be loaded",
-        "give a folder with an index of shards, or one file that ends in .safetensors or "
-        + ", ".join(PICKLE_SUFFIXES),
-    )
-
-
-def _only_checkpoint(folder: Path) -> Path | None:
-    if (folder / CODEC_NAME).is_file():
-        return folder / CODEC_NAME
-    if found := _only(folder, INDEX_SUFFIX) or _only(folder, ".safetensors"):
-        return found
-    # Before the pickles: beside Wan's experts lie its media and text encoder, as .pth.
-    experts = [name for name in _EXPERTS if (folder / name).is_dir()]
-    if experts not in ([], ["transformer"]):
+    files = (file for depth in ("*", "*/*") for file in folder.glob(depth) if file.is_file())
+    names = [file.relative_to(folder).as_posix() for file in files]
+    found = choose_file(names, str(folder), lambda name: f"give the path {folder / name}")
+    if found is None:
         raise CheckpointError(
-            f"{folder} holds no weights but the experts of a mixture: {', '.join(experts)}",
-            f"convert each expert by its own path: {', '.join(str(folder / e) for e in experts)}",
+            f"{folder} holds nothing that can be loaded",
+            f"give a file, or a folder with a file, that ends in {', '.join(ENDINGS)}",
         )
-    return _only(folder, *PICKLE_SUFFIXES)
-
-
-def _only(folder: Path, *suffixes: str) -> Path | None:
-    found = sorted(file for suffix in suffixes for file in folder.glob(f"*{suffix}"))
-    if len(found) > 1:
-        raise CheckpointError(
-            f"{folder} holds {len(found)} checkpoints",
-            f"give the path of one of them: {', '.join(file.name for file in found[:5])}",
-        )
-    return found[0] if found else None
+    return folder / found
 
 
 def _is_index(file: Path) -> bool:
     return file.name.endswith(INDEX_SUFFIX)
 
 
-def _read_index(index: Path) -> dict[str, Path]:
-    """Tensor name to shard, every shard inside the index's folder and there."""
+def read_weight_map(index: Path, title: str) -> dict[str, str]:
+    """Read which shard holds each tensor, from an index of safetensors shards.
+
+    Args:
+        index: The index.
+        title: The name of the index for messages.
+
+    Raises:
+        CheckpointError: The file is not an index, or names a shard outside its folder.
+    """
     try:
-        weight_map = _parse_json(index.read_bytes())["weight_map"]
-        shards = {str(name): PurePosixPath(shard) for name, shard in weight_map.items()}
+        weight_map = dict(_parse_json(index.read_bytes())["weight_map"])
+        shards = [PurePosixPath(shard) for shard in sorted(set(weight_map.values()))]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{index} is not a safetensors index", "download the checkpoint again"
+            f"{title} is not a safetensors index", "download the checkpoint again"
         ) from error
-    for shard in sorted(set(shards.values())):
-        # Judged by name: in the Hub's cache the files themselves are links out of the folder.
+    for shard in shards:
+        # The name decides: in the Hub's cache the files themselves are links to another folder.
         if shard.is_absolute() or ".." in shard.parts:
             raise CheckpointError(
-                f"{index} points outside its folder: {shard}",
-                "do not use this checkpoint, or mend its index by hand",
+                f"{title} points outside its folder: {shard}",
+                "do not use this checkpoint, or correct its index by hand",
             )
+    return weight_map
+
+
+def _read_index(index: Path) -> dict[str, Path]:
+    """Read which shard holds each tensor, and check that every shard exists."""
+    weight_map = read_weight_map(index, str(index))
+    for shard in sorted(set(weight_map.values())):
         if not (index.parent / shard).is_file():
             raise CheckpointError(
                 f"{index} needs {shard}, which is not there", "download the missing shard"
             )
-    return {name: index.parent / shard for name, shard in shards.items()}
+    return {name: index.parent / shard for name, shard in weight_map.items()}
 
 
 def _read_header(file: Path) -> dict[str, _Place]:

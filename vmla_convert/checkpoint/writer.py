@@ -16,8 +16,9 @@ from typing import Any, Self
 import torch
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 
+from vmla_convert.checkpoint.choose_file import INDEX_SUFFIX
 from vmla_convert.checkpoint.layouts import NATIVE, Layout
-from vmla_convert.checkpoint.source import INDEX_SUFFIX, TensorSpec
+from vmla_convert.checkpoint.source import TensorSpec
 from vmla_convert.errors import ConfigError, OutputError
 
 PICKLE_NAME = "model.pt"

@@ -107,7 +107,7 @@ def codec_tensors(fit: CodecFit, layer: int, specs: dict[str, TensorSpec]) -> di
 
 
 def fit_model(
-    dense: CausalWanModel, config: ConvertConfig, statistics: Statistics | None
+    dense: CausalWanModel, config: ConvertConfig, statistics: Statistics | None = None
 ) -> CausalWanModel:
     """Fit a codec to a model in memory, with the numbers that a codec file would hold.
 

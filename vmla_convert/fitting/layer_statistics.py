@@ -12,9 +12,14 @@ from torch import Tensor
 
 from vmla_convert.config import Product
 from vmla_convert.layers.attention import DenseSelfAttention, split_heads
-from vmla_convert.maths.masks import Visibility
+from vmla_convert.maths.attention_stats import (
+    AttentionSample,
+    AttentionStats,
+    measure_stats,
+    merge_stats,
+)
+from vmla_convert.maths.masks import AttentionMask
 from vmla_convert.maths.moments import Moments, measure_moments, merge_moments
-from vmla_convert.maths.reads import Reads, ReadSums, measure_reads, merge_reads
 from vmla_convert.maths.rope3d import Rotary
 
 QUERIES_PER_CLIP = 96
@@ -35,8 +40,8 @@ class LayerStatistics(NamedTuple):
         samples: Some [k; v] of cached tokens, (n, 2d), for a codec; else None.
     """
 
-    past: tuple[ReadSums, Moments]
-    own: list[tuple[ReadSums, Moments]]
+    past: tuple[AttentionStats, Moments]
+    own: list[tuple[AttentionStats, Moments]]
     samples: Tensor | None = None
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -53,12 +58,12 @@ class LayerStatistics(NamedTuple):
     def from_tensors(cls, tensors: dict[str, Tensor]) -> LayerStatistics:
         """Rebuild the statistics from `to_tensors`."""
 
-        def group(index: int) -> tuple[ReadSums, Moments]:
-            names = (*ReadSums._fields, *Moments._fields)
+        def group(index: int) -> tuple[AttentionStats, Moments]:
+            names = (*AttentionStats._fields, *Moments._fields)
             parts = {name: tensors[f"{index}.{name}"] for name in names}
             parts["phases"] = torch.view_as_complex(parts["phases"])
             return (
-                ReadSums(*(parts[name] for name in ReadSums._fields)),
+                AttentionStats(*(parts[name] for name in AttentionStats._fields)),
                 Moments(*(parts[name] for name in Moments._fields)),
             )
 
@@ -71,7 +76,7 @@ def merge_statistics(parts: list[LayerStatistics]) -> LayerStatistics:
     """Merge the statistics of several batches of clips."""
     groups = [[part.past, *part.own] for part in parts]
     past, *own = (
-        (merge_reads(sums for sums, _ in group), merge_moments(moments for _, moments in group))
+        (merge_stats(sums for sums, _ in group), merge_moments(moments for _, moments in group))
         for group in zip(*groups, strict=True)
     )
     samples = [part.samples for part in parts if part.samples is not None]
@@ -84,7 +89,7 @@ def measure_layer(
     x: Tensor,
     gradient: Tensor,
     rotary: Rotary,
-    mask: Visibility,
+    mask: AttentionMask,
     generator: torch.Generator,
     product: Product = "codec",
 ) -> LayerStatistics:
@@ -102,31 +107,31 @@ def measure_layer(
     is_codec, heads, length = product == "codec", attention.num_heads, x.shape[1] // 2
     clean, noisy = x.split(length, dim=1)
     picks = torch.randperm(x.shape[1], generator=generator)[:QUERIES_PER_CLIP].to(x.device)
-    visible, own_chunk = mask.seen_by(picks)
+    visible, own_chunk = mask.of_queries(picks)
     is_noisy = torch.arange(x.shape[1], device=x.device) >= length
     groups = [visible & ~own_chunk]
     groups += [] if is_codec else [own_chunk & ~is_noisy, own_chunk & is_noisy]
     value_mean = split_heads(attention.v(clean.mean((0, 1))), heads)
-    turns = rotary.turns()
-    sums: list[ReadSums] = []
+    rotations = rotary.turns()
+    sums: list[AttentionStats] = []
     # One clip at a time: attention of many queries and heads over a whole window is large.
     for tokens, pull in zip(x.split(1), gradient.split(1), strict=True):
         raw_key = attention.k(tokens)
         norm = torch.rsqrt(raw_key.float().square().mean(-1) + (attention.norm_k.eps or 0.0))
-        reads = Reads(
+        sample = AttentionSample(
             query=split_heads(attention.norm_q(attention.q(tokens[:, picks])), heads).float(),
-            query_turn=turns[picks],
+            query_rotation=rotations[picks],
             key=split_heads(attention.norm_k(raw_key), heads).float(),
-            key_turn=turns,
+            key_rotation=rotations,
             # A codec stores normed keys. MLA layers store raw keys, and the norm scales errors.
             key_norm=torch.ones_like(norm) if is_codec else norm,
             value=split_heads(attention.v(tokens), heads).float(),
             value_mean=value_mean.float(),
-            pull=split_heads(pull[:, picks] @ attention.o.weight, heads).float(),
-            seen=visible,
+            gradient=split_heads(pull[:, picks] @ attention.o.weight, heads).float(),
+            mask=visible,
         )
-        clip = measure_reads(reads, groups)
-        sums = [merge_reads(both) for both in zip(sums, clip, strict=True)] if sums else clip
+        clip = measure_stats(sample, groups)
+        sums = [merge_stats(both) for both in zip(sums, clip, strict=True)] if sums else clip
     if is_codec:
         entries = torch.cat(attention.project(clean), -1)
         some = torch.randperm(length, generator=generator)[:SAMPLES_PER_CLIP].to(x.device)

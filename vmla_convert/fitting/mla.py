@@ -21,7 +21,7 @@ from vmla_convert.media.clips import seeded
 
 
 def convert_model(
-    dense: CausalWanModel, config: ConvertConfig, statistics: Statistics | None
+    dense: CausalWanModel, config: ConvertConfig, statistics: Statistics | None = None
 ) -> CausalWanModel:
     """Convert a model in memory to MLA layers.
 

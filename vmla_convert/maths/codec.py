@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vmla_convert.maths.attention_stats import AttentionStats
 from vmla_convert.maths.factor import psd_sqrt
 from vmla_convert.maths.moments import Moments
 from vmla_convert.maths.projections import KVWeights, white_queries
@@ -29,7 +30,6 @@ from vmla_convert.maths.quantise import (
     gaussian_samples,
     gaussian_tables,
 )
-from vmla_convert.maths.reads import ReadSums
 
 # The most energetic channels are the ones whose bits matter; their samples make the tables.
 SAMPLED_CHANNELS = 48
@@ -82,7 +82,7 @@ class Channels(NamedTuple):
     energies: Tensor
 
 
-def fit_codec(sums: ReadSums, entries: Moments, samples: Tensor, rank: int) -> CodecFit:
+def fit_codec(sums: AttentionStats, entries: Moments, samples: Tensor, rank: int) -> CodecFit:
     """The codec of a layer from what calibration measured.
 
     Args:
@@ -146,7 +146,7 @@ def fit_channels(root: Tensor, metric: Metric, rank: int) -> Channels:
     return Channels(encode, decode, energies)
 
 
-def read_metric(sums: ReadSums, entries: Moments) -> Metric:
+def read_metric(sums: AttentionStats, entries: Moments) -> Metric:
     """What an error of [k; v] costs at the model's output (Method: what errors cost).
 
     Keys matter by head, turned into their own frame; values across heads, since the output
@@ -156,13 +156,13 @@ def read_metric(sums: ReadSums, entries: Moments) -> Metric:
         sums: Measured with normed keys: what a raw key's norm would add is not in them.
         entries: Moments of [k; v].
     """
-    heads, head_dim = sums.query_pairs.shape[0], sums.turned_query_square.shape[-1]
+    heads, head_dim = sums.query_pairs.shape[0], sums.rotated_query_square.shape[-1]
     spread = entries.covariance.diagonal()[heads * head_dim :]
     # Values were weighted by the length that each head gathered; a token's own length counts once.
     length = spread.unflatten(0, (heads, -1)).sum(1).clamp_min(1e-30)
     scale = length.rsqrt().repeat_interleave(head_dim)
     of_values = scale[:, None] * sums.value_square * scale
-    return Metric(sums.turned_query_square / sums.queries, of_values / sums.queries)
+    return Metric(sums.rotated_query_square / sums.queries, of_values / sums.queries)
 
 
 def _assumed_metric(weights: KVWeights) -> Metric:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vmla_convert.errors import ConfigError
+from vmla_convert.maths.attention_stats import AttentionStats, merge_stats
 from vmla_convert.maths.moments import Moments, merge_moments
 from vmla_convert.maths.positions import (
     RopeBranch,
@@ -38,7 +39,6 @@ from vmla_convert.maths.projections import (
     subtract_rope,
     white_queries,
 )
-from vmla_convert.maths.reads import ReadSums, merge_reads
 from vmla_convert.maths.spectra import truncate
 
 WINDOW_SHARE = 0.5
@@ -240,7 +240,7 @@ def predict_errors(
 
 
 def join_evidence(
-    parts: list[tuple[ReadSums, Moments]], weights: KVWeights, window_phases: Tensor
+    parts: list[tuple[AttentionStats, Moments]], weights: KVWeights, window_phases: Tensor
 ) -> Evidence:
     """Evidence of a layer.
 
@@ -250,7 +250,7 @@ def join_evidence(
         weights: The dense layer.
         window_phases: Expected phases under uniform attention, (D/2,) complex.
     """
-    reads = merge_reads([sums for sums, _ in parts])
+    reads = merge_stats([sums for sums, _ in parts])
     queries = parts[0][0].queries  # the same ones read every group
     costs = [sums.value_square.diagonal().sum().clamp_min(1e-30) for sums, _ in parts]
     inputs = merge_moments([m.weighted(cost) for (_, m), cost in zip(parts, costs, strict=True)])
