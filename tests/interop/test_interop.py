@@ -38,7 +38,7 @@ from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading import load as loading
 from vmla_convert.loading.export import export
 from vmla_convert.loading.load import load
-from vmla_convert.media.models import open_media
+from vmla_convert.media.open import open_media
 
 pytest_plugins = ["checkpoints", "hub_stub", "tiny_wan"]
 

@@ -200,8 +200,8 @@ def recover(
 
     On several GPUs: torchrun --standalone --nproc_per_node 8 -m vmla_convert recover …
     """
-    from vmla_convert.generating.make_clips import read_prompts
     from vmla_convert.loading.load import read_provenance, teacher_of
+    from vmla_convert.media.prompts import read_prompts
     from vmla_convert.recovery import recover as pipeline
     from vmla_convert.recovery.run_state import is_begun
     from vmla_convert.training.processes import processes as started

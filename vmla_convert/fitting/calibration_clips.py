@@ -13,7 +13,7 @@ from vmla_convert.config import ConvertConfig, Geometry, ModelConfig
 from vmla_convert.errors import ConfigError
 from vmla_convert.maths.factor import DATA_INITS
 from vmla_convert.media.clips import Batch, ClipSource, hash_files, latent_files, open_clips
-from vmla_convert.media.models import require_demo_media
+from vmla_convert.media.demo import require_demo_media
 
 CLIPS_AT_ONCE = 8
 # Tokens of all clips in a batch: the feed-forward layer holds a few tensors with this many rows.

@@ -23,7 +23,7 @@ from vmla_convert.fitting.rank_plan import check_sizes, uniform_plan
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import Source, open_named
 from vmla_convert.loading.metadata_files import named_layout, parts_to_copy
-from vmla_convert.media.models import require_demo_media
+from vmla_convert.media.demo import require_demo_media
 from vmla_convert.progress import Progress
 
 _CODEC_ONLY = ("channels", "bytes_per_token")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vmla_convert.config import RuntimeConfig
+from vmla_convert.generating.prefix import prefix_chunks
 from vmla_convert.generating.sampler import State, sample_chunk
 from vmla_convert.layers.cache import KVCache
 from vmla_convert.layers.dit import CausalWanModel, Prompt
@@ -87,16 +88,6 @@ def rollout(
         chunk = sample_chunk(model, x.to(weight), prompt, cache, draw, before_step, after_step)
         past.append(chunk)
         yield chunk
-
-
-def prefix_chunks(clean: Tensor, chunk_frames: int) -> list[Tensor]:
-    """Split a clean prefix into chunks, a shorter chunk first where the length does not divide.
-
-    An image, one latent frame, becomes a chunk of its own. Models with an independent first frame
-    were trained this way (Self-Forcing, causal inference).
-    """
-    whole, rest = divmod(clean.shape[1], chunk_frames)
-    return list(clean.split([rest] * (rest > 0) + [chunk_frames] * whole, dim=1))
 
 
 @torch.no_grad()

@@ -32,8 +32,9 @@ from vmla_convert.loading.load import (
     teacher_of,
 )
 from vmla_convert.measuring.evaluate import check_held_out
+from vmla_convert.media.base import Media
 from vmla_convert.media.clips import open_clips, source_kind
-from vmla_convert.media.models import Media, open_media
+from vmla_convert.media.open import open_media
 from vmla_convert.recovery.stages import later_steps, stage_steps
 from vmla_convert.recovery.trained import check_adapters
 from vmla_convert.training.loop import check_tracker
