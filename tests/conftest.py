@@ -102,11 +102,11 @@ def tiny_fit(attention: DenseSelfAttention, rank: int) -> CodecFit:
     dim, heads = attention.k.out_features, attention.num_heads
     entries = torch.cat(attention.project(noise(600, dim, seed=40)), -1)
     moments = measure_moments(entries)
-    return fit_codec(random_sums(heads, dim // heads), moments, entries, rank)
+    return fit_codec(random_stats(heads, dim // heads), moments, entries, rank)
 
 
-def random_sums(heads: int, head_dim: int, seed: int = 41) -> AttentionStats:
-    """Reads whose squares are random and of full rank."""
+def random_stats(heads: int, head_dim: int, seed: int = 41) -> AttentionStats:
+    """Attention statistics with random squares of full rank."""
 
     def square(*batch: int, size: int) -> Tensor:
         root = noise(*batch, size, 2 * size, seed=seed + size).double()

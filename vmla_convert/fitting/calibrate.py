@@ -32,7 +32,7 @@ from vmla_convert.fitting.layer_statistics import (
 from vmla_convert.layers.attention import DenseSelfAttention
 from vmla_convert.layers.dit import Attend, Block, CausalWanModel, masked_attention
 from vmla_convert.loading.load import build_shell, compute_device, read_block
-from vmla_convert.maths.positions import expected_phases
+from vmla_convert.maths.rope_keys import expected_phases
 from vmla_convert.media.clips import ClipSource, seeded
 from vmla_convert.progress import Progress, Silent
 from vmla_convert.training.losses import Example, make_example, teacher_forcing_inputs

@@ -14,9 +14,10 @@ from vmla_convert.fitting.layer_statistics import LayerStatistics
 from vmla_convert.fitting.rank_plan import LayerInputs, check_sizes, plan_ranks
 from vmla_convert.fitting.weights import Read, layer_weights, with_tensors
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.maths.factor import DATA_INITS, assume_evidence, factor, join_evidence
+from vmla_convert.maths.evidence import Evidence, assume_evidence, join_evidence
+from vmla_convert.maths.factor import DATA_INITS, factor
 from vmla_convert.maths.moments import as_channels
-from vmla_convert.maths.projections import Evidence, Factors, KVWeights, LayerShape
+from vmla_convert.maths.projections import Factors, KVWeights, LayerShape
 from vmla_convert.media.clips import seeded
 
 
