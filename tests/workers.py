@@ -11,7 +11,7 @@ from checkpoints import CLIPS, CONVERT, EVALUATE, MODEL, RECOVER, PowerCut
 from conftest import randomise, tiny_model
 from safetensors.torch import save_file
 from torch import Tensor
-from vmla_convert.fitting.factors import convert_model
+from vmla_convert.fitting.mla import convert_model
 
 from vmla_convert.config import DMDConfig
 from vmla_convert.layers.dit import CausalWanModel
