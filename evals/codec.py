@@ -29,11 +29,11 @@ from torch import Tensor
 
 from vmla_convert.__main__ import main as run_reporting_errors
 from vmla_convert.config import (
-    CacheSize,
     ConvertConfig,
     DataConfig,
     EvaluateConfig,
     RuntimeConfig,
+    Sizes,
 )
 from vmla_convert.console import out
 from vmla_convert.fitting.calibrate import calibrate, model_blocks
@@ -111,8 +111,8 @@ def fitted(
 
 def size_rows(model: CausalWanModel, held_out: HeldOut, progress: Progress) -> list[Row]:
     """Errors of the codec at each size, quantised and not."""
-    runtimes = [RuntimeConfig(CacheSize(bytes_per_token=size)) for size in SIZES]
-    runtimes += [RuntimeConfig(CacheSize(cut=cut), cache_dtype="model") for cut in UNQUANTISED_CUTS]
+    runtimes = [RuntimeConfig(Sizes(bytes_per_token=size)) for size in SIZES]
+    runtimes += [RuntimeConfig(Sizes(cut=cut), cache_dtype="model") for cut in UNQUANTISED_CUTS]
     tracked = progress.track(runtimes, "sizes")
     return [row for runtime in tracked for row in error_rows(model, held_out, runtime)]
 
@@ -156,7 +156,7 @@ def bytes_at(model: CausalWanModel, held_out: HeldOut, error: float) -> float:
     few, many = layers, round(max(SIZES)) * layers
     for _ in range(BISECTIONS):
         middle = (few + many) // 2
-        size = CacheSize(bytes_per_token=middle / layers)
+        size = Sizes(bytes_per_token=middle / layers)
         if held_out.measure(model, RuntimeConfig(size=size)).velocity_error <= error:
             many = middle
         else:
@@ -232,7 +232,7 @@ def _lora_rows(
 ) -> list[Row]:
     rows: list[Row] = []
     for size in LORA_SIZES:
-        runtime = RuntimeConfig(CacheSize(bytes_per_token=size))
+        runtime = RuntimeConfig(Sizes(bytes_per_token=size))
         old, new = (held_out.measure(each, runtime).velocity_error for each in (before, after))
         fields = row_fields(before.config, runtime=runtime)
         for metric, value, unit, note in (

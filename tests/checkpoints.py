@@ -26,6 +26,7 @@ from vmla_convert.config import (
     ModelConfig,
     RecoverConfig,
     SamplerConfig,
+    Sizes,
     TrainingConfig,
 )
 from vmla_convert.console import out as console
@@ -57,7 +58,7 @@ MODEL = ModelConfig(
     ),
     latent_size=(12, 12),
     chunk_frames=2,
-    cache=CachePolicy(window_frames=6, sink_frames=2, positions="relative"),
+    cache=CachePolicy(window_frames=6, sink_frames=2, frame_positions="relative"),
     sampler=SamplerConfig((1000, 500), shift=2.0, renoise=False),
     media="demo",
     family="self_forcing",
@@ -67,7 +68,7 @@ MODEL = ModelConfig(
 CLIPS = DataConfig(frames=6)
 # Explicit sizes, which rows can name.
 CONVERT = ConvertConfig(
-    product="mla", kv_lora_rank=8, qk_rope_head_dim=4, calibration_clips=4, data=CLIPS
+    product="mla", size=Sizes(kv_lora_rank=8, qk_rope_head_dim=4), calibration_clips=4, data=CLIPS
 )
 # The sizes of an MLA checkpoint where none are asked for: a budget.
 BUDGETED = ConvertConfig(product="mla", calibration_clips=4, data=CLIPS)

@@ -57,6 +57,7 @@ from vmla_convert.config import (
     MLAConfig,
     ModelConfig,
     SamplerConfig,
+    Sizes,
     SourceConfig,
 )
 from vmla_convert.errors import CheckpointError, ConfigError, VmlaError
@@ -70,7 +71,7 @@ SMALL_CONFIG = native_config(SMALL)
 MODEL = ModelConfig(SMALL, (8, 8), 2, CachePolicy(6, 1, "relative"), SamplerConfig(), "demo")
 # Frames of two by three tokens.
 SETTINGS = ("latent_size=[4, 6]", "chunk_frames=2", "cache.window_frames=6", "cache.sink_frames=1")
-SPECTRAL = ConvertConfig("mla", init="spectral", kv_lora_rank=24)
+SPECTRAL = ConvertConfig("mla", init="spectral", size=Sizes(kv_lora_rank=24))
 
 
 @cache
@@ -435,7 +436,7 @@ def test_without_settings_the_rest_is_as_released(tmp_path: Path) -> None:
 TABLE = {
     "latent_size": [8, 8],
     "chunk_frames": 2,
-    "cache": {"window_frames": 6, "sink_frames": 1, "positions": "relative"},
+    "cache": {"window_frames": 6, "sink_frames": 1, "frame_positions": "relative"},
     "sampler": {"denoising_step_list": [1000, 500], "shift": 3, "renoise": False},
     "media": "demo",
     "licence": "apache-2.0",
@@ -466,7 +467,7 @@ def tiny_known(monkeypatch: pytest.MonkeyPatch) -> str:
     """A known model of the width of `SMALL`."""
     settings = {
         "chunk_frames": 4,
-        "cache": {"window_frames": 12, "sink_frames": 3, "positions": "relative"},
+        "cache": {"window_frames": 12, "sink_frames": 3, "frame_positions": "relative"},
         "sampler": {"denoising_step_list": (1000, 800), "shift": 2.0},
         "licence": "other",
         "base_model": "someone/tiny",
@@ -499,7 +500,7 @@ def test_a_known_model_gives_way_to_config_json_and_both_to_the_user(
 
     config = opened_config(
         told_path,
-        "cache.positions=absolute",
+        "cache.frame_positions=absolute",
         "sampler.shift=4",
         "chunk_frames=2",
         "chunk_frames=5",
@@ -557,7 +558,7 @@ def test_a_bad_table_is_refused(table: object, message: str, tmp_path: Path) -> 
         ("chunk_frame=3", "'chunk_frame' in --set", "'chunk_frames'"),
         ("geometry.dim=96", "'geometry' in --set", "known: "),
         ("cache.window=12", r"'cache\.window'", "'window_frames'"),
-        ("cache.positions=relativ", "'relativ'", "'relative'"),
+        ("cache.frame_positions=relativ", "'relativ'", "'relative'"),
         ("cache=12", "'cache' must be a table", "--set"),
         ("chunk_frames=many", "'chunk_frames' must be int", "--set"),
         ("chunk_frames=30", "no room for a chunk of 30", "--set"),

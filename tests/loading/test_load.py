@@ -183,7 +183,7 @@ def test_a_converted_folder_may_be_run_in_another_window(latent: Path) -> None:
     settings = ("cache.window_frames=6", "cache.sink_frames=1", "sampler.shift=3")
     set_ = load(SourceConfig(str(latent), overrides=settings))
     assert (set_.config.cache.window_frames, set_.config.cache.sink_frames) == (6, 1)
-    assert set_.config.cache.positions == made.config.cache.positions
+    assert set_.config.cache.frame_positions == made.config.cache.frame_positions
     assert set_.config.sampler.shift == 3.0
     assert set_.config.mla == made.config.mla
     weights = made.state_dict()

@@ -22,7 +22,7 @@ from tiny_wan import SETTINGS
 
 from vmla_convert.checkpoint.source import fingerprint
 from vmla_convert.checkpoint.writer import CheckpointWriter, write_checkpoint
-from vmla_convert.config import ConvertConfig, SourceConfig
+from vmla_convert.config import ConvertConfig, Sizes, SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError, VmlaError
 from vmla_convert.fitting.convert import convert
 from vmla_convert.layers.dit import CausalWanModel
@@ -163,7 +163,7 @@ def test_components_outlive_a_push_in_another_layout(
     """And are the repository's still; a native folder cannot bring its own."""
     source = SourceConfig(str(wan_folder), overrides=SETTINGS)
     for layout in ("diffusers", "native"):
-        how = ConvertConfig("mla", init="spectral", cut=0.5)
+        how = ConvertConfig("mla", init="spectral", size=Sizes(cut=0.5))
         convert(source, tmp_path / layout, how, layout=layout)
         pushed = push(tmp_path / layout, REPO)
     assert set(pushed.removed) == {
@@ -315,7 +315,7 @@ def test_what_was_a_repository_stays_one(teacher: Path, tmp_path: Path, stub: Hu
     files = {f"checkpoints/{file.name}": file.read_bytes() for file in teacher.iterdir()}
     stub.put("someone/dense", {**files, "checkpoints/other.pt": b"another"})
     source = SourceConfig("someone/dense@main", file="checkpoints/model.pt")
-    convert(source, tmp_path / "out", ConvertConfig("mla", init="spectral", cut=0.5))
+    convert(source, tmp_path / "out", ConvertConfig("mla", init="spectral", size=Sizes(cut=0.5)))
     push(tmp_path / "out", REPO)
     there = json.loads(stub.repos[REPO].files["conversion.json"].content)
     assert there == json.loads((tmp_path / "out" / "conversion.json").read_text())
@@ -512,7 +512,12 @@ def test_nothing_else_in_a_pipelines_folders_goes_up(
 ) -> None:
     folder = tmp_path / "mine" / "pipe"
     source = SourceConfig(str(wan_folder), overrides=SETTINGS)
-    convert(source, folder, ConvertConfig("mla", init="spectral", cut=0.5), layout="diffusers")
+    convert(
+        source,
+        folder,
+        ConvertConfig("mla", init="spectral", size=Sizes(cut=0.5)),
+        layout="diffusers",
+    )
     own = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
     parts = ("vae", "text_encoder", "tokenizer", "scheduler", "transformer")
     for part in (*parts, "notes", ".."):
@@ -535,7 +540,12 @@ def test_what_a_component_of_older_form_needs_goes_up(
     """Pickled weights, several files of them, and a tokenizer by sentencepiece."""
     folder = tmp_path / "pipe"
     source = SourceConfig(str(wan_folder), overrides=SETTINGS)
-    convert(source, folder, ConvertConfig("mla", init="spectral", cut=0.5), layout="diffusers")
+    convert(
+        source,
+        folder,
+        ConvertConfig("mla", init="spectral", size=Sizes(cut=0.5)),
+        layout="diffusers",
+    )
     more = {
         "vae/diffusion_pytorch_model.bin",
         "text_encoder/model-00001-of-00002.safetensors",
@@ -576,7 +586,7 @@ def test_where_a_component_lay_does_not_go_up(wan_folder: Path, tmp_path: Path, 
     convert(
         source,
         tmp_path / "pipe",
-        ConvertConfig("mla", init="spectral", cut=0.5),
+        ConvertConfig("mla", init="spectral", size=Sizes(cut=0.5)),
         layout="diffusers",
     )
     push(tmp_path / "pipe", REPO)
@@ -592,7 +602,7 @@ def test_a_pipelines_card_says_what_runs(
     wan_folder: Path, tmp_path: Path, stub: Hub, vmla: Vmla, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of its lines, on shorter clips, with the repository's own text encoder and VAE."""
-    how = ConvertConfig("mla", init="spectral", cut=0.5)
+    how = ConvertConfig("mla", init="spectral", size=Sizes(cut=0.5))
     convert(
         SourceConfig(str(wan_folder), overrides=SETTINGS),
         tmp_path / "pipe",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vmla_convert.checkpoint.source import TensorSpec
-from vmla_convert.config import CacheSize, CodecConfig, ConvertConfig, Geometry, ModelConfig
+from vmla_convert.config import CodecConfig, ConvertConfig, Geometry, ModelConfig, Sizes
 from vmla_convert.errors import ConfigError
 from vmla_convert.fitting.calibrate import Statistics
 from vmla_convert.fitting.weights import Read, cast_finite, layer_weights, with_tensors
@@ -22,7 +22,7 @@ LEAST_CHANNELS, CHANNEL_SHARE = 256, 6
 At 16 bits each, a sixth of the width takes 8 % of the dense bytes.
 """
 
-_MLA_ONLY = ("init", "latent", "cache_scalars", "kv_lora_rank", "qk_rope_head_dim", "plan")
+_MLA_ONLY = ("init", "latent")
 _WIDE = ("encode", "decode")
 
 
@@ -52,12 +52,7 @@ def default_channels(geometry: Geometry) -> int:
 def codec_settings(dense: ModelConfig, config: ConvertConfig) -> CodecConfig:
     """Channels and default size of the codec that a conversion makes."""
     channels = config.channels or default_channels(dense.geometry)
-    size, whole = CodecConfig(channels).size, CacheSize(rank=channels)
-    most = whole.token_bytes(dense.geometry)
-    if config.bytes_per_token is not None or config.cut is not None:
-        size = CacheSize(config.bytes_per_token, config.cut)
-    elif size.token_bytes(dense.geometry) > most:
-        size = whole
+    size = config.size or Sizes.default_codec(channels, dense.geometry)
     return CodecConfig(channels, size, config.calibrate)
 
 

@@ -194,17 +194,8 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def convert_config(
-    preset: str | None,
-    sizes: Mapping[str, Any],
-    others: Mapping[str, Any],
-) -> ConvertConfig:
-    """Build a config from command line values; None means that an option was left out.
-
-    Args:
-        preset: `videomla` starts from the paper's init and sizes.
-        sizes: Cache sizes.
-        others: Further fields of `ConvertConfig`.
+def convert_config(preset: str | None, options: Mapping[str, Any]) -> ConvertConfig:
+    """Build a config from a preset and options that replace its settings; None means left out.
 
     Raises:
         ConfigError: The preset is unknown, or a value is not allowed.
@@ -212,9 +203,8 @@ def convert_config(
     if preset not in (None, *PRESETS):
         raise ConfigError(f"unknown preset '{preset}'", did_you_mean(str(preset), PRESETS))
     base = PRESETS[preset] if preset else ConvertConfig()
-    typed = {name: value for name, value in {**sizes, **others}.items() if value is not None}
-    plain = {name: to_dict(v) if name == "plan" else v for name, v in typed.items()}
-    return from_dict(ConvertConfig, {**to_dict(base), **plain})
+    given = {name: value for name, value in options.items() if value is not None}
+    return from_dict(ConvertConfig, {**to_dict(base), **given})
 
 
 def read_plan(path: Path) -> RankPlan:

@@ -26,8 +26,6 @@ from vmla_convert.loading.metadata_files import named_layout, parts_to_copy
 from vmla_convert.media.demo import require_demo_media
 from vmla_convert.progress import Progress
 
-_CODEC_ONLY = ("channels", "bytes_per_token")
-
 
 @dataclass(frozen=True)
 class ConversionPlan:
@@ -95,12 +93,11 @@ def plan_conversion(
 
 
 def _check_mla(dense: ModelConfig, config: ConvertConfig) -> None:
-    for name in _CODEC_ONLY:
-        if getattr(config, name) is not None:
-            raise ConfigError(
-                f"{name} is a setting of codecs, and this makes MLA layers",
-                "leave it out, or convert without --preset",
-            )
+    if config.channels is not None:
+        raise ConfigError(
+            "channels is a setting of codecs, and this makes MLA layers",
+            "leave it out, or convert without --preset",
+        )
     check_sizes(dense, config)
     if measures(config) and config.data.source == "demo":
         require_demo_media(dense, "calibration on the demo world")
