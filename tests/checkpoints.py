@@ -127,7 +127,11 @@ def student(dense: CausalWanModel) -> CausalWanModel:
 @pytest.fixture
 def calibrated(dense: CausalWanModel, measured: Statistics) -> CausalWanModel:
     """A conversion with most of the quality of the dense model."""
-    return convert_model(dense, replace(CONVERT, kv_lora_rank=24), measured)
+    return convert_model(
+        dense,
+        replace(CONVERT, size=Sizes(kv_lora_rank=24, qk_rope_head_dim=4)),
+        measured,
+    )
 
 
 def snapshot(model: nn.Module) -> Weights:
