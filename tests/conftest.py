@@ -16,6 +16,7 @@ from vmla_convert.config import (
     MLAConfig,
     ModelConfig,
     SamplerConfig,
+    Sizes,
 )
 from vmla_convert.layers.attention import DenseSelfAttention
 from vmla_convert.layers.codec import LayerCodec
@@ -88,7 +89,7 @@ def tiny_model(config: ModelConfig, seed: int = 0) -> CausalWanModel:
 @cache
 def _codec_state(geometry: Geometry, rank: int, seed: int) -> dict[str, Tensor]:
     """Parameters and buffers of `tiny_model`; fits take a while."""
-    model = CausalWanModel(tiny_config(geometry, codec=CodecConfig(rank)))
+    model = CausalWanModel(tiny_config(geometry, codec=CodecConfig(rank, Sizes(rank=rank))))
     randomise(model, seed)
     for block in model.all_blocks():
         assert isinstance(block.self_attn, DenseSelfAttention) and block.codec is not None
@@ -102,11 +103,11 @@ def tiny_fit(attention: DenseSelfAttention, rank: int) -> CodecFit:
     dim, heads = attention.k.out_features, attention.num_heads
     entries = torch.cat(attention.project(noise(600, dim, seed=40)), -1)
     moments = measure_moments(entries)
-    return fit_codec(random_sums(heads, dim // heads), moments, entries, rank)
+    return fit_codec(random_stats(heads, dim // heads), moments, entries, rank)
 
 
-def random_sums(heads: int, head_dim: int, seed: int = 41) -> AttentionStats:
-    """Reads whose squares are random and of full rank."""
+def random_stats(heads: int, head_dim: int, seed: int = 41) -> AttentionStats:
+    """Attention statistics with random squares of full rank."""
 
     def square(*batch: int, size: int) -> Tensor:
         root = noise(*batch, size, 2 * size, seed=seed + size).double()

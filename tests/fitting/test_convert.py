@@ -20,7 +20,7 @@ from torch import Tensor
 
 import vmla_convert
 from vmla_convert.checkpoint.families import open_checkpoint
-from vmla_convert.config import ConvertConfig, DataConfig, RankPlan
+from vmla_convert.config import ConvertConfig, DataConfig, RankPlan, Sizes
 from vmla_convert.errors import CheckpointError, ConfigError, OutputError, VmlaError
 from vmla_convert.fitting import conversion_steps as conversion
 from vmla_convert.fitting import convert as pipeline
@@ -30,8 +30,8 @@ from vmla_convert.fitting.factors import convert_model, factor_layer
 from vmla_convert.generating.generate import generate
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import load
+from vmla_convert.maths.evidence import Evidence
 from vmla_convert.maths.factor import INITS
-from vmla_convert.maths.projections import Evidence
 from vmla_convert.measuring.evaluate import HeldOut
 from vmla_convert.media.clips import open_clips
 from vmla_convert.tables import to_dict
@@ -256,7 +256,7 @@ def test_the_card_inherits_the_licence_and_leaves_an_unknown_base_model_out(
 def test_the_card_says_which_latent_it_is_and_what_it_caches(folder: Path) -> None:
     card, model = (folder / "README.md").read_text(), load(folder)
     assert model.config.mla is not None
-    assert "caches 26 bytes per token instead of 192 (86.5% less)" in card
+    assert "26 bytes per token and layer instead of 192 (86.5% less)" in card
     assert f"| latent | {model.config.mla.latent} |" in card
 
 
@@ -275,7 +275,10 @@ def test_more_rank_loses_less(
     config: ConvertConfig, dense: CausalWanModel, measured: list[LayerReads]
 ) -> None:
     held_out, evidence = HeldOut(dense, EVALUATE), evidence_of(dense, measured)
-    sizes = [replace(config, kv_lora_rank=rank) for rank in (2, 6, 16, 32, 40)]
+    sizes = [
+        replace(config, size=Sizes(kv_lora_rank=rank, qk_rope_head_dim=4))
+        for rank in (2, 6, 16, 32, 40)
+    ]
     errors = [held_out.measure(convert_model(dense, s, evidence)).velocity_error for s in sizes]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.1 * errors[0]
@@ -287,7 +290,7 @@ def test_at_full_rank_with_all_pairs_almost_nothing_is_lost(
     geometry = MODEL.geometry
     layers, pairs = geometry.num_layers, geometry.num_heads * geometry.head_dim // 2
     plan = RankPlan((geometry.dim,) * layers, (pairs,) * layers)
-    convert(teacher, tmp_path / "out", replace(BUDGETED, plan=plan))
+    convert(teacher, tmp_path / "out", replace(BUDGETED, size=Sizes(plan=plan)))
     errors = HeldOut(dense, EVALUATE).measure(load(tmp_path / "out"))
     assert errors.velocity_error < 1e-6
 
@@ -300,7 +303,11 @@ def test_calibration_beats_the_weights_alone(
     held_out, evidence = HeldOut(dense, EVALUATE), evidence_of(dense, measured)
     calibrated, spectral = (
         held_out.measure(
-            convert_model(dense, replace(config, init=init, kv_lora_rank=rank), evidence)
+            convert_model(
+                dense,
+                replace(config, init=init, size=Sizes(kv_lora_rank=rank, qk_rope_head_dim=4)),
+                evidence,
+            )
         ).velocity_error
         for init in ("calibrated", "spectral")
     )
@@ -478,7 +485,7 @@ def test_without_calibration_no_clips_are_needed(
     assert model.config.mla and model.config.mla.init == "calibrated"
     assert model.config.cache_cut() >= 0.8
     held_out = HeldOut(dense, EVALUATE)
-    random = convert_model(dense, ConvertConfig("mla", init="random", cut=0.8), None)
+    random = convert_model(dense, ConvertConfig("mla", init="random", size=Sizes(cut=0.8)), None)
     errors = [held_out.measure(m).velocity_error for m in (model, random)]
     assert errors[0] < errors[1]
 

@@ -13,7 +13,7 @@ from checkpoints import BUDGETED, CLIPS, CONVERT, MODEL, PowerCut, PowerCutError
 from safetensors.torch import save_file
 
 from vmla_convert.checkpoint import writer
-from vmla_convert.config import ConvertConfig, DataConfig, SourceConfig
+from vmla_convert.config import ConvertConfig, DataConfig, Sizes, SourceConfig
 from vmla_convert.errors import ConfigError, VmlaError
 from vmla_convert.fitting.convert import convert
 from vmla_convert.fitting.dry_run import foresee
@@ -27,10 +27,10 @@ CONFIGS = {
     "calibrated": CONVERT,
     "spectral": SPECTRAL,
     "float16": replace(SPECTRAL, dtype="float16"),
-    "split": replace(PAPER, latent="split", cut=0.8),
+    "split": replace(PAPER, latent="split", size=Sizes(cut=0.8)),
     "no calibration": replace(CONVERT, calibrate=False),
     "codec": CODEC,
-    "small codec": replace(CODEC, calibrate=False, channels=30, bytes_per_token=20),
+    "small codec": replace(CODEC, calibrate=False, channels=30, size=Sizes(20)),
     "float32 codec": replace(CODEC, dtype="float32"),
 }
 
@@ -120,10 +120,10 @@ def clips_of_other_channels(source: Path, folder: Path) -> SourceConfig:
 Make = Callable[[Path, Path], SourceConfig]
 REFUSED: list[tuple[Make, ConvertConfig]] = [
     (nothing, SPECTRAL),
-    (as_it_is, replace(PAPER, cut=1.5)),
+    (as_it_is, replace(PAPER, size=Sizes(cut=0.99))),
     (as_it_is, replace(PAPER, init="calibratd")),
     (as_it_is, replace(CODEC, init="spectral")),
-    (as_it_is, replace(CODEC, cut=1.5)),
+    (as_it_is, replace(CODEC, size=Sizes(rank=9999))),
     (as_it_is, replace(CONVERT, data=DataConfig("no.safetensors"))),
     (a_wan_media, CONVERT),
     (a_wan_media, CODEC),

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import vmla_convert as vmla
 from vmla_convert.checkpoint.lora import open_lora
 from vmla_convert.checkpoint.source import TensorSpec
-from vmla_convert.config import ConvertConfig, MLAConfig, RuntimeConfig, SourceConfig
+from vmla_convert.config import ConvertConfig, MLAConfig, RuntimeConfig, Sizes, SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError, MissingExtraError
 from vmla_convert.fitting.convert import convert
 from vmla_convert.interop import pipeline as module
@@ -75,7 +75,7 @@ def wan_source(wan_folder: Path) -> SourceConfig:
 def wan_converted(wan_source: SourceConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its conversion, as a pipeline's folder."""
     folder = tmp_path_factory.mktemp("wan_converted") / "pipe"
-    how = ConvertConfig("mla", init="spectral", cut=0.5)
+    how = ConvertConfig("mla", init="spectral", size=Sizes(cut=0.5))
     convert(wan_source, folder, how, layout="diffusers")
     return folder
 
@@ -544,7 +544,9 @@ def test_a_conversion_writes_the_index_that_diffusers_writes(
 def test_components_may_come_from_elsewhere(
     wan_source: SourceConfig, wan_folder: Path, wan_pipe: Any, tmp_path: Path
 ) -> None:
-    convert(wan_source, tmp_path / "out", ConvertConfig("mla", init="spectral", cut=0.5))
+    convert(
+        wan_source, tmp_path / "out", ConvertConfig("mla", init="spectral", size=Sizes(cut=0.5))
+    )
     pipe = quiet(VMLAPipeline.from_pretrained(tmp_path / "out", base=str(wan_folder)))
     one, other = (
         p(PROMPT, num_frames=5, generator=seeded_with(2)).frames for p in (wan_pipe, pipe)

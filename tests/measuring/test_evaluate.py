@@ -18,6 +18,7 @@ from vmla_convert.config import (
     EvaluateConfig,
     Geometry,
     RankPlan,
+    Sizes,
 )
 from vmla_convert.demo.world import sample_clips
 from vmla_convert.errors import ConfigError
@@ -189,7 +190,7 @@ def test_rows_of_a_conversions_cache(latent: CausalWanModel) -> None:
 def test_a_run_is_named_after_what_was_made(dense: CausalWanModel) -> None:
     def name(latent: Latent, ranks: tuple[int, ...], pairs: tuple[int, ...]) -> str:
         plan = RankPlan(ranks, pairs, (2, 2) if latent == "split" else ())
-        config = ConvertConfig(product="mla", init="random", latent=latent, plan=plan)
+        config = ConvertConfig(product="mla", init="random", latent=latent, size=Sizes(plan=plan))
         return run_name(planned_config(MODEL, config, plan))
 
     assert run_name(dense.config) == "dense"
@@ -207,7 +208,7 @@ def test_rows_name_no_size_that_layers_do_not_share(
     dense: CausalWanModel, measured: list[LayerReads]
 ) -> None:
     plan = RankPlan((8, 9), (2, 2))
-    config = ConvertConfig(product="mla", plan=plan)
+    config = ConvertConfig(product="mla", size=Sizes(plan=plan))
     model = convert_model(dense, config, evidence_of(dense, measured))
     rows = cache_rows(model.config)
     assert {(row.kv_lora_rank, row.qk_rope_head_dim) for row in rows} == {(None, None)}
@@ -250,7 +251,7 @@ def test_spectra_are_told_for_every_layer_with_and_without_data(
 def test_every_converted_layer_tells_how_much_of_its_rank_it_fills(
     init: str, latent: Latent, dense: CausalWanModel, measured: list[LayerReads]
 ) -> None:
-    config = replace(CONVERT, init=init, latent=latent, kv_lora_rank=8, qk_rope_head_dim=None)
+    config = replace(CONVERT, init=init, latent=latent, size=Sizes(kv_lora_rank=8))
     model = convert_model(dense, config, evidence_of(dense, measured))
     rows = learned_spectrum_rows(model, 5, seed=3)
     assert [row.layer for row in rows] == [0, 1]

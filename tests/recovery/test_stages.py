@@ -12,7 +12,7 @@ from checkpoints import CLIPS, CONVERT, EVALUATE, MODEL, RECOVER, evidence_of
 from torch import Tensor
 
 from vmla_convert.checkpoint.tensor_store import MemoryStore
-from vmla_convert.config import RecoverConfig, SamplerConfig, TrainingConfig
+from vmla_convert.config import RecoverConfig, SamplerConfig, Sizes, TrainingConfig
 from vmla_convert.fitting import calibrate
 from vmla_convert.fitting.calibrate import LayerReads, model_blocks
 from vmla_convert.fitting.convert import convert
@@ -79,7 +79,7 @@ def ignorant(dense: CausalWanModel) -> CausalWanModel:
 @pytest.fixture
 def calibrated(dense: CausalWanModel, measured: list[LayerReads]) -> CausalWanModel:
     """A conversion as it should be."""
-    config = replace(CONVERT, kv_lora_rank=24)
+    config = replace(CONVERT, size=Sizes(kv_lora_rank=24, qk_rope_head_dim=4))
     return convert_model(dense, config, evidence_of(dense, measured))
 
 

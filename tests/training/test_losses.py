@@ -16,7 +16,7 @@ from conftest import (
 )
 from torch import Tensor, nn
 
-from vmla_convert.config import CachePolicy, CacheSize, CodecConfig
+from vmla_convert.config import CachePolicy, CodecConfig, Sizes
 from vmla_convert.maths.flow import predict_clean
 from vmla_convert.maths.masks import teacher_forcing_mask
 from vmla_convert.media.clips import Batch
@@ -101,7 +101,7 @@ def test_a_pass_repeats_the_positions_and_masks_by_the_policy() -> None:
 
 CONVERTED: dict[str, dict[str, Any]] = {
     **{latent: {"mla": tiny_mla(latent)} for latent in EITHER_LATENT},
-    "codec": {"codec": CodecConfig(30, CacheSize(12))},
+    "codec": {"codec": CodecConfig(30, Sizes(12))},
 }
 
 

@@ -14,7 +14,6 @@ from vmla_convert.cli.options import (
     SIZE,
     BaseModel,
     BytesPerToken,
-    CacheScalars,
     Checkpoint,
     Cut,
     Data,
@@ -26,10 +25,12 @@ from vmla_convert.cli.options import (
     Model,
     OutFolder,
     Settings,
+    asked_size,
 )
 from vmla_convert.config import ConvertConfig, DataConfig, SourceConfig
 from vmla_convert.console import out
 from vmla_convert.show import show_inspection, show_outlook
+from vmla_convert.tables import to_dict
 
 
 def inspect(
@@ -51,7 +52,7 @@ def inspect(
 
     out.json = json
     source = _source(checkpoint, file, key, model, settings, loras)
-    sizes = ConvertConfig(bytes_per_token=bytes_per_token, cut=cut)
+    sizes = ConvertConfig(size=asked_size(bytes_per_token, cut))
     with out.progress() as progress:
         inspection = inspect_checkpoint(source, sizes, progress, spectra)
     if json:
@@ -85,7 +86,6 @@ def convert(
             rich_help_panel=SIZE,
         ),
     ] = None,
-    cache_scalars: CacheScalars = None,
     kv_lora_rank: KvLoraRank = None,
     qk_rope_head_dim: Annotated[
         int | None, typer.Option(help="Width of the shared rope key, even.", rich_help_panel=MLA)
@@ -162,16 +162,16 @@ def convert(
     sizes = {
         "bytes_per_token": bytes_per_token,
         "cut": cut,
-        "channels": channels,
-        "cache_scalars": cache_scalars,
         "kv_lora_rank": kv_lora_rank,
         "qk_rope_head_dim": qk_rope_head_dim,
-        "plan": pipeline.read_plan(plan) if plan else None,
+        "plan": to_dict(pipeline.read_plan(plan)) if plan else None,
     }
+    given = {name: value for name, value in sizes.items() if value is not None}
     config = pipeline.convert_config(
         preset,
-        sizes,
         {
+            "size": given or None,
+            "channels": channels,
             "init": init,
             "latent": latent,
             "calibrate": calibrate,

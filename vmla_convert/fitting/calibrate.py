@@ -27,8 +27,8 @@ from vmla_convert.maths.attention_stats import (
 )
 from vmla_convert.maths.masks import AttentionMask
 from vmla_convert.maths.moments import Moments, measure_moments, merge_moments
-from vmla_convert.maths.positions import expected_phases
 from vmla_convert.maths.rope3d import Rotary
+from vmla_convert.maths.rope_keys import expected_phases
 from vmla_convert.media.clips import Batch, ClipSource, seeded
 from vmla_convert.progress import Progress, Silent
 from vmla_convert.training.losses import Example, make_example, teacher_forcing_inputs

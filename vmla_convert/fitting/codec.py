@@ -20,11 +20,11 @@ from vmla_convert.checkpoint.source import TensorSpec, fingerprint
 from vmla_convert.checkpoint.tensor_store import TensorStore
 from vmla_convert.checkpoint.writer import CheckpointWriter
 from vmla_convert.config import (
-    CacheSize,
     CodecConfig,
     ConvertConfig,
     Geometry,
     ModelConfig,
+    Sizes,
     SourceConfig,
 )
 from vmla_convert.errors import ConfigError
@@ -63,7 +63,7 @@ the dense bytes is spent on 24 to 82 channels of a layer.
 """
 
 # What makes sense only for the other product; a codec has no other value of these.
-_MLA_ONLY = ("init", "latent", "cache_scalars", "kv_lora_rank", "qk_rope_head_dim", "plan")
+_MLA_ONLY = ("init", "latent")
 _WIDE = ("encode", "decode")
 
 
@@ -161,12 +161,7 @@ def default_channels(geometry: Geometry) -> int:
 def codec_settings(dense: ModelConfig, config: ConvertConfig) -> CodecConfig:
     """Channels and default size of the codec that a conversion makes."""
     channels = config.channels or default_channels(dense.geometry)
-    size, whole = CodecConfig(channels).size, CacheSize(rank=channels)
-    most = whole.token_bytes(dense.geometry)
-    if config.bytes_per_token is not None or config.cut is not None:
-        size = CacheSize(config.bytes_per_token, config.cut)
-    elif size.token_bytes(dense.geometry) > most:
-        size = whole
+    size = config.size or Sizes.default_codec(channels, dense.geometry)
     return CodecConfig(channels, size, config.calibrate)
 
 

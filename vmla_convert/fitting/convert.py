@@ -67,16 +67,14 @@ from vmla_convert.loading.metadata_files import (
     named_layout,
     parts_to_copy,
 )
-from vmla_convert.maths.factor import DATA_INITS, assume_evidence
+from vmla_convert.maths.evidence import assume_evidence
+from vmla_convert.maths.factor import DATA_INITS
 from vmla_convert.media.demo import require_demo_media
 from vmla_convert.progress import Progress, Silent, Timed
 from vmla_convert.tables import from_dict, to_dict
 
 PRESETS = {"videomla": ConvertConfig(product="mla", init="spectral")}
 """The paper: its init, its shares of 192 + 32 numbers; the key norm, which it drops, is kept."""
-
-
-_CODEC_ONLY = ("channels", "bytes_per_token")
 
 
 @dataclass(frozen=True)
@@ -185,17 +183,8 @@ def _convert_to_mla(
     return Conversion.recorded(out, final, provenance)
 
 
-def convert_config(
-    preset: str | None,
-    sizes: Mapping[str, Any],
-    others: Mapping[str, Any],
-) -> ConvertConfig:
-    """A config from what a user typed; None means that it was left out.
-
-    Args:
-        preset: `videomla` starts from the paper's init and shares.
-        sizes: Cache sizes.
-        others: Further fields of `ConvertConfig`.
+def convert_config(preset: str | None, options: Mapping[str, Any]) -> ConvertConfig:
+    """A config from a preset and what replaces its settings; None means left out.
 
     Raises:
         ConfigError: An unknown preset, or a value that its field cannot have.
@@ -203,9 +192,8 @@ def convert_config(
     if preset not in (None, *PRESETS):
         raise ConfigError(f"unknown preset '{preset}'", did_you_mean(str(preset), PRESETS))
     base = PRESETS[preset] if preset else ConvertConfig()
-    typed = {name: value for name, value in {**sizes, **others}.items() if value is not None}
-    plain = {name: to_dict(v) if name == "plan" else v for name, v in typed.items()}
-    return from_dict(ConvertConfig, {**to_dict(base), **plain})
+    given = {name: value for name, value in options.items() if value is not None}
+    return from_dict(ConvertConfig, {**to_dict(base), **given})
 
 
 def read_plan(path: Path) -> RankPlan:
@@ -242,12 +230,11 @@ def plan_conversion(
     """
     dense = checkpoint.config
     refuse_converted(checkpoint)
-    for name in _CODEC_ONLY:
-        if getattr(config, name) is not None:
-            raise ConfigError(
-                f"{name} is a setting of codecs, and this makes MLA layers",
-                "leave it out, or convert without --preset",
-            )
+    if config.channels is not None:
+        raise ConfigError(
+            "channels is a setting of codecs, and this makes MLA layers",
+            "leave it out, or convert without --preset",
+        )
     check_sizes(dense, config)
     if measures(config) and config.data.source == "demo":
         require_demo_media(dense, "calibration on the demo world")

@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from vmla_convert.config import ConvertConfig, ModelConfig, RankPlan
+from vmla_convert.config import (
+    DENSE_ITEMSIZE,
+    ConvertConfig,
+    ModelConfig,
+    RankPlan,
+    Sizes,
+    default_rope_dim,
+)
 from vmla_convert.errors import ConfigError, did_you_mean
+from vmla_convert.maths.evidence import Evidence
 from vmla_convert.maths.factor import INITS, PAIR_COUNTS, ErrorCurve, predict_errors
-from vmla_convert.maths.projections import Evidence, KVWeights, LayerShape
+from vmla_convert.maths.projections import KVWeights, LayerShape
 from vmla_convert.maths.ranks import budget
 from vmla_convert.progress import Progress, Silent
 
@@ -30,16 +38,7 @@ def check_sizes(model: ModelConfig, config: ConvertConfig) -> None:
     """
     if config.init not in INITS:
         raise ConfigError(f"unknown init '{config.init}'", did_you_mean(config.init, INITS))
-    named = {
-        "plan": config.plan is not None,
-        "kv_lora_rank": config.kv_lora_rank is not None or config.qk_rope_head_dim is not None,
-        "cache_scalars": config.cache_scalars is not None,
-        "cut": config.cut is not None,
-    }
-    given = [name for name, there in named.items() if there]
-    if len(given) > 1:
-        raise ConfigError(f"sizes are given twice, as {' and as '.join(given)}", "keep one of them")
-    _check_explicit(model, config)
+    _check_rope(model, _size(model, config))
     plan = uniform_plan(model, config)
     _check_plan(model, plan, config)
     _check_pairs(model, plan, config.init)
@@ -47,21 +46,20 @@ def check_sizes(model: ModelConfig, config: ConvertConfig) -> None:
 
 def uniform_plan(model: ModelConfig, config: ConvertConfig) -> RankPlan:
     """The plan that was given, or the same sizes for every layer; needs no weights."""
-    if config.plan is not None:
-        return config.plan
-    geometry = model.geometry
-    if config.kv_lora_rank is not None or config.qk_rope_head_dim is not None:
-        rank = geometry.dim // 8 if config.kv_lora_rank is None else config.kv_lora_rank
-        rope = config.qk_rope_head_dim
-        rope = 2 * (geometry.head_dim // 8) if rope is None else rope
+    size, geometry = _size(model, config), model.geometry
+    if size.plan is not None:
+        return size.plan
+    if size.kv_lora_rank is not None:
+        rank = size.kv_lora_rank
+        rope = size.qk_rope_head_dim or default_rope_dim(geometry)
     else:
-        size = total_numbers(model, config) // geometry.num_layers
-        pairs = min(max(1, round(ROPE_SHARE * size / 2)), geometry.head_dim // 2)
+        numbers = total_numbers(model, config) // geometry.num_layers
+        pairs = min(max(1, round(ROPE_SHARE * numbers / 2)), geometry.head_dim // 2)
         rope = 2 * pairs
-        rank = size - rope
+        rank = numbers - rope
     shape = LayerShape(config.latent, rank, rope // 2)
     layers = geometry.num_layers
-    key_ranks = (shape.parts()[0],) * layers if config.latent == "split" else ()
+    key_ranks = (shape.ranks()[0],) * layers if config.latent == "split" else ()
     return RankPlan((rank,) * layers, (rope // 2,) * layers, key_ranks)
 
 
@@ -110,11 +108,11 @@ class Curves(NamedTuple):
 
 def wanted_curves(model: ModelConfig, config: ConvertConfig) -> Curves | None:
     """The predictions that sizes depend on; None where sizes are given, or nothing is predicted."""
-    explicit = _is_explicit(config)
-    joint = config.latent == "joint"
-    if config.init != "calibrated" or config.plan is not None or (explicit and joint):
+    size = _size(model, config)
+    given = size.plan is not None or (not size.is_budget and config.latent == "joint")
+    if config.init != "calibrated" or given:
         return None
-    if explicit:
+    if not size.is_budget:
         uniform = uniform_plan(model, config)
         pairs = uniform.rope_pairs[0]
         return Curves(uniform.kv_lora_rank[0] + 2 * pairs, (pairs,))
@@ -136,7 +134,7 @@ def divide(model: ModelConfig, config: ConvertConfig, curves: Sequence[ErrorCurv
     """
     uniform = uniform_plan(model, config)
     sizes = [r + 2 * p for r, p in zip(uniform.kv_lora_rank, uniform.rope_pairs, strict=True)]
-    if not _is_explicit(config):
+    if _size(model, config).is_budget:
         total = total_numbers(model, config)
         sizes = budget([curve.errors for curve in curves], total, rank_step(model))
     pairs = [curve.rope_pairs[size] for curve, size in zip(curves, sizes, strict=True)]
@@ -151,23 +149,14 @@ def divide(model: ModelConfig, config: ConvertConfig, curves: Sequence[ErrorCurv
 
 def total_numbers(model: ModelConfig, config: ConvertConfig) -> int:
     """Numbers that all layers together may cache per token, norms aside."""
-    geometry, scalars = model.geometry, config.cache_scalars
-    if config.cut is not None:
-        scalars = (1 - config.cut) * geometry.dense_cache_scalars
-    if scalars is None:
-        scalars = default_scalars(model)
+    numbers = _size(model, config).token_bytes(model.geometry) / DENSE_ITEMSIZE
     # A cut of 0.9 of 320 numbers leaves 32, whatever floating point makes of it.
-    return int((scalars - 1) * geometry.num_layers + 1e-6)
+    return int((numbers - 1) * model.geometry.num_layers + 1e-6)
 
 
-def _is_explicit(config: ConvertConfig) -> bool:
-    return config.kv_lora_rank is not None or config.qk_rope_head_dim is not None
-
-
-def default_scalars(model: ModelConfig) -> int:
-    """What a token costs by default: 224 numbers for Wan 1.3B, and one for the norm."""
-    geometry = model.geometry
-    return geometry.dim // 8 + 2 * (geometry.head_dim // 8) + 1
+def _size(model: ModelConfig, config: ConvertConfig) -> Sizes:
+    """The size asked for, or the default."""
+    return config.size or Sizes.default_mla(model.geometry)
 
 
 def rank_step(model: ModelConfig) -> int:
@@ -175,15 +164,19 @@ def rank_step(model: ModelConfig) -> int:
     return max(1, model.geometry.dim // 96)
 
 
-def _check_explicit(model: ModelConfig, config: ConvertConfig) -> None:
-    rope, head_dim = config.qk_rope_head_dim, model.geometry.head_dim
+def _check_rope(model: ModelConfig, size: Sizes) -> None:
+    """Refuse sizes that only a codec has, and widths that no rope key has."""
+    if size.rank is not None:
+        raise ConfigError(
+            f"rank {size.rank} is a size of codecs, and this makes MLA layers",
+            "use --bytes-per-token, --cut, or --set convert.size.kv_lora_rank=R",
+        )
+    rope, head_dim = size.qk_rope_head_dim, model.geometry.head_dim
     if rope is not None and (rope % 2 or not 2 <= rope <= head_dim):
         raise ConfigError(
             f"qk_rope_head_dim {rope} is not an even number between 2 and {head_dim}",
-            f"try --qk-rope-head-dim {2 * (head_dim // 8)}",
+            f"try --set convert.size.qk_rope_head_dim={default_rope_dim(model.geometry)}",
         )
-    if config.cut is not None and not 0 < config.cut < 1:
-        raise ConfigError(f"cut {config.cut:g} is not between 0 and 1", "try --cut 0.92")
 
 
 def _check_plan(model: ModelConfig, plan: RankPlan, config: ConvertConfig) -> None:
@@ -202,19 +195,20 @@ def _check_plan(model: ModelConfig, plan: RankPlan, config: ConvertConfig) -> No
             raise ConfigError(
                 f"{_asked(config, rank)} is not between {least} and {most}, what this model's "
                 f"{config.latent} latent can use",
-                f"try --kv-lora-rank {geometry.dim // 8}"
-                if config.cut is None and config.cache_scalars is None
-                else f"try --cache-scalars {default_scalars(model)}",
+                f"try --set convert.size.kv_lora_rank={geometry.dim // 8}"
+                if config.size is not None and config.size.kv_lora_rank is not None
+                else f"try --bytes-per-token {Sizes.default_mla(geometry).token_bytes(geometry):g}",
             )
     plan.check_fits(config.latent)
 
 
 def _asked(config: ConvertConfig, rank: int) -> str:
     """A rank that does not fit, with the setting that it follows from."""
-    if config.cache_scalars is not None:
-        return f"cache_scalars {config.cache_scalars} makes a kv_lora_rank of {rank}, which"
-    if config.cut is not None:
-        return f"cut {config.cut:g} makes a kv_lora_rank of {rank}, which"
+    size = config.size
+    if size is not None and size.bytes_per_token is not None:
+        return f"bytes_per_token {size.bytes_per_token:g} makes a kv_lora_rank of {rank}, which"
+    if size is not None and size.cut is not None:
+        return f"cut {size.cut:g} makes a kv_lora_rank of {rank}, which"
     return f"kv_lora_rank {rank}"
 
 
