@@ -26,7 +26,7 @@ from vmla_convert.cli.options import (
 from vmla_convert.config import ConvertConfig, Recipe, command_recipe
 from vmla_convert.console import out
 from vmla_convert.errors import ConfigError, did_you_mean
-from vmla_convert.show import show_conversion, show_dry_run
+from vmla_convert.show import show_conversion, show_planned_output
 from vmla_convert.tables import to_dict
 
 
@@ -102,7 +102,7 @@ def convert(
     The checkpoint is read block by block and never changed. One codec serves every size.
     """
     from vmla_convert.fitting import convert as fitting
-    from vmla_convert.fitting.dry_run import foresee
+    from vmla_convert.fitting.plan import plan_output
 
     out.json = json
     options = {
@@ -120,7 +120,7 @@ def convert(
     recipe = command_recipe(("source", "model", "convert"), options, changes, started)
     config = recipe.convert or ConvertConfig()
     if dry_run:
-        show_dry_run(foresee(recipe.dense, folder, config, resume, layout))
+        show_planned_output(plan_output(recipe.dense, folder, config, resume, layout))
         return
     try:
         with out.progress() as progress:
@@ -138,9 +138,9 @@ def _preset(name: str, known: dict[str, ConvertConfig]) -> dict[str, Any]:
 
 
 def _say_how_to_resume(folder: Path) -> None:
-    from vmla_convert.fitting.conversion_steps import is_begun
+    from vmla_convert.fitting.convert import can_resume
 
-    if is_begun(folder):
+    if can_resume(folder):
         out.say("finished layers are kept; to continue: the same command with --resume")
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from vmla_convert.checkpoint.families import OpenCheckpoint, open_checkpoint
 from vmla_convert.config import STAGES, ConvertConfig, DataConfig, Recipe, RecoverConfig
 from vmla_convert.errors import ConfigError
-from vmla_convert.fitting.codec import planned_codec
-from vmla_convert.fitting.conversion_steps import measures, open_measured, refuse_converted
-from vmla_convert.fitting.convert import plan_conversion
+from vmla_convert.fitting.calibration_clips import measures, open_calibration
+from vmla_convert.fitting.dense_source import refuse_converted
+from vmla_convert.fitting.plan import plan_conversion
 from vmla_convert.loading.load import locate
 from vmla_convert.media.clips import source_kind
 from vmla_convert.media.open import check_prompts, open_media
@@ -116,10 +116,9 @@ def _check_stages(recipe: Recipe, stages: list[str], checkpoint: OpenCheckpoint)
     convert, recover = recipe.convert or ConvertConfig(), recipe.recover or RecoverConfig()
     refuse_converted(checkpoint)
     if "convert" in stages:
-        plan = planned_codec if convert.product == "codec" else plan_conversion
-        plan(checkpoint, convert)
+        plan_conversion(checkpoint, convert)
         if measures(convert):
-            open_measured(checkpoint.config, convert)
+            open_calibration(checkpoint.config, convert)
     if "recover" in stages:
         world = int(os.environ.get("WORLD_SIZE", "1"))
         check_recovery(checkpoint, recover, recipe.evaluate, world)
