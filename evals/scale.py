@@ -107,7 +107,7 @@ def converted_rows(source: Path, place: Path, geometry: Geometry, way: str, run:
     command += WAYS[way]
     if way == "calibrated":
         write_clips(clips, geometry)
-        command += ["--data", str(clips), "--calibration-clips", str(CLIPS)]
+        command += ["--data", str(clips), "--set", f"convert.calibration_clips={CLIPS}"]
     started = perf_counter()
     subprocess.run(command, check=True)
     seconds = perf_counter() - started

@@ -13,7 +13,6 @@ import pytest
 from checkpoints import Vmla
 from report_rows import codec_config, codec_error, dense_config, dense_rows, measured, mla_config
 
-from vmla_convert import recipe as running
 from vmla_convert.config import (
     ConvertConfig,
     DataConfig,
@@ -21,6 +20,8 @@ from vmla_convert.config import (
     EvaluateConfig,
     ModelConfig,
     RankPlan,
+    Recipe,
+    RecipeInfo,
     RecoverConfig,
     RuntimeConfig,
     Sizes,
@@ -29,8 +30,8 @@ from vmla_convert.config import (
     TrainingConfig,
 )
 from vmla_convert.errors import ConfigError, VmlaError
-from vmla_convert.loading import load as loading
-from vmla_convert.recipe import Recipe, RecipeInfo, read_recipe
+from vmla_convert.recipe import run as running
+from vmla_convert.recipe.read import read_recipe
 from vmla_convert.report.recipe import changes, commands, recipe_toml, to_toml
 from vmla_convert.report.report import write_report
 from vmla_convert.report.settings import Setting, read_settings
@@ -83,7 +84,7 @@ def told(
 ) -> Any:
     """The recipe of a run, as recipe.json has it."""
     info = RecipeInfo("x", "y")
-    recipe = Recipe(info, SOURCE, EVALUATE, convert=convert, recover=recover, sweep=sweep)
+    recipe = Recipe(info, SOURCE, evaluate=EVALUATE, convert=convert, recover=recover, sweep=sweep)
     return json.loads(json.dumps(to_dict(recipe)))
 
 
@@ -226,7 +227,9 @@ def test_the_command_line_takes_what_is_printed(
         raise RanError(name)
 
     monkeypatch.setattr(running, "run_recipe", lambda recipe, *_: keep("run", recipe))
-    monkeypatch.setattr(loading, "open_named", lambda source: keep("load", source))
+    monkeypatch.setattr(
+        "vmla_convert.generating.write_video.open_named", lambda source: keep("load", source)
+    )
     text = (tmp_path / "report.md").read_text("utf-8")
     blocks = [b.split("```")[0] for b in text.split("```sh\n")[1:]]
     lines = [line for line in blocks[0].splitlines() if line]

@@ -34,11 +34,20 @@ def test_from_a_pipeline_to_the_hub_and_back_to_the_same_frames(
     assert json.loads(told.out)["family"] == "diffusers"
     assert vmla("convert", BASE, "-o", step0, "--no-calibration", *SET).code == 0
     assert (step0 / "codec.safetensors").is_file()
-    self_made = ("--data", "self", "--prompts", prompts, "--clips", 4, "--frames", 6)
-    stages = ("--layerwise-steps", 2, "--steps", 2, "--batch-size", 2, "--lr", 1e-3)
+    self_made = (
+        "--data",
+        "self",
+        "--prompts",
+        prompts,
+        "--set",
+        "recover.data.clips=4",
+        "--set",
+        "recover.data.frames=6",
+    )
+    stages = ("--set", "recover.layerwise_steps=2", "--steps", 2, "--batch-size", 2, "--lr", 1e-3)
     recovered = vmla("recover", step0, "-o", final, *self_made, *stages)
     assert recovered.code == 0, recovered.err
-    wanted = ("--prompt", PROMPT, "--frames", 8, "--base", wan_folder)
+    wanted = ("--prompt", PROMPT, "--frames", 8, "--set", f"media.base={wan_folder}")
     assert vmla("generate", final, *wanted, "-o", tmp_path / "here.mp4").code == 0
     assert vmla("push", final, REPO).code == 0
     assert REPO in stub.repos

@@ -475,7 +475,7 @@ def test_a_base_of_other_sizes_is_refused(pair: Pair, tmp_path: Path) -> None:
 def test_a_codec_is_no_base(pair: Pair, codec: Path, vmla: Vmla) -> None:
     with pytest.raises(CheckpointError):
         load(pair.codec, base_model=codec)
-    assert refused(vmla("eval", pair.codec, "--base-model", codec, "--clips", "2"))
+    assert refused(vmla("eval", pair.codec, "--teacher", codec, "--clips", "2"))
 
 
 def test_what_is_no_codec_has_no_base(teacher: Path, converted: Path) -> None:
@@ -785,7 +785,16 @@ def test_a_recovery_that_brought_nothing_keeps_the_bytes(codec: Path, tmp_path: 
 @pytest.mark.usefixtures("few_layerwise_clips")
 def test_a_codec_recovers_with_a_base_that_is_named(pair: Pair, tmp_path: Path, vmla: Vmla) -> None:
     out = tmp_path / "out"
-    words = ("--steps", "1", "--layerwise-steps", "1", "--batch-size", "1", "--lr", "1e-3")
+    words = (
+        "--steps",
+        "1",
+        "--set",
+        "recover.layerwise_steps=1",
+        "--batch-size",
+        "1",
+        "--lr",
+        "1e-3",
+    )
     assert vmla("recover", pair.codec, "-o", out, *words).code == 0
     # It is a codec of the same base.
     assert torch.equal(
@@ -798,7 +807,11 @@ def test_a_codec_recovers_with_a_base_that_is_named(pair: Pair, tmp_path: Path, 
 
 @pytest.mark.parametrize(
     "options",
-    [("--train", "attention"), ("--train", "all"), ("--lora-rank", "2")],
+    [
+        ("--set", "recover.train=attention"),
+        ("--set", "recover.train=all"),
+        ("--set", "recover.lora_rank=2"),
+    ],
     ids=["attention", "all", "adapters"],
 )
 def test_what_would_change_the_base_is_refused_and_export_is_named(
@@ -927,10 +940,10 @@ def test_a_damaged_codec_is_not_pushed(damage: Damage, pair: Pair, stub: Hub, vm
         ("--bytes-per-token", "0.5"),
         ("--bytes-per-token", "0"),
         ("--bytes-per-token", "81"),
-        ("--rank", "41"),
+        ("--set", "runtime.size.rank=41"),
         ("--cut", "0.1"),
         ("--cut", "1"),
-        ("--cut", "0.9", "--rank", "3"),
+        ("--cut", "0.9", "--set", "runtime.size.rank=3"),
         ("--cache-dtype", "int4"),
         ("--cache-dtype", "int5"),
         ("--cache-dtype", "model", "--bytes-per-token", "1"),
@@ -954,7 +967,7 @@ def test_only_a_codec_has_a_size(
     kind: str, request: pytest.FixtureRequest, teacher: Path, tmp_path: Path, vmla: Vmla
 ) -> None:
     folder = request.getfixturevalue(kind)
-    for size in (("--bytes-per-token", "8"), ("--cut", "0.9"), ("--rank", "4")):
+    for size in (("--bytes-per-token", "8"), ("--cut", "0.9"), ("--set", "runtime.size.rank=4")):
         words = ("--prompt", "7", "-o", tmp_path / "a.mp4", "--frames", "2")
         assert refused(vmla("generate", folder, *words, *size))
         assert refused(vmla("eval", folder, "--teacher", teacher, "--clips", "2", *size))
@@ -970,12 +983,12 @@ def test_only_a_codec_has_a_size(
         ("--bytes-per-token", "97"),
         ("--cut", "0.4"),
         ("--cut", "0.9", "--bytes-per-token", "9"),
-        ("--channels", "97"),
-        ("--kv-lora-rank", "8"),
-        ("--qk-rope-head-dim", "4"),
+        ("--set", "convert.channels=97"),
+        ("--set", "convert.size.kv_lora_rank=8"),
+        ("--set", "convert.size.qk_rope_head_dim=4"),
         ("--cache-scalars", "20"),
-        ("--init", "spectral"),
-        ("--latent", "split"),
+        ("--set", "convert.init=spectral"),
+        ("--set", "convert.latent=split"),
         ("--layout", "diffusers"),
         ("--layout", "no"),
     ],
@@ -992,7 +1005,7 @@ def test_settings_that_make_no_codec_are_refused(
 
 def test_channels_are_a_codecs_alone(teacher: Path, tmp_path: Path, vmla: Vmla) -> None:
     words = ("convert", teacher, "-o", tmp_path / "out", "--preset", "videomla")
-    for option in (("--channels", "8"), ("--bytes-per-token", "8")):
+    for option in (("--set", "convert.channels=8"), ("--bytes-per-token", "8")):
         assert refused(vmla(*words, *option)), option
     assert not list(tmp_path.iterdir())
 
@@ -1009,7 +1022,7 @@ def test_nested_sizes_that_the_file_does_not_hold_are_refused_before_any_trainin
     codec: Path, tmp_path: Path, vmla: Vmla
 ) -> None:
     # 40 channels are 80 bytes of 192.
-    words = ("recover", codec, "-o", tmp_path / "out", "--set", "nested=[0.95,0.5]")
+    words = ("recover", codec, "-o", tmp_path / "out", "--set", "recover.nested=[0.95,0.5]")
     assert refused(vmla(*words))
     assert refused(vmla(*words, "--dry-run"))
     assert not list(tmp_path.iterdir())
@@ -1041,7 +1054,15 @@ def test_convert_inspect_generate_and_eval_work_one_after_the_other(
 ) -> None:
     kv, video = tmp_path / "kv", tmp_path / "a.mp4"
     ran = vmla(
-        "convert", teacher, "-o", kv, "--calibration-clips", "2", "--channels", "20", "--json"
+        "convert",
+        teacher,
+        "-o",
+        kv,
+        "--set",
+        "convert.calibration_clips=2",
+        "--set",
+        "convert.channels=20",
+        "--json",
     )
     assert ran.code == 0
     told, wrote = map(json.loads, ran.out.splitlines())

@@ -164,8 +164,8 @@ def test_the_command_takes_what_tensors_do_not_tell(
     note = "nobody knows how it was trained"
     # The checkpoint's own config.json says the rest.
     monkeypatch.setitem(KNOWN, "tiny", KnownModel("Tiny", ("a/b",), (48,), {}, note=note))
-    settings = ("--set", "licence=other", "--set", "cache.window_frames=8")
-    options = (teacher, "--key", "generator_ema", "--model", "tiny", *settings)
+    settings = ("--set", "model.licence=other", "--set", "model.cache.window_frames=8")
+    options = (teacher, "--set", "source.key=generator_ema", "--model", "tiny", *settings)
     told = json.loads(vmla("inspect", *options, "--json").out)
     assert (told["known_model"], told["note"]) == ("tiny", note)
     assert told["model"]["licence"] == "other"
@@ -178,17 +178,17 @@ def test_the_command_takes_what_tensors_do_not_tell(
     assert all(text in shown.out for text in ("tiny", note, "2, 8, 2"))
     # Its config.json tells; of a checkpoint about which nobody says anything, --model may.
     assert "--model" not in vmla("inspect", teacher).out
-    assert "--model" in vmla("inspect", teacher, "--set", "licence=unknown").out
+    assert "--model" in vmla("inspect", teacher, "--set", "model.licence=unknown").out
 
 
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        (("--key", "generator"), "generator_ema"),
+        (("--set", "source.key=generator"), "generator_ema"),
         (("--model", "self-forcng"), "'self-forcing'"),
         (("--model", "longlive"), "1536"),
-        (("--set", "chunk=2"), "'chunk' in --set"),
-        (("--set", "cache.window_frames=3"), "no room"),
+        (("--set", "model.chunk=2"), "model.chunk"),
+        (("--set", "model.cache.window_frames=3"), "no room"),
         (("--lora", "nothing.safetensors"), "nothing.safetensors"),
         (("--file", "nothing.pt"), "nothing.pt"),
     ],

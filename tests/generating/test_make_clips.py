@@ -169,7 +169,7 @@ class TestOwnSamples:
         dense.config = replace(dense.config, media="wan")
         with pytest.raises(ConfigError, match="no text encoder and VAE are known") as caught:
             prepare_clips(OWN, dense, tmp_path / "clips", ORIGIN)
-        assert "--base" in caught.value.hint
+        assert "media.base" in caught.value.hint
 
 
 def test_prepared_clips_calibrate_a_conversion(

@@ -261,7 +261,14 @@ def test_no_folder_of_a_conversions_options_is_uploaded(
     ran = vmla(
         *("convert", f"{there}/models", "--file", "dense/model.pt", "-o", "out"),
         *("--lora", f"{there}/lora.safetensors:0.5", "--data", f"{there}/clips.safetensors"),
-        *("--set", f"base_model={there}/models", "--calibration-clips", "2", "--frames", "6"),
+        *(
+            "--set",
+            f"model.base_model={there}/models",
+            "--set",
+            "convert.calibration_clips=2",
+            "--set",
+            "convert.data.frames=6",
+        ),
     )
     assert ran.code == 0, ran.err
     push(Path("out"), REPO)

@@ -60,7 +60,7 @@ def test_a_model_names_its_media() -> None:
     assert isinstance(open_media(dataclasses.replace(config, media="demo")), DemoMedia)
     with pytest.raises(ConfigError, match="no text encoder and VAE are known") as caught:
         open_media(config)
-    assert "--base" in caught.value.hint
+    assert "media.base" in caught.value.hint
     with pytest.raises(ConfigError, match="calibration needs") as caught:
         require_demo_media(config, "calibration")
     assert "--no-calibration" in caught.value.hint

@@ -35,12 +35,12 @@ from vmla_convert.config import (
 )
 from vmla_convert.errors import CheckpointError, ConfigError, MissingExtraError, OutputError
 from vmla_convert.fitting.convert import convert
+from vmla_convert.generating import write_video
 from vmla_convert.generating.film import check_video_path, write_film
 from vmla_convert.generating.generate import Switch, generate
 from vmla_convert.generating.make_clips import prepare_clips
 from vmla_convert.generating.prefix import prefix_chunks, read_prefix
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.loading import load as loading
 from vmla_convert.loading.load import load, open_named
 from vmla_convert.measuring.compare import compare
 from vmla_convert.media import wan as pipeline
@@ -383,7 +383,7 @@ class TestWhereComponentsAre:
                             (str(tmp_path), CheckpointError)):  # fmt: skip
             with pytest.raises(error) as caught:
                 find_components(config, base, converted)
-            assert "--base" in caught.value.hint
+            assert "media.base" in caught.value.hint
 
     @pytest.mark.parametrize("package", pipeline.PACKAGES)
     def test_need_the_extra(
@@ -405,7 +405,7 @@ class TestWhereComponentsAre:
         file.write_text(json.dumps({**table, "z_dim": 48, "d_model": 4096}))
         with pytest.raises(ConfigError, match=rf"{part} .* makes .* (48|4096)") as caught:
             open_media(config, MediaConfig(str(folder)))
-        assert "--base" in caught.value.hint
+        assert "media.base" in caught.value.hint
 
     @pytest.mark.parametrize("damage", ["gone", "cut", "lacking", "table"])
     @pytest.mark.parametrize("part", ["vae", "text_encoder"])
@@ -656,16 +656,28 @@ class TestClips:
         clips, out, again = (tmp_path / name for name in ("out.clips", "mla", "out"))
         assert vmla("convert", wan_folder, "-o", out, *SET, "--no-calibration").code == 0
         ran = vmla("recover", out, "--teacher", wan_folder, "-o", again, "--data", "self",
-                   "--prompts", tmp_path / "prompts.txt", "--clips", "4", "--frames", "4",
-                   "--steps", "2", "--layerwise-steps", "0", "--batch-size", "2",
+                   "--prompts", tmp_path / "prompts.txt", "--set", "recover.data.clips=4",
+                   "--set", "recover.data.frames=4",
+                   "--steps", "2", "--set", "recover.layerwise_steps=0", "--batch-size", "2",
                    "--lr", "0.001")  # fmt: skip
         assert (ran.code, clips.is_dir()) == (0, True), ran.err
         measured = vmla("eval", again, "--teacher", wan_folder, "--data", clips, "--clips", "2",
                         "--json")  # fmt: skip
         assert measured.code == 0 and "velocity_error" in measured.out
         calibrated = tmp_path / "calibrated"
-        ran = vmla("convert", wan_folder, "-o", calibrated, *SET, "--data", clips,
-                   "--calibration-clips", "2", "--frames", "4")  # fmt: skip
+        ran = vmla(
+            "convert",
+            wan_folder,
+            "-o",
+            calibrated,
+            *SET,
+            "--data",
+            clips,
+            "--set",
+            "convert.calibration_clips=2",
+            "--set",
+            "convert.data.frames=4",
+        )
         assert ran.code == 0, ran.err
 
 
@@ -673,7 +685,7 @@ class TestCommand:
     def test_makes_the_same_film_again(
         self, converted: Path, wan_folder: Path, tmp_path: Path, vmla: Vmla
     ) -> None:
-        common = ("--prompt", PROMPT, "--base", wan_folder, "--seconds", "2",
+        common = ("--prompt", PROMPT, "--set", f"media.base={wan_folder}", "--seconds", "2",
                   "--prompt-at", "1s:two dogs")  # fmt: skip
         films = [tmp_path / "a.mp4", tmp_path / "b.mp4"]
         for film in films:
@@ -688,7 +700,8 @@ class TestCommand:
         self, wan_folder: Path, tmp_path: Path, vmla: Vmla
     ) -> None:
         ran = vmla("generate", wan_folder, "--prompt", PROMPT, "--frames", "3", *SET,
-                   "-o", tmp_path / "a.mp4", "--vae-tiling", "--cpu-offload")  # fmt: skip
+                   "-o", tmp_path / "a.mp4", "--set", "media.vae_tiling=true",
+                   "--set", "media.cpu_offload=true")  # fmt: skip
         assert ran.code == 0, ran.err
         assert len(list(read_frames(tmp_path / "a.mp4"))) == 9
 
@@ -696,12 +709,11 @@ class TestCommand:
         self, converted: Path, wan_folder: Path, tmp_path: Path, vmla: Vmla
     ) -> None:
         write_png(tmp_path / "cat.png", noise(3, 32, 48).clamp(-1, 1))
-        for option in ("--image", "--prefix"):
-            film = tmp_path / f"{option[2:]}.mp4"
-            ran = vmla("generate", converted, "--prompt", PROMPT, "--base", wan_folder,
-                       "--frames", "4", option, tmp_path / "cat.png", "-o", film)  # fmt: skip
-            assert ran.code == 0, ran.err
-            assert len(list(read_frames(film))) == 13
+        film = tmp_path / "a.mp4"
+        ran = vmla("generate", converted, "--prompt", PROMPT, "--set", f"media.base={wan_folder}",
+                   "--frames", "4", "--image", tmp_path / "cat.png", "-o", film)  # fmt: skip
+        assert ran.code == 0, ran.err
+        assert len(list(read_frames(film))) == 13
 
     def test_compares_side_by_side_and_holds_one_model_at_a_time(
         self,
@@ -712,7 +724,7 @@ class TestCommand:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         held: list[weakref.ref[CausalWanModel]] = []
-        real = loading.build
+        real = write_video.build
 
         def build(*args: Any) -> CausalWanModel:
             gc.collect()
@@ -721,13 +733,14 @@ class TestCommand:
             held.append(weakref.ref(model))
             return model
 
-        monkeypatch.setattr(loading, "build", build)
+        monkeypatch.setattr(write_video, "build", build)
         ran = vmla("generate", converted, "--prompt", PROMPT, "--frames", "3", "--compare",
                    converted.parent / "again", "-o", tmp_path / "a.mp4")  # fmt: skip
         assert refused(ran)
         shutil.copytree(converted, tmp_path / "again")
         ran = vmla("generate", converted, "--prompt", PROMPT, "--frames", "3", "--compare",
-                   tmp_path / "again", "--base", wan_folder, "-o", tmp_path / "a.mp4")  # fmt: skip
+                   tmp_path / "again", "--set", f"media.base={wan_folder}",
+                   "-o", tmp_path / "a.mp4")  # fmt: skip
         assert ran.code == 0, ran.err
         frames = list(read_frames(tmp_path / "a.mp4"))
         assert (len(frames), frames[0].shape[-1]) == (9, 98)
@@ -738,7 +751,14 @@ class TestCommand:
     ) -> None:
         """What was set for converting is set for that one again."""
         common = ("generate", converted, "--prompt", PROMPT, "--frames", "3")
-        film = ("--compare", wan_folder, "--base", wan_folder, "-o", tmp_path / "a.mp4")
+        film = (
+            "--compare",
+            wan_folder,
+            "--set",
+            f"media.base={wan_folder}",
+            "-o",
+            tmp_path / "a.mp4",
+        )
         ran = vmla(*common, *film)
         assert refused(ran)
         assert "differ in latent_size: (4, 6) and (60, 104)" in ran.err
@@ -758,7 +778,7 @@ class TestCommand:
         convert(source, mla, ConvertConfig(product="mla", calibrate=False, size=Sizes(cut=0.5)))
         ran = vmla("generate", mla, "--prompt", PROMPT, "-o", film)
         assert refused(ran)
-        assert "--base" in ran.err
+        assert "media.base" in ran.err
         assert list(tmp_path.iterdir()) == [mla]
 
 
@@ -817,7 +837,7 @@ def test_a_recipe_names_components_too(wan_folder: Path, tmp_path: Path, vmla: V
     )
     ran = vmla("run", recipe, "-o", tmp_path / "out")
     assert refused(ran)
-    assert "--base" in ran.err
-    base = json.dumps(f"generate.base={wan_folder}")[1:-1]
+    assert "media.base" in ran.err
+    base = json.dumps(f"media.base={wan_folder}")[1:-1]
     assert vmla("run", recipe, "-o", tmp_path / "out", "--set", base).code == 0
     assert (tmp_path / "out" / "compare.png").is_file()

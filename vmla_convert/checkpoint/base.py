@@ -61,7 +61,7 @@ def find_base(codec: Path, record: Mapping[str, Any]) -> tuple[str, str | None]:
         return f"{repo}@{revision}" if revision else repo, record.get("file")
     raise CheckpointError(
         f"the base model '{name}' of {codec} is not where it was, nor beside the codec",
-        "name it: --base-model PATH",
+        "name it: --base-model PATH (--teacher PATH in recover and eval)",
     )
 
 
@@ -111,7 +111,7 @@ def check_base(
         raise CheckpointError(
             f"{base.source.path} is not the base model of {codec}: "
             f"{len(other)} of {len(hashes)} tensors differ: {listed(other)}",
-            "name the model that the codec was made for: --base-model PATH",
+            "name its base model: --base-model PATH (--teacher PATH in recover and eval)",
         )
 
 
@@ -124,7 +124,7 @@ def join(base: OpenCheckpoint, codec: OpenCheckpoint) -> OpenCheckpoint:
     if base.config.geometry != codec.config.geometry:
         raise CheckpointError(
             f"{base.source.path} is of other sizes than the base model of {codec.source.path}",
-            "name the model that the codec was made for: --base-model PATH",
+            "name its base model: --base-model PATH (--teacher PATH in recover and eval)",
         )
     names = {native: f"{_BASE}{stored}" for native, stored in base.names.items()}
     names |= {native: f"{_CODEC}{stored}" for native, stored in codec.names.items()}

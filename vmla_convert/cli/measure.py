@@ -17,6 +17,7 @@ from vmla_convert.cli.options import (
     Data,
     Json,
     Teacher,
+    TeacherFile,
     named_teacher,
 )
 from vmla_convert.config import ReportConfig, SourceConfig, command_recipe
@@ -26,6 +27,7 @@ from vmla_convert.console import out
 def evaluate(
     checkpoint: Checkpoint,
     teacher: Teacher = None,
+    file: TeacherFile = None,
     clips: Annotated[
         int | None,
         typer.Option(
@@ -61,6 +63,7 @@ def evaluate(
     out.json = json
     options = {
         "source.checkpoint": teacher,
+        "source.file": file,
         "evaluate.clips": clips,
         "evaluate.data.source": data,
         "runtime.size.bytes_per_token": bytes_per_token,

@@ -71,6 +71,16 @@ Teacher = Annotated[
         rich_help_panel=CHECKPOINT,
     ),
 ]
+TeacherFile = Annotated[
+    str | None,
+    typer.Option(
+        "--file",
+        metavar="NAME",
+        help="File of the dense checkpoint's repository or folder. Default: as when it was "
+        "converted.",
+        rich_help_panel=CHECKPOINT,
+    ),
+]
 BytesPerToken = Annotated[
     float | None,
     typer.Option(

@@ -15,6 +15,7 @@ from vmla_convert.cli.options import (
     Json,
     OutFolder,
     Teacher,
+    TeacherFile,
     named_teacher,
 )
 from vmla_convert.config import NESTED_CUTS, Recipe, RecoverConfig, SourceConfig, command_recipe
@@ -30,6 +31,7 @@ def recover(
     ],
     folder: OutFolder,
     teacher: Teacher = None,
+    file: TeacherFile = None,
     steps: Annotated[
         int | None,
         typer.Option(
@@ -138,6 +140,7 @@ def recover(
     """
     options = {
         "source.checkpoint": teacher,
+        "source.file": file,
         "recover.training.steps": steps,
         "recover.training.lr": lr,
         "recover.training.batch_size": batch_size,

@@ -75,7 +75,7 @@ def _check_smallest(possible: list[list[_Point]], total: int) -> int:
     if smallest > total:
         raise ConfigError(
             f"the smallest sizes of {len(possible)} layers take {smallest} numbers of {total}",
-            "raise --cache-scalars",
+            "raise --bytes-per-token",
         )
     return smallest
 

@@ -9,7 +9,7 @@ import torch
 
 from vmla_convert.config import EvaluateConfig, RuntimeConfig, SourceConfig
 from vmla_convert.layers.dit import check_runtime
-from vmla_convert.loading.load import compute_device, load
+from vmla_convert.loading.load import compute_device, is_codec, load, locate
 from vmla_convert.loading.teacher import check_pair, check_same, teacher_of
 from vmla_convert.measuring.evaluate import HeldOut, dense_rows, measuring_bar
 from vmla_convert.measuring.rows import cache_rows, error_rows
@@ -44,6 +44,8 @@ def measure_against_dense(
     device, dtype = compute_device(), getattr(torch, runtime.dtype or "float32")
     if teacher is not None and checkpoint.checkpoint == teacher.checkpoint:
         checkpoint = replace(checkpoint, file=teacher.file, key=teacher.key)
+    if teacher is not None and is_codec(locate(checkpoint)[0]):
+        checkpoint = replace(checkpoint, base_model=teacher.checkpoint)
     source = teacher_of(replace(checkpoint, overrides={}), teacher)
     dense, model = load(source, device, dtype), load(checkpoint, device, dtype)
     check_pair(model.config, dense.config)

@@ -109,8 +109,7 @@ def _sweep_together(recipe: Recipe, out: Path, progress: Progress, stages: list[
     if team.leads:
         check_recipe(recipe, out, stages)
         _claim_folder(recipe, out, stages)
-        team.announce("claimed")
-    team.await_leader("claimed")
+    team.follow_leader("claimed")
     _run_sweep(recipe, out, progress if team.leads else Silent(), team)
     if team.leads:
         if "report" in stages:
