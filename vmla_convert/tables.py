@@ -7,7 +7,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 from typing import Any, Literal, TypeVar
 
@@ -23,6 +23,29 @@ def to_dict(config: Any) -> dict[str, Any]:
         for f in dataclasses.fields(config)
         if (value := getattr(config, f.name)) is not None
     }
+
+
+def changes(config: Any) -> dict[str, Any]:
+    """The values of a config that differ from its defaults, as a table that `from_dict` reads."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value, default = getattr(config, field.name), _default(field)
+        if value == default:
+            continue
+        plain, usual = _plain(value), _plain(default)
+        if dataclasses.is_dataclass(value) and dataclasses.is_dataclass(default):
+            plain = {key: each for key, each in plain.items() if each != usual.get(key)}
+        found[field.name] = plain
+    return found
+
+
+def dotted(table: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a table of tables, as `--set` takes them."""
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from dotted(typing.cast(Mapping[str, Any], value), _join(where, key))
+        else:
+            yield _join(where, key), value
 
 
 def from_dict(cls: type[T], data: Any, where: str = "") -> T:

@@ -107,7 +107,6 @@ def test_set_takes_keys_of_the_commands_own_tables_only(teacher: Path, vmla: Vml
         ("sweep.seeds=[1]", "evaluate"),
         ("recover.training.emma=1", "recover.training.emma"),
         ("recover.training", "key=value"),
-        ("evaluate.data.frames.x=1", "evaluate.data.frames"),
     ):
         assert refused(ran := vmla("recover", teacher, "-o", "out", "--set", change))
         assert word in " ".join(ran.err.split())

@@ -73,13 +73,14 @@ class Recipe:
 def parse_recipe(tables: Mapping[str, Any]) -> Recipe:
     """Parse the tables of a recipe.
 
-    Where [evaluate.data] is missing, clips are held out from the source of [recover.data].
+    Where [evaluate.data] names no source, clips are held out from the source of [recover.data].
 
     Raises:
         ConfigError: An unknown key, or a value that a key cannot have.
     """
     trained: dict[str, Any] = tables.get("recover", {}).get("data", {})
-    if trained and isinstance(tables.get("evaluate", {}), dict):
+    measured: dict[str, Any] = tables.get("evaluate", {}).get("data", {})
+    if trained and "source" not in measured:
         held_out = {**trained, "seed": trained.get("seed", 0) + 1}
         tables = merged({"evaluate": {"data": held_out}}, tables)
     return from_dict(Recipe, dict(tables))
