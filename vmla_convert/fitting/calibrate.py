@@ -18,7 +18,8 @@ from vmla_convert.checkpoint.tensor_store import MemoryStore, TensorStore
 from vmla_convert.config import Geometry, ModelConfig, Product
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.attention import DenseSelfAttention, split_heads
-from vmla_convert.layers.dit import Attend, Block, CausalWanModel, masked_attention
+from vmla_convert.layers.block import Attend, Block, masked_attention
+from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.attention_stats import (
     AttentionSample,
     AttentionStats,

@@ -47,7 +47,8 @@ from vmla_convert.fitting.conversion_steps import (
     weights_of,
 )
 from vmla_convert.fitting.factors import layer_weights
-from vmla_convert.layers.dit import CausalWanModel, check_size
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.layers.runtime import check_size
 from vmla_convert.loading.card import CARD_NAME, model_card
 from vmla_convert.loading.load import CONVERSION_NAME, DEMO, Source
 from vmla_convert.maths.codec import CodecFit, assume_codec, fit_codec

@@ -32,7 +32,8 @@ from vmla_convert.fitting.calibrate import check_clips
 from vmla_convert.fitting.codec import plan_codec
 from vmla_convert.fitting.conversion_steps import open_measured
 from vmla_convert.fitting.rank_plan import check_sizes
-from vmla_convert.layers.dit import CausalWanModel, check_size
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.layers.runtime import check_size
 from vmla_convert.measuring.evaluate import HeldOut, check_held_out, dense_rows, spectrum_rows
 from vmla_convert.measuring.rows import (
     cache_rows,
