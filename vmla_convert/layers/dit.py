@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from vmla_convert.config import (
     DENSE_BITS,
     DENSE_ITEMSIZE,
-    CacheSize,
     ModelConfig,
     RuntimeConfig,
+    Sizes,
 )
 from vmla_convert.layers.attention import AttentionMetadata, Entries
 from vmla_convert.layers.block import Block, Head, SelfAttention, masked_attention
@@ -181,7 +181,7 @@ class CausalWanModel(nn.Module):
         held = sum(frames * each + recent for each in token_bytes)
         return batch * config.tokens_per_frame * held
 
-    def rates(self, size: CacheSize, quantised: bool = True) -> list[Rate]:
+    def rates(self, size: Sizes, quantised: bool = True) -> list[Rate]:
         """What each layer's codec stores at a size, quantised or in the model's dtype.
 
         Raises:
@@ -194,7 +194,7 @@ class CausalWanModel(nn.Module):
             return rates.truncate(energies, total // DENSE_ITEMSIZE)
         return rates.allocate([codec.purchases() for codec in codecs], total)
 
-    def resize(self, size: CacheSize, quantised: bool = True) -> None:
+    def resize(self, size: Sizes, quantised: bool = True) -> None:
         """Set the size of the codec, for masked passes and as the default of caches."""
         for block, rate in zip(self.all_blocks(), self.rates(size, quantised), strict=True):
             assert block.codec is not None

@@ -6,9 +6,9 @@ from vmla_convert.config import (
     DENSE_BITS,
     DENSE_ITEMSIZE,
     CachePolicy,
-    CacheSize,
     ModelConfig,
     RuntimeConfig,
+    Sizes,
 )
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.block import Block
@@ -17,7 +17,7 @@ from vmla_convert.layers.quantised import QuantisedStore
 from vmla_convert.maths.rates import Rate
 
 
-def check_size(config: ModelConfig, size: CacheSize, quantised: bool = True) -> int:
+def check_size(config: ModelConfig, size: Sizes, quantised: bool = True) -> int:
     """Bytes of a token in all layers of a codec together.
 
     Raises:
