@@ -299,7 +299,7 @@ def test_a_disk_that_fills_up_while_the_model_is_calibrated_ends_the_sweep_there
         raise NO_SPACE
 
     write = FolderStore._write  # pyright: ignore[reportPrivateUsage]
-    monkeypatch.setattr(FolderStore, "_write", lambda *a: (full if "reads-" in a[1] else write)(*a))
+    monkeypatch.setattr(FolderStore, "_write", lambda *a: (full if "statistics-" in a[1] else write)(*a))
     with pytest.raises(OutputError, match="disk is full"):
         run(dense, tmp_path / "rows.jsonl", UNTRAINED)
     assert len(tried) == 1
