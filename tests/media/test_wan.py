@@ -59,7 +59,7 @@ def reference_vae(media: WanMedia) -> tuple[Any, Tensor, Tensor]:
     """diffusers' own VAE, with mean and deviation of its latents (B, C, F, h, w)."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
-    vae = AutoencoderKLWan.from_pretrained(media.components.folder("vae"))
+    vae: Any = AutoencoderKLWan.from_pretrained(media.components.folder("vae"))
     mean, deviation = (
         torch.tensor(values).view(1, -1, 1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
