@@ -48,18 +48,17 @@ def roll_out(
     seed: tuple[int, int],
     share: Share = ALONE,
 ) -> Example:
-    """Roll a student out and pick one noisy state for every chunk.
+    """Roll a student out over `frames` frames and pick one noisy state for every chunk.
 
     Args:
         student: Model that streams through its own cache.
-        context: Prompts (B, text_len, text_dim).
+        context: Prompts (B, text_len, text_dim) of the clips of all processes.
         frames: Frames of a clip; those after the last whole chunk are dropped.
         seed: Seed of the run, and number of the rollout.
-        share: Clips to roll out; the others stay zero, for another process to fill in.
+        share: Clips to roll out.
 
     Returns:
-        The student's clean chunks as past, the picked states as noisy clip, and the velocity from
-        the clean chunks to the states.
+        The clean chunks as past, the states as noisy clip, and the velocity from one to the other.
     """
     config, mine = student.config, range(share.rank, len(context), share.world)
     asked = context[mine.start :: mine.step].to(student.patch_embedding.weight)
@@ -89,12 +88,4 @@ def roll_out(
         states.clear()
     past, state, sigma = (torch.cat(parts, dim=1) for parts in (clean, noisy, sigmas))
     velocity = (state - past) / per_frame(sigma)
-    example = Example.build(past, state, sigma, velocity, asked)
-    return Example(*(_spread(part, len(context), share) for part in example))
-
-
-def _spread(part: Tensor, batch: int, share: Share) -> Tensor:
-    """One process's rows at their places in a batch of zeros."""
-    whole = part.new_zeros(batch, *part.shape[1:])
-    whole[share.rank :: share.world] = part
-    return whole
+    return Example.build(past, state, sigma, velocity, asked)
