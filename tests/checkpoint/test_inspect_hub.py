@@ -41,7 +41,7 @@ def dense_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("large") / "dense"
     own = {"num_heads": LARGE.geometry.num_heads, "vmla": settings_of(LARGE)}
     texts: dict[str, Any] = {"config.json": own}
-    write_checkpoint(folder, tiny_model(LARGE).state_dict(), texts, shard_bytes=4_000_000)
+    write_checkpoint(folder, tiny_model(LARGE).state_dict(), texts, one_file_bytes=4_000_000)
     return folder
 
 

@@ -135,7 +135,7 @@ def test_an_mla_layer_has_names_in_a_pipeline(tmp_path: Path) -> None:
     config = tiny_config(mla=TINY_MLA)
     state = tiny_model(config).state_dict()
     files = {"transformer/config.json": transformer_config(config)}
-    write_checkpoint(tmp_path / "out", state, files, shard_bytes=20_000, layout=DIFFUSERS)
+    write_checkpoint(tmp_path / "out", state, files, one_file_bytes=20_000, layout=DIFFUSERS)
     assert len(list((tmp_path / "out" / "transformer").glob("*.safetensors"))) > 1
     found = load(tmp_path / "out").state_dict()
     assert found.keys() == state.keys()
@@ -204,7 +204,11 @@ def test_a_pipelines_folder_goes_on_where_it_was_cut(tmp_path: Path) -> None:
     files = {"transformer/config.json": transformer_config(config), "README.md": "card"}
 
     def write(out: str, cut: bool) -> None:
-        how: dict[str, Any] = {"shard_bytes": 20_000, "layout": DIFFUSERS, "copies": {"vae": vae}}
+        how: dict[str, Any] = {
+            "one_file_bytes": 20_000,
+            "layout": DIFFUSERS,
+            "copies": {"vae": vae},
+        }
         with CheckpointWriter(tmp_path / out, specs, identity={}, resume=True, **how) as writer:
             for index, (name, tensor) in enumerate(state.items()):
                 if cut and index == 20:

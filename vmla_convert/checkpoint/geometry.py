@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
@@ -179,6 +179,12 @@ def strict(kind: type[C], table: Any, path: Path) -> C:
         ) from error
 
 
-def blocks(names: Mapping[str, Any]) -> set[str]:
-    """Numbers of the blocks that native names speak of."""
-    return {match[1] for name in names if (match := re.match(r"blocks\.(\d+)\.", name))}
+def block_of(name: str) -> int:
+    """Number of the block that a native tensor name belongs to; -1 outside of blocks."""
+    match = re.match(r"blocks\.(\d+)\.", name)
+    return int(match[1]) if match else -1
+
+
+def blocks(names: Iterable[str]) -> set[str]:
+    """Numbers of the blocks that native tensor names belong to."""
+    return {str(block) for block in map(block_of, names) if block >= 0}

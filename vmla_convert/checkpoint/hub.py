@@ -12,13 +12,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 from uuid import uuid4
 
+from vmla_convert.checkpoint.choose_file import INDEX_SUFFIX, PICKLE_SUFFIXES
 from vmla_convert.checkpoint.known import KNOWN, known_by_repo
-from vmla_convert.checkpoint.source import (
-    INDEX_SUFFIX,
-    PICKLE_SUFFIXES,
-    TensorSource,
-    open_headers,
-)
+from vmla_convert.checkpoint.source import TensorSource, open_headers
 from vmla_convert.errors import CheckpointError, did_you_mean
 from vmla_convert.progress import Progress
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from vmla_convert import __version__
 from vmla_convert.checkpoint.families import OpenCheckpoint
 from vmla_convert.checkpoint.known import known_model
+from vmla_convert.checkpoint.output import check_place, partial_folder
 from vmla_convert.checkpoint.source import fingerprint
 from vmla_convert.checkpoint.tensor_store import FolderStore, TensorStore
-from vmla_convert.checkpoint.writer import check_place, partial_folder
 from vmla_convert.config import ConvertConfig, ModelConfig, SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError
 from vmla_convert.fitting.calibrate import LayerReads, calibrate, check_clips

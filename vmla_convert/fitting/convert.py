@@ -17,12 +17,10 @@ from torch import Tensor
 
 from vmla_convert import __version__
 from vmla_convert.checkpoint.families import OpenCheckpoint
+from vmla_convert.checkpoint.output import copied_bytes
 from vmla_convert.checkpoint.source import TensorSpec, fingerprint
 from vmla_convert.checkpoint.tensor_store import TensorStore
-from vmla_convert.checkpoint.writer import (
-    CheckpointWriter,
-    copied_bytes,
-)
+from vmla_convert.checkpoint.writer import CheckpointWriter
 from vmla_convert.config import ConvertConfig, ModelConfig, RankPlan
 from vmla_convert.errors import ConfigError, did_you_mean
 from vmla_convert.fitting.calibrate import deployed_phases

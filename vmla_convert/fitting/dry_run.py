@@ -7,7 +7,8 @@ from pathlib import Path
 
 from vmla_convert.checkpoint.families import OpenCheckpoint
 from vmla_convert.checkpoint.layouts import CODEC
-from vmla_convert.checkpoint.writer import copied_bytes, planned_files
+from vmla_convert.checkpoint.output import copied_bytes
+from vmla_convert.checkpoint.writer import planned_files
 from vmla_convert.config import ConvertConfig
 from vmla_convert.fitting.calibrate import shelf_bytes
 from vmla_convert.fitting.codec import codec_specs, planned_codec, refuse_layout

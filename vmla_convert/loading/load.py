@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from vmla_convert.checkpoint.base import check_base, find_base, find_loras, join
+from vmla_convert.checkpoint.choose_file import CODEC_NAME
 from vmla_convert.checkpoint.families import (
     OpenCheckpoint,
     is_converted,
@@ -24,7 +25,7 @@ from vmla_convert.checkpoint.families import (
 from vmla_convert.checkpoint.hub import fetch, fetch_headers, has_parts, is_repo
 from vmla_convert.checkpoint.known import known_by_repo, known_model
 from vmla_convert.checkpoint.layouts import DIFFUSERS, NATIVE
-from vmla_convert.checkpoint.source import CODEC_NAME, fingerprint, located
+from vmla_convert.checkpoint.source import fingerprint, located
 from vmla_convert.config import CacheSize, RuntimeConfig, SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError
 from vmla_convert.layers.dit import Block, CausalWanModel, check_runtime

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
+from vmla_convert.checkpoint.choose_file import INDEX_SUFFIX, PICKLE_SUFFIXES
 from vmla_convert.checkpoint.hub import BESIDE, first_line, is_main, without_token
 from vmla_convert.checkpoint.layouts import PIPELINE_NAME
-from vmla_convert.checkpoint.source import INDEX_SUFFIX, PICKLE_SUFFIXES
 from vmla_convert.errors import OutputError
 from vmla_convert.progress import Progress, Silent
 

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from vmla_convert.checkpoint.families import OpenCheckpoint, converted_config
 from vmla_convert.checkpoint.layouts import CODEC, NATIVE
+from vmla_convert.checkpoint.output import partial_folder, refuse_taken
 from vmla_convert.checkpoint.source import TensorSpec
-from vmla_convert.checkpoint.writer import partial_folder, refuse_taken, write_checkpoint
+from vmla_convert.checkpoint.writer import write_checkpoint
 from vmla_convert.config import (
     DENSE_ITEMSIZE,
     CacheSize,
