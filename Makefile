@@ -1,6 +1,7 @@
 # make demo      the quickstart, from nothing to a converted model and its report
 # make test      lint, format, types, import contracts and the fast tests, from nothing
 # make test-all  the same with the slow tests
+# make docs      the documentation as HTML in docs/_build/html, warnings as errors, from nothing
 # make check     as `make test`, in the environment that is already there
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ BIN := .venv/bin
 TORCH := $(shell grep -o 'torch==[0-9.]*' pyproject.toml)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-all check format
+.PHONY: demo test test-all docs check format
 
 demo: .venv/.installed-demo
 	$(BIN)/vmla run recipes/quickstart.toml -o $(OUT)
@@ -23,6 +24,11 @@ test: .venv/.installed-dev
 
 test-all: .venv/.installed-dev
 	$(MAKE) check SELECT=""
+
+# The pages in docs/api are made from the modules; pages of modules that are gone would not build.
+docs: .venv/.installed-dev
+	rm -rf docs/_build docs/api
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs docs/_build/html
 
 # The names under which a browser is looked for are those of tests/test_browser.py.
 # Two test workers, so one thread of torch each: more would only compete.

@@ -19,7 +19,7 @@ from vmla_convert.__main__ import main as run_reporting_errors
 from vmla_convert.config import DataConfig, EvaluateConfig
 from vmla_convert.console import out
 from vmla_convert.demo.judge import background_psnr, read_digits
-from vmla_convert.generating.generate import rollout
+from vmla_convert.generating.generate import generate_pixels
 from vmla_convert.loading.load import load
 from vmla_convert.measuring.evaluate import HeldOut, dense_rows, rollout_rows
 from vmla_convert.media.clips import DemoClips
@@ -42,7 +42,9 @@ def main(
     rows = dense_rows(model, held_out) + truth_rows(frames, clips, model.config.chunk_frames)
     with out.progress() as progress:
         for seed in range(seeds):
-            video = rollout(model, prompts, frames, seed, progress, f"rolling out, seed {seed}")
+            video = generate_pixels(
+                model, prompts, frames, seed, progress, f"rolling out, seed {seed}"
+            )
             rows += rollout_rows(video, prompts, model.config, seed)
     append_rows(rows_file, rows)
     show(rows)

@@ -19,11 +19,9 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import huggingface_hub.utils._http as hub_http
 import pytest
 from huggingface_hub import close_session, constants
 
@@ -77,12 +75,13 @@ class Repo:
 
 @dataclass(frozen=True)
 class Refusal:
-    """What is answered to requests of that kind instead of an answer."""
+    """An error that the Hub answers to all requests of one kind."""
 
     method: str
     path: str
     status: int
     message: str = "no"
+    code: str = ""
 
 
 class Hub(ThreadingHTTPServer):
@@ -166,7 +165,8 @@ class Handler(BaseHTTPRequestHandler):
         for refusal in self.hub.refusals:
             if refusal.method == self.command and fnmatch(path, refusal.path):
                 self.body()
-                return self.tell(refusal.status, {"error": refusal.message})
+                code = {"X_Error_Code": refusal.code} if refusal.code else {}
+                return self.tell(refusal.status, {"error": refusal.message}, **code)
         for method, pattern, act in ROUTES:
             if method == self.command and (match := re.fullmatch(pattern, path)):
                 return act(self, **match.groupdict())
@@ -452,7 +452,7 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     }.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(hub_http, "time", SimpleNamespace(sleep=lambda _: None))
+    monkeypatch.setattr("time.sleep", lambda _: None)
     close_session()
     yield hub
     close_session()

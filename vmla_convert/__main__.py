@@ -11,7 +11,7 @@ from types import FrameType
 from typing import NoReturn
 
 from vmla_convert.console import out
-from vmla_convert.errors import VmlaError
+from vmla_convert.errors import VmlaError, first_line
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
@@ -48,10 +48,8 @@ def main(run: Callable[[], object] | None = None) -> int:
     except Exception as error:
         if os.environ.get("VMLA_DEBUG") == "1":
             raise
-        # torch appends whole stack traces to its messages; the first line says it.
-        lines = str(error).strip().splitlines() or ["no message"]
-        message = f"{type(error).__name__}: {lines[0]}"
-        out.fail(VmlaError(message, "set VMLA_DEBUG=1 for the traceback"))
+        # torch appends whole stack traces to its messages.
+        out.fail(VmlaError(first_line(error), "set VMLA_DEBUG=1 for the traceback"))
         return 1
     return 0
 

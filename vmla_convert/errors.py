@@ -51,6 +51,14 @@ class MissingExtraError(VmlaError):
         )
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, after the type unless the error is written for users."""
+    if isinstance(error, VmlaError):
+        return error.message
+    text, kind = str(error).strip(), type(error).__name__
+    return f"{kind}: {text.splitlines()[0]}" if text else kind
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint that names the nearest known spelling, or lists all of them."""
     known = sorted(known)

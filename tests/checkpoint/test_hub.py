@@ -1,4 +1,7 @@
-"""Which file of a repository is fetched, and what is said when it cannot be; all offline."""
+"""Which files of a repository are fetched, of which commit, and what a user reads when that fails.
+
+Everything runs against a Hub on the loopback.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,23 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
 from hub_stub import Hub, Refusal
-from huggingface_hub import constants, errors
-from safetensors.torch import save, save_file
+from huggingface_hub import constants
+from safetensors.torch import save
 
-from vmla_convert.checkpoint.hub import Headers, fetch, fetch_headers, fetch_parts, is_repo
+from vmla_convert.checkpoint.hub import (
+    Headers,
+    cached_repo,
+    fetch,
+    fetch_headers,
+    fetch_parts,
+    has_parts,
+    is_repo,
+)
 from vmla_convert.checkpoint.source import open_source
 from vmla_convert.errors import CheckpointError
 
@@ -25,15 +35,13 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 SHARDS = [f"diffusion_pytorch_model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 WAN_EXTRAS = [
-    ".gitattributes",
     "README.md",
     "Wan2.1_VAE.pth",
     "config.json",
     "google/umt5-xxl/tokenizer.json",
     "models_t5_umt5-xxl-enc-bf16.pth",
 ]
-
-# What the repositories of checkpoint-formats 1.1 hold.
+# Files of released repositories, and of some with mistakes.
 REPOS: dict[str, list[str]] = {
     "Wan-AI/Wan2.1-T2V-1.3B": [*WAN_EXTRAS, "diffusion_pytorch_model.safetensors"],
     "Wan-AI/Wan2.1-T2V-14B": [*WAN_EXTRAS, INDEX, *SHARDS],
@@ -43,7 +51,6 @@ REPOS: dict[str, list[str]] = {
     ],
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": [
         "model_index.json",
-        "scheduler/scheduler_config.json",
         "text_encoder/config.json",
         "text_encoder/model-00001-of-00002.safetensors",
         "text_encoder/model-00002-of-00002.safetensors",
@@ -60,24 +67,14 @@ REPOS: dict[str, list[str]] = {
     "gdhe17/Self-Forcing": [
         "README.md",
         "checkpoints/ode_init.pt",
-        "checkpoints/self_forcing_10s.pt",
         "checkpoints/self_forcing_dmd.pt",
         "checkpoints/self_forcing_sid.pt",
     ],
-    "tianweiy/CausVid": [
-        "autoregressive_checkpoint/model.pt",
-        "bidirectional_checkpoint1/model.pt",
-        "bidirectional_checkpoint2/model.pt",
-        "wan_causal_ode_checkpoint_model_003000/model.pt",
-    ],
-    "Efficient-Large-Model/LongLive-1.3B": ["models/longlive_base.pt", "models/lora.pt"],
     "krea/krea-realtime-video": [
         "krea-realtime-video-14b.safetensors",
         "transformer/config.json",
-        "transformer/causal_model.py",
         *(f"transformer/{f}" for f in (INDEX, *SHARDS)),
     ],
-    "Skywork/SkyReels-V2-DF-1.3B-540P": ["config.json", "model.safetensors"],
     "Hidir/VideoMLA": ["README.md", "checkpoints/stage3_la6_sink1/model.pt"],
     "someone/sizes": ["README.md", "a.safetensors", "b.safetensors"],
     "someone/trainings": [f"step_{i:02}/model.pt" for i in range(12)],
@@ -86,9 +83,12 @@ REPOS: dict[str, list[str]] = {
         "model.safetensors",
         "old.pt",
         "lora.safetensors",
-        "steps/1.pt",
+        "x/1.pt",
     ],
     "someone/both": ["model.safetensors", *(f"transformer/{f}" for f in (INDEX, *SHARDS))],
+    "someone/codec": ["codec.safetensors", "conversion.json", "model.safetensors"]
+    + [f"transformer/{f}" for f in (INDEX, *SHARDS)],
+    "someone/lora": ["adapter_config.json", "pytorch_lora_weights.safetensors"],
     "someone/text": ["README.md", "vae/diffusion_pytorch_model.safetensors"],
     "someone/loose": ["transformer/config.json", *(f"transformer/{s}" for s in SHARDS)],
     "someone/outside": [INDEX, *SHARDS],
@@ -101,92 +101,53 @@ WEIGHT_MAPS: dict[str, object] = {
     "someone/absolute": {"weight_map": {"a": "/etc/model.safetensors"}},
     "someone/garbled": ["no table"],
 }
+REPO, FILE = "gdhe17/Self-Forcing", "checkpoints/self_forcing_dmd.pt"
 
 
-class FakeHub:
-    """Answers for `REPOS` as the Hub would, and remembers what was taken."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.taken: list[str] = []
-        self.listed: set[str] = set()
-        self.revisions: set[str] = set()
-        self.listing_error: Exception | None = None
-        self.download_error: Exception | None = None
-
-    def model_info(self, repo: str, *, revision: str, timeout: float) -> object:
-        assert timeout > 0
-        if self.listing_error is not None:
-            raise self.listing_error
-        self.listed.add(revision)
-        files = [SimpleNamespace(rfilename=f) for f in REPOS[repo]]
-        return SimpleNamespace(sha=COMMIT, siblings=files)
-
-    def download(self, repo: str, file: str, *, revision: str, local_files_only: bool) -> str:
-        assert not local_files_only
-        assert file in REPOS[repo]
-        if self.download_error is not None:
-            raise self.download_error
-        self.revisions.add(revision)
-        self.taken.append(file)
-        path = self.folder / repo / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        weight_map = {"weight_map": {name: name for name in SHARDS}}
-        path.write_text(json.dumps(WEIGHT_MAPS.get(repo, weight_map)))
-        return str(path)
+def put(stub: Hub, repo: str) -> None:
+    index = WEIGHT_MAPS.get(repo, {"weight_map": {name: name for name in SHARDS}})
+    text = json.dumps(index).encode()
+    stub.put(repo, {file: text if file.endswith(INDEX) else b"{}" for file in REPOS[repo]})
 
 
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
-    fake = FakeHub(tmp_path / "hub")
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: fake)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fake.download)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
-    return fake
+def cached() -> set[str]:
+    """The files in the cache, by their paths in the repository."""
+    snapshots = Path(constants.HF_HUB_CACHE).glob("*/snapshots/*")
+    return {
+        file.relative_to(root).as_posix()
+        for root in snapshots
+        for file in root.rglob("*")
+        if file.is_file()
+    }
+
+
+def refused(repo: str, file: str | None, *facts: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        fetch(repo, file)
+    message, hint = caught.value.message, caught.value.hint
+    assert hint
+    assert "\n" not in message + hint
+    for fact in facts:
+        assert fact in f"{message} ({hint})"
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        "gdhe17/Self-Forcing",
-        "Wan-AI/Wan2.1-T2V-1.3B",
-        "a/b",
-        "a/b@main",
-        "a/b@refs/pr/3",
-        f"a/b@{COMMIT}",
-        "runs/quickstart",
+        *("gdhe17/Self-Forcing", "Wan-AI/Wan2.1-T2V-1.3B", "a/b", "a/b@main", "a/b@refs/pr/3"),
+        *(f"a/b@{COMMIT}", "runs/quickstart"),
     ],
 )
-def test_hub_ids_are_known_as_such(name: str) -> None:
+def test_hub_ids_are_recognised(name: str) -> None:
     assert is_repo(name)
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        "",
-        "model",
-        "./a/b",
-        "../b",
-        "/a/b",
-        "a/b/",
-        "a/b/c",
-        "~/b",
-        "a\\b",
-        "a/b c",
-        "a/b@",
-        "a/b@../../c",
-        "a--b/c",
-        "a..b/c",
-        "a/b.",
-        "-a/b",
-        "a/b.git",
-        "runs/model.pt",
-        "runs/model.pth",
-        "runs/model.safetensors",
-        "runs/model.safetensors.index.json",
-        "a/b\n",
-        "é/b",
+        *("", "model", "./a/b", "../b", "/a/b", "a/b/", "a/b/c", "~/b", "a\\b", "a/b c", "a/b@"),
+        *("a/b@../../c", "a--b/c", "a..b/c", "a/b.", "-a/b", "a/b.git", "a/b\n", "é/b"),
+        *("runs/model.pt", "runs/model.safetensors", "runs/model.safetensors.index.json"),
         "a/" + "b" * 96,
     ],
 )
@@ -201,420 +162,165 @@ def test_paths_are_not_taken_for_hub_ids(name: str) -> None:
         ("Wan-AI/Wan2.1-T2V-14B", None, INDEX),
         ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", None, f"transformer/{INDEX}"),
         ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "transformer", f"transformer/{INDEX}"),
-        ("Wan-AI/Wan2.2-T2V-A14B", "low_noise_model", f"low_noise_model/{INDEX}"),
         ("Wan-AI/Wan2.2-T2V-A14B", "low_noise_model/", f"low_noise_model/{INDEX}"),
         ("someone/A14B-Diffusers", f"transformer_2/{INDEX}", f"transformer_2/{INDEX}"),
-        ("gdhe17/Self-Forcing", None, "checkpoints/self_forcing_dmd.pt"),
-        (
-            "gdhe17/Self-Forcing",
-            "./checkpoints/self_forcing_sid.pt",
-            "checkpoints/self_forcing_sid.pt",
-        ),
-        ("tianweiy/CausVid", None, "autoregressive_checkpoint/model.pt"),
-        ("Efficient-Large-Model/LongLive-1.3B", None, "models/longlive_base.pt"),
-        ("Efficient-Large-Model/LongLive-1.3B", "models/lora.pt", "models/lora.pt"),
+        (REPO, None, FILE),
+        (REPO, "./checkpoints/self_forcing_sid.pt", "checkpoints/self_forcing_sid.pt"),
         ("krea/krea-realtime-video", None, "krea-realtime-video-14b.safetensors"),
         ("krea/krea-realtime-video", "transformer", f"transformer/{INDEX}"),
-        ("Skywork/SkyReels-V2-DF-1.3B-540P", None, "model.safetensors"),
         ("Hidir/VideoMLA", None, "checkpoints/stage3_la6_sink1/model.pt"),
         ("someone/finetune", None, "model.safetensors"),
         ("someone/finetune", "old.pt", "old.pt"),
         ("someone/both", None, f"transformer/{INDEX}"),
+        ("someone/codec", None, "codec.safetensors"),
+        ("someone/codec", "transformer", f"transformer/{INDEX}"),
+        ("someone/lora", None, "pytorch_lora_weights.safetensors"),
     ],
 )
-def test_the_checkpoint_is_picked_with_what_belongs_to_it(
-    repo: str, file: str | None, chosen: str, hub: FakeHub
+def test_the_checkpoint_is_chosen_with_its_shards_and_settings(
+    repo: str, file: str | None, chosen: str, stub: Hub
 ) -> None:
-    assert fetch(repo, file) == hub.folder / repo / chosen
+    put(stub, repo)
+    path = fetch(repo, file)
+    assert path.as_posix().endswith(f"/snapshots/{stub.repos[repo].head}/{chosen}")
+    assert cached_repo(path) == f"{repo}@{stub.repos[repo].head}"
     folder = chosen.rpartition("/")[0]
-    beside = [f"{folder}/{name}".lstrip("/") for name in ("config.json", *SHARDS)]
-    wanted = {chosen, *(beside[1:] if chosen.endswith(INDEX) else [])}
-    assert set(hub.taken) == wanted | ({beside[0]} & set(REPOS[repo]))
-    assert hub.taken.index(chosen) <= 1, "shards come after the index that names them"
-
-
-def test_the_revision_is_the_one_that_was_asked_for(hub: FakeHub) -> None:
-    fetch("Wan-AI/Wan2.1-T2V-14B@v1")
-    assert hub.listed == {"v1"}
-    hub.listed.clear()
-    fetch("Wan-AI/Wan2.1-T2V-14B")
-    assert hub.listed == {"main"}
-    assert hub.revisions == {COMMIT}, "what it meant when it was listed"
-
-
-def refused(repo: str, file: str | None = None) -> CheckpointError:
-    with pytest.raises(CheckpointError) as caught:
-        fetch(repo, file)
-    error = caught.value
-    assert error.hint
-    assert "\n" not in error.message + error.hint
-    assert not error.message.endswith(".")
-    return error
+    names = ["config.json", "conversion.json", "adapter_config.json"]
+    names += SHARDS if chosen.endswith(INDEX) else []
+    beside = {f"{folder}/{name}".lstrip("/") for name in names}
+    assert cached() == {chosen} | (beside & set(REPOS[repo]))
 
 
 @pytest.mark.parametrize(
-    ("repo", "file", "message", "hint"),
+    ("repo", "file", "facts"),
     [
         (
             "Wan-AI/Wan2.2-T2V-A14B",
             None,
-            f"Wan-AI/Wan2.2-T2V-A14B holds 2 checkpoints: high_noise_model/{INDEX}, "
-            f"low_noise_model/{INDEX}",
-            f"it is a pair of experts, converted one by one: add --file high_noise_model/{INDEX}; "
-            "in a recipe: source.file",
+            ["high_noise_model, low_noise_model", "--file high_noise_model", "source.file"],
         ),
-        (
-            "someone/A14B-Diffusers",
-            None,
-            f"someone/A14B-Diffusers holds 2 checkpoints: transformer/{INDEX}, "
-            f"transformer_2/{INDEX}",
-            f"it is a pair of experts, converted one by one: add --file transformer/{INDEX}; "
-            "in a recipe: source.file",
-        ),
-        (
-            "someone/sizes",
-            None,
-            "someone/sizes holds 2 checkpoints: a.safetensors, b.safetensors",
-            "add --file a.safetensors, or another of them; in a recipe: source.file",
-        ),
-        (
-            "someone/trainings",
-            None,
-            "someone/trainings holds 12 checkpoints: "
-            + ", ".join(f"step_{i:02}/model.pt" for i in range(8))
-            + " and 4 more",
-            "add --file step_00/model.pt, or another of them; in a recipe: source.file",
-        ),
-        (
-            "gdhe17/Self-Forcing",
-            "checkpoints",
-            "checkpoints/ of gdhe17/Self-Forcing holds 4 checkpoints: checkpoints/ode_init.pt, "
-            "checkpoints/self_forcing_10s.pt, checkpoints/self_forcing_dmd.pt, "
-            "checkpoints/self_forcing_sid.pt",
-            "add --file checkpoints/ode_init.pt, or another of them; in a recipe: source.file",
-        ),
-        (
-            "gdhe17/Self-Forcing",
-            "checkpoints/self_forcing_dmb.pt",
-            "gdhe17/Self-Forcing has no file 'checkpoints/self_forcing_dmb.pt'",
-            "did you mean 'checkpoints/self_forcing_dmd.pt'?",
-        ),
-        (
-            "gdhe17/Self-Forcing",
-            "../secret.pt",
-            "gdhe17/Self-Forcing has no file '../secret.pt'",
-            "known: checkpoints/ode_init.pt, checkpoints/self_forcing_10s.pt, "
-            "checkpoints/self_forcing_dmd.pt, checkpoints/self_forcing_sid.pt",
-        ),
-        (
-            "gdhe17/Self-Forcing",
-            "README.md",
-            "'README.md' of gdhe17/Self-Forcing is not a checkpoint",
-            "known endings: .safetensors.index.json, .safetensors, .pt, .pth, .bin, .ckpt",
-        ),
-        (
-            "someone/text",
-            None,
-            "someone/text holds nothing that can be loaded",
-            "name a repository with an index of shards, a .safetensors file or a torch pickle",
-        ),
-        (
-            "someone/text",
-            "x.pt",
-            "someone/text has no file 'x.pt'",
-            "see https://huggingface.co/someone/text/tree/main",
-        ),
-        (
-            "someone/loose",
-            "transformer",
-            "transformer/ of someone/loose holds nothing that can be loaded",
-            "name a repository with an index of shards, a .safetensors file or a torch pickle",
-        ),
-        (
-            "someone/outside",
-            None,
-            f"'{INDEX}' of someone/outside points outside its folder: ../../secret.safetensors",
-            "do not use this checkpoint",
-        ),
-        (
-            "someone/absolute",
-            None,
-            f"'{INDEX}' of someone/absolute points outside its folder: /etc/model.safetensors",
-            "do not use this checkpoint",
-        ),
-        (
-            "someone/garbled",
-            None,
-            f"'{INDEX}' of someone/garbled is not a safetensors index",
-            "tell its authors, or name another with --file",
-        ),
-        (
-            "someone/shardless",
-            None,
-            f"'{INDEX}' of someone/shardless needs {SHARDS[1]}, which is not there",
-            "tell its authors, or name another with --file",
-        ),
-        (
-            "./a/b",
-            None,
-            "'./a/b' is no Hub id",
-            "give it as owner/name or owner/name@revision",
-        ),
+        ("someone/A14B-Diffusers", None, ["transformer, transformer_2", "--file transformer_2"]),
+        ("someone/sizes", None, ["a.safetensors, b.safetensors", "--file a.safetensors"]),
+        ("someone/trainings", None, ["12", "step_07/model.pt and 4 more"]),
+        (REPO, "checkpoints", ["3", f"checkpoints/ of {REPO}", "--file checkpoints/ode_init.pt"]),
+        (REPO, "checkpoints/self_forcing_dmb.pt", ["self_forcing_dmb.pt", f"'{FILE}'"]),
+        (REPO, "../secret.pt", ["../secret.pt"]),
+        (REPO, "README.md", ["'README.md'", ".safetensors, .pt"]),
+        ("someone/text", None, ["someone/text", ".safetensors"]),
+        ("someone/text", "x.pt", ["'x.pt'", "https://huggingface.co/someone/text/tree/main"]),
+        ("someone/loose", "transformer", ["transformer/ of someone/loose"]),
+        ("someone/outside", None, [f"'{INDEX}'", "../../secret.safetensors"]),
+        ("someone/absolute", None, [f"'{INDEX}'", "/etc/model.safetensors"]),
+        ("someone/garbled", None, [f"'{INDEX}'"]),
+        ("someone/shardless", None, [SHARDS[1]]),
     ],
 )
-def test_what_cannot_be_picked_is_refused(
-    repo: str, file: str | None, message: str, hint: str, hub: FakeHub
+def test_a_repository_without_one_clear_checkpoint_is_refused(
+    repo: str, file: str | None, facts: list[str], stub: Hub
 ) -> None:
-    error = refused(repo, file)
-    assert (error.message, error.hint) == (message, hint)
-    assert not any(name.endswith(".safetensors") for name in hub.taken), "nothing large is taken"
+    put(stub, repo)
+    refused(repo, file, *facts)
+    assert not any(name.endswith((".safetensors", ".pt")) for name in cached())
 
 
-def http(kind: type[errors.HfHubHTTPError], status: int) -> errors.HfHubHTTPError:
-    response: Any = SimpleNamespace(headers={}, request=None, status_code=status)
-    return kind(f"{status} Client Error.\n\nat some url", response=response)
+def test_a_name_that_is_not_an_id_is_refused() -> None:
+    refused("./a/b", None, "'./a/b'", "owner/name@revision")
 
 
-def lost(cause: Exception) -> errors.LocalEntryNotFoundError:
-    error = errors.LocalEntryNotFoundError("not here")
-    error.__cause__ = cause
-    return error
+LOGIN, TERMS = "hf auth login", f"https://huggingface.co/{REPO}"
+REFUSALS = {
+    "gated": (403, "GatedRepo", "no", [REPO, TERMS, LOGIN]),
+    "no such repository": (401, "RepoNotFound", "no", [REPO, LOGIN]),
+    "no such revision": (404, "RevisionNotFound", "no", ["'v9'", f"{TERMS}/commits"]),
+    "disabled": (403, "", "Access to this resource is disabled.", [f"disabled {REPO}"]),
+    "bad token": (401, "", "Invalid credentials in Authorization header", [REPO, LOGIN]),
+    "no rights": (403, "", "no", [REPO, LOGIN]),
+}
 
 
-REPO, FILE = "gdhe17/Self-Forcing", "checkpoints/self_forcing_dmd.pt"
-LOGIN = "log in with a token that may read it: hf auth login"
-ELSEWHERE = "connect and try again, or download it elsewhere and give its path"
-REFUSALS = [
-    (
-        http(errors.GatedRepoError, 403),
-        f"{REPO} is only for those who accepted its terms",
-        f"accept them at https://huggingface.co/{REPO}, then: hf auth login",
-    ),
-    (
-        http(errors.RepositoryNotFoundError, 401),
-        f"there is no repository {REPO} on the Hub, or it is private",
-        "check the name, also if it is meant as a path; if it is private: hf auth login",
-    ),
-    (
-        http(errors.RevisionNotFoundError, 404),
-        f"{REPO} has no revision 'v9'",
-        f"leave it out for the newest, or see https://huggingface.co/{REPO}/commits/main",
-    ),
-    (
-        http(errors.DisabledRepoError, 403),
-        f"the Hub has disabled {REPO}",
-        f"see https://huggingface.co/{REPO}",
-    ),
-    (http(errors.HfHubHTTPError, 401), f"the Hub does not let you read {REPO}", LOGIN),
-    (http(errors.HfHubHTTPError, 403), f"the Hub does not let you read {REPO}", LOGIN),
-]
+@pytest.mark.parametrize("kind", REFUSALS)
+@pytest.mark.parametrize("path", ["/api/models/*", "*/resolve/*"])
+def test_a_refusal_of_the_hub_is_told_with_its_remedy(kind: str, path: str, stub: Hub) -> None:
+    put(stub, REPO)
+    stub.repos[REPO].tags["v9"] = stub.repos[REPO].head
+    status, code, message, facts = REFUSALS[kind]
+    for method in ("GET", "HEAD"):
+        stub.refusals.append(Refusal(method, path, status, message, code))
+    refused(f"{REPO}@v9", None, *facts)
 
 
-@pytest.mark.parametrize(("error", "message", "hint"), REFUSALS)
-def test_a_refusal_of_the_hub_is_told_in_one_sentence(
-    error: Exception, message: str, hint: str, hub: FakeHub
+def test_a_hub_that_is_away_is_told_with_its_remedy(
+    stub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub.listing_error = error
-    told = refused(f"{REPO}@v9")
-    assert (told.message, told.hint) == (message, hint)
-    hub.listing_error, hub.download_error = None, error
-    assert refused(f"{REPO}@v9").message == message
-    hub.download_error = lost(error)  # what hf_hub_download makes of some of them
-    assert refused(f"{REPO}@v9").message == message
-
-
-@pytest.mark.parametrize(
-    ("error", "why", "hint"),
-    [
-        (OSError("Name or service not known"), "the Hub cannot be reached", ELSEWHERE),
-        (ValueError("a login page, no JSON"), "the Hub cannot be reached", ELSEWHERE),
-        (http(errors.HfHubHTTPError, 503), "the Hub answers with error 503", ELSEWHERE),
-        (
-            errors.OfflineModeIsEnabled("offline"),
-            "HF_HUB_OFFLINE is set",
-            "unset it, or download it elsewhere and give its path",
-        ),
-    ],
-)
-def test_without_the_hub_what_lacks_is_named(
-    error: Exception, why: str, hint: str, hub: FakeHub
-) -> None:
-    hub.listing_error = error
-    told = refused(REPO, FILE)
-    assert (told.message, told.hint) == (
-        f"{REPO} is neither a path here nor in the Hub's cache, and {why}",
-        hint,
-    )
-    hub.listing_error, hub.download_error = None, lost(error)
-    told = refused(REPO)
-    assert (told.message, told.hint) == (
-        f"'{FILE}' of {REPO} is not in the Hub's cache, and {why}",
-        hint,
-    )
-
-
-@pytest.mark.parametrize(
-    ("error", "why"),
-    [
-        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
-        (RuntimeError("xet\nat 0x1"), "xet"),
-        (RuntimeError(), "RuntimeError"),
-        (http(errors.RemoteEntryNotFoundError, 404), "404 Client Error."),
-    ],
-)
-def test_a_download_that_breaks_off_says_why(error: Exception, why: str, hub: FakeHub) -> None:
-    hub.download_error = error
-    with pytest.raises(CheckpointError) as caught:
-        fetch(REPO)
-    assert caught.value.message == f"'{FILE}' of {REPO} could not be downloaded: {why}"
-    assert caught.value.hint == "try again; whole files are kept"
-
-
-Put = Callable[[str, str, bytes], None]
-
-
-@pytest.fixture
-def put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Put:
-    """Writes into a cache of the Hub's own layout, which is then all that can be reached."""
-    cache = tmp_path / "cache"
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    put(stub, REPO)
+    stub.refusals.append(Refusal("GET", "/api/models/*", 503))
+    refused(REPO, FILE, REPO, "Hub's cache", "error 503")
+    stub.refusals[:] = [Refusal("HEAD", "*/resolve/*", 503)]
+    refused(REPO, FILE, REPO, "Hub's cache", "error 503")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    refused(REPO, FILE, REPO, "Hub's cache", "cannot be reached", "give its path")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-
-    def write(repo: str, file: str, content: bytes) -> None:
-        folder = cache / f"models--{repo.replace('/', '--')}"
-        blob = folder / "blobs" / f"{len(list(folder.glob('blobs/*'))):064}"
-        link = folder / "snapshots" / COMMIT / file
-        reference = folder / "refs" / "main"
-        for path in (blob, link, reference):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        blob.write_bytes(content)
-        link.symlink_to(blob)
-        reference.write_text(COMMIT)
-
-    return write
+    refused(REPO, FILE, REPO, "Hub's cache", "HF_HUB_OFFLINE", "unset it")
 
 
-def pickled(tmp_path: Path) -> bytes:
-    torch.save({"generator_ema": {"model.a": torch.arange(3.0)}}, tmp_path / "x")
-    return (tmp_path / "x").read_bytes()
+def test_a_download_that_breaks_off_says_why(stub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(stub, REPO)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    refused(REPO, None, REPO, "No space left on device", "whole files are kept")
 
 
-def packed(tmp_path: Path, name: str) -> bytes:
-    save_file({name: torch.arange(3.0)}, tmp_path / "x")
-    return (tmp_path / "x").read_bytes()
-
-
-def snapshot(tmp_path: Path, repo: str) -> Path:
-    return tmp_path / "cache" / f"models--{repo.replace('/', '--')}" / "snapshots" / COMMIT
-
-
-@pytest.mark.parametrize("revision", ["", "@main", f"@{COMMIT}"])
-def test_a_cached_pickle_needs_no_network(revision: str, put: Put, tmp_path: Path) -> None:
-    put(REPO, FILE, pickled(tmp_path))
-    for file in (None, FILE, "checkpoints"):
-        path = fetch(REPO + revision, file)
-        assert path == snapshot(tmp_path, REPO) / FILE
-        source = open_source(path)
-        assert torch.equal(source.read("model.a"), torch.arange(3.0))
-
-
-def test_cached_shards_need_no_network(put: Put, tmp_path: Path) -> None:
-    repo, folder = "someone/Causal-Diffusers", "transformer"
-    weight_map = {"a": "x-00001-of-00002.safetensors", "b": "x-00002-of-00002.safetensors"}
-    index = f"{folder}/x{'.safetensors.index.json'}"
-    put(repo, index, json.dumps({"weight_map": weight_map}).encode())
-    put(repo, f"{folder}/config.json", b"{}")
-    put(repo, f"{folder}/{weight_map['a']}", packed(tmp_path, "a"))
-    put(repo, "vae/x.safetensors", packed(tmp_path, "v"))
-    error = refused(repo)
-    assert error.message.startswith(f"'{folder}/{weight_map['b']}' of {repo} is not in the Hub's")
-    put(repo, f"{folder}/{weight_map['b']}", packed(tmp_path, "b"))
-    path = fetch(repo)
-    assert path == snapshot(tmp_path, repo) / index
-    assert (path.parent / "config.json").is_file()
-    assert open_source(path).specs().keys() == {"a", "b"}
-
-
-def test_the_cache_is_used_when_the_hub_is_down(
-    put: Put, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("tree_is_away", [False, True])
+def test_an_incomplete_cache_is_not_taken_for_a_whole_one(
+    tree_is_away: bool, stub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put("someone/one", "model.safetensors", packed(tmp_path, "a"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    down = FakeHub(tmp_path)
-    down.listing_error = OSError("Name or service not known")
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: down)
-    download = huggingface_hub.hf_hub_download
-
-    def local(*args: str, revision: str, local_files_only: bool) -> str:
-        assert local_files_only, "with no network every look at it costs time"
-        return download(*args, revision=revision, local_files_only=True)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", local)
-    path = fetch("someone/one")
-    assert open_source(path).specs().keys() == {"a"}
+    put(stub, "Wan-AI/Wan2.1-T2V-14B")
+    index = fetch("Wan-AI/Wan2.1-T2V-14B")
+    (index.parent / SHARDS[1]).unlink()
+    if tree_is_away:  # snapshot_download then returns the folder as it is
+        folder = str(index.parent)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: folder)
+    else:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    refused("Wan-AI/Wan2.1-T2V-14B", None, SHARDS[1], "Hub's cache")
 
 
-@pytest.mark.parametrize(
-    ("repo", "file", "lacking"),
-    [
-        ("someone/else", None, "someone/else is neither a path here nor"),
-        (f"{REPO}@v2", None, f"{REPO} is neither a path here nor"),
-        (REPO, None, f"'{FILE}' of {REPO} is not"),
-        (REPO, "checkpoints/x.pt", f"'checkpoints/x.pt' of {REPO} is not"),
-        ("someone/cards", None, "a checkpoint of someone/cards is not"),
-    ],
-)
-def test_what_the_cache_lacks_is_named(
-    repo: str, file: str | None, lacking: str, put: Put, tmp_path: Path
-) -> None:
-    put(REPO, "checkpoints/self_forcing_sid.pt", pickled(tmp_path))
-    put("someone/cards", "README.md", b"")
-    error = refused(repo, file)
-    assert error.message == f"{lacking} in the Hub's cache, and HF_HUB_OFFLINE is set"
+def test_without_the_hub_the_cache_serves(stub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(stub, REPO)
+    path = fetch(REPO)
+    commit = stub.repos[REPO].head
+    for away in ("unreachable", "offline"):
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", away == "offline")
+        for revision in ("", "@main", f"@{commit}"):
+            for file in (None, FILE, "checkpoints"):
+                assert fetch(f"{REPO}{revision}", file) == path
+        assert has_parts(REPO, "checkpoints/")
+        assert not has_parts(REPO, "vae/")
+    refused("someone/else", None, "someone/else", "neither a path here")
+    refused(f"{REPO}@v2", None, REPO, "neither a path here")
+    refused(REPO, "checkpoints/x.pt", "'checkpoints/x.pt'", "Hub's cache")
+    path.resolve().unlink()  # an interrupted download
+    refused(REPO, None, REPO, "neither a path here")
 
 
-def test_an_interrupted_download_does_not_count(put: Put, tmp_path: Path) -> None:
-    put(REPO, FILE, pickled(tmp_path))
-    (snapshot(tmp_path, REPO) / FILE).resolve().unlink()
-    assert refused(REPO).message.startswith(f"{REPO} is neither a path here nor in the Hub's cache")
-
-
-class TestParts:
-    def test_are_all_files_of_a_folder(self, hub: FakeHub) -> None:
-        repo = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-        root = fetch_parts(repo, "text_encoder/", "vae/config.json")
-        assert root == hub.folder / repo
-        assert hub.taken == [*(f for f in sorted(REPOS[repo]) if f.startswith("text_encoder/")),
-                             "vae/config.json"]  # fmt: skip
-
-    def test_are_taken_of_a_revision(self, hub: FakeHub) -> None:
-        fetch_parts("Wan-AI/Wan2.1-T2V-1.3B-Diffusers@v1", "tokenizer/")
-        assert (hub.listed, hub.revisions) == ({"v1"}, {COMMIT})
-
-    def test_that_are_not_there_are_named(self, hub: FakeHub) -> None:
-        for part in ("vae/", "vae/config.json"):
-            with pytest.raises(CheckpointError, match=f"gdhe17/Self-Forcing has no {part}") as e:
-                fetch_parts("gdhe17/Self-Forcing", part)
-            assert "https://huggingface.co/gdhe17/Self-Forcing" in e.value.hint
-        assert hub.taken == []
-
-    def test_in_the_cache_serve_without_a_network(
-        self, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        cached = tmp_path / "cache" / "models--someone--text" / "snapshots" / COMMIT / "vae"
-        cached.mkdir(parents=True)
-        (cached / "config.json").write_text("{}")
-        reference = tmp_path / "cache" / "models--someone--text" / "refs" / "main"
-        reference.parent.mkdir()
-        reference.write_text(COMMIT)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(
-            huggingface_hub, "hf_hub_download", lambda _, file, **__: str(cached.parent / file)
-        )
-        hub.listing_error = errors.OfflineModeIsEnabled("offline")
-        assert fetch_parts("someone/text", "vae/") == cached.parent
-        with pytest.raises(CheckpointError, match="'tokenizer/' of someone/text is not in the"):
-            fetch_parts("someone/text", "tokenizer/")
+def test_parts_are_files_and_whole_folders(stub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    repo = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    put(stub, repo)
+    root = fetch_parts(repo, "text_encoder/", "vae/config.json")
+    encoder = {file for file in REPOS[repo] if file.startswith("text_encoder/")}
+    assert cached() == encoder | {"vae/config.json"}
+    for part in ("vae", "scheduler/"):
+        with pytest.raises(CheckpointError, match=f"'{part}'") as caught:
+            fetch_parts(repo, part)
+        assert f"https://huggingface.co/{repo}" in caught.value.hint
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert fetch_parts(repo, "text_encoder/") == root
+    with pytest.raises(CheckpointError, match=f"'tokenizer/' of {repo} is not in the"):
+        fetch_parts(repo, "tokenizer/")
 
 
 # A repository that changes while it is read
@@ -623,7 +329,7 @@ MOVING = "someone/moving"
 
 
 def version(number: int) -> dict[str, bytes]:
-    """A checkpoint of which every file says of which version it is."""
+    """A checkpoint; every file says which version it belongs to."""
     shards = {name: f"x-0000{i}-of-00002.safetensors" for i, name in enumerate("ab", 1)}
     files = {"x.safetensors.index.json": json.dumps({"weight_map": shards, "version": number})}
     files["config.json"] = json.dumps({"version": number})
@@ -653,46 +359,39 @@ def headers_fetched() -> set[int]:
     return read | {spec.shape[0] for spec in found.source.specs().values()}
 
 
-class Push:
-    """Somebody pushes version after version, once before each of the requests named."""
-
-    def __init__(self, stub: Hub, *requests: int) -> None:
-        self.stub, self.requests, self.pushed = stub, requests, 1
-        stub.put(MOVING, version(1))
-        stub.asked.clear()
-        stub.meanwhile = self
-
-    def __call__(self) -> None:
-        if len(self.stub.asked) in self.requests:
-            self.pushed += 1
-            self.stub.put(MOVING, version(self.pushed))
-
-
 @pytest.mark.parametrize("read", [fetched, parts_fetched, headers_fetched])
-def test_a_fetch_is_of_one_commit_whenever_somebody_pushes(
+def test_all_files_are_of_one_commit_whenever_somebody_pushes(
     read: Callable[[], set[int]], stub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A push comes before the first request, then before the second, and so on."""
     seen: list[int] = []
-    request, more = 1, True
-    while more:
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / str(request)))
-        push = Push(stub, request)
+    asked = SimpleNamespace(before=0, pushed=True)
+
+    def push() -> None:
+        if len(stub.asked) == asked.before:
+            asked.pushed = True
+            stub.put(MOVING, version(2))
+
+    stub.meanwhile = push
+    while asked.pushed:
+        asked.before, asked.pushed = asked.before + 1, False
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / str(asked.before)))
+        stub.repos.clear()
+        stub.asked.clear()
+        stub.put(MOVING, version(1))
         found = read()
-        assert len(found) == 1, f"a push before request {request} mixed {found}"
+        assert len(found) == 1, f"a push before request {asked.before} mixed {found}"
         seen += found
-        more = push.pushed > 1
-        request += 1
-    assert request > 5
-    # Before the listing it is the new one, after it the old one.
+    assert len(seen) > 5
+    # A push before the listing gives the new version, every later one the old version.
     assert seen == [2, *[1] * (len(seen) - 1)]
 
 
-def test_what_was_fetched_by_a_name_is_found_by_it_without_the_hub(
-    stub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_revision_is_remembered_in_the_cache(stub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     repo = stub.put(MOVING, version(1))
     first = repo.head
     repo.tags["v1"] = first
+    assert fetched() == {1}
     stub.put(MOVING, version(2))
     names = {MOVING: 2, f"{MOVING}@main": 2, f"{MOVING}@v1": 1, f"{MOVING}@{first}": 1}
     for name in (MOVING, f"{MOVING}@v1"):
@@ -701,51 +400,35 @@ def test_what_was_fetched_by_a_name_is_found_by_it_without_the_hub(
     for name, number in names.items():
         assert versions_in(fetch(name).parent) == {number}
         assert versions_in(fetch_parts(name, *version(1))) == {number}
-    # As every program that shares the cache finds it.
-    told = huggingface_hub.hf_hub_download(MOVING, "config.json", local_files_only=True)
-    assert json.loads(Path(told).read_text()) == {"version": 2}
+    # Other programs that share the cache find the same files.
+    other = huggingface_hub.hf_hub_download(MOVING, "config.json", local_files_only=True)
+    assert json.loads(Path(other).read_text()) == {"version": 2}
 
 
-def test_a_name_follows_its_branch(stub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    for number in (1, 2):
-        stub.put(MOVING, version(number))
-        assert fetched() == {number}
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert fetched() == {2}
-
-
-def test_a_fetch_that_breaks_off_leaves_what_was_whole(
-    stub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stub.put(MOVING, version(1))
-    fetch(MOVING)
-    stub.put(MOVING, version(2))
+def broken_off(stub: Hub) -> None:
     stub.refusals.append(Refusal("GET", "*-00002-of-00002.safetensors", 500))
     with pytest.raises(CheckpointError):
         fetch(MOVING)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert fetched() == {1}
 
 
-def test_looking_at_headers_leaves_what_was_whole(
-    stub: Hub, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("look", [broken_off, lambda _: headers_fetched()])
+def test_an_older_whole_version_stays_in_use_until_the_new_one_is_whole(
+    look: Callable[[Hub], object], stub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stub.put(MOVING, version(1))
     fetch(MOVING)
     stub.put(MOVING, version(2))
-    assert headers_fetched() == {2}
+    look(stub)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert fetched() == {1}
 
 
-def test_a_cache_that_cannot_be_written_to_serves(
-    stub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_without_write_access_serves(stub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     stub.put(MOVING, version(1))
+    fetch(f"{MOVING}@{stub.repos[MOVING].head}")
 
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    fetch(f"{MOVING}@{stub.repos[MOVING].head}")
-    monkeypatch.setattr("vmla_convert.checkpoint.hub.os.replace", refuse)
+    monkeypatch.setattr(Path, "replace", refuse)
     assert fetched() == {1}

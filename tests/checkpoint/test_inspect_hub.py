@@ -136,7 +136,8 @@ def test_a_file_that_is_not_whole_is_told_of(stub: Hub, vmla: Vmla) -> None:
     stub.put(REPO, {"model.safetensors": b"\xff" * 20})
     ran = vmla("inspect", REPO)
     assert refused(ran)
-    assert f"'model.safetensors' of {REPO} is not a whole safetensors file" in ran.err
+    assert REPO in ran.err
+    assert "'model.safetensors'" in ran.err
 
 
 def test_what_cannot_be_converted_is_refused_by_its_header(

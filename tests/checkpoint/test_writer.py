@@ -41,6 +41,7 @@ TENSORS = {
     "blocks.2.norm3.bias": torch.tensor(3.0),
     "blocks.2.norm3.weight": torch.arange(12.0).reshape(3, 4).T,
 }
+SLOW = pytest.mark.slow
 BLOCKS = {name: name.split(".")[1] if name.startswith("blocks") else "" for name in TENSORS}
 
 
@@ -317,7 +318,9 @@ def killed_at(step: int, work: Callable[[], None]) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize("before", ["new", "resumed", "mistake"])
+@pytest.mark.parametrize(
+    "before", ["new", *(pytest.param(n, marks=SLOW) for n in ("resumed", "mistake"))]
+)
 def test_a_run_killed_anywhere_continues(
     before: str, whole: tuple[int, dict[str, bytes]], tmp_path: Path
 ) -> None:
@@ -329,9 +332,14 @@ def test_a_run_killed_anywhere_continues(
         out = place / "out"
         if before == "resumed":
             interrupt(out, KeyboardInterrupt, size)
-        work = interrupt if before == "mistake" else convert
-        args = (ConfigError, size) if before == "mistake" else (True, size)
-        killed = killed_at(step, lambda out=out, work=work, args=args: work(out, *args))
+
+        def work(out: Path = out) -> None:
+            if before == "mistake":
+                interrupt(out, ConfigError, size)
+            else:
+                convert(out, one_file_bytes=size)
+
+        killed = killed_at(step, work)
         if not out.exists():
             convert(out, one_file_bytes=size)
             assert names_in(place) == ["out"]
@@ -340,6 +348,7 @@ def test_a_run_killed_anywhere_continues(
     assert step > 30
 
 
+@SLOW
 # Ctrl-C may come before a `with` closes its file.
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_run_interrupted_at_any_line_continues(

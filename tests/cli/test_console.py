@@ -156,7 +156,7 @@ def raising(error: BaseException) -> Callable[[], NoReturn]:
         (
             ValueError(),
             1,
-            "Error: ValueError: no message\nhint: set VMLA_DEBUG=1 for the traceback\n",
+            "Error: ValueError\nhint: set VMLA_DEBUG=1 for the traceback\n",
         ),
     ],
     ids=lambda value: type(value).__name__,

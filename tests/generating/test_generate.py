@@ -14,14 +14,14 @@ from torch import Tensor
 
 from vmla_convert.config import GenerateConfig, RuntimeConfig, SamplerConfig
 from vmla_convert.errors import ConfigError, OutputError, VmlaError
-from vmla_convert.generating import generate as pipeline
+from vmla_convert.generating import rollout as loop
 from vmla_convert.generating.generate import (
     Switch,
     check_video_path,
     clip_frames,
     generate,
+    generate_pixels,
     parse_switch,
-    rollout,
     write_clips,
 )
 from vmla_convert.layers.cache import KVCache
@@ -59,13 +59,13 @@ def test_chunks_are_made_when_they_are_asked_for(
     dense: CausalWanModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[int] = []
-    sample = pipeline.sample_chunk
+    sample = loop.sample_chunk
 
     def counted(*args: object) -> Tensor:
         made.append(len(made))
         return sample(*args)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(pipeline, "sample_chunk", counted)
+    monkeypatch.setattr(loop, "sample_chunk", counted)
     chunks = generate(dense, "7", 10**9)
     next(chunks)
     next(chunks)
@@ -101,7 +101,7 @@ def test_dense_and_converted_start_from_the_same_noise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[Tensor] = []
-    sample = pipeline.sample_chunk
+    sample = loop.sample_chunk
 
     def watched(model: CausalWanModel, noise: Tensor, *rest: object) -> Tensor:
         chunk = sample(model, noise, *rest)  # pyright: ignore[reportArgumentType]
@@ -113,7 +113,7 @@ def test_dense_and_converted_start_from_the_same_noise(
         seen.extend([noise, following])
         return chunk
 
-    monkeypatch.setattr(pipeline, "sample_chunk", watched)
+    monkeypatch.setattr(loop, "sample_chunk", watched)
     clips: list[Tensor] = []
     for model in (dense, load(converted)):
         model.config = replace(model.config, sampler=SamplerConfig((1000, 500), 2.0, renoise))
@@ -162,7 +162,7 @@ def test_the_past_reaches_the_next_chunk(dense: CausalWanModel) -> None:
 
 
 def test_a_rollout_is_pixels_in_range(model: CausalWanModel) -> None:
-    video = rollout(model, ["1", "2"], 5)
+    video = generate_pixels(model, ["1", "2"], 5)
     assert video.shape == (2, 5, 3, 24, 24)
     assert video.abs().max() <= 1
 
@@ -297,7 +297,7 @@ def test_a_video_is_refused_before_any_work_where_it_cannot_go(tmp_path: Path) -
 
 
 def test_clips_land_as_video_and_sheet(dense: CausalWanModel, tmp_path: Path) -> None:
-    video = rollout(dense, ["1", "2"], 3)
+    video = generate_pixels(dense, ["1", "2"], 3)
     paths = write_clips(tmp_path / "clip.mp4", {"dense": video, "copy": video}, ["1", "2"], MEDIA)
     assert [path.name for path in paths] == ["clip.mp4", "clip.png"]
     assert (tmp_path / "clip.mp4").read_bytes()[4:8] == b"ftyp"

@@ -609,7 +609,7 @@ def test_the_public_names_are_lazy() -> None:
 @pytest.mark.parametrize("name", ["VMLAPipeline", "VMLATransformer"])
 def test_without_diffusers_the_extra_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for loaded in list(sys.modules):
-        if loaded.startswith("vmla_convert.pipelines.interop"):
+        if loaded.startswith("vmla_convert.interop"):
             monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setitem(sys.modules, "diffusers.configuration_utils", None)
     with pytest.raises(MissingExtraError) as caught:

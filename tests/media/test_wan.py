@@ -38,11 +38,11 @@ from vmla_convert.generating.generate import (
     Switch,
     check_video_path,
     generate,
-    opening_chunks,
     read_prefix,
     write_film,
 )
 from vmla_convert.generating.make_clips import prepare_clips
+from vmla_convert.generating.rollout import prefix_chunks
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading import load as loading
 from vmla_convert.loading.load import load, open_named
@@ -474,7 +474,7 @@ class TestPrefix:
     )
     def test_is_written_with_its_rest_first(self, given: int, sizes: list[int]) -> None:
         clean = latents(given)
-        chunks = opening_chunks(clean, 2)
+        chunks = prefix_chunks(clean, 2)
         assert [chunk.shape[1] for chunk in chunks] == sizes
         assert torch.equal(torch.cat(chunks, dim=1), clean)
 

@@ -39,7 +39,7 @@ def is_resumable(out: Path) -> bool:
     return identity.is_file() and identity.read_text("utf-8") != "null"
 
 
-def refuse_existing(path: Path) -> None:
+def refuse_existing(path: Path, hint: str = "choose another -o, or remove it") -> None:
     """Refuse to overwrite a file or a folder that is not empty.
 
     Raises:
@@ -47,7 +47,7 @@ def refuse_existing(path: Path) -> None:
     """
     empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
     if (path.exists() or path.is_symlink()) and not empty:
-        raise OutputError(f"{path} exists already", "choose another -o, or remove it")
+        raise OutputError(f"{path} exists already", hint)
 
 
 def refuse_taken(out: Path, resume: bool | None = None) -> None:

@@ -100,8 +100,9 @@ def open_headers(
         }
         for file, header in headers.items()
     }
-    mapped = weight_map and {name: Path(file) for name, file in weight_map.items()}
-    return _joined(path, shards, mapped)
+    if weight_map is None:
+        return _joined(path, shards, None)
+    return _joined(path, shards, {name: Path(file) for name, file in weight_map.items()})
 
 
 def located(path: Path) -> Path:

@@ -123,8 +123,9 @@ class FolderStore:
                 f"{self.folder} is in the way: it holds other files", "move or remove it"
             ) from error
         if difference := first_difference(found, json.loads(self._identity)):
+            name = f": {difference[0]} differs" if difference[0] else ""
             raise OutputError(
-                f"{self.folder} was begun with other settings: {difference[0]} differs",
+                f"{self.folder} was begun with other settings{name}",
                 "use the same settings as before, or remove it",
             )
 

@@ -1,4 +1,4 @@
-"""A source whose fused projections look as if they had been stored apart."""
+"""Split fused projections: one stored tensor that holds query, key and value, or key and value."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from vmla_convert.checkpoint.source import TensorSource, TensorSpec
 from vmla_convert.errors import CheckpointError
 
-# Fused layer, and the layers whose rows it stacks; Krea's in native names, diffusers' in its own.
+# Fused layer, and the layers whose rows are stacked in it: Krea's in native names, then diffusers.
 FUSED = (
     ("self_attn.to_qkv", ("self_attn.q", "self_attn.k", "self_attn.v")),
     ("attn1.to_qkv", ("attn1.to_q", "attn1.to_k", "attn1.to_v")),
@@ -21,7 +21,7 @@ FUSED = (
 
 
 class _Part(NamedTuple):
-    """Rows of a stored tensor: the given one of equal parts."""
+    """One of `parts` equal groups of rows of a stored tensor."""
 
     stored: str
     place: int
@@ -57,15 +57,15 @@ class _Unfused:
         if name not in self.parts:
             return self.source.read(name)
         stored, place, parts = self.parts[name]
-        # A copy, so as not to keep the other parts in memory.
+        # The copy lets the other parts leave memory.
         return self.source.read(stored).chunk(parts)[place].clone()
 
 
 def unfuse(source: TensorSource) -> TensorSource:
-    """The same source, with each of `FUSED` in its parts; itself when nothing is fused.
+    """Return a source in which every tensor of `FUSED` is replaced by its parts.
 
     Raises:
-        CheckpointError: A fused tensor does not divide, or its parts are there too.
+        CheckpointError: A fused tensor does not divide, or its parts are stored as well.
     """
     stored = source.specs()
     parts: dict[str, _Part] = {}

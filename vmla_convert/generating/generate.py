@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -13,10 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vmla_convert.checkpoint.output import refuse_existing
 from vmla_convert.config import ModelConfig, RuntimeConfig
 from vmla_convert.errors import ConfigError, OutputError
-from vmla_convert.generating.sampler import recache, sample_chunk, write_clean
-from vmla_convert.layers.dit import CausalWanModel, Prompt
+from vmla_convert.generating.rollout import NewPrompt, rollout
+from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.media.clips import seeded
 from vmla_convert.media.models import (
     Media,
@@ -84,58 +84,56 @@ def generate(
             another number of prompts or comes after the last chunk, or the model cannot be run so.
         VmlaError: The model's text encoder cannot read a prompt.
     """
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    config, weight = model.config, model.patch_embedding.weight
+    prompts, config = [prompt] if isinstance(prompt, str) else prompt, model.config
     if prefix is not None:
         _check_prefix(prefix, config, len(prompts))
+        prefix = prefix.expand(len(prompts), -1, -1, -1, -1)
     given = 0 if prefix is None else prefix.shape[1]
     if frames <= given:
         raise ConfigError(
             f"frames {frames} must be at least {given + 1}",
             "ask for more frames than the prefix has" if given else "",
         )
-    waiting = sorted(switches, key=lambda switch: switch.frame)
-    _check_switches(waiting, len(prompts), range(given, frames, config.chunk_frames))
-    # All in one go: an encoder that waits in host memory then comes to the device once, and one
-    # that was opened here is let go before the first chunk.
-    named = [name for names in (prompts, *(s.prompts for s in waiting)) for name in names]
-    read = (text or open_media(config, device=weight.device)).encode_prompts(named)
-    contexts = list(read.to(weight).split(len(prompts)))
-    cache, current = model.new_cache(len(prompts), runtime), _read(model, contexts.pop(0))
-    # Only a switch looks back at latents.
-    held = -(-config.cache.window_frames // config.chunk_frames)
-    past: deque[Tensor] = deque(maxlen=held if waiting else 0)
-    if prefix is not None:
-        clean = prefix.to(weight).expand(len(prompts), -1, -1, -1, -1)
-        for chunk in opening_chunks(clean, config.chunk_frames):
-            write_clean(model, chunk, current, cache)
-            past.append(chunk)
-            yield chunk
-    shape = (len(prompts), config.chunk_frames, config.geometry.in_dim, *config.latent_size)
-    for index, start in enumerate(range(given, frames, config.chunk_frames)):
-        due = [switch for switch in waiting if switch.frame <= start]
-        if due:
-            waiting, contexts = waiting[len(due) :], contexts[len(due) - 1 :]
-            current = _read(model, contexts.pop(0))
-            recache(model, list(past), current, cache, due[-1].keep_sink)
-        generator = seeded(seed, index, "rollout")
-        draw = partial(torch.randn, shape, generator=generator)
-        cache.open_chunk(config.chunk_frames)
-        chunk = sample_chunk(model, draw().to(weight), current, cache, draw)
-        past.append(chunk)
-        yield chunk[:, : frames - start]
+    starts = range(given, frames, config.chunk_frames)
+    switches = sorted(switches, key=lambda switch: switch.frame)
+    _check_switches(switches, len(prompts), starts)
+    text = text or open_media(config, device=model.patch_embedding.weight.device)
+    chunks = rollout(
+        model,
+        len(starts),
+        _prompt_schedule(prompts, switches, text),
+        lambda index: [seeded(seed, index, "rollout")],
+        runtime,
+        prefix,
+    )
+    del text
+    made = 0
+    for chunk in chunks:
+        yield chunk[:, : frames - made]
+        made += chunk.shape[1]
 
 
-def opening_chunks(clean: Tensor, chunk_frames: int) -> list[Tensor]:
-    """A clean prefix (B, P, C, height, width) as the chunks that it is written to the cache in.
+def _prompt_schedule(
+    prompts: list[str], switches: list[Switch], text: TextEncoder
+) -> Callable[[int], NewPrompt | None]:
+    """Encode all prompts in one call and return which of them takes over at a frame.
 
-    What does not fill a chunk comes first: an image, one latent frame, is a chunk of its own, and
-    all chunks after it are whole. Models with an independent first frame were trained so
-    (Self-Forcing, causal inference); others see an opening that is shorter than those they know.
+    One call moves an encoder that waits in host memory to the device only once. The schedule does
+    not keep the encoder, so that an encoder opened by `generate` is freed before the first chunk.
     """
-    whole, rest = divmod(clean.shape[1], chunk_frames)
-    sizes = [rest] * (rest > 0) + [chunk_frames] * whole
-    return list(clean.split(sizes, dim=1))
+    named = [*prompts, *(prompt for switch in switches for prompt in switch.prompts)]
+    first, *others = text.encode_prompts(named).split(len(prompts))
+    waiting = deque([(0, NewPrompt(first))])
+    for switch, context in zip(switches, others, strict=True):
+        waiting.append((switch.frame, NewPrompt(context, keep_sink=switch.keep_sink)))
+
+    def due(frame: int) -> NewPrompt | None:
+        latest = None
+        while waiting and waiting[0][0] <= frame:
+            _, latest = waiting.popleft()
+        return latest
+
+    return due
 
 
 def check_comparable(models: Sequence[ModelConfig]) -> None:
@@ -189,12 +187,7 @@ def _check_switches(switches: list[Switch], clips: int, starts: range) -> None:
             )
 
 
-@torch.no_grad()
-def _read(model: CausalWanModel, context: Tensor) -> Prompt:
-    return model.read_prompt(context)
-
-
-def rollout(
+def generate_pixels(
     model: CausalWanModel,
     prompts: list[str],
     frames: int,
@@ -206,7 +199,7 @@ def rollout(
     media: Media | None = None,
     prefix: Tensor | None = None,
 ) -> Tensor:
-    """A whole rollout as pixels (B, F', 3, H, W) in −1 … 1; arguments as `generate`."""
+    """Return a whole video as pixels (B, F', 3, H, W) in −1 … 1. Arguments as in `generate`."""
     config = model.config
     media = media or open_media(config, device=model.patch_embedding.weight.device)
     made = generate(model, prompts, frames, seed, runtime, switches, media, prefix)
@@ -316,8 +309,7 @@ def check_video_path(path: Path) -> None:
     # The first frame of a run that was killed lies beside what it had of the video.
     killed = partial_path(path).exists()
     for file in (path, *(() if killed else (_picture_path(path),))):
-        if file.exists():
-            raise OutputError(f"{file} exists already", "choose another -o, or remove it")
+        refuse_existing(file)
 
 
 def write_film(

@@ -1,4 +1,7 @@
-"""Few-step flow sampling of one chunk that reads a cache."""
+"""Few-step flow sampling of one chunk.
+
+Latents have the shape (B, F, C, height, width).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from vmla_convert.maths.flow import TRAIN_TIMESTEPS, interpolate, predict_clean,
 
 
 class State(NamedTuple):
-    """A chunk on its way, (B, F, C, height, width), and its sigma ()."""
+    """Noisy latents of a chunk and their noise level, a scalar sigma."""
 
     latents: Tensor
     sigma: Tensor
@@ -28,34 +31,30 @@ def sample_chunk(
     prompt: Prompt,
     cache: KVCache,
     draw: Callable[[], Tensor],
-    visit: Callable[[State], None] | None = None,
-    stepped: Callable[[State], Tensor] | None = None,
+    before_step: Callable[[State], None] | None = None,
+    after_step: Callable[[State], Tensor] | None = None,
 ) -> Tensor:
-    """Denoise the cache's open chunk, then write it to the cache clean.
+    """Denoise the cache's open chunk, write the clean chunk to the cache and return it.
 
-    Timesteps and the chunk on its way are float32 at least, whatever the model's dtype: bfloat16
-    would round both, and fifty steps at a large shift would have steps of no length among them.
+    Timesteps and noisy latents have at least float32 precision. In bfloat16, some of fifty steps
+    at a large shift would have zero length.
 
     Args:
         model: Dense or converted.
-        noise: (B, F, C, height, width), standard normal.
+        noise: Standard normal latents.
         prompt: From `model.read_prompt`.
-        cache: With the chunk opened; it holds the clean chunk at the end (Self-Forcing, causal
-            inference).
-        draw: Fresh noise as `noise`, for samplers that add it.
-        visit: Called with every state before it is denoised.
-        stepped: Called with every state after a step; what it returns is gone on with.
-
-    Returns:
-        The clean latents, shaped as `noise`.
+        cache: With the chunk opened.
+        draw: Returns fresh noise, for samplers that add noise after each step.
+        before_step: Receives the state before each step.
+        after_step: Receives the state after each step and returns the latents to continue with.
     """
     sampler = model.config.sampler
     x = noise.to(torch.promote_types(noise.dtype, torch.float32))
     sigmas = sampler_sigmas(sampler.denoising_step_list, sampler.shift).to(x)
     ones = x.new_ones(noise.shape[:2])
     for sigma, following in pairwise(sigmas):
-        if visit is not None:
-            visit(State(x, sigma))
+        if before_step is not None:
+            before_step(State(x, sigma))
         times = ones * sigma * TRAIN_TIMESTEPS
         velocity = model.stream(x.to(noise), times, prompt, cache, keep=False).to(x)
         clean = predict_clean(x, velocity, ones * sigma)
@@ -63,45 +62,8 @@ def sample_chunk(
             x = interpolate(clean, draw().to(x), ones * following)
         else:
             x = x + (following - sigma) * velocity
-        if stepped is not None:
-            x = stepped(State(x, following)).to(x)
+        if after_step is not None:
+            x = after_step(State(x, following)).to(x)
     clean = x.to(noise)
     model.stream(clean, torch.zeros_like(ones), prompt, cache)
     return clean
-
-
-@torch.no_grad()
-def write_clean(model: CausalWanModel, chunk: Tensor, prompt: Prompt, cache: KVCache) -> None:
-    """Write a clean chunk (B, F, C, height, width) to the cache as its next frames."""
-    cache.open_chunk(chunk.shape[1])
-    model.stream(chunk, chunk.new_zeros(chunk.shape[:2]), prompt, cache)
-
-
-@torch.no_grad()
-def recache(
-    model: CausalWanModel,
-    chunks: list[Tensor],
-    prompt: Prompt,
-    cache: KVCache,
-    keep_sink: bool = True,
-) -> None:
-    """Write the window again under another prompt, from clean chunks (LongLive's re-cache).
-
-    Args:
-        model: Dense or converted.
-        chunks: The newest that were generated, (B, F, C, height, width) each, oldest first; frames
-            that the window does not keep, or that the kept sink holds, are left out.
-        prompt: From `model.read_prompt`.
-        cache: That was written by them.
-        keep_sink: Keep the sink's entries; else the first frames written again become the sink.
-    """
-    window, sizes = cache.window, [chunk.shape[1] for chunk in chunks]
-    oldest = window.next_frame - window.policy.window_frames
-    if keep_sink:
-        oldest = max(oldest + window.policy.sink_frames, window.sink_end)
-    skipped = max(0, oldest - (window.next_frame - sum(sizes)))
-    cache.rewind(max(0, sum(sizes) - skipped), keep_sink)
-    for chunk, size in zip(chunks, sizes, strict=True):
-        part, skipped = chunk[:, skipped:], max(0, skipped - size)
-        if part.shape[1]:
-            write_clean(model, part, prompt, cache)

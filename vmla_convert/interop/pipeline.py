@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vmla_convert.config import MediaConfig, ModelConfig, RuntimeConfig, SamplerConfig
 from vmla_convert.errors import ConfigError, MissingExtraError, did_you_mean
-from vmla_convert.generating.sampler import State, sample_chunk
+from vmla_convert.generating.rollout import NewPrompt, rollout
+from vmla_convert.generating.sampler import State
 from vmla_convert.interop.adapters import LoraReport, find_lora, read_lora
 from vmla_convert.interop.transformer import (
     VMLATransformer,
@@ -22,7 +23,7 @@ from vmla_convert.interop.transformer import (
     of_revision,
     refuse_options,
 )
-from vmla_convert.layers.dit import CausalWanModel, Prompt
+from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import Source, is_remote
 from vmla_convert.maths.flow import TRAIN_TIMESTEPS, sampler_sigmas
 from vmla_convert.media.clips import seeded
@@ -226,8 +227,8 @@ class VMLAPipeline(DiffusionPipeline, LoraBaseMixin):
                     contexts,
                     bar.update,
                 )
-                made = self._stream(model, chunks, seeds, latents, watch, runtime)
-                clean = torch.cat(list(made), dim=1)[:, :frames].transpose(1, 2)
+                clean = torch.cat(self._chunks(model, chunks, seeds, latents, watch, runtime), 1)
+        clean = clean[:, :frames].transpose(1, 2)
         video = clean if output_type == "latent" else self._pixels(clean, output_type)
         self.maybe_free_model_hooks()
         return WanPipelineOutput(frames=video) if return_dict else (video,)
@@ -290,7 +291,7 @@ class VMLAPipeline(DiffusionPipeline, LoraBaseMixin):
         """Steps of each chunk."""
         return self._num_timesteps
 
-    def _stream(
+    def _chunks(
         self,
         model: CausalWanModel,
         chunks: int,
@@ -298,28 +299,24 @@ class VMLAPipeline(DiffusionPipeline, LoraBaseMixin):
         latents: Tensor | None,
         watch: _Watch,
         runtime: RuntimeConfig | None,
-    ) -> Iterator[Tensor]:
-        """Clean chunks (B, F, C, h, w)."""
+    ) -> list[Tensor]:
+        """Clean chunks (B, F, C, h, w), the last one noisy where a callback asked to stop."""
         self.transformer.ready()
-        config, weight = model.config, model.patch_embedding.weight
-        clips, size = len(watch.prompt_embeds), config.chunk_frames
-        shape = (clips, size, config.geometry.in_dim, *config.latent_size)
-        cache = model.new_cache(clips, runtime)
-        prompt: Prompt | None = None
-        for index in range(chunks):
-            if prompt is None or watch.prompt_changed:
-                prompt = model.read_prompt(watch.read_prompt().to(weight))
-            draw = _drawing(shape, seeds, index)
-            noise = draw()
-            if latents is not None:
-                given = latents[:, :, index * size : (index + 1) * size].transpose(1, 2)
-                noise[:, : given.shape[1]] = given.to(noise)
-            cache.open_chunk(size)
-            try:
-                yield sample_chunk(model, noise.to(weight), prompt, cache, draw, stepped=watch)
-            except _Interrupted as stop:
-                yield stop.latents
-                return
+        made: list[Tensor] = []
+        try:
+            for chunk in rollout(
+                model,
+                chunks,
+                watch.new_prompt,
+                lambda index: [seeded(seed, index, "rollout") for seed in seeds],
+                runtime,
+                noise=None if latents is None else latents.transpose(1, 2),
+                after_step=watch,
+            ):
+                made.append(chunk)
+        except _Interrupted as stop:
+            made.append(stop.latents)
+        return made
 
     @contextmanager
     def _configured(
@@ -422,7 +419,6 @@ class _Watch:
 
     Attributes:
         prompt_embeds: Contexts of the next chunk.
-        prompt_changed: Whether they are others than those that were read.
     """
 
     def __init__(
@@ -438,12 +434,14 @@ class _Watch:
         sampler = pipeline.transformer.wan.config.sampler
         sigmas = sampler_sigmas(sampler.denoising_step_list, sampler.shift)
         self._timesteps = sigmas[:-1] * TRAIN_TIMESTEPS
-        self.prompt_embeds, self.prompt_changed = prompt_embeds, False
+        self.prompt_embeds, self._prompt_changed = prompt_embeds, False
 
-    def read_prompt(self) -> Tensor:
-        """The contexts, which are then not new any more."""
-        self.prompt_changed = False
-        return self.prompt_embeds
+    def new_prompt(self, frame: int) -> NewPrompt | None:
+        """The contexts, at the first frame and where the callback changed them."""
+        if frame and not self._prompt_changed:
+            return None
+        self._prompt_changed = False
+        return NewPrompt(self.prompt_embeds, recache=False)
 
     def __call__(self, state: State) -> Tensor:
         """After a step: the latents (B, F, C, h, w) to go on with."""
@@ -457,7 +455,7 @@ class _Watch:
             told = self._callback(self._pipeline, step, timestep, given) or {}
             latents = told.get("latents", tensors["latents"]).transpose(1, 2)
             embeds = told.get("prompt_embeds", self.prompt_embeds)
-            self.prompt_changed |= embeds is not self.prompt_embeds
+            self._prompt_changed |= embeds is not self.prompt_embeds
             self.prompt_embeds = embeds
             # The callback may have used a component, for which the transformer had to make room.
             self._pipeline.transformer.ready()
@@ -503,13 +501,6 @@ def _seed_of(generator: torch.Generator) -> int:
 def _drawn_seed(generator: torch.Generator | None) -> int:
     device = generator.device if generator is not None else "cpu"
     return int(torch.randint(2**62, (), generator=generator, device=device))
-
-
-def _drawing(shape: tuple[int, ...], seeds: list[int], index: int) -> Callable[[], Tensor]:
-    """Draws noise of a chunk, (B, F, C, h, w), again and again."""
-    generators = [seeded(seed, index, "rollout") for seed in seeds]
-    part = (shape[0] // len(generators), *shape[1:])
-    return lambda: torch.cat([torch.randn(part, generator=one) for one in generators])
 
 
 def _check_noise(latents: Tensor | None, clips: tuple[int, int], config: ModelConfig) -> None:

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
-from vmla_convert.checkpoint.choose_file import INDEX_SUFFIX, PICKLE_SUFFIXES
-from vmla_convert.checkpoint.hub import BESIDE, first_line, is_main, without_token
+from vmla_convert.checkpoint.choose_file import INDEX_SUFFIX, PICKLE_SUFFIXES, is_main
+from vmla_convert.checkpoint.hub import BESIDE
+from vmla_convert.checkpoint.hub_errors import without_token
 from vmla_convert.checkpoint.layouts import PIPELINE_NAME
-from vmla_convert.errors import OutputError
+from vmla_convert.errors import OutputError, first_line
 from vmla_convert.progress import Progress, Silent
 
 # By this file a repository is known for one that holds a conversion.
@@ -200,7 +201,9 @@ def _refusal(error: BaseException, repo: str) -> OutputError:
     if isinstance(error, OfflineModeIsEnabled):
         return OutputError("the Hub cannot be reached: HF_HUB_OFFLINE is set", "unset it")
     if not isinstance(error, HfHubHTTPError):
-        return OutputError(f"talking to the Hub broke off: {first_line(error)}", _AGAIN)
+        return OutputError(
+            f"talking to the Hub broke off: {without_token(first_line(error))}", _AGAIN
+        )
     status = error.response.status_code
     if status == 401:
         return OutputError("the Hub does not accept your token", _LOGIN)
@@ -212,5 +215,5 @@ def _refusal(error: BaseException, repo: str) -> OutputError:
         )
     if status in (409, 412):
         return OutputError(f"{repo} was changed by somebody else meanwhile", _AGAIN)
-    told = error.server_message or first_line(error)
-    return OutputError(f"the Hub answers with error {status}: {without_token(told)}", _AGAIN)
+    reason = without_token(error.server_message or first_line(error))
+    return OutputError(f"the Hub answers with error {status}: {reason}", _AGAIN)

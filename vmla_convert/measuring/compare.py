@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vmla_convert.config import GenerateConfig
-from vmla_convert.generating.generate import rollout, write_clips
+from vmla_convert.generating.generate import generate_pixels, write_clips
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.measuring.evaluate import rollout_rows
 from vmla_convert.media.models import Media, open_media
@@ -37,7 +37,7 @@ def compare(
     media = media or open_media(dense.config, device=dense.patch_embedding.weight.device)
     models = {"dense": dense, "converted": converted}
     clips = {
-        name: rollout(
+        name: generate_pixels(
             model,
             prompts,
             config.frames,

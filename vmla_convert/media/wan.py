@@ -15,9 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vmla_convert.checkpoint.hub import first_line
 from vmla_convert.config import MediaConfig, ModelConfig
-from vmla_convert.errors import CheckpointError, ConfigError, MissingExtraError
+from vmla_convert.errors import CheckpointError, ConfigError, MissingExtraError, first_line
 from vmla_convert.maths.tiles import Tile, blend, cover
 from vmla_convert.media.components import Components, Part, find_components
 from vmla_convert.media.models import WAN_TEMPORAL_STRIDE, VideoDecoder

@@ -8,14 +8,14 @@ like any other, and the gradient reaches the latents of the past too.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vmla_convert.config import TrainingConfig
-from vmla_convert.generating.sampler import State, sample_chunk
+from vmla_convert.generating.rollout import NewPrompt, rollout
+from vmla_convert.generating.sampler import State
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.flow import TRAIN_TIMESTEPS, per_frame
 from vmla_convert.media.clips import ClipSource, seeded
@@ -70,25 +70,32 @@ def roll_out(
         The student's clean chunks as past, the picked states as noisy clip; `velocity` points from
         where the rollout ended to each state.
     """
-    config, weight = student.config, student.patch_embedding.weight
-    shape = (config.chunk_frames, config.geometry.in_dim, *config.latent_size)
-    mine = range(share.rank, len(context), share.world)
-    asked = context[mine.start :: mine.step].to(weight)
-    cache, prompt = student.new_cache(len(mine)), student.read_prompt(asked)
+    config, mine = student.config, range(share.rank, len(context), share.world)
+    asked = context[mine.start :: mine.step].to(student.patch_embedding.weight)
+    states: list[State] = []
+    generators: list[torch.Generator] = []
+
+    def clip_generators(chunk: int) -> list[torch.Generator]:
+        # Each clip has its own noise, whichever process rolls it out.
+        generators[:] = [seeded(*seed, f"rollout {chunk} {clip}") for clip in mine]
+        return generators
+
     clean: list[Tensor] = []
     noisy: list[Tensor] = []
     sigmas: list[Tensor] = []
-    for chunk in range(frames // config.chunk_frames):
-        # Each clip has its own noise, whoever rolls it out.
-        generators = [seeded(*seed, f"rollout {chunk} {clip}") for clip in mine]
-        draw = partial(_draw, shape, generators)
-        states: list[State] = []
-        cache.open_chunk(config.chunk_frames)
-        clean.append(sample_chunk(student, draw().to(weight), prompt, cache, draw, states.append))
+    for chunk in rollout(
+        student,
+        frames // config.chunk_frames,
+        lambda frame: None if frame else NewPrompt(asked),
+        clip_generators,
+        before_step=states.append,
+    ):
         picks = [int(torch.randint(len(states), (), generator=g)) for g in generators]
+        clean.append(chunk)
         noisy.append(torch.stack([states[pick].latents[i] for i, pick in enumerate(picks)]))
         sigma = torch.stack([states[pick].sigma for pick in picks])
         sigmas.append(sigma[:, None].expand(-1, config.chunk_frames))
+        states.clear()
     past, state, sigma = (torch.cat(parts, dim=1) for parts in (clean, noisy, sigmas))
     example = Example(
         latents=torch.cat([past, state], dim=1),
@@ -97,10 +104,6 @@ def roll_out(
         context=asked,
     )
     return Example(*(_spread(part, len(context), share) for part in example))
-
-
-def _draw(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 def _spread(part: Tensor, batch: int, share: Share) -> Tensor:

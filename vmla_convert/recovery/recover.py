@@ -376,8 +376,6 @@ def _opened(
     converted: str | Path, teacher: Source | None, out: Path
 ) -> tuple[OpenCheckpoint, OpenCheckpoint]:
     """Student and teacher, if they fit and `out` is free."""
-    if out.exists():
-        raise OutputError(f"{out} exists already", "choose another -o, or remove it")
     refuse_taken(out)  # what would be refused at the end, after all the training
     source, dense = open_named(converted), open_named(teacher_of(str(converted), teacher))
     if source.config.is_dense:

@@ -119,7 +119,7 @@ def to_html(title: str, sections: Sequence[Section], folder: Path) -> str:
         folder: Where the sections' images lie. Those above `EMBED_LIMIT_BYTES` are referred to by
             their relative paths.
     """
-    style = files("vmla_convert.report.report").joinpath("page.css").read_text("utf-8")
+    style = files("vmla_convert.report").joinpath("page.css").read_text("utf-8")
     return PAGE.format(
         policy=POLICY,
         title=escape(title),

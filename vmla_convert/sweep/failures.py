@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from vmla_convert.errors import OutputError, VmlaError
+from vmla_convert.errors import OutputError, VmlaError, first_line
 
 FAILURES = (
     VmlaError,
@@ -39,14 +39,6 @@ def is_full_disk(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
-
-
-def first_line(error: BaseException) -> str:
-    """What went wrong, in a line."""
-    if isinstance(error, VmlaError):
-        return error.message
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
 @contextmanager

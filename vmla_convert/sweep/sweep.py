@@ -25,7 +25,7 @@ from vmla_convert.config import (
     RuntimeConfig,
     SweepConfig,
 )
-from vmla_convert.errors import ConfigError
+from vmla_convert.errors import ConfigError, first_line
 from vmla_convert.fitting.calibrate import check_clips
 from vmla_convert.fitting.codec import plan_codec
 from vmla_convert.fitting.conversion_steps import open_measured
@@ -52,7 +52,7 @@ from vmla_convert.results import (
     read_rows,
     write_rows,
 )
-from vmla_convert.sweep.failures import FAILURES, first_line, is_full_disk, keeping
+from vmla_convert.sweep.failures import FAILURES, is_full_disk, keeping
 from vmla_convert.sweep.grid import SweepPoint, digest, grid, sweep_points
 from vmla_convert.sweep.point import Bench, labelled, measure_point
 from vmla_convert.sweep.rollout_scores import Rollout, roll_out, score

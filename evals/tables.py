@@ -1,0 +1,382 @@
+"""Write the tables of README.md and docs/, and the README's picture, from measured rows.
+
+    python -m evals.tables            write them
+    python -m evals.tables --check    write nothing; exit with code 1 if a file differs
+
+A document holds each table between `<!-- rows: NAME -->` and `<!-- end of rows -->`; NAME is a
+function of this file. Rows are those in evals/results/.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vmla_convert.results import Metric, Row, read_rows
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "evals" / "results"
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PICTURES = {name: ROOT / "docs" / "images" / f"error_{name}.svg" for name in ("light", "dark")}
+
+COMMANDS = {
+    "codec": "python -m evals.codec --out evals/results/codec.jsonl",
+    "quickstart": "vmla run recipes/quickstart.toml -o runs/quickstart",
+    "scale_1.3b": "python -m evals.scale 1.3b --out evals/results/scale_1.3b.jsonl",
+    "teacher_16_seeds": (
+        "python -m evals.teacher --seeds 16 --out evals/results/teacher_16_seeds.jsonl"
+    ),
+}
+"""The command that made each file of rows."""
+
+SHORT_LIST = (31.5, 16.3, 10.0)
+"""Sizes of the codec that the README shows, in bytes per token and layer."""
+
+BLOCK = re.compile(r"(<!-- rows: (\w+) -->\n).*?(<!-- end of rows -->)", re.DOTALL)
+
+
+def main(
+    check: Annotated[bool, typer.Option("--check", help="Only name files that differ.")] = False,
+) -> None:
+    """Write the tables and the picture from the rows in evals/results/."""
+    differing = stale()
+    if check:
+        for path in differing:
+            typer.echo(f"{path.relative_to(ROOT)} is not what the rows say")
+        raise typer.Exit(1 if differing else 0)
+    for path in DOCUMENTS:
+        path.write_text(filled(path.read_text()))
+    if set(differing) & set(PICTURES.values()):
+        draw()
+
+
+def stale() -> list[Path]:
+    """Files that differ from what the rows say."""
+    texts = [path for path in DOCUMENTS if filled(path.read_text()) != path.read_text()]
+    points = drawn_points()
+    return texts + [p for p in PICTURES.values() if not p.is_file() or points not in p.read_text()]
+
+
+def filled(text: str) -> str:
+    """A document with its tables made anew."""
+    return BLOCK.sub(lambda m: f"{m[1]}{BLOCKS[m[2]]()}\n{m[3]}", text)
+
+
+# Tables
+
+
+def short() -> str:
+    """The README's table: a few sizes of the codec beside quantised dense caches."""
+    rows = dense_rows() + [r for r in codec_rows() if r.bytes_per_token in SHORT_LIST]
+    best = sorted(above_dense(rows), key=lambda pair: pair[1])
+    return table(
+        ["cache", "bytes per token and layer", "smaller", "flow loss above dense"],
+        [
+            ["dense, bfloat16", number(dense_bytes()), "1×", "0"],
+            *[
+                [named(r), number(size(r)), times(dense_bytes() / size(r)), percent(value)]
+                for r, value in best
+                if r.cache_dtype != "int8"
+            ],
+        ],
+        "codec",
+    )
+
+
+def sizes() -> str:
+    """Every measured size of the codec."""
+    return error_table(codec_rows())
+
+
+def unquantised() -> str:
+    """The codec with channels in the model's dtype."""
+    return error_table([r for r in rows_of("codec") if r.cache_dtype == "model"])
+
+
+def quantised_dense() -> str:
+    """The dense cache, quantised in place."""
+    return error_table(dense_rows())
+
+
+def equal_error() -> str:
+    """Bytes of a quantised dense cache over bytes of the codec at the same error."""
+    dense = {r.cache_dtype: size(r) for r in dense_rows()}
+    return table(
+        ["dense cache in", "its bytes", "codec's bytes at the same velocity error", "ratio"],
+        [
+            [r.run, number(dense[r.run]), number(size(r)), times(r.value)]
+            for r in rows_of("codec")
+            if r.metric == Metric.BYTES_RATIO_AT_ERROR
+        ],
+        "codec",
+    )
+
+
+def nested() -> str:
+    """One codec at many ranks beside codecs of exactly these ranks."""
+    (row,) = (r for r in rows_of("codec") if r.metric == Metric.NESTED_DIFFERENCE)
+    return table(
+        ["compared", "largest relative difference in velocity error"],
+        [["one codec at eight ranks, eight codecs of these ranks", number(row.value)]],
+        "codec",
+    )
+
+
+def lora() -> str:
+    """A codec that was fitted before a LoRA, used with the LoRA."""
+    return table(
+        ["LoRA trained to make", "bytes per token and layer", "error, over a codec fitted with it"],
+        [
+            [f"{r.note} clips", number(size(r)), times(r.value)]
+            for r in rows_of("codec")
+            if r.metric == Metric.LORA_ERROR_RATIO
+        ],
+        "codec",
+    )
+
+
+def recovery() -> str:
+    """Codec and MLA layers before and after recovery."""
+    rows = [r for r in rows_of("quickstart") if r.metric == Metric.VELOCITY_ERROR and r.product]
+    steps: dict[tuple[str, float], dict[int, float]] = {}
+    for r in rows:
+        if r.step is not None and (r.product == "mla" or r.cache_dtype == "auto"):
+            steps.setdefault((named(r), size(r)), {})[r.step] = r.value
+    return table(
+        ["cache", "bytes per token and layer", "velocity error, converted", "recovered"],
+        [
+            [name, number(nbytes), number(errors[0]), number(errors[max(errors)])]
+            for (name, nbytes), errors in sorted(steps.items(), key=lambda item: item[0][1])
+        ],
+        "quickstart",
+    )
+
+
+def scale() -> str:
+    """Time, memory and disk of a conversion at true sizes."""
+    found = {r.metric: r.value for r in rows_of("scale_1.3b") if "," not in r.run}
+    return table(
+        ["measured", "value"],
+        [
+            ["time", f"{found[Metric.CONVERT_SECONDS]:.0f} s"],
+            ["peak resident memory", f"{found[Metric.PEAK_RSS_BYTES] / 1e9:.2f} GB"],
+            ["size of the codec's folder", f"{found[Metric.WRITTEN_BYTES] / 1e6:.0f} MB"],
+        ],
+        "scale_1.3b",
+    )
+
+
+def teacher() -> str:
+    """How well the demo model itself does."""
+    whole = [r for r in rows_of("teacher_16_seeds") if r.segment is None]
+
+    def mean(metric: Metric, run: str = "dense") -> str:
+        values = [r.value for r in whole if r.metric == metric and r.run == run]
+        return number(sum(values) / len(values))
+
+    return table(
+        ["measured", "demo model", "true clips"],
+        [
+            ["flow loss", mean(Metric.FLOW_LOSS), ""],
+            ["flow loss with another clip's past", mean(Metric.FLOW_LOSS_OTHER_PAST), ""],
+            *[
+                [f"{metric.replace('_', ' ')} of rollouts", mean(metric), mean(metric, "truth")]
+                for metric in (Metric.DIGIT_ACCURACY, Metric.BACKGROUND_PSNR)
+            ],
+        ],
+        "teacher_16_seeds",
+    )
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    block.__name__: block
+    for block in (
+        short,
+        sizes,
+        unquantised,
+        quantised_dense,
+        equal_error,
+        nested,
+        lora,
+        recovery,
+        scale,
+        teacher,
+    )
+}
+
+
+def error_table(rows: Iterable[Row]) -> str:
+    """Velocity error and flow loss at each size."""
+    by_size: dict[tuple[str, float], dict[str, float]] = {}
+    for r in rows:
+        by_size.setdefault((named(r), size(r)), {})[r.metric] = r.value
+    return table(
+        [
+            "cache",
+            "bytes per token and layer",
+            "smaller",
+            "velocity error",
+            "flow loss above dense",
+        ],
+        [
+            [
+                name,
+                number(nbytes),
+                times(dense_bytes() / nbytes),
+                number(found[Metric.VELOCITY_ERROR]),
+                percent(found[Metric.FLOW_LOSS_ABOVE_DENSE]),
+            ]
+            for (name, nbytes), found in by_size.items()
+        ],
+        "codec",
+    )
+
+
+def table(header: list[str], lines: list[list[str]], source: str) -> str:
+    """A Markdown table, and the command that made its rows."""
+    marks = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(
+        [
+            *(f"| {' | '.join(line)} |" for line in (header, marks, *lines)),
+            "",
+            f"Rows: `evals/results/{source}.jsonl`, made by `{COMMANDS[source]}`.",
+        ]
+    )
+
+
+# Rows
+
+
+def rows_of(name: str) -> list[Row]:
+    """Rows of one file."""
+    return read_rows(RESULTS / f"{name}.jsonl")
+
+
+def codec_rows() -> list[Row]:
+    """Errors of the quantised codec on the clips that it was fitted for, by size."""
+    return [r for r in rows_of("codec") if r.cache_dtype == "auto" and r.note is None]
+
+
+def dense_rows() -> list[Row]:
+    """Errors of the dense cache quantised in place."""
+    return [r for r in rows_of("codec") if r.run.startswith("dense")]
+
+
+def above_dense(rows: Iterable[Row]) -> list[tuple[Row, float]]:
+    """Rows of flow loss, and how far each lies above the dense model's."""
+    return [(r, r.value) for r in rows if r.metric == Metric.FLOW_LOSS_ABOVE_DENSE]
+
+
+def mla_above_dense() -> list[tuple[Row, float]]:
+    """MLA layers before recovery, and how far their flow loss lies above the dense model's."""
+    rows = [r for r in rows_of("quickstart") if r.metric == Metric.FLOW_LOSS]
+    (dense,) = (r.value for r in rows if r.run == "dense")
+    return [(r, r.value / dense - 1) for r in rows if r.product == "mla" and r.step == 0]
+
+
+def dense_bytes() -> float:
+    """Bytes per token and layer of the demo model's dense cache."""
+    return next(size(r) for r in rows_of("quickstart") if r.run == "dense")
+
+
+def size(row: Row) -> float:
+    """Bytes per token and layer."""
+    assert row.bytes_per_token is not None
+    return row.bytes_per_token
+
+
+def named(row: Row) -> str:
+    """What a row's cache is called in tables."""
+    if row.product == "mla":
+        return "MLA, the paper's init" if row.init == "spectral" else f"MLA, {row.init} init"
+    if row.product == "codec":
+        return "**codec**" if row.cache_dtype == "auto" else "codec, unquantised"
+    return f"dense, quantised to {row.cache_dtype}"
+
+
+def number(value: float) -> str:
+    """Three significant digits."""
+    return f"{value:.3g}"
+
+
+def times(ratio: float) -> str:
+    """A ratio, as in 20.3×."""
+    return f"{ratio:.3g}×"
+
+
+def percent(share: float) -> str:
+    """A share of the dense model's loss, with its sign."""
+    return f"{100 * share:+#.2g}".rstrip(".") + " %"
+
+
+# The picture
+
+
+def curves() -> dict[str, list[tuple[float, float]]]:
+    """Bytes per token and layer, and flow loss above dense in percent, of each curve."""
+    found = {
+        "cache codec": above_dense(codec_rows()),
+        "dense cache, quantised": above_dense(dense_rows()),
+        **{named(r): [(r, value)] for r, value in mla_above_dense()},
+    }
+    return {
+        name: sorted((round(size(r), 1), round(100 * value, 4)) for r, value in pairs)
+        for name, pairs in found.items()
+    }
+
+
+def drawn_points() -> str:
+    """The points as the picture's description holds them."""
+    return json.dumps(curves()).replace('"', "'")
+
+
+def draw() -> None:
+    """Draw flow loss over bytes, once for light pages and once for dark ones."""
+    import matplotlib.pyplot as plt
+
+    for name, path in PICTURES.items():
+        ink, colours = INKS[name]
+        style: dict[Any, Any] = {
+            "svg.fonttype": "none",
+            "svg.hashsalt": "vmla",
+            "font.size": 11,
+            **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), ink),
+            "axes.edgecolor": ink,
+        }
+        with plt.rc_context(style):
+            figure, axes = plt.subplots(figsize=(7.2, 3.8), layout="constrained")
+            for (label, points), colour in zip(curves().items(), colours, strict=True):
+                axes.plot(*zip(*points, strict=True), "o-", color=colour)
+                axes.annotate(label, points[0], (9, 3), textcoords="offset points", color=colour)
+            axes.axvline(dense_bytes(), color=ink, linestyle=":")
+            axes.annotate("dense, bfloat16 ", (dense_bytes(), 1.3), color=ink, ha="right")
+            axes.set(xscale="log", yscale="log", xlabel="bytes per token and layer")
+            axes.set_ylabel("flow loss above dense")
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_major_formatter("{x:g} %")
+            axes.set_xticks([6, 12, 25, 50, 100, 200, 400, 640], minor=False)
+            axes.minorticks_off()
+            axes.grid(color=ink, alpha=0.15)
+            axes.spines[["top", "right"]].set_visible(False)
+            path.parent.mkdir(exist_ok=True)
+            description = drawn_points()
+            figure.savefig(
+                path, transparent=True, metadata={"Date": None, "Description": description}
+            )
+            plt.close(figure)
+
+
+INKS = {
+    "light": ("#24292f", ("#0072b2", "#d55e00", "#7a7a7a", "#009e73")),
+    "dark": ("#d8dee4", ("#56b4e9", "#e69f00", "#a0a0a0", "#2fd0a0")),
+}
+"""Colour of text and axes, and of each curve."""
+
+
+if __name__ == "__main__":
+    typer.run(main)
