@@ -7,6 +7,7 @@ import re
 import tomllib
 import types
 import typing
+from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any, Literal, TypeVar
 
@@ -77,6 +78,17 @@ def override(table: dict[str, Any], text: str) -> None:
             raise ConfigError(f"'{key}' cannot be set", f"'{part}' is a value, not a table")
         table = typing.cast(dict[str, Any], inner)
     table[name] = value
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a table of tables with other values for some keys, at any depth."""
+    table = dict(base)
+    for key, value in changes.items():
+        inner = table.get(key)
+        if isinstance(inner, dict) and isinstance(value, dict):
+            value = merged(typing.cast(dict[str, Any], inner), typing.cast(dict[str, Any], value))
+        table[key] = value
+    return table
 
 
 def first_difference(one: Any, other: Any, where: str = "") -> tuple[str, Any, Any] | None:

@@ -38,10 +38,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vmla_convert.checkpoint.families import (
-    DEFAULTS,
     FAMILIES,
     OpenCheckpoint,
-    converted_config,
     open_checkpoint,
     recognise,
 )
@@ -49,6 +47,7 @@ from vmla_convert.checkpoint.geometry import native_shapes
 from vmla_convert.checkpoint.keymap import TEXT_TO_VIDEO, fill
 from vmla_convert.checkpoint.known import KNOWN, KnownModel
 from vmla_convert.checkpoint.licences import read_licence
+from vmla_convert.checkpoint.settings import DEFAULTS, converted_config
 from vmla_convert.checkpoint.writer import write_checkpoint
 from vmla_convert.config import (
     CachePolicy,
@@ -720,7 +719,7 @@ def test_extra_tensors_are_listed_and_refused(family: str, tmp_path: Path) -> No
         save_file({**load_file(file), odd: torch.ones(2)}, file)
     seen = recognise(path)
     assert (seen.family, seen.missing, seen.unknown) == (family, (), (odd,))
-    refused(path, rf"1 tensors that its model has not: {odd}$")
+    refused(path, rf"1 tensors .*{odd}$")
 
 
 def test_blocks_beyond_the_last_are_extra(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from vmla_convert.checkpoint.families import DEFAULTS
 from vmla_convert.checkpoint.known import KNOWN, known_by_repo, known_model
+from vmla_convert.checkpoint.settings import DEFAULTS
 from vmla_convert.config import Geometry, ModelConfig
 from vmla_convert.errors import ConfigError
 from vmla_convert.tables import from_dict, to_dict

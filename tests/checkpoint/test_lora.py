@@ -433,7 +433,7 @@ REFUSALS: dict[str, tuple[Tensors, list[str]]] = {
         {"lora_te_x.lora_down.weight": DOWN, "lora_te_x.lora_up.weight": UP},
         ["lora_te_x"],
     ),
-    "image-to-video, native": ({f"{I2V}.diff_b": torch.ones(24)}, ["has not", I2V]),
+    "image-to-video, native": ({f"{I2V}.diff_b": torch.ones(24)}, [I2V]),
     "image-to-video, diffusers": (
         {"transformer.blocks.0.attn2.add_k_proj.lora_A.weight": DOWN}
         | {"transformer.blocks.0.attn2.add_k_proj.lora_B.weight": UP}
@@ -486,7 +486,7 @@ REFUSALS: dict[str, tuple[Tensors, list[str]]] = {
     ),
     "two alphas": (
         {Q_DOWN: DOWN, Q_UP: UP, f"{Q}.alpha": torch.ones(2)},
-        [f"{Q}.alpha", "one number"],
+        [f"{Q}.alpha"],
     ),
     "alpha NaN": ({Q_DOWN: DOWN, Q_UP: UP, f"{Q}.alpha": torch.tensor(math.nan)}, [f"{Q}.alpha"]),
     "alpha 0": ({Q_DOWN: DOWN, Q_UP: UP, f"{Q}.alpha": torch.zeros(())}, [f"{Q}.alpha"]),

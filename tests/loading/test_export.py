@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 
 from vmla_convert.checkpoint.families import (
     OpenCheckpoint,
-    converted_config,
     open_checkpoint,
 )
 from vmla_convert.checkpoint.layouts import DIFFUSERS, Layout
+from vmla_convert.checkpoint.settings import converted_config
 from vmla_convert.checkpoint.source import TensorSpec
 from vmla_convert.checkpoint.writer import CheckpointWriter, write_checkpoint
 from vmla_convert.config import SourceConfig

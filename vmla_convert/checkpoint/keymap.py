@@ -1,7 +1,7 @@
-"""Tensor names of other layouts to native Wan names and back, by rules that are data.
+"""Translate tensor names between other layouts and native Wan names, by tables of rules.
 
-Nothing is permuted on the way: both layouts keep RoPE's pairs interleaved. Source of the pairs of
-names: diffusers, `scripts/convert_wan_to_diffusers.py`.
+Tensors are not permuted: both layouts interleave the rotary pairs. Source of the names: diffusers,
+`scripts/convert_wan_to_diffusers.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import cache
 
 from vmla_convert.errors import CheckpointError
 
-# ComfyUI's, a trainer's wrapper's and DistributedDataParallel's.
+# From ComfyUI, trainers' model classes and DistributedDataParallel.
 WRAPPER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "module.")
 WRAPPER_INFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
@@ -22,7 +22,7 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Rule:
-    """One tensor's whole name in both layouts; `{i}` stands for the block's number."""
+    """A tensor's full name in both layouts; `{i}` stands for the block number."""
 
     native: str
     foreign: str
@@ -56,7 +56,7 @@ _SINGLE = (
     ("blocks.{i}.cross_attn.norm_k.weight", "blocks.{i}.attn2.norm_k.weight"),
     ("head.modulation", "scale_shift_table"),
 )
-# What a conversion adds, under the names that a converted folder in diffusers' layout gives it.
+# Tensors of a conversion, and their names in a converted folder of diffusers' layout.
 _LATENT_WEIGHT_AND_BIAS = tuple(
     (f"blocks.{{i}}.self_attn.{part}", f"blocks.{{i}}.attn1.{part}")
     for part in (
@@ -87,7 +87,7 @@ _IMAGE_SINGLE = (
 
 
 def native_twin(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """Rules of the layout whose names are native already."""
+    """Rules that map each native name to itself."""
     return tuple(Rule(rule.native, rule.native) for rule in rules)
 
 
@@ -125,17 +125,20 @@ NATIVE_FPS = native_twin(FPS)
 
 
 def invert(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """The rules of the way back, to be given to `to_native` as they are."""
+    """Rules for the opposite direction, for `to_native`."""
     return tuple(Rule(rule.foreign, rule.native) for rule in rules)
 
 
 def strip_wrappers(names: Iterable[str]) -> dict[str, str]:
-    """Clean name to source name, without what FSDP, checkpointing, compile and wrappers put in.
+    """Remove the prefixes and infixes of trainers, FSDP, checkpointing and compile.
 
-    A prefix goes only where every name has it.
+    A prefix is removed only when every name has it.
+
+    Returns:
+        Clean name to source name.
 
     Raises:
-        CheckpointError: Two names become one.
+        CheckpointError: Two names become equal.
     """
     sources = list(names)
     clean: list[str] = [_without_infixes(name) for name in sources]
@@ -145,14 +148,10 @@ def strip_wrappers(names: Iterable[str]) -> dict[str, str]:
 
 
 def to_native(names: Iterable[str], rules: tuple[Rule, ...]) -> dict[str, str]:
-    """Native name to source name, when every name fits a rule.
-
-    Args:
-        names: Names in the foreign layout, wrappers already stripped.
-        rules: The layout's table.
+    """Native name to source name; every name, without wrappers, must fit a rule.
 
     Raises:
-        CheckpointError: Some names fit no rule, or two names fit the same native one.
+        CheckpointError: A name fits no rule, or two names get the same native name.
     """
     named, leftovers = match_native(names, rules)
     if leftovers:
@@ -164,7 +163,7 @@ def to_native(names: Iterable[str], rules: tuple[Rule, ...]) -> dict[str, str]:
 
 
 def match_native(names: Iterable[str], rules: tuple[Rule, ...]) -> tuple[dict[str, str], list[str]]:
-    """As `to_native`, and the names that fit no rule."""
+    """Native name to source name, and the names that fit no rule."""
     pairs: list[tuple[str, str]] = []
     leftovers: list[str] = []
     for name in names:
@@ -177,19 +176,19 @@ def match_native(names: Iterable[str], rules: tuple[Rule, ...]) -> tuple[dict[st
 
 
 def fill(template: str, block: int | str) -> str:
-    """A template's name in one block."""
+    """The name that a template gives for one block."""
     return template.replace("{i}", str(block))
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first few names in order, for messages."""
+    """The first few names in alphabetical order, for messages."""
     ordered = sorted(names)
     more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
     return ", ".join(ordered[:SHOWN]) + more
 
 
 def _common_prefix(names: list[str]) -> str | None:
-    """The first wrapper that is around all names."""
+    """The first wrapper prefix that all names share."""
     prefixes = (p for p in WRAPPER_PREFIXES if names and all(n.startswith(p) for n in names))
     return next(prefixes, None)
 
@@ -209,7 +208,7 @@ def _apply(name: str, rules: tuple[Rule, ...]) -> str | None:
 
 @cache
 def _pattern(template: str) -> re.Pattern[str]:
-    # No leading zeros: the way back has to give the same name.
+    # No leading zeros, so that the inverse rule gives the same name.
     return re.compile(r"(0|[1-9][0-9]*)".join(map(re.escape, template.split("{i}"))))
 
 

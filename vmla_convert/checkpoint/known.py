@@ -1,6 +1,6 @@
-"""Released models, and what their tensors cannot tell: window, chunk, timesteps, licence.
+"""Released models, with settings that tensors cannot tell: window, chunk, timesteps, licence.
 
-`SF`, `CausVid`, `DIFF` and so on in the comments below are the repositories of the sources:
+Comments below abbreviate the repositories that state a setting:
 
     SF       guandeh17/Self-Forcing 33593df        LL1    NVlabs/LongLive v1.0, e52d9ef
     CausVid  tianweiy/CausVid ca21150              LL2    NVlabs/LongLive main, 7860ad9
@@ -25,15 +25,15 @@ class KnownModel:
     """One released model.
 
     Attributes:
-        title: Its name as its authors write it.
-        repos: Hub repositories that hold it.
-        widths: The dims it comes in.
-        settings: What takes the place of `families.DEFAULTS`, under the same keys; what no source
-            says is left out. Licences are those of the weights.
-        file: Which file of the repository it is; None where the repository holds only this model.
+        title: Name of the model, as its authors write it.
+        repos: Hub repositories that hold the model.
+        widths: Model widths (dim) that were released.
+        settings: Values that override `settings.DEFAULTS`, under the same keys; a setting that no
+            source states is left out. The licence is the one of the weights.
+        file: File of the repository; None where the repository holds only this model.
         siblings: Other files of the repository with the same settings.
-        terms: Where the licence is `other`, its name and where it stands.
-        note: What is uncertain, in one sentence without a final period; empty when nothing is.
+        terms: Name and address of the terms, where the licence is `other`.
+        note: A caveat for users, without a final period; empty when there is none.
     """
 
     title: str
@@ -53,19 +53,19 @@ _SELF_FORCING_STEPS = {
     "renoise": True,
 }
 
-# The 50 steps of SF pipeline/causal_diffusion_inference.py, there by UniPC, here by Euler.
+# 50 steps as in SF pipeline/causal_diffusion_inference.py, which uses UniPC; we use Euler.
 _FIFTY_STEPS = tuple(range(1000, 0, -20))
 
-_NEEDS_GUIDANCE = "made for classifier-free guidance, which is not done here"
+_NEEDS_GUIDANCE = "trained for classifier-free guidance, which this program does not do"
 
-# By the name that `--model` takes. Where two hold one repository, the first is its default.
+# Keys are the names for `--model`. Of two models in one repository, the first is the default.
 KNOWN: dict[str, KnownModel] = {
     "self-forcing": KnownModel(
         title="Self-Forcing",
         repos=("gdhe17/Self-Forcing",),
         widths=(1536,),
         file="checkpoints/self_forcing_dmd.pt",
-        # self_forcing_10s.pt is not one: which config it takes is open (Self-Forcing issue 60).
+        # self_forcing_10s.pt is left out: its config is not known (Self-Forcing issue 60).
         siblings=("checkpoints/self_forcing_sid.pt", "checkpoints/ode_init.pt"),
         settings={
             # SF pipeline/causal_inference.py:278-298 (32,760 tokens: 21 frames),
@@ -76,7 +76,7 @@ KNOWN: dict[str, KnownModel] = {
             "licence": "cc-by-nc-sa-4.0",
             "base_model": "gdhe17/Self-Forcing",
         },
-        note="its card says cc-by-nc-sa-4.0, its code apache-2.0: taken as the card says",
+        note="the model card says cc-by-nc-sa-4.0, the code apache-2.0; the card's licence is used",
     ),
     "causal-forcing": KnownModel(
         title="Causal-Forcing, chunk by chunk",
@@ -111,8 +111,8 @@ KNOWN: dict[str, KnownModel] = {
         file="checkpoints/rolling_forcing_dmd.pt",
         settings={
             # RF configs/rolling_forcing_dmd.yaml, pipeline/rolling_forcing_inference.py:170-291,
-            # wan/modules/causal_model.py:76, 208-303: attention sees 21 frames, and the sink is
-            # rotated anew to stand just before them, which is what `relative` does.
+            # wan/modules/causal_model.py:76, 208-303: attention attends to 21 frames, and the sink
+            # is rotated to stand just before them, as `relative` does.
             "chunk_frames": 3,
             "cache": {"window_frames": 21, "sink_frames": 3, "positions": "relative"},
             "sampler": {
@@ -128,7 +128,7 @@ KNOWN: dict[str, KnownModel] = {
             "license-terms-of-rollingforcing",
             "https://github.com/TencentARC/RollingForcing/blob/a1477d0/LICENSE",
         ),
-        note="its five chunks at five noise levels are denoised here one after the other",
+        note="its five chunks at five noise levels are denoised one after the other",
     ),
     "causvid": KnownModel(
         title="CausVid",
@@ -139,8 +139,8 @@ KNOWN: dict[str, KnownModel] = {
             # CausVid causvid/models/wan/causal_model.py:135-143.
             "chunk_frames": 3,
             "cache": {"window_frames": 21, "sink_frames": 0, "positions": "absolute"},
-            # causal_inference.py:23-32 takes its timesteps as they are: they were picked from a
-            # schedule of shift 8 already, so that here they are shifted no more.
+            # causal_inference.py:23-32 uses these timesteps unchanged. They come from a schedule
+            # of shift 8, so the shift here is 1.
             "sampler": {
                 "denoising_step_list": (1000, 757, 522),
                 "shift": 1.0,
@@ -162,7 +162,7 @@ KNOWN: dict[str, KnownModel] = {
             "base_model": "Efficient-Large-Model/LongLive-1.3B",
         },
         # LL1 utils/lora_utils.py:31-69, configs/longlive_inference.yaml.
-        note="released with a LoRA, models/lora.pt, which has to be merged into it",
+        note="released with a LoRA, models/lora.pt, which has to be merged with --lora",
     ),
     "longlive-2": KnownModel(
         title="LongLive 2.0",
@@ -177,7 +177,7 @@ KNOWN: dict[str, KnownModel] = {
             "cache": {"window_frames": 32, "sink_frames": 8, "positions": "absolute"},
             "base_model": "Efficient-Large-Model/LongLive-2.0-5B",
         },
-        note="it takes four steps, but which is not known: Self-Forcing's are assumed",
+        note="it takes four steps; their timesteps are not known, Self-Forcing's are assumed",
     ),
     "infinity-rope": KnownModel(
         title="Infinity-RoPE",
@@ -204,7 +204,7 @@ KNOWN: dict[str, KnownModel] = {
             "cache": {"window_frames": 9, "sink_frames": 3},
             "base_model": "JaydenLu666/Reward-Forcing-T2V-1.3B",
         },
-        note="where it places the frames of its window is not known: absolute is assumed",
+        note="the frame positions in its window are not known, absolute is assumed",
     ),
     "memflow": KnownModel(
         title="MemFlow",
@@ -218,7 +218,7 @@ KNOWN: dict[str, KnownModel] = {
             "cache": {"window_frames": 12, "sink_frames": 3},
             "base_model": "KlingTeam/MemFlow",
         },
-        note="released with a LoRA, lora.pt, to merge into it; its memory bank is not reproduced",
+        note="released with a LoRA, lora.pt, for --lora; its memory bank is not reproduced",
     ),
     "krea-realtime": KnownModel(
         title="Krea Realtime",
@@ -226,11 +226,11 @@ KNOWN: dict[str, KnownModel] = {
         widths=(5120,),
         file="krea-realtime-video-14b.safetensors",
         settings={
-            # Krea release_server.py:543, 563-627: three frames of past, encoded anew from 0 for
-            # each chunk of three.
+            # Krea release_server.py:543, 563-627: three past frames, encoded again from position 0
+            # for each chunk of three.
             "chunk_frames": 3,
             "cache": {"window_frames": 6, "sink_frames": 0, "positions": "relative"},
-            # Timesteps as they are, SF's after its shift: here they are shifted no more.
+            # SF's timesteps after its shift, so the shift here is 1.
             "sampler": {
                 "denoising_step_list": (1000, 937, 833, 625),
                 "shift": 1.0,
@@ -246,12 +246,12 @@ KNOWN: dict[str, KnownModel] = {
         widths=(1536,),
         settings={
             # SKY pipelines/diffusion_forcing_pipeline.py:115-151, 221-297 (97 pixel frames are 25
-            # latent ones), modules/transformer.py:659-670: each window starts from 0.
+            # latent ones), modules/transformer.py:659-670: each window starts at position 0.
             "cache": {"window_frames": 25, "sink_frames": 0, "positions": "relative"},
             "sampler": {"denoising_step_list": _FIFTY_STEPS, "renoise": False},
             "licence": "other",
         },
-        # So its card calls the Skywork Community License.
+        # The model card uses this name for the Skywork Community License.
         terms=(
             "skywork-license",
             "https://github.com/SkyworkAI/SkyReels-V2/blob/main/LICENSE.txt",
@@ -294,13 +294,13 @@ KNOWN: dict[str, KnownModel] = {
             "sampler": {"denoising_step_list": _FIFTY_STEPS, "shift": 12.0, "renoise": False},
             "licence": "apache-2.0",  # Wan22 README:495-496
         },
-        note="bidirectional, and one of two experts: alone it covers only its share of the noise",
+        note="bidirectional, and one of two experts: each covers its share of noise levels",
     ),
 }
 
 
 def known_model(name: str) -> KnownModel:
-    """The model of that name.
+    """The model with this name.
 
     Raises:
         ConfigError: There is none; the hint names the nearest.
@@ -311,14 +311,11 @@ def known_model(name: str) -> KnownModel:
 
 
 def known_by_repo(repo: str, file: str | None = None) -> str | None:
-    """The name of the model that a file of a Hub repository is.
+    """The key in `KNOWN` of a file in a Hub repository; None when the file is not known.
 
     Args:
         repo: "owner/name", with or without "@revision".
-        file: Its path in the repository; None for the one that is taken by default.
-
-    Returns:
-        A key of `KNOWN`; None when the repository or this file of it is not known.
+        file: Path in the repository; None for the default file.
     """
     name = repo.partition("@")[0]
     for key, model in KNOWN.items():

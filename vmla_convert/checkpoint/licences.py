@@ -1,6 +1,6 @@
-"""Licences of weights: which of two binds the more, and where the terms of special ones stand.
+"""Combine the licences of a model and its LoRAs for the model card. This is not legal advice.
 
-Judgement for a model card, not legal advice: what is not plainly the stricter is `unknown`.
+The result is `unknown` unless one licence is clearly the stricter one.
 """
 
 from __future__ import annotations
@@ -9,23 +9,23 @@ from collections.abc import Iterable
 
 UNKNOWN, OTHER = "unknown", "other"
 
-# Whoever keeps their notices may put their works under any of the rest. Names are the Hub's.
+# Works under these may be passed on under any other licence. Names are those of the Hub.
 _PERMISSIVE = frozenset(
     {"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "isc", "cc0-1.0", "unlicense"}
 )
-# What is under the first may be passed on under the second.
+# Works under the first licence of a pair may be passed on under the second.
 _WITHIN = frozenset({("cc-by-nc-4.0", "cc-by-nc-sa-4.0"), ("cc-by-4.0", "cc-by-sa-4.0")})
 _PLAIN = _PERMISSIVE | {name for pair in _WITHIN for name in pair}
 
 
 def read_licence(text: str | None) -> str:
-    """The Hub's name of a licence that somebody stated; `unknown` for one that has none here."""
+    """The Hub's name of a stated licence; `unknown` for a text that is not such a name."""
     name = (text or "").strip().lower().replace(" ", "-")
     return name if name in _PLAIN else UNKNOWN
 
 
 def strictest(licences: Iterable[str]) -> str:
-    """The licence of a work made of several; `unknown` where none of them covers the others."""
+    """The licence of a work made from several; `unknown` where none covers all others."""
     first, *others = licences
     for other in others:
         first = _stricter(first, other)

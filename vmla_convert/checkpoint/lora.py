@@ -1,4 +1,4 @@
-"""LoRAs merged into dense weights one tensor at a time, in whichever form their trainer wrote.
+"""Merge LoRAs of any common file form into dense weights, one tensor at a time.
 
 A linear weight W (d, c) becomes W + scale · alpha/r · up · down, with down (r, c) and up (d, r).
 Sources: PEFT, `tuners/lora/layer.py`, for the factor; LightX2V, `tools/extract/lora_extractor.py`,
@@ -28,13 +28,13 @@ from vmla_convert.errors import CheckpointError, ConfigError
 _STATE_KEY = "generator_lora"
 _ADAPTER_CONFIG = "adapter_config.json"
 _DIFFUSERS_METADATA = "lora_adapter_metadata"
-# Of the metadata standard that kohya's trainers keep, and without its prefix.
+# Kohya's trainers write the first key into the file's metadata, others the second.
 _LICENCES = ("modelspec.license", "license")
 
 _PREFIXES = re.compile(r"^(?:(?:base_model|model|diffusion_model|transformer)\.)*")
 _KOHYA_PREFIX = "lora_unet_"
 
-# One tensor of a LoRA: the module it changes and its part in that; PEFT may name the adapter.
+# A tensor's name: the module that it changes, then its part; PEFT may add the adapter's name.
 _NAME = re.compile(
     r"(?P<module>.+)\.(?:(?P<side>lora_(?:A|B|down|up))(?:\.[^.]+)?\.(?P<kind>weight|bias)"
     r"|(?P<part>alpha|diff|diff_b|diff_m))"
@@ -48,7 +48,7 @@ _PARTS = {
     "lora_up.bias": "up_bias",
 }
 _LOW_RANK = ("down", "up", "up_bias", "alpha")
-# Which of the module's parameters each part changes.
+# The parameter of the module that each part changes.
 _KINDS = {
     **dict.fromkeys(("down", "up", "alpha", "diff"), "weight"),
     **dict.fromkeys(("up_bias", "diff_b"), "bias"),
@@ -66,19 +66,19 @@ _SCALE = re.compile(
 )
 
 _OF_THIS_MODEL = "use a LoRA that was trained on this model"
-_MEND_SETTINGS = f"put the LoRA's own {_ADAPTER_CONFIG} beside it, or remove that file"
+_CORRECT_SETTINGS = f"put the LoRA's own {_ADAPTER_CONFIG} beside it, or remove that file"
 
-# Module, in the file's own spelling, to the name of the tensor of each part.
+# Module, as the file spells it, to part to tensor name.
 _Modules = dict[str, dict[str, str]]
 
 
 @dataclass(frozen=True)
 class _Delta:
-    """What one native tensor gains: factor · up · down, or factor · diff.
+    """The change of one native tensor: factor · up · down, or factor · diff.
 
     Attributes:
         names: (down, up) or (diff,), as the file names them.
-        factor: alpha/r or alpha/√r of low-rank parts, 1 of the others.
+        factor: alpha/r or alpha/√r for low-rank parts, 1 for others.
     """
 
     names: tuple[str, ...]
@@ -87,14 +87,12 @@ class _Delta:
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA whose every tensor has its place in one model.
+    """A LoRA that fits one model.
 
     Attributes:
-        path: What the user pointed at.
-        scale: How much of it is merged; 1 as it was trained.
-        source: Where the bytes are.
-        deltas: Native name to what is added there.
-        licence: As its file states it; `unknown` where it does not.
+        scale: Strength of the merge; 1 merges the LoRA as it was trained.
+        deltas: Native name to the change of that tensor.
+        licence: The licence that the file states, or `unknown`.
     """
 
     path: Path
@@ -104,30 +102,24 @@ class Lora:
     licence: str = UNKNOWN
 
     def apply(self, native: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor with this LoRA merged; one that it does not change comes back as it is.
+        """Merge this LoRA into a tensor; a tensor that it does not change is returned as is.
 
-        The sum is made in float32, in float64 for such a tensor, and rounded to its dtype once.
+        The sum is computed in float32 or wider and rounded once.
 
         Raises:
-            CheckpointError: The LoRA's own numbers are not all finite.
+            CheckpointError: The LoRA holds NaN or infinity.
         """
         if native not in self.deltas:
             return tensor
         delta = self.deltas[native]
-        exact = torch.promote_types(tensor.dtype, torch.float32)
-        first, *rest = [self._read(name).to(tensor.device, exact) for name in delta.names]
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        first, *rest = [self._read(name).to(tensor.device, wide) for name in delta.names]
         change = rest[0].flatten(1) @ first.flatten(1) if rest else first
         change = change.reshape(tensor.shape)
-        return tensor.to(exact).add(change, alpha=self.scale * delta.factor).to(tensor.dtype)
+        return tensor.to(wide).add(change, alpha=self.scale * delta.factor).to(tensor.dtype)
 
     def pair(self, native: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Down (r, …) and up (d, r), float32, whose product a weight gains, scaled as merged.
-
-        None where the change is no product.
-
-        Raises:
-            CheckpointError: The LoRA's own numbers are not all finite.
-        """
+        """Down (r, …) and scaled up (d, r) in float32; None where the change is not low-rank."""
         delta = self.deltas[native]
         if len(delta.names) == 1:
             return None
@@ -144,22 +136,20 @@ class Lora:
 
 
 def open_lora(path: Path, scale: float, specs: Mapping[str, TensorSpec]) -> Lora:
-    """Open a LoRA for one model, checked whole before any of its matrices is read.
+    """Open a LoRA for one model; all headers are checked, no matrix is read.
 
     Args:
         path: A file or folder, as for `open_source`; PEFT's adapter_config.json beside it is read.
-        scale: How much of it to merge; 1 as it was trained.
+        scale: Strength of the merge; 1 merges the LoRA as it was trained.
         specs: The model's tensors by native name.
 
     Raises:
-        CheckpointError: The file cannot be read, is no LoRA or of a kind that is not supported,
-            lacks half of a pair, or changes tensors that the model has not or has in other shapes.
+        CheckpointError: The file cannot be read, is not a LoRA of a supported kind, lacks half of a
+            pair, or does not fit the model.
     """
     source = _open(path)
     found = source.specs()
     modules = _modules(found, path)
-    _refuse_quantised(found, modules, path)
-    _refuse_halves(modules, path)
     names = _native_names(modules, specs, path)
     settings = _read_settings(path)
     deltas: dict[str, _Delta] = {}
@@ -168,26 +158,32 @@ def open_lora(path: Path, scale: float, specs: Mapping[str, TensorSpec]) -> Lora
         if "down" in parts:
             weight = names[f"{module}.weight"]
             pair = (parts["down"], parts["up"])
-            rank = _check_pair(pair, found, weight, specs[weight].shape, path)
+            rank = _check_pair(pair, found, weight, specs[weight], path)
             factor = settings.factor(rank, _read_alpha(source, parts, found, path), path)
         for part, name in parts.items():
             if part in ("up", "alpha"):
                 continue
             native = names[f"{module}.{_KINDS[part]}"]
             own = (name, parts["up"]) if part == "down" else (name,)
-            if part != "down":
-                _check_same(name, found, native, specs[native].shape, path)
+            if part != "down" and found[name].shape != specs[native].shape:
+                raise CheckpointError(
+                    f"{path} has {name} of shape {found[name].shape}, but {native} has shape "
+                    f"{specs[native].shape}",
+                    _OF_THIS_MODEL,
+                )
             if native in deltas:
                 raise CheckpointError(
                     f"{path} changes {native} twice: {listed((*deltas[native].names, *own))}",
                     "keep one of the two",
                 )
             deltas[native] = _Delta(own, factor if part in _LOW_RANK else 1.0)
-    return Lora(path, scale, source, deltas, _licence_of(path))
+    metadata = _read_metadata(path)
+    licence = next((metadata[key] for key in _LICENCES if key in metadata), None)
+    return Lora(path, scale, source, deltas, read_licence(licence))
 
 
 def parse_lora(option: str) -> tuple[Path, float]:
-    """A command line's FILE or FILE:SCALE; only a number after the last colon is a scale.
+    """Split FILE or FILE:SCALE; only a number after the last colon is a scale.
 
     Raises:
         ConfigError: The scale is not finite, or there is no file before it.
@@ -206,12 +202,12 @@ def parse_lora(option: str) -> tuple[Path, float]:
 def _open(path: Path) -> TensorSource:
     try:
         return open_source(path, _STATE_KEY)
-    except CheckpointError:  # flat, or at fault: opened plainly, it says how
+    except CheckpointError:  # a flat file, or a damaged one, which the next line reports
         return open_source(path)
 
 
 def _modules(found: Mapping[str, TensorSpec], path: Path) -> _Modules:
-    """The file's tensors by module and part, and none left over."""
+    """Group the file's tensors by module and part; every tensor must belong to a LoRA."""
     for kind, pattern in _UNSUPPORTED.items():
         if odd := [name for name in found if pattern.search(name)]:
             raise CheckpointError(
@@ -229,47 +225,43 @@ def _modules(found: Mapping[str, TensorSpec], path: Path) -> _Modules:
         parts = modules.setdefault(match["module"], {})
         if part in parts:
             raise CheckpointError(
-                f"'{parts[part]}' and '{raw}' in {path} are one and the same part of a LoRA",
+                f"'{parts[part]}' and '{raw}' in {path} are the same part of a LoRA",
                 "save each adapter in a file of its own",
             )
         parts[part] = raw
     if not modules:
         raise CheckpointError(
-            f"{path} holds no LoRA; it holds {listed(unknown)}", "give the file of a LoRA"
+            f"{path} holds no LoRA, but {listed(unknown)}", "give the file of a LoRA"
         )
     if unknown:
         raise CheckpointError(
-            f"{path} has {len(unknown)} tensors that are not of a LoRA: {listed(unknown)}",
+            f"{path} has {len(unknown)} tensors that no LoRA has: {listed(unknown)}",
             "drop them from the file, or save the adapter alone",
         )
+    _check_modules(modules, found, path)
     return modules
 
 
-def _refuse_quantised(found: Mapping[str, TensorSpec], modules: _Modules, path: Path) -> None:
-    kinds = {
-        name: found[name].dtype
-        for parts in modules.values()
-        for part, name in parts.items()
-        if part != "alpha"
-    }
-    if odd := [n for n, kind in kinds.items() if not kind.is_floating_point or kind.itemsize < 2]:
-        raise CheckpointError(
-            f"{path} is quantised: {listed(odd)}", "use a bf16, fp16 or fp32 version of this LoRA"
-        )
-
-
-def _refuse_halves(modules: _Modules, path: Path) -> None:
+def _check_modules(modules: _Modules, found: Mapping[str, TensorSpec], path: Path) -> None:
+    """Refuse quantised tensors, and a down or up matrix without the other."""
     for parts in modules.values():
         low_rank = [name for part, name in parts.items() if part in _LOW_RANK]
         if low_rank and (absent := [part for part in ("down", "up") if part not in parts]):
             raise CheckpointError(
-                f"{path} has {listed(low_rank)} but no {' and no '.join(absent)} matrix to it",
+                f"{path} has {listed(low_rank)} but no {' and no '.join(absent)} matrix",
                 "download the LoRA again",
             )
+        for part, name in parts.items():
+            dtype = found[name].dtype
+            if part != "alpha" and not (dtype.is_floating_point and dtype.itemsize > 1):
+                raise CheckpointError(
+                    f"{path} is quantised: {name} is stored as {dtype}",
+                    "use a bf16, fp16 or fp32 version of this LoRA",
+                )
 
 
 def _native_names(modules: _Modules, specs: Mapping[str, TensorSpec], path: Path) -> dict[str, str]:
-    """The parameters that the LoRA changes, in its own spelling, to native names."""
+    """Native names of the parameters that the LoRA changes, by the file's spelling."""
     wanted = {
         f"{module}.{_KINDS[part]}": name
         for module, parts in modules.items()
@@ -281,10 +273,10 @@ def _native_names(modules: _Modules, specs: Mapping[str, TensorSpec], path: Path
         _kohya_names(specs, wanted, path),
     )
     names = max(spellings, key=lambda known: len(wanted.keys() & known.keys()))
-    if homeless := [name for target, name in wanted.items() if target not in names]:
-        image = any(_IMAGE_TO_VIDEO.search(name) for name in homeless)
+    if unplaced := [name for target, name in wanted.items() if target not in names]:
+        image = any(_IMAGE_TO_VIDEO.search(name) for name in unplaced)
         raise CheckpointError(
-            f"{path} changes {len(homeless)} tensors that this model has not: {listed(homeless)}",
+            f"{path} changes {len(unplaced)} tensors that this model lacks: {listed(unplaced)}",
             "use the LoRA of the text-to-video model" if image else _OF_THIS_MODEL,
         )
     return {target: names[target] for target in wanted}
@@ -302,7 +294,7 @@ def _diffusers_names(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
 def _kohya_names(
     specs: Mapping[str, TensorSpec], wanted: Iterable[str], path: Path
 ) -> dict[str, str]:
-    """Kohya writes underscores for dots, and underscores for underscores."""
+    """Kohya's spelling, which writes both dots and underscores as underscores."""
     names: dict[str, str] = {}
     for native in specs:
         module, _, kind = native.rpartition(".")
@@ -320,11 +312,11 @@ def _check_pair(
     pair: tuple[str, str],
     found: Mapping[str, TensorSpec],
     native: str,
-    shape: tuple[int, ...],
+    spec: TensorSpec,
     path: Path,
 ) -> int:
-    """The rank of a pair that fits; a convolution's may come flattened."""
-    down, up = (found[name].shape for name in pair)
+    """Check a pair's shapes and return its rank; a convolution's matrices may be flattened."""
+    shape, (down, up) = spec.shape, (found[name].shape for name in pair)
     rank, columns = (down[0] if down else 0), shape[1:]
     fits = down[1:] in (columns, (math.prod(columns),)) and up[:2] == (*shape[:1], rank)
     if not (columns and rank and fits and set(up[2:]) <= {1}):
@@ -336,31 +328,17 @@ def _check_pair(
     return rank
 
 
-def _check_same(
-    name: str, found: Mapping[str, TensorSpec], native: str, shape: tuple[int, ...], path: Path
-) -> None:
-    if found[name].shape != shape:
-        raise CheckpointError(
-            f"{path} has {name} of shape {found[name].shape}, expected {shape} of {native}",
-            _OF_THIS_MODEL,
-        )
-
-
 def _read_alpha(
     source: TensorSource, parts: Mapping[str, str], found: Mapping[str, TensorSpec], path: Path
 ) -> float | None:
     if "alpha" not in parts:
         return None
     name = parts["alpha"]
-    if math.prod(found[name].shape) != 1:
-        raise CheckpointError(
-            f"{path} has {name} of shape {found[name].shape}, expected one number",
-            "download the LoRA again",
-        )
-    alpha = float(source.read(name).item())
+    shape = found[name].shape
+    alpha = float(source.read(name).item()) if math.prod(shape) == 1 else math.nan
     if not 0 < alpha < math.inf:
         raise CheckpointError(
-            f"{path} has an {name} of {alpha}, expected a positive number",
+            f"{path} has {name} of shape {shape} and value {alpha}, expected one positive number",
             "download the LoRA again",
         )
     return alpha
@@ -368,64 +346,53 @@ def _read_alpha(
 
 @dataclass(frozen=True)
 class _Settings:
-    """What PEFT and diffusers record of a LoRA beside its tensors.
-
-    Attributes:
-        alpha: For all modules; None when nobody says.
-        rank: Of all modules; None when nobody says or they differ.
-        rooted: The factor is alpha/√r.
-    """
+    """Settings of all modules that PEFT and diffusers store; `rooted` asks for alpha/√r."""
 
     alpha: float | None = None
     rank: int | None = None
     rooted: bool = False
 
     def factor(self, rank: int, alpha: float | None, path: Path) -> float:
-        """Alpha over the rank, the file's own alpha first; 1 when nobody tells an alpha."""
+        """Alpha over the rank; the tensor file's alpha comes first, and without any it is 1."""
         if self.rank not in (None, rank):
             raise CheckpointError(
-                f"{path} is of rank {rank}, its settings say r {self.rank!r}", _MEND_SETTINGS
+                f"{path} is of rank {rank}, its settings say r {self.rank!r}", _CORRECT_SETTINGS
             )
         alpha = alpha or self.alpha or rank
         return alpha / (math.sqrt(rank) if self.rooted else rank)
 
 
 def _read_settings(path: Path) -> _Settings:
-    told = _read_table(path)
-    alpha, rank = told.get("lora_alpha"), told.get("r")
+    table = _read_table(path)
+    alpha, rank = table.get("lora_alpha"), table.get("r")
     if alpha is not None and not (type(alpha) in (int, float) and 0 < alpha < math.inf):
         raise CheckpointError(
             f"the settings of {path} say lora_alpha {alpha!r}, expected a positive number",
-            _MEND_SETTINGS,
+            _CORRECT_SETTINGS,
         )
-    if told.get("alpha_pattern"):
+    if table.get("alpha_pattern"):
         raise CheckpointError(
             f"the settings of {path} have an alpha_pattern, which is not supported",
             "merge it with PEFT's merge_and_unload",
         )
     return _Settings(
-        alpha, None if told.get("rank_pattern") else rank, bool(told.get("use_rslora"))
+        alpha, None if table.get("rank_pattern") else rank, bool(table.get("use_rslora"))
     )
 
 
 def _read_table(path: Path) -> dict[str, Any]:
-    """PEFT's adapter_config.json, or else what diffusers puts into a file's metadata."""
+    """PEFT's adapter_config.json, or else the settings that diffusers puts into the metadata."""
     file = (path if path.is_dir() else path.parent) / _ADAPTER_CONFIG
     within = _read_metadata(path).get(_DIFFUSERS_METADATA, "{}")
     try:
         table = json.loads(file.read_text("utf-8") if file.is_file() else within)
     except ValueError as error:
         raise CheckpointError(
-            f"the settings of {path} are not JSON: {error}", _MEND_SETTINGS
+            f"the settings of {path} are not JSON: {error}", _CORRECT_SETTINGS
         ) from error
     if not isinstance(table, dict):
-        raise CheckpointError(f"the settings of {path} are not a JSON table", _MEND_SETTINGS)
+        raise CheckpointError(f"the settings of {path} are not a JSON table", _CORRECT_SETTINGS)
     return {key.removeprefix("transformer."): value for key, value in table.items()}
-
-
-def _licence_of(path: Path) -> str:
-    told = _read_metadata(path)
-    return read_licence(next((told[key] for key in _LICENCES if key in told), None))
 
 
 def _read_metadata(path: Path) -> dict[str, str]:

@@ -234,7 +234,7 @@ def _sources(names: list[str], told: SourceConfig) -> list[SourceConfig]:
 
     File, key and model belong to the first that is no conversion, the base model to a conversion.
     """
-    from vmla_convert.checkpoint.families import DEPLOYMENT
+    from vmla_convert.checkpoint.settings import DEPLOYMENT
     from vmla_convert.loading.load import is_conversion
 
     if len(names) == 1:

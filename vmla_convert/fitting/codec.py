@@ -12,9 +12,10 @@ from torch import Tensor
 
 from vmla_convert import __version__
 from vmla_convert.checkpoint.base import base_tensors, tensor_hash
-from vmla_convert.checkpoint.families import OpenCheckpoint, converted_config
+from vmla_convert.checkpoint.families import OpenCheckpoint
 from vmla_convert.checkpoint.hub import cached_repo
 from vmla_convert.checkpoint.layouts import CODEC
+from vmla_convert.checkpoint.settings import converted_config
 from vmla_convert.checkpoint.source import TensorSpec, fingerprint
 from vmla_convert.checkpoint.tensor_store import TensorStore
 from vmla_convert.checkpoint.writer import CheckpointWriter

@@ -16,15 +16,14 @@ from vmla_convert.checkpoint.choose_file import CODEC_NAME
 from vmla_convert.checkpoint.families import (
     OpenCheckpoint,
     is_converted,
-    is_ours,
     open_checkpoint,
-    read_config,
     recognise,
     recognise_source,
 )
 from vmla_convert.checkpoint.hub import fetch, fetch_headers, has_parts, is_repo
 from vmla_convert.checkpoint.known import known_by_repo, known_model
 from vmla_convert.checkpoint.layouts import DIFFUSERS, NATIVE
+from vmla_convert.checkpoint.settings import is_ours, read_config
 from vmla_convert.checkpoint.source import fingerprint, located
 from vmla_convert.config import CacheSize, RuntimeConfig, SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vmla_convert.checkpoint.families import converted_config, read_config
 from vmla_convert.checkpoint.layouts import DIFFUSERS, NATIVE, PIPELINE_NAME, Layout
+from vmla_convert.checkpoint.settings import converted_config, read_config
 from vmla_convert.config import ModelConfig
 from vmla_convert.errors import ConfigError, did_you_mean
 from vmla_convert.loading.card import model_card

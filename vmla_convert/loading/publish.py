@@ -9,9 +9,10 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from vmla_convert.checkpoint.families import open_checkpoint, read_config
+from vmla_convert.checkpoint.families import open_checkpoint
 from vmla_convert.checkpoint.hub import BESIDE, is_repo
 from vmla_convert.checkpoint.layouts import PIPELINE_NAME
+from vmla_convert.checkpoint.settings import read_config
 from vmla_convert.checkpoint.source import located, weight_files
 from vmla_convert.config import ModelConfig
 from vmla_convert.errors import CheckpointError, ConfigError, OutputError

@@ -22,9 +22,10 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from vmla_convert.checkpoint.families import OpenCheckpoint, converted_config
+from vmla_convert.checkpoint.families import OpenCheckpoint
 from vmla_convert.checkpoint.layouts import CODEC, NATIVE
 from vmla_convert.checkpoint.output import partial_folder, refuse_taken
+from vmla_convert.checkpoint.settings import converted_config
 from vmla_convert.checkpoint.source import TensorSpec
 from vmla_convert.checkpoint.writer import write_checkpoint
 from vmla_convert.config import (
