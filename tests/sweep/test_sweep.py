@@ -27,7 +27,8 @@ from safetensors import SafetensorError
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from vmla_convert import progress
-from vmla_convert.checkpoint.tensor_store import FolderStore, MemoryStore, TensorStore
+from vmla_convert.checkpoint import tensor_store
+from vmla_convert.checkpoint.tensor_store import MemoryStore, TensorStore
 from vmla_convert.config import Product, RecoverConfig, RuntimeConfig, SweepConfig
 from vmla_convert.errors import ConfigError, OutputError
 from vmla_convert.fitting.calibrate import LayerReads
@@ -294,12 +295,15 @@ def test_a_disk_that_fills_up_while_the_model_is_calibrated_ends_the_sweep_there
 ) -> None:
     tried: list[str] = []
 
-    def full(_: object, name: str, __: object) -> NoReturn:
-        tried.append(name)
+    write = tensor_store.save_tensors
+
+    def full(tensors: tensor_store.Tensors, file: Path) -> None:
+        if "reads-" not in file.name:
+            return write(tensors, file)
+        tried.append(file.name)
         raise NO_SPACE
 
-    write = FolderStore._write  # pyright: ignore[reportPrivateUsage]
-    monkeypatch.setattr(FolderStore, "_write", lambda *a: (full if "reads-" in a[1] else write)(*a))
+    monkeypatch.setattr(tensor_store, "save_tensors", full)
     with pytest.raises(OutputError, match="disk is full"):
         run(dense, tmp_path / "rows.jsonl", UNTRAINED)
     assert len(tried) == 1

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,12 @@ from vmla_convert.checkpoint.families import OpenCheckpoint
 from vmla_convert.checkpoint.hub import is_repo
 from vmla_convert.checkpoint.keymap import listed
 from vmla_convert.checkpoint.lora import parse_lora
-from vmla_convert.checkpoint.source import TensorSource, TensorSpec
+from vmla_convert.checkpoint.source import TensorSource
 from vmla_convert.errors import CheckpointError
 from vmla_convert.progress import Progress
+
+# Prefixes of tensor names that say which of two sources holds a tensor.
+_BASE, _CODEC = "base:", "codec:"
 
 _KEYS_AND_VALUES = ("k.weight", "k.bias", "norm_k.weight", "v.weight", "v.bias")
 
@@ -126,46 +129,25 @@ def join(base: OpenCheckpoint, codec: OpenCheckpoint) -> OpenCheckpoint:
             f"{base.source.path} has other sizes than the base model of {codec.source.path}",
             "give the model that the codec was made for: --base-model PATH",
         )
+    sources = {_BASE: base.source, _CODEC: codec.source}
+    specs = {f"{of}{name}": spec for of, s in sources.items() for name, spec in s.specs().items()}
+
+    def read(name: str) -> torch.Tensor:
+        of, _, stored = name.partition(":")
+        return sources[f"{of}:"].read(stored)
+
     names = {native: f"{_BASE}{stored}" for native, stored in base.names.items()}
     names |= {native: f"{_CODEC}{stored}" for native, stored in codec.names.items()}
-    conditioning = {native: f"{_BASE}{name}" for native, name in base.conditioning.items()}
-    # LoRAs that are merged at load time may bring their own licence.
-    licence = base.config.licence if base.loras else codec.config.licence
     return OpenCheckpoint(
-        source=_Joined(base.source, codec.source),
+        source=TensorSource(codec.source.path, base.source.key, specs, read),
         family=codec.family,
         names=names,
-        config=replace(codec.config, licence=licence),
+        # LoRAs that are merged at load time may bring their own licence.
+        config=replace(
+            codec.config, licence=base.config.licence if base.loras else codec.config.licence
+        ),
         known=base.known,
         loras=base.loras,
-        conditioning=conditioning,
+        conditioning={native: f"{_BASE}{name}" for native, name in base.conditioning.items()},
         base=base.source.path,
     )
-
-
-_BASE, _CODEC = "base:", "codec:"
-
-
-@dataclass(frozen=True)
-class _Joined:
-    """Two sources as one; a prefix of a name says which source holds the tensor."""
-
-    base: TensorSource
-    codec: TensorSource
-
-    @property
-    def path(self) -> Path:
-        return self.codec.path
-
-    @property
-    def key(self) -> str | None:
-        return self.base.key
-
-    def specs(self) -> dict[str, TensorSpec]:
-        parts = ((_BASE, self.base), (_CODEC, self.codec))
-        return {f"{of}{name}": s for of, source in parts for name, s in source.specs().items()}
-
-    def read(self, name: str) -> torch.Tensor:
-        if name.startswith(_BASE):
-            return self.base.read(name.removeprefix(_BASE))
-        return self.codec.read(name.removeprefix(_CODEC))

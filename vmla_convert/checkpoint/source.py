@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,22 +28,23 @@ from vmla_convert.errors import CheckpointError, did_you_mean
 from vmla_convert.progress import Progress, Silent
 
 
-class TensorSource(Protocol):
-    """An open checkpoint, which reads tensors by name."""
+@dataclass(frozen=True)
+class TensorSource:
+    """An open checkpoint, which reads tensors by name.
 
-    @property
-    def path(self) -> Path:
-        """The path that the user gave."""
-        ...
+    Attributes:
+        path: The path that the user gave.
+        key: The state dict that was picked from a pickle of several; None when there is only one.
+    """
 
-    @property
-    def key(self) -> str | None:
-        """The state dict that was picked from a pickle of several; None when there is only one."""
-        ...
+    path: Path
+    key: str | None
+    _specs: Mapping[str, TensorSpec]
+    _read: Callable[[str], torch.Tensor]
 
     def specs(self) -> dict[str, TensorSpec]:
         """Shape and dtype of every tensor, by name."""
-        ...
+        return dict(self._specs)
 
     def read(self, name: str) -> torch.Tensor:
         """Read a tensor: contiguous, on the CPU, in memory of its own.
@@ -51,7 +52,17 @@ class TensorSource(Protocol):
         Raises:
             CheckpointError: No tensor has this name, or the file has changed.
         """
-        ...
+        if name not in self._specs:
+            raise CheckpointError(
+                f"{self.path} has no tensor '{name}'", did_you_mean(name, self._specs)
+            )
+        try:
+            return self._read(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{self.path} can no longer be read: {error}",
+                "put the file back as it was, then start again",
+            ) from error
 
 
 def open_source(path: Path, key: str | None = None) -> TensorSource:
@@ -70,7 +81,7 @@ def open_source(path: Path, key: str | None = None) -> TensorSource:
     file = located(path)
     if file.suffix in PICKLE_SUFFIXES:
         state = PickledState(file, key)
-        return _FileSource(path, state.key, state.specs, state.tensor)
+        return TensorSource(path, state.key, state.specs, state.read)
     if key is not None:
         raise CheckpointError(
             f"{file} has no '{key}': safetensors files hold one state dict", "leave the key out"
@@ -171,32 +182,6 @@ def read_weight_map(index: Path, title: str) -> dict[str, str]:
     return weight_map
 
 
-@dataclass(frozen=True)
-class _FileSource:
-    path: Path
-    key: str | None
-    _specs: dict[str, TensorSpec]
-    _mapped: Callable[[str], torch.Tensor]
-    """Gives a tensor of a memory map."""
-
-    def specs(self) -> dict[str, TensorSpec]:
-        return dict(self._specs)
-
-    def read(self, name: str) -> torch.Tensor:
-        if name not in self._specs:
-            raise CheckpointError(
-                f"{self.path} has no tensor '{name}'", did_you_mean(name, self._specs)
-            )
-        try:
-            tensor = self._mapped(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{self.path} can no longer be read: {error}",
-                "put the file back as it was, then start again",
-            ) from error
-        return tensor.clone(memory_format=torch.contiguous_format)
-
-
 def _locate_in_folder(folder: Path) -> Path:
     files = (file for depth in ("*", "*/*") for file in folder.glob(depth) if file.is_file())
     names = [file.relative_to(folder).as_posix() for file in files]
@@ -264,8 +249,8 @@ def _joined(
         raise CheckpointError(f"{path} holds no tensors", "download the checkpoint again")
     files = dict(held)
 
-    def mapped(name: str) -> torch.Tensor:
+    def read(name: str) -> torch.Tensor:
         with safe_open(files[name], framework="pt") as handle:
-            return handle.get_tensor(name)
+            return handle.get_tensor(name).clone()
 
-    return _FileSource(path, None, {name: shards[file][name] for name, file in held}, mapped)
+    return TensorSource(path, None, {name: shards[file][name] for name, file in held}, read)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,42 +20,26 @@ from vmla_convert.tables import first_difference
 Tensors = dict[str, Tensor]
 
 
-class TensorStore(Protocol):
-    """Groups of tensors by name."""
-
-    def put(self, name: str, tensors: Tensors) -> None:
-        """Keep a group, in place of an earlier one of the same name."""
-        ...
-
-    def get(self, name: str) -> Tensors:
-        """A group that is in the store."""
-        ...
-
-    def has(self, name: str) -> bool:
-        """Whether a group is in the store."""
-        ...
-
-    def drop(self, name: str) -> None:
-        """Remove a group, if it is in the store."""
-        ...
-
-
 class MemoryStore:
     """A store for models that fit in memory many times over."""
 
     def __init__(self) -> None:
         self._groups: dict[str, Tensors] = {}
 
-    def put(self, name: str, tensors: Tensors) -> None:  # noqa: D102 - as in TensorStore
+    def put(self, name: str, tensors: Tensors) -> None:
+        """Keep a group, in place of an earlier one of the same name."""
         self._groups[name] = tensors
 
-    def get(self, name: str) -> Tensors:  # noqa: D102
+    def get(self, name: str) -> Tensors:
+        """Return a group that is in the store."""
         return self._groups[name]
 
-    def has(self, name: str) -> bool:  # noqa: D102
+    def has(self, name: str) -> bool:
+        """Whether a group is in the store."""
         return name in self._groups
 
-    def drop(self, name: str) -> None:  # noqa: D102
+    def drop(self, name: str) -> None:
+        """Remove a group, if it is in the store."""
         self._groups.pop(name, None)
 
 
@@ -84,7 +68,7 @@ class FolderStore:
             self._check_identity()
 
     def put(self, name: str, tensors: Tensors) -> None:
-        """Write a group.
+        """Write a group, in place of an earlier one of the same name.
 
         Raises:
             OutputError: The disk refuses.
@@ -98,13 +82,16 @@ class FolderStore:
             save_tensors({key: _own(t) for key, t in tensors.items()}, draft)
             rename_synced(draft, file)
 
-    def get(self, name: str) -> Tensors:  # noqa: D102
+    def get(self, name: str) -> Tensors:
+        """Read a group that is in the store."""
         return load_file(self.file(name))
 
-    def has(self, name: str) -> bool:  # noqa: D102
+    def has(self, name: str) -> bool:
+        """Whether a group is in the store."""
         return self.file(name).is_file()
 
-    def drop(self, name: str) -> None:  # noqa: D102
+    def drop(self, name: str) -> None:
+        """Remove a group, if it is in the store."""
         self.file(name).unlink(missing_ok=True)
 
     def remove(self) -> None:
@@ -128,6 +115,9 @@ class FolderStore:
                 f"{self.folder} was begun with other settings{name}",
                 "use the same settings as before, or remove it",
             )
+
+
+TensorStore = MemoryStore | FolderStore
 
 
 def save_tensors(tensors: Tensors, file: Path) -> None:
