@@ -1,1 +1,1 @@
-"""Programs that produce the evidence: `python -m evals.NAME ... --out rows.jsonl`."""
+"""Programs that measure: `python -m evals.NAME --out rows.jsonl`. `--help` explains each one."""

@@ -1,19 +1,18 @@
-"""What the cache codec loses at each size, beside the dense cache quantised in place.
+"""Measure the cache codec at many sizes, beside the dense cache quantised in place.
 
-    python -m evals.codec --out rows.jsonl [--checkpoint demo] [--clips 48]
+    python -m evals.codec --out rows.jsonl
 
-On held-out clips, streamed, no training:
+Errors are those on held-out clips, streamed through the cache, without training:
 
-* `velocity_error` of the codec at several sizes, of the codec unquantised (`run` = `codec`,
-  `cache_dtype` = `model`), and of the dense cache in int8, int4, int3 and int2 (`run` =
-  `dense int4`, …), with `bytes_per_token`;
-* `bytes_ratio_at_error` (`run` = `int4`, `int3`, `int2`): bytes of the quantised dense cache over
-  bytes of the codec at the same error, found by bisection;
-* `nested_difference`: the largest relative difference in velocity error between one codec at eight
-  ranks and eight codecs of exactly these ranks;
-* `lora_error_ratio`: the error of a codec fitted before a LoRA, used with it, over the error of a
-  codec fitted with the LoRA merged. Two LoRAs are trained here: one makes mirrored clips, one
-  negatives, whose pixels no clip of the demo world ever had.
+* `velocity_error` and `flow_loss_above_dense` of the codec at each size, of the codec without
+  quantisation (`cache_dtype` = `model`), and of the dense cache in int8, int4, int3 and int2;
+* `bytes_ratio_at_error`: bytes of a quantised dense cache over bytes of the codec at the same
+  velocity error, found by bisection;
+* `nested_difference`: the largest relative difference in velocity error between one codec at
+  eight ranks and eight codecs of exactly these ranks;
+* `lora_error_ratio`: the error of a codec that was fitted before a LoRA and is used with the LoRA,
+  over the error of a codec that was fitted with the LoRA merged. Two LoRAs are trained here. One
+  makes mirrored clips. The other makes negatives, whose pixels no clip of the demo model has.
 """
 
 from __future__ import annotations
@@ -59,13 +58,19 @@ LORA_RANK, LORA_STEPS, LORA_RATE = 8, 120, 2e-3
 
 
 def main(
-    rows_file: Annotated[Path, typer.Option("--out", help="JSONL to append rows to.")],
-    checkpoint: Annotated[str, typer.Option(help="The dense checkpoint, or 'demo'.")] = "demo",
-    clips: Annotated[int, typer.Option(min=2, help="Held-out clips.")] = 48,
-    data: Annotated[str, typer.Option(help="Clips to fit to and to measure on.")] = "demo",
-    lora: Annotated[bool, typer.Option(help="Also the LoRA, which needs the demo model.")] = True,
+    rows_file: Annotated[Path, typer.Option("--out", help="JSONL file to append rows to.")],
+    checkpoint: Annotated[str, typer.Option(help="Dense checkpoint, or 'demo'.")] = "demo",
+    clips: Annotated[int, typer.Option(min=2, help="Number of held-out clips.")] = 48,
+    data: Annotated[str, typer.Option(help="Clips: 'demo', or a safetensors file.")] = "demo",
+    lora: Annotated[bool, typer.Option(help="Train LoRAs too; needs the demo model.")] = True,
 ) -> None:
-    """Measure, append the rows and print them."""
+    """Measure errors of the cache codec at many sizes, beside quantised dense caches.
+
+    The command fits a codec to the checkpoint. On held-out clips it measures
+    the codec and the dense cache in int8, int4, int3 and int2, and finds the
+    sizes of equal error. For the demo model it also trains two LoRAs, and
+    measures codecs that were fitted without and with them.
+    """
     teacher, config = load(checkpoint), ConvertConfig(data=DataConfig(data))
     evaluate = EvaluateConfig(clips, DataConfig(data, seed=1))
     with out.progress() as progress:
@@ -89,23 +94,23 @@ def main(
 
 
 def size_rows(model: CausalWanModel, held_out: HeldOut, progress: Progress) -> list[Row]:
-    """Errors of the codec at each size, with bits by channel, and unquantised."""
-    ways = [RuntimeConfig(size=CacheSize(bytes_per_token=size)) for size in SIZES]
-    ways += [RuntimeConfig(CacheSize(cut=cut), cache_dtype="model") for cut in UNQUANTISED_CUTS]
-    tracked = progress.track(ways, "sizes")
-    return [row for way in tracked for row in error_rows(model, held_out, way)]
+    """Errors of the codec at each size, quantised and not."""
+    runtimes = [RuntimeConfig(CacheSize(bytes_per_token=size)) for size in SIZES]
+    runtimes += [RuntimeConfig(CacheSize(cut=cut), cache_dtype="model") for cut in UNQUANTISED_CUTS]
+    tracked = progress.track(runtimes, "sizes")
+    return [row for runtime in tracked for row in error_rows(model, held_out, runtime)]
 
 
 def dense_rows(teacher: CausalWanModel, held_out: HeldOut, progress: Progress) -> list[Row]:
     """Errors of the dense cache quantised in place."""
-    ways = [RuntimeConfig(cache_dtype=dtype) for dtype in ("int8", "int4", "int3", "int2")]
-    tracked = progress.track(ways, "dense cache quantised")
-    return [row for way in tracked for row in error_rows(teacher, held_out, way)]
+    runtimes = [RuntimeConfig(cache_dtype=dtype) for dtype in ("int8", "int4", "int3", "int2")]
+    tracked = progress.track(runtimes, "dense cache quantised")
+    return [row for runtime in tracked for row in error_rows(teacher, held_out, runtime)]
 
 
-def error_rows(model: CausalWanModel, held_out: HeldOut, way: RuntimeConfig) -> list[Row]:
-    """Rows of one way of caching: velocity error, and flow loss above the dense model's."""
-    errors, fields = held_out.measure(model, way), row_fields(model.config, runtime=way)
+def error_rows(model: CausalWanModel, held_out: HeldOut, runtime: RuntimeConfig) -> list[Row]:
+    """Velocity error of one cache, and its flow loss above the dense model's."""
+    errors, fields = held_out.measure(model, runtime), row_fields(model.config, runtime=runtime)
     above = errors.flow_loss / held_out.teacher_errors().flow_loss - 1
     return [
         Row(Metric.VELOCITY_ERROR, errors.velocity_error, "relative", **fields),
@@ -130,7 +135,7 @@ def ratio_rows(
 
 
 def bytes_at(model: CausalWanModel, held_out: HeldOut, error: float) -> float:
-    """The smallest size, in whole bytes of all layers, at which the codec is as good."""
+    """Smallest bytes per token and layer at which the codec has at most this velocity error."""
     layers = model.config.geometry.num_layers
     few, many = layers, round(max(SIZES)) * layers
     for _ in range(BISECTIONS):
@@ -150,9 +155,9 @@ def nested_row(
     held_out: HeldOut,
     progress: Progress,
 ) -> Row:
-    """One file at eight sizes against eight conversions."""
+    """Largest difference between one codec at eight ranks and eight codecs of these ranks."""
     differences: list[float] = []
-    for rank in progress.track(NESTED_RANKS, "one file against many"):
+    for rank in progress.track(NESTED_RANKS, "one codec against many"):
         errors: list[float] = []
         for each in (model, fit_model(teacher, replace(config, channels=rank))):
             set_rank(each, rank)
@@ -164,20 +169,20 @@ def nested_row(
 
 
 def set_rank(model: CausalWanModel, rank: int) -> None:
-    """Keep the same number of channels in every layer, unquantised."""
+    """Store the same number of channels in every layer, unquantised."""
     for block in model.all_blocks():
         assert block.codec is not None
         block.codec.rate = Rate((WHOLE_BITS,) * rank, quantised=False)
 
 
 class ChangedClips:
-    """Clips of the demo world with changed pixels: what a LoRA is trained to make."""
+    """Clips of the demo model with changed pixels, which a LoRA is trained to make."""
 
     def __init__(self, clips: DemoClips, change: Callable[[Tensor], Tensor]) -> None:
         self.clips, self.change = clips, change
 
     def batch(self, index: int, size: int, split: Split = "train") -> Batch:
-        """The batch of a given number."""
+        """Batch number `index`."""
         clips, media = self.clips.clips(index, size, split), self.clips.media
         return Batch(media.encode(self.change(clips.video)), media.encode_labels(clips.labels))
 
@@ -191,7 +196,7 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 def lora_rows(
     teacher: CausalWanModel, config: ConvertConfig, count: int, progress: Progress
 ) -> list[Row]:
-    """A codec that was fitted before a LoRA was trained, against one fitted with it merged."""
+    """Errors of a codec fitted before a LoRA was trained, and of one fitted with the LoRA."""
     demo = open_clips(config.data, teacher.config.cache.sink_frames)
     assert isinstance(demo, DemoClips)
     evaluate, rows = EvaluateConfig(count, DataConfig(seed=1)), list[Row]()
@@ -211,37 +216,20 @@ def _lora_rows(
 ) -> list[Row]:
     rows: list[Row] = []
     for size in LORA_SIZES:
-        way = RuntimeConfig(size=CacheSize(bytes_per_token=size))
-        errors = [held_out.measure(each, way).velocity_error for each in (before, after)]
-        fields = row_fields(before.config, runtime=way)
-        rows += [
-            Row(
-                Metric.VELOCITY_ERROR,
-                errors[0],
-                "relative",
-                **fields,
-                note=f"{name}: fitted before the LoRA",
-            ),
-            Row(
-                Metric.VELOCITY_ERROR,
-                errors[1],
-                "relative",
-                **fields,
-                note=f"{name}: fitted with the LoRA",
-            ),
-            Row(
-                Metric.LORA_ERROR_RATIO,
-                errors[0] / errors[1],
-                "before over with",
-                **fields,
-                note=name,
-            ),
-        ]
+        runtime = RuntimeConfig(CacheSize(bytes_per_token=size))
+        old, new = (held_out.measure(each, runtime).velocity_error for each in (before, after))
+        fields = row_fields(before.config, runtime=runtime)
+        for metric, value, unit, note in (
+            (Metric.VELOCITY_ERROR, old, "relative", f"{name}: fitted before the LoRA"),
+            (Metric.VELOCITY_ERROR, new, "relative", f"{name}: fitted with the LoRA"),
+            (Metric.LORA_ERROR_RATIO, old / new, "before over with", name),
+        ):
+            rows.append(Row(metric, value, unit, **fields, note=note))
     return rows
 
 
 def train_lora(teacher: CausalWanModel, clips: ClipSource, progress: Progress) -> CausalWanModel:
-    """The teacher with a LoRA merged that was trained by flow matching."""
+    """A copy of the teacher with a LoRA merged; flow matching trained the LoRA."""
     from peft import LoraConfig, LoraModel
 
     model = CausalWanModel(teacher.config)

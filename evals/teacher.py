@@ -1,10 +1,11 @@
-"""Score the demo teacher against its bars: does it need its past, does its rollout hold?
+"""Score a dense model of moving digits: does it need its past, and do its rollouts hold?
 
-    python -m evals.teacher --out rows.jsonl [--checkpoint demo]
+    python -m evals.teacher --out rows.jsonl
 
-`flow_loss` on held-out clips, `flow_loss_other_past` with the past of another clip in the cache,
-and over free rollouts of every digit: `background_psnr` against the first chunk's background and
-`digit_accuracy` by the judge, whole and by segment. `run = "truth"` is the judge on true clips.
+* `flow_loss` on held-out clips, and `flow_loss_other_past` with another clip's past in the cache;
+* `background_psnr` and `digit_accuracy` of rollouts of every digit, whole and by segment. The
+  background is compared with the first chunk's; a small classifier reads the digit;
+* the same two for true clips (`run` = `truth`), as their ceiling.
 """
 
 from __future__ import annotations
@@ -29,13 +30,18 @@ HELD_OUT_SEED = 2
 
 
 def main(
-    rows_file: Annotated[Path, typer.Option("--out", help="JSONL to append rows to.")],
-    checkpoint: Annotated[str, typer.Option(help="The dense checkpoint, or 'demo'.")] = "demo",
-    clips: Annotated[int, typer.Option(min=2, help="Held-out clips.")] = 64,
+    rows_file: Annotated[Path, typer.Option("--out", help="JSONL file to append rows to.")],
+    checkpoint: Annotated[str, typer.Option(help="Dense checkpoint, or 'demo'.")] = "demo",
+    clips: Annotated[int, typer.Option(min=2, help="Number of held-out clips.")] = 64,
     frames: Annotated[int, typer.Option(min=1, help="Latent frames of each rollout.")] = 20,
-    seeds: Annotated[int, typer.Option(min=0, help="Rollouts of each digit.")] = 4,
+    seeds: Annotated[int, typer.Option(min=0, help="Number of rollouts of each digit.")] = 4,
 ) -> None:
-    """Measure, append the rows and print them."""
+    """Score a dense model of moving digits on held-out clips and on its own rollouts.
+
+    Flow loss is measured with the clip's own past and with another clip's past.
+    Rollouts of every digit are scored by the stability of their background and
+    by a classifier that reads the digit.
+    """
     model = load(checkpoint)
     held_out = HeldOut(model, EvaluateConfig(clips, DataConfig(seed=HELD_OUT_SEED)))
     prompts = [str(digit) for digit in range(10)]
@@ -51,7 +57,7 @@ def main(
 
 
 def truth_rows(frames: int, clips: int, chunk_frames: int) -> list[Row]:
-    """The judge and the background measure on true held-out clips: their ceiling."""
+    """Digit accuracy and background PSNR of true held-out clips."""
     truth = DemoClips(DataConfig(frames=frames, seed=HELD_OUT_SEED)).clips(0, clips, "held_out")
     hits = (read_digits(truth.video) == truth.labels[:, None]).float().mean().item()
     psnr = background_psnr(truth.video, chunk_frames)[:, chunk_frames:].nanmean().item()
@@ -62,7 +68,7 @@ def truth_rows(frames: int, clips: int, chunk_frames: int) -> list[Row]:
 
 
 def show(rows: list[Row]) -> None:
-    """The whole-rollout figures, one line each, averaged over seeds."""
+    """Print the figures of whole rollouts, averaged over seeds."""
     whole = [row for row in rows if row.segment is None]
     keys = list(dict.fromkeys((row.run, row.metric, row.unit) for row in whole))
     cells: list[list[str]] = []

@@ -7,12 +7,14 @@ PYTEST_DONT_REWRITE, because they do the latter before pytest sees the former.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
+import torch
 from conftest import tiny_model
+from torch import Tensor, nn
 
 from vmla_convert.__main__ import main
 from vmla_convert.config import (
@@ -34,11 +36,11 @@ from vmla_convert.fitting.calibrate import (
     model_blocks,
 )
 from vmla_convert.fitting.convert import convert
-from vmla_convert.fitting.factors import layer_evidence, layer_weights
+from vmla_convert.fitting.factors import convert_model, layer_evidence, layer_weights
 from vmla_convert.fitting.rank_plan import ReadWeights
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import load
-from vmla_convert.maths.projections import Evidence
+from vmla_convert.maths.evidence import Evidence
 from vmla_convert.media.clips import open_clips
 from vmla_convert.progress import Silent
 from vmla_convert.recovery import layerwise
@@ -46,6 +48,7 @@ from vmla_convert.results import Row
 from vmla_convert.training.pretrain import save_self_forcing
 
 T = TypeVar("T")
+Weights = dict[str, Tensor]
 
 MODEL = ModelConfig(
     Geometry(
@@ -120,6 +123,28 @@ def measured(teacher: Path) -> list[LayerReads]:
         model, model_blocks(model), open_clips(CLIPS), CONVERT.calibration_clips, product="mla"
     )
     return [reads(layer) for layer in range(MODEL.geometry.num_layers)]
+
+
+@pytest.fixture
+def student(dense: CausalWanModel) -> CausalWanModel:
+    """A conversion with random weights."""
+    return convert_model(dense, replace(CONVERT, init="random"), None)
+
+
+@pytest.fixture
+def calibrated(dense: CausalWanModel, measured: list[LayerReads]) -> CausalWanModel:
+    """A conversion with most of the quality of the dense model."""
+    return convert_model(dense, replace(CONVERT, kv_lora_rank=24), evidence_of(dense, measured))
+
+
+def snapshot(model: nn.Module) -> Weights:
+    """A copy of all weights of a model."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def changed(model: nn.Module, before: Weights) -> set[str]:
+    """Names of the weights that differ from a snapshot."""
+    return {name for name, now in model.state_dict().items() if not torch.equal(now, before[name])}
 
 
 @pytest.fixture(scope="module")

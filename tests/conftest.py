@@ -20,9 +20,9 @@ from vmla_convert.config import (
 from vmla_convert.layers.attention import DenseSelfAttention
 from vmla_convert.layers.codec import LayerCodec
 from vmla_convert.layers.dit import Block, CausalWanModel, SelfAttention
+from vmla_convert.maths.attention_stats import AttentionStats
 from vmla_convert.maths.codec import CodecFit, fit_codec
 from vmla_convert.maths.moments import measure_moments
-from vmla_convert.maths.reads import ReadSums
 
 WIDE_WINDOW = CachePolicy(window_frames=64)
 TINY_GEOMETRY = Geometry(
@@ -102,20 +102,20 @@ def tiny_fit(attention: DenseSelfAttention, rank: int) -> CodecFit:
     dim, heads = attention.k.out_features, attention.num_heads
     entries = torch.cat(attention.project(noise(600, dim, seed=40)), -1)
     moments = measure_moments(entries)
-    return fit_codec(random_sums(heads, dim // heads), moments, entries, rank)
+    return fit_codec(random_stats(heads, dim // heads), moments, entries, rank)
 
 
-def random_sums(heads: int, head_dim: int, seed: int = 41) -> ReadSums:
-    """Reads whose squares are random and of full rank."""
+def random_stats(heads: int, head_dim: int, seed: int = 41) -> AttentionStats:
+    """Attention statistics with random squares of full rank."""
 
     def square(*batch: int, size: int) -> Tensor:
         root = noise(*batch, size, 2 * size, seed=seed + size).double()
         return root @ root.mT
 
-    return ReadSums(
+    return AttentionStats(
         queries=torch.tensor(50.0, dtype=torch.float64),
         query_square=square(heads, size=head_dim),
-        turned_query_square=square(heads, size=head_dim),
+        rotated_query_square=square(heads, size=head_dim),
         query_pairs=noise(heads, head_dim // 2, seed=seed).double().square(),
         phases=noise(heads, head_dim // 2, seed=seed).to(torch.complex128),
         value_square=square(size=heads * head_dim),

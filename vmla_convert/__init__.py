@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vmla_convert.loading.export import export
     from vmla_convert.loading.load import load
     from vmla_convert.loading.publish import push
-    from vmla_convert.media.models import open_media
+    from vmla_convert.media.open import open_media
     from vmla_convert.recovery.recover import recover
 
 __version__ = "0.1.0"
@@ -57,7 +57,7 @@ _LAZY = {
     "generate": ("vmla_convert.generating.generate", "generate"),
     "inspect": ("vmla_convert.fitting.inspect", "inspect_checkpoint"),
     "load": ("vmla_convert.loading.load", "load"),
-    "open_media": ("vmla_convert.media.models", "open_media"),
+    "open_media": ("vmla_convert.media.open", "open_media"),
     "push": ("vmla_convert.loading.publish", "push"),
     "recover": ("vmla_convert.recovery.recover", "recover"),
 }

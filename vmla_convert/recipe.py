@@ -38,7 +38,7 @@ from vmla_convert.tables import from_dict, override, to_dict
 if TYPE_CHECKING:
     from vmla_convert.checkpoint.families import OpenCheckpoint
     from vmla_convert.results import Row
-    from vmla_convert.sweep.sweep import Team
+    from vmla_convert.sweep.team import Team
 
 ROWS_NAME = "rows.jsonl"
 STAGES = ("teacher", "convert", "recover", "sweep", "generate", "report")
@@ -204,7 +204,7 @@ def check_recipe(recipe: Recipe, out: Path, only: tuple[str, ...] = STAGES) -> N
 
 def count_points(recipe: Recipe) -> int:
     """How many points the sweep of a recipe has; 0 without one."""
-    from vmla_convert.sweep.sweep import sweep_points
+    from vmla_convert.sweep.grid import sweep_points
 
     if recipe.sweep is None:
         return 0
@@ -288,14 +288,13 @@ def _recover_together(recipe: Recipe, out: Path, progress: Progress, stages: lis
 
 
 def _sweep_together(recipe: Recipe, out: Path, progress: Progress, stages: list[str]) -> bool:
-    from vmla_convert.sweep.sweep import join_team
+    from vmla_convert.sweep.team import join_team
 
     team = join_team()
     if team.leads:
         check_recipe(recipe, out, tuple(stages))
         _claim_folder(recipe, out, stages)
-        team.announce("claimed")
-    team.await_leader("claimed")
+    team.follow_leader("claimed")
     _run_sweep(recipe, out, progress if team.leads else Silent(), team)
     if team.leads:
         if "report" in stages:
@@ -328,7 +327,7 @@ def _check_source(recipe: Recipe, out: Path, stages: list[str]) -> None:
     from vmla_convert.checkpoint.families import open_checkpoint
     from vmla_convert.loading.load import locate
     from vmla_convert.media.clips import source_kind
-    from vmla_convert.media.models import check_prompts, open_media
+    from vmla_convert.media.open import check_prompts, open_media
 
     stages = [stage for stage in stages if not _is_made(recipe, out, stage)]
     for clips in _clips(recipe, stages):
@@ -362,7 +361,7 @@ def _check_stages(recipe: Recipe, stages: list[str], checkpoint: OpenCheckpoint)
     from vmla_convert.fitting.codec import planned_codec
     from vmla_convert.fitting.conversion_steps import measures, open_measured, refuse_converted
     from vmla_convert.fitting.convert import plan_conversion
-    from vmla_convert.recovery.recover import check_recovery
+    from vmla_convert.recovery.checks import check_recovery
     from vmla_convert.sweep.sweep import check_sweep
 
     convert, recover = recipe.convert or ConvertConfig(), recipe.recover or RecoverConfig()
@@ -452,7 +451,8 @@ def _run_recover(recipe: Recipe, out: Path, progress: Progress) -> None:
 
 def _as_point(recipe: Recipe, rows: list[Row]) -> list[Row]:
     """Rows of the convert and recover stages under the key that a sweep would give them."""
-    from vmla_convert.sweep.sweep import SweepPoint, labelled
+    from vmla_convert.sweep.grid import SweepPoint
+    from vmla_convert.sweep.point import labelled
 
     if recipe.convert is None:  # an earlier run made it, with settings that nobody kept
         return rows
@@ -481,7 +481,7 @@ def _run_sweep(recipe: Recipe, out: Path, progress: Progress, team: Team | None 
 def _run_generate(recipe: Recipe, out: Path, progress: Progress) -> None:
     from vmla_convert.loading.load import build, compute_device, load, open_named
     from vmla_convert.measuring.compare import compare
-    from vmla_convert.media.models import open_media
+    from vmla_convert.media.open import open_media
     from vmla_convert.results import append_rows
 
     assert recipe.generate is not None

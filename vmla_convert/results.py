@@ -50,8 +50,6 @@ class Metric(StrEnum):
     # Time, memory and disk
     STEP_SECONDS = "step_seconds"
     SECONDS_RATIO = "seconds_ratio"
-    AUTO_RATIO = "auto_ratio"
-    FLOPS_SHARE = "flops_share"
     CONVERT_SECONDS = "convert_seconds"
     FACTOR_SECONDS = "factor_seconds"
     STAGE_SECONDS = "stage_seconds"

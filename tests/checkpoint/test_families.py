@@ -34,6 +34,7 @@ from family_files import (
     write_wan,
     write_weights,
 )
+from reference.masks import block_causal_mask
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -62,7 +63,6 @@ from vmla_convert.errors import CheckpointError, ConfigError, VmlaError
 from vmla_convert.fitting.convert import convert
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import build, load
-from vmla_convert.maths.masks import block_causal_mask
 
 # For tests of what is read, not of what comes out.
 SMALL = dataclasses.replace(GEOMETRY, dim=48, num_heads=2, in_dim=4, out_dim=4, text_len=8)

@@ -36,7 +36,7 @@ from vmla_convert.report.report import write_report
 from vmla_convert.report.settings import Setting, read_settings
 from vmla_convert.results import append_rows
 from vmla_convert.sweep.grid import SweepPoint, find_point, sweep_points
-from vmla_convert.sweep.sweep import labelled
+from vmla_convert.sweep.point import labelled
 from vmla_convert.tables import to_dict
 
 pytest_plugins = ["checkpoints"]

@@ -319,7 +319,7 @@ def test_what_is_read_of_normed_keys_is_what_is_read_of_raw_ones_but_for_their_n
         normed, raw = reads.past[0], mla.past[0]
         assert normed.queries == raw.queries
         torch.testing.assert_close(normed.value_square, raw.value_square, rtol=1e-4, atol=1e-6)
-        assert not torch.allclose(normed.turned_query_square, raw.turned_query_square, rtol=0.05)
+        assert not torch.allclose(normed.rotated_query_square, raw.rotated_query_square, rtol=0.05)
 
 
 def test_samples_of_parts_are_those_of_all_clips(dense: CausalWanModel) -> None:

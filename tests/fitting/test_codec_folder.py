@@ -26,6 +26,7 @@ from conftest import chunk_timesteps, tiny_clip, tiny_model
 from family_files import FORMS, GEOMETRY, Form, with_frame_rate, with_lora
 from hub_stub import Hub
 from huggingface_hub import ModelCard
+from reference.masks import block_causal_mask
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -47,7 +48,6 @@ from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.export import LAYOUTS, export
 from vmla_convert.loading.load import is_codec, load, locate, open_named, teacher_of
 from vmla_convert.loading.publish import push
-from vmla_convert.maths.masks import block_causal_mask
 from vmla_convert.maths.quantise import TABLE_SIZE, WHOLE_BITS, WIDTHS
 from vmla_convert.maths.rates import Rate
 from vmla_convert.measuring.evaluate import HeldOut

@@ -14,6 +14,7 @@ import pytest
 import torch
 from checkpoints import BUDGETED, CLIPS, CONVERT, EVALUATE, MODEL, Vmla, evidence_of, refused
 from conftest import chunk_timesteps, tiny_clip
+from reference.masks import block_causal_mask
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,9 +30,8 @@ from vmla_convert.fitting.factors import convert_model, factor_layer
 from vmla_convert.generating.generate import generate
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import load
+from vmla_convert.maths.evidence import Evidence
 from vmla_convert.maths.factor import INITS
-from vmla_convert.maths.masks import block_causal_mask
-from vmla_convert.maths.projections import Evidence
 from vmla_convert.measuring.evaluate import HeldOut
 from vmla_convert.media.clips import open_clips
 from vmla_convert.tables import to_dict
@@ -256,7 +256,7 @@ def test_the_card_inherits_the_licence_and_leaves_an_unknown_base_model_out(
 def test_the_card_says_which_latent_it_is_and_what_it_caches(folder: Path) -> None:
     card, model = (folder / "README.md").read_text(), load(folder)
     assert model.config.mla is not None
-    assert "caches 26 bytes per token instead of 192 (86.5% less)" in card
+    assert "26 bytes per token and layer instead of 192 (86.5% less)" in card
     assert f"| latent | {model.config.mla.latent} |" in card
 
 

@@ -15,20 +15,19 @@ from torch import Tensor
 from vmla_convert.config import GenerateConfig, RuntimeConfig, SamplerConfig
 from vmla_convert.errors import ConfigError, OutputError, VmlaError
 from vmla_convert.generating import rollout as loop
+from vmla_convert.generating.film import check_video_path, write_comparison
 from vmla_convert.generating.generate import (
     Switch,
-    check_video_path,
     clip_frames,
     generate,
     generate_pixels,
     parse_switch,
-    write_clips,
 )
 from vmla_convert.layers.cache import KVCache
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import load
 from vmla_convert.measuring.compare import compare
-from vmla_convert.media.models import DemoMedia
+from vmla_convert.media.demo import DemoMedia
 
 pytest_plugins = ["checkpoints"]
 
@@ -298,7 +297,9 @@ def test_a_video_is_refused_before_any_work_where_it_cannot_go(tmp_path: Path) -
 
 def test_clips_land_as_video_and_sheet(dense: CausalWanModel, tmp_path: Path) -> None:
     video = generate_pixels(dense, ["1", "2"], 3)
-    paths = write_clips(tmp_path / "clip.mp4", {"dense": video, "copy": video}, ["1", "2"], MEDIA)
+    paths = write_comparison(
+        tmp_path / "clip.mp4", {"dense": video, "copy": video}, ["1", "2"], MEDIA
+    )
     assert [path.name for path in paths] == ["clip.mp4", "clip.png"]
     assert (tmp_path / "clip.mp4").read_bytes()[4:8] == b"ftyp"
     assert (tmp_path / "clip.png").read_bytes()[1:4] == b"PNG"

@@ -24,11 +24,12 @@ from vmla_convert.errors import ConfigError, MissingExtraError, OutputError, Vml
 from vmla_convert.fitting.convert import convert
 from vmla_convert.generating import make_clips as pipeline
 from vmla_convert.generating.generate import generate
-from vmla_convert.generating.make_clips import prepare_clips, read_prompts
+from vmla_convert.generating.make_clips import prepare_clips
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import load
 from vmla_convert.media.clips import DemoClips, open_clips, seeded
-from vmla_convert.media.models import DemoMedia
+from vmla_convert.media.demo import DemoMedia
+from vmla_convert.media.prompts import read_prompts
 from vmla_convert.media.video import fit_frame, read_frames, write_mp4
 
 pytest_plugins = ["checkpoints"]

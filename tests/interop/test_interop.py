@@ -38,7 +38,7 @@ from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading import load as loading
 from vmla_convert.loading.export import export
 from vmla_convert.loading.load import load
-from vmla_convert.media.models import open_media
+from vmla_convert.media.open import open_media
 
 pytest_plugins = ["checkpoints", "hub_stub", "tiny_wan"]
 
@@ -105,7 +105,7 @@ def test_the_dense_runtime_is_diffusers_own(wan_folder: Path) -> None:
         causal = ours.wan.stream(
             latents.transpose(1, 2),
             timestep[:, None].expand(2, 3),
-            ours.wan.read_prompt(context),
+            ours.wan.project_prompt(context),
             opened(ours, 2, 3),
         )
     assert wanted.std() > 0.1

@@ -28,9 +28,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from vmla_convert.config import CachePolicy, MLAConfig, RuntimeConfig
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers import backends
-from vmla_convert.layers.attention import Reading, Sight, split_heads
+from vmla_convert.layers.attention import AttendedTokens, AttentionMetadata, split_heads
 from vmla_convert.layers.mla import LatentSelfAttention
-from vmla_convert.maths.cost import ReadShape, absorbed_flops, materialised_flops
+from vmla_convert.maths.cost import AttentionShape, absorbed_flops, materialised_flops
 from vmla_convert.maths.masks import QueryGroup
 from vmla_convert.maths.rope3d import token_positions
 
@@ -53,14 +53,14 @@ def random_layer(mla: MLAConfig, index: int = 1) -> LatentSelfAttention:
     return attention
 
 
-def sights(
+def metadatas(
     layer: LatentSelfAttention,
     x: Tensor,
     places: Tensor,
     past: int,
     backend: Any = "materialised",
     tile_mib: int = 64,
-) -> tuple[Reading, Sight]:
+) -> tuple[AttendedTokens, AttentionMetadata]:
     """What the tokens after the first `past` ones of x (B, L, d) read, and where that is.
 
     Args:
@@ -74,8 +74,8 @@ def sights(
     rotary = rotary_table(token_positions(places, 1, 2), HEAD_DIM)
     tokens = torch.arange(x.shape[1])
     runtime = RuntimeConfig(backend=backend, tile_mib=tile_mib)
-    reading = Reading(layer.project(x))
-    return reading, Sight(rotary.at(tokens[past:]), rotary, runtime=runtime)
+    attended = AttendedTokens(layer.project(x))
+    return attended, AttentionMetadata(rotary.at(tokens[past:]), rotary, runtime=runtime)
 
 
 @pytest.mark.parametrize("mla", EVERY_SIZE, ids=size_id)
@@ -88,24 +88,24 @@ def test_both_ways_are_one_softmax_of_the_formula(mla: MLAConfig, past: int) -> 
     seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)
     expected = [one_softmax(layer, mla, 1, clip, rotary, seen)[past:] for clip in x[:2]]
     for backend in ("materialised", "absorbed"):
-        y = layer(x[:, past:], *sights(layer, x, places, past, backend=backend))
+        y = layer(x[:, past:], *metadatas(layer, x, places, past, backend=backend))
         torch.testing.assert_close(y[:2], torch.stack(expected), atol=1e-5, rtol=0)
-        alone = layer(x[2:, past:], *sights(layer, x[2:], places, past, backend=backend))
+        alone = layer(x[2:, past:], *metadatas(layer, x[2:], places, past, backend=backend))
         torch.testing.assert_close(y[2:], alone, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("mla", EVERY_SIZE, ids=size_id)
 def test_under_gradients_the_way_that_has_them_reads_the_same(mla: MLAConfig) -> None:
     layer, x = random_layer(mla), noise(2, 10, DIM)
-    y = layer(x[:, 4:], *sights(layer, x, PLACES, 4, backend="auto"))
+    y = layer(x[:, 4:], *metadatas(layer, x, PLACES, 4, backend="auto"))
     y.square().mean().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
     assert layer.kv_b_proj_v.weight.grad is not None
     with pytest.raises(ValueError, match="without mask or gradient"):
-        layer(x[:, 4:], *sights(layer, x, PLACES, 4, backend="absorbed"))
+        layer(x[:, 4:], *metadatas(layer, x, PLACES, 4, backend="absorbed"))
     with torch.no_grad():
         for backend in ("auto", "materialised"):
-            again = layer(x[:, 4:], *sights(layer, x, PLACES, 4, backend=backend))
+            again = layer(x[:, 4:], *metadatas(layer, x, PLACES, 4, backend=backend))
             torch.testing.assert_close(again, y, atol=1e-5, rtol=0)
 
 
@@ -134,16 +134,16 @@ class Spy(TorchDispatchMode):
 def test_tiles_of_any_number_of_heads_read_the_same_and_stay_small(mla: MLAConfig) -> None:
     """Of 6,000 tokens, whose keys or values of all heads take more than 1 MiB."""
     layer, x = random_layer(mla), noise(1, 6_004, DIM)
-    reads = partial(sights, layer, x, torch.arange(3_002), 6_000)
+    reads = partial(metadatas, layer, x, torch.arange(3_002), 6_000)
     q = split_heads(layer.norm_q(layer.q(x[:, 6_000:])), HEADS)
-    whole = layer.read_materialised(q, *reads(tile_mib=64))
+    whole = layer.attend_materialised(q, *reads(tile_mib=64))
     key_width = layer.head_dim + 2 * len(mla.rope_pairs[1])
     head_mib = 4 * 6_000 * (key_width + HEAD_DIM) / 2**20
     sizes: list[int] = []
     for tile_mib in range(1, 7):
-        reading, sight = reads(tile_mib=tile_mib)
+        attended, metadata = reads(tile_mib=tile_mib)
         with Spy() as spy:
-            tiled = layer.read_materialised(q, reading, sight)
+            tiled = layer.attend_materialised(q, attended, metadata)
         torch.testing.assert_close(tiled, whole, atol=1e-5, rtol=0)
         sizes.append(max(spy.tiles))
         assert sum(spy.tiles) == HEADS
@@ -161,9 +161,9 @@ def test_a_tile_is_one_head_at_least() -> None:
     largest: list[int] = []
     read: list[Tensor] = []
     for tile_mib in (1, 64):
-        reading, sight = sights(attention, x, torch.arange(9_002), 18_000, tile_mib=tile_mib)
+        attended, metadata = metadatas(attention, x, torch.arange(9_002), 18_000, tile_mib=tile_mib)
         with Spy() as spy:
-            read.append(attention.read_materialised(q, reading, sight))
+            read.append(attention.attend_materialised(q, attended, metadata))
         largest.append(spy.largest)
     torch.testing.assert_close(*read, atol=1e-5, rtol=0)
     assert 2**20 < largest[0] < largest[1] / 2
@@ -185,11 +185,11 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Which way every read goes."""
     ways: list[str] = []
     with monkeypatch.context() as patch:
-        for name in ("read_materialised", "read_absorbed"):
+        for name in ("attend_materialised", "attend_absorbed"):
             read = getattr(LatentSelfAttention, name)
 
             def note(*arguments: Any, read: Any = read, name: str = name) -> Tensor:
-                ways.append(name.removeprefix("read_"))
+                ways.append(name.removeprefix("attend_"))
                 return read(*arguments)
 
             patch.setattr(LatentSelfAttention, name, note)
@@ -214,13 +214,13 @@ def test_auto_goes_the_way_with_clearly_fewer_operations_untimed(
     nothing_timed.setattr(backends, "_seconds", never)
     nothing_timed.setattr(backends, "SMALL_FLOPS", small)
     layer, x = wide_layer(), noise(2, 120, DIM)
-    reading, sight = sights(layer, x, torch.arange(60), 120 - queries, backend="auto")
-    shape = layer.read_shape(torch.zeros(2, queries, HEADS, HEAD_DIM), reading)
+    attended, metadata = metadatas(layer, x, torch.arange(60), 120 - queries, backend="auto")
+    shape = layer.attention_shape(torch.zeros(2, queries, HEADS, HEAD_DIM), attended)
     ratio = materialised_flops(shape) / absorbed_flops(shape)
     assert max(ratio, 1 / ratio) > backends.CLEAR_RATIO
     assert (ratio > 1) == (queries == 2)
     with counted(nothing_timed) as ways:
-        layer(x[:, -queries:], reading, sight)
+        layer(x[:, -queries:], attended, metadata)
     assert ways == (["absorbed"] if queries == 2 else ["materialised"])
 
 
@@ -237,7 +237,7 @@ def test_auto_times_each_way_once_for_each_shape_where_the_count_is_unclear(
         names: list[str] = []
         for read in (one, other):
             assert isinstance(read, partial)
-            names.append(read.func.__name__.removeprefix("read_"))
+            names.append(read.func.__name__.removeprefix("attend_"))
         timed.extend(names)
         return tuple(1.0 if name == fast else 2.0 for name in names)
 
@@ -248,12 +248,12 @@ def test_auto_times_each_way_once_for_each_shape_where_the_count_is_unclear(
     for past in (4, 4, 6, 4, 6):
         for layer in layers:
             x = noise(2, 10, DIM)
-            reading, sight = sights(layer, x, PLACES, past, backend="auto")
+            attended, metadata = metadatas(layer, x, PLACES, past, backend="auto")
             q = split_heads(layer.norm_q(layer.q(x[:, past:])), HEADS)
-            assert layer.faster(q, reading, sight) == fast
-            y = layer(x[:, past:], reading, sight)
-            other = sight._replace(runtime=RuntimeConfig(backend="materialised"))
-            torch.testing.assert_close(y, layer(x[:, past:], reading, other), atol=1e-5, rtol=0)
+            assert layer.faster_backend(q, attended, metadata) == fast
+            y = layer(x[:, past:], attended, metadata)
+            other = metadata._replace(runtime=RuntimeConfig(backend="materialised"))
+            torch.testing.assert_close(y, layer(x[:, past:], attended, other), atol=1e-5, rtol=0)
     assert sorted(timed) == sorted(2 * ["materialised", "absorbed"])
 
 
@@ -263,7 +263,7 @@ def test_timed_in_earnest_auto_is_one_of_both_ways(nothing_timed: pytest.MonkeyP
     nothing_timed.setattr(backends, "CLEAR_RATIO", 1e6)
     layer, x = random_layer(tiny_mla()), noise(2, 10, DIM)
     auto, absorbed, rebuilt = (
-        layer(x[:, 4:], *sights(layer, x, PLACES, 4, backend=backend))
+        layer(x[:, 4:], *metadatas(layer, x, PLACES, 4, backend=backend))
         for backend in ("auto", "absorbed", "materialised")
     )
     assert torch.equal(auto, absorbed) or torch.equal(auto, rebuilt)
@@ -272,12 +272,12 @@ def test_timed_in_earnest_auto_is_one_of_both_ways(nothing_timed: pytest.MonkeyP
 @torch.no_grad()
 def test_a_masked_read_is_rebuilt() -> None:
     layer, x = random_layer(tiny_mla()), noise(1, 10, DIM)
-    reading, sight = sights(layer, x, PLACES, 0, backend="absorbed")
-    masked = sight._replace(groups=(QueryGroup(10, (slice(10),)),))
+    attended, metadata = metadatas(layer, x, PLACES, 0, backend="absorbed")
+    masked = metadata._replace(groups=(QueryGroup(10, (slice(10),)),))
     with pytest.raises(ValueError, match="without mask"):
-        layer(x, reading, masked)
-    y = layer(x, reading, masked._replace(runtime=RuntimeConfig()))
-    torch.testing.assert_close(y, layer(x, reading, sight), atol=1e-5, rtol=0)
+        layer(x, attended, masked)
+    y = layer(x, attended, masked._replace(runtime=RuntimeConfig()))
+    torch.testing.assert_close(y, layer(x, attended, metadata), atol=1e-5, rtol=0)
 
 
 # What cannot be is refused before it runs
@@ -302,9 +302,9 @@ def test_dense_recent_frames_are_refused_where_nothing_is_dense() -> None:
 # What it costs
 
 
-def wan_shape(key_rank: int, value_rank: int, rope: int) -> ReadShape:
+def wan_shape(key_rank: int, value_rank: int, rope: int) -> AttentionShape:
     """A chunk of three frames of Wan 1.3B that reads seven, itself among them (METHOD 8)."""
-    return ReadShape(4_680, 10_920, 1, 12, 128 + rope, 128, key_rank + 1 + rope, value_rank)
+    return AttentionShape(4_680, 10_920, 1, 12, 128 + rope, 128, key_rank + 1 + rope, value_rank)
 
 
 def test_operations_of_wan_by_hand() -> None:
@@ -342,13 +342,13 @@ def fused(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
 def test_operations_are_those_that_torch_counts(mla: MLAConfig, backend: str) -> None:
     """But for what both ways do alike: the queries' own maps."""
     layer, x = random_layer(mla), noise(2, 300, DIM)
-    reading, sight = sights(layer, x, torch.arange(150), 200)
+    attended, metadata = metadatas(layer, x, torch.arange(150), 200)
     q = split_heads(layer.norm_q(layer.q(x[:, 200:])), HEADS)
     kernel = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: fused}
     with FlopCounterMode(display=False, custom_mapping=kernel) as counter:
-        getattr(layer, f"read_{backend}")(q, reading, sight)
+        getattr(layer, f"attend_{backend}")(q, attended, metadata)
     rope = 2 * len(mla.rope_pairs[1])
     alike = 2 * 2 * 100 * HEADS * HEAD_DIM * rope
     expected = {"materialised": materialised_flops, "absorbed": absorbed_flops}[backend]
-    shape = layer.read_shape(q, reading)
+    shape = layer.attention_shape(q, attended)
     assert counter.get_total_flops() == expected(shape) + alike

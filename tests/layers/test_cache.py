@@ -172,10 +172,10 @@ class Caches(RuleBasedStateMachine):
     def read_dense(self, layer: int, keep: bool) -> None:
         window, widths = self.cache.window, self.widths[layer]
         new = entries(self.naive.chunk, widths, [self.passes] * len(self.naive.chunk))
-        reading = self.cache.update(layer, new, keep)
+        attended = self.cache.update(layer, new, keep)
         held = [self.slots[slot] for slot in range(window.held)]
-        assert same(reading.entries, entries(held, widths, [self.written[f] for f in held]))
-        assert reading.past is None
+        assert same(attended.entries, entries(held, widths, [self.written[f] for f in held]))
+        assert attended.past is None
         self.check_places(layer, held)
 
     def read_latent(self, layer: int, keep: bool) -> None:
@@ -184,9 +184,9 @@ class Caches(RuleBasedStateMachine):
         new = entries(chunk, widths, now)
         past = [self.slots[slot] for slot in window.past_slots]
         before = [self.kept[f] for f in past]
-        reading = self.cache.update(layer, new, keep)
-        assert same(reading.entries, entries(past + chunk, widths, before + now))
-        assert reading.past is None
+        attended = self.cache.update(layer, new, keep)
+        assert same(attended.entries, entries(past + chunk, widths, before + now))
+        assert attended.past is None
         self.check_places(layer, past + chunk)
 
     def read_compressed(self, keep: bool) -> None:
@@ -201,11 +201,11 @@ class Caches(RuleBasedStateMachine):
             return
         past = [self.slots[slot] for slot in window.past_slots]
         assert sorted(past) == self.naive.past
-        reading = self.cache.update(4, new, keep)
+        attended = self.cache.update(4, new, keep)
         exact = entries(recent + chunk, widths, [self.stayed[f] for f in recent] + now)
-        assert same(reading.entries, exact)
-        assert isinstance(reading.past, Listed)
-        assert same(reading.past.entries, entries(past, widths, [self.stayed[f] for f in past]))
+        assert same(attended.entries, exact)
+        assert isinstance(attended.past, Listed)
+        assert same(attended.past.entries, entries(past, widths, [self.stayed[f] for f in past]))
         self.check_places(4, recent + chunk, past)
         if keep:
             self.stayed.update(dict.fromkeys(chunk, self.passes))
@@ -213,7 +213,7 @@ class Caches(RuleBasedStateMachine):
     def check_places(self, layer: int, exact: list[int], past: list[int] | None = None) -> None:
         """Whether frames are where the policy puts them."""
         held, relative = self.naive.held, self.cache.window.policy.positions == "relative"
-        places = self.layers[layer].places(self.cache.window)
+        places = self.layers[layer].frame_positions(self.cache.window)
         expected = [
             [held.index(frame) for frame in frames] if relative and frames else frames
             for frames in (exact, past)

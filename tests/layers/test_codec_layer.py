@@ -18,16 +18,16 @@ from conftest import (
     tiny_fit,
     tiny_model,
 )
+from reference.masks import block_causal_mask
 from reference.rope import rotary_table
 from torch import Tensor
 
 from vmla_convert.config import CachePolicy, CacheSize, CodecConfig, RuntimeConfig
 from vmla_convert.errors import ConfigError
-from vmla_convert.layers.attention import DenseSelfAttention, Reading, Sight
+from vmla_convert.layers.attention import AttendedTokens, AttentionMetadata, DenseSelfAttention
 from vmla_convert.layers.cache import KVCache
 from vmla_convert.layers.codec import DecodedPast, LayerCodec
 from vmla_convert.layers.dit import CausalWanModel, masked_attention
-from vmla_convert.maths.masks import block_causal_mask
 from vmla_convert.maths.quantise import quantise
 from vmla_convert.maths.rates import Rate
 from vmla_convert.maths.rope3d import token_positions
@@ -84,7 +84,7 @@ def rollout(
     latents, timestep, context = clip
     if not isinstance(cache, KVCache):
         cache = model.new_cache(len(latents), cache)
-    prompt, chunk = model.read_prompt(context), model.config.chunk_frames
+    prompt, chunk = model.project_prompt(context), model.config.chunk_frames
     velocities: list[Tensor] = []
     for part, level in zip(latents.split(chunk, 1), timestep.split(chunk, 1), strict=True):
         cache.open_chunk(chunk)
@@ -213,7 +213,7 @@ def held(model: CausalWanModel, cache: KVCache) -> list[Tensor]:
     latents, timestep, context = clip_of(model, 2)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(LayerCodec, "decode_heads", noted)
-        model.stream(latents, timestep, model.read_prompt(context), cache, keep=False)
+        model.stream(latents, timestep, model.project_prompt(context), cache, keep=False)
     assert len(seen) == LAYERS
     return seen
 
@@ -230,7 +230,7 @@ def test_passes_that_are_not_kept_leave_the_cache_as_it_is(
     cache.open_chunk(2)
     before = held(model, cache)
     latents, timestep, context = clip_of(model, 2)
-    prompt = model.read_prompt(context)
+    prompt = model.project_prompt(context)
     for seed in range(3):
         other = noise(*latents.shape, seed=seed).double()
         model.stream(other, timestep, prompt, cache, keep=False)
@@ -246,7 +246,7 @@ def test_a_chunk_is_kept_once_where_frames_stay_dense() -> None:
     """Its own frames took the place of those that it attends to."""
     model = codec_model(CachePolicy(6, 1, dense_recent_frames=2), CacheSize(20))
     latents, timestep, context = clip_of(model, 2)
-    prompt, cache = model.read_prompt(context), model.new_cache(2)
+    prompt, cache = model.project_prompt(context), model.new_cache(2)
     cache.open_chunk(2)
     for _ in range(2):
         model.stream(latents, timestep, prompt, cache)
@@ -406,7 +406,7 @@ def test_tiles_of_heads_attend_as_all_heads_do(
     tokens = torch.arange(3_006)
     key, value = dense.project(x)
     past = codec.past(key[:, :3_000], value[:, :3_000])
-    reading = Reading((key[:, 3_000:], value[:, 3_000:]), past)
+    attended = AttendedTokens((key[:, 3_000:], value[:, 3_000:]), past)
     own, older, tiles = rotary.at(tokens[3_000:]), rotary.at(tokens[:3_000]), list[int]()
     decode = LayerCodec.decode_heads
 
@@ -417,16 +417,16 @@ def test_tiles_of_heads_attend_as_all_heads_do(
     monkeypatch.setattr(LayerCodec, "decode_heads", noted)
     outputs: list[Tensor] = []
     for tile_mib in (1, 2, 64, None):
-        sight = Sight(own, own, older, runtime=RuntimeConfig(tile_mib=tile_mib))
-        outputs.append(dense(x[:, 3_000:], reading, sight))
+        metadata = AttentionMetadata(own, own, older, runtime=RuntimeConfig(tile_mib=tile_mib))
+        outputs.append(dense(x[:, 3_000:], attended, metadata))
     # The last tile ends with the last head.
     assert tiles == [1, 1, 1, 2, 1, 3, 3]
     for output in outputs:
         torch.testing.assert_close(output, outputs[0], rtol=0, atol=1e-10)
     # … and as one softmax over keys and values that are decoded beforehand.
     whole = tuple(part.flatten(2) for part in decode(codec, past.channels, slice(0, HEADS)))
-    joined = tuple(torch.cat(parts, 1) for parts in zip(whole, reading.entries, strict=True))
-    expected = dense(x[:, 3_000:], Reading(joined), Sight(own, rotary))
+    joined = tuple(torch.cat(parts, 1) for parts in zip(whole, attended.entries, strict=True))
+    expected = dense(x[:, 3_000:], AttendedTokens(joined), AttentionMetadata(own, rotary))
     torch.testing.assert_close(outputs[0], expected, rtol=0, atol=1e-10)
 
 

@@ -18,13 +18,14 @@ from conftest import (
     tiny_mla,
     tiny_model,
 )
+from reference.masks import block_causal_mask
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from vmla_convert.checkpoint.keymap import DIFFUSERS_RULES, to_native
 from vmla_convert.config import CachePolicy, MLAConfig, ModelConfig
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.maths.masks import block_causal_mask, teacher_forcing_mask
+from vmla_convert.maths.masks import teacher_forcing_mask
 
 KINDS_BY_NAME = {"dense model": None, **{latent: tiny_mla(latent) for latent in EITHER_LATENT}}
 KINDS = pytest.mark.parametrize("mla", list(KINDS_BY_NAME.values()), ids=list(KINDS_BY_NAME))
@@ -112,7 +113,7 @@ def stream_chunks(
     model: CausalWanModel, latents: Tensor, timestep: Tensor, context: Tensor
 ) -> Tensor:
     """Velocities of a clip whose chunks are streamed one after the other."""
-    cache, prompt = model.new_cache(len(latents)), model.read_prompt(context)
+    cache, prompt = model.new_cache(len(latents)), model.project_prompt(context)
     chunk = model.config.chunk_frames
     velocities: list[Tensor] = []
     for part, level in zip(latents.split(chunk, 1), timestep.split(chunk, 1), strict=True):
@@ -221,7 +222,7 @@ def test_teacher_forcing_is_streamed_denoising_with_a_clean_past(
         torch.arange(frames).repeat(2),
         mask,
     )
-    cache, prompt = model.new_cache(len(clean)), model.read_prompt(context)
+    cache, prompt = model.new_cache(len(clean)), model.project_prompt(context)
     denoised: list[Tensor] = []
     written: list[Tensor] = []
     for start in range(0, frames, chunk):
@@ -243,7 +244,7 @@ def test_denoising_again_overwrites_the_open_chunk(mla: MLAConfig | None) -> Non
     zero = torch.zeros(2, 2)
 
     def rollout(versions: list[float]) -> list[Tensor]:
-        cache, prompt = model.new_cache(2), model.read_prompt(context)
+        cache, prompt = model.new_cache(2), model.project_prompt(context)
         last: list[Tensor] = []
         for part in latents.split(2, 1):
             cache.open_chunk(2)

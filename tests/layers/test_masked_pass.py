@@ -16,7 +16,7 @@ from conftest import (
     tiny_mla,
     tiny_model,
 )
-from reference.masks import PairwiseAttend, token_masks
+from reference.masks import PairwiseAttend, block_causal_mask, token_masks
 from reference.rope import rotary_table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,7 +25,7 @@ from vmla_convert.config import CachePolicy, CacheSize, CodecConfig
 from vmla_convert.layers import attention as dense_layer
 from vmla_convert.layers import mla as latent_layer
 from vmla_convert.layers.dit import Attend, Block, masked_attention
-from vmla_convert.maths.masks import Visibility, block_causal_mask, teacher_forcing_mask
+from vmla_convert.maths.masks import AttentionMask, teacher_forcing_mask
 from vmla_convert.maths.rope3d import token_positions
 from vmla_convert.media.clips import Batch
 from vmla_convert.training.losses import flow_matching, make_example, teacher_forcing_inputs
@@ -54,7 +54,7 @@ policies = pytest.mark.parametrize(
          for p, _ in POLICIES],
 )  # fmt: skip
 makers = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-Maker = Callable[[int, int, int, CachePolicy | None], Visibility]
+Maker = Callable[[int, int, int, CachePolicy | None], AttentionMask]
 
 
 class Pass(NamedTuple):
@@ -69,14 +69,14 @@ def block_with(kind: dict[str, Any]) -> Block:
     return tiny_model(tiny_config(**kind), seed=4).all_blocks()[1]
 
 
-def attend_of(mask: Visibility) -> Attend:
+def attend_of(mask: AttentionMask) -> Attend:
     """Of one clip, or a clean and a noisy one, in frames of 1 x 2 tokens."""
-    frames = torch.arange(FRAMES).repeat(len(mask.seen) // FRAMES)
+    frames = torch.arange(FRAMES).repeat(len(mask.visible) // FRAMES)
     rotary = rotary_table(token_positions(frames, 1, TOKENS), TINY_GEOMETRY.head_dim)
     return masked_attention(rotary, mask)
 
 
-def passed(block: Block, x: Tensor, mask: Visibility) -> Pass:
+def passed(block: Block, x: Tensor, mask: AttentionMask) -> Pass:
     """Output and gradients, of x first and then of all parameters that take part."""
     leaf = x.clone().requires_grad_()
     y = attend_of(mask)(block, leaf)
@@ -86,7 +86,7 @@ def passed(block: Block, x: Tensor, mask: Visibility) -> Pass:
     return Pass(y.detach(), [g for g in gradients if g is not None])
 
 
-def pairwise(monkeypatch: pytest.MonkeyPatch, mask: Visibility) -> None:
+def pairwise(monkeypatch: pytest.MonkeyPatch, mask: AttentionMask) -> None:
     """Let layers attend under one mask of all pairs, whatever they pass."""
     for module in (dense_layer, latent_layer):
         monkeypatch.setattr(module, "attend", PairwiseAttend(mask))
@@ -104,7 +104,7 @@ def test_groups_give_what_a_mask_of_all_pairs_gives(
 ) -> None:
     """Outputs and gradients alike, of several clips."""
     block, mask = block_with(KINDS[kind]).double(), make(FRAMES, chunk, TOKENS, policy)
-    x = noise(2, TOKENS * len(mask.seen), TINY_GEOMETRY.dim).double()
+    x = noise(2, TOKENS * len(mask.visible), TINY_GEOMETRY.dim).double()
     grouped = passed(block, x, mask)
     pairwise(monkeypatch, mask)
     plain = passed(block, x, mask)
@@ -123,7 +123,7 @@ def test_without_gradients_too(
 ) -> None:
     """Also in two bytes."""
     block, mask = block_with(KINDS[kind]).to(dtype), make(FRAMES, 2, TOKENS, CachePolicy(5, 1))
-    x = noise(2, TOKENS * len(mask.seen), TINY_GEOMETRY.dim).to(dtype)
+    x = noise(2, TOKENS * len(mask.visible), TINY_GEOMETRY.dim).to(dtype)
     attend = attend_of(mask)
     grouped = attend(block, x)
     pairwise(monkeypatch, mask)

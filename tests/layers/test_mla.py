@@ -26,7 +26,7 @@ from reference.rope import rotary_table
 from torch import Tensor, nn
 
 from vmla_convert.config import CachePolicy, MLAConfig
-from vmla_convert.layers.attention import DenseSelfAttention, Reading, Sight
+from vmla_convert.layers.attention import AttendedTokens, AttentionMetadata, DenseSelfAttention
 from vmla_convert.layers.dit import CausalWanModel, masked_attention
 from vmla_convert.layers.mla import LatentSelfAttention
 from vmla_convert.maths.masks import teacher_forcing_mask
@@ -126,8 +126,8 @@ def test_a_full_size_layer_reads_slots_in_any_order_at_any_place(
     layer, tokens = lossless(dense, latent), noise(2, 30, DIM)
     x = tokens[:, 6:18]
     places, here = table(torch.tensor([4, 9, 10, 0, 1])), table(torch.tensor([9, 10]))
-    expected = dense(x, Reading(dense.project(tokens)), Sight(here, places))
-    y = layer(x, Reading(layer.project(tokens)), Sight(here, places))
+    expected = dense(x, AttendedTokens(dense.project(tokens)), AttentionMetadata(here, places))
+    y = layer(x, AttendedTokens(layer.project(tokens)), AttentionMetadata(here, places))
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
 
 
@@ -151,7 +151,7 @@ def test_a_full_size_model_rolls_out_like_its_source(latent: Latent, positions: 
         velocities: list[Tensor] = []
         for which, cache in zip((source, model), caches, strict=True):
             cache.open_chunk(2)
-            velocities.append(which.stream(part, level, which.read_prompt(context), cache))
+            velocities.append(which.stream(part, level, which.project_prompt(context), cache))
         torch.testing.assert_close(*velocities, atol=2e-5, rtol=0)
 
 

@@ -129,7 +129,7 @@ def streamed(
     latents, context = tiny_clip(model.config, frames)
     latents, context = (x.to(model.patch_embedding.weight.dtype) for x in (latents, context))
     timestep, chunk = chunk_timesteps(model.config, frames), model.config.chunk_frames
-    cache, prompt = model.new_cache(2, runtime), model.read_prompt(context)
+    cache, prompt = model.new_cache(2, runtime), model.project_prompt(context)
     velocities: list[Tensor] = []
     with torch.no_grad():
         for part, level in zip(latents.split(chunk, 1), timestep.split(chunk, 1), strict=True):
@@ -229,9 +229,9 @@ def test_what_is_kept_stays_as_it_is_until_its_slot_is_claimed(bits: int) -> Non
         new = chunk(frames, 10 * seed)
         slots, owner = window.past_slots, {v: k for k, v in enumerate(window._slot_frames)}
         for keep in (False, True):
-            reading = cache.update(0, new if keep else chunk(frames, 999), keep)
-            assert all(map(torch.equal, reading.entries, new)) or not keep
-            past = reading.past
+            attended = cache.update(0, new if keep else chunk(frames, 999), keep)
+            assert all(map(torch.equal, attended.entries, new)) or not keep
+            past = attended.past
             assert past is not None and past.tokens == TOKENS * len(slots)
             got = tuple(part.flatten(2) for part in past.heads(slice(0, HEADS)))
             frames_held = [window._slot_frames[slot] for slot in slots]

@@ -12,18 +12,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vmla_convert.layers import sdpa
-from vmla_convert.layers.sdpa import Partial, attend, attend_partly, merge, plainly
+from vmla_convert.layers.sdpa import PartialAttention, attend, attend_partly, merge, plainly
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=40)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
-def one_softmax(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial:
+def one_softmax(q: Tensor, k: Tensor, v: Tensor, scale: float) -> PartialAttention:
     """Output and log-sum in float64, head by head."""
     q, k, v = (x.double() for x in (q, k, v))
     logits = torch.einsum("bthw,bshw->bths", q, k) * scale
     output = torch.einsum("bths,bshd->bthd", logits.softmax(-1), v)
-    return Partial(output, torch.logsumexp(logits, -1))
+    return PartialAttention(output, torch.logsumexp(logits, -1))
 
 
 def reads(
@@ -92,7 +92,7 @@ def test_a_part_that_is_much_louder_or_quieter_than_the_other_is_weighed_right(
 
 
 def test_a_part_that_outweighs_the_other_is_all_there_is() -> None:
-    one, other = (Partial(noise(1, 2, 3, 4, seed=s), torch.zeros(1, 2, 3)) for s in (0, 1))
+    one, other = (PartialAttention(noise(1, 2, 3, 4, seed=s), torch.zeros(1, 2, 3)) for s in (0, 1))
     louder = one._replace(log_sum=one.log_sum + 1000)
     torch.testing.assert_close(merge(louder, other), one.output)
     torch.testing.assert_close(merge(other, louder), one.output)
@@ -110,7 +110,7 @@ def test_parts_merge_in_any_order_as_long_as_their_sums_add_up(order: list[int],
     whole = parts[0]
     for part in parts[1:]:
         log_sum = torch.logaddexp(whole.log_sum, part.log_sum)
-        whole = Partial(merge(whole, part), log_sum)
+        whole = PartialAttention(merge(whole, part), log_sum)
     expected = one_softmax(q, k, v, 0.5)
     torch.testing.assert_close(whole.output.double(), expected.output, atol=2e-5, rtol=0)
     torch.testing.assert_close(whole.log_sum.double(), expected.log_sum, atol=2e-5, rtol=0)

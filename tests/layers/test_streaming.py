@@ -20,6 +20,7 @@ from conftest import (
     tiny_mla,
     tiny_model,
 )
+from reference.masks import block_causal_mask
 from torch import Tensor
 
 from vmla_convert.config import (
@@ -34,7 +35,6 @@ from vmla_convert.generating.sampler import sample_chunk
 from vmla_convert.layers.cache import KVCache
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.flow import sampler_sigmas
-from vmla_convert.maths.masks import block_causal_mask
 
 Kind = dict[str, Any]
 KINDS_BY_NAME: dict[str, Kind] = {
@@ -82,7 +82,7 @@ def rollout(
     """
     if not isinstance(cache, KVCache):
         cache = model.new_cache(len(latents), cache)
-    prompt, chunk = model.read_prompt(context), model.config.chunk_frames
+    prompt, chunk = model.project_prompt(context), model.config.chunk_frames
     velocities: list[Tensor] = []
     for part, level in zip(latents.split(chunk, 1), timestep.split(chunk, 1), strict=True):
         cache.open_chunk(part.shape[1])
@@ -209,7 +209,7 @@ def test_a_sampled_chunk_leaves_what_a_pass_over_its_clean_latents_leaves(
     config = tiny_config(cache=CachePolicy(6, 1), **kind)
     model = model_of(config)
     latents, timestep, context = clip_of(config, 2)
-    prompt, generator = model.read_prompt(context), torch.Generator().manual_seed(0)
+    prompt, generator = model.project_prompt(context), torch.Generator().manual_seed(0)
     sampled, clean = model.new_cache(2), model.new_cache(2)
     for seed in range(4):
         start = noise(*latents.shape, seed=seed)
@@ -241,7 +241,7 @@ def test_a_bf16_model_is_given_the_timesteps_that_were_asked_for(
     latents, _, context = clip_of(config, 2)
     start, cache = latents.bfloat16(), model.new_cache(2)
     cache.open_chunk(2)
-    prompt = model.read_prompt(context.bfloat16())
+    prompt = model.project_prompt(context.bfloat16())
     x = sample_chunk(model, start, prompt, cache, partial(torch.randn, start.shape))
     assert x.dtype == torch.bfloat16
     sigmas = sampler_sigmas(sampler.denoising_step_list, sampler.shift)
@@ -288,7 +288,7 @@ def test_three_hundred_frames_take_no_more_than_the_first_ones(kind: Kind) -> No
     policy = CachePolicy(6, 1, "relative")
     model = model_of(tiny_config(cache=policy, **kind, latent_size=(2, 2)))
     latents, timestep, context = clip_of(model.config, 2, batch=1)
-    cache, prompt = model.new_cache(1), model.read_prompt(context)
+    cache, prompt = model.new_cache(1), model.project_prompt(context)
     sizes: list[tuple[int, int]] = []
     for chunk in range(150):
         cache.open_chunk(2)

@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from reference.masks import block_causal_mask
 from reference.window import NaiveWindow, held_frames
 
 from vmla_convert.config import CachePolicy
 from vmla_convert.layers.window import FrameWindow
-from vmla_convert.maths.masks import block_causal_mask, teacher_forcing_mask
+from vmla_convert.maths.masks import teacher_forcing_mask
 
 
 @st.composite
@@ -82,10 +83,10 @@ class Windows(RuleBasedStateMachine):
                 else list(map(naive.held.index, frames))
             )
 
-        assert window.positions(slots) == places(held)
+        assert window.frame_positions(slots) == places(held)
         past = [self.written[slot] for slot in window.past_slots]
-        assert window.positions(window.past_slots) == places(past)
-        assert window.exact_positions() == places(naive.recent + naive.chunk)
+        assert window.frame_positions(window.past_slots) == places(past)
+        assert window.own_positions() == places(naive.recent + naive.chunk)
 
 
 TestWindows = Windows.TestCase
@@ -103,16 +104,16 @@ def test_the_worked_example_of_the_module() -> None:
         for window in (absolute, relative):
             window.open_chunk(2)
             assert window.chunk_frames == [first, first + 1]
-    assert absolute.positions(slots) == [0, 1, 2, 3, 4, 5]
-    assert relative.positions(slots) == [0, 1, 2, 3, 4, 5]
+    assert absolute.frame_positions(slots) == [0, 1, 2, 3, 4, 5]
+    assert relative.frame_positions(slots) == [0, 1, 2, 3, 4, 5]
     for window in (absolute, relative):
         window.open_chunk(2)
         assert window.chunk_slots == [2, 3]
         assert window.past_slots == [0, 1, 4, 5]
-    assert absolute.positions(slots) == [0, 1, 6, 7, 4, 5]
-    assert relative.positions(slots) == [0, 1, 4, 5, 2, 3]
-    assert absolute.exact_positions() == [6, 7]
-    assert relative.exact_positions() == [4, 5]
+    assert absolute.frame_positions(slots) == [0, 1, 6, 7, 4, 5]
+    assert relative.frame_positions(slots) == [0, 1, 4, 5, 2, 3]
+    assert absolute.own_positions() == [6, 7]
+    assert relative.own_positions() == [4, 5]
 
 
 @pytest.mark.parametrize("dense", [0, 1, 4])
@@ -126,8 +127,8 @@ def test_thousands_of_frames_are_like_the_first_ones(dense: int) -> None:
         past, count = count, count + size
         if count > 9:
             # Only the sink and the newest seven are left, at the places 0 to 8.
-            assert sorted(window.positions(list(range(9)))) == list(range(9))
-            assert window.positions(window.chunk_slots) == list(range(9 - size, 9))
+            assert sorted(window.frame_positions(list(range(9)))) == list(range(9))
+            assert window.frame_positions(window.chunk_slots) == list(range(9 - size, 9))
             assert window.recent == list(range(past - min(dense, 7 - size), past))
     assert held_frames(count, 9, 2) == [0, 1, *range(count - 7, count)]
     assert window.chunk_frames == list(range(past, count))

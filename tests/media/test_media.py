@@ -9,14 +9,9 @@ import torch
 from conftest import noise, tiny_config
 
 from vmla_convert.errors import ConfigError, VmlaError
-from vmla_convert.media.models import (
-    DIGIT_WORDS,
-    DemoMedia,
-    check_prompts,
-    latent_frames_per_second,
-    open_media,
-    require_demo_media,
-)
+from vmla_convert.media.base import latent_frames_per_second
+from vmla_convert.media.demo import DIGIT_WORDS, DemoMedia, require_demo_media
+from vmla_convert.media.open import check_prompts, open_media
 
 MEDIA = DemoMedia()
 

@@ -34,26 +34,22 @@ from vmla_convert.config import (
 )
 from vmla_convert.errors import CheckpointError, ConfigError, MissingExtraError, OutputError
 from vmla_convert.fitting.convert import convert
-from vmla_convert.generating.generate import (
-    Switch,
-    check_video_path,
-    generate,
-    read_prefix,
-    write_film,
-)
+from vmla_convert.generating.film import check_video_path, write_film
+from vmla_convert.generating.generate import Switch, generate
 from vmla_convert.generating.make_clips import prepare_clips
-from vmla_convert.generating.rollout import prefix_chunks
+from vmla_convert.generating.prefix import prefix_chunks, read_prefix
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading import load as loading
 from vmla_convert.loading.load import load, open_named
 from vmla_convert.measuring.compare import compare
 from vmla_convert.media import wan as pipeline
+from vmla_convert.media.base import Media
 from vmla_convert.media.clips import open_clips
 from vmla_convert.media.components import Components, find_components
-from vmla_convert.media.models import KnownPrompts, Media, open_media
+from vmla_convert.media.open import open_media
+from vmla_convert.media.prompts import EncodedPrompts, clean_prompt
 from vmla_convert.media.video import partial_path, read_frames, write_mp4, write_png
 from vmla_convert.media.wan import WanMedia
-from vmla_convert.media.wan_inputs import clean_prompt
 
 pytest_plugins = ["checkpoints", "tiny_wan"]
 
@@ -177,7 +173,7 @@ class TestDecoding:
         decoder: Any = media.decoder()
 
         def held() -> int:
-            return sum(t.nbytes for t in decoder._features[0].cache if isinstance(t, Tensor))
+            return sum(t.nbytes for t in decoder._features[0].values() if isinstance(t, Tensor))
 
         sizes = [held() for _ in range(8) if decoder.decode(latents(1)) is not None]
         assert sizes[2] > 0 and set(sizes[2:]) == {sizes[2]}
@@ -288,7 +284,7 @@ class TestTextEncoder:
     ) -> None:
         own = open_media(config, MediaConfig(str(wan_folder)))
         held = self.weights(own)
-        read = KnownPrompts(own, [PROMPT, "two dogs", PROMPT])
+        read = EncodedPrompts(own, [PROMPT, "two dogs", PROMPT])
         gc.collect()
         assert held() is None
         again = ["two dogs", PROMPT]

@@ -44,8 +44,9 @@ from vmla_convert.measuring.evaluate import HeldOut
 from vmla_convert.measuring.rows import Errors
 from vmla_convert.media.clips import open_clips, seeded
 from vmla_convert.progress import Silent
+from vmla_convert.recovery.layerwise import fit_layers
 from vmla_convert.recovery.recover import recover
-from vmla_convert.recovery.stages import fit_layers, recover_model
+from vmla_convert.recovery.stages import recover_model
 from vmla_convert.results import Row
 from vmla_convert.tables import to_dict
 from vmla_convert.training.losses import make_example, teacher_forcing_inputs
@@ -431,7 +432,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(
     words = ["recover", converted, "--teacher", teacher, "-o", tmp_path / "out", "--steps", "1"]
     words += ["--layerwise-steps", "1", "--batch-size", "1", "--lr", "0.001"]
     with monkeypatch.context() as patch:
-        patch.setattr("vmla_convert.recovery.stages.recover_layers", press)
+        patch.setattr("vmla_convert.recovery.layerwise.fit_share", press)
         ran = vmla(*words)
     assert (ran.code, ran.out) == (130, "")
     assert ran.err.endswith("what is done is kept; to go on: the same command\ninterrupted\n")

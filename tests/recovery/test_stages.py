@@ -24,13 +24,13 @@ from vmla_convert.measuring.rows import Errors
 from vmla_convert.media.clips import open_clips, seeded
 from vmla_convert.progress import Silent
 from vmla_convert.recovery import layerwise
-from vmla_convert.recovery.nested import Sizes
-from vmla_convert.recovery.on_policy import Share, roll_out, rollout_examples
+from vmla_convert.recovery.layerwise import fit_layers
+from vmla_convert.recovery.nested import NestedSizes
+from vmla_convert.recovery.on_policy import roll_out, rollout_examples
 from vmla_convert.recovery.recover import recover
-from vmla_convert.recovery.stages import Recovered, fit_layers, recover_model
+from vmla_convert.recovery.stages import Recovered, recover_model
 from vmla_convert.recovery.trained import (
     add_adapters,
-    merge_adapters,
     new_names,
     new_parameters,
     unfreeze,
@@ -43,6 +43,7 @@ from vmla_convert.training.losses import (
     streamed_velocity,
     velocity_distillation,
 )
+from vmla_convert.training.processes import Share
 
 pytest_plugins = ["checkpoints"]
 pytestmark = pytest.mark.usefixtures("few_layerwise_clips")
@@ -159,7 +160,7 @@ def test_a_student_learns_from_its_own_rollouts(
     curve, how = recovered(ignorant, dense, config)
     assert list(curve) == [0, 6, 12]
     assert curve[12].velocity_error < 0.9 * curve[0].velocity_error
-    assert how.kept["on policy"] == 12
+    assert how.best_steps["on policy"] == 12
 
 
 @pytest.mark.parametrize("on_policy", [False, True], ids=["clips", "on policy"])
@@ -293,7 +294,7 @@ def test_adapters_change_nothing_at_first_and_are_those_of_their_seed(
         adapted = add_adapters(ignorant, 2, "new", seed)
         torch.testing.assert_close(predicted_velocity(ignorant, MODEL, example), velocity)
         started += [p.clone() for n, p in ignorant.named_parameters() if "lora_A" in n][:1]
-        merge_adapters(adapted)
+        adapted.merge_and_unload()
         assert not changed(ignorant, before)
     assert torch.equal(started[0], started[1])
     assert not torch.equal(started[0], started[2])
@@ -325,7 +326,7 @@ def test_a_ruinous_stage_is_undone(
     assert curve[1].velocity_error > curve[0].velocity_error
     # The end of a stage is what it kept.
     assert curve[3] == curve[0]
-    assert how.kept == {stage: 0}
+    assert how.best_steps == {stage: 0}
     assert not changed(calibrated, before)
 
 
@@ -335,7 +336,7 @@ def test_a_ruinous_layer_is_undone_by_itself(
     before, fit = weights(ignorant), layerwise.fit_layer
 
     def ruin_the_first(
-        layer: Block, lesson: layerwise.Lesson, config: RecoverConfig, sizes: Sizes
+        layer: Block, lesson: layerwise.Lesson, config: RecoverConfig, sizes: NestedSizes
     ) -> tuple[float, float]:
         first = layer is ignorant.all_blocks()[0]
         return fit(layer, lesson, replace(config, layerwise_lr=1.0 if first else 3e-3), sizes)
@@ -363,7 +364,7 @@ def test_layers_that_are_better_alone_and_worse_together_are_undone(
     config = RecoverConfig(3, training=replace(RUINOUS, steps=0), data=CLIPS)
     curve, how = recovered(calibrated, dense, config)
     assert curve[3] == curve[0]
-    assert how.kept == {"layer by layer": 0}
+    assert how.best_steps == {"layer by layer": 0}
     assert not changed(calibrated, before)
 
 
@@ -425,16 +426,13 @@ def test_processes_divide_the_layers(
     ignorant: CausalWanModel, dense: CausalWanModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layerwise, "CLIPS", 8)
-    config, clips = RecoverConfig(3, data=CLIPS), open_clips(CLIPS)
+    config = RecoverConfig(3, data=CLIPS)
     together = convert_model(dense, replace(CONVERT, init="random"), None)
 
     def fit(student: CausalWanModel, share: Share) -> MemoryStore:
-        shelf, layers = MemoryStore(), student.all_blocks()
-        blocks, sizes = model_blocks(dense), Sizes(student, (), 0)
-        layerwise.recover_layers(
-            dense, blocks, layers, clips, config, shelf, share, Silent(), sizes
-        )
-        return shelf
+        store = MemoryStore()
+        layerwise.fit_share(student, dense, model_blocks(dense), config, store, share, Silent())
+        return store
 
     whole = fit(together, Share(0, 1))
     for rank in (0, 1):

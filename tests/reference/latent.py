@@ -8,8 +8,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vmla_convert.maths.evidence import Evidence
 from vmla_convert.maths.moments import as_channels, as_pairs
-from vmla_convert.maths.projections import Evidence, Factors, KVWeights, LayerShape
+from vmla_convert.maths.projections import Factors, KVWeights, LayerShape
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -84,7 +85,7 @@ def toy(heads: int = 3, head_dim: int = 14, seed: int = 0) -> Toy:
     return Toy(weights, evidence, inputs)
 
 
-TOYS = st.builds(toy, st.integers(1, 4), st.sampled_from((6, 8, 10, 14, 16)), st.integers(0, 999))
+TOYS = st.builds(toy, st.integers(1, 3), st.sampled_from((6, 8, 10)), st.integers(0, 999))
 """Toys of every geometry; head dims whose pairs divide evenly and unevenly over the axes."""
 
 

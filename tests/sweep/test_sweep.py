@@ -46,9 +46,10 @@ from vmla_convert.results import Row, append_rows, bytes_at_error, read_rows
 from vmla_convert.sweep import point as measured_point
 from vmla_convert.sweep import shared
 from vmla_convert.sweep import sweep as pipeline
-from vmla_convert.sweep.grid import SweepPoint
+from vmla_convert.sweep.grid import SweepPoint, grid, sweep_points
 from vmla_convert.sweep.shared import Shared
-from vmla_convert.sweep.sweep import Team, grid, sweep, sweep_points
+from vmla_convert.sweep.sweep import sweep
+from vmla_convert.sweep.team import Team
 
 T = TypeVar("T")
 
@@ -382,7 +383,7 @@ def test_the_first_process_draws_what_all_have_done(dense: CausalWanModel, tmp_p
                 if label == "distilling":
                     self.seen.append(self.at)
                     if self.at == 1:  # meanwhile the other comes to the end of its second
-                        other.finish()
+                        store.add("finished", 1)
                 yield item
             self.at += label == "sweep"
 
@@ -390,8 +391,7 @@ def test_the_first_process_draws_what_all_have_done(dense: CausalWanModel, tmp_p
     other = Team(1, 2, store)
     theirs = other.share(range(len(POINTS)))
     assert [next(theirs), next(theirs)] == [0, 1]
-    other.finish()
-    other.announce("done")
+    store.add("left", 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(progress, "GLANCE", 0.0)
         sweep(

@@ -15,7 +15,7 @@ import pytest
 import torch
 from checkpoints import CLIPS, RECOVER, Vmla, refused, untimed
 from safetensors.torch import load_file
-from sharded_step import one_step
+from workers import critic_step, one_step
 
 from vmla_convert.loading.load import load
 from vmla_convert.recovery.trained import new_names, unfreeze
@@ -24,6 +24,7 @@ from vmla_convert.results import read_rows
 pytest_plugins = ["checkpoints"]
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+WORKERS = [*TORCHRUN, "workers.py"]
 HOW = [
     *("--steps", RECOVER.training.steps, "--on-policy-steps", 2, "--layerwise-steps", 2),
     *("--batch-size", 4, "--lr", 1e-3, "--frames", CLIPS.frames, "--set", "training.eval_every=2"),
@@ -60,6 +61,7 @@ def same_but_for_rounding(one: dict[str, Any], two: dict[str, Any]) -> None:
     assert one == two
 
 
+@pytest.mark.slow
 def test_two_processes_recover_as_one_does_with_the_whole_batch(
     teacher: Path, converted: Path, tmp_path: Path, vmla: Vmla
 ) -> None:
@@ -69,7 +71,7 @@ def test_two_processes_recover_as_one_does_with_the_whole_batch(
     more = ("-o", two, "--processes", 2, "--accumulate", 2)
     ran = launched(*TORCHRUN, "-m", "vmla_convert", *command, *more)
     assert ran.returncode == 0, ran.stderr
-    # One speaks for both.
+    # Only the main process prints.
     assert ran.stdout.count("wrote: ") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
     before, alone, shared = (load_file(f / "model.safetensors") for f in (converted, one, two))
@@ -91,11 +93,11 @@ def test_a_wrong_number_of_processes_is_refused(
     command = ["recover", converted, "--teacher", teacher, "-o", tmp_path / "out"]
     ran = vmla(*command, "--processes", "2")
     assert refused(ran)
-    assert "2 processes were asked for, and 1 started" in ran.err
-    assert "torchrun --standalone --nproc_per_node 2" in ran.err
+    assert "--nproc_per_node 2" in ran.err
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", SHARDED, ids=["attention, rate given", "all, rate found"])
 def test_a_sharded_recovery_is_that_of_one_process(
     teacher: Path, converted: Path, tmp_path: Path, vmla: Vmla, how: list[object]
@@ -110,22 +112,23 @@ def test_a_sharded_recovery_is_that_of_one_process(
     before, alone, sharded = (load_file(f / "model.safetensors") for f in (converted, one, two))
     for name, tensor in before.items():
         moved = (alone[name] - tensor).abs().max()
-        # What has no gradient moves by its rounding.
+        # A weight without gradient moves by rounding.
         assert (alone[name] - sharded[name]).abs().max() <= 0.05 * moved + 1e-6, name
     records = [json.loads((f / "conversion.json").read_text()) for f in (one, two)]
     same_but_for_rounding(*(record["recovered"].pop("errors") for record in records))
     assert records[0]["recovered"] == records[1]["recovered"]
-    # Steps that are not kept are measured too.
+    # Steps after the best one are measured too.
     curves = [json.loads(told.splitlines()[0]) for told in (single.out, ran.stdout)]
     errors = [[row["velocity_error"] for row in curve] for curve in curves]
     assert errors[1] == pytest.approx(errors[0], rel=1e-3)
 
 
-def test_a_sharded_recovery_that_is_cut_goes_on_bit_for_bit(
+@pytest.mark.slow
+def test_a_sharded_recovery_that_is_cut_resumes_bit_for_bit(
     teacher: Path, converted: Path, tmp_path: Path
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    worker = [*TORCHRUN, "cut_recovery.py", converted, teacher]
+    worker = [*WORKERS, "cut_recovery", converted, teacher]
     assert launched(*worker, whole, "no bar", 0).returncode == 0
     for label, before in (("distilling", 3), ("on policy", 1)):
         assert launched(*worker, cut, label, before).returncode != 0
@@ -142,16 +145,27 @@ def test_a_sharded_student_steps_as_a_whole_one(
     teacher: Path, converted: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "sharded.safetensors"
-    ran = launched(*TORCHRUN, "sharded_step.py", converted, teacher, out)
+    ran = launched(*WORKERS, "sharded_step", converted, teacher, out)
     assert ran.returncode == 0, ran.stderr
     student, before = load(converted), load(converted).state_dict()
     unfreeze(student, "all")
-    one_step(student, load(teacher), 0, 1)
+    one_step(student, load(teacher))
     sharded = load_file(out)
     for name, tensor in student.state_dict().items():
         torch.testing.assert_close(sharded[name], tensor, atol=1e-6, rtol=1e-5)
     moved = [n for n, t in sharded.items() if not torch.equal(t, before[n])]
     assert len(moved) > len(before) / 2
+
+
+@pytest.mark.slow
+def test_processes_hold_equal_critics_that_learn_from_the_whole_batch(tmp_path: Path) -> None:
+    ran = launched(*WORKERS, "shared_critic", tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    first, second = (load_file(tmp_path / f"critic-{rank}") for rank in (0, 1))
+    for name, tensor in critic_step().items():
+        assert torch.equal(first[name], second[name])
+        if "gradient" in name:
+            torch.testing.assert_close(first[name], tensor, rtol=1e-3, atol=1e-6)
 
 
 SWEEP = """
@@ -175,6 +189,7 @@ cuts = [0.8, 0.9]
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_points_of_a_sweep(
     teacher: Path, tmp_path: Path, vmla: Vmla
 ) -> None:
@@ -183,7 +198,7 @@ def test_two_processes_share_the_points_of_a_sweep(
     assert vmla("sweep", str(recipe), "-o", str(tmp_path / "one")).code == 0
     ran = launched(*TORCHRUN, "-m", "vmla_convert", "sweep", recipe, "-o", tmp_path / "two")
     assert ran.returncode == 0, ran.stderr
-    # One draws what both have done.
+    # Only the leader draws.
     assert ran.stderr.count("sweep: ") == ran.stderr.count("sweep: 6 in") == 1
     rows = [untimed(read_rows(tmp_path / name / "rows.jsonl")) for name in ("one", "two")]
     assert Counter(rows[0]) == Counter(rows[1])
@@ -191,6 +206,7 @@ def test_two_processes_share_the_points_of_a_sweep(
     assert {path.name for path in (tmp_path / "two").iterdir()} == {"recipe.json", "rows.jsonl"}
 
 
+@pytest.mark.slow
 def test_several_processes_are_refused_where_one_does_the_work(
     teacher: Path, tmp_path: Path
 ) -> None:
@@ -198,7 +214,6 @@ def test_several_processes_are_refused_where_one_does_the_work(
     recipe.write_text(SWEEP.format(teacher=teacher).replace("alone = true", ""))
     ran = launched(*TORCHRUN, "-m", "vmla_convert", "run", recipe, "-o", tmp_path / "two")
     assert ran.returncode != 0
-    assert "share a sweep by itself, not with convert" in ran.stderr
     assert not (tmp_path / "two").exists()
 
 
@@ -221,6 +236,7 @@ training = {{ steps = 2, batch_size = 2, lr = 1e-3, eval_every = 2 }}
 """
 
 
+@pytest.mark.slow
 def test_two_processes_run_a_recipe_and_recover_together(
     teacher: Path, tmp_path: Path, vmla: Vmla
 ) -> None:

@@ -94,9 +94,9 @@ def test_a_pass_repeats_the_positions_and_masks_by_the_policy() -> None:
     assert positions.tolist() == [*range(FRAMES), *range(FRAMES)]
     tokens = CONFIG.tokens_per_frame
     windowed = teacher_forcing_mask(FRAMES, CHUNK, tokens, CONFIG.cache)
-    assert torch.equal(mask.seen, windowed.seen)
-    assert torch.equal(mask.exact, windowed.exact)
-    assert not torch.equal(mask.seen, teacher_forcing_mask(FRAMES, CHUNK, tokens).seen)
+    assert torch.equal(mask.visible, windowed.visible)
+    assert torch.equal(mask.dense, windowed.dense)
+    assert not torch.equal(mask.visible, teacher_forcing_mask(FRAMES, CHUNK, tokens).visible)
 
 
 CONVERTED: dict[str, dict[str, Any]] = {

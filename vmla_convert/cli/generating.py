@@ -139,26 +139,20 @@ def generate(
     """
     import torch
 
-    from vmla_convert.generating.generate import (
+    from vmla_convert.generating.film import (
         check_comparable,
         check_video_path,
-        clip_frames,
-        decoded,
-        parse_switch,
-        read_prefix,
-        track_chunks,
-        write_clips,
+        write_comparison,
         write_film,
     )
+    from vmla_convert.generating.generate import clip_frames, decoded, parse_switch, track_chunks
     from vmla_convert.generating.generate import generate as run
+    from vmla_convert.generating.prefix import read_prefix
     from vmla_convert.layers.dit import check_runtime
     from vmla_convert.loading.load import build, compute_device, open_named
-    from vmla_convert.media.models import (
-        KnownPrompts,
-        check_prompts,
-        latent_frames_per_second,
-        open_media,
-    )
+    from vmla_convert.media.base import latent_frames_per_second
+    from vmla_convert.media.open import check_prompts, open_media
+    from vmla_convert.media.prompts import EncodedPrompts
 
     out.json = json
     check_video_path(video)
@@ -208,7 +202,7 @@ def generate(
     written: list[Path] = []
     with out.progress() as progress:
         # The demo's are read at once.
-        text = KnownPrompts(media, named, progress if first.config.media == "wan" else None)
+        text = EncodedPrompts(media, named, progress if first.config.media == "wan" else None)
 
         def chunks_of(label: str) -> Iterator[Tensor]:
             """What a model makes; only while it makes it does it take memory."""
@@ -225,7 +219,7 @@ def generate(
         else:
             written = write_film(video, chunks_of(*opened), media, progress)
     out.data(sizes)
-    for path in written or write_clips(video, clips, prompt, media):
+    for path in written or write_comparison(video, clips, prompt, media):
         out.path("wrote", path)
 
 

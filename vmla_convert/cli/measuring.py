@@ -60,7 +60,7 @@ def evaluate(
     from vmla_convert.loading.load import compute_device, load, teacher_of
     from vmla_convert.measuring.evaluate import HeldOut, dense_rows, measuring_bar
     from vmla_convert.measuring.rows import cache_rows, error_rows
-    from vmla_convert.recovery.recover import check_pair
+    from vmla_convert.recovery.checks import check_pair
 
     out.json = json
     device = compute_device()
@@ -69,7 +69,7 @@ def evaluate(
     source = teacher_of(given, teacher, file)
     dense = load(source, device)
     model = load(replace(given, overrides=tuple(settings or ())), device)
-    check_pair(model, dense)
+    check_pair(model.config, dense.config)
     if model.config.is_dense:
         _check_is_teacher(given, source)
     size = asked_size(bytes_per_token, cut, rank)

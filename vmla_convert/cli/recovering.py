@@ -200,9 +200,10 @@ def recover(
 
     On several GPUs: torchrun --standalone --nproc_per_node 8 -m vmla_convert recover …
     """
-    from vmla_convert.generating.make_clips import read_prompts
     from vmla_convert.loading.load import read_provenance, teacher_of
+    from vmla_convert.media.prompts import read_prompts
     from vmla_convert.recovery import recover as pipeline
+    from vmla_convert.recovery.run_state import is_begun
     from vmla_convert.training.processes import processes as started
 
     out.json = json
@@ -249,7 +250,7 @@ def recover(
                 converted, dense, folder, config, evaluation, progress, processes
             )
     except KeyboardInterrupt:
-        if started().is_main_process and pipeline.is_begun(folder):
+        if started().is_main_process and is_begun(folder):
             out.say("what is done is kept; to go on: the same command")
         raise
     if not started().is_main_process:

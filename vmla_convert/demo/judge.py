@@ -1,8 +1,10 @@
-"""The demo world's judge: reads generated clips, where no truth is known.
+"""The demo world's judge: scores generated clips, which have no known truth.
 
-Which digit does a frame show, and has the background stayed what the clip's first frames showed?
-Both start from one estimate, how much of each pixel is digit, which undoes the world's own
-rendering: a bright digit of one colour, mixed over a smooth dark background.
+The judge answers two questions. Which digit does a frame show? Does the background stay that of the
+clip's first frames? Both answers start from the digit's coverage of each pixel, which inverts the
+world's rendering: a bright digit of one colour, mixed over a smooth dark background.
+
+Shapes: B clips, F frames, N images, H height, W width.
 """
 
 from __future__ import annotations
@@ -23,33 +25,33 @@ if TYPE_CHECKING:
 NO_DIGIT = -1
 CAP_DB = 60.0
 
-# Holds the field near its mean where the digit hides a whole cell.
+# Pulls the background to its mean where the digit hides a whole cell.
 FIELD_RIDGE = 0.05
 
 # Coverage below this is noise or the faintest edge.
 COVERED = 0.15
-# Summed coverage above that: the faintest of 4,000 digits has 31, an empty noisy frame 0.4.
+# Summed coverage above `COVERED`: the faintest of 4,000 digits has 31, an empty noisy frame 0.4.
 LEAST_DIGIT = 6.0
-# The world's digits leave 0.32 of a frame free or more; below this, it is no digit that covers.
+# Digits leave at least 0.32 of a frame free. Below this share, something else covers the frame.
 LEAST_FREE = 0.25
 
 CROP = DIGIT_SIZE + 2
 ORIENTATIONS = 8
 TRAIN_FRAMES = 6000
-# How unlike the truth training frames are: a generated frame is soft and a little noisy, and its
-# digit leans and stretches as other hands would write it.
+# Distortions of training frames: generated frames are soft and a little noisy, and their digits
+# lean and stretch.
 BLUR, NOISE, WARP = 1.0, 0.1, 0.2
 
 
 def digit_coverage(video: Tensor) -> Tensor:
-    """How much of each pixel is digit (B, F, H, W) in 0 … 1, from each frame alone.
+    """The digit's coverage of each pixel (B, F, H, W) in 0 … 1, from each frame alone.
 
     Args:
         video: (B, F, 3, H, W) in −1 … 1.
     """
     frames = _displayed(video).flatten(0, 1)
     bright = (frames.amax(1, keepdim=True) - FIELD_MAX).clamp(min=0)
-    # Two pixels around what is surely digit may still be its soft edge.
+    # The digit's soft edge reaches up to two pixels beyond its bright pixels.
     field = _fit_field(frames, _dilate(bright) <= 0)
     contrast = _digit_colour(frames, bright) - field
     cover = ((frames - field) * contrast).sum(1) / contrast.square().sum(1)
@@ -57,7 +59,7 @@ def digit_coverage(video: Tensor) -> Tensor:
 
 
 def read_digits(video: Tensor) -> Tensor:
-    """The digit that each frame shows (B, F), `NO_DIGIT` where it shows none.
+    """The digit that each frame shows (B, F); `NO_DIGIT` for none.
 
     The first call trains the classifier, which takes a few seconds.
 
@@ -73,28 +75,17 @@ def read_digits(video: Tensor) -> Tensor:
     return labels.masked_fill(empty, NO_DIGIT).view(video.shape[:2])
 
 
-def digit_accuracy(video: Tensor, labels: Tensor) -> Tensor:
-    """Whether each frame shows the digit it should (B, F), bool.
-
-    Args:
-        video: (B, F, 3, H, W) in −1 … 1.
-        labels: (B,), or (B, F) where the prompt changes on the way.
-    """
-    wanted = labels.cpu()
-    return read_digits(video) == (wanted if wanted.ndim == 2 else wanted[:, None])
-
-
 def background_psnr(video: Tensor, reference_frames: int) -> Tensor:
-    """How well each frame keeps the background of the clip's first frames.
+    """PSNR of each frame's background against that of the clip's first frames.
 
-    Pixels count where the digit covers neither the frame nor all of the first frames.
+    Only pixels count that the digit covers neither in the frame nor in all of the first frames.
 
     Args:
         video: (B, F, 3, H, W) in −1 … 1.
-        reference_frames: How many first frames show the background as it should stay.
+        reference_frames: Number of first frames to compare with.
 
     Returns:
-        (B, F) in dB, peak 2, at most `CAP_DB`; NaN where no pixel can be compared.
+        (B, F) in dB, peak 2, at most `CAP_DB`; NaN if no pixel counts.
     """
     video = _displayed(video)
     free = _free_of_digit(digit_coverage(video))[:, :, None].float()
@@ -108,12 +99,12 @@ def background_psnr(video: Tensor, reference_frames: int) -> Tensor:
 
 
 def _displayed(video: Tensor) -> Tensor:
-    """The video as a screen would show it; a diverged model's NaN is black."""
+    """The video as a screen shows it; NaN, from a diverged model, becomes black."""
     return video.detach().float().nan_to_num(nan=-1.0).clamp(-1, 1)
 
 
 def _dilate(images: Tensor) -> Tensor:
-    """Each pixel of (N, C, H, W) takes the largest value within two pixels."""
+    """The largest value within two pixels, for each pixel of (N, C, H, W)."""
     return F.max_pool2d(images, 5, stride=1, padding=2)
 
 
@@ -129,7 +120,7 @@ def _digit_colour(frames: Tensor, bright: Tensor) -> Tensor:
 
 
 def _fit_field(frames: Tensor, known: Tensor) -> Tensor:
-    """The smooth background (N, 3, H, W) that fits the pixels `known` (N, 1, H, W) of frames."""
+    """The smooth background (N, 3, H, W) fitted to the known pixels (N, 1, H, W) of frames."""
     basis = _field_basis(*frames.shape[2:]).to(frames.device)
     weight = known.flatten(1).float()
     squares = (basis[:, None] * basis).flatten(0, 1)
@@ -142,7 +133,7 @@ def _fit_field(frames: Tensor, known: Tensor) -> Tensor:
 
 @cache
 def _field_basis(height: int, width: int) -> Tensor:
-    """What each cell of the background contributes to each pixel (cells, H·W)."""
+    """Contribution of each cell of the background to each pixel (cells, H·W)."""
     cells = torch.eye(FIELD_CELLS**2).view(-1, 1, FIELD_CELLS, FIELD_CELLS)
     return F.interpolate(cells, size=(height, width), mode="bicubic").flatten(1)
 
@@ -150,13 +141,13 @@ def _field_basis(height: int, width: int) -> Tensor:
 def _free_of_digit(coverage: Tensor) -> Tensor:
     """Pixels (B, F, H, W) at some distance from the digit."""
     free = _dilate(coverage) < COVERED
-    # A frame that turned bright all over has lost its background and must not be excused.
+    # A frame that is bright all over has lost its background, so all its pixels count.
     return free | (free.float().mean((2, 3), keepdim=True) < LEAST_FREE)
 
 
 @cache
 def _classifier() -> Pipeline:
-    """Trained on the train split's clips, seen through the judge's own coverage."""
+    """A classifier of coverage, trained on clips of the train split."""
     try:
         from sklearn.decomposition import PCA
         from sklearn.pipeline import make_pipeline
@@ -172,7 +163,7 @@ def _classifier() -> Pipeline:
 
 
 def _degrade(video: Tensor, generator: torch.Generator) -> Tensor:
-    """Each clip of (B, F, 3, H, W) blurred and made noisy by a random amount."""
+    """Blur each clip of (B, F, 3, H, W) and add noise, by random amounts."""
     amount = torch.rand(2, len(video), 1, 1, 1, 1, generator=generator)
     at = torch.arange(video.shape[-1])
     near = (-((at[:, None] - at) / (BLUR * amount[0] + 1e-3)).square() / 2).exp()
@@ -186,7 +177,7 @@ def _crop(coverage: Tensor, warp: Tensor | None = None) -> Tensor:
 
     Args:
         coverage: (N, H, W).
-        warp: (N, 2, 2) how each crop is turned and stretched; not at all by default.
+        warp: Linear map of each crop's coordinates (N, 2, 2); None for the identity.
     """
     height, width = coverage.shape[1:]
     ink = _ink(coverage)
@@ -203,13 +194,13 @@ def _crop(coverage: Tensor, warp: Tensor | None = None) -> Tensor:
 
 
 def _features(crops: Tensor) -> Tensor:
-    """How much edge of each orientation is where (N, features): as strokes run, in any weight."""
+    """Strength of edges by orientation and place (N, features), whatever the stroke's width."""
     right = crops[:, 1:-1, 2:] - crops[:, 1:-1, :-2]
     down = crops[:, 2:, 1:-1] - crops[:, :-2, 1:-1]
     angle = torch.arange(ORIENTATIONS) * (2 * torch.pi / ORIENTATIONS)
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
     along = (right[:, None] * cos + down[:, None] * sin).clamp(min=0)
-    # Squared and divided by the strength once, so that a step counts for few orientations.
+    # The square sharpens: an edge counts for few orientations.
     strength = (right.square() + down.square()).sqrt()[:, None]
     pooled = F.avg_pool2d(along.square() / (strength + 1e-3), 4, stride=2, padding=1)
     return F.normalize(pooled.flatten(1)).sqrt()

@@ -1,8 +1,10 @@
 """The demo world: one handwritten digit that bounces over a smooth textured background.
 
-Small RGB clips with known truth. The prompt names the digit; the background, the digit's shape and
-its colour are drawn at random and can only be known from past frames, so a model of this world has
-to read its cache. Images are scikit-learn's 8x8 digits, split by image into train and held-out.
+Clips are small RGB videos with known truth. The prompt names the digit. The background, the digit's
+shape and its colour are random and known from past frames only, so a model of this world must use
+its cache. Images are scikit-learn's 8x8 digits, split by image into train and held-out.
+
+Shapes: B clips, F frames, N images.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ Split = Literal["train", "held_out"]
 FRAME_SIZE = 24
 DIGIT_SIZE = 18
 FIELD_CELLS = 4
-# Darker than any digit, whose strongest channel is 1 and whose every channel is above −0.2.
+# Darker than any digit: the strongest channel of a digit is 1, the weakest is above −0.2.
 FIELD_MEAN, FIELD_MAX = -0.55, 0.0
 TRAIN_IMAGES = 1500
 
@@ -31,9 +33,9 @@ class Clips(NamedTuple):
 
     Attributes:
         video: (B, F, 3, size, size).
-        labels: (B,) the digit shown.
-        background: (B, 3, size, size) without the digit.
-        alpha: (B, F, size, size) how much of each pixel is digit, 0 … 1.
+        labels: The digit (B,).
+        background: The background without the digit (B, 3, size, size).
+        alpha: The digit's coverage of each pixel (B, F, size, size), 0 … 1.
     """
 
     video: Tensor
@@ -66,14 +68,14 @@ def sample_clips(
     split: Split = "train",
     times: Tensor | None = None,
 ) -> Clips:
-    """Draw clips.
+    """Draw random clips.
 
     Args:
-        batch: B.
-        frames: F.
-        generator: Decides everything.
-        split: Which digit images may appear.
-        times: (B, F) the moment each frame shows; 0, 1, 2, … by default.
+        batch: Number of clips.
+        frames: Number of frames.
+        generator: Source of all randomness.
+        split: Split of the digit images.
+        times: Moment that each frame shows (B, F); None for 0, 1, 2, …
     """
     images, labels = digit_images(split)
     index = torch.randint(len(images), (batch,), generator=generator)
@@ -114,7 +116,7 @@ def _draw(images: Tensor, corners: Tensor) -> Tensor:
     large = F.interpolate(images[:, None], size=size, mode="bilinear", align_corners=False)
     large = large[:, None].expand(-1, frames, -1, -1, -1).flatten(0, 1)
     pixels = torch.arange(FRAME_SIZE, dtype=torch.float32)
-    # Where each pixel falls on the digit, in grid_sample's −1 … 1.
+    # Coordinates of each pixel on the digit's image, in grid_sample's −1 … 1.
     y, x = ((pixels - corners[..., [i]] + 0.5) / DIGIT_SIZE * 2 - 1 for i in range(2))
     shape = (batch, frames, FRAME_SIZE, FRAME_SIZE)
     grid = torch.stack([x[..., None, :].expand(shape), y[..., :, None].expand(shape)], dim=-1)

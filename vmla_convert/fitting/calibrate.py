@@ -19,11 +19,16 @@ from vmla_convert.config import Geometry, ModelConfig, Product
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.attention import DenseSelfAttention, split_heads
 from vmla_convert.layers.dit import Attend, Block, CausalWanModel, masked_attention
-from vmla_convert.maths.masks import Visibility
+from vmla_convert.maths.attention_stats import (
+    AttentionSample,
+    AttentionStats,
+    measure_stats,
+    merge_stats,
+)
+from vmla_convert.maths.masks import AttentionMask
 from vmla_convert.maths.moments import Moments, measure_moments, merge_moments
-from vmla_convert.maths.positions import expected_phases
-from vmla_convert.maths.reads import Reads, ReadSums, measure_reads, merge_reads
 from vmla_convert.maths.rope3d import Rotary
+from vmla_convert.maths.rope_keys import expected_phases
 from vmla_convert.media.clips import Batch, ClipSource, seeded
 from vmla_convert.progress import Progress, Silent
 from vmla_convert.training.losses import Example, make_example, teacher_forcing_inputs
@@ -43,7 +48,7 @@ class LayerReads(NamedTuple):
     """What calibration measured of one layer, by group of keys.
 
     Attributes:
-        past: Reads of cached keys, and the moments of the clean inputs that become them.
+        past: Statistics of attention to cached keys, and moments of the clean inputs they become.
         own: What queries read of their own chunk, clean and noisy apart, each with the moments of
             the inputs; empty for a codec, whose chunks attend to their own exact keys.
         samples: Some [k; v] of cached tokens, (n, 2d), for a codec; else None.
@@ -52,8 +57,8 @@ class LayerReads(NamedTuple):
     keys and values, and what a raw key's norm would add is left out of the reads.
     """
 
-    past: tuple[ReadSums, Moments]
-    own: list[tuple[ReadSums, Moments]]
+    past: tuple[AttentionStats, Moments]
+    own: list[tuple[AttentionStats, Moments]]
     samples: Tensor | None = None
 
 
@@ -290,11 +295,13 @@ def _packed(reads: LayerReads) -> dict[str, Tensor]:
 
 
 def _unpacked(packed: dict[str, Tensor]) -> LayerReads:
-    def group(index: int) -> tuple[ReadSums, Moments]:
-        parts = {name: packed[f"{index}.{name}"] for name in (*ReadSums._fields, *Moments._fields)}
+    def group(index: int) -> tuple[AttentionStats, Moments]:
+        parts = {
+            name: packed[f"{index}.{name}"] for name in (*AttentionStats._fields, *Moments._fields)
+        }
         parts["phases"] = torch.view_as_complex(parts["phases"])
         return (
-            ReadSums(*(parts[name] for name in ReadSums._fields)),
+            AttentionStats(*(parts[name] for name in AttentionStats._fields)),
             Moments(*(parts[name] for name in Moments._fields)),
         )
 
@@ -307,7 +314,7 @@ def merge_layer_reads(parts: list[LayerReads]) -> LayerReads:
     """What was measured on all clips together."""
     groups = [[part.past, *part.own] for part in parts]
     past, *own = (
-        (merge_reads(sums for sums, _ in group), merge_moments(moments for _, moments in group))
+        (merge_stats(sums for sums, _ in group), merge_moments(moments for _, moments in group))
         for group in zip(*groups, strict=True)
     )
     samples = [part.samples for part in parts if part.samples is not None]
@@ -320,7 +327,7 @@ def measure_attention(
     x: Tensor,
     pull: Tensor,
     rotary: Rotary,
-    mask: Visibility,
+    mask: AttentionMask,
     generator: torch.Generator,
     product: Product = "codec",
 ) -> LayerReads:
@@ -338,31 +345,31 @@ def measure_attention(
     length = x.shape[1] // 2
     clean, noisy = x.split(length, dim=1)
     picks = torch.randperm(x.shape[1], generator=generator)[:QUERIES_PER_CLIP].to(x.device)
-    seen, exact = mask.seen_by(picks)
+    visible, dense = mask.of_queries(picks)
     late = torch.arange(x.shape[1], device=x.device) >= length
-    own = [] if product == "codec" else [exact & ~late, exact & late]
+    own = [] if product == "codec" else [dense & ~late, dense & late]
     value_mean = split_heads(attention.v(clean.mean((0, 1))), attention.num_heads)
     turns = rotary.turns()
     heads = attention.num_heads
-    sums: list[ReadSums] = []
+    sums: list[AttentionStats] = []
     # Clip by clip: the attention of many queries and heads to a whole window is large.
     for tokens, gradient in zip(x.split(1), pull.split(1), strict=True):
         raw_key = attention.k(tokens)
         norm = torch.rsqrt(raw_key.float().square().mean(-1) + (attention.norm_k.eps or 0.0))
-        reads = Reads(
+        reads = AttentionSample(
             query=split_heads(attention.norm_q(attention.q(tokens[:, picks])), heads).float(),
-            query_turn=turns[picks],
+            query_rotation=turns[picks],
             key=split_heads(attention.norm_k(raw_key), heads).float(),
-            key_turn=turns,
+            key_rotation=turns,
             # A codec stores normed keys, MLA raw ones, whose errors the norm scales.
             key_norm=torch.ones_like(norm) if product == "codec" else norm,
             value=split_heads(attention.v(tokens), heads).float(),
             value_mean=value_mean.float(),
-            pull=split_heads(gradient[:, picks] @ attention.o.weight, heads).float(),
-            seen=seen,
+            gradient=split_heads(gradient[:, picks] @ attention.o.weight, heads).float(),
+            mask=visible,
         )
-        clip = measure_reads(reads, [seen & ~exact, *own])
-        sums = [merge_reads(both) for both in zip(sums, clip, strict=True)] if sums else clip
+        clip = measure_stats(reads, [visible & ~dense, *own])
+        sums = [merge_stats(both) for both in zip(sums, clip, strict=True)] if sums else clip
     if product == "codec":
         entries = torch.cat(attention.project(clean), -1)
         some = torch.randperm(length, generator=generator)[:SAMPLES_PER_CLIP].to(x.device)

@@ -42,7 +42,7 @@ from vmla_convert.media.clips import (
     open_clips,
     recorded,
 )
-from vmla_convert.media.models import require_demo_media
+from vmla_convert.media.demo import require_demo_media
 from vmla_convert.progress import Progress, Timed
 from vmla_convert.results import library_versions
 from vmla_convert.tables import to_dict

@@ -65,8 +65,9 @@ from vmla_convert.loading.metadata_files import (
     named_layout,
     parts_to_copy,
 )
-from vmla_convert.maths.factor import DATA_INITS, assume_evidence
-from vmla_convert.media.models import require_demo_media
+from vmla_convert.maths.evidence import assume_evidence
+from vmla_convert.maths.factor import DATA_INITS
+from vmla_convert.media.demo import require_demo_media
 from vmla_convert.progress import Progress, Silent, Timed
 from vmla_convert.tables import from_dict, to_dict
 

@@ -13,9 +13,10 @@ from vmla_convert.config import ConvertConfig, MLAConfig, ModelConfig, RankPlan
 from vmla_convert.fitting.calibrate import LayerReads
 from vmla_convert.fitting.rank_plan import ReadEvidence, check_sizes, plan_ranks
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.maths.factor import DATA_INITS, factor, join_evidence
+from vmla_convert.maths.evidence import Evidence, join_evidence
+from vmla_convert.maths.factor import DATA_INITS, factor
 from vmla_convert.maths.moments import as_channels
-from vmla_convert.maths.projections import Evidence, Factors, KVWeights, LayerShape
+from vmla_convert.maths.projections import Factors, KVWeights, LayerShape
 from vmla_convert.media.clips import seeded
 
 Read = Callable[[str], Tensor]

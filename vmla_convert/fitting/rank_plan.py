@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from vmla_convert.config import ConvertConfig, ModelConfig, RankPlan
 from vmla_convert.errors import ConfigError, did_you_mean
+from vmla_convert.maths.evidence import Evidence
 from vmla_convert.maths.factor import INITS, PAIR_COUNTS, ErrorCurve, predict_errors
-from vmla_convert.maths.projections import Evidence, KVWeights, LayerShape
+from vmla_convert.maths.projections import KVWeights, LayerShape
 from vmla_convert.maths.ranks import budget
 from vmla_convert.progress import Progress, Silent
 
@@ -61,7 +62,7 @@ def uniform_plan(model: ModelConfig, config: ConvertConfig) -> RankPlan:
         rank = size - rope
     shape = LayerShape(config.latent, rank, rope // 2)
     layers = geometry.num_layers
-    key_ranks = (shape.parts()[0],) * layers if config.latent == "split" else ()
+    key_ranks = (shape.ranks()[0],) * layers if config.latent == "split" else ()
     return RankPlan((rank,) * layers, (rope // 2,) * layers, key_ranks)
 
 

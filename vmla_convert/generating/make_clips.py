@@ -19,8 +19,10 @@ from vmla_convert.config import DataConfig, MediaConfig, ModelConfig
 from vmla_convert.errors import ConfigError, OutputError
 from vmla_convert.generating.generate import generate
 from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.media.base import Media
 from vmla_convert.media.clips import seeded, source_kind, video_files
-from vmla_convert.media.models import Media, check_prompts, open_media
+from vmla_convert.media.open import check_prompts, open_media
+from vmla_convert.media.prompts import read_prompts
 from vmla_convert.media.video import check_playable, fit_frame, read_frames
 from vmla_convert.progress import Progress, Silent
 from vmla_convert.tables import to_dict
@@ -94,27 +96,6 @@ def check_makeable(config: DataConfig, model: ModelConfig, media: Media) -> None
         check_prompts(model, _own_prompts(config, media))
     elif source_kind(config.source) == "videos":
         _Videos.planned(config, model, media).check()
-
-
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """Prompts from a text file, one a line; blank lines and those that start with # are left out.
-
-    Raises:
-        ConfigError: The file cannot be read, is no UTF-8, or holds no prompt.
-    """
-    try:
-        # Some editors begin UTF-8 with a mark.
-        lines = path.read_text("utf-8-sig").splitlines()
-    except OSError as error:
-        raise ConfigError(
-            f"no prompts at {path}: {error.strerror}", "name a text file with one prompt a line"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text", "save it as UTF-8") from error
-    prompts = tuple(line for line in map(str.strip, lines) if line and not line.startswith("#"))
-    if not prompts:
-        raise ConfigError(f"{path} holds no prompt", "write one prompt a line")
-    return prompts
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vmla_convert.config import RuntimeConfig
+from vmla_convert.generating.prefix import prefix_chunks
 from vmla_convert.generating.sampler import State, sample_chunk
 from vmla_convert.layers.cache import KVCache
 from vmla_convert.layers.dit import CausalWanModel, Prompt
@@ -64,7 +65,7 @@ def rollout(
     size, first = config.chunk_frames, new_prompt(0)
     assert first is not None, "a rollout begins with a prompt"
     clips = len(first.context)
-    cache, prompt = model.new_cache(clips, runtime), model.read_prompt(first.context.to(weight))
+    cache, prompt = model.new_cache(clips, runtime), model.project_prompt(first.context.to(weight))
     past: deque[Tensor] = deque(maxlen=-(-config.cache.window_frames // size))
     for chunk in [] if prefix is None else prefix_chunks(prefix.to(weight), size):
         write_clean(model, chunk, prompt, cache)
@@ -75,7 +76,7 @@ def rollout(
     for index in range(chunks):
         start = index * size
         if given + start and (new := new_prompt(given + start)):
-            prompt = model.read_prompt(new.context.to(weight))
+            prompt = model.project_prompt(new.context.to(weight))
             if new.recache:
                 recache(model, list(past), prompt, cache, new.keep_sink)
         draw = _noise_source(shape, generators(index))
@@ -87,16 +88,6 @@ def rollout(
         chunk = sample_chunk(model, x.to(weight), prompt, cache, draw, before_step, after_step)
         past.append(chunk)
         yield chunk
-
-
-def prefix_chunks(clean: Tensor, chunk_frames: int) -> list[Tensor]:
-    """Split a clean prefix into chunks, a shorter chunk first where the length does not divide.
-
-    An image, one latent frame, becomes a chunk of its own. Models with an independent first frame
-    were trained this way (Self-Forcing, causal inference).
-    """
-    whole, rest = divmod(clean.shape[1], chunk_frames)
-    return list(clean.split([rest] * (rest > 0) + [chunk_frames] * whole, dim=1))
 
 
 @torch.no_grad()
@@ -120,7 +111,7 @@ def recache(
         model: Dense or converted.
         chunks: The newest clean chunks, oldest first. Frames outside the window, and frames of a
             kept sink, are skipped.
-        prompt: From `model.read_prompt`.
+        prompt: From `model.project_prompt`.
         cache: Holds the chunks under the old prompt.
         keep_sink: Keep the sink's entries. Otherwise the oldest rewritten frames become the sink.
     """

@@ -42,7 +42,7 @@ def sample_chunk(
     Args:
         model: Dense or converted.
         noise: Standard normal latents.
-        prompt: From `model.read_prompt`.
+        prompt: From `model.project_prompt`.
         cache: With the chunk opened.
         draw: Returns fresh noise, for samplers that add noise after each step.
         before_step: Receives the state before each step.

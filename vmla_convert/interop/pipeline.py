@@ -28,9 +28,9 @@ from vmla_convert.loading.load import Source, is_remote
 from vmla_convert.maths.flow import TRAIN_TIMESTEPS, sampler_sigmas
 from vmla_convert.media.clips import seeded
 from vmla_convert.media.components import PARTS, Part, has_all_parts
-from vmla_convert.media.models import DemoMedia
-from vmla_convert.media.wan import open_wan_media
-from vmla_convert.media.wan_inputs import denormalise, read_contexts
+from vmla_convert.media.demo import DemoMedia
+from vmla_convert.media.prompts import encode_with_umt5
+from vmla_convert.media.wan import denormalise, open_wan_media
 
 try:
     from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -370,7 +370,7 @@ class VMLAPipeline(DiffusionPipeline, LoraBaseMixin):
                 "this pipeline has no text encoder", "load it with base=, or give prompt_embeds"
             )
         device = self._execution_device
-        return read_contexts(self.text_encoder, self.tokenizer, prompts, config.geometry, device)
+        return encode_with_umt5(self.text_encoder, self.tokenizer, prompts, config.geometry, device)
 
     def _pixels(self, latents: Tensor, output_type: str) -> Any:
         """Videos, in the form asked for, of latents (B, C, F, h, w)."""

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vmla_convert.maths.cost import ReadShape, absorbed_flops, materialised_flops
+from vmla_convert.maths.cost import AttentionShape, absorbed_flops, materialised_flops
 
 Backend = Literal["materialised", "absorbed"]
 
@@ -21,8 +21,8 @@ CLEAR_RATIO, SMALL_FLOPS, TIMED_READS = 1.6, 10**10, 2
 _FASTER: dict[Hashable, Backend] = {}
 
 
-def faster_way(
-    shape: ReadShape,
+def faster_backend(
+    shape: AttentionShape,
     like: Tensor,
     materialised: Callable[[], object],
     absorbed: Callable[[], object],

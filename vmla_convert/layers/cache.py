@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vmla_convert.config import CachePolicy, RuntimeConfig
-from vmla_convert.layers.attention import Entries, Past, Reading, Sight
+from vmla_convert.layers.attention import AttendedTokens, AttentionMetadata, Entries, Past
 from vmla_convert.layers.codec import DecodedPast, LayerCodec
 from vmla_convert.layers.window import FrameWindow
 from vmla_convert.maths.rates import Rate
@@ -77,12 +77,12 @@ def _runs(slots: Sequence[int]) -> list[tuple[int, int]]:
     return [(slots[start], slots[end - 1]) for start, end in pairwise(bounds) if end > start]
 
 
-class Places(NamedTuple):
+class FramePositions(NamedTuple):
     """Time positions of what a chunk attends to.
 
     Attributes:
-        entries: Positions of the frames of `Reading.entries`.
-        past: Positions of the frames of `Reading.past`; None where there is no such part.
+        entries: Positions of the frames of `AttendedTokens.entries`.
+        past: Positions of the frames of `AttendedTokens.past`; None where there is no such part.
     """
 
     entries: list[int]
@@ -97,11 +97,11 @@ class LayerCache(Protocol):
         """Bytes of all slots, full or not."""
         ...
 
-    def places(self, window: FrameWindow) -> Places:
+    def frame_positions(self, window: FrameWindow) -> FramePositions:
         """Positions of what `update` returns, in the same order."""
         ...
 
-    def update(self, entries: Entries, window: FrameWindow, keep: bool) -> Reading:
+    def update(self, entries: Entries, window: FrameWindow, keep: bool) -> AttendedTokens:
         """Return what the open chunk attends to, and keep the chunk's entries if asked to."""
         ...
 
@@ -118,15 +118,15 @@ class DenseCache:
         """Bytes of all slots."""
         return sum(entry.nbytes for entry in self._entries)
 
-    def places(self, window: FrameWindow) -> Places:
+    def frame_positions(self, window: FrameWindow) -> FramePositions:
         """Positions of all that is held, in the order of the slots."""
-        return Places(window.positions(list(range(window.held))))
+        return FramePositions(window.frame_positions(list(range(window.held))))
 
-    def update(self, entries: Entries, window: FrameWindow, keep: bool) -> Reading:  # noqa: ARG002
+    def update(self, entries: Entries, window: FrameWindow, keep: bool) -> AttendedTokens:  # noqa: ARG002
         """Write the open chunk; the next pass over the chunk overwrites it, if it is not kept."""
         for buffer, new in zip(self._entries, entries, strict=True):
             buffer.write(window.chunk_slots, new)
-        return Reading(tuple(buffer.read(range(window.held)) for buffer in self._entries))
+        return AttendedTokens(tuple(buffer.read(range(window.held)) for buffer in self._entries))
 
 
 class LatentCache:
@@ -151,20 +151,20 @@ class LatentCache:
         """Bytes of all slots."""
         return sum(entry.nbytes for entry in self._entries)
 
-    def places(self, window: FrameWindow) -> Places:
+    def frame_positions(self, window: FrameWindow) -> FramePositions:
         """Positions of the past, then of the open chunk."""
-        return Places(window.positions([*window.past_slots, *window.chunk_slots]))
+        return FramePositions(window.frame_positions([*window.past_slots, *window.chunk_slots]))
 
-    def update(self, entries: Entries, window: FrameWindow, keep: bool) -> Reading:
+    def update(self, entries: Entries, window: FrameWindow, keep: bool) -> AttendedTokens:
         """Return the past's latents and then the chunk's own."""
         past = [buffer.read(window.past_slots) for buffer in self._entries]
-        reading = Reading(
+        attended = AttendedTokens(
             tuple(torch.cat([old, new], 1) for old, new in zip(past, entries, strict=True))
         )
         if keep:
             for buffer, new in zip(self._entries, entries, strict=True):
                 buffer.write(window.chunk_slots, new)
-        return reading
+        return attended
 
 
 class Store(Protocol):
@@ -234,11 +234,11 @@ class CompressedCache:
         """Bytes of all slots, those of dense recent frames among them."""
         return self._store.nbytes + sum(entry.nbytes for entry in self._recent)
 
-    def places(self, window: FrameWindow) -> Places:
+    def frame_positions(self, window: FrameWindow) -> FramePositions:
         """Positions of the exact frames, the chunk last, and of the compressed past."""
-        return Places(window.exact_positions(), window.positions(window.past_slots))
+        return FramePositions(window.own_positions(), window.frame_positions(window.past_slots))
 
-    def update(self, entries: Entries, window: FrameWindow, keep: bool) -> Reading:
+    def update(self, entries: Entries, window: FrameWindow, keep: bool) -> AttendedTokens:
         """Return the compressed past, and the exact keys and values of recent frames and chunk.
 
         Raises:
@@ -246,14 +246,16 @@ class CompressedCache:
         """
         if window.recent and self._kept == window.opened:
             raise ValueError("this chunk was kept already; open the next one")
-        reading = Reading(self._exact(entries, window), self._store.past(window.past_slots))
+        attended = AttendedTokens(
+            self._own_entries(entries, window), self._store.past(window.past_slots)
+        )
         if keep:
             self._store.write(window.chunk_slots, *entries)
             self._keep_recent(entries, window)
             self._kept = window.opened
-        return reading
+        return attended
 
-    def _exact(self, entries: Entries, window: FrameWindow) -> Entries:
+    def _own_entries(self, entries: Entries, window: FrameWindow) -> Entries:
         """Keys and values (B, E, d) of the recent frames and then the chunk's own."""
         if not window.recent:
             return entries
@@ -275,7 +277,7 @@ class KVCache:
     Attributes:
         window: Which frame is in which slot.
         runtime: How layers read.
-        sight: Positions that the open chunk reads at, made once by the model; None before.
+        metadata: Positions that the open chunk reads at, made once by the model; None before.
     """
 
     def __init__(
@@ -283,7 +285,7 @@ class KVCache:
     ) -> None:
         self.window = FrameWindow(policy)
         self.runtime = runtime
-        self.sight: Sight | None = None
+        self.metadata: AttentionMetadata | None = None
         self._layers = layers
 
     @property
@@ -294,18 +296,18 @@ class KVCache:
     def open_chunk(self, frames: int) -> None:
         """Claim slots for the next frames; see `FrameWindow.open_chunk`."""
         self.window.open_chunk(frames)
-        self.sight = None
+        self.metadata = None
 
     def rewind(self, frames: int, keep_sink: bool = True) -> None:
         """Forget the window, to write its newest frames again; see `FrameWindow.rewind`."""
         self.window.rewind(frames, keep_sink)
-        self.sight = None
+        self.metadata = None
 
-    def places(self) -> Places:
+    def frame_positions(self) -> FramePositions:
         """Positions of what `update` returns, the same for all layers."""
-        return self._layers[0].places(self.window)
+        return self._layers[0].frame_positions(self.window)
 
-    def update(self, layer: int, entries: Entries, keep: bool) -> Reading:
+    def update(self, layer: int, entries: Entries, keep: bool) -> AttendedTokens:
         """Return what the open chunk attends to in a layer; keep the chunk's entries if asked to.
 
         Args:

@@ -27,11 +27,11 @@ from vmla_convert.config import (
 )
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.attention import (
+    AttendedTokens,
+    AttentionMetadata,
     CrossAttention,
     DenseSelfAttention,
     Entries,
-    Reading,
-    Sight,
 )
 from vmla_convert.layers.cache import (
     CodecStore,
@@ -46,7 +46,7 @@ from vmla_convert.layers.codec import LayerCodec
 from vmla_convert.layers.mla import LatentSelfAttention
 from vmla_convert.layers.quantised import QuantisedStore
 from vmla_convert.maths import rates
-from vmla_convert.maths.masks import Visibility, query_groups
+from vmla_convert.maths.masks import AttentionMask, query_groups
 from vmla_convert.maths.rates import Rate
 from vmla_convert.maths.rope3d import Rotary, grid_table
 
@@ -95,9 +95,9 @@ class Block(nn.Module):
         )
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def read_prompt(self, text: Tensor) -> Entries:
+    def project_prompt(self, text: Tensor) -> Entries:
         """What the cross-attention reads of an embedded prompt (B, S, d)."""
-        return self.cross_attn.read_prompt(text)
+        return self.cross_attn.project_prompt(text)
 
     def attention_input(self, x: Tensor, time: Tensor) -> Tensor:
         """What the self-attention reads: x (B, L, d) normed and modulated by time (B, F, 6, d)."""
@@ -126,7 +126,7 @@ class Block(nn.Module):
         Args:
             x: Tokens of F frames.
             time: Projected time embedding (B, F, 6, d).
-            prompt: Embedded prompt (B, S, d), or what `read_prompt` made of it.
+            prompt: Embedded prompt (B, S, d), or what `project_prompt` made of it.
             attend: Calls this block's self-attention on its input.
         """
         y = attend(self, self.attention_input(x, time))
@@ -180,7 +180,7 @@ class CausalWanModel(nn.Module):
         timestep: Tensor,
         context: Tensor,
         frames: Tensor,
-        mask: Visibility | None = None,
+        mask: AttentionMask | None = None,
     ) -> Tensor:
         """Velocity of all frames in one masked pass.
 
@@ -207,7 +207,7 @@ class CausalWanModel(nn.Module):
         timestep: Tensor,
         context: Tensor,
         frames: Tensor,
-        mask: Visibility | None = None,
+        mask: AttentionMask | None = None,
     ) -> Iterator[tuple[Block, Tensor, Attend]]:
         """Yield each block with the input of its self-attention, in order; as `forward` otherwise.
 
@@ -221,10 +221,10 @@ class CausalWanModel(nn.Module):
             yield block, block.attention_input(x, modulation), attend
             x = block(x, modulation, text, attend)
 
-    def read_prompt(self, context: Tensor) -> Prompt:
+    def project_prompt(self, context: Tensor) -> Prompt:
         """What the blocks read of prompts (B, text_len, text_dim), once for all chunks."""
         text = self.text_embedding(context)
-        return tuple(block.read_prompt(text) for block in self.all_blocks())
+        return tuple(block.project_prompt(text) for block in self.all_blocks())
 
     def stream(
         self, latents: Tensor, timestep: Tensor, prompt: Prompt, cache: KVCache, keep: bool = True
@@ -234,7 +234,7 @@ class CausalWanModel(nn.Module):
         Args:
             latents: (B, F, C, height, width); the frames are those of `cache.open_chunk`.
             timestep: (B, F), 0 to 1000.
-            prompt: From `read_prompt`.
+            prompt: From `project_prompt`.
             cache: From `new_cache`.
             keep: Leave the chunk's entries to later chunks; a pass that is not the chunk's last may
                 spare the work.
@@ -243,12 +243,12 @@ class CausalWanModel(nn.Module):
             As `latents`.
         """
         x, time, modulation = self.embed(latents, timestep)
-        sight = cache.sight = cache.sight or self._streaming_sight(cache, latents)
+        metadata = cache.metadata = cache.metadata or self._streaming_metadata(cache, latents)
         for layer, (block, read) in enumerate(zip(self.all_blocks(), prompt, strict=True)):
 
             def attend(block: Block, x: Tensor, layer: int = layer) -> Tensor:
                 entries = block.self_attn.project(x)
-                return block.self_attn(x, cache.update(layer, entries, keep), sight)
+                return block.self_attn(x, cache.update(layer, entries, keep), metadata)
 
             x = block(x, modulation, read, attend)
         return self.unpatchify(self.head(x, time), latents)
@@ -331,17 +331,17 @@ class CausalWanModel(nn.Module):
             for name in ("attention_input", "after_attention"):
                 setattr(block, name, torch.compile(getattr(block, name)))
 
-    def _streaming_sight(self, cache: KVCache, latents: Tensor) -> Sight:
+    def _streaming_metadata(self, cache: KVCache, latents: Tensor) -> AttentionMetadata:
         """Where the open chunk and what it attends to are."""
 
         def table(frames: list[int]) -> Rotary:
             return self.rotary(torch.tensor(frames, dtype=torch.long), latents)
 
-        places, window = cache.places(), cache.window
-        return Sight(
-            query=table(window.positions(window.chunk_slots)),
-            keys=table(places.entries),
-            past=None if places.past is None else table(places.past),
+        positions, window = cache.frame_positions(), cache.window
+        return AttentionMetadata(
+            query_positions=table(window.frame_positions(window.chunk_slots)),
+            key_positions=table(positions.entries),
+            past_positions=None if positions.past is None else table(positions.past),
             runtime=cache.runtime,
         )
 
@@ -457,29 +457,31 @@ def _layer_cache(
     return CompressedCache(store, width, policy, storage)
 
 
-def masked_attention(rotary: Rotary, mask: Visibility | None) -> Attend:
+def masked_attention(rotary: Rotary, mask: AttentionMask | None) -> Attend:
     """Self-attention in one pass, every token at its own place in one table.
 
     Layers with a codec attend to decoded pasts, and exactly to the chunk of the query.
     """
     if mask is None:
-        whole = Sight(rotary, rotary)
-        return lambda block, x: block.self_attn(x, Reading(block.self_attn.project(x)), whole)
-    past = mask.seen & ~mask.exact
+        whole = AttentionMetadata(rotary, rotary)
+        return lambda block, x: block.self_attn(
+            x, AttendedTokens(block.self_attn.project(x)), whole
+        )
+    past = mask.visible & ~mask.dense
     # The noisy half of a teacher-forced pass is nobody's past.
     frames = past.any(0)
     tokens = mask.tokens_of(frames).to(rotary.table.device)
-    both = torch.cat([past[:, frames], mask.exact], dim=1)
-    groups, split_groups = (query_groups(m, mask.tokens_per_frame) for m in (mask.seen, both))
-    whole = Sight(rotary, rotary, groups=groups)
-    split = Sight(rotary, rotary, rotary.at(tokens), split_groups)
+    both = torch.cat([past[:, frames], mask.dense], dim=1)
+    groups, split_groups = (query_groups(m, mask.tokens_per_frame) for m in (mask.visible, both))
+    whole = AttentionMetadata(rotary, rotary, groups=groups)
+    split = AttentionMetadata(rotary, rotary, rotary.at(tokens), split_groups)
 
     def attend(block: Block, x: Tensor) -> Tensor:
         entries = block.self_attn.project(x)
         if block.codec is None:
-            return block.self_attn(x, Reading(entries), whole)
+            return block.self_attn(x, AttendedTokens(entries), whole)
         decoded = block.codec.past(*(entry[:, tokens] for entry in entries))
-        return block.self_attn(x, Reading(entries, decoded), split)
+        return block.self_attn(x, AttendedTokens(entries, decoded), split)
 
     return attend
 

@@ -23,17 +23,17 @@ from torch import Tensor, nn
 
 from vmla_convert.config import Geometry, MLAConfig
 from vmla_convert.layers.attention import (
+    AttendedTokens,
+    AttentionMetadata,
     Entries,
-    Reading,
-    Sight,
     WanRMSNorm,
     head_tiles,
     in_float32,
     split_heads,
 )
-from vmla_convert.layers.backends import Backend, faster_way
+from vmla_convert.layers.backends import Backend, faster_backend
 from vmla_convert.layers.sdpa import attend
-from vmla_convert.maths.cost import ReadShape
+from vmla_convert.maths.cost import AttentionShape
 from vmla_convert.maths.rope3d import Rotary, rotate
 
 
@@ -76,84 +76,96 @@ class LatentSelfAttention(nn.Module):
         """Content latent (B, L, R), rope key (B, L, rope) and 1/rho (B, L, 1) of x (B, L, d)."""
         return self.kv_a_proj(x), self.k_rope_proj(x), self._norm(self.k_norm_proj(x))
 
-    def forward(self, x: Tensor, reading: Reading, sight: Sight) -> Tensor:
+    def forward(self, x: Tensor, attended: AttendedTokens, metadata: AttentionMetadata) -> Tensor:
         """Attend from x (B, T, d) to cached tokens; as `DenseSelfAttention.forward`.
 
         Raises:
             ValueError: An absorbed read was asked for under a mask or gradients.
         """
         q = split_heads(self.norm_q(self.q(x)), self.num_heads)
-        return self.o(self.read(q, reading, sight).flatten(2))
+        return self.o(self.attend_latents(q, attended, metadata).flatten(2))
 
     # Two ways to the same
 
-    def read(self, q: Tensor, reading: Reading, sight: Sight) -> Tensor:
-        """What normed queries (B, T, H, D) gather, (B, T, H, D), the way that `sight` asks for.
+    def attend_latents(
+        self, q: Tensor, attended: AttendedTokens, metadata: AttentionMetadata
+    ) -> Tensor:
+        """What normed queries (B, T, H, D) gather, (B, T, H, D), the way that `metadata` asks for.
 
         Raises:
             ValueError: See `forward`.
         """
-        backend = sight.runtime.backend
+        backend = metadata.runtime.backend
         if backend == "auto":
-            backend = self.faster(q, reading, sight)
-        return self._way(backend)(q, reading, sight)
+            backend = self.faster_backend(q, attended, metadata)
+        return self._way(backend)(q, attended, metadata)
 
-    def read_materialised(self, q: Tensor, reading: Reading, sight: Sight) -> Tensor:
+    def attend_materialised(
+        self, q: Tensor, attended: AttendedTokens, metadata: AttentionMetadata
+    ) -> Tensor:
         """Rebuild keys and values, some heads at a time, and attend.
 
         Args:
             q: Normed queries (B, T, H, D), unrotated.
-            reading: What they read.
-            sight: Positions, and who sees what; `sight.runtime.tile_mib` bounds what is rebuilt at
+            attended: What they read.
+            metadata: Positions and mask; `runtime.tile_mib` bounds what is rebuilt at
                 a time, except under gradients, which keep all of it anyway.
 
         Returns:
             (B, T, H, D).
         """
-        tokens = reading.entries[0].shape[1]
+        tokens = attended.entries[0].shape[1]
         width = self._key_width() + self.head_dim
-        tiles = head_tiles(q, tokens, width, sight.runtime.tile_mib)
-        return torch.cat(list(self._read_tiles(q, reading, sight, tiles)), 2)
+        tiles = head_tiles(q, tokens, width, metadata.runtime.tile_mib)
+        return torch.cat(list(self._read_tiles(q, attended, metadata, tiles)), 2)
 
-    def read_absorbed(self, q: Tensor, reading: Reading, sight: Sight) -> Tensor:
-        """Attend in the latent space, all heads as queries of one; as `read_materialised`.
+    def attend_absorbed(
+        self, q: Tensor, attended: AttendedTokens, metadata: AttentionMetadata
+    ) -> Tensor:
+        """Attend in the latent space, all heads as queries of one; as `attend_materialised`.
 
         Raises:
             ValueError: There is a mask, or gradients are on.
         """
-        if not self.absorbs(sight):
+        if not self.absorbs(metadata):
             raise ValueError("only reads without mask or gradient are absorbed")
-        key = self._shared_key(reading.entries, sight.keys)[:, :, None]
-        value = self._value_part(reading.entries[0])[:, :, None]
-        query = torch.einsum("bthn,hnw->bhtw", self._query(q, sight.query), self._key_map())
+        key = self._shared_key(attended.entries, metadata.key_positions)[:, :, None]
+        value = self._value_part(attended.entries[0])[:, :, None]
+        query = torch.einsum(
+            "bthn,hnw->bhtw", self._query(q, metadata.query_positions), self._key_map()
+        )
         folded = query.flatten(1, 2)[:, :, None]
         return self._values_of(attend(folded, key, value, scale=self.head_dim**-0.5), q.shape[1])
 
-    def absorbs(self, sight: Sight) -> bool:
+    def absorbs(self, metadata: AttentionMetadata) -> bool:
         """Whether an absorbed read is possible; training reads as it is told, rebuilt."""
-        return sight.groups is None and not torch.is_grad_enabled()
+        return metadata.groups is None and not torch.is_grad_enabled()
 
-    def faster(self, q: Tensor, reading: Reading, sight: Sight) -> Backend:
+    def faster_backend(
+        self, q: Tensor, attended: AttendedTokens, metadata: AttentionMetadata
+    ) -> Backend:
         """The way that `auto` takes; arguments as `read`."""
-        if not self.absorbs(sight):
+        if not self.absorbs(metadata):
             return "materialised"
-        return faster_way(
-            self.read_shape(q, reading),
+        return faster_backend(
+            self.attention_shape(q, attended),
             q,
-            partial(self.read_materialised, q, reading, sight),
-            partial(self.read_absorbed, q, reading, sight),
+            partial(self.attend_materialised, q, attended, metadata),
+            partial(self.attend_absorbed, q, attended, metadata),
         )
 
-    def _way(self, backend: Backend) -> Callable[[Tensor, Reading, Sight], Tensor]:
-        return self.read_absorbed if backend == "absorbed" else self.read_materialised
+    def _way(
+        self, backend: Backend
+    ) -> Callable[[Tensor, AttendedTokens, AttentionMetadata], Tensor]:
+        return self.attend_absorbed if backend == "absorbed" else self.attend_materialised
 
-    def read_shape(self, q: Tensor, reading: Reading) -> ReadShape:
+    def attention_shape(self, q: Tensor, attended: AttendedTokens) -> AttentionShape:
         """Sizes of a read of q (B, T, H, D), by which its cost is foreseen."""
         batch, queries = q.shape[:2]
         rope = 2 * len(self.rope_pairs)
-        return ReadShape(
+        return AttentionShape(
             queries=batch * queries,
-            keys=reading.entries[0].shape[1],
+            keys=attended.entries[0].shape[1],
             batch=batch,
             heads=self.num_heads,
             key_width=self._key_width(),
@@ -165,15 +177,18 @@ class LatentSelfAttention(nn.Module):
     # Rebuilding
 
     def _read_tiles(
-        self, q: Tensor, reading: Reading, sight: Sight, tiles: list[slice]
+        self, q: Tensor, attended: AttendedTokens, metadata: AttentionMetadata, tiles: list[slice]
     ) -> Iterator[Tensor]:
         """Output (B, T, some heads, D), tile by tile."""
-        latent, query = reading.entries[0], self._query(q, sight.query)
-        shared, key_map = self._shared_key(reading.entries, sight.keys), self._key_map()
+        latent, query = attended.entries[0], self._query(q, metadata.query_positions)
+        shared, key_map = (
+            self._shared_key(attended.entries, metadata.key_positions),
+            self._key_map(),
+        )
         for heads in tiles:
             k = torch.einsum("bsw,hnw->bshn", shared, key_map[heads])
             v = self._values(latent, heads)
-            yield attend(query[:, :, heads], k, v, sight.groups, self.head_dim**-0.5)
+            yield attend(query[:, :, heads], k, v, metadata.groups, self.head_dim**-0.5)
 
     def _values(self, latent: Tensor, heads: slice) -> Tensor:
         """Values (B, S, some heads, D) of latents."""

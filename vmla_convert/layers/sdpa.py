@@ -20,7 +20,7 @@ FLASH_WIDTH = 256  # and no wider than this, in two bytes
 QUERIES_AT_ONCE = 1024
 
 
-class Partial(NamedTuple):
+class PartialAttention(NamedTuple):
     """Attention of T queries to one set of keys.
 
     Attributes:
@@ -30,6 +30,10 @@ class Partial(NamedTuple):
 
     output: Tensor
     log_sum: Tensor
+
+    def of_heads(self, heads: slice) -> PartialAttention:
+        """The attention of some heads."""
+        return PartialAttention(self.output[:, :, heads], self.log_sum[:, :, heads])
 
 
 def attend(
@@ -82,7 +86,7 @@ def widened(q: Tensor, k: Tensor, v: Tensor, multiple: int = 1) -> tuple[Tensor,
     return q, k, v
 
 
-def attend_partly(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial:
+def attend_partly(q: Tensor, k: Tensor, v: Tensor, scale: float) -> PartialAttention:
     """Attention of queries (B, T, H, W) to keys (B, S, H, W) and values (B, S, H, D)."""
     width, device = v.shape[-1], q.device.type
     # Operators below `scaled_dot_product_attention` are not autocast.
@@ -91,10 +95,10 @@ def attend_partly(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial:
     q, k, v = (x.to(dtype) for x in (q, k, v))
     q, k, v = widened(q, k, v, ALIGNED if q.is_cuda else 1)
     output, log_sum = _kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale)
-    return Partial(output.transpose(1, 2)[..., :width], log_sum.transpose(1, 2))
+    return PartialAttention(output.transpose(1, 2)[..., :width], log_sum.transpose(1, 2))
 
 
-def merge(one: Partial, other: Partial) -> Tensor:
+def merge(one: PartialAttention, other: PartialAttention) -> Tensor:
     """One softmax over both sets of keys: (B, T, H, D)."""
     share = torch.sigmoid(one.log_sum - other.log_sum)[..., None].to(one.output.dtype)
     return torch.lerp(other.output, one.output, share)

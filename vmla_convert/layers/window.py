@@ -93,17 +93,17 @@ class FrameWindow:
         own = {*self.chunk_frames, *self.recent}
         return [slot for slot, frame in enumerate(self._slot_frames) if frame not in own]
 
-    def positions(self, slots: list[int]) -> list[int]:
+    def frame_positions(self, slots: list[int]) -> list[int]:
         """Time positions of the frames in some slots, as the policy assigns them."""
         if self.policy.positions == "absolute":
             return [self._slot_frames[slot] for slot in slots]
         order = {frame: place for place, frame in enumerate(sorted(self._slot_frames))}
         return [order[self._slot_frames[slot]] for slot in slots]
 
-    def exact_positions(self) -> list[int]:
+    def own_positions(self) -> list[int]:
         """Time positions of the recent frames and then the open chunk."""
         recent = [self._slot_frames.index(frame) for frame in self.recent]
-        return self.positions(recent + self.chunk_slots)
+        return self.frame_positions(recent + self.chunk_slots)
 
     def _in_sink(self, frame: int) -> bool:
         return self._sink_start <= frame < self.sink_end

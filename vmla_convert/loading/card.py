@@ -1,13 +1,11 @@
-"""What a converted folder says about itself: facts of its config and its record, nothing else."""
+"""Write the model card of a converted folder, from its config and its record."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -15,24 +13,15 @@ from huggingface_hub import ModelCardData
 from vmla_convert.checkpoint.hub import is_repo
 from vmla_convert.checkpoint.known import KNOWN
 from vmla_convert.checkpoint.licences import OTHER, UNKNOWN
-from vmla_convert.config import DENSE_ITEMSIZE, CodecConfig, MLAConfig, ModelConfig
-from vmla_convert.errors import ConfigError
+from vmla_convert.config import DENSE_ITEMSIZE, ModelConfig
+from vmla_convert.loading.public_record import public_value, without_folders
+from vmla_convert.media.base import latent_frames_per_second
 from vmla_convert.media.components import PARTS
-from vmla_convert.media.models import latent_frames_per_second
-from vmla_convert.tables import override, to_dict
+from vmla_convert.tables import to_dict
 
 CARD_NAME = "README.md"
 STRIPS = ("strip.png", "compare.png")
-"""Pictures that a card shows, where one lies in the folder; the first of them."""
-
-# What the strings of a record are, by the key that they, or lists of them, are under; whatever is
-# not named here is taken for a path as soon as it has a folder in it, also the keys themselves.
-_PROMPTS, _LICENCES, _OVERRIDES = "prompts", "licence", "overrides"
-_REPOS = ("checkpoint", "base_model", "repo")
-_REPOS_OR_FOLDERS = ("base", "_name_or_path", "name_or_path")
-
-# How a path begins that cannot be taken for anything else: not so "MIT/X11".
-_ROOTED = re.compile(r"~|\.{0,2}[/\\]|[A-Za-z]:[/\\]|file:")
+"""Pictures for the card; the first one that exists in the folder is shown."""
 
 _SEAL = "<!-- made by vmla-convert: "
 _SECONDS = (5, 30, 60)
@@ -46,131 +35,70 @@ def model_card(
     strip: str | None = None,
     parts: Collection[str] | None = None,
 ) -> str:
-    """README.md of a converted checkpoint: licence and base model are the source's, never ours.
+    """The README.md of a converted checkpoint, with the licence and base model of its source.
 
     Args:
-        config: Of the converted model.
-        record: What made it, as conversion.json has it.
-        repo: Where it will be on the Hub, if it will.
-        strip: A picture beside the card.
-        parts: Of a folder in diffusers' layout, which of text encoder, tokenizer and VAE it holds;
-            None in other layouts.
+        config: Config of the converted model.
+        record: Content of conversion.json.
+        repo: Hub repository of the checkpoint.
+        strip: File name of a picture beside the card.
+        parts: Components (text encoder, tokenizer, VAE) in a folder of diffusers' layout; None in
+            other layouts.
     """
     record = without_folders(record)
-    licence, base_model = config.licence, config.base_model
-    config = replace(
-        config,
-        licence=_public(_LICENCES, licence),
-        base_model=base_model if is_repo(base_model) else UNKNOWN,
-    )
-    origin = record.get("source", {})
+    base_model = config.base_model if is_repo(config.base_model) else UNKNOWN
+    licence = public_value("licence", config.licence)
+    config = replace(config, licence=licence, base_model=base_model)
+    source = record.get("source", {})
     sections = [
         f"---\n{_metadata(config, record).to_yaml()}\n---",
-        f"# {origin.get('name', 'A checkpoint')}, converted to a latent KV cache",
-        f"{_made(config)}: each layer caches {config.cache_bytes_per_token():.4g} bytes per token "
-        f"instead of {DENSE_ITEMSIZE * config.geometry.dense_cache_scalars} "
-        f"({config.cache_cut():.1%} less).",
+        f"# {source.get('name', 'A checkpoint')} with a latent KV cache",
+        _summary(config),
         f"![frames of a rollout]({strip})" if strip else "",
-        f"## Licence\n\n{_licence(config, origin)}",
+        f"## Licence\n\n{_licence(config, source)}",
         f"## How to use it\n\n{_usage(repo or '.', config, parts)}",
-        f"## What the cache takes\n\n{_cache(config)}",
-        f"## What the conversion loses\n\n{_losses(record)}",
-        f"## How it was made\n\n{_settings(config, origin)}\n\n{_recipe(record)}",
+        f"## Cache size\n\n{_cache(config)}",
+        f"## Error\n\n{_errors(record)}",
+        f"## How it was made\n\n{_settings(config, source)}\n\n{_recipe(record)}",
     ]
     text = "\n\n".join(filter(None, sections)) + "\n\n"
     return f"{text}{_SEAL}{_digest(text)} -->\n"
 
 
 def is_untouched(card: str) -> bool:
-    """Whether a card is as `model_card` made it, so that another may take its place."""
+    """Whether a card is unchanged since `model_card` wrote it, and may be replaced."""
     text, seal, digest = card.rpartition(_SEAL)
     return bool(seal) and digest == f"{_digest(text)} -->\n"
-
-
-def without_folders(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record as others may see it: of what lay in somebody's folders the names alone.
-
-    What a string is, its key says. Ids of the Hub stay whole where one is meant: a source's
-    `checkpoint`, a `base_model` and a base's `repo` are nothing else, and a `file` beside a
-    `checkpoint` or `repo` is a path in that repository. A `base` may be a folder too, which records
-    have as an absolute path (`data.recorded`), and so may a `_name_or_path`: what looks like an id
-    passes for one unless it is there as a path.
-    """
-    public: dict[str, Any] = {}
-    for key, value in record.items():
-        in_repo = key == "file" and is_repo(str(record.get("checkpoint") or record.get("repo")))
-        public[_free(_name(key), public)] = value if in_repo else _public(key, value)
-    return public
-
-
-def _public(key: str, value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return without_folders(value)
-    if isinstance(value, list | tuple):
-        return [_public(key, entry) for entry in value]
-    if not isinstance(value, str) or key == _PROMPTS:
-        return value
-    if key == _LICENCES:
-        return _name(value) if _ROOTED.match(value) else value
-    if key == _OVERRIDES:
-        return _public_override(value)
-    if key in _REPOS and is_repo(value):
-        return value
-    if key in _REPOS_OR_FOLDERS and is_repo(value) and not Path(value).exists():
-        return value
-    return _name(value)
-
-
-def _public_override(text: str) -> str:
-    """A `key=value` by what its key says of the value; as it was typed, where that can stay."""
-    typed: dict[str, Any] = {}
-    try:
-        override(typed, text)
-    except ConfigError:
-        return _name(text)
-    path = text.partition("=")[0]
-    *_, key = path.split(".")
-    value: Any = typed
-    for part in path.split("."):
-        value = value[part]
-    public = _public(key, value)
-    if public == value:
-        return text
-    return f"{path}={public if isinstance(public, str) else json.dumps(public)}"
-
-
-def _name(path: str) -> str:
-    """The last part of a path of any system, with the scale that may follow a LoRA's."""
-    return re.split(r"[/\\]+", path.rstrip("/\\"))[-1]
-
-
-def _free(key: str, taken: Mapping[str, Any]) -> str:
-    """Nothing is lost where two keys are alike without their folders."""
-    return key if key not in taken else _free(f"{key}'", taken)
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _made(config: ModelConfig) -> str:
-    """What a conversion is, in words."""
+def _summary(config: ModelConfig) -> str:
+    size = (
+        f"{config.cache_bytes_per_token():.4g} bytes per token and layer instead of "
+        f"{DENSE_ITEMSIZE * config.geometry.dense_cache_scalars} ({config.cache_cut():.1%} less)"
+    )
     if config.codec is not None:
-        return "A cache codec made by vmla-convert, which goes with its base model"
+        return (
+            f"A cache codec, made by vmla-convert. With it, the base model caches {size}. The "
+            "codec is used together with its base model, which stays unchanged."
+        )
     return (
-        "Converted by vmla-convert to a cache like that of "
-        "[VideoMLA](https://arxiv.org/abs/2605.30351)"
+        "A video model with the attention layers of "
+        f"[VideoMLA](https://arxiv.org/abs/2605.30351), made by vmla-convert. It caches {size}."
     )
 
 
 def _metadata(config: ModelConfig, record: Mapping[str, Any]) -> ModelCardData:
-    origin = record.get("source", {})
-    name, link = _terms(config, origin) if config.licence == OTHER else (None, None)
+    name, link = None, None
+    if config.licence == OTHER:
+        name, link = _terms(config, record.get("source", {}))
     base_model = config.base_model if config.base_model != UNKNOWN else None
     if config.codec is not None:
         repo = str(record.get("base", {}).get("repo"))
         base_model = repo if is_repo(repo) else base_model
-    # A whole checkpoint is no adapter of what it was trained from.
     is_adapter = config.codec is not None and base_model is not None
     return ModelCardData(
         license=config.licence,
@@ -184,50 +112,48 @@ def _metadata(config: ModelConfig, record: Mapping[str, Any]) -> ModelCardData:
     )
 
 
-def _terms(config: ModelConfig, origin: Mapping[str, Any]) -> tuple[str, str | None]:
-    """Name of a special licence and where it stands, if that is known."""
-    known = KNOWN.get(origin.get("known_model") or "")
+def _terms(config: ModelConfig, source: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Name and address of the terms of a licence that is `other`."""
+    known = KNOWN.get(source.get("known_model") or "")
     if known and known.terms:
         return known.terms
     page = f"https://huggingface.co/{config.base_model}"
     return UNKNOWN, page if config.base_model != UNKNOWN else None
 
 
-def _licence(config: ModelConfig, origin: Mapping[str, Any]) -> str:
-    """That of the weights, in words."""
-    base = config.base_model
-    source = f"[{base}](https://huggingface.co/{base})" if base != UNKNOWN else "its source"
-    licence = config.licence
+def _licence(config: ModelConfig, source: Mapping[str, Any]) -> str:
+    base, licence = config.base_model, config.licence
+    origin = f"[{base}](https://huggingface.co/{base})" if base != UNKNOWN else "the source model"
     if licence == UNKNOWN:
-        told = (
-            "**The licence of these weights is unknown**: that of what they were made of is not "
-            "known to the program that made them. Do not take that for a permission."
+        text = (
+            "**The licence of these weights is unknown**, because the licence of the source is not "
+            "known to the program. This does not mean that you may use them."
         )
     elif licence == OTHER:
-        name, link = _terms(config, origin)
-        terms = f"[{name}]({link})" if link else f"{name}"
-        told = f"These weights are bound by the terms of {source}: {terms}. Read them before use."
+        name, link = _terms(config, source)
+        terms = f"[{name}]({link})" if link else name
+        text = f"These weights are under the terms of {origin}: {terms}. Read them before use."
     else:
-        told = f"These weights keep the licence of {source}: {licence}."
+        text = f"These weights are under the licence of {origin}: {licence}."
     loras = [
         f"The licence of the merged LoRA {lora['name']} is {lora.get('licence', UNKNOWN)}."
-        for lora in origin.get("loras", ())
+        for lora in source.get("loras", ())
     ]
-    changed = "They are changed: see how they were made, below."
-    return " ".join([told, *loras, changed])
+    changed = "The weights are not the original ones: see “How it was made”."
+    return " ".join([text, *loras, changed])
 
 
 def _usage(place: str, config: ModelConfig, parts: Collection[str] | None) -> str:
-    prompt = "7" if config.media == "demo" else "a red kite over the sea"
+    demo = config.media == "demo"
+    prompt, extras = ("7", "video") if demo else ("a red kite over the sea", "wan,video")
     frames = round(60 * latent_frames_per_second(config))
-    extras = "video" if config.media == "demo" else "wan,video"
     imports, media, text = "", "", ""
-    # A model alone does not know where it came from, and so not that its components lie there too.
+    # `vmla.generate` gets a model alone, which does not name the folder of its components.
     if set(PARTS) <= set(parts or ()):
         imports = "\nfrom vmla_convert.config import MediaConfig"
         media = f'\nmedia = vmla.open_media(model.config, MediaConfig("{place}"))'
         text = ", text=media"
-    told = f"""```sh
+    usage = f"""```sh
 pip install "vmla-convert[{extras}]"
 vmla generate "{place}" --prompt "{prompt}" -o clip.mp4
 ```
@@ -239,116 +165,101 @@ model = vmla.load("{place}"){media}
 for chunk in vmla.generate(model, prompt="{prompt}", frames={frames}{text}):
     ...  # clean latents, chunk by chunk
 ```"""
-    return told if parts is None else f"{told}\n\n{_pipeline_usage(place, prompt, config)}"
-
-
-def _pipeline_usage(place: str, prompt: str, config: ModelConfig) -> str:
-    """The same with diffusers."""
+    if parts is None:
+        return usage
     rate = config.frames_per_second
-    frames = _CLIP_SECONDS * rate + (config.media != "demo")  # Wan's first latent frame is one
-    return f"""With diffusers (`pip install "vmla-convert[wan]"`):
+    frames = _CLIP_SECONDS * rate + (not demo)  # Wan's first latent frame is one pixel frame
+    return f"""{usage}
+
+With diffusers (`pip install "vmla-convert[wan]"`):
 
 ```python
 from vmla_convert import VMLAPipeline
 
-pipe = VMLAPipeline.from_pretrained("{place}")  # then .to("cuda"), where there is one
+pipe = VMLAPipeline.from_pretrained("{place}")  # then .to("cuda") on a GPU
 frames = pipe("{prompt}", num_frames={frames}, output_type="pil").frames[0]
 frames[0].save("clip.gif", save_all=True, append_images=frames[1:], duration={round(1000 / rate)})
 ```"""
 
 
 def _cache(config: ModelConfig) -> str:
-    """Bytes by length, dense and converted."""
     dense, rate = replace(config, mla=None, codec=None), latent_frames_per_second(config)
-    window = config.cache.window_frames
     lengths = [(f"{seconds} s", round(seconds * rate)) for seconds in _SECONDS]
     rows = [
         [label, frames, f"{dense.cache_bytes(frames):,}", f"{config.cache_bytes(frames):,}"]
-        for label, frames in [*lengths, ("**its window**", window)]
+        for label, frames in [*lengths, ("**window**", config.cache.window_frames)]
     ]
+    header = ["cached video", "latent frames", "dense cache (bytes)", "this cache (bytes)"]
     return (
-        _table(["video kept", "latent frames", "dense (bytes)", "converted (bytes)"], rows)
-        + "\n\nOne video, two bytes a number. When it streams, it keeps its window and no more, "
-        "however long the video."
+        f"{_table(header, rows)}\n\nSizes are for one video, with two bytes per number. A stream "
+        "never caches more than its window, whatever the length of the video."
     )
 
 
-def _losses(record: Mapping[str, Any]) -> str:
-    """Errors of the whole model, as far as they were measured."""
-    told: list[str] = []
+def _errors(record: Mapping[str, Any]) -> str:
     measured = record.get("recovered", {}).get("errors", {})
     if measured:
         dense = measured["dense_flow_loss"]
+        points = (("before recovery", measured["first"]), ("after recovery", measured["last"]))
         rows = [
-            [name, point["step"], f"{point['velocity_error']:.3g}", _above(point, dense)]
-            for name, point in (
-                ("before training", measured["first"]),
-                ("recovered", measured["last"]),
-            )
+            [
+                name,
+                point["step"],
+                f"{point['velocity_error']:.3g}",
+                f"{point['flow_loss'] / dense - 1:+.2%}",
+            ]
+            for name, point in points
         ]
-        told.append(
-            _table(["", "step", "velocity error", "flow loss above the dense model's"], rows)
+        header = ["", "step", "velocity error", "flow loss relative to the dense model"]
+        return (
+            f"{_table(header, rows)}\n\nMeasured on {measured['clips']} held-out clips "
+            f"({measured['source']}), on the chunks that attend to cached frames. The weights are "
+            "those of the best step. The velocity error is squared, and relative to the dense "
+            "model's velocity."
         )
-        told.append(
-            f"On {measured['clips']} held-out clips ({measured['source']}), of "
-            "the chunks that read the cache; the weights that did best on them were kept. The "
-            "velocity error is squared, relative to the dense model's velocity."
-        )
-    elif "recovered" in record:
-        told.append("No error of the whole model was measured, neither before nor after recovery.")
-    else:
-        told.append(
-            "It was not trained after its conversion, and no error of the whole model was "
-            "measured: see `vmla eval`."
-        )
-    return "\n\n".join(told)
+    if "recovered" in record:
+        return "The error of the whole model was not measured, neither before nor after recovery."
+    return (
+        "This checkpoint was not trained after the conversion, and the error of the whole model "
+        "was not measured. Measure it with `vmla eval`."
+    )
 
 
-def _above(point: Mapping[str, Any], dense: float) -> str:
-    return f"{point['flow_loss'] / dense - 1:+.2%}"
-
-
-def _settings(config: ModelConfig, origin: Mapping[str, Any]) -> str:
-    merged = [f"{lora['name']} (scale {lora['scale']:g})" for lora in origin.get("loras", ())]
-    sha256 = origin.get("sha256")
-    rows = [
-        *(_mla_settings(config.mla) if config.mla else []),
-        *(_codec_settings(config.codec) if config.codec else []),
-        ["source", origin.get("name", UNKNOWN)],
-        *([["SHA-256 of its weights", f"`{sha256}`"]] if sha256 else []),
-        ["its family", config.family],
-        ["its base model", config.base_model],
-        ["licence of the whole", config.licence],
-        ["LoRAs merged before", ", ".join(merged) or "none"],
+def _settings(config: ModelConfig, source: Mapping[str, Any]) -> str:
+    rows: list[list[Any]] = []
+    if mla := config.mla:
+        rows += [
+            ["init", mla.init],
+            ["latent", mla.latent],
+            ["kv_lora_rank, layer by layer", _listed(mla.kv_lora_rank)],
+            ["qk_rope_head_dim", _listed([2 * len(pairs) for pairs in mla.rope_pairs])],
+        ]
+    if codec := config.codec:
+        rows += [
+            ["latent numbers per layer, largest size", codec.rank],
+            ["default size", ", ".join(f"{k} {v:g}" for k, v in to_dict(codec.size).items())],
+            ["fitted to activations", "yes" if codec.calibrated else "no"],
+        ]
+    merged = [f"{lora['name']} (scale {lora['scale']:g})" for lora in source.get("loras", ())]
+    rows.append(["source", source.get("name", UNKNOWN)])
+    if sha256 := source.get("sha256"):
+        rows.append(["SHA-256 of the source", f"`{sha256}`"])
+    rows += [
+        ["family", config.family],
+        ["base model", config.base_model],
+        ["licence", config.licence],
+        ["merged LoRAs", ", ".join(merged) or "none"],
     ]
     return _table(["setting", "value"], rows)
 
 
-def _mla_settings(mla: MLAConfig) -> list[list[Any]]:
-    return [
-        ["init", mla.init],
-        ["latent", mla.latent],
-        ["kv_lora_rank, layer by layer", _listed(mla.kv_lora_rank)],
-        ["qk_rope_head_dim", _listed([2 * len(pairs) for pairs in mla.rope_pairs])],
-    ]
-
-
-def _codec_settings(codec: CodecConfig) -> list[list[Any]]:
-    return [
-        ["channels per layer, the largest size", codec.rank],
-        ["default size", ", ".join(f"{k} {v:g}" for k, v in to_dict(codec.size).items())],
-        ["fitted to activations", "yes" if codec.calibrated else "no"],
-    ]
-
-
 def _recipe(record: Mapping[str, Any]) -> str:
-    """All settings; those that say how long it took are in the record only."""
     kept = ("convert", "recover", "versions")
     settings = {name: record[name] for name in kept if name in record}
     if asked := record.get("source", {}).get("asked"):
         settings = {"source": asked, **settings}
     text = json.dumps(settings, indent=2, ensure_ascii=False)
-    return f"```json\n{text}\n```\n\nThe whole record is in `conversion.json`."
+    return f"```json\n{text}\n```\n\nThe full record is in `conversion.json`."
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -357,5 +268,5 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _listed(values: Sequence[int]) -> str:
-    """One number where all layers share it."""
+    """All values, or one number where all layers share it."""
     return ", ".join(map(str, values[:1] if len(set(values)) == 1 else values))

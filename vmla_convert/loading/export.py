@@ -1,4 +1,4 @@
-"""Write a checkpoint under the names of the repositories that it goes to."""
+"""Export a checkpoint to another layout, with the file and tensor names of that layout."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from vmla_convert.progress import Progress, Silent
 
 SELF_FORCING = "self_forcing"
 LAYOUTS = ("native", "diffusers", SELF_FORCING)
-"""By the name that `--layout` takes."""
+"""Names for `--layout`."""
 
-# Those of every other family are Wan's own.
+# Other families use Wan's own layout.
 _LAYOUT_OF_FAMILY = {
     SELF_FORCING: SELF_FORCING,
     "diffusers": "diffusers",
@@ -34,35 +34,34 @@ def export(
     key: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Write a dense or converted checkpoint into a folder of another layout, bit by bit the same.
+    """Write a dense or converted checkpoint into a folder of another layout, with equal tensors.
 
-    The folder opens again with `load`, and appears whole or not at all; what a kill left of an
-    export is discarded by the next one to the same place. A dense one is what its family's programs
-    read, with what they keep elsewhere as a table `vmla` in config.json; a converted one has new
-    tensors, and our own config.json beside them.
+    The folder appears complete or not at all, and opens again with `load`. A dense export opens in
+    the programs of its family; settings that these keep elsewhere are a table `vmla` in
+    config.json. A converted export has our own config.json.
 
     Args:
-        source: Checkpoint file or folder, `demo`, or a Hub id; with settings and LoRAs if need be.
-        out: Folder to write; where it is taken or lacks space, no weights are read.
-        layout: `native`, Wan's names, safetensors; `diffusers`, a pipeline's folder, with text
-            encoder and VAE where the source has them; `self_forcing`, one `model.pt` in its
-            trainer's wrappers, held in memory while it is written. None for the family's own.
-        key: State dict of the `.pt`; None for the first that readers look for.
-        progress: Where to draw.
+        source: Checkpoint file or folder, `demo`, or a Hub id, with settings and LoRAs.
+        out: Folder to write. No weights are read when the folder is taken or the disk is full.
+        layout: `native`: Wan's names, safetensors. `diffusers`: a pipeline's folder, with text
+            encoder and VAE where the source has them. `self_forcing`: one `model.pt`, which is held
+            in memory. None takes the layout of the family.
+        key: State dict of the `.pt`; None takes the first that readers look for.
+        progress: Draws the bars.
 
     Returns:
-        The file or folder that programs are given.
+        The file or folder to give to other programs.
 
     Raises:
         CheckpointError: The source cannot be read, or is of no known family.
         ConfigError: The layout is unknown, or has no place for a key.
         OutputError: `out` is taken, or cannot be written.
     """
-    refuse_taken(out)  # before anything is fetched
+    refuse_taken(out)  # before a download
     progress = progress or Silent()
     checkpoint = open_named(source, progress)
     chosen = layout or _LAYOUT_OF_FAMILY.get(checkpoint.config.family, "native")
-    _check_words(chosen, key)
+    _check_options(chosen, key)
     form = _form(chosen, converted=not checkpoint.config.is_dense)
     components = parts_to_copy(checkpoint.model_path, form, progress)
     if checkpoint.config.is_dense:
@@ -80,7 +79,7 @@ def export(
     return out
 
 
-def _check_words(layout: str, key: str | None) -> None:
+def _check_options(layout: str, key: str | None) -> None:
     if layout not in LAYOUTS:
         raise ConfigError(f"unknown layout '{layout}'", did_you_mean(layout, LAYOUTS))
     if key is not None and layout != SELF_FORCING:

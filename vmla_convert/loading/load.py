@@ -33,22 +33,18 @@ from vmla_convert.tables import from_dict
 
 DEMO = "demo"
 CONVERSION_NAME = "conversion.json"
-"""What made a converted folder, beside its weights."""
+"""The record of how a converted folder was made, beside its weights."""
 
 Source = str | Path | SourceConfig
-"""A user's word for a checkpoint: a path, `demo`, a Hub id, or one of them with settings."""
+"""The name of a checkpoint: a path, `demo` or a Hub id, with settings in a `SourceConfig`."""
 
 
 def open_named(source: Source, progress: Progress | None = None) -> OpenCheckpoint:
-    """Open the checkpoint that a user's word means; a codec together with its base model.
-
-    Args:
-        source: A path, `demo`, or a Hub id; with settings if need be.
-        progress: Where to draw the check of a codec's base model.
+    """Open a checkpoint by name, a codec together with its base model.
 
     Raises:
-        CheckpointError: It cannot be found, read or recognised, or the base model of a codec is not
-            there, or is another one.
+        CheckpointError: The checkpoint cannot be found, read or recognised, or the base model of a
+            codec is missing or has other weights.
         ConfigError: A setting is unknown or does not fit.
     """
     path, how = locate(source)
@@ -61,37 +57,37 @@ def open_named(source: Source, progress: Progress | None = None) -> OpenCheckpoi
 
 
 def is_codec(path: Path) -> bool:
-    """Whether a checkpoint's path is a cache codec, which needs a base model."""
+    """Whether the checkpoint at a path is a cache codec, which needs a base model."""
     return located(path).name == CODEC_NAME
 
 
 def base_of(codec: Path, how: SourceConfig) -> SourceConfig:
-    """The base model of a codec, as it was read when the codec was made.
+    """The base model of a codec, with the settings that were used when the codec was made.
 
     Args:
         codec: The codec's file or folder.
-        how: A base model and LoRAs that take the place of the recorded ones.
+        how: A base model and LoRAs that replace the recorded ones.
 
     Raises:
-        CheckpointError: It is not where it was, nor anywhere else that is looked at.
+        CheckpointError: The base model is neither where it was nor beside the codec.
     """
     folder, record = located(codec).parent, read_provenance(codec)
     asked = from_dict(SourceConfig, record.get("source", {}).get("asked", {}))
-    told = record.get("base", {})
+    recorded = record.get("base", {})
     if how.base_model is None:
-        base, file = find_base(folder, told)
+        base, file = find_base(folder, recorded)
     else:
-        base, file = how.base_model, asked.file or told.get("file")
+        base, file = how.base_model, asked.file or recorded.get("file")
         if file and Path(base).exists() and not (Path(base) / file).exists():
             file = None
-    loras = how.loras or find_loras(folder, told)
+    loras = how.loras or find_loras(folder, recorded)
     return replace(asked, checkpoint=base, file=file, loras=loras)
 
 
 def _refuse_base(how: SourceConfig) -> None:
     if how.base_model is not None:
         raise ConfigError(
-            f"{how.checkpoint} is no codec and has no base model", "leave --base-model out"
+            f"{how.checkpoint} is not a codec and has no base model", "leave --base-model out"
         )
 
 
@@ -110,12 +106,12 @@ def _with_base(codec: OpenCheckpoint, how: SourceConfig, progress: Progress) -> 
 
 
 def recognise_named(source: Source, progress: Progress | None = None) -> OpenCheckpoint:
-    """Know the checkpoint that a user's word means, whole or not; of the Hub's by headers alone.
+    """Recognise a checkpoint by name, complete or not.
 
-    Tensors of a checkpoint on the Hub that is not in its cache cannot be read from the result.
+    Of a checkpoint on the Hub only the headers are downloaded, so its tensors cannot be read.
 
     Raises:
-        CheckpointError: It cannot be found or recognised.
+        CheckpointError: The checkpoint cannot be found or recognised.
         ConfigError: A setting is unknown or does not fit.
     """
     how = _settled(source)
@@ -129,10 +125,10 @@ def recognise_named(source: Source, progress: Progress | None = None) -> OpenChe
 
 
 def locate(source: Source) -> tuple[Path, SourceConfig]:
-    """Where a checkpoint lies, fetched from the Hub if it must be, and what is known of it.
+    """Find a checkpoint, download it if necessary, and add settings that its repository implies.
 
     Raises:
-        CheckpointError: It cannot be found.
+        CheckpointError: The checkpoint cannot be found.
     """
     how = _settled(source)
     name = how.checkpoint
@@ -149,12 +145,12 @@ def _settled(source: Source) -> SourceConfig:
 
 
 def is_remote(name: str) -> bool:
-    """Whether a name means a repository of the Hub: no path that is there may look like one."""
+    """Whether a name means a repository of the Hub; an existing path comes first."""
     return name != DEMO and not Path(name).exists() and is_repo(name)
 
 
 def is_conversion(name: str) -> bool:
-    """Whether a name means a conversion, by the record that lies in it; nothing is fetched.
+    """Whether a name means a conversion, judged by its record; nothing is downloaded.
 
     Raises:
         CheckpointError: The repository cannot be read.
@@ -164,41 +160,41 @@ def is_conversion(name: str) -> bool:
         return any(has_parts(name, place) for place in places)
     try:
         return bool(read_provenance(name))
-    except CheckpointError:  # such as several files: a conversion is one
+    except CheckpointError:  # several checkpoints, for example
         return False
 
 
 def _file_of(how: SourceConfig) -> str | None:
-    """The file of a repository that was asked for, by name or by the model that it is."""
+    """The file of a repository that the user named, directly or by `--model`."""
     known = known_model(how.model) if how.model else None
     repo = how.checkpoint.partition("@")[0]
     return how.file or (known.file if known and repo in known.repos else None)
 
 
 def _known(how: SourceConfig) -> SourceConfig:
-    """With what a dense checkpoint's repository tells of it."""
+    """The settings with the base model and known model of a dense checkpoint's repository."""
     base = f"base_model={how.checkpoint.partition('@')[0]}"
     model = how.model or known_by_repo(how.checkpoint, how.file)
     return replace(how, model=model, overrides=(base, *how.overrides))
 
 
 def compute_device() -> torch.device:
-    """This process's GPU, or the CPU where there is none."""
+    """The GPU of this process, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def as_teacher(teacher: Source, converted: Source, file: str | None = None) -> SourceConfig:
-    """A dense checkpoint, read as when it was converted: its file, key, settings and LoRAs.
+    """A dense checkpoint with the file, key, settings and LoRAs of its conversion.
 
     Args:
-        teacher: A path, `demo` or a Hub id; what comes with settings of its own stays as it is.
-        converted: What was made of it.
-        file: Of the teacher, another than when it was converted.
+        teacher: The dense checkpoint; a `SourceConfig` is returned unchanged.
+        converted: The conversion of that checkpoint.
+        file: File of the teacher, in place of the recorded one.
 
     Raises:
-        CheckpointError: One of them cannot be found, or the record is damaged.
+        CheckpointError: One of the two cannot be found, or the record is damaged.
     """
     if isinstance(teacher, SourceConfig):
         return teacher
@@ -210,22 +206,22 @@ def as_teacher(teacher: Source, converted: Source, file: str | None = None) -> S
     path, _ = locate(known)
     if fingerprint(path) == origin.get("sha256"):
         return known
-    # Other bytes: the same model in another form perhaps, with other keys, its LoRAs merged.
+    # Other bytes may be the same model in another form: with other keys, and LoRAs merged.
     return replace(known, key=None, loras=())
 
 
 def teacher_of(
     converted: Source, teacher: Source | None = None, file: str | None = None
 ) -> SourceConfig:
-    """The dense model that a converted one is measured against and learns from.
+    """The dense model that a converted one is compared with and learns from.
 
     Args:
         converted: A codec or an MLA checkpoint.
-        teacher: A dense checkpoint. A codec needs none: its base model is meant.
-        file: File of the teacher, another than when it was converted.
+        teacher: The dense checkpoint; by default a codec's base model.
+        file: File of the teacher, in place of the recorded one.
 
     Raises:
-        CheckpointError: One of them cannot be found, or a teacher is needed and not named.
+        CheckpointError: One of the two cannot be found, or an MLA checkpoint has no teacher.
     """
     path, _ = locate(converted)
     if not is_codec(path):
@@ -243,10 +239,10 @@ def teacher_of(
 
 
 def read_provenance(converted: Source) -> dict[str, Any]:
-    """The record beside a converted checkpoint's weights; empty when there is none.
+    """Read the record beside a converted checkpoint's weights; empty when there is none.
 
     Raises:
-        CheckpointError: It is damaged.
+        CheckpointError: The record is damaged.
     """
     path, _ = locate(converted)
     file = located(path).parent / CONVERSION_NAME
@@ -275,15 +271,15 @@ def load(
 
     Args:
         source: A file or folder, `demo`, or a Hub id.
-        device: Where the weights go.
-        dtype: Dtype of all weights; a codec's means and tables stay float32.
-        bytes_per_token: Size of a codec's cache, per token and layer.
-        cut: The same as a share of the dense cache to save.
+        device: Device of the weights.
+        dtype: Dtype of the weights; a codec's means and tables stay float32.
+        bytes_per_token: Size of a codec's cache, in bytes per token and layer.
+        cut: Size of a codec's cache, as the share of the dense cache to save.
         base_model: Base model of a codec; by default the one that the codec names.
 
     Raises:
-        CheckpointError: It is no checkpoint of a known layout, or a codec without its base model.
-        ConfigError: A size was asked for that the model cannot have.
+        CheckpointError: The source is not a known checkpoint, or a codec without its base model.
+        ConfigError: The model cannot have the size.
     """
     how = _settled(source)
     if base_model is not None:
@@ -301,7 +297,7 @@ def build(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> CausalWanModel:
-    """The model of an open checkpoint, in evaluation mode and frozen."""
+    """Build the model of an open checkpoint, in evaluation mode and frozen."""
     model = empty_model(checkpoint)
     precise = {name for name, _ in model.named_buffers()}
     state = {
@@ -315,33 +311,41 @@ def build(
 
 
 def empty_model(checkpoint: OpenCheckpoint) -> CausalWanModel:
-    """The model of an open checkpoint, without weights: all that its headers can tell is checked.
+    """Build the model of an open checkpoint on the meta device, and check all headers.
 
     Raises:
-        CheckpointError: A tensor is not the one that the config asks for.
+        CheckpointError: A tensor does not fit the config.
     """
     with torch.device("meta"):
         model = CausalWanModel(checkpoint.config)
-    _check_tensors(checkpoint, {name: tuple(t.shape) for name, t in model.state_dict().items()})
+    found = {name: spec.shape for name, spec in checkpoint.specs().items()}
+    expected = {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if not checkpoint.is_codec or ".codec." in name
+    }
+    names = sorted(expected.keys() | found.keys())
+    for name in names:
+        if found.get(name) != expected.get(name):
+            raise CheckpointError(
+                f"tensor '{name}' of {checkpoint.source.path} has shape {found.get(name)}, "
+                f"its config asks for {expected.get(name)}",
+                "convert the source checkpoint again",
+            )
     return model
 
 
 def check_whole(checkpoint: OpenCheckpoint) -> None:
-    """Check all that headers tell of a conversion; of a codec without its base model too.
+    """Check the headers of a conversion; a codec needs no base model for this.
 
     Raises:
-        CheckpointError: A tensor is not the one that the config asks for.
+        CheckpointError: A tensor does not fit the config.
     """
-    with torch.device("meta"):
-        state = CausalWanModel(checkpoint.config).state_dict()
-    expected = {name: tuple(t.shape) for name, t in state.items()}
-    if checkpoint.is_codec:
-        expected = {name: shape for name, shape in expected.items() if ".codec." in name}
-    _check_tensors(checkpoint, expected)
+    empty_model(checkpoint)
 
 
 def build_shell(checkpoint: OpenCheckpoint, device: torch.device | str = "cpu") -> CausalWanModel:
-    """All of a dense model but its blocks, which `read_block` gives one by one."""
+    """Build a dense model without its blocks, which `read_block` reads one by one."""
     outside = {name for name in checkpoint.names if not name.startswith("blocks.")}
     config = checkpoint.config
     empty = replace(config, geometry=replace(config.geometry, num_layers=0))
@@ -354,7 +358,7 @@ def build_shell(checkpoint: OpenCheckpoint, device: torch.device | str = "cpu") 
 
 
 def read_block(checkpoint: OpenCheckpoint, layer: int, device: torch.device | str = "cpu") -> Block:
-    """One block of a dense checkpoint, in evaluation mode and frozen."""
+    """Read one block of a dense checkpoint, in evaluation mode and frozen."""
     with torch.device("meta"):
         block = Block(checkpoint.config, layer)
     state = {
@@ -363,18 +367,3 @@ def read_block(checkpoint: OpenCheckpoint, layer: int, device: torch.device | st
     }
     block.load_state_dict(state, assign=True)
     return block.eval().requires_grad_(False)
-
-
-def _check_tensors(checkpoint: OpenCheckpoint, expected: dict[str, tuple[int, ...]]) -> None:
-    """A damaged or edited folder is refused by the name of its first wrong tensor."""
-    found = {name: spec.shape for name, spec in checkpoint.specs().items()}
-    wrong = sorted(
-        name for name in expected.keys() | found.keys() if found.get(name) != expected.get(name)
-    )
-    if wrong:
-        name = wrong[0]
-        raise CheckpointError(
-            f"tensor '{name}' of {checkpoint.source.path} has shape {found.get(name)}, "
-            f"its config asks for {expected.get(name)}",
-            "convert the source checkpoint again",
-        )

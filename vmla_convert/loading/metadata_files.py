@@ -1,4 +1,4 @@
-"""The files of a checkpoint folder that are not weights, for each layout."""
+"""The files of a checkpoint folder beside the weights, for each layout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vmla_convert.checkpoint.layouts import DIFFUSERS, NATIVE, PIPELINE_NAME, La
 from vmla_convert.checkpoint.settings import converted_config, read_config
 from vmla_convert.config import ModelConfig
 from vmla_convert.errors import ConfigError, did_you_mean
-from vmla_convert.loading.card import model_card
+from vmla_convert.loading.card import CARD_NAME, model_card
 from vmla_convert.loading.load import CONVERSION_NAME
 from vmla_convert.maths.flow import TRAIN_TIMESTEPS
 from vmla_convert.media.components import PARTS, Part, parts_beside, repository_with_parts
@@ -18,16 +18,16 @@ from vmla_convert.progress import Progress
 from vmla_convert.tables import to_dict
 
 LAYOUTS = {"native": NATIVE, "diffusers": DIFFUSERS}
-"""Of a converted folder, by the name that `--layout` takes."""
+"""Layouts of a converted folder, by the name that `--layout` takes."""
 
 Files = dict[str, str | dict[str, Any]]
-"""Text, or a table, by the path in the folder."""
+"""Text, or a JSON table, by path in the folder."""
 
-# By the module that defines it, as diffusers records a class that is not its own.
+# diffusers records a class of another package by its module.
 _TRANSFORMER = ("vmla_convert.interop.transformer", "VMLATransformer")
 _DENSE_TRANSFORMER = ("diffusers", "WanTransformer3DModel")
 _SCHEDULER = "FlowMatchEulerDiscreteScheduler"
-# As Wan's own pipelines have them; an index beside the components knows better.
+# The classes of Wan's own pipelines, for components without an index beside them.
 _CLASSES: dict[Part, tuple[str, str]] = {
     "vae": ("diffusers", "AutoencoderKLWan"),
     "text_encoder": ("transformers", "UMT5EncoderModel"),
@@ -37,7 +37,7 @@ _WAN_TEXT_LEN = 512
 
 
 def named_layout(name: str) -> Layout:
-    """The layout of a converted folder.
+    """The layout of a converted folder by name.
 
     Raises:
         ConfigError: There is none of this name.
@@ -50,33 +50,26 @@ def named_layout(name: str) -> Layout:
 def converted_files(
     config: ModelConfig, record: Mapping[str, Any], layout: Layout, components: Mapping[str, Path]
 ) -> Files:
-    """What lies beside a converted checkpoint's weights.
+    """Config, record (as conversion.json) and card of a converted checkpoint.
 
-    Args:
-        config: Of the converted model.
-        record: What made it; it becomes conversion.json.
-        layout: Of the folder.
-        components: From `parts_to_copy`.
+    In diffusers' layout they come with the pipeline's index and scheduler; `components` are those
+    that `parts_to_copy` found.
     """
+    is_pipeline = layout is DIFFUSERS
     files: Files = {
-        layout.place("config.json"): converted_config(config),
+        layout.place("config.json"): (transformer_config if is_pipeline else converted_config)(
+            config
+        ),
         layout.place(CONVERSION_NAME): dict(record),
-        "README.md": model_card(config, record, parts=components if layout is DIFFUSERS else None),
+        CARD_NAME: model_card(config, record, parts=components if is_pipeline else None),
     }
-    if layout is not DIFFUSERS:
-        return files
-    files[layout.place("config.json")] = transformer_config(config)
-    return files | _pipeline_files("VMLAPipeline", _TRANSFORMER, config, components)
+    if is_pipeline:
+        files |= _pipeline_files("VMLAPipeline", _TRANSFORMER, config, components)
+    return files
 
 
 def dense_files(config: ModelConfig, layout: Layout, components: Mapping[str, Path]) -> Files:
-    """What lies beside a dense checkpoint's weights, readable to what reads its family.
-
-    Args:
-        config: Of the model.
-        layout: Of the folder.
-        components: From `parts_to_copy`.
-    """
+    """The config of a dense checkpoint for programs of its family, and a pipeline's other files."""
     if layout is not DIFFUSERS:
         return {layout.place("config.json"): wan_config(config)}
     table = {layout.place("config.json"): _wan_transformer_config(config)}
@@ -84,34 +77,31 @@ def dense_files(config: ModelConfig, layout: Layout, components: Mapping[str, Pa
 
 
 def read_index(root: Path) -> dict[str, Any]:
-    """A pipeline's index, what it says of each part by name; empty where there is none.
+    """The index of a pipeline, which names the class of each part; empty where there is none.
 
     Raises:
-        CheckpointError: It is damaged.
+        CheckpointError: The index is damaged.
     """
     return read_config(root / PIPELINE_NAME)
 
 
 def transformer_config(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a `VMLATransformer`; `vmla_convert.load` reads it too."""
+    """The config.json of a `VMLATransformer`, which `vmla_convert.load` reads too."""
     return {"_class_name": _TRANSFORMER[1], **converted_config(config)}
 
 
 def wan_config(config: ModelConfig) -> dict[str, Any]:
-    """Native Wan's keys, and ours for what Wan keeps elsewhere under `vmla`."""
+    """Wan's own config.json, with a table `vmla` for settings that Wan keeps elsewhere."""
     geometry = to_dict(config.geometry)
     del geometry["patch_size"], geometry["text_dim"]
     return {"_class_name": "WanModel", "model_type": "t2v", **geometry, "vmla": _settings(config)}
 
 
 def parts_to_copy(path: Path, layout: Layout, progress: Progress | None = None) -> dict[str, Path]:
-    """Text encoder, tokenizer and VAE that lie beside a checkpoint.
+    """Text encoder, tokenizer and VAE beside a checkpoint, when a pipeline is written.
 
-    Args:
-        path: The checkpoint, as `open_checkpoint` takes it.
-        layout: Of the folder to be; only a pipeline has a place for them.
-        progress: Told where they stay that are not copied. What is on the Hub is not: no one wants
-            gigabytes fetched unasked.
+    Components on the Hub are not copied, as that would download gigabytes unasked. A note then
+    says where they stay.
 
     Raises:
         CheckpointError: There is no checkpoint, or its repository cannot be read.
@@ -146,13 +136,13 @@ def _wan_transformer_config(config: ModelConfig) -> dict[str, Any]:
         "text_dim": geometry.text_dim,
         "vmla": _settings(config),
     }
-    # diffusers has no such key, and reports those that it does not know.
-    told = {} if geometry.text_len == _WAN_TEXT_LEN else {"text_len": geometry.text_len}
-    return table | told
+    # diffusers has no such key, and warns about unknown keys.
+    more = {} if geometry.text_len == _WAN_TEXT_LEN else {"text_len": geometry.text_len}
+    return table | more
 
 
 def _settings(config: ModelConfig) -> dict[str, Any]:
-    """What no tensor tells."""
+    """The settings that no tensor tells."""
     settings = to_dict(config)
     del settings["geometry"], settings["family"]
     return settings
@@ -171,8 +161,8 @@ def _pipeline_files(
     }
     known = read_index(next(iter(components.values())).parent) if components else {}
     for part in PARTS:
+        # diffusers writes [None, None] for a component that is not in the folder.
         named = known.get(part, list(_CLASSES[part]))
-        # None is diffusers' word for a component that is not in the folder.
         index[part] = named if part in components else [None, None]
     scheduler = {
         "_class_name": _SCHEDULER,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -16,21 +17,16 @@ from vmla_convert.checkpoint.settings import read_config
 from vmla_convert.checkpoint.source import located, weight_files
 from vmla_convert.config import ModelConfig
 from vmla_convert.errors import CheckpointError, ConfigError, OutputError
-from vmla_convert.loading.card import (
-    CARD_NAME,
-    STRIPS,
-    is_untouched,
-    model_card,
-    without_folders,
-)
-from vmla_convert.loading.load import CONVERSION_NAME, check_whole, read_provenance
+from vmla_convert.loading.card import CARD_NAME, STRIPS, is_untouched, model_card
+from vmla_convert.loading.load import check_whole, read_provenance
 from vmla_convert.loading.metadata_files import read_index
+from vmla_convert.loading.public_record import without_folders
 from vmla_convert.loading.upload import Difference, compare, upload
 from vmla_convert.media.components import PARTS
 from vmla_convert.progress import Progress, Silent
 
 _ORIGINS = ("_name_or_path", "name_or_path")
-# What diffusers and transformers save of each part of a Wan pipeline, in older forms too.
+# File endings that diffusers and transformers use for each part of a Wan pipeline, old and new.
 _COMPONENTS: dict[str, tuple[str, ...]] = {
     "vae": (".json", ".safetensors", ".bin"),
     "text_encoder": (".json", ".safetensors", ".bin"),
@@ -42,17 +38,17 @@ _CONVERT = "make one first: vmla convert CKPT -o OUT"
 
 @dataclass(frozen=True)
 class Push:
-    """What a push did, or would do.
+    """The result of a push, or of its dry run.
 
     Attributes:
         repo: "owner/name".
-        url: Its page.
-        commit: That holds the files; of a dry run the newest there, None where there is none.
-        private: Whether only its owner may see it.
-        tag: Of the commit.
-        uploaded: Bytes of the files that were not there, by name.
-        kept: Those of files that were.
-        removed: Weights of an earlier conversion, and what described them.
+        url: Page of the repository.
+        commit: Commit with the files; after a dry run the newest commit, or None.
+        private: Whether the repository is private.
+        tag: Tag of the commit.
+        uploaded: Bytes of the uploaded files, by name.
+        kept: Bytes of the files that the repository had already, by name.
+        removed: Files of an earlier conversion that were removed.
     """
 
     repo: str
@@ -74,38 +70,40 @@ def push(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Push:
-    """Upload a conversion, its record and its card; what is there already is not sent again.
+    """Upload a conversion with its record and card; files that are there already are kept.
 
     Args:
-        folder: From `convert` or `recover`.
-        repo: "owner/name"; it is made if there is none.
-        private: Whether only its owner may see it, if it is made now.
-        tag: A name for this state of it.
-        message: Of the commit.
-        dry_run: Only look.
-        progress: Where to draw; how far each upload is, huggingface-hub itself draws.
+        folder: Folder made by `convert` or `recover`.
+        repo: "owner/name"; a missing repository is created.
+        private: Whether a new repository is private.
+        tag: Tag for the new commit.
+        message: Commit message.
+        dry_run: Only compare.
+        progress: Gets a note before the upload; huggingface-hub draws the upload's own bars.
 
     Raises:
-        CheckpointError: The folder is no whole conversion.
-        ConfigError: `repo` is no name of a repository, or `tag` none of a tag.
+        CheckpointError: The folder is not a whole conversion.
+        ConfigError: `repo` is not a repository name, or `tag` not a tag name.
         OutputError: The Hub refuses, or cannot be reached.
     """
     if not is_repo(repo) or "@" in repo:
-        raise ConfigError(f"'{repo}' is no name of a repository", "give it as owner/name")
+        raise ConfigError(f"'{repo}' is not a repository name", "give it as owner/name")
     if tag is not None and not re.fullmatch(r"\w[\w.-]*", tag):
-        raise ConfigError(f"'{tag}' is no name of a tag", "try --tag v1")
+        raise ConfigError(f"'{tag}' is not a tag name", "try --tag v1")
     config, record = _conversion(folder)
-    with TemporaryDirectory() as made:
-        files = _files(folder)
-        files |= _made_public(Path(made), files, repo, config, record)
-        sizes = {name: file.stat().st_size for name, file in files.items()}
-        progress = progress or Silent()
-        found = compare(repo, files, progress)
+    with TemporaryDirectory() as staged:
+        files = _stage(Path(staged), folder, repo, config, record)
+        sizes = {name: (Path(staged) / name).stat().st_size for name in files}
+        found = compare(repo, Path(staged))
         _check(found, private, tag)
         if found.changed and not dry_run:
             nbytes = sum(sizes[name] for name in found.changed)
-            progress.note(f"uploading {nbytes:,} bytes; if it breaks off, the same command goes on")
-        commit = found.commit if dry_run else upload(found, files, private, tag, message)
+            (progress or Silent()).note(
+                f"uploading {nbytes:,} bytes; if it breaks off, the same command continues"
+            )
+        commit = found.commit
+        if not dry_run:
+            commit = upload(found, Path(staged), private, tag, message)
     return Push(
         repo,
         found.url,
@@ -119,7 +117,7 @@ def push(
 
 
 def _conversion(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """What a folder holds, checked as far as its headers tell."""
+    """The config and record of a folder, checked as far as headers allow."""
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}", _CONVERT)
     checkpoint = open_checkpoint(folder)
@@ -128,35 +126,63 @@ def _conversion(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     check_whole(checkpoint)
     if not (record := read_provenance(folder)):
         raise CheckpointError(
-            f"{folder} has no conversion.json, which says what it was made of", _CONVERT
+            f"{folder} has no conversion.json, which says how it was made", _CONVERT
         )
     return checkpoint.config, record
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """All of a conversion, by name in the repository, and nothing else that may lie there."""
+def _stage(
+    staged: Path, folder: Path, repo: str, config: ModelConfig, record: dict[str, Any]
+) -> list[str]:
+    """Put the files to upload into `staged`: links to weights, and tables without local folders."""
+    files = list(dict.fromkeys(file for file in _own_files(folder) if file.is_file()))
+    names = [file.relative_to(folder).as_posix() for file in files]
+    for file, name in zip(files, names, strict=True):
+        copy = staged / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        stripped = _stripper(PurePosixPath(name))
+        table = read_config(file) if stripped else {}
+        if stripped and (public := stripped(table)) != table:
+            copy.write_text(f"{json.dumps(public, indent=2, ensure_ascii=False)}\n", "utf-8")
+        else:
+            copy.symlink_to(file.resolve())
+    card = staged / CARD_NAME
+    if not card.exists() or is_untouched(_read_page(folder / CARD_NAME)):
+        strip = next((name for name in STRIPS if name in names), None)
+        parts = [part for part in PARTS if any(name.startswith(f"{part}/") for name in names)]
+        text = model_card(config, record, repo, strip, parts if PIPELINE_NAME in names else None)
+        card.unlink(missing_ok=True)
+        card.write_text(text, "utf-8")
+    return [*names, *({CARD_NAME} - {*names})]
+
+
+def _own_files(folder: Path) -> Iterator[Path]:
+    """The files of a conversion; other files in the folder are not uploaded."""
     main = located(folder)
-    beside = [main.parent / name for name in BESIDE]
-    pages = [folder / name for name in (CARD_NAME, *STRIPS)]
-    parts = _pipeline_files(folder) if main.parent != folder else []
-    found = [*weight_files(folder), main, *beside, *pages, *parts]
-    return {file.relative_to(folder).as_posix(): file for file in found if file.is_file()}
+    yield from weight_files(folder)
+    yield main
+    yield from (main.parent / name for name in BESIDE)
+    yield from (folder / name for name in (CARD_NAME, *STRIPS))
+    if main.parent == folder:
+        return
+    yield folder / PIPELINE_NAME
+    index = read_index(folder)
+    for part, endings in _COMPONENTS.items():
+        for file in sorted((folder / part).glob("*")) if part in index else ():
+            if file.name.endswith(endings) and not file.name.startswith("."):
+                yield file
 
 
-def _pipeline_files(folder: Path) -> list[Path]:
-    """Of a folder in diffusers' layout the index and the components beside the transformer.
+def _without_origin(table: dict[str, Any]) -> dict[str, Any]:
+    """A component's settings without the folder that diffusers or transformers read it from."""
+    return table | without_folders({key: table[key] for key in _ORIGINS if key in table})
 
-    What else the index names, or lies in their folders, was put there by somebody else.
-    """
-    named = read_index(folder)
-    files = [
-        file
-        for part, kinds in _COMPONENTS.items()
-        if part in named
-        for file in sorted((folder / part).glob("*"))
-        if file.name.endswith(kinds) and not file.name.startswith(".")
-    ]
-    return [folder / PIPELINE_NAME, *files]
+
+def _stripper(name: PurePosixPath) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
+    """The function that removes local folders from a JSON table; None where there are none."""
+    if name.parts[0] in PARTS:  # other tables may hold paths: a tokenizer's words look like some
+        return _without_origin if name.name in ("config.json", "tokenizer_config.json") else None
+    return without_folders if name.name in BESIDE else None
 
 
 def _read_page(page: Path) -> str:
@@ -164,48 +190,12 @@ def _read_page(page: Path) -> str:
         return page.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(
-            f"{page} is not in UTF-8", "save it so, or remove it to have a card made"
+            f"{page} is not in UTF-8", "save it in UTF-8, or remove it to get a new card"
         ) from error
 
 
-def _made_public(
-    place: Path, files: dict[str, Path], repo: str, config: ModelConfig, record: dict[str, Any]
-) -> dict[str, Path]:
-    """What goes up in place of a file of the folder, written to `place`: card, and tables."""
-    made: dict[str, Path] = {}
-    card = files.get(CARD_NAME)
-    if card is None or is_untouched(_read_page(card)):
-        strip = next((name for name in STRIPS if name in files), None)
-        made[CARD_NAME] = place / CARD_NAME
-        parts = [part for part in PARTS if any(name.startswith(f"{part}/") for name in files)]
-        text = model_card(config, record, repo, strip, parts if PIPELINE_NAME in files else None)
-        made[CARD_NAME].write_text(text, "utf-8")
-    inside = PurePosixPath(next(name for name in files if name.endswith(CONVERSION_NAME))).parent
-    tables = {str(inside / name): without_folders for name in BESIDE}
-    # Of others' tables nothing else may change: a tokenizer's words may look like paths.
-    tables |= {name: _without_origin for name in files if _is_of_component(PurePosixPath(name))}
-    for name, stripped in tables.items():
-        told = read_config(files[name])
-        if (public := stripped(told)) != told:
-            made[name] = place / name.replace("/", "--")
-            text = json.dumps(public, indent=2, ensure_ascii=False)
-            made[name].write_text(f"{text}\n", "utf-8")
-    return made
-
-
-def _is_of_component(name: PurePosixPath) -> bool:
-    """Whether a table says how a text encoder, tokenizer or VAE was made, and so where it lay."""
-    return name.parts[0] in PARTS and name.name in ("config.json", "tokenizer_config.json")
-
-
-def _without_origin(table: dict[str, Any]) -> dict[str, Any]:
-    """A component's settings without the folder that diffusers or transformers read it from."""
-    origin = {name: table[name] for name in _ORIGINS if name in table}
-    return table | without_folders(origin)
-
-
 def _check(found: Difference, private: bool, tag: str | None) -> None:
-    """Refuse, before anything goes up, what would fail or surprise after."""
+    """Refuse a public repository for a private push, and a tag of another state."""
     if private and found.private is False:
         raise OutputError(
             f"{found.repo} is there already, and public",

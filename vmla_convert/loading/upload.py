@@ -1,42 +1,37 @@
-"""A checkpoint to the Hub: what of it is there already, and what goes up to make the rest so."""
+"""Compare a staged folder with a Hub repository, and upload the files that differ."""
 
 from __future__ import annotations
 
 import glob
-import hashlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
 
-from vmla_convert.checkpoint.choose_file import INDEX_SUFFIX, PICKLE_SUFFIXES, is_main
+from vmla_convert.checkpoint.choose_file import ENDINGS, is_main
 from vmla_convert.checkpoint.hub import BESIDE
 from vmla_convert.checkpoint.hub_errors import without_token
 from vmla_convert.checkpoint.layouts import PIPELINE_NAME
 from vmla_convert.errors import OutputError, first_line
-from vmla_convert.progress import Progress, Silent
 
-# By this file a repository is known for one that holds a conversion.
 _RECORD = BESIDE[1]
-_WEIGHTS = (".safetensors", INDEX_SUFFIX)
 _LOGIN = "log in with a token that may write: hf auth login"
 _AGAIN = "run it again: what is there is kept"
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How a repository differs from what is to be there.
+    """The difference between a repository and the files that it should hold.
 
     Attributes:
         repo: "owner/name".
-        url: Its page.
-        commit: The newest; None where there is no such repository, or none to see.
-        private: Whether only some may see it; None where there is none.
-        changed: Files that it lacks or has otherwise.
-        same: Files that it has already.
-        stale: What of an earlier conversion would be taken for this one, or for a part of it.
-        tags: Name to commit.
+        url: Page of the repository.
+        commit: Newest commit; None where the repository does not exist or is hidden.
+        private: Whether the repository is private; None where it does not exist.
+        changed: Files that the repository lacks, or has with other content.
+        same: Files that the repository has already.
+        stale: Files of an earlier conversion that would be taken for this one, or for a part of it.
+        tags: Tag name to commit.
     """
 
     repo: str
@@ -49,41 +44,31 @@ class Difference:
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
-def compare(repo: str, files: Mapping[str, Path], progress: Progress | None = None) -> Difference:
-    """Ask the Hub what it has; nothing is changed there.
-
-    Args:
-        repo: "owner/name".
-        files: Name in the repository to the file here.
-        progress: Where to draw; large files are hashed.
+def compare(repo: str, folder: Path) -> Difference:
+    """Compare a folder with a repository; nothing is changed on the Hub.
 
     Raises:
-        OutputError: The Hub refuses, cannot be reached, or holds weights that are no conversion.
+        OutputError: The Hub refuses, cannot be reached, or holds weights of no conversion.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
-    from huggingface_hub.hf_api import RepoFile
 
+    files = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
     api = HfApi()
     url = f"{api.endpoint}/{repo}"
-    with _told(repo):
+    with _reported(repo):
         try:
             info = api.model_info(repo)
         except RepositoryNotFoundError:
             return Difference(repo, url, None, None, tuple(files))
-        there = {
-            entry.path: entry
-            for entry in api.list_repo_tree(repo, recursive=True, revision=info.sha)
-            if isinstance(entry, RepoFile)
-        }
+        found = api.verify_repo_checksums(repo, revision=info.sha, local_dir=folder)
         refs = api.list_repo_refs(repo)
-    both = [name for name in files if name in there]
-    compared = (progress or Silent()).track(both, "comparing") if both else ()
-    same = tuple(name for name in compared if _same(files[name], there[name]))
-    foreign = [name for name in there if name.endswith((*_WEIGHTS, *PICKLE_SUFFIXES))]
-    if foreign and not any(name.endswith(_RECORD) for name in there):
+    changed = {*found.extra_paths, *(mismatch["path"] for mismatch in found.mismatches)}
+    there = [*found.missing_paths, *(name for name in files if name not in found.extra_paths)]
+    weights = [name for name in there if name.endswith(ENDINGS)]
+    if weights and not any(name.endswith(_RECORD) for name in there):
         raise OutputError(
-            f"{repo} holds weights that are no conversion: {foreign[0]}",
+            f"{repo} holds weights that are no conversion: {weights[0]}",
             "push to another name, so as not to replace them",
         )
     return Difference(
@@ -91,8 +76,8 @@ def compare(repo: str, files: Mapping[str, Path], progress: Progress | None = No
         url,
         info.sha,
         info.private,
-        changed=tuple(name for name in files if name not in same),
-        same=same,
+        changed=tuple(name for name in files if name in changed),
+        same=tuple(name for name in files if name not in changed),
         stale=_stale(there, files),
         tags={tag.name: tag.target_commit for tag in refs.tags},
     )
@@ -100,24 +85,15 @@ def compare(repo: str, files: Mapping[str, Path], progress: Progress | None = No
 
 def upload(
     difference: Difference,
-    files: Mapping[str, Path],
+    folder: Path,
     private: bool = False,
     tag: str | None = None,
     message: str | None = None,
 ) -> str:
-    """Make the repository hold these files, and tag that.
+    """Upload the folder that was compared, tag the commit, and return the commit.
 
-    What went up before an interruption is not sent again.
-
-    Args:
-        difference: As `compare` found it; if the repository has changed since, nothing is done.
-        files: The same.
-        private: Whether only its owner may see a repository that is made now.
-        tag: Of what is then there.
-        message: Of the commit.
-
-    Returns:
-        The commit that holds them.
+    Files that were uploaded before an interruption are not sent again. Nothing is changed when the
+    repository has changed since the comparison. A new repository is made `private` if asked.
 
     Raises:
         OutputError: The Hub refuses, or cannot be reached.
@@ -128,23 +104,17 @@ def upload(
     if get_token() is None:
         raise OutputError("nobody is logged in to the Hub here", _LOGIN)
     api = HfApi()
-    with _told(repo):
+    with _reported(repo):
         if commit is None:
             api.create_repo(repo, private=private, exist_ok=True)
         if difference.changed or difference.stale:
-            # Links to exactly what goes up: whatever else lies in the folder stays here.
-            with TemporaryDirectory() as staged:
-                for name, file in files.items():
-                    link = Path(staged) / name
-                    link.parent.mkdir(parents=True, exist_ok=True)
-                    link.symlink_to(file.resolve())
-                done = api.upload_folder(
-                    repo_id=repo,
-                    folder_path=staged,
-                    commit_message=message or "Upload a conversion by vmla-convert",
-                    parent_commit=commit,
-                    delete_patterns=[glob.escape(name) for name in difference.stale] or None,
-                )
+            done = api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                commit_message=message or "Upload a conversion by vmla-convert",
+                parent_commit=commit,
+                delete_patterns=[glob.escape(name) for name in difference.stale] or None,
+            )
             commit = done.oid
         assert commit is not None
         if tag is not None and difference.tags.get(tag) != commit:
@@ -153,41 +123,23 @@ def upload(
 
 
 def _stale(there: Collection[str], files: Collection[str]) -> tuple[str, ...]:
-    """What the repository's id, or a program that reads pipelines, would take in place of `files`.
+    """Files that `fetch`, or a program that reads pipelines, would take in place of `files`.
 
-    Weights that `fetch` may choose, with the config and the record of their folder, and the index
-    of a pipeline. Text encoder, tokenizer, VAE and scheduler stay, and go on to be the repository's
-    components, which `find_components` knows by their folders alone: who pushes the same model in
-    another layout wants the same ones, and any that do not fit a model are refused when it runs.
+    These are weights that `fetch` may choose, the config and the record in their folder, and the
+    index of a pipeline. Text encoder, tokenizer, VAE and scheduler stay: the same model in another
+    layout uses the same ones, and components that do not fit a model are refused when it runs.
     """
     weights = {name for name in there if is_main(name) and name not in files}
     folders = {PurePosixPath(name).parent for name in weights}
-    told = {PIPELINE_NAME, *(str(folder / name) for folder in folders for name in BESIDE)}
-    return tuple(name for name in there if name in weights or name in told - {*files})
-
-
-def _same(file: Path, there: object) -> bool:
-    """Whether a file of the repository has the content of one here."""
-    from huggingface_hub.hf_api import RepoFile
-
-    assert isinstance(there, RepoFile)
-    if there.size != file.stat().st_size:
-        return False
-    if there.lfs is None:
-        content = file.read_bytes()
-        # As git names it.
-        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == there.blob_id
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() == there.lfs.sha256
+    tables = {PIPELINE_NAME, *(str(folder / name) for folder in folders for name in BESIDE)}
+    return tuple(name for name in there if name in weights or name in tables - {*files})
 
 
 @contextmanager
-def _told(repo: str) -> Iterator[None]:
-    """Whatever goes wrong with the Hub, in one sentence."""
+def _reported(repo: str) -> Iterator[None]:
+    """Turn every error of the Hub into one sentence."""
     try:
         yield
-    except OutputError:
-        raise
     except Exception as error:  # networks fail in many ways, under two HTTP libraries
         raise _refusal(error, repo) from error
 
@@ -195,15 +147,14 @@ def _told(repo: str) -> Iterator[None]:
 def _refusal(error: BaseException, repo: str) -> OutputError:
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    # What goes up in threads comes back wrapped.
+    # Errors of upload threads are wrapped.
     while not isinstance(error, HfHubHTTPError) and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, OfflineModeIsEnabled):
         return OutputError("the Hub cannot be reached: HF_HUB_OFFLINE is set", "unset it")
     if not isinstance(error, HfHubHTTPError):
-        return OutputError(
-            f"talking to the Hub broke off: {without_token(first_line(error))}", _AGAIN
-        )
+        reason = without_token(first_line(error))
+        return OutputError(f"the connection to the Hub broke off: {reason}", _AGAIN)
     status = error.response.status_code
     if status == 401:
         return OutputError("the Hub does not accept your token", _LOGIN)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class ReadShape(NamedTuple):
+class AttentionShape(NamedTuple):
     """Sizes of one read.
 
     Attributes:
@@ -29,7 +29,7 @@ class ReadShape(NamedTuple):
     shared_value: int
 
 
-def materialised_flops(shape: ReadShape) -> int:
+def materialised_flops(shape: AttentionShape) -> int:
     """Rebuild keys and values of all heads, then attend; values are as wide as keys."""
     rebuilt = shape.shared_key * shape.key_width + shape.shared_value * shape.value_width
     up = 2 * shape.batch * shape.keys * shape.heads * rebuilt
@@ -37,7 +37,7 @@ def materialised_flops(shape: ReadShape) -> int:
     return up + 4 * shape.queries * shape.keys * shape.heads * width
 
 
-def absorbed_flops(shape: ReadShape) -> int:
+def absorbed_flops(shape: AttentionShape) -> int:
     """Take queries into the shared space, attend there, take what they gathered out again."""
     mixed = shape.shared_key * shape.key_width + shape.shared_value * shape.value_width
     width = max(shape.shared_key, shape.shared_value)

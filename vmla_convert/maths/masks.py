@@ -1,8 +1,10 @@
-"""Which frame may see which: chunk-causal attention with a window and a sink.
+"""Chunk-causal attention masks with a window and a sink, by frame.
 
-All tokens of a frame see the same frames, and all of each. So masks are of frames, and attention
-under them goes over groups of queries that see the same keys: no matrix of tokens is ever made,
-which for a real clip takes gigabytes and keeps fused kernels from their fastest paths.
+All tokens of a frame attend alike, so a mask has one row and one column per frame. Masked attention
+runs over groups of queries that attend to the same keys: a mask of tokens would take gigabytes for
+a real clip and keep fused kernels from their fastest paths.
+
+Shapes: F frames, K frames of keys, L tokens.
 """
 
 from __future__ import annotations
@@ -17,50 +19,51 @@ from vmla_convert.config import CachePolicy
 
 
 class QueryGroup(NamedTuple):
-    """Consecutive queries that see the same keys.
+    """Consecutive queries that attend to the same keys.
 
     Attributes:
-        queries: How many; the first group's come first, and so on.
-        keys: Where the keys are, in runs of tokens.
+        queries: Number of queries.
+        keys: Runs of key tokens.
     """
 
     queries: int
     keys: tuple[slice, ...]
 
 
-class Visibility(NamedTuple):
-    """Who sees whom in one masked pass over F frames; the masks are (F, F) and boolean.
+class AttentionMask(NamedTuple):
+    """The attention mask of one pass over F frames; rows are queries, columns are keys.
 
     Attributes:
-        seen: Queries of a frame (row) see the keys of another (column).
-        exact: It sees them, and the key's frame is of the query's own chunk, so that no cache holds
-            it yet, or so recent that the cache keeps it dense.
-        tokens_per_frame: Of every frame.
+        visible: True where a frame attends to another, (F, F).
+        dense: True where the attended keys and values are dense, (F, F): the frame is of the
+            query's own chunk, or so recent that the cache keeps it dense.
+        tokens_per_frame: Tokens of every frame.
     """
 
-    seen: Tensor
-    exact: Tensor
+    visible: Tensor
+    dense: Tensor
     tokens_per_frame: int
 
     def tokens_of(self, frames: Tensor) -> Tensor:
-        """Indices of the tokens of some frames, which a mask (F,) tells."""
+        """Indices of the tokens of the frames that a boolean mask (F,) selects."""
         return frames.repeat_interleave(self.tokens_per_frame).nonzero().flatten()
 
-    def seen_by(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Which tokens a few queries (n,) see, and which of those are exact, both (n, L)."""
+    def of_queries(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Token-level rows of `visible` and `dense` for the query tokens (n,), both (n, L)."""
         frames = queries.cpu() // self.tokens_per_frame
-        seen, exact = (
+        visible, dense = (
             mask[frames].repeat_interleave(self.tokens_per_frame, 1).to(queries.device)
-            for mask in (self.seen, self.exact)
+            for mask in (self.visible, self.dense)
         )
-        return seen, exact
+        return visible, dense
 
 
 def visible_frames(frames: int, chunk_frames: int, policy: CachePolicy | None = None) -> Tensor:
-    """Frame-level mask (F, F): may a query of frame i see the clean frame j?
+    """Mask (F, F): a query of frame i attends to the clean frame j.
 
-    Causal between chunks, full within one. With a policy, a chunk that ends before frame e sees
-    the sink and the frames from e − (window − sink) on, which is what the cache holds by then.
+    Attention is causal between chunks and full within a chunk. With a policy, a chunk that ends
+    before frame e attends to the sink and to the frames from e − (window − sink) on, which is what
+    the cache holds by then.
     """
     query = torch.arange(frames)[:, None]
     key = torch.arange(frames)[None, :]
@@ -72,52 +75,44 @@ def visible_frames(frames: int, chunk_frames: int, policy: CachePolicy | None = 
     return visible
 
 
-def recent_frames(frames: int, chunk_frames: int, policy: CachePolicy | None = None) -> Tensor:
-    """Frame-level mask (F, F): is frame j of frame i's chunk, or of the newest that stay dense?"""
+def dense_frames(frames: int, chunk_frames: int, policy: CachePolicy | None = None) -> Tensor:
+    """Mask (F, F): frame j is of frame i's chunk, or among the recent frames kept dense."""
     start = torch.arange(frames)[:, None] // chunk_frames * chunk_frames
     key = torch.arange(frames)[None, :]
-    dense = policy.dense_recent_frames if policy is not None else 0
-    return (key >= start - dense) & (key < start + chunk_frames)
-
-
-def block_causal_mask(
-    frames: int, chunk_frames: int, tokens_per_frame: int, policy: CachePolicy | None = None
-) -> Visibility:
-    """Who sees whom among the frames of one clip in one pass."""
-    seen = visible_frames(frames, chunk_frames, policy)
-    exact = seen & recent_frames(frames, chunk_frames, policy)
-    return Visibility(seen, exact, tokens_per_frame)
+    recent = policy.dense_recent_frames if policy is not None else 0
+    return (key >= start - recent) & (key < start + chunk_frames)
 
 
 def teacher_forcing_mask(
     frames: int, chunk_frames: int, tokens_per_frame: int, policy: CachePolicy | None = None
-) -> Visibility:
-    """Who sees whom among the 2F frames of [clean clip | noisy clip].
+) -> AttentionMask:
+    """The mask over the 2F frames of [clean clip | noisy clip].
 
-    A clean chunk sees the clean past and itself; a noisy chunk sees the clean past and, of its own
-    frames, only the noisy ones. One pass thus trains every chunk as it is met in a rollout.
+    A clean chunk attends to the clean past and to itself. A noisy chunk attends to the clean past
+    and to its own noisy frames. One pass thus trains every chunk as a rollout denoises it.
     """
     clean = visible_frames(frames, chunk_frames, policy)
-    same = recent_frames(frames, chunk_frames)
-    recent = clean & recent_frames(frames, chunk_frames, policy)
+    chunk = dense_frames(frames, chunk_frames)
+    recent = clean & dense_frames(frames, chunk_frames, policy)
 
-    def both_halves(own: Tensor, past: Tensor) -> Tensor:
-        top = torch.cat([own | past, torch.zeros_like(own)], dim=1)
-        return torch.cat([top, torch.cat([past, own], dim=1)])
+    def both_halves(past: Tensor) -> Tensor:
+        top = torch.cat([chunk | past, torch.zeros_like(chunk)], dim=1)
+        return torch.cat([top, torch.cat([past, chunk], dim=1)])
 
-    seen, exact = both_halves(same, clean & ~same), both_halves(same, recent & ~same)
-    return Visibility(seen, exact, tokens_per_frame)
+    return AttentionMask(
+        both_halves(clean & ~chunk), both_halves(recent & ~chunk), tokens_per_frame
+    )
 
 
-def query_groups(seen: Tensor, tokens_per_frame: int) -> tuple[QueryGroup, ...]:
-    """The queries of frames (rows) by the keys that they see.
+def query_groups(visible: Tensor, tokens_per_frame: int) -> tuple[QueryGroup, ...]:
+    """Group queries that attend to the same keys.
 
     Args:
-        seen: Mask (F, K); the keys of K frames, in any order and repeats allowed, are the columns.
-        tokens_per_frame: Of queries and of keys.
+        visible: Mask (F, K). The columns are frames of keys in any order; frames may repeat.
+        tokens_per_frame: Tokens of a frame of queries and of keys.
     """
-    # What wraps a model may have moved its arguments to a device.
-    rows, counts = torch.unique_consecutive(seen.cpu(), dim=0, return_counts=True)
+    # Wrappers such as FSDP may have moved the model's arguments to a device.
+    rows, counts = torch.unique_consecutive(visible.cpu(), dim=0, return_counts=True)
     return tuple(
         QueryGroup(frames * tokens_per_frame, _runs(row, tokens_per_frame))
         for row, frames in zip(rows, counts.tolist(), strict=True)
@@ -125,6 +120,6 @@ def query_groups(seen: Tensor, tokens_per_frame: int) -> tuple[QueryGroup, ...]:
 
 
 def _runs(row: Tensor, tokens_per_frame: int) -> tuple[slice, ...]:
-    """Runs of the tokens of the frames that a mask (K,) tells."""
+    """Runs of the tokens of the frames that a boolean mask (K,) selects."""
     edges = torch.diff(F.pad(row.int(), (1, 1))).nonzero().flatten() * tokens_per_frame
     return tuple(slice(start, end) for start, end in edges.view(-1, 2).tolist())

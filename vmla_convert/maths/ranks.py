@@ -1,8 +1,8 @@
-"""How one budget of cached numbers is divided among layers whose predicted errors are known.
+"""Divide one budget of cached numbers among layers by their predicted errors.
 
-Truncation error is convex in the rank, so the number that gains most is always the best one to buy
-next, and buying until the budget is spent puts one threshold on the weighted energies w·sigma² of
-all layers (METHOD 7).
+Truncation error is convex in the rank, so the best number to buy next is always the one that gains
+most. Buying until the budget is spent puts one threshold on the weighted energies w·sigma² of all
+layers (Method: rank allocation).
 """
 
 from __future__ import annotations
@@ -17,47 +17,36 @@ from torch import Tensor
 from vmla_convert.errors import ConfigError
 
 
-def uniform(curves: Sequence[Tensor], total: int, step: int) -> list[int]:
-    """The same size for every layer, as large as fits.
-
-    Raises:
-        ConfigError: No size is possible for every layer within the total.
-    """
-    common = set.intersection(*({p.size for p in points} for points in _possible(curves, step)))
-    fitting = [size for size in common if size * len(curves) <= total]
-    if not fitting:
-        raise ConfigError(
-            f"no one size suits all {len(curves)} layers within {total} numbers",
-            "raise --cache-scalars, or let sizes differ between layers",
-        )
-    return [max(fitting)] * len(curves)
-
-
 def budget(curves: Sequence[Tensor], total: int, step: int) -> list[int]:
-    """Sizes bought one jump at a time, the one with the largest gain per number first.
+    """Buy sizes one jump at a time, the jump with the largest gain per number first.
 
-    Optimal on convex curves. On others, jumps of several steps are weighed too, so that a layer
-    that gains late is not passed over.
+    The result is optimal on convex curves. On others, jumps of several steps count too, so that a
+    layer that gains late is not passed over.
+
+    Args:
+        curves: Error of each layer at 0, 1, … numbers; `inf` where a size is impossible.
+        total: Numbers of all layers together.
+        step: Sizes are multiples of this.
 
     Raises:
         ConfigError: The smallest possible sizes do not fit the total.
     """
     possible = _possible(curves, step)
     room = total - _check_smallest(possible, total)
-    paths = [_hull(points) for points in possible]  # each starts where its layer stands
-    offers = [(-_gain(*path[:2]), layer) for layer, path in enumerate(paths) if len(path) > 1]
-    heapify(offers)
-    while offers and offers[0][0] < 0:
-        _, layer = heappop(offers)
+    paths = [_hull(points) for points in possible]  # each starts at its layer's size
+    jumps = [(-_gain(*path[:2]), layer) for layer, path in enumerate(paths) if len(path) > 1]
+    heapify(jumps)
+    while jumps and jumps[0][0] < 0:
+        _, layer = heappop(jumps)
         here, there = paths[layer][:2]
         if there.size - here.size <= room:
             room -= there.size - here.size
             del paths[layer][0]
-        else:  # an offer gains no more when less room is left, so mending it when it leads is exact
+        else:  # a jump gains no more when less room is left, so it is shortened only when it leads
             ahead = [p for p in possible[layer] if 0 <= p.size - here.size <= room]
             paths[layer] = _hull(ahead)
         if len(paths[layer]) > 1:
-            heappush(offers, (-_gain(*paths[layer][:2]), layer))
+            heappush(jumps, (-_gain(*paths[layer][:2]), layer))
     return [path[0].size for path in paths]
 
 
@@ -67,7 +56,7 @@ class _Point(NamedTuple):
 
 
 def _possible(curves: Sequence[Tensor], step: int) -> list[list[_Point]]:
-    """The sizes that each layer may take, ascending, never none."""
+    """The possible sizes of each layer, ascending."""
     layers = []
     for layer, curve in enumerate(curves):
         multiples = enumerate(curve[::step].tolist())
@@ -81,7 +70,7 @@ def _possible(curves: Sequence[Tensor], step: int) -> list[list[_Point]]:
 
 
 def _check_smallest(possible: list[list[_Point]], total: int) -> int:
-    """What the smallest sizes take together."""
+    """Numbers of the smallest sizes together."""
     smallest = sum(points[0].size for points in possible)
     if smallest > total:
         raise ConfigError(
@@ -92,7 +81,7 @@ def _check_smallest(possible: list[list[_Point]], total: int) -> int:
 
 
 def _hull(points: list[_Point]) -> list[_Point]:
-    """The corners of the lower convex hull: from each, the next is the jump that gains most."""
+    """Corners of the lower convex hull; the next corner is the jump that gains most."""
     hull: list[_Point] = []
     for point in points:
         while len(hull) > 1 and _gain(hull[-2], hull[-1]) < _gain(hull[-1], point):

@@ -2,11 +2,11 @@
 
 A channel of energy e stored in b bits costs e·D(b) at the model's output, with D the distortion of
 its layer's tables. D is convex, so buying, bit by bit, whatever lowers the summed cost most is
-optimal for every budget (Cover and Thomas, "Elements of Information Theory", 10.3). Truncation is
-the same choice: a channel of 0 bits is not stored. Larger budgets only ever add bits, so one codec
-file serves every size.
+optimal for every budget (Cover and Thomas, "Elements of Information Theory", 10.3; Method: rate
+allocation). Truncation is the same choice: a channel of 0 bits is not stored. Larger budgets only
+add bits, so one codec file serves every size.
 
-Letters: R channels of a layer.
+Shapes: R channels of a layer, n steps from one width to the next.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ class Rate(NamedTuple):
     """What one layer stores of a token.
 
     Attributes:
-        widths: Bits of each stored channel, never rising; the channels are the first ones.
-        quantised: Whether channels are coded in these widths; else they keep the model's dtype.
+        widths: Bits of each stored channel, never rising, from the first channel on.
+        quantised: False when the channels keep the model's dtype.
     """
 
     widths: tuple[int, ...]
     quantised: bool = True
 
     def token_bytes(self, itemsize: int) -> int:
-        """Bytes of one token, in a model whose numbers take `itemsize` bytes."""
+        """Bytes of one token; an unquantised channel takes `itemsize` bytes."""
         return code_bytes(self.widths) if self.quantised else len(self.widths) * itemsize
 
 
 class Purchases(NamedTuple):
-    """All bits that one layer can buy, the most useful first; n steps from one width to the next.
+    """All steps of width that one layer can buy, the most useful first.
 
     Attributes:
         gains: Cost saved for each bit of a step, falling, (n,).
@@ -52,27 +52,22 @@ class Purchases(NamedTuple):
     bits: Tensor
 
     def before(self, least: float) -> int:
-        """Bits of all steps whose gain is above a least one."""
+        """Bits of all steps with a gain above `least`."""
         return int(self.bits[: int((self.gains > least).sum())].sum())
 
     def widths(self, budget: int) -> tuple[int, ...]:
-        """Bits of each channel when the layer may spend so many bits; unstored ones left out."""
+        """Bits of each stored channel when the layer may spend `budget` bits."""
         bought = self.bits.cumsum(0) <= budget
-        # A step that does not fit ends the purchase: what follows gains less.
+        # A step that does not fit ends the purchase, because later steps gain less.
         count = len(bought) if bool(bought.all()) else int(bought.int().argmin())
         total = torch.bincount(self.channels[:count], self.bits[:count].double())
         return tuple(width for width in total.int().tolist() if width)
 
 
 def purchases(energies: Tensor, distortions: Tensor) -> Purchases:
-    """What a layer can buy.
-
-    Args:
-        energies: Cost of each channel when it is not stored, falling, (R,).
-        distortions: From `quantise.distortions`, (len(WIDTHS),).
-    """
+    """The steps that a layer can buy, from its energies (R,) and its tables' `distortions`."""
     per_bit = -distortions.double().diff() / _STEPS
-    # Rounding, or tables of few samples, must not make a later bit gain more than an earlier one.
+    # Tables of few samples could make a later bit gain more than an earlier one.
     per_bit = per_bit.cummin(0).values.clamp_min(0)
     gains = energies.double().clamp_min(0)[:, None] * per_bit
     order = gains.flatten().sort(descending=True, stable=True).indices
@@ -83,10 +78,10 @@ def purchases(energies: Tensor, distortions: Tensor) -> Purchases:
 def allocate(layers: Sequence[Purchases], total_bytes: int) -> list[Rate]:
     """Divide bytes of a token among all channels of all layers.
 
-    Layers store whole bytes, at least one; what rounding up leaves is spent too.
+    Layers store whole bytes and at least one; bits left over by rounding up are spent too.
 
     Args:
-        layers: From `purchases`.
+        layers: The steps of every layer.
         total_bytes: Bytes of one token in all layers together, at least one for each layer.
     """
     gains = torch.cat([layer.gains for layer in layers]).sort(descending=True).values
@@ -109,10 +104,10 @@ def allocate(layers: Sequence[Purchases], total_bytes: int) -> list[Rate]:
 
 
 def truncate(energies: Sequence[Tensor], total: int) -> list[Rate]:
-    """Keep so many channels of all layers unquantised, the most energetic ones, one in each layer.
+    """Keep the most energetic channels unquantised: `total` of all layers, one or more in each.
 
     Args:
-        energies: Of the channels of each layer, falling, each (R,).
+        energies: Energies of the channels of each layer, falling, each (R,).
         total: Channels of all layers together, at least one for each layer.
     """
     best = torch.cat([layer[1:] for layer in energies]).sort(descending=True).values

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from vmla_convert.config import GenerateConfig
-from vmla_convert.generating.generate import generate_pixels, write_clips
+from vmla_convert.generating.film import write_comparison
+from vmla_convert.generating.generate import generate_pixels
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.measuring.evaluate import rollout_rows
-from vmla_convert.media.models import Media, open_media
+from vmla_convert.media.base import Media
+from vmla_convert.media.open import open_media
 from vmla_convert.progress import Progress
 from vmla_convert.results import Row
 
@@ -54,5 +56,5 @@ def compare(
         rows += rollout_rows(clips[name], prompts, model.config, config.seed)
     # Files last: a restarted recipe takes them as the sign that nothing is left to score.
     shown = {name: video[: config.shown] for name, video in clips.items()}
-    write_clips(path, shown, prompts[: config.shown], media)
+    write_comparison(path, shown, prompts[: config.shown], media)
     return rows

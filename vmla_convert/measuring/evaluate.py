@@ -23,7 +23,7 @@ from vmla_convert.maths.spectra import (
 )
 from vmla_convert.measuring.rows import Errors, cache_rows, error_rows, row_fields
 from vmla_convert.media.clips import ClipSource, open_clips, seeded
-from vmla_convert.media.models import prompted_digit, require_demo_media
+from vmla_convert.media.demo import prompted_digit, require_demo_media
 from vmla_convert.progress import OneBar, Progress, Silent
 from vmla_convert.results import Metric, Row
 from vmla_convert.training.losses import (

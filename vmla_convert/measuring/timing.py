@@ -8,6 +8,7 @@ from time import perf_counter
 
 import torch
 
+from vmla_convert.config import RuntimeConfig
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.measuring.rows import row_fields
 from vmla_convert.results import Metric, Row
@@ -15,17 +16,28 @@ from vmla_convert.results import Metric, Row
 REPEATS = 9
 
 
-def step_rows(dense: CausalWanModel, converted: CausalWanModel) -> list[Row]:
+def step_rows(
+    dense: CausalWanModel,
+    converted: CausalWanModel,
+    runtime: RuntimeConfig | None = None,
+    repeats: int = REPEATS,
+) -> list[Row]:
     """Rows of one denoising step of one clip at a full window: medians of repeats in turns.
 
-    Machines grow warm and are shared; only the ratio of the two, measured side by side, is to be
-    relied on.
+    Machines grow warm and are shared. Rely only on the ratio, because both models are timed side by
+    side.
+
+    Args:
+        dense: The dense model.
+        converted: Another model of the same sizes.
+        runtime: Size, dtype and backend of the cache of `converted`.
+        repeats: Timed steps of each model.
     """
-    steps = [_step(dense), _step(converted)]
-    seconds = [[_timed(step) for step in steps] for _ in range(REPEATS)]
+    steps = [_step(dense), _step(converted, runtime)]
+    seconds = [[_timed(step) for step in steps] for _ in range(repeats)]
     of_dense, of_converted = (median(times) for times in zip(*seconds, strict=True))
     ratio = median(ours / theirs for theirs, ours in seconds)
-    fields = row_fields(converted.config)
+    fields = row_fields(converted.config, runtime=runtime)
     return [
         Row(Metric.STEP_SECONDS, of_dense, "s", **row_fields(dense.config)),
         Row(Metric.STEP_SECONDS, of_converted, "s", **fields),
@@ -34,13 +46,13 @@ def step_rows(dense: CausalWanModel, converted: CausalWanModel) -> list[Row]:
 
 
 @torch.no_grad()
-def _step(model: CausalWanModel) -> Callable[[], object]:
+def _step(model: CausalWanModel, runtime: RuntimeConfig | None = None) -> Callable[[], object]:
     """One step of a chunk that reads a full window, run once already."""
     config, weight = model.config, model.patch_embedding.weight
     geometry, frames = config.geometry, config.chunk_frames
-    prompt = model.read_prompt(weight.new_zeros(1, geometry.text_len, geometry.text_dim))
+    prompt = model.project_prompt(weight.new_zeros(1, geometry.text_len, geometry.text_dim))
     chunk = weight.new_zeros(1, frames, geometry.in_dim, *config.latent_size)
-    cache, times = model.new_cache(1), weight.new_zeros(1, frames)
+    cache, times = model.new_cache(1, runtime), weight.new_zeros(1, frames)
     for _ in range(-(-config.cache.window_frames // frames)):
         cache.open_chunk(frames)
         model.stream(chunk, times, prompt, cache)

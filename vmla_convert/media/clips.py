@@ -19,7 +19,7 @@ from vmla_convert.checkpoint.hub import is_repo
 from vmla_convert.config import DataConfig
 from vmla_convert.demo.world import TRAIN_IMAGES, Clips, Split, digit_images, sample_clips
 from vmla_convert.errors import ConfigError, NoClipsError
-from vmla_convert.media.models import DemoMedia
+from vmla_convert.media.demo import DemoMedia
 
 HELD_OUT_SHARE = 0.1
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")

@@ -1,11 +1,14 @@
-"""Wan's own text encoder and VAE, from diffusers and transformers (extra `[wan]`).
+"""Wan's text encoder and VAE, from transformers and diffusers (extra `[wan]`).
 
-Both are read when they are first needed, so that opening a media costs two small files.
+Weights are loaded at their first use, so that opening the media costs two small files. B clips, F
+latent frames, F' pixel frames, C latent channels; h, w and H, W are the sizes of latent and pixel
+frames.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from importlib.util import find_spec
@@ -18,16 +21,14 @@ from torch import Tensor, nn
 from vmla_convert.config import MediaConfig, ModelConfig
 from vmla_convert.errors import CheckpointError, ConfigError, MissingExtraError, first_line
 from vmla_convert.maths.tiles import Tile, blend, cover
+from vmla_convert.media.base import WAN_TEMPORAL_STRIDE, VideoDecoder
 from vmla_convert.media.components import Components, Part, find_components
-from vmla_convert.media.models import WAN_TEMPORAL_STRIDE, VideoDecoder
-from vmla_convert.media.wan_inputs import denormalise, normalise, read_contexts
+from vmla_convert.media.prompts import encode_with_umt5
 
 T = TypeVar("T")
 
 PACKAGES = ("diffusers", "transformers", "ftfy")
 TILE_PIXELS, TILE_OVERLAP = 256, 64
-
-_OTHER_BASE = "name the components of this very model: --base DIR"
 
 
 def open_wan_media(
@@ -37,11 +38,11 @@ def open_wan_media(
     device: torch.device,
     dtype: torch.dtype,
 ) -> WanMedia:
-    """Find the components of a model and check that they fit it; arguments as `open_media`.
+    """Find the components of a model and check that they fit it; arguments as in `open_media`.
 
     Raises:
         CheckpointError: The components are not there.
-        ConfigError: None are known, or they do not fit the model.
+        ConfigError: No components are known for this model, or they do not fit it.
         MissingExtraError: diffusers or transformers are not installed.
     """
     if any(find_spec(package) is None for package in PACKAGES):
@@ -53,9 +54,8 @@ def open_wan_media(
 class WanMedia:
     """UMT5 and Wan's causal VAE.
 
-    A prompt is cleaned as Wan cleans it, and its context is 0 after the end. The first latent frame
-    is one frame of pixels, each later one four. Latents are normalised by the VAE's own mean and
-    deviation, which is how a model of the Wan family sees them.
+    The first latent frame is one pixel frame, each later latent frame is four. Latents are
+    normalised by the mean and deviation in the VAE's configuration.
     """
 
     default_prompts: tuple[str, ...] = ()
@@ -69,13 +69,13 @@ class WanMedia:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """Check the components against the model; nothing large is read yet."""
+        """Check that the components fit the model, without loading weights."""
         self.config, self.components, self.how = config, components, how
         self.device, self.dtype = device, dtype
         self.name = f"wan, from {components}"
         self.frames_per_second = config.frames_per_second
         settings = components.settings("vae")
-        # diffusers' defaults, which the config.json of Wan 2.1's VAE leaves out.
+        # 8 and 16 are diffusers' defaults; the config.json of Wan 2.1's VAE leaves both out.
         self.stride = int(settings.get("scale_factor_spatial") or 8)
         geometry = config.geometry
         self._check_fits("vae", "latents", settings.get("z_dim", 16), geometry.in_dim)
@@ -84,183 +84,152 @@ class WanMedia:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """Contexts (B, text_len, text_dim) of what the prompts say, 0 after their ends."""
+        """Return contexts (B, text_len, text_dim), 0 after the end of each prompt."""
         geometry = self.config.geometry
-        with self._working(self._text_encoder) as encoder:
-            return read_contexts(encoder, self._tokenizer, prompts, geometry, self.device)
+        with self.on_device(self._text_encoder) as encoder:
+            return encode_with_umt5(encoder, self._tokenizer, prompts, geometry, self.device)
 
     def free_text_encoder(self) -> None:
-        """Forget the text encoder's weights until prompts come again."""
+        """Drop the text encoder's weights until prompts come again."""
         vars(self).pop("_text_encoder", None)
 
     def pixel_shape(self, frames: int, latent_size: tuple[int, int]) -> tuple[int, int, int]:
-        """Frames, height and width of the pixels that become latents of this many and this size."""
+        """Return frames, height and width of the pixels that encode to latents of this shape."""
         height, width = latent_size
         return 1 + WAN_TEMPORAL_STRIDE * (frames - 1), self.stride * height, self.stride * width
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
-        """Pixels (B, 1 + 4k, 3, H, W) to latents (B, 1 + k, C, h, w), the modes of the VAE's."""
-        with self._working(self._vae) as vae:
-            # One by one, as a single clip can fill a GPU.
+        """Encode pixels (B, 1 + 4k, 3, H, W) to latents (B, 1 + k, C, h, w)."""
+        with self.on_device(self.vae) as vae:
+            # One clip at a time, because a single clip can fill a GPU.
             modes = [
                 vae.encode(clip[None].transpose(1, 2).to(self.device, self.dtype))
                 .latent_dist.mode()
                 .cpu()
                 for clip in video
             ]
-        return normalise(torch.cat(modes), self._vae.config).transpose(1, 2)
+        return normalise(torch.cat(modes), self.vae.config).transpose(1, 2)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, F, C, h, w) of a whole video to pixels (B, 1 + 4·(F − 1), 3, H, W)."""
+        """Decode latents (B, F, C, h, w) of a whole video to pixels (B, 1 + 4·(F − 1), 3, H, W)."""
         return self.decoder().decode(latents)
 
     def decoder(self) -> VideoDecoder:
-        """A decoder at the start of a video; several may be used in turns."""
+        """Return a decoder at the start of a video. Several decoders may run in turns."""
         return _Decoder(self)
 
-    def decode_frame(self, features: _Features, latents: Tensor) -> Tensor:
-        """The next latent frame (B, C, 1, h, w) of one tile to pixels (B, 3, 1 or 4, H, W)."""
-        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
-
-        vae = self._vae
-        first, features.begun = not features.begun, True
-        pixels = vae.decoder(
-            vae.post_quant_conv(latents), features.cache, feat_idx=[0], first_chunk=first
-        )
-        patch = vae.config.patch_size
-        return pixels if patch is None else unpatchify(pixels, patch)
-
-    def new_features(self) -> _Features:
-        """What the decoder remembers before the first frame."""
-        from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
-
-        return _Features(sum(isinstance(m, WanCausalConv3d) for m in self._vae.decoder.modules()))
-
-    def denormalised(self, latents: Tensor) -> Tensor:
-        """Latents (B, F, C, h, w) as the VAE sees them, (B, C, F, h, w), where it works."""
-        latents = latents.transpose(1, 2).to(self.device)
-        return denormalise(latents, self._vae.config).to(self.dtype)
-
     @contextmanager
-    def vae_working(self) -> Iterator[None]:
-        """With the VAE on the device."""
-        with self._working(self._vae):
-            yield
-
-    def component(self, part: Part) -> Any:
-        """A component by itself, as a diffusers pipeline holds it; read when first asked for.
-
-        Raises:
-            CheckpointError: It cannot be had.
-        """
-        if part == "vae":
-            return self._vae
-        return self._text_encoder if part == "text_encoder" else self._tokenizer
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        # Unless told not to, transformers asks on the terminal whether to run a folder's own code.
-        return self._read("tokenizer", AutoTokenizer.from_pretrained, trust_remote_code=False)
-
-    @cached_property
-    def _text_encoder(self) -> Any:
-        from transformers import UMT5EncoderModel
-
-        return self._load("text_encoder", UMT5EncoderModel.from_pretrained, dtype=self.dtype)
-
-    @cached_property
-    def _vae(self) -> Any:
-        from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-
-        vae = self._load("vae", AutoencoderKLWan.from_pretrained, torch_dtype=self.dtype)
-        if self.how.vae_tiling:
-            # Of what is encoded; what is decoded chunk by chunk is tiled below.
-            stride = TILE_PIXELS - TILE_OVERLAP
-            vae.enable_tiling(TILE_PIXELS, TILE_PIXELS, stride, stride)
-        return vae
-
-    def _check_fits(self, part: Part, what: str, found: int | None, wanted: int) -> None:
-        if found != wanted:
-            raise ConfigError(
-                f"the {part} of {self.components.place(part)} makes {what} of width {found}, the "
-                f"model reads {wanted}",
-                _OTHER_BASE,
-            )
-
-    def _load(self, part: Part, load: Callable[..., Any], **options: Any) -> Any:
-        """A frozen module, refused where its files lack any of its weights."""
-        options |= {"output_loading_info": True, "use_safetensors": True}
-        module, told = self._read(part, load, **options)
-        if told["missing_keys"]:
-            raise CheckpointError(
-                f"{part}/ of {self.components.place(part)} lacks {min(told['missing_keys'])}",
-                "download it again",
-            )
-        home = "cpu" if self.how.cpu_offload else self.device
-        return module.eval().requires_grad_(False).to(home)
-
-    def _read(self, part: Part, load: Callable[..., T], **options: Any) -> T:
-        folder = self.components.folder(part)
-        try:
-            with _quiet():
-                return load(folder, local_files_only=True, **options)
-        except Exception as error:  # both libraries raise whatever their readers do
-            raise CheckpointError(
-                f"{part}/ of {self.components.place(part)} cannot be loaded: {first_line(error)}",
-                "download it again, or name another with --base",
-            ) from error
-
-    @contextmanager
-    def _working(self, module: nn.Module) -> Iterator[Any]:
-        """A module on the device, and back in host memory afterwards where it is to stay there."""
+    def on_device(self, module: nn.Module) -> Iterator[Any]:
+        """Move a module to the device and, with `cpu_offload`, back to host memory afterwards."""
         try:
             yield module.to(self.device)
         finally:
             if self.how.cpu_offload:
                 module.to("cpu")
 
+    def component(self, part: Part) -> Any:
+        """Return one component for a diffusers pipeline.
 
-class _Features:
-    """What the VAE's causal convolutions remember of one tile of one video.
+        Raises:
+            CheckpointError: The component is missing or damaged.
+        """
+        if part == "vae":
+            return self.vae
+        return self._text_encoder if part == "text_encoder" else self._tokenizer
 
-    Attributes:
-        cache: One entry for each convolution, written by the decoder itself.
-        begun: Whether a frame was decoded.
-    """
+    @cached_property
+    def vae(self) -> Any:
+        """An `AutoencoderKLWan` of diffusers."""
+        from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
-    def __init__(self, convolutions: int) -> None:
-        self.cache: list[Any] = [None] * convolutions
-        self.begun = False
+        vae = self._load_weights("vae", AutoencoderKLWan.from_pretrained, torch_dtype=self.dtype)
+        if self.how.vae_tiling:
+            # Only for encoding. `_Decoder` makes its own tiles, because diffusers' tiled decoding
+            # needs the whole video at once.
+            stride = TILE_PIXELS - TILE_OVERLAP
+            vae.enable_tiling(TILE_PIXELS, TILE_PIXELS, stride, stride)
+        return vae
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        # Without trust_remote_code=False, transformers may ask on the terminal.
+        return self._load("tokenizer", AutoTokenizer.from_pretrained, trust_remote_code=False)
+
+    @cached_property
+    def _text_encoder(self) -> Any:
+        from transformers import UMT5EncoderModel
+
+        load = UMT5EncoderModel.from_pretrained
+        return self._load_weights("text_encoder", load, dtype=self.dtype)
+
+    def _check_fits(self, part: Part, what: str, found: int | None, wanted: int) -> None:
+        if found != wanted:
+            raise ConfigError(
+                f"the {part} of {self.components.place(part)} makes {what} of width {found}, the "
+                f"model takes {wanted}",
+                "name the components of this very model: --base DIR",
+            )
+
+    def _load_weights(self, part: Part, load: Callable[..., Any], **options: Any) -> Any:
+        """Load a frozen module; refuse files that lack a weight."""
+        options |= {"output_loading_info": True, "use_safetensors": True}
+        module, info = self._load(part, load, **options)
+        if info["missing_keys"]:
+            raise CheckpointError(
+                f"{part}/ of {self.components.place(part)} lacks {min(info['missing_keys'])}",
+                "download it again",
+            )
+        home = "cpu" if self.how.cpu_offload else self.device
+        return module.eval().requires_grad_(False).to(home)
+
+    def _load(self, part: Part, load: Callable[..., T], **options: Any) -> T:
+        folder = self.components.folder(part)
+        try:
+            with _quiet():
+                return load(folder, local_files_only=True, **options)
+        except Exception as error:  # the libraries let errors of their file readers through
+            raise CheckpointError(
+                f"{part}/ of {self.components.place(part)} cannot be loaded: {first_line(error)}",
+                "download it again, or name another with --base",
+            ) from error
 
 
 class _Decoder:
-    """One video; owns its features, so that others may use the same VAE in between."""
+    """Decodes one video frame by frame, tile by tile.
+
+    diffusers has no public way to continue a decoding. So this class calls the VAE's decoder
+    module itself, as `AutoencoderKLWan.decode` does, and keeps the features of its causal
+    convolutions for each tile. Several videos may share one VAE.
+    """
 
     def __init__(self, media: WanMedia) -> None:
         self._media = media
         self._tiles: list[Tile] = []
-        self._features: list[_Features] = []
+        self._features: list[dict[int, Any]] = []
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """The next latents (B, F, C, h, w) to pixels (B, F', 3, H, W) in −1 … 1, on the CPU."""
-        size = (latents.shape[-2], latents.shape[-1])
-        if not self._features:
+        """Decode the next latents (B, F, C, h, w) to pixels (B, F', 3, H, W) on the CPU."""
+        media, size = self._media, (latents.shape[-2], latents.shape[-1])
+        if not self._tiles:
             self._tiles = self._cover(size)
-            self._features = [self._media.new_features() for _ in self._tiles]
-        stride = self._media.stride
-        enlarged = [tile.scaled(stride) for tile in self._tiles]
-        pixel_size = (size[0] * stride, size[1] * stride)
-        made: list[Tensor] = []
-        with self._media.vae_working():
-            for frame in self._media.denormalised(latents).split(1, dim=2):
-                parts = self._parts(frame)
+            self._features = [defaultdict(lambda: None) for _ in self._tiles]
+        enlarged = [tile.scaled(media.stride) for tile in self._tiles]
+        pixel_size = (size[0] * media.stride, size[1] * media.stride)
+        frames: list[Tensor] = []
+        with media.on_device(media.vae) as vae:
+            scaled = denormalise(latents.transpose(1, 2).to(media.device), vae.config)
+            for frame in scaled.to(media.dtype).split(1, dim=2):
+                parts = [
+                    _decode_frame(vae, tile.cut(frame), features)
+                    for tile, features in zip(self._tiles, self._features, strict=True)
+                ]
                 whole = parts[0] if len(parts) == 1 else blend(parts, enlarged, pixel_size)
-                made.append(whole.float().cpu().clamp(-1, 1))
-        return torch.cat(made, dim=2).transpose(1, 2)
+                frames.append(whole.float().cpu().clamp(-1, 1))
+        return torch.cat(frames, dim=2).transpose(1, 2)
 
     def _cover(self, size: tuple[int, int]) -> list[Tile]:
         if not self._media.how.vae_tiling:
@@ -268,16 +237,46 @@ class _Decoder:
         stride = self._media.stride
         return cover(size, TILE_PIXELS // stride, TILE_OVERLAP // stride)
 
-    def _parts(self, frame: Tensor) -> list[Tensor]:
-        return [
-            self._media.decode_frame(features, tile.cut(frame))
-            for tile, features in zip(self._tiles, self._features, strict=True)
-        ]
+
+def _decode_frame(vae: Any, latents: Tensor, features: dict[int, Any]) -> Tensor:
+    """Decode the next latent frame (B, C, 1, h, w) of a tile to pixels (B, 3, 1 or 4, H, W)."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+    latents = vae.post_quant_conv(latents)
+    pixels = vae.decoder(latents, features, feat_idx=[0], first_chunk=not features)
+    patch = vae.config.patch_size
+    return pixels if patch is None else unpatchify(pixels, patch)
+
+
+def normalise(latents: Tensor, vae: Mapping[str, Any]) -> Tensor:
+    """Normalise latents (B, C, F, h, w) of a VAE for the model, in float32.
+
+    Args:
+        latents: Output of the VAE's encoder.
+        vae: Configuration of the VAE, with the mean and deviation of each channel.
+    """
+    mean, deviation = _channel_scale(vae, latents.device)
+    return (latents.float() - mean) / deviation
+
+
+def denormalise(latents: Tensor, vae: Mapping[str, Any]) -> Tensor:
+    """Undo `normalise`."""
+    mean, deviation = _channel_scale(vae, latents.device)
+    return latents.float() * deviation + mean
+
+
+def _channel_scale(vae: Mapping[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation of a VAE's latents, both (C, 1, 1, 1)."""
+    mean, deviation = (
+        torch.tensor(vae[name], device=device).view(-1, 1, 1, 1)
+        for name in ("latents_mean", "latents_std")
+    )
+    return mean, deviation
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the bars and remarks of both libraries; what matters is checked after loading."""
+    """Silence the progress bars and warnings of both libraries."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -289,7 +288,7 @@ def _quiet() -> Iterator[None]:
     try:
         yield
     finally:
-        for library, (verbosity, drawn) in zip(libraries, before, strict=True):
+        for library, (verbosity, had_bars) in zip(libraries, before, strict=True):
             library.set_verbosity(verbosity)
-            if drawn:
+            if had_bars:
                 library.enable_progress_bar()

@@ -1,52 +1,56 @@
-"""The first stage of recovery: each layer learns its dense layer's output, on that one's inputs.
+"""The first stage of recovery: each layer learns its dense layer's output, on that layer's inputs.
 
-Clips walk through the dense model block by block; nothing else is needed at a time. What a layer
-learns does not depend on the others, so processes divide the layers, a shelf keeps those that are
-done, and no layer ends worse than it began.
+Clips pass through the dense model block by block, so one dense block is in memory at a time. A
+layer's fit does not depend on the others: processes divide the layers, a store keeps the finished
+ones, and a layer whose held-out error did not fall keeps its old weights.
+
+Shapes: N clips, F frames, L tokens of a clip, D width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from vmla_convert.checkpoint.tensor_store import TensorStore
-from vmla_convert.config import RecoverConfig, TrainingConfig
+from vmla_convert.checkpoint.tensor_store import FolderStore, MemoryStore, TensorStore
+from vmla_convert.config import RecoverConfig
 from vmla_convert.fitting.calibrate import ReadBlock, clips_at_once
 from vmla_convert.layers.attention import DenseSelfAttention
 from vmla_convert.layers.dit import Attend, Block, CausalWanModel, gated, masked_attention
-from vmla_convert.media.clips import Batch, ClipSource, seeded
+from vmla_convert.media.clips import Batch, ClipSource, open_clips, seeded
 from vmla_convert.progress import Progress
-from vmla_convert.recovery.nested import Sizes
-from vmla_convert.recovery.on_policy import Share
+from vmla_convert.recovery.nested import NestedSizes
 from vmla_convert.recovery.trained import new_parameters
 from vmla_convert.training.loop import learning_rate_factor
 from vmla_convert.training.losses import make_example, teacher_forcing_inputs
-from vmla_convert.training.sharding import scattered
+from vmla_convert.training.processes import Share, own_share
+from vmla_convert.training.weights import place
 
+LAYERWISE = "layer by layer"
 CLIPS, HELD_CLIPS, LEAST_CLIPS = 36, 12, 2
-# Of all clips; a layer's input, output and what the block makes of them have as many rows.
+# Tokens of all clips: a layer's input, its output and the block's output have one row each.
 TOKENS = 2**18
-# Clips whose errors are one figure; their mean is what counts.
+# Clips per held-out figure; the figures are averaged.
 HELD_TOGETHER = 8
 WARMUP_STEPS = 5
-# At 1e-3 ten steps take a codec further from its layer, not nearer.
+# At 1e-3, ten steps move a codec away from its layer's output.
 CODEC_RATE, MLA_RATE = 5e-5, 1e-3
 
 
 class Lesson(NamedTuple):
-    """What one layer is taught; n clips, clean then noisy, the last of them held out.
+    """Inputs and targets of one layer; clean tokens, then noisy ones.
 
     Attributes:
-        inputs: (n, 2L, d).
-        outputs: Of the dense layer, (n, 2L, d).
-        gate: What the block multiplies them by, (n, 2F, d): errors behind a closed gate are none.
-        attend: How a layer sees a clip.
-        taught: Clips that it learns from; the others say whether it got better.
+        inputs: Inputs of the layer (N, 2L, D).
+        outputs: Outputs of the dense layer (N, 2L, D).
+        gate: The block's gate of these outputs (N, 2F, D). Errors behind a closed gate count 0.
+        attend: Self-attention of a block over a clip.
+        trained: Number of clips to train on; the rest is held out.
         at_once: Clips that pass a layer together.
     """
 
@@ -54,14 +58,11 @@ class Lesson(NamedTuple):
     outputs: Tensor
     gate: Tensor
     attend: Attend
-    taught: int
+    trained: int
     at_once: int
 
     def errors(self, block: Block, picks: Tensor) -> Iterator[Tensor]:
-        """Squared error of what self-attention adds to its block, relative to what it should add.
-
-        In parts, of as many clips as pass a layer together, that add up to it.
-        """
+        """Relative squared error of a block's gated self-attention on some clips, in summands."""
         parts = picks.split(self.at_once)
         whole = sum(gated(self.outputs[p], self.gate[p]).square().sum() for p in parts)
         for part in parts:
@@ -69,58 +70,72 @@ class Lesson(NamedTuple):
             yield gated(given - self.outputs[part], self.gate[part]).square().sum() / whole
 
 
-def recover_layers(
+def fit_layers(
+    student: CausalWanModel,
     shell: CausalWanModel,
     read_block: ReadBlock,
-    layers: list[Block],
-    clips: ClipSource,
     config: RecoverConfig,
-    shelf: TensorStore,
-    share: Share,
+    folder: Path | None,
     progress: Progress,
-    sizes: Sizes,
 ) -> None:
-    """Fit layers, in place, and put their new parameters on the shelf.
+    """Fit all layers of a converted model, in place; processes share the layers.
 
     Args:
-        shell: The dense model; only what is not in its blocks is used.
-        read_block: Gives its blocks, one at a time.
-        layers: The converted ones.
-        clips: Training clips.
-        config: Steps, learning rate and seed.
-        shelf: Gets `layer-l` for each layer; one that is there already is not fitted again.
-        share: Which layers are this process's.
-        progress: Where to draw.
-        sizes: Sizes that a codec trains at.
+        student: The converted model.
+        shell: The dense model; only the parameters outside its blocks are used.
+        read_block: Returns a dense block by index.
+        config: Steps, learning rate and data.
+        folder: Folder that keeps finished layers for a resumed run; None keeps them in memory.
+        progress: Receives the progress bar.
     """
-    todo = {i for i in range(share.rank, len(layers), share.world) if not shelf.has(_name(i))}
-    lessons = _walk(shell, read_block, clips, config) if todo else iter(())
-    for index, lesson in enumerate(progress.track(lessons, "layer by layer", len(layers))):
+    share, store = own_share(), MemoryStore()
+    if folder is not None:
+        store = FolderStore(folder / f"layers-{share.rank}", {"world": share.world})
+    fit_share(student, shell, read_block, config, store, share, progress)
+    apply_layers(student.all_blocks(), store, share)
+
+
+def fit_share(
+    student: CausalWanModel,
+    shell: CausalWanModel,
+    read_block: ReadBlock,
+    config: RecoverConfig,
+    store: TensorStore,
+    share: Share,
+    progress: Progress,
+) -> None:
+    """Fit one process's layers, and put their new parameters into a store.
+
+    Layers that the store holds are not fitted again. The other arguments are those of `fit_layers`.
+    """
+    layers, sizes = student.all_blocks(), NestedSizes(student, config.nested, config.training.seed)
+    todo = {i for i in range(share.rank, len(layers), share.world) if not store.has(_name(i))}
+    lessons = _walk(shell, read_block, config) if todo else iter(())
+    for index, lesson in enumerate(progress.track(lessons, LAYERWISE, len(layers))):
         if index in todo:
             before, after = fit_layer(layers[index], lesson, config, sizes)
             progress.note(f"error of layer {index} {before:.4g} to {after:.4g}")
-            shelf.put(_name(index), _new_tensors(layers[index]))
+            store.put(_name(index), _new_tensors(layers[index]))
 
 
-def apply_layers(layers: list[Block], shelf: TensorStore, share: Share) -> None:
-    """Give layers what was put on the shelf, each from the process that fitted it."""
+def apply_layers(layers: list[Block], store: TensorStore, share: Share) -> None:
+    """Copy stored parameters into the layers, each sent by the process that fitted it."""
     with torch.no_grad():
         for index, layer in enumerate(layers):
             owner = index % share.world
-            kept = shelf.get(_name(index)) if owner == share.rank else {}
+            stored = store.get(_name(index)) if owner == share.rank else {}
             for name, parameter in _new_tensors(layer).items():
                 tensor = torch.empty(parameter.shape, device=parameter.device)
-                if kept:
-                    tensor.copy_(kept[name])
-                # In place; alone, it does nothing.
+                if stored:
+                    tensor.copy_(stored[name])
                 broadcast(tensor, owner)
-                parameter.copy_(scattered(tensor, parameter))
+                parameter.copy_(place(tensor, parameter))
 
 
 def fit_layer(
-    layer: Block, lesson: Lesson, config: RecoverConfig, sizes: Sizes
+    layer: Block, lesson: Lesson, config: RecoverConfig, sizes: NestedSizes
 ) -> tuple[float, float]:
-    """Regress one layer's output; returns its error on clips of its own, before and after."""
+    """Fit one layer; return its error on held-out clips before and after."""
     parameters = [p.requires_grad_(True) for p in new_parameters(layer)]
     start = [p.detach().clone() for p in parameters]
     before = sizes.mean_error(lambda: _held_error(layer, lesson))
@@ -128,12 +143,12 @@ def fit_layer(
     if peak is None:
         peak = MLA_RATE if layer.codec is None else CODEC_RATE
     optimiser = torch.optim.Adam(parameters, lr=peak)
-    schedule = TrainingConfig(steps=config.layerwise_steps, warmup_steps=WARMUP_STEPS)
-    for step in range(config.layerwise_steps):
+    steps = config.layerwise_steps
+    for step in range(steps):
         for group in optimiser.param_groups:
-            group["lr"] = peak * learning_rate_factor(step, schedule)
+            group["lr"] = peak * learning_rate_factor(step, steps, WARMUP_STEPS)
         generator = seeded(config.training.seed, step, "layerwise batch")
-        picks = torch.randint(lesson.taught, (config.training.batch_size,), generator=generator)
+        picks = torch.randint(lesson.trained, (config.training.batch_size,), generator=generator)
         sizes.draw(step)
         optimiser.zero_grad()
         for error in lesson.errors(layer, picks):
@@ -153,22 +168,18 @@ def fit_layer(
 
 @torch.no_grad()
 def _held_error(layer: Block, lesson: Lesson) -> float:
-    held = torch.arange(lesson.taught, len(lesson.inputs))
+    held = torch.arange(lesson.trained, len(lesson.inputs))
     errors = (sum(lesson.errors(layer, p)) * len(p) for p in held.split(HELD_TOGETHER))
     return sum(map(float, errors)) / len(held)
 
 
 @torch.no_grad()
-def _walk(
-    shell: CausalWanModel,
-    read_block: ReadBlock,
-    clips: ClipSource,
-    config: RecoverConfig,
-) -> Iterator[Lesson]:
-    """A lesson for each layer, in order."""
+def _walk(shell: CausalWanModel, read_block: ReadBlock, config: RecoverConfig) -> Iterator[Lesson]:
+    """The lesson of each layer, in order."""
+    clips = open_clips(config.data, shell.config.cache.sink_frames)
     seed, chunk_frames = config.training.seed, shell.config.chunk_frames
     device = shell.patch_embedding.weight.device
-    drawn, taught = _draw(shell, clips)
+    drawn, trained = _draw(shell, clips)
     at_once = clips_at_once(shell.config.geometry, drawn.latents)
     example = make_example(drawn, chunk_frames, seeded(seed, 0, "layerwise")).to(device)
     positions, mask = teacher_forcing_inputs(shell.config, example)
@@ -181,20 +192,20 @@ def _walk(
         inputs = block.attention_input(x, modulation)
         outputs = [attend(block, part) for part in inputs.split(at_once)]
         gate = block.attention_gate(modulation)
-        lesson = Lesson(inputs, torch.cat(outputs), gate, attend, taught, at_once)
+        lesson = Lesson(inputs, torch.cat(outputs), gate, attend, trained, at_once)
         yield lesson
         parts = zip(*(t.split(at_once) for t in (x, lesson.outputs, modulation, text)), strict=True)
         x = torch.cat([block.after_attention(*part) for part in parts])
 
 
 def _draw(shell: CausalWanModel, clips: ClipSource) -> tuple[Batch, int]:
-    """Clips, of which the first few are to learn from, and how many; fewer where they are long."""
+    """Clips and how many of them to train on; the longer the clips, the fewer."""
     frames, _, height, width = clips.batch(0, 1).latents.shape[1:]
     tokens = 2 * frames * shell.config.geometry.tokens_per_frame((height, width))
     share = min(1.0, TOKENS / (tokens * (CLIPS + HELD_CLIPS)))
-    taught, held = (max(LEAST_CLIPS, int(share * count)) for count in (CLIPS, HELD_CLIPS))
-    both = clips.batch(0, taught), clips.batch(0, held, "held_out")
-    return Batch(*(torch.cat(parts) for parts in zip(*both, strict=True))), taught
+    trained, held = (max(LEAST_CLIPS, int(share * count)) for count in (CLIPS, HELD_CLIPS))
+    both = clips.batch(0, trained), clips.batch(0, held, "held_out")
+    return Batch(*(torch.cat(parts) for parts in zip(*both, strict=True))), trained
 
 
 def _name(layer: int) -> str:
@@ -202,6 +213,6 @@ def _name(layer: int) -> str:
 
 
 def _new_tensors(layer: Block) -> dict[str, Tensor]:
-    """The new parameters of a layer, by name."""
+    """The parameters of a layer that the conversion made, by name."""
     new = {id(parameter) for parameter in new_parameters(layer)}
     return {n: p.detach() for n, p in layer.named_parameters() if id(p) in new}

@@ -14,8 +14,8 @@ from vmla_convert.media.clips import seeded
 from vmla_convert.training.losses import Example, Examples
 
 
-class Sizes:
-    """The sizes that a codec trains at; a model without a codec, or one size, changes nothing.
+class NestedSizes:
+    """The sizes that a codec trains at. Without a list of sizes, all methods keep its own size.
 
     Args:
         student: The model, at the size that it is measured at.
@@ -30,17 +30,17 @@ class Sizes:
         self._sizes = [student.rates(CacheSize(cut=cut)) for cut in nested]
 
     def draw(self, step: int) -> None:
-        """Set the size of a step, a function of its number alone."""
+        """Set the size of a step, which depends on the step's number only."""
         if self._sizes:
-            draws = seeded(self._seed, step, "nested size")
-            self._set(self._sizes[int(torch.randint(len(self._sizes), (), generator=draws))])
+            generator = seeded(self._seed, step, "nested size")
+            self._set(self._sizes[int(torch.randint(len(self._sizes), (), generator=generator))])
 
-    def rest(self) -> None:
+    def restore(self) -> None:
         """Set the size that the model is measured at."""
         self._set(self._own)
 
     def examples(self, examples: Examples) -> Examples:
-        """The same examples, each step at a size of its own."""
+        """The same examples; each step draws its size first."""
 
         def drawn(step: int) -> Sequence[Example]:
             self.draw(step)
@@ -49,12 +49,12 @@ class Sizes:
         return drawn
 
     def mean_error(self, measure: Callable[[], float]) -> float:
-        """Geometric mean of an error over all sizes; each counts by its own improvement."""
+        """Geometric mean of an error over all sizes; it weighs relative improvements equally."""
         errors: list[float] = []
         for rates in self._sizes or [self._own]:
             self._set(rates)
             errors.append(measure())
-        self.rest()
+        self.restore()
         return math.exp(sum(math.log(max(error, 1e-30)) for error in errors) / len(errors))
 
     def _set(self, rates: Sequence[Rate]) -> None:

@@ -1,14 +1,15 @@
-"""On-policy examples: what the student itself rolled out, and the noisy states on the way there.
+"""On-policy examples: the student's own rollouts, and noisy states on the way there.
 
-A rollout leaves clean chunks in the student's own cache. The teacher-forced pass reads the same
-chunks masked, which equals streaming them, so that a state met in the rollout becomes an example
-like any other, and the gradient reaches the latents of the past too.
+A rollout leaves clean chunks in the student's own cache. A teacher-forced pass over the same chunks
+equals streaming them. A state of the rollout therefore becomes an ordinary example, and gradients
+reach the latents of the past too.
+
+Shapes: B batch, F frames, C channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,20 +18,10 @@ from vmla_convert.config import TrainingConfig
 from vmla_convert.generating.rollout import NewPrompt, rollout
 from vmla_convert.generating.sampler import State
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.maths.flow import TRAIN_TIMESTEPS, per_frame
+from vmla_convert.maths.flow import per_frame
 from vmla_convert.media.clips import ClipSource, seeded
 from vmla_convert.training.losses import Example
-from vmla_convert.training.processes import precision
-
-
-class Share(NamedTuple):
-    """Which clips of a batch are this process's: every `world`-th, from `rank` on."""
-
-    rank: int
-    world: int
-
-
-ALONE = Share(0, 1)
+from vmla_convert.training.processes import ALONE, Share, precision
 
 
 def rollout_examples(
@@ -39,7 +30,7 @@ def rollout_examples(
     config: TrainingConfig,
     share: Share = ALONE,
 ) -> Callable[[int], list[Example]]:
-    """Examples of a student's rollouts, for the prompts and of the length of training clips."""
+    """Examples of a student's rollouts, with the prompts and the length of training clips."""
 
     def examples(step: int) -> list[Example]:
         latents, context = clips.batch(step, config.batch_size)
@@ -57,18 +48,18 @@ def roll_out(
     seed: tuple[int, int],
     share: Share = ALONE,
 ) -> Example:
-    """Roll a student out and pick, for every chunk, one state that it was denoised from.
+    """Roll a student out and pick one noisy state for every chunk.
 
     Args:
-        student: Streams through its own cache.
+        student: Model that streams through its own cache.
         context: Prompts (B, text_len, text_dim).
-        frames: Of a clip; a last part of a chunk is left out.
-        seed: Of all noise and of the picks: of the run, and which rollout it is.
-        share: Clips that are rolled out; the others are zeros, for another process to fill in.
+        frames: Frames of a clip; those after the last whole chunk are dropped.
+        seed: Seed of the run, and number of the rollout.
+        share: Clips to roll out; the others stay zero, for another process to fill in.
 
     Returns:
-        The student's clean chunks as past, the picked states as noisy clip; `velocity` points from
-        where the rollout ended to each state.
+        The student's clean chunks as past, the picked states as noisy clip, and the velocity from
+        the clean chunks to the states.
     """
     config, mine = student.config, range(share.rank, len(context), share.world)
     asked = context[mine.start :: mine.step].to(student.patch_embedding.weight)
@@ -76,7 +67,7 @@ def roll_out(
     generators: list[torch.Generator] = []
 
     def clip_generators(chunk: int) -> list[torch.Generator]:
-        # Each clip has its own noise, whichever process rolls it out.
+        # Noise is drawn per clip, so it does not depend on the number of processes.
         generators[:] = [seeded(*seed, f"rollout {chunk} {clip}") for clip in mine]
         return generators
 
@@ -97,17 +88,13 @@ def roll_out(
         sigmas.append(sigma[:, None].expand(-1, config.chunk_frames))
         states.clear()
     past, state, sigma = (torch.cat(parts, dim=1) for parts in (clean, noisy, sigmas))
-    example = Example(
-        latents=torch.cat([past, state], dim=1),
-        timestep=torch.cat([torch.zeros_like(sigma), TRAIN_TIMESTEPS * sigma], dim=1),
-        velocity=(state - past) / per_frame(sigma),
-        context=asked,
-    )
+    velocity = (state - past) / per_frame(sigma)
+    example = Example.build(past, state, sigma, velocity, asked)
     return Example(*(_spread(part, len(context), share) for part in example))
 
 
 def _spread(part: Tensor, batch: int, share: Share) -> Tensor:
-    """Rows of one process at their places in the batch."""
+    """One process's rows at their places in a batch of zeros."""
     whole = part.new_zeros(batch, *part.shape[1:])
     whole[share.rank :: share.world] = part
     return whole

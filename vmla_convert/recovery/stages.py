@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from vmla_convert.checkpoint.tensor_store import FolderStore, MemoryStore, TensorStore
 from vmla_convert.config import RecoverConfig
-from vmla_convert.fitting.calibrate import ReadBlock, model_blocks
+from vmla_convert.fitting.calibrate import model_blocks
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.flow import sampler_sigmas
 from vmla_convert.measuring.evaluate import HeldOut
@@ -21,37 +21,30 @@ from vmla_convert.measuring.rows import Errors
 from vmla_convert.media.clips import open_clips, open_openings
 from vmla_convert.progress import Progress, Silent
 from vmla_convert.recovery.dmd import DistributionMatching
-from vmla_convert.recovery.layerwise import apply_layers, recover_layers
-from vmla_convert.recovery.nested import Sizes
-from vmla_convert.recovery.on_policy import Share, rollout_examples
-from vmla_convert.recovery.trained import (
-    add_adapters,
-    merge_adapters,
-    new_names,
-    new_state,
-    unfreeze,
-)
-from vmla_convert.training.averaging import Stateful, set_weights
-from vmla_convert.training.loop import clip_examples, train
+from vmla_convert.recovery.layerwise import LAYERWISE, fit_layers
+from vmla_convert.recovery.nested import NestedSizes
+from vmla_convert.recovery.on_policy import rollout_examples
+from vmla_convert.recovery.trained import add_adapters, new_names, unfreeze
+from vmla_convert.training.loop import Stateful, clip_examples, train
 from vmla_convert.training.losses import Examples, Levels, Loss, velocity_distillation
 from vmla_convert.training.optimisers import find_learning_rate
-from vmla_convert.training.processes import agreed, processes
+from vmla_convert.training.processes import agreed, own_device, own_share, processes
 from vmla_convert.training.sharding import is_sharded
+from vmla_convert.training.weights import set_weights
 
 OnStep = Callable[[int, Errors], None]
-"""Told of every held-out measurement: steps taken so far, and the errors."""
+"""Receives every held-out measurement: the steps so far, and the errors."""
 
-LAYERWISE, DISTILLING = "layer by layer", "distilling"
-ON_POLICY, MATCHING = "on policy", "matching distributions"
+DISTILLING, ON_POLICY, MATCHING = "distilling", "on policy", "matching distributions"
 _SAMPLER_SHARES = {"both": 0.5, "sampler": 1.0, "training": 0.0}
 
 
 class Folders(NamedTuple):
-    """Where a recovery keeps what it needs when it is interrupted, and what trackers write.
+    """Folders of a recovery beside its output.
 
     Attributes:
-        state: Resumable state.
-        logs: Of trackers.
+        state: Resumable state, removed at the end.
+        logs: Files of trackers.
     """
 
     state: Path
@@ -62,11 +55,11 @@ class Recovered(NamedTuple):
     """How a recovery went.
 
     Attributes:
-        kept: For each stage the step whose weights were kept; 0 where it brought nothing.
-        learning_rate: Of the later stages, as given or found; None where there was none.
+        best_steps: Step of the final weights, by stage; 0 for a stage that did not help.
+        learning_rate: Learning rate of the stages after the first; None if there was none.
     """
 
-    kept: dict[str, int]
+    best_steps: dict[str, int]
     learning_rate: float | None
 
 
@@ -82,15 +75,15 @@ def recover_model(
     """Run all stages on a model in memory.
 
     Args:
-        student: Converted; trained in place, and frozen again at the end. Where it is sharded, what
-            trains is unfrozen already, and the layer-wise stage was done in `folders`.
+        student: Converted model, trained in place and frozen at the end. If it is sharded, its
+            parameters are unfrozen already, and `folders` holds the finished layer-wise stage.
         teacher: Its dense source.
         config: Steps, learning rates and data.
-        held_out: What to measure on, and to choose weights by.
-        on_step: Called at step 0, after the layer-wise stage and during the later ones, whose steps
-            are counted on; a layer-wise step counts as one, because it updates every layer once.
-        folders: For resumable state and trackers; none are kept by default.
-        progress: Where to draw.
+        held_out: Clips that every stage chooses its best weights by.
+        on_step: Called at step 0, after the layer-wise stage and during the later ones. Steps are
+            counted over all stages; a layer-wise step counts once, because it updates every layer.
+        folders: Folders of resumable state and trackers; None keeps nothing.
+        progress: Receives the progress bars.
     """
     return _Recovery(student, teacher, config, held_out, on_step, folders, progress).run()
 
@@ -106,41 +99,12 @@ def stage_steps(config: RecoverConfig) -> dict[str, int]:
 
 
 def later_steps(config: RecoverConfig) -> int:
-    """Steps of the stages that need both models whole: all but the layer-wise one."""
+    """Steps of the stages after the layer-wise one, which need both models whole."""
     return sum(stage_steps(config).values()) - config.layerwise_steps
 
 
-def fit_layers(
-    student: CausalWanModel,
-    shell: CausalWanModel,
-    read_block: ReadBlock,
-    config: RecoverConfig,
-    folders: Folders | None,
-    progress: Progress,
-) -> None:
-    """The layer-wise stage; what is done already is taken from its shelf.
-
-    Args:
-        student: Converted; trained in place.
-        shell: The dense model; only what is not in its blocks is used.
-        read_block: Gives its blocks.
-        config: Steps, learning rate and data.
-        folders: Where layers are kept until all are done.
-        progress: Where to draw.
-    """
-    state, layers = processes(), student.all_blocks()
-    share = Share(state.process_index, state.num_processes)
-    shelf: TensorStore = MemoryStore()
-    if folders is not None:
-        shelf = FolderStore(folders.state / f"layers-{share.rank}", {"world": share.world})
-    clips = open_clips(config.data, shell.config.cache.sink_frames)
-    sizes = Sizes(student, config.nested, config.training.seed)
-    recover_layers(shell, read_block, layers, clips, config, shelf, share, progress, sizes)
-    apply_layers(layers, shelf, share)
-
-
 class _Recovery:
-    """The stages while they run."""
+    """A running recovery."""
 
     def __init__(
         self,
@@ -154,94 +118,81 @@ class _Recovery:
     ) -> None:
         self.student, self.teacher, self.config = student, teacher, config
         self.held_out, self.on_step, self.folders = held_out, on_step, folders
-        self.state, self.progress = processes(), progress or Silent()
-        self.share = Share(self.state.process_index, self.state.num_processes)
+        self.progress, self.is_main = progress or Silent(), processes().is_main_process
         self.clips = open_clips(config.data, teacher.config.cache.sink_frames)
-        self.kept: dict[str, int] = {}
-        self.taken = 0
-        self.sizes = Sizes(student, config.nested, config.training.seed)
+        self.sizes = NestedSizes(student, config.nested, config.training.seed)
+        self.new = new_names(student)
+        self.steps_done = 0
+        self.best_steps: dict[str, int] = {}
 
     def run(self) -> Recovered:
-        """All stages."""
+        """Run all stages."""
         config, training = self.config, self.config.training
-        before = self._measured()
-        start = self.sizes.mean_error(lambda: self._measured().velocity_error)
-        self._tell(0, before)
-        if config.layerwise_steps:
-            self._layerwise(before, start)
-        adapted = self._unfreeze()
+        self._layerwise()
+        unfreeze(self.student, config.train)
+        adapted = None
+        if config.lora_rank:
+            adapted = add_adapters(self.student, config.lora_rank, config.train, training.seed)
+            self.new = new_names(self.student)
+        if training.gradient_checkpointing:
+            self.student.checkpoint_blocks()
         rate = None
         if later_steps(config):
             rate = training.lr or self._learning_rate()
         if training.steps:
             loss = velocity_distillation(self.teacher, config.flow_weight)
-            self._train(DISTILLING, loss, self._clip_examples(), training.steps, rate)
+            self._train(DISTILLING, loss, self._clip_examples(), rate)
         if config.on_policy_steps:
-            loss = velocity_distillation(self.teacher)
-            examples = rollout_examples(self.student, self.clips, training, self.share)
-            self._train(ON_POLICY, loss, examples, config.on_policy_steps, rate)
+            examples = rollout_examples(self.student, self.clips, training, own_share())
+            self._train(ON_POLICY, velocity_distillation(self.teacher), examples, rate)
         if config.dmd.steps:
-            dmd = DistributionMatching(self.student, self.teacher, self.clips, config, self.share)
-            self._train(MATCHING, dmd.loss, dmd.examples, config.dmd.steps, rate, [dmd])
+            dmd = DistributionMatching(self.student, self.teacher, self.clips, config, own_share())
+            self._train(MATCHING, dmd.loss, dmd.examples, rate, [dmd])
         if adapted is not None:
-            merge_adapters(adapted)
+            adapted.merge_and_unload()
         if training.gradient_checkpointing:
             self.student.keep_activations()
         self.student.requires_grad_(False)
-        return Recovered(self.kept, rate)
+        return Recovered(self.best_steps, rate)
 
-    def _layerwise(self, before: Errors, error: float) -> None:
-        """Fit the layers, and undo it should the model as a whole have lost.
-
-        Args:
-            before: Errors before, at the size that the model is measured at.
-            error: Mean error before, over all sizes that it trains at.
-        """
-        steps, start = self.config.layerwise_steps, new_state(self.student)
-        blocks = model_blocks(self.teacher)
-        fit_layers(self.student, self.teacher, blocks, self.config, self.folders, self.progress)
-        after = self._measured()
-        self.taken, self.kept[LAYERWISE] = steps, steps
-        if not self.sizes.mean_error(lambda: self._measured().velocity_error) < error:
+    def _layerwise(self) -> None:
+        """Measure the start and fit the layers; undo the fit if the whole model got worse."""
+        before, steps = self._measured(), self.config.layerwise_steps
+        self._report(0, before)
+        if not steps:
+            return
+        error = self._mean_error()
+        start = {n: p.detach().clone() for n, p in self.student.named_parameters() if n in self.new}
+        folder, blocks = self.folders and self.folders.state, model_blocks(self.teacher)
+        fit_layers(self.student, self.teacher, blocks, self.config, folder, self.progress)
+        after, self.best_steps[LAYERWISE] = self._measured(), steps
+        if not self._mean_error() < error:
             set_weights(self.student, start)
-            after, self.kept[LAYERWISE] = before, 0
-        self._tell(steps, after)
-
-    def _unfreeze(self) -> Any:
-        """Let train what should; returns adapters, if there are any."""
-        config, adapted, seed = self.config, None, self.config.training.seed
-        unfreeze(self.student, config.train)
-        if config.lora_rank:
-            adapted = add_adapters(self.student, config.lora_rank, config.train, seed)
-        if config.training.gradient_checkpointing:
-            self.student.checkpoint_blocks()
-        return adapted
+            after, self.best_steps[LAYERWISE] = before, 0
+        self.steps_done = steps
+        self._report(steps, after)
 
     def _train(
         self,
         stage: str,
         loss: Loss,
         examples: Examples,
-        steps: int,
         rate: float | None,
-        carried: Sequence[Stateful] = (),
+        extra_state: Sequence[Stateful] = (),
     ) -> None:
-        """One of the later stages, from where the one before it ended.
-
-        What is told of its last step is what the weights that it kept measure.
-        """
-        config, offset = replace(self.config.training, steps=steps, lr=rate), self.taken
-        nested = bool(self.config.nested)
-        met: dict[int, Errors] = {}
+        """Run one of the later stages; its last reported step has the errors of the best step."""
+        steps, offset = stage_steps(self.config)[stage], self.steps_done
+        config = replace(self.config.training, steps=steps, lr=rate)
+        folders, measured = self.folders, dict[int, Errors]()
 
         def measure(model: nn.Module, step: int) -> float:
-            self.sizes.rest()
-            met[step] = self.held_out.measure(model)
-            # The start of a stage is the end of the one before.
+            self.sizes.restore()
+            errors = measured[step] = self.held_out.measure(model)
+            # The stage before reported the start.
             if 0 < step < steps:
-                self._tell(offset + step, met[step])
-            if not nested:
-                return met[step].velocity_error
+                self._report(offset + step, errors)
+            if not self.config.nested:
+                return errors.velocity_error
             return self.sizes.mean_error(lambda: self.held_out.measure(model).velocity_error)
 
         outcome = train(
@@ -250,38 +201,38 @@ class _Recovery:
             self.sizes.examples(examples),
             config,
             measure,
-            self._folder(stage),
+            folders and folders.state / f"{stage.replace(' ', '-')}.pt",
             self.progress,
             stage,
             keep_best=True,
-            lr_scale=self._lr_scale(),
-            logs=self.folders.logs if self.folders else None,
-            carried=carried,
+            lr_scale=self._lr_scale,
+            logs=folders and folders.logs,
+            extra_state=extra_state,
         )
-        self.sizes.rest()
-        self.taken, self.kept[stage] = offset + steps, outcome.best_step
-        if self.state.is_main_process or is_sharded(self.student):
-            # Of a run that was interrupted after its best, that measurement is gone.
-            kept = met.get(outcome.best_step) or self.held_out.measure(self.student)
-            self._tell(offset + steps, kept)
+        self.sizes.restore()
+        self.steps_done, self.best_steps[stage] = offset + steps, outcome.best_step
+        if self.is_main or is_sharded(self.student):
+            # A resumed run has not measured a best step from before the interruption.
+            best = measured.get(outcome.best_step) or self.held_out.measure(self.student)
+            self._report(offset + steps, best)
 
     def _learning_rate(self) -> float:
-        """What a probe finds for the distillation; found once, if there is a place to keep it."""
-        file = self.folders.state / "learning_rate.json" if self.folders else None
-        if file is not None and file.is_file():
+        """Search for the learning rate of the distillation, once per state folder."""
+        file = self.folders and self.folders.state / "learning_rate.json"
+        if file and file.is_file():
             return json.loads(file.read_text())
         rate = find_learning_rate(
             self.student,
             velocity_distillation(self.teacher, self.config.flow_weight),
             self._clip_examples(),
             self.config.training,
-            self._lr_scale(),
+            self._lr_scale,
             self.progress,
         )
-        if file is not None and self.state.is_main_process:
+        if file and self.is_main:
             partial = file.with_suffix(".partial")
             partial.write_text(json.dumps(rate))
-            partial.replace(file)
+            os.replace(partial, file)
         return rate
 
     def _clip_examples(self) -> Examples:
@@ -295,19 +246,18 @@ class _Recovery:
             Levels(sigmas, _SAMPLER_SHARES[config.levels]),
         )
 
-    def _lr_scale(self) -> Callable[[str], float]:
-        new, rest = new_names(self.student), self.config.rest_lr
-        return lambda name: 1.0 if name in new else rest
+    def _lr_scale(self, name: str) -> float:
+        return 1.0 if name in self.new else self.config.rest_lr
 
     def _measured(self) -> Errors:
-        """Held-out errors, the same for all processes."""
+        """Held-out errors; the main process's figures on all processes."""
         errors = self.held_out.measure(self.student)
-        figures = (torch.tensor(e, dtype=torch.float64, device=self.state.device) for e in errors)
+        figures = (torch.tensor(e, dtype=torch.float64, device=own_device()) for e in errors)
         return Errors(*map(agreed, figures))
 
-    def _tell(self, step: int, errors: Errors) -> None:
-        if self.state.is_main_process:
-            self.on_step(step, errors)
+    def _mean_error(self) -> float:
+        return self.sizes.mean_error(lambda: self._measured().velocity_error)
 
-    def _folder(self, stage: str) -> Path | None:
-        return self.folders.state / stage.replace(" ", "-") if self.folders else None
+    def _report(self, step: int, errors: Errors) -> None:
+        if self.is_main:
+            self.on_step(step, errors)

@@ -1,4 +1,4 @@
-"""What recovery trains: what the conversion made, and as much of the rest as is asked for."""
+"""The parameters that recovery trains: the conversion's own, and as many others as asked for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vmla_convert.errors import MissingExtraError
 from vmla_convert.layers.dit import Block, CausalWanModel
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 Scope = Literal["new", "attention", "all"]
 
-# What adapters are put on: the source's matrices that a converted model reads everything by.
+# Matrices of the base model that get adapters.
 _ADAPTED = r"blocks\.\d+\.(self_attn\.[qo]|cross_attn\.[qkvo]|ffn\.[02])"
 _ATTENTION = ("q.", "o.", "norm_q.")
 _ADAPTER = "lora_"
 
 
 def new_parameters(block: Block) -> list[nn.Parameter]:
-    """What a conversion made of a block, and recovery trains first."""
+    """Parameters of a block that a conversion made."""
     if block.codec is not None:
         return [block.codec.encode, block.codec.decode]
     layer = block.self_attn
@@ -34,12 +34,21 @@ def new_parameters(block: Block) -> list[nn.Parameter]:
     return [*(p for part in parts for p in part.parameters()), layer.q_rope_map]
 
 
+def new_names(student: CausalWanModel) -> frozenset[str]:
+    """Names of the conversion's parameters and of adapters; these get the full learning rate."""
+    made = {id(p) for block in student.all_blocks() for p in new_parameters(block)}
+    return frozenset(
+        name for name, p in student.named_parameters() if id(p) in made or _ADAPTER in name
+    )
+
+
 def unfreeze(student: CausalWanModel, scope: Scope) -> None:
-    """Let parameters train.
+    """Set `requires_grad` on parameters of a frozen model.
 
     Args:
-        student: All of whose parameters are frozen.
-        scope: `new`; `attention` for queries, their norm and the output as well; `all`.
+        student: The frozen model.
+        scope: `new` for the conversion's parameters, `attention` for queries, query norm and output
+            as well, `all` for everything.
     """
     if scope == "all":
         student.requires_grad_(True)
@@ -53,22 +62,8 @@ def unfreeze(student: CausalWanModel, scope: Scope) -> None:
                     parameter.requires_grad_(True)
 
 
-def new_state(student: CausalWanModel) -> dict[str, Tensor]:
-    """A copy of what the conversion made, by name."""
-    new = new_names(student)
-    return {n: p.detach().clone() for n, p in student.named_parameters() if n in new}
-
-
-def new_names(student: CausalWanModel) -> frozenset[str]:
-    """Names of what the conversion made and of adapters: what takes the full learning rate."""
-    made = {id(p) for block in student.all_blocks() for p in new_parameters(block)}
-    return frozenset(
-        name for name, p in student.named_parameters() if id(p) in made or _ADAPTER in name
-    )
-
-
 def check_adapters(rank: int) -> None:
-    """Refuse adapters of a rank above 0 where nothing can make them.
+    """Check that adapters of a rank above 0 can be made.
 
     Raises:
         MissingExtraError: peft is not installed.
@@ -78,21 +73,17 @@ def check_adapters(rank: int) -> None:
 
 
 def add_adapters(student: CausalWanModel, rank: int, scope: Scope, seed: int = 0) -> LoraModel:
-    """Put low-rank adapters on the frozen matrices of a model, in place; they start at zero.
+    """Add low-rank adapters to frozen matrices, in place; they change nothing at first.
 
     Args:
-        student: The model.
-        rank: Of the adapters.
-        scope: What trains by itself.
-        seed: Of the half of each adapter that does not start at zero.
+        student: The model, unfrozen by `scope`.
+        rank: Rank of the adapters.
+        scope: Parameters that train by themselves.
+        seed: Seed of the half of each adapter that does not start at zero.
 
     Returns:
-        What `merge_adapters` takes.
-
-    Raises:
-        MissingExtraError: peft is not installed.
+        The wrapper; `merge_and_unload()` adds the adapters to their matrices.
     """
-    check_adapters(rank)
     from peft import LoraConfig, LoraModel
 
     trained = {name for name, p in student.named_parameters() if p.requires_grad}
@@ -105,11 +96,6 @@ def add_adapters(student: CausalWanModel, rank: int, scope: Scope, seed: int = 0
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         adapted = LoraModel(student, {"default": config}, "default")
-    # Whatever peft froze of what trains by itself.
+    # peft freezes everything but its adapters.
     unfreeze(student, scope)
     return adapted
-
-
-def merge_adapters(adapted: LoraModel) -> None:
-    """Add adapters to the matrices that they are on, and remove them; in place."""
-    adapted.merge_and_unload()

@@ -1,4 +1,4 @@
-"""What one point of a sweep may die of alone, and what would stop every other point too."""
+"""Failures of one point, and failures that would stop every other point too."""
 
 from __future__ import annotations
 
@@ -21,49 +21,40 @@ FAILURES = (
     OSError,
     SafetensorError,
 )
-"""What a point may die of without taking the others along: no memory, numbers, convergence, a file
-that is lost to it. A full disk is of these kinds too: see `is_full_disk`."""
+"""Failures that may concern one point alone: too little memory, a fit that does not converge, a
+missing file. A full disk raises some of these types too: see `is_full_disk`."""
 
-# Of a disk, or a share of one. A failed row may still fit, so that each point would fail in turn.
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether the points to come would fail of the same.
-
-    What wrapped an error says nothing of its kind, so those below it are asked too.
-    """
-    seen: BaseException | None = error
-    while seen is not None:
-        if _number(seen) in _FULL:
+    """Whether an error, or an error that caused it, says that the disk or a quota is full."""
+    cause: BaseException | None = error
+    while cause is not None:
+        # safetensors gives the system's error number in its message only.
+        match = re.search(r"\(os error (\d+)\)", str(cause))
+        number = cause.errno if isinstance(cause, OSError) else match and int(match[1])
+        if number in _FULL:
             return True
-        seen = seen.__cause__ or seen.__context__
+        cause = cause.__cause__ or cause.__context__
     return False
 
 
 @contextmanager
-def keeping(rows_file: Path) -> Iterator[None]:
-    """Say in one sentence why a sweep cannot go on, and that nothing measured is lost.
+def stopping_failures(rows_file: Path) -> Iterator[None]:
+    """Turn errors that stop the whole sweep into one sentence that names the rows file.
 
     Raises:
-        OutputError: A disk is full, or a file that all points share, their rows for one, is lost.
+        OutputError: The disk is full, or a file that all points share cannot be used.
     """
-    hint = f"then start the same command again: what was measured is kept in {rows_file}"
+    hint = f"then start the same command again: {rows_file} keeps what was measured"
     try:
         yield
     except FAILURES as error:
         if is_full_disk(error):
-            told = f"the sweep stopped, as the disk is full: {first_line(error)}"
-            raise OutputError(told, f"make room there, {hint}") from error
+            reason = f"the sweep stopped because the disk is full: {first_line(error)}"
+            raise OutputError(reason, f"make room there, {hint}") from error
         if isinstance(error, OSError):
-            told = f"the sweep stopped: {first_line(error)}"
-            raise OutputError(told, f"put that right, {hint}") from error
+            reason = f"the sweep stopped: {first_line(error)}"
+            raise OutputError(reason, f"correct the cause, {hint}") from error
         raise
-
-
-def _number(error: BaseException) -> int | None:
-    """The system's number of an error; safetensors tells it in words."""
-    if isinstance(error, OSError):
-        return error.errno
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    return int(told[1]) if told else None

@@ -1,4 +1,7 @@
-"""All that is measured of one point."""
+"""Everything that is measured of one point.
+
+Shapes: B batch, F frames, C channels.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,20 @@ from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 
-from vmla_convert.config import EvaluateConfig, RuntimeConfig, SweepConfig
+import torch
+from torch import Tensor
+
+from vmla_convert.config import EvaluateConfig, ModelConfig, RuntimeConfig, SweepConfig
 from vmla_convert.errors import VmlaError
+from vmla_convert.generating.film import comparison_rows
+from vmla_convert.generating.generate import generate
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.measuring.evaluate import HeldOut, learned_spectrum_rows
+from vmla_convert.measuring.evaluate import (
+    HeldOut,
+    drift_rows,
+    learned_spectrum_rows,
+    rollout_rows,
+)
 from vmla_convert.measuring.rows import (
     Errors,
     branch_rows,
@@ -21,11 +34,15 @@ from vmla_convert.measuring.rows import (
     row_fields,
 )
 from vmla_convert.measuring.timing import step_rows
+from vmla_convert.media.demo import DemoMedia
+from vmla_convert.media.video import contact_sheet
 from vmla_convert.progress import Progress
 from vmla_convert.recovery.stages import recover_model
 from vmla_convert.results import Metric, Row
 from vmla_convert.sweep.grid import SweepPoint
-from vmla_convert.sweep.rollout_scores import Rollout, draw_strip, roll_out, score
+
+STRIP_COLUMNS = 9
+STRIP_PROMPTS = 2
 
 
 @dataclass(frozen=True)
@@ -36,33 +53,33 @@ class Bench:
         teacher: The dense model.
         evaluate: Held-out clips.
         config: What to measure.
-        dense_rollout: Gives the dense model's rollout; asked only where points are rolled out.
-        strips: Folder of pictures of rollouts.
+        dense_rollout: Returns the dense model's rollout (B, F, C, height, width).
+        strips: Folder for pictures of rollouts.
     """
 
     teacher: CausalWanModel
     evaluate: EvaluateConfig
     config: SweepConfig
-    dense_rollout: Callable[[], Rollout]
+    dense_rollout: Callable[[], Tensor]
     strips: Path
 
     @cached_property
     def held_out(self) -> HeldOut:
-        """Clips in one pass."""
+        """Held-out clips, each in one pass."""
         return HeldOut(self.teacher, self.evaluate)
 
 
 def measure_point(
     student: CausalWanModel, point: SweepPoint, bench: Bench, seconds: float, progress: Progress
 ) -> list[Row]:
-    """Recover a converted model, if wanted, and return all rows of its point.
+    """Recover a converted model, if the point asks for that, and return all rows of the point.
 
     Args:
-        student: As converted; it is trained in place.
-        point: Its settings.
-        bench: What it is measured against.
-        seconds: What its conversion took; `sweep_seconds` has the calibration that points share.
-        progress: Where to draw.
+        student: Converted model, trained in place.
+        point: Settings of the point.
+        bench: What to measure, and against what.
+        seconds: Duration of the conversion without the calibration, which points share.
+        progress: Receives the progress bars.
     """
     config, seed = student.config, point.seed
     rows = [Row(Metric.CONVERT_SECONDS, seconds, "s", **row_fields(config, seed))]
@@ -77,29 +94,65 @@ def measure_point(
         rows += step_rows(bench.teacher, student)
     if bench.config.rollout_frames:
         rollout = roll_out(student, bench.config, progress)
-        rows += score(rollout, bench.config, seed)
+        rows += score(rollout, config, bench.config, seed)
         path = bench.strips / f"{point.key}-{seed}.png"
         try:
-            draw_strip(path, bench.dense_rollout(), rollout, bench.config)
-        except VmlaError as error:  # a picture is not worth a recovered point
+            draw_strip(path, bench.dense_rollout(), rollout, config, bench.config)
+        except VmlaError as error:  # the point keeps its rows without a picture
             progress.note(error.message)
     return [labelled(row, point) for row in rows]
 
 
 def labelled(row: Row, point: SweepPoint) -> Row:
-    """A row that says which point it belongs to, unless it is about the dense model."""
+    """Add a point's key and settings to a row, unless the row is about the dense model."""
     if row.run == "dense":
         return row
     steps = point.recovery.training.steps if point.recovery else None
     return replace(row, point=point.key, seed=point.seed, recovery_steps=steps)
 
 
+def roll_out(model: CausalWanModel, config: SweepConfig, progress: Progress) -> Tensor:
+    """Clean latents (B, F, C, height, width), one clip per prompt, from noise of seed 0."""
+    frames, prompts = config.rollout_frames, list(config.rollout_prompts)
+    chunks = -(-frames // model.config.chunk_frames)
+    made = progress.track(generate(model, prompts, frames), "rolling out", chunks)
+    return torch.cat([chunk.float().cpu() for chunk in made], dim=1)
+
+
+def score(latents: Tensor, model: ModelConfig, config: SweepConfig, seed: int) -> list[Row]:
+    """Rows of a rollout: its drift, and the judge's scores in the demo world."""
+    rows = drift_rows(latents, model, seed)
+    if model.media == "demo":
+        rows += rollout_rows(_pixels(latents), list(config.rollout_prompts), model, seed)
+    return rows
+
+
+def draw_strip(
+    path: Path, dense: Tensor, converted: Tensor, model: ModelConfig, config: SweepConfig
+) -> None:
+    """Draw frames of the dense and the converted model and their difference, demo world only.
+
+    Raises:
+        MissingExtraError: Pillow is not installed.
+        OutputError: The file cannot be written.
+    """
+    if model.media != "demo":
+        return
+    clips = {"dense": _pixels(dense), "converted": _pixels(converted)}
+    rows = comparison_rows(clips, config.rollout_prompts[:STRIP_PROMPTS], difference=True)
+    contact_sheet(path, rows, STRIP_COLUMNS, group=3)
+
+
+def _pixels(latents: Tensor) -> Tensor:
+    return DemoMedia().decode(latents).clamp(-1, 1)
+
+
 def _errors(
     student: CausalWanModel, point: SweepPoint, bench: Bench, progress: Progress
 ) -> tuple[int, list[Row]]:
-    """The last step of a recovery, and rows of errors: along it at one size, of others at its ends.
+    """Recover a student; return its last step, and rows of errors.
 
-    The one size is that which the student has by default.
+    A codec is measured along the recovery at its own size, and at other sizes before and after.
     """
     config, seed, rows = student.config, point.seed, list[Row]()
     own = None if config.codec is None else RuntimeConfig(size=config.codec.size)
@@ -132,7 +185,7 @@ def _resized(
     step: int,
     seed: int,
 ) -> list[Row]:
-    """Rows of a codec's errors at other sizes than its own, which it has again in the end."""
+    """Rows of a codec's errors at some sizes; afterwards the codec has its own size again."""
     config, rows = student.config, list[Row]()
     for runtime in runtimes:
         assert runtime.size is not None

@@ -19,8 +19,8 @@ from vmla_convert.fitting.factors import (
 )
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.codec import CodecFit, assume_codec
-from vmla_convert.maths.factor import assume_evidence
-from vmla_convert.maths.projections import Evidence, KVWeights
+from vmla_convert.maths.evidence import Evidence, assume_evidence
+from vmla_convert.maths.projections import KVWeights
 from vmla_convert.media.clips import open_clips
 from vmla_convert.progress import Progress
 

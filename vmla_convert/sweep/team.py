@@ -1,7 +1,7 @@
-"""Processes that a launcher started to share the points of a sweep, each of which one does alone.
+"""Processes that share the points of a sweep. Each computes its points alone.
 
-They do not train together, so they form no process group: a store tells them which point is next,
-and when what all need is there.
+The processes form no process group. A store of torch's rendezvous tells them which point is next,
+and how many points are done.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from vmla_convert.errors import ConfigError
 
 T = TypeVar("T")
 
-# A whole sweep may pass until the slowest point is done.
-_PATIENCE = timedelta(days=30)
+# Calibration, which the other processes wait for, may take days.
+_TIMEOUT = timedelta(days=30)
 _PAUSE = 0.5
-# What a launcher tells a process of its place; without it, every library takes it to be alone.
-_PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+# Variables by which a launcher tells a process its rank. Libraries must not find them.
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 
 
 class Team:
-    """One process among its like; alone by default.
+    """One process among those of a sweep; alone by default.
 
     Attributes:
-        rank: Its number; 0 leads.
-        size: How many there are.
+        rank: Number of the process; 0 leads.
+        size: Number of processes.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, store: Store | None = None) -> None:
@@ -41,49 +41,45 @@ class Team:
 
     @property
     def leads(self) -> bool:
-        """Whether this process does what is done once."""
+        """Whether this process does the work that is done once."""
         return self.rank == 0
 
-    def announce(self, milestone: str) -> None:
-        """Tell the others that this process has come so far."""
-        if self._store is not None:
-            self._store.set(f"{milestone}-{self.rank}", "there")
-
-    def await_leader(self, milestone: str) -> None:
-        """Wait until the leader has come so far."""
-        if self._store is not None:
-            self._store.wait([f"{milestone}-0"], _PATIENCE)
-
-    def await_all(self, milestone: str, meanwhile: Callable[[], None]) -> None:
-        """Wait until everyone has come so far, and do something small again and again."""
-        milestones = [f"{milestone}-{rank}" for rank in range(self.size)]
-        while self._store is not None and not self._store.check(milestones):
-            meanwhile()
-            sleep(_PAUSE)
-
-    def finish(self) -> None:
-        """Tell the others that one more item is done."""
-        self._finished += 1
-        if self._store is not None:
-            self._store.add("finished", 1)
-
-    def finished(self) -> int:
-        """How many items all processes have done."""
-        return self._finished if self._store is None else self._store.add("finished", 0)
+    def follow_leader(self, milestone: str) -> None:
+        """Wait until the leader has made the same call."""
+        if self._store is None:
+            return
+        if self.leads:
+            self._store.set(milestone, "")
+        else:
+            self._store.wait([milestone], _TIMEOUT)
 
     def share(self, items: Sequence[T]) -> Iterator[T]:
-        """The items that this process takes: whoever is free takes the next."""
+        """Yield the items that this process takes: a free process takes the next one."""
         if self._store is None:
-            yield from items
+            for item in items:
+                yield item
+                self._finished += 1
             return
         while (index := self._store.add("taken", 1) - 1) < len(items):
             yield items[index]
+            self._store.add("finished", 1)
+        self._store.add("left", 1)
+
+    def finished(self) -> int:
+        """Number of items that all processes have finished."""
+        return self._finished if self._store is None else self._store.add("finished", 0)
+
+    def await_all(self, meanwhile: Callable[[], None]) -> None:
+        """Call `meanwhile` again and again until every process has left `share`."""
+        while self._store is not None and self._store.add("left", 0) < self.size:
+            meanwhile()
+            sleep(_PAUSE)
 
 
 def join_team() -> Team:
-    """The processes that were started together; from here on this one computes by itself.
+    """Find the processes that were started together; afterwards each computes by itself.
 
-    Each keeps one GPU, where there are any. Must be called before CUDA is touched.
+    Each process keeps one GPU, if there are any. Call this before CUDA is used.
 
     Raises:
         ConfigError: There are fewer GPUs than processes.
@@ -101,6 +97,6 @@ def join_team() -> Team:
     if count:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local]
-    for name in _PLACE:
+    for name in _RANK_VARIABLES:
         os.environ.pop(name, None)
     return Team(rank, size, store)

@@ -1,53 +1,77 @@
-"""The one training loop. It knows accelerate and examples; it knows nothing of latents or teachers.
+"""The one training loop. It knows examples and losses; it knows nothing of latents or teachers.
 
-Data and noise are pure functions of (seed, step), and the learning rate is one of the step, so the
-whole state of a run is its weights, its optimiser, its average, its best and its step: a resumed
-run goes on exactly as if it had not stopped, and processes share one batch that is the same for any
-number of them.
+Data, noise and the learning rate are functions of the seed and the step. The state of a run is
+therefore its weights, optimisers, average, best weights and step: a resumed run goes on exactly as
+if it had not stopped, and any number of processes trains on the same batch.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
+import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from vmla_convert.config import TrainingConfig
 from vmla_convert.errors import ConfigError, VmlaError
 from vmla_convert.media.clips import ClipSource, seeded
 from vmla_convert.progress import Progress, Silent
-from vmla_convert.training.averaging import Average, Best, Stateful, set_weights
 from vmla_convert.training.losses import Example, Examples, Levels, Loss, make_example
 from vmla_convert.training.optimisers import Scale, make_optimisers, set_rate, unscaled
-from vmla_convert.training.processes import agreed, averaged, check_shares, parts, processes
-from vmla_convert.training.sharding import ShardedOptimisers, gathered, is_sharded
-
-STEP_FILE, TRAINED_FILE = "step.json", "trained.safetensors"
+from vmla_convert.training.processes import (
+    agreed,
+    averaged,
+    check_shares,
+    parts,
+    precision,
+    processes,
+)
+from vmla_convert.training.sharding import WHOLE, is_sharded
+from vmla_convert.training.weights import (
+    Average,
+    Best,
+    gathered,
+    placed,
+    set_weights,
+    trained_weights,
+)
 
 OnEvaluate = Callable[[nn.Module, int], float]
-"""Measures a model after some steps; the figure it returns is shown beside the bar."""
+"""Measures a model after some steps; returns the figure to show and to compare weights by."""
+
+
+class Stateful(Protocol):
+    """Further state of a run, such as a critic; equal on all processes."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that changes, as `torch.save` takes it."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
+        """Restore a state from `state_dict`."""
+        ...
 
 
 class Outcome(NamedTuple):
     """How a training ended.
 
     Attributes:
-        steps: Steps that were done; fewer than asked for when it ended early.
-        best_step: The step whose weights the model has now; the last one unless the best is kept.
+        steps: Steps done; fewer than `config.steps` when training stopped early.
+        best_step: Step of the weights that the model has now.
     """
 
     steps: int
@@ -60,41 +84,40 @@ def train(
     examples: Examples,
     config: TrainingConfig,
     on_evaluate: OnEvaluate,
-    checkpoints: Path | None = None,
+    state_file: Path | None = None,
     progress: Progress | None = None,
     label: str = "training",
     keep_best: bool = False,
     lr_scale: Scale = unscaled,
     logs: Path | None = None,
-    carried: Sequence[Stateful] = (),
+    extra_state: Sequence[Stateful] = (),
 ) -> Outcome:
-    """Train a model's parameters that require gradients, in place.
+    """Train the parameters of a model that require gradients, in place.
 
     Args:
-        model: Trained in place; holds the averaged weights at the end when `config.ema` is set, the
-            best ones where they are kept.
-        loss: Of a model and an example.
-        examples: What each step sees; their losses are added.
-        config: Steps, learning rate and the like.
-        on_evaluate: Called at step 0, every `eval_every` steps and at the end; by the first process
-            alone, or by all where the model is sharded.
-        checkpoints: Folder for resumable state; a run that finds one there goes on from it.
-        progress: Where to draw.
-        label: Of the bar.
-        keep_best: End with the weights, those of step 0 among them, that measured lowest; so also
-            where the loss is not finite any more.
-        lr_scale: Parts of the learning rate.
+        model: Ends with the averaged weights if `config.ema` is set, and with the best ones if
+            `keep_best` is.
+        loss: Loss of a model on an example.
+        examples: Examples of each step; their losses are added.
+        config: Steps, learning rate and other settings.
+        on_evaluate: Called at step 0, every `eval_every` steps and at the end: by the main process
+            alone, or by all if the model is sharded.
+        state_file: Resumable state. A run that finds the file resumes from it.
+        progress: Receives the progress bar.
+        label: Name of the bar and of the tracker's run.
+        keep_best: End with the weights of the lowest held-out figure, step 0 included; a loss that
+            is not finite then ends training without an error.
+        lr_scale: Factor of the learning rate, by parameter name.
         logs: Folder of the tracker's files.
-        carried: What else changes from step to step, a critic for one; saved and resumed with the
-            rest.
+        extra_state: Further state, saved and resumed with the rest.
 
     Raises:
-        ConfigError: The batch cannot be shared, or no learning rate is given.
-        VmlaError: The loss is not finite any more, or the tracker is not installed.
+        ConfigError: The batch cannot be divided, or no learning rate is given.
+        VmlaError: The loss is not finite, or the tracker is not installed.
     """
-    loop = _Loop(model, loss, config, keep_best, lr_scale, (label, logs), carried)
+    loop = _Loop(model, loss, config, keep_best, lr_scale, (label, logs), state_file, extra_state)
     try:
-        return loop.run(examples, on_evaluate, checkpoints, progress or Silent(), label)
+        return loop.run(examples, on_evaluate, progress or Silent(), label)
     finally:
         loop.release()
 
@@ -106,7 +129,7 @@ def clip_examples(
     openings: ClipSource,
     levels: Levels | None = None,
 ) -> Examples:
-    """Examples of training clips, and of `openings` where the config asks for them.
+    """Examples from training clips, and from `openings` if `config.opening_clips` is set.
 
     Args:
         clips: Training clips.
@@ -119,26 +142,26 @@ def clip_examples(
     def examples(step: int) -> list[Example]:
         noise = seeded(config.seed, step, "noise")
         batch = clips.batch(step, config.batch_size)
-        drawn = [make_example(batch, chunk_frames, noise, config.context_noise, levels)]
+        made = [make_example(batch, chunk_frames, noise, config.context_noise, levels)]
         if config.opening_clips:
             batch = openings.batch(step, config.opening_clips)
-            drawn.append(make_example(batch, chunk_frames, noise, levels=levels))
-        return drawn
+            made.append(make_example(batch, chunk_frames, noise, levels=levels))
+        return made
 
     return examples
 
 
-def learning_rate_factor(step: int, config: TrainingConfig) -> float:
+def learning_rate_factor(step: int, steps: int, warmup_steps: int) -> float:
     """Linear warm-up, then linear decay to zero."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    return warm * (1 - step / config.steps)
+    warm = min(1.0, (step + 1) / max(1, warmup_steps))
+    return warm * (1 - step / steps)
 
 
 def check_tracker(config: TrainingConfig) -> None:
-    """Refuse a tracker that is not there.
+    """Check that the tracker of a config is installed.
 
     Raises:
-        VmlaError: It is not installed.
+        VmlaError: The tracker is not installed.
     """
     if config.tracker != "none" and find_spec(config.tracker) is None:
         raise VmlaError(
@@ -147,11 +170,11 @@ def check_tracker(config: TrainingConfig) -> None:
 
 
 class _NotFiniteError(VmlaError):
-    """The loss is not finite any more."""
+    """The loss is not finite."""
 
 
 class _Loop:
-    """A training while it runs."""
+    """A running training."""
 
     def __init__(
         self,
@@ -161,55 +184,41 @@ class _Loop:
         keep_best: bool,
         lr_scale: Scale,
         tracked: tuple[str, Path | None],
-        carried: Sequence[Stateful],
+        state_file: Path | None,
+        extra_state: Sequence[Stateful],
     ) -> None:
         check_shares(config, processes().num_processes)
         if config.lr is None:
             raise ConfigError("training has no learning rate", "give it one: lr = 1e-3")
         self.config, self.model, self.loss, self.rate = config, model, loss, config.lr
+        self.state_file, self.extra_state = state_file, extra_state
         self.accelerator = _accelerator(config, *tracked)
-        optimisers = make_optimisers(model, config, lr_scale)
-        self.sharded = is_sharded(model)
-        if self.sharded:
-            # It shares gradients by itself, after every pass.
-            self.wrapped, self.optimisers = model, optimisers
-            carried = [*carried, ShardedOptimisers(optimisers)]
-        else:
-            self.wrapped, *self.optimisers = self.accelerator.prepare(model, *optimisers)
-            # `prepare` made the model's own forward narrow, and measurements shall not be.
-            self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        # FSDP averages gradients by itself, after every pass.
+        self.wrapped = model if is_sharded(model) else self.accelerator.prepare(model)
+        self.optimisers = make_optimisers(model, config, lr_scale)
+        self.scaler = torch.amp.GradScaler(
+            self.accelerator.device.type, enabled=config.mixed_precision == "fp16"
+        )
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.average, self.best = Average(config.ema), Best(keep_best)
-        self.accelerator.register_for_checkpointing(self.average, self.best, *carried)
-        # What is frozen is where it came from, and may be many times larger.
-        self.hooks = [
-            self.accelerator.register_save_state_pre_hook(self._write_trained),
-            self.accelerator.register_load_state_pre_hook(self._read_trained),
-        ]
         self.seconds: list[float] = []
 
     def run(
-        self,
-        examples: Examples,
-        on_evaluate: OnEvaluate,
-        checkpoints: Path | None,
-        progress: Progress,
-        label: str,
+        self, examples: Examples, on_evaluate: OnEvaluate, progress: Progress, label: str
     ) -> Outcome:
-        """All steps that are left."""
-        config, start = self.config, _resume(self.accelerator, checkpoints)
-        if start is None:
+        """Do all steps that are left."""
+        config, done = self.config, self._resume()
+        if done is None:
             self._evaluate(0, on_evaluate, progress)
-            # What came before this loop, a layer-wise stage for one, need not be done again.
-            self._save(checkpoints, 0)
-            start = 0
-        done, steps = start, range(start, config.steps)
-        for step in progress.track(steps if not self._stale else (), label, len(steps)):
+            # A resumed run skips the work before this loop, such as the layer-wise stage.
+            self._save(done := 0)
+        left = range(done, 0 if self._stale else config.steps)
+        for step in progress.track(left, label, config.steps - done):
             started = perf_counter()
             try:
                 self._step(step, examples(step))
             except _NotFiniteError as error:
-                if not self.best.kept:
+                if not self.best.keep:
                     raise
                 progress.note(f"{error.message}; {error.hint}")
                 break
@@ -219,46 +228,46 @@ class _Loop:
             if last or done % config.eval_every == 0:
                 self._evaluate(done, on_evaluate, progress)
             if last or self._stale or done % config.checkpoint_every == 0:
-                self._save(checkpoints, done)
+                self._save(done)
             if self._stale:
                 break
-        self.average.apply(self.model)
-        self.best.apply(self.model)
-        return Outcome(done, self.best.step if self.best.kept else done)
+        set_weights(self.model, self.average.weights)
+        set_weights(self.model, self.best.weights)
+        return Outcome(done, self.best.step if self.best.keep else done)
 
     def release(self) -> None:
-        """Let go of memory; another loop may follow."""
-        # Not `end_training`, which would also part the processes.
+        """Free the memory of gradients and wrappers."""
+        # Not `end_training`, which also ends the process group.
         for tracker in self.accelerator.trackers:
             tracker.finish()
-        for hook in self.hooks:
-            hook.remove()
         self.model.zero_grad()
         self.wrapped, self.optimisers = self.model, []
         self.accelerator.free_memory()
 
     @property
     def _stale(self) -> bool:
+        """Whether `config.patience` measurements brought no new best."""
         return 0 < self.config.patience <= self.best.since
 
-    def _step(self, step: int, drawn: Sequence[Example]) -> None:
-        """One update of the weights.
+    def _step(self, step: int, examples: Sequence[Example]) -> None:
+        """Update the weights once.
 
         Raises:
-            _NotFiniteError: The loss is not; the weights stay as they are.
+            _NotFiniteError: The loss is not finite; the weights stay as they are.
         """
-        set_rate(self.optimisers, self.rate * learning_rate_factor(step, self.config))
-        self.wrapped.zero_grad()
-        # The first example comes last: of all it reads most, and the last pass is the one after
-        # which processes share gradients.
-        passes = [part for example in reversed(drawn) for part in parts(example, self.config)]
+        factor = learning_rate_factor(step, self.config.steps, self.config.warmup_steps)
+        set_rate(self.optimisers, self.rate * factor)
+        self.model.zero_grad()
+        # The first example uses the most parameters. It comes last, because processes average
+        # gradients after the last pass.
+        passes = [part for each in reversed(examples) for part in parts(each, self.config)]
         total = torch.zeros((), device=self.accelerator.device)
         for index, part in enumerate(passes):
             last = index == len(passes) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                with self.accelerator.autocast():
+                with precision(self.config):
                     value = self.loss(self.wrapped, part) / self.config.accumulate
-                self.accelerator.backward(value)
+                self.scaler.scale(value).backward()
             total += value.detach().float()
         figure = averaged(total).item()
         if not math.isfinite(figure):
@@ -267,19 +276,22 @@ class _Loop:
                 "lower the learning rate, or train in float32: mixed_precision 'no'",
             )
         self._log({"loss": figure}, step)
-        self.accelerator.clip_grad_norm_(self.trained, 1.0)
         for optimiser in self.optimisers:
-            optimiser.step()
+            self.scaler.unscale_(optimiser)
+        nn.utils.clip_grad_norm_(self.trained, 1.0)
+        for optimiser in self.optimisers:
+            self.scaler.step(optimiser)
+        self.scaler.update()
         self.average.update(self.model)
 
     def _evaluate(self, step: int, on_evaluate: OnEvaluate, progress: Progress) -> None:
         value = torch.zeros((), device=self.accelerator.device)
         with self.average.applied(self.model):
-            if self.sharded or self.accelerator.is_main_process:
+            if is_sharded(self.model) or self.accelerator.is_main_process:
                 value += on_evaluate(self.model, step)
-            # All go on, or stop, by the figure of one.
+            # One process's figure decides for all whether they stop.
             figure = agreed(value)
-            self.best.offer(figure, step, self.model)
+            self.best.update(figure, step, self.model)
         self._log({"held_out": figure}, step)
         progress.note(f"held-out {figure:.4g}{self._cost()}")
 
@@ -297,69 +309,60 @@ class _Loop:
         if self.config.tracker != "none":
             self.accelerator.log(values, step)
 
-    def _save(self, checkpoints: Path | None, step: int) -> None:
-        if checkpoints is not None:
-            _save(self.accelerator, checkpoints, step)
-
-    def _write_trained(
-        self, models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str
-    ) -> None:
-        del models
-        weights.clear()  # of the whole model
-        parameters = self.model.named_parameters()
-        trained = gathered({n: p.detach() for n, p in parameters if p.requires_grad})
+    def _save(self, step: int) -> None:
+        """Replace the state file by the state after some steps."""
+        if self.state_file is None:
+            return
+        best = self.best
+        state = {
+            "step": step,
+            "trained": gathered(trained_weights(self.model)),
+            # Optimisers have no state before the first step.
+            "optimisers": get_optimizer_state_dict(self.model, self.optimisers, options=WHOLE)
+            if step
+            else {},
+            "scaler": self.scaler.state_dict(),
+            "average": gathered(self.average.weights),
+            "best": (best.step, best.value, best.since),
+            "best_weights": gathered(best.weights),
+            "extra": [part.state_dict() for part in self.extra_state],
+        }
         if self.accelerator.is_main_process:
-            save_file({n: t.contiguous() for n, t in trained.items()}, Path(folder) / TRAINED_FILE)
+            self.state_file.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.state_file.with_suffix(".partial")
+            torch.save(state, partial)
+            os.replace(partial, self.state_file)
+        self.accelerator.wait_for_everyone()
 
-    def _read_trained(self, models: list[nn.Module], folder: str) -> None:
-        models.clear()
-        set_weights(self.model, load_file(Path(folder) / TRAINED_FILE))
+    def _resume(self) -> int | None:
+        """Load the state file and return its step; None if there is no file."""
+        if self.state_file is None or not self.state_file.is_file():
+            return None
+        state = torch.load(self.state_file, map_location="cpu", mmap=True, weights_only=True)
+        set_weights(self.model, placed(state["trained"], self.model))
+        if state["optimisers"]:
+            set_optimizer_state_dict(
+                self.model, self.optimisers, state["optimisers"], options=WHOLE
+            )
+        self.scaler.load_state_dict(state["scaler"])
+        self.average.weights = placed(state["average"], self.model)
+        self.best.step, self.best.value, self.best.since = state["best"]
+        self.best.weights = placed(state["best_weights"], self.model)
+        for part, saved in zip(self.extra_state, state["extra"], strict=True):
+            part.load_state_dict(saved)
+        return state["step"]
 
 
 def _accelerator(config: TrainingConfig, label: str, logs: Path | None) -> Accelerator:
-    """Devices, precision and tracker."""
+    """Devices, distributed wrappers and the tracker; `precision` casts."""
     check_tracker(config)
-    known = AcceleratorState._shared_state
-    if known and known.get("_mixed_precision") != config.mixed_precision:
-        # Another stage may have had another precision; the processes stay as they are.
-        AcceleratorState._reset_state()
-    name, tracker = label.replace(" ", "-"), config.tracker
-    folder = ProjectConfiguration(logging_dir=str(logs or Path("logs")))
+    has_tracker = config.tracker != "none"
     accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
+        mixed_precision="no",
         cpu=not torch.cuda.is_available(),
-        log_with=None if tracker == "none" else tracker,
-        project_config=folder,
+        log_with=config.tracker if has_tracker else None,
+        project_config=ProjectConfiguration(logging_dir=str(logs or Path("logs"))),
     )
-    if tracker != "none":
-        accelerator.init_trackers(name)
+    if has_tracker:
+        accelerator.init_trackers(label.replace(" ", "-"))
     return accelerator
-
-
-def _resume(accelerator: Accelerator, checkpoints: Path | None) -> int | None:
-    """Load the newest complete state and return its step; None where there is none."""
-    if checkpoints is None:
-        return None
-    saved = sorted(p for p in checkpoints.glob("step-*") if p.suffix != ".partial")
-    if not saved:
-        return None
-    accelerator.load_state(str(saved[-1]))
-    return json.loads((saved[-1] / STEP_FILE).read_text())["step"]
-
-
-def _save(accelerator: Accelerator, checkpoints: Path, step: int) -> None:
-    """Save beside, then rename: what has a final name is complete. Only the newest is kept."""
-    final = checkpoints / f"step-{step:08d}"
-    partial = final.with_suffix(".partial")
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (partial / STEP_FILE).write_text(json.dumps({"step": step}))
-        older = [p for p in checkpoints.glob("step-*") if p.suffix != ".partial"]
-        partial.rename(final)
-        for folder in older:
-            shutil.rmtree(folder)
-    accelerator.wait_for_everyone()

@@ -1,7 +1,9 @@
-"""What training minimises: pure functions of a model and an example, nothing else.
+"""Training losses: pure functions of a model and an example.
 
-An example is a batch of clips as one teacher-forced pass sees it: the clean clip, which stands for
-the cache, beside the noisy clip, of which every chunk is predicted from its own clean past.
+An example is a batch of clips as one teacher-forced pass attends to it: the clean clip, in place of
+the cache, beside the noisy clip. Each noisy chunk is predicted from the clean chunks before it.
+
+Shapes: B batch, F frames, C channels.
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ from vmla_convert.config import ModelConfig, RuntimeConfig
 from vmla_convert.layers.attention import in_float32
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.flow import (
+    TRAIN_TIMESTEPS,
     interpolate,
-    per_frame,
     sample_sigma_of,
     sample_training_sigma,
 )
-from vmla_convert.maths.masks import Visibility, teacher_forcing_mask
+from vmla_convert.maths.masks import AttentionMask, teacher_forcing_mask
 from vmla_convert.media.clips import Batch
 
 
@@ -31,7 +33,7 @@ class Example(NamedTuple):
     Attributes:
         latents: [past | noisy] clips (B, 2F, C, height, width).
         timestep: (B, 2F); 0 for the past.
-        velocity: noise − clean (B, F, C, height, width).
+        velocity: Target of the noisy clip (B, F, C, height, width); noise − clean for true clips.
         context: Prompts (B, text_len, text_dim).
     """
 
@@ -39,6 +41,29 @@ class Example(NamedTuple):
     timestep: Tensor
     velocity: Tensor
     context: Tensor
+
+    @classmethod
+    def build(
+        cls, past: Tensor, noisy: Tensor, sigma: Tensor, velocity: Tensor, context: Tensor
+    ) -> Example:
+        """Put a past beside a noisy clip of levels sigma (B, F)."""
+        timestep = torch.cat([torch.zeros_like(sigma), TRAIN_TIMESTEPS * sigma], dim=1)
+        return cls(torch.cat([past, noisy], dim=1), timestep, velocity, context)
+
+    @property
+    def past(self) -> Tensor:
+        """The clean clip (B, F, C, height, width)."""
+        return self.latents[:, : self.velocity.shape[1]]
+
+    @property
+    def noisy(self) -> Tensor:
+        """The noisy clip (B, F, C, height, width)."""
+        return self.latents[:, self.velocity.shape[1] :]
+
+    @property
+    def sigma(self) -> Tensor:
+        """Noise levels of the noisy clip (B, F)."""
+        return self.timestep[:, self.velocity.shape[1] :] / TRAIN_TIMESTEPS
 
     def to(self, device: torch.device) -> Example:
         """The same example on a device."""
@@ -48,15 +73,15 @@ class Example(NamedTuple):
 Loss = Callable[[nn.Module, Example], Tensor]
 
 Examples = Callable[[int], Sequence[Example]]
-"""What a step trains on: a function of its number, and of nothing but the weights besides."""
+"""The examples of a step. They depend on the step's number and the weights only."""
 
 
 class Levels(NamedTuple):
-    """Noise levels of a sampler, to be mixed with those of pretraining.
+    """Noise levels of a sampler, to mix with those of pretraining.
 
     Attributes:
-        sigmas: The sampler's, (n,), its final 0 left out.
-        share: Of the chunks that get one of them.
+        sigmas: Levels of the sampler, without the final 0.
+        share: Share of the chunks that get one of `sigmas`.
     """
 
     sigmas: Tensor
@@ -70,56 +95,49 @@ def make_example(
     context_noise: float = 0.0,
     levels: Levels | None = None,
 ) -> Example:
-    """Put noise on a batch of clips.
+    """Put noise on a batch of clips; frames after the last whole chunk are dropped.
 
     Args:
         batch: Clean clips.
         chunk_frames: Frames that share a noise level.
-        generator: Decides all noise.
-        context_noise: Largest level of light noise on the past, in half of the clips; it makes a
+        generator: Source of all noise.
+        context_noise: Largest noise level on the past, in half of the clips. The noise makes a
             model robust to its own small errors in a rollout.
-        levels: Noise levels to mix in; those of pretraining alone by default.
+        levels: Noise levels to mix in; None for those of pretraining alone.
     """
     clean, context = batch
-    # A clip that ends within a chunk loses its last frames.
-    frames = clean.shape[1] // chunk_frames * chunk_frames
-    size, clean = len(clean), clean[:, :frames]
-    sigma = sample_training_sigma(size, frames // chunk_frames, chunk_frames, generator)
+    clips, chunks = len(clean), clean.shape[1] // chunk_frames
+    clean = clean[:, : chunks * chunk_frames]
+    sigma = sample_training_sigma(clips, chunks, chunk_frames, generator)
     if levels is not None:
-        few = sample_sigma_of(levels.sigmas, size, frames // chunk_frames, chunk_frames, generator)
-        mixed = torch.rand(size, frames // chunk_frames, generator=generator) < levels.share
+        few = sample_sigma_of(levels.sigmas, clips, chunks, chunk_frames, generator)
+        mixed = torch.rand(clips, chunks, generator=generator) < levels.share
         sigma = torch.where(mixed.repeat_interleave(chunk_frames, dim=1), few, sigma)
     noise = torch.randn(clean.shape, generator=generator)
     past = clean
     if context_noise:
-        level = torch.rand(size, frames // chunk_frames, generator=generator) * context_noise
-        level *= torch.rand(size, 1, generator=generator) < 0.5
+        level = torch.rand(clips, chunks, generator=generator) * context_noise
+        level *= torch.rand(clips, 1, generator=generator) < 0.5
         level = level.repeat_interleave(chunk_frames, dim=1)
-        past = (1 - per_frame(level)) * clean
-        past = past + per_frame(level) * torch.randn(clean.shape, generator=generator)
-    return Example(
-        latents=torch.cat([past, interpolate(clean, noise, sigma)], dim=1),
-        timestep=torch.cat([torch.zeros_like(sigma), 1000 * sigma], dim=1),
-        velocity=noise - clean,
-        context=context,
-    )
+        past = interpolate(clean, torch.randn(clean.shape, generator=generator), level)
+    return Example.build(past, interpolate(clean, noise, sigma), sigma, noise - clean, context)
 
 
-def teacher_forcing_inputs(config: ModelConfig, example: Example) -> tuple[Tensor, Visibility]:
-    """Frame positions (2F,) and masks (2F, 2F) of one teacher-forced pass."""
-    frames, (height, width) = example.latents.shape[1] // 2, example.latents.shape[-2:]
-    positions = torch.arange(frames, device=example.latents.device).repeat(2)
-    # Clips may be smaller than what the model is deployed at.
+def teacher_forcing_inputs(config: ModelConfig, example: Example) -> tuple[Tensor, AttentionMask]:
+    """Frame positions (2F,) and mask of one teacher-forced pass."""
+    frames, (height, width) = example.velocity.shape[1], example.latents.shape[-2:]
+    frame_positions = torch.arange(frames, device=example.latents.device).repeat(2)
+    # Clips may be smaller than the model's own latent size.
     tokens = config.geometry.tokens_per_frame((height, width))
-    return positions, teacher_forcing_mask(frames, config.chunk_frames, tokens, config.cache)
+    return frame_positions, teacher_forcing_mask(frames, config.chunk_frames, tokens, config.cache)
 
 
 def predicted_velocity(model: nn.Module, config: ModelConfig, example: Example) -> Tensor:
-    """Velocity of the noisy clip (B, F, C, height, width), its past read clean."""
-    latents, timestep, _, context = example
-    frames = latents.shape[1] // 2
+    """Predicted velocity of the noisy clip (B, F, C, height, width)."""
+    latents, timestep, velocity, context = example
+    frames = velocity.shape[1]
     if frames == config.chunk_frames:
-        # A single chunk has no past to read.
+        # A single chunk has no past.
         positions = torch.arange(frames, device=latents.device)
         return in_float32(model(latents[:, frames:], timestep[:, frames:], context, positions))
     positions, mask = teacher_forcing_inputs(config, example)
@@ -130,20 +148,18 @@ def predicted_velocity(model: nn.Module, config: ModelConfig, example: Example) 
 def streamed_velocity(
     model: CausalWanModel, example: Example, runtime: RuntimeConfig | None = None
 ) -> Tensor:
-    """Velocity of the noisy clip, each chunk from the model's own cache of its clean past.
+    """As `predicted_velocity`, each chunk with the model's own cache of the past.
 
-    Returns:
-        (B, F, C, height, width); as `predicted_velocity`, but for what the cache rounds.
+    The two differ by the rounding of the cache only.
     """
-    latents, timestep, _, context = example
-    cache, prompt = model.new_cache(len(latents), runtime), model.read_prompt(context)
-    clean, noisy = latents.chunk(2, dim=1)
-    levels, velocities = timestep.chunk(2, dim=1)[1], list[Tensor]()
+    cache = model.new_cache(len(example.latents), runtime)
+    prompt, velocities = model.project_prompt(example.context), list[Tensor]()
     size = model.config.chunk_frames
-    parts = (tensor.split(size, dim=1) for tensor in (clean, noisy, levels))
-    for past, chunk, level in zip(*parts, strict=True):
+    levels = example.timestep[:, example.velocity.shape[1] :]
+    chunks = (tensor.split(size, dim=1) for tensor in (example.past, example.noisy, levels))
+    for past, noisy, level in zip(*chunks, strict=True):
         cache.open_chunk(size)
-        velocities.append(model.stream(chunk, level, prompt, cache, keep=False))
+        velocities.append(model.stream(noisy, level, prompt, cache, keep=False))
         model.stream(past, torch.zeros_like(level), prompt, cache)
     return torch.cat(velocities, dim=1).float()
 
@@ -158,11 +174,11 @@ def flow_matching(config: ModelConfig) -> Loss:
 
 
 def velocity_distillation(teacher: CausalWanModel, flow_weight: float = 0.0) -> Loss:
-    """Mean squared error against the dense model's velocity (METHOD 9, stage 2).
+    """Mean squared error against the dense model's velocity (Method: recovery).
 
     Args:
         teacher: The dense model.
-        flow_weight: Of the error against the true velocity, which is added.
+        flow_weight: Weight of the error against the true velocity, which is added.
     """
 
     def loss(model: nn.Module, example: Example) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pretrain a dense teacher by flow matching and save it the way Self-Forcing saves its models."""
+"""Pretrain a dense teacher by flow matching and save it in Self-Forcing's format."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ HELD_OUT_CLIPS = 24
 
 
 def pretrain(config: TeacherConfig, out: Path, progress: Progress | None = None) -> None:
-    """Train from scratch into `out/checkpoint/`; the curve goes to `out/rows.jsonl`.
+    """Train from scratch into `out/checkpoint/` and append the curve to `out/rows.jsonl`.
 
-    An interrupted run goes on from `out/state/`.
+    An interrupted run resumes from `out/state.pt`.
 
     Raises:
-        OutputError: The checkpoint is there already.
+        OutputError: The checkpoint exists already.
     """
     target = out / "checkpoint"
     refuse_existing(target)
@@ -60,7 +60,7 @@ def pretrain(config: TeacherConfig, out: Path, progress: Progress | None = None)
         clip_examples(clips, chunk_frames, config.training, openings),
         config.training,
         measure,
-        out / "state",
+        out / "state.pt",
         progress,
         "pretraining",
     )
@@ -76,7 +76,7 @@ def save_self_forcing(state: dict[str, Tensor], config: ModelConfig, folder: Pat
 
 
 def _initialise(model: CausalWanModel) -> None:
-    """As Wan does it: Xavier projections and a head that starts at zero."""
+    """Initialise as Wan does: Xavier projections and a head that starts at zero."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

@@ -1,10 +1,11 @@
-"""Processes that were started together: what each takes of a batch, and what they agree on."""
+"""Processes started together: the clips that each takes, and the figures that they share."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -16,19 +17,33 @@ from vmla_convert.config import TrainingConfig
 from vmla_convert.errors import ConfigError, VmlaError
 from vmla_convert.training.losses import Example
 
-# The others wait for what one does alone, such as sampling clips; by default ten minutes at most.
-PATIENCE = timedelta(days=1)
+# The others wait while the main process samples clips; torch waits ten minutes by default.
+TIMEOUT = timedelta(days=1)
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class Share(NamedTuple):
+    """The part of some work that one process does: every `world`-th item from `rank` on."""
+
+    rank: int = 0
+    world: int = 1
+
+    def of(self, example: Example) -> Example:
+        """The clips of a batch that this process takes."""
+        return Example(*(tensor[self.rank :: self.world] for tensor in example))
+
+
+ALONE = Share()
+
+
 def processes() -> PartialState:
-    """What this process is among those that were started together.
+    """The state of this process among the others.
 
     Raises:
-        VmlaError: A launcher started several, which do not know of each other.
+        VmlaError: A launcher started several processes that do not find each other.
     """
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != started:
         raise VmlaError(
@@ -38,50 +53,56 @@ def processes() -> PartialState:
     return state
 
 
+def own_share() -> Share:
+    """The share of this process."""
+    state = processes()
+    return Share(state.process_index, state.num_processes)
+
+
 def own_device() -> torch.device:
-    """Where this process computes."""
+    """The device that this process computes on."""
     device = processes().device
     assert device is not None
     return device
 
 
 def agreed(figure: Tensor) -> float:
-    """What the first process has for a figure (), for all of them."""
+    """The main process's value of a scalar tensor, on all processes."""
     shared = broadcast(figure)
     assert isinstance(shared, Tensor)
     return shared.item()
 
 
 def averaged(figure: Tensor) -> Tensor:
-    """The mean over all processes, of one shape in each of them."""
+    """The mean of a tensor over all processes."""
     mean = reduce(figure, "mean")
     assert isinstance(mean, Tensor)
     return mean
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Give all processes the mean of their gradients; those of shards are means already."""
+    """Average gradients over all processes; FSDP has averaged those of shards already."""
     for parameter in parameters:
         if parameter.grad is not None and not isinstance(parameter.grad, DTensor):
             parameter.grad.copy_(averaged(parameter.grad))
 
 
 def parts(example: Example, config: TrainingConfig) -> Iterator[Example]:
-    """This process's clips of a batch, on its device, part after part."""
-    state = processes()
-    count = state.num_processes * config.accumulate
-    for first in range(state.process_index, count, state.num_processes):
-        yield Example(*(tensor[first::count] for tensor in example)).to(own_device())
+    """This process's clips of a batch on its device, in `config.accumulate` parts."""
+    rank, world = own_share()
+    count = world * config.accumulate
+    for first in range(rank, count, world):
+        yield Share(first, count).of(example).to(own_device())
 
 
 def precision(config: TrainingConfig) -> torch.autocast:
-    """Autocast as a config asks for it; one context for each pass, as it remembers its casts."""
+    """Autocast to the dtype of a config. Use a new context for each pass: it caches its casts."""
     dtype = _DTYPES.get(config.mixed_precision)
     return torch.autocast(own_device().type, dtype, enabled=dtype is not None)
 
 
 def check_shares(config: TrainingConfig, world: int) -> None:
-    """Every process gets as many clips as every other, in every part.
+    """Check that the batch divides evenly into processes and parts.
 
     Raises:
         ConfigError: The batch does not divide.

@@ -1,8 +1,7 @@
-"""The rope branch: what complex mixing across heads captures, and what phases stand for."""
+"""Rope keys: what complex mixing across heads captures, and what phases stand for."""
 
 from __future__ import annotations
 
-from itertools import pairwise
 from math import isclose
 
 import pytest
@@ -14,19 +13,19 @@ from torch import Tensor
 
 from vmla_convert.config import CachePolicy
 from vmla_convert.maths.moments import as_pairs
-from vmla_convert.maths.positions import (
-    RopeBranch,
-    branch_tail,
-    expected_phases,
-    highest_frequency_branch,
-    pairs_per_axis,
-    position_cost,
-    principal_branch,
-)
 from vmla_convert.maths.projections import key_square
 from vmla_convert.maths.rope3d import axis_pairs, pair_frequencies, token_positions
+from vmla_convert.maths.rope_keys import (
+    RopeMix,
+    expected_phases,
+    fastest_rope_mix,
+    pairs_per_axis,
+    position_cost,
+    principal_rope_mix,
+    rope_tail,
+)
 
-repeatable = settings(derandomize=True, deadline=None, max_examples=20)
+repeatable = settings(derandomize=True, deadline=None, max_examples=8)
 HEAD_DIMS = st.sampled_from((6, 8, 10, 14, 16))
 
 
@@ -50,19 +49,19 @@ def shared_sources(seed: int) -> Toy:
     return data._replace(weights=weights._replace(raw_key=raw, raw_key_bias=bias))
 
 
-def missed(toy: Toy, branch: RopeBranch, cost: Tensor) -> float:
+def missed(toy: Toy, mix: RopeMix, cost: Tensor) -> float:
     """E of cost · |z − ẑ|² over the tokens, all heads and pairs."""
     z = as_pairs(dense_key(toy.weights, toy.inputs))
     rebuilt = torch.zeros_like(z)
-    for pair, gather, mix in zip(branch.pairs, branch.gather, branch.mix, strict=True):
-        rebuilt[:, :, pair] += mix * (z[:, :, pair] @ gather)[:, None]
+    for pair, gather, share in zip(mix.pairs, mix.gather, mix.mix, strict=True):
+        rebuilt[:, :, pair] += share * (z[:, :, pair] @ gather)[:, None]
     return (cost * (z - rebuilt).abs().square()).sum().item() / len(z)
 
 
-def one_head(pair: int, head: int, heads: int) -> RopeBranch:
+def one_head(pair: int, head: int, heads: int) -> RopeMix:
     one = torch.zeros(1, heads, dtype=torch.complex128)
     one[0, head] = 1
-    return RopeBranch(torch.tensor([pair]), one, one)
+    return RopeMix(torch.tensor([pair]), one, one)
 
 
 @repeatable
@@ -72,10 +71,10 @@ def test_a_complex_mix_beats_a_real_one_and_that_the_best_head(toy: Toy) -> None
     for pair in range(len(square)):
         cost = torch.zeros_like(toy.evidence.query_pairs)
         cost[:, pair] = toy.evidence.query_pairs[:, pair]
-        best = principal_branch(square, cost, 1)
+        best = principal_rope_mix(square, cost, 1)
         assert best.pairs.tolist() == [pair]
         # The best real mix sees real and imaginary parts as samples of their own.
-        real = principal_branch(square.real.to(square.dtype), cost, 1)
+        real = principal_rope_mix(square.real.to(square.dtype), cost, 1)
         assert real.mix.imag.abs().max() < 1e-9 * real.mix.abs().max()
         heads_alone = [missed(toy, one_head(pair, head, heads), cost) for head in range(heads)]
         complex_error, real_error = missed(toy, best, cost), missed(toy, real, cost)
@@ -86,7 +85,7 @@ def test_a_complex_mix_beats_a_real_one_and_that_the_best_head(toy: Toy) -> None
 def test_a_complex_mix_captures_what_a_real_one_cannot() -> None:
     data = shared_sources(0)
     square, cost = square_of(data), data.evidence.query_pairs
-    best, real = (principal_branch(s, cost, 7) for s in (square, square.real.to(square.dtype)))
+    best, real = (principal_rope_mix(s, cost, 7) for s in (square, square.real.to(square.dtype)))
     assert missed(data, best, cost) < 0.2 * missed(data, real, cost)
 
 
@@ -95,42 +94,35 @@ def test_a_complex_mix_captures_what_a_real_one_cannot() -> None:
 def test_the_best_keys_lose_the_tail_which_falls_to_nothing(toy: Toy) -> None:
     """Twice the tail: the mean product of two pairs is half that of their squared lengths."""
     square, cost = square_of(toy), cost_of(toy)
-    tail = branch_tail(square, cost)
+    tail = rope_tail(square, cost)
     assert len(tail) == toy.all_pairs + 1
     assert (tail.diff() <= 0).all()
     assert tail[-1] < 1e-12 * tail[0]
     for count in range(0, toy.all_pairs + 1, 3):
-        branch = principal_branch(square, cost, count)
-        error = missed(toy, branch, cost) / 2
+        mix = principal_rope_mix(square, cost, count)
+        error = missed(toy, mix, cost) / 2
         assert isclose(error, tail[count].item(), rel_tol=1e-9, abs_tol=1e-12 * tail[0].item())
 
 
-@pytest.mark.parametrize("count", [1, 3, 8])
-def test_the_best_keys_beat_two_hundred_perturbations_of_themselves(count: int) -> None:
+@pytest.mark.parametrize("count", [1, 8])
+def test_the_best_keys_beat_perturbations_of_themselves(count: int) -> None:
     data, generator = shared_sources(1), torch.Generator().manual_seed(0)
     square, cost = square_of(data), cost_of(data)
-    branch = principal_branch(square, cost, count)
-    best = missed(data, branch, cost)
-    for size in (0.3, 0.1, 0.03, 0.01) * 50:
-        gather, mix = (
+    mix = principal_rope_mix(square, cost, count)
+    best = missed(data, mix, cost)
+    for size in (0.3, 0.1, 0.03, 0.01) * 10:
+        gather, moved = (
             part * (1 + size * torch.randn(part.shape, generator=generator, dtype=part.dtype))
-            for part in branch[1:]
+            for part in mix[1:]
         )
-        assert missed(data, RopeBranch(branch.pairs, gather, mix), cost) > best
-
-
-def test_one_budget_takes_the_largest_gains_first() -> None:
-    data = shared_sources(0)
-    square, cost = square_of(data), cost_of(data)
-    few, more = (principal_branch(square, cost, count).pairs.tolist() for count in (3, 6))
-    assert more[:3] == few
+        assert missed(data, RopeMix(mix.pairs, gather, moved), cost) > best
 
 
 def test_a_pair_that_heads_do_not_share_may_be_kept_more_than_once() -> None:
     data = toy()
     cost = torch.zeros_like(data.evidence.query_pairs)
     cost[:, 4] = 1
-    assert principal_branch(square_of(data), cost, 3).pairs.tolist() == [4, 4, 4]
+    assert principal_rope_mix(square_of(data), cost, 3).pairs.tolist() == [4, 4, 4]
 
 
 def test_a_pair_that_keeps_its_phase_needs_no_rope_key() -> None:
@@ -139,15 +131,15 @@ def test_a_pair_that_keeps_its_phase_needs_no_rope_key() -> None:
     phases = phases.to(torch.complex128)
     phases[:, 4] *= 0.5
     cost = position_cost(data.evidence.query_pairs, phases)
-    assert set(principal_branch(square_of(data), cost, 3).pairs.tolist()) == {4}
-    assert branch_tail(square_of(data), cost)[3] < 1e-5 * branch_tail(square_of(data), cost)[0]
+    assert set(principal_rope_mix(square_of(data), cost, 3).pairs.tolist()) == {4}
+    assert rope_tail(square_of(data), cost)[3] < 1e-5 * rope_tail(square_of(data), cost)[0]
 
 
-def test_a_layer_that_nothing_reads_gets_a_finite_branch() -> None:
+def test_a_layer_without_any_cost_gets_a_finite_mix() -> None:
     data = toy()
-    branch = principal_branch(square_of(data), torch.zeros(3, 7, dtype=torch.float64), 5)
-    assert all(part.isfinite().all() for part in branch)
-    assert (branch_tail(square_of(data), torch.zeros(3, 7)) < 1e-40).all()
+    mix = principal_rope_mix(square_of(data), torch.zeros(3, 7, dtype=torch.float64), 5)
+    assert all(part.isfinite().all() for part in mix)
+    assert (rope_tail(square_of(data), torch.zeros(3, 7)) < 1e-40).all()
 
 
 def windows_of(draw: st.DrawFn) -> tuple[CachePolicy, int, tuple[int, int], int]:
@@ -221,18 +213,11 @@ def test_an_error_of_position_costs_the_variance_of_the_rotation(toy: Toy) -> No
     assert not position_cost(toy.evidence.query_pairs, torch.ones_like(toy.evidence.phases)).any()
 
 
-def test_highest_frequencies_of_wan_are_six_five_five() -> None:
-    branch = highest_frequency_branch(128, 12, 16)
-    starts = (0, 22, 43)
-    expected = [start + i for start, n in zip(starts, (6, 5, 5), strict=True) for i in range(n)]
-    assert branch.pairs.tolist() == expected
-
-
-@pytest.mark.parametrize("head_dim", [6, 8, 10, 12, 14, 16, 32, 48, 128])
+@pytest.mark.parametrize("head_dim", [6, 8, 14, 128])
 def test_the_papers_pairs_are_all_different_and_the_fastest_of_their_axis(head_dim: int) -> None:
     for count in range(1, head_dim // 2 + 1):
-        branch = highest_frequency_branch(head_dim, 2, count)
-        pairs = branch.pairs.tolist()
+        mix = fastest_rope_mix(head_dim, 2, count)
+        pairs = mix.pairs.tolist()
         assert len(set(pairs)) == count
         per_axis = pairs_per_axis(head_dim, count)
         assert sum(per_axis) == count
@@ -243,18 +228,10 @@ def test_the_papers_pairs_are_all_different_and_the_fastest_of_their_axis(head_d
 
 
 def test_the_papers_rope_key_is_the_mean_over_heads() -> None:
-    branch = highest_frequency_branch(14, 3, 4)
+    mix = fastest_rope_mix(14, 3, 4)
     z = torch.randn(3, 4, dtype=torch.complex128, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(torch.einsum("mh,hm->m", branch.gather, z), z.mean(0))
-    assert (branch.mix == 1).all()
-
-
-def test_errors_fall_with_every_rope_key() -> None:
-    data = shared_sources(2)
-    square, cost = square_of(data), cost_of(data)
-    errors = [missed(data, principal_branch(square, cost, m), cost) for m in range(22)]
-    assert all(after < before for before, after in pairwise(errors))
-    assert errors[-1] < 1e-20 * errors[0]
+    torch.testing.assert_close(torch.einsum("mh,hm->m", mix.gather, z), z.mean(0))
+    assert (mix.mix == 1).all()
 
 
 @repeatable
@@ -262,8 +239,8 @@ def test_errors_fall_with_every_rope_key() -> None:
 def test_the_unit_of_costs_changes_no_choice(toy: Toy) -> None:
     assume(toy.all_pairs > 3)
     square, cost = square_of(toy), cost_of(toy)
-    few = principal_branch(square, cost, 3)
-    scaled = principal_branch(square, 1e-6 * cost, 3)
+    few = principal_rope_mix(square, cost, 3)
+    scaled = principal_rope_mix(square, 1e-6 * cost, 3)
     assert few.pairs.tolist() == scaled.pairs.tolist()
     torch.testing.assert_close(
         few.mix[:, :, None] * few.gather[:, None], scaled.mix[:, :, None] * scaled.gather[:, None]
