@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from vmla_convert.checkpoint.families import (
     OpenCheckpoint,
     open_checkpoint,
 )
+from vmla_convert.checkpoint.geometry import block_of
 from vmla_convert.checkpoint.layouts import DIFFUSERS, Layout
 from vmla_convert.checkpoint.settings import converted_config
 from vmla_convert.checkpoint.source import TensorSpec
@@ -210,13 +212,13 @@ def test_a_pipelines_folder_goes_on_where_it_was_cut(tmp_path: Path) -> None:
             "copies": {"vae": vae},
         }
         with CheckpointWriter(tmp_path / out, specs, identity={}, resume=True, **how) as writer:
-            for index, (name, tensor) in enumerate(state.items()):
-                if cut and index == 20:
+            for block, names in groupby(sorted(state, key=block_of), block_of):
+                if cut and block == 1:
                     raise KeyboardInterrupt
-                if name not in writer.written:
-                    writer.add(name, tensor)
-                if index == 15:
-                    writer.commit(None)
+                for name in names:
+                    if name not in writer.written:
+                        writer.add(name, state[name])
+                writer.commit(None)
             writer.write_files(files)
 
     with pytest.raises(KeyboardInterrupt):
@@ -237,14 +239,6 @@ def test_a_pipelines_folder_goes_on_where_it_was_cut(tmp_path: Path) -> None:
 
 def files_of(root: Path) -> list[Path]:
     return [path for path in root.rglob("*") if path.is_file()]
-
-
-@pytest.mark.parametrize("name", ["../x", "a/b/c", "/tmp/x", "transformer/../x"])
-def test_a_file_that_leads_elsewhere_is_refused(name: str, tmp_path: Path) -> None:
-    with CheckpointWriter(tmp_path / "out", {}, layout=DIFFUSERS) as writer:
-        with pytest.raises(OutputError, match="cannot be a file"):
-            writer.write_text(name, "")
-        writer.write_text("scheduler/scheduler_config.json", "{}")
 
 
 def test_a_tensor_without_a_name_in_the_layout_is_refused(tmp_path: Path) -> None:
