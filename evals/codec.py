@@ -29,13 +29,15 @@ from torch import Tensor
 
 from vmla_convert.__main__ import main as run_reporting_errors
 from vmla_convert.config import (
-    CacheSize,
     ConvertConfig,
     DataConfig,
     EvaluateConfig,
     RuntimeConfig,
+    Sizes,
 )
 from vmla_convert.console import out
+from vmla_convert.fitting.calibrate import calibrate, model_blocks
+from vmla_convert.fitting.calibration_clips import open_calibration
 from vmla_convert.fitting.codec import fit_model
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import load
@@ -71,10 +73,11 @@ def main(
     sizes of equal error. For the demo model it also trains two LoRAs, and
     measures codecs that were fitted without and with them.
     """
-    teacher, config = load(checkpoint), ConvertConfig(data=DataConfig(data))
+    teacher = load(checkpoint)
+    config = ConvertConfig(dtype="float32", data=DataConfig(data))
     evaluate = EvaluateConfig(clips, DataConfig(data, seed=1))
     with out.progress() as progress:
-        model = fit_model(teacher, config, progress=progress)
+        model = fitted(teacher, config, progress=progress)
         held_out = HeldOut(teacher, evaluate, streamed=True)
         rows = size_rows(model, held_out, progress)
         rows += dense_rows(teacher, held_out, progress)
@@ -93,10 +96,23 @@ def main(
     out.table("Codec", header, [["" if c is None else c for c in line] for line in cells])
 
 
+def fitted(
+    teacher: CausalWanModel,
+    config: ConvertConfig,
+    clips: ClipSource | None = None,
+    progress: Progress | None = None,
+) -> CausalWanModel:
+    """A model with a codec that was calibrated on clips, by default those of the config."""
+    clips = clips or open_calibration(teacher.config, config)
+    blocks, count = model_blocks(teacher), config.calibration_clips
+    statistics = calibrate(teacher, blocks, clips, count, config.seed, progress)
+    return fit_model(teacher, config, statistics)
+
+
 def size_rows(model: CausalWanModel, held_out: HeldOut, progress: Progress) -> list[Row]:
     """Errors of the codec at each size, quantised and not."""
-    runtimes = [RuntimeConfig(CacheSize(bytes_per_token=size)) for size in SIZES]
-    runtimes += [RuntimeConfig(CacheSize(cut=cut), cache_dtype="model") for cut in UNQUANTISED_CUTS]
+    runtimes = [RuntimeConfig(Sizes(bytes_per_token=size)) for size in SIZES]
+    runtimes += [RuntimeConfig(Sizes(cut=cut), cache_dtype="model") for cut in UNQUANTISED_CUTS]
     tracked = progress.track(runtimes, "sizes")
     return [row for runtime in tracked for row in error_rows(model, held_out, runtime)]
 
@@ -140,7 +156,7 @@ def bytes_at(model: CausalWanModel, held_out: HeldOut, error: float) -> float:
     few, many = layers, round(max(SIZES)) * layers
     for _ in range(BISECTIONS):
         middle = (few + many) // 2
-        size = CacheSize(bytes_per_token=middle / layers)
+        size = Sizes(bytes_per_token=middle / layers)
         if held_out.measure(model, RuntimeConfig(size=size)).velocity_error <= error:
             many = middle
         else:
@@ -159,7 +175,7 @@ def nested_row(
     differences: list[float] = []
     for rank in progress.track(NESTED_RANKS, "one codec against many"):
         errors: list[float] = []
-        for each in (model, fit_model(teacher, replace(config, channels=rank))):
+        for each in (model, fitted(teacher, replace(config, channels=rank))):
             set_rank(each, rank)
             errors.append(held_out.measure(each).velocity_error)
         differences.append(abs(errors[0] / errors[1] - 1))
@@ -203,7 +219,7 @@ def lora_rows(
     for name, change in CHANGES.items():
         own = ChangedClips(demo, change)
         adapted = train_lora(teacher, own, progress)
-        before, after = fit_model(teacher, config, demo), fit_model(adapted, config, own)
+        before, after = fitted(teacher, config, demo), fitted(adapted, config, own)
         before.load_state_dict(before.state_dict() | adapted.state_dict(), assign=True)
         unseen = ChangedClips(DemoClips(evaluate.data), change)
         held_out = HeldOut(adapted, evaluate, streamed=True, clips=unseen)
@@ -216,7 +232,7 @@ def _lora_rows(
 ) -> list[Row]:
     rows: list[Row] = []
     for size in LORA_SIZES:
-        runtime = RuntimeConfig(CacheSize(bytes_per_token=size))
+        runtime = RuntimeConfig(Sizes(bytes_per_token=size))
         old, new = (held_out.measure(each, runtime).velocity_error for each in (before, after))
         fields = row_fields(before.config, runtime=runtime)
         for metric, value, unit, note in (

@@ -24,13 +24,13 @@ import typer
 from vmla_convert.__main__ import main as run_reporting_errors
 from vmla_convert.config import (
     CachePolicy,
-    CacheSize,
     ConvertConfig,
     Geometry,
     MLAConfig,
     ModelConfig,
     RuntimeConfig,
     SamplerConfig,
+    Sizes,
 )
 from vmla_convert.console import out
 from vmla_convert.errors import ConfigError, did_you_mean
@@ -137,7 +137,7 @@ def variants(dense: CausalWanModel) -> Iterator[tuple[CausalWanModel, RuntimeCon
         yield dense, RuntimeConfig(cache_dtype=dtype)
     codec = fit_model(dense, ConvertConfig(calibrate=False))
     for cut in CODEC_CUTS:
-        yield codec, RuntimeConfig(CacheSize(cut=cut))
+        yield codec, RuntimeConfig(Sizes(cut=cut))
     for latent, share in MLA_SIZES:
         mla = CausalWanModel(replace(dense.config, mla=mla_config(dense.config, latent, share)))
         for backend in BACKENDS:

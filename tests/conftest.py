@@ -16,6 +16,7 @@ from vmla_convert.config import (
     MLAConfig,
     ModelConfig,
     SamplerConfig,
+    Sizes,
 )
 from vmla_convert.layers.attention import DenseSelfAttention
 from vmla_convert.layers.codec import LayerCodec
@@ -88,7 +89,7 @@ def tiny_model(config: ModelConfig, seed: int = 0) -> CausalWanModel:
 @cache
 def _codec_state(geometry: Geometry, rank: int, seed: int) -> dict[str, Tensor]:
     """Parameters and buffers of `tiny_model`; fits take a while."""
-    model = CausalWanModel(tiny_config(geometry, codec=CodecConfig(rank)))
+    model = CausalWanModel(tiny_config(geometry, codec=CodecConfig(rank, Sizes(rank=rank))))
     randomise(model, seed)
     for block in model.all_blocks():
         assert isinstance(block.self_attn, DenseSelfAttention) and block.codec is not None

@@ -8,13 +8,13 @@ from dataclasses import replace
 
 from vmla_convert.config import (
     CachePolicy,
-    CacheSize,
     CodecConfig,
     Geometry,
     MLAConfig,
     ModelConfig,
     RuntimeConfig,
     SamplerConfig,
+    Sizes,
 )
 from vmla_convert.measuring.rows import (
     Errors,
@@ -49,7 +49,7 @@ def dense_config() -> ModelConfig:
 
 
 def codec_config() -> ModelConfig:
-    return replace(dense_config(), codec=CodecConfig(128, CacheSize(20.0)))
+    return replace(dense_config(), codec=CodecConfig(128, Sizes(20.0)))
 
 
 def mla_config(init: str, rank: int, rope: int) -> ModelConfig:
@@ -124,7 +124,7 @@ def codec_rows(seed: int = 0) -> list[Row]:
     config, rows = codec_config(), list[Row]()
     for nbytes in SIZES:
         for dtype in ("auto", "model"):
-            runtime = RuntimeConfig(CacheSize(nbytes), cache_dtype=dtype)
+            runtime = RuntimeConfig(Sizes(nbytes), cache_dtype=dtype)
             error = codec_error(nbytes) * QUALITY.get(dtype, 1.0) * (1 + 0.1 * seed)
             steps = STEPS if dtype == "auto" else (0, STEPS[-1])
             for step in steps:

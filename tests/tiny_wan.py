@@ -25,7 +25,7 @@ SETTINGS = (
     "chunk_frames=2",
     "cache.window_frames=6",
     "cache.sink_frames=2",
-    "cache.positions='relative'",
+    "cache.frame_positions='relative'",
     "sampler.denoising_step_list=[1000, 500]",
 )
 """What the pipeline's tensors do not say, as `SourceConfig.overrides` and `--set` take it."""

@@ -15,7 +15,6 @@ from report_rows import codec_config, codec_error, dense_config, dense_rows, mea
 
 from vmla_convert import recipe as running
 from vmla_convert.config import (
-    CacheSize,
     ConvertConfig,
     DataConfig,
     DMDConfig,
@@ -24,6 +23,7 @@ from vmla_convert.config import (
     RankPlan,
     RecoverConfig,
     RuntimeConfig,
+    Sizes,
     SourceConfig,
     SweepConfig,
     TrainingConfig,
@@ -46,7 +46,7 @@ MADE = {
     "a codec as it comes": (ConvertConfig(), None),
     "a codec, recovered as it comes": (ConvertConfig(), RecoverConfig()),
     "a codec of one size, recovered at many": (
-        ConvertConfig(cut=0.9, channels=96, seed=4, data=SHORT),
+        ConvertConfig(size=Sizes(cut=0.9), channels=96, seed=4, data=SHORT),
         RecoverConfig(
             nested=(0.98, 0.9),
             levels="sampler",
@@ -55,12 +55,15 @@ MADE = {
         ),
     ),
     "MLA of explicit ranks": (
-        ConvertConfig(product="mla", kv_lora_rank=8, qk_rope_head_dim=4),
+        ConvertConfig(product="mla", size=Sizes(kv_lora_rank=8, qk_rope_head_dim=4)),
         RecoverConfig(layerwise_steps=0, train="attention", dmd=DMDConfig(2, critic_lr=2e-5)),
     ),
     "MLA of a plan": (
         ConvertConfig(
-            product="mla", init="random", latent="split", plan=RankPlan((8, 9), (2, 3), (4, 5))
+            product="mla",
+            size=Sizes(plan=RankPlan((8, 9), (2, 3), (4, 5))),
+            init="random",
+            latent="split",
         ),
         None,
     ),
@@ -86,7 +89,7 @@ def told(
 
 def setting_of(point: SweepPoint, config: ModelConfig, dtype: Any = "auto") -> Setting:
     """What a report takes from the rows of a point."""
-    runtime = RuntimeConfig(CacheSize(25.6), cache_dtype=dtype) if config.codec else None
+    runtime = RuntimeConfig(Sizes(25.6), cache_dtype=dtype) if config.codec else None
     rows = measured(config, 0.1, 0, point.seed, runtime)
     (setting,) = read_settings([labelled(row, point) for row in rows])
     return setting
@@ -115,7 +118,9 @@ def test_a_recipe_comes_to_the_settings_of_the_point(name: str, tmp_path: Path) 
 
 
 def test_a_recipe_comes_to_every_point_of_a_sweep(tmp_path: Path) -> None:
-    sweep = SweepConfig(cuts=(0.8765432, 0.9), seeds=(3, 4), recovery_steps=(7, 9))
+    sweep = SweepConfig(
+        sizes=(Sizes(cut=0.8765432), Sizes(cut=0.9)), seeds=(3, 4), recovery_steps=(7, 9)
+    )
     convert, recover = ConvertConfig(data=SHORT, calibration_clips=3), RecoverConfig(data=SHORT)
     recipe = told(convert, recover, sweep)
     points = {point.key: point for point in reversed(sweep_points(sweep, convert, recover))}
@@ -130,8 +135,8 @@ def test_a_recipe_comes_to_every_point_of_a_sweep(tmp_path: Path) -> None:
 
 def test_only_what_differs_from_defaults_is_told() -> None:
     assert changes(RecoverConfig()) == {}
-    assert changes(ConvertConfig(cut=0.9, data=DataConfig(seed=2))) == {
-        "cut": 0.9,
+    assert changes(ConvertConfig(channels=9, data=DataConfig(seed=2))) == {
+        "channels": 9,
         "data": {"seed": 2},
     }
     # The table is what `from_dict` starts from, whatever the outer config would have put there.
@@ -151,7 +156,9 @@ def test_toml_reads_back_whatever_the_values_are() -> None:
         "both": {"x": "y", "inner": {"z": []}},
     }
     assert tomllib.loads(to_toml(table)) == table
-    recipe = told(ConvertConfig(data=SHORT), RecoverConfig(), SweepConfig(cuts=(0.9,), seeds=(3,)))
+    recipe = told(
+        ConvertConfig(data=SHORT), RecoverConfig(), SweepConfig(sizes=(Sizes(cut=0.9),), seeds=(3,))
+    )
     assert tomllib.loads(to_toml(recipe)) == recipe
 
 
@@ -160,7 +167,7 @@ def test_what_the_recipe_has_not_is_not_made_up() -> None:
     setting = setting_of(SweepPoint(convert, recover), codec_config())
     recipe = told(convert, recover)
     assert find_point(setting.key.point, recipe) == SweepPoint(convert, recover)
-    for other in ({}, told(ConvertConfig(cut=0.9), recover)):
+    for other in ({}, told(ConvertConfig(size=Sizes(cut=0.9)), recover)):
         assert recipe_toml(setting, other) == ""
     with pytest.raises(ConfigError):
         recipe_toml(setting, {"convert": {"no_such_key": 1}})
@@ -206,7 +213,7 @@ def test_the_command_line_takes_what_is_printed(
 ) -> None:
     """From rows beside a recipe.json to the configs that both commands come to."""
     convert, recover = MADE["a codec of one size, recovered at many"]
-    point, size = SweepPoint(convert, recover), CacheSize(51.2)
+    point, size = SweepPoint(convert, recover), Sizes(51.2)
     rows = measured(codec_config(), codec_error(51.2), 0, 4, RuntimeConfig(size))
     append_rows(tmp_path / "rows.jsonl", [*dense_rows(), *(labelled(row, point) for row in rows)])
     run = {"recipe": told(convert, recover), "versions": {}}

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from vmla_convert import config
 from vmla_convert.config import (
     CachePolicy,
-    CacheSize,
     CodecConfig,
     ConvertConfig,
     DataConfig,
@@ -29,6 +28,7 @@ from vmla_convert.config import (
     ReportConfig,
     RuntimeConfig,
     SamplerConfig,
+    Sizes,
     SourceConfig,
     SweepConfig,
     TeacherConfig,
@@ -42,7 +42,7 @@ DENSE = ModelConfig(
     geometry=GEOMETRY,
     latent_size=(8, 12),
     chunk_frames=2,
-    cache=CachePolicy(window_frames=8, sink_frames=2, positions="relative"),
+    cache=CachePolicy(window_frames=8, sink_frames=2, frame_positions="relative"),
     sampler=SamplerConfig(),
 )
 CONVERTED = dataclasses.replace(
@@ -67,10 +67,10 @@ EVERY_CONFIG: list[Any] = [
     GEOMETRY,
     DENSE.cache,
     SamplerConfig(denoising_step_list=(1000, 500), shift=3.0, renoise=False),
-    CacheSize(cut=0.95),
-    RuntimeConfig(CacheSize(rank=3), "model", offload=True),
+    Sizes(cut=0.95),
+    RuntimeConfig(Sizes(rank=3), "model", offload=True),
     RuntimeConfig(backend="absorbed", tile_mib=16),
-    CodecConfig(48, CacheSize(bytes_per_token=12.5), calibrated=False),
+    CodecConfig(48, Sizes(bytes_per_token=12.5), calibrated=False),
     MediaConfig("a/b", vae_tiling=True, cpu_offload=True),
     CONVERTED.mla,
     SPLIT,
@@ -80,12 +80,12 @@ EVERY_CONFIG: list[Any] = [
     DENSE,
     CONVERTED,
     dataclasses.replace(DENSE, mla=SPLIT),
-    dataclasses.replace(DENSE, codec=CodecConfig(48)),
+    dataclasses.replace(DENSE, codec=CodecConfig(48, Sizes(cut=0.95))),
     DataConfig(source="clips.safetensors", sink_gap=3),
     ConvertConfig(),
-    ConvertConfig(channels=64, bytes_per_token=40.5),
-    ConvertConfig("mla", kv_lora_rank=16, qk_rope_head_dim=8),
-    ConvertConfig("mla", latent="split", plan=RankPlan((8, 10), (3, 1), (3, 6))),
+    ConvertConfig(channels=64, size=Sizes(40.5)),
+    ConvertConfig("mla", Sizes(kv_lora_rank=16, qk_rope_head_dim=8)),
+    ConvertConfig("mla", Sizes(plan=RankPlan((8, 10), (3, 1), (3, 6))), latent="split"),
     TrainingConfig(mixed_precision="bf16"),
     RecoverConfig(training=TrainingConfig(steps=7)),
     DMDConfig(steps=3),
@@ -93,7 +93,7 @@ EVERY_CONFIG: list[Any] = [
     EvaluateConfig(clips=3),
     GenerateConfig(prompts=("1",)),
     ReportConfig(loss_bound=0.1),
-    SweepConfig(products=("mla",), kv_lora_ranks=(8, 16)),
+    SweepConfig(products=("mla",), mla_sizes=(Sizes(kv_lora_rank=8), Sizes(cut=0.9))),
     SourceConfig(),
     SourceConfig("a/b@c", "m.pt", "generator", "longlive", ("chunk_frames=1",), ("l.pt:0.5",)),
 ]
@@ -148,8 +148,8 @@ def test_any_ranks_and_pairs_survive(
 
 def test_none_is_left_out_and_comes_back() -> None:
     assert "mla" not in to_dict(DENSE)
-    assert "kv_lora_rank" not in to_dict(ConvertConfig())
-    assert from_dict(ConvertConfig, {"kv_lora_rank": None}) == ConvertConfig()
+    assert "channels" not in to_dict(ConvertConfig())
+    assert from_dict(ConvertConfig, {"channels": None}) == ConvertConfig()
 
 
 def test_an_int_is_a_float_but_not_the_other_way() -> None:
@@ -185,7 +185,7 @@ def test_nested_keys_are_named_with_their_path() -> None:
         (TrainingConfig, {"steps": True}, r"'steps' must be int, not True"),
         (SamplerConfig, {"renoise": 1}, r"'renoise' must be bool, not 1"),
         (TrainingConfig, {"lr": "fast"}, r"'lr' must be float, not 'fast'"),
-        (ConvertConfig, {"kv_lora_rank": "8"}, r"'kv_lora_rank' must be int, not '8'"),
+        (ConvertConfig, {"channels": "8"}, r"'channels' must be int, not '8'"),
         (ConvertConfig, {"data": 3}, r"'data' must be a table, not 3"),
         (ConvertConfig, {"init": None}, r"'init' must be str, not None"),
         (GenerateConfig, {"prompts": "3"}, r"'prompts' must be a list, not '3'"),
@@ -299,8 +299,8 @@ def test_the_first_difference_of_two_tables_is_found(one: Any, other: Any, found
 
 
 def test_a_choice_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="'positions' is 'relativ'") as caught:
-        from_dict(CachePolicy, {"window_frames": 4, "positions": "relativ"})
+    with pytest.raises(ConfigError, match="'frame_positions' is 'relativ'") as caught:
+        from_dict(CachePolicy, {"window_frames": 4, "frame_positions": "relativ"})
     assert caught.value.hint == "did you mean 'relative'?"
 
 

@@ -60,9 +60,9 @@ CASES = {
     "dataclass": Case(
         lambda out: out.data({"cache": CachePolicy(4), "rows": [{"a": 1}, {"a": 2}]}),
         human="cache.window_frames        4\ncache.sink_frames          0\n"
-        "cache.positions            absolute\ncache.dense_recent_frames  0\n"
+        "cache.frame_positions      absolute\ncache.dense_recent_frames  0\n"
         "rows[0].a                  1\nrows[1].a                  2\n",
-        json='{"cache": {"window_frames": 4, "sink_frames": 0, "positions": "absolute", '
+        json='{"cache": {"window_frames": 4, "sink_frames": 0, "frame_positions": "absolute", '
         '"dense_recent_frames": 0}, '
         '"rows": [{"a": 1}, {"a": 2}]}\n',
     ),

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from vmla_convert.checkpoint.hub import is_repo
 from vmla_convert.checkpoint.known import known_by_repo
-from vmla_convert.config import ConvertConfig, RankPlan
+from vmla_convert.config import ConvertConfig, RankPlan, Sizes
 from vmla_convert.errors import ConfigError, OutputError, VmlaError
 from vmla_convert.loading.load import load
 from vmla_convert.recipe import (
@@ -51,8 +51,7 @@ data = {{ frames = 6, seed = 1 }}
 
 [convert]
 product = "mla"
-kv_lora_rank = 8
-qk_rope_head_dim = 4
+size = {{ kv_lora_rank = 8, qk_rope_head_dim = 4 }}
 calibration_clips = 4
 data = {{ frames = 6 }}
 
@@ -63,11 +62,10 @@ training = {{ steps = 3, batch_size = 2, eval_every = 1, checkpoint_every = 2 }}
 
 [sweep]
 products = ["codec", "mla"]
-bytes_per_token = [8]
+sizes = [{{ bytes_per_token = 8 }}]
 dense_dtypes = ["int2"]
 inits = ["random", "calibrated"]
-kv_lora_ranks = [8]
-qk_rope_head_dims = [4]
+mla_sizes = [{{ kv_lora_rank = 8, qk_rope_head_dim = 4 }}]
 
 [generate]
 prompts = ["3", "seven"]
@@ -180,9 +178,9 @@ def test_every_recipe_parses_and_dry_runs(file: Path, tmp_path: Path, vmla: Vmla
     scaled = () if recipe.source.checkpoint == "demo" else ("--set", "demo=true")
     recipe = read_recipe(file, list(scaled[1:]))
     assert recipe.source.checkpoint == "demo"
-    cuts = recipe.sweep.cuts if recipe.sweep else ()
+    cuts = [size.cut or 0.0 for size in recipe.sweep.sizes] if recipe.sweep else []
     # The largest cut is the one that may not fit; a check of all points takes seconds.
-    hardest = ("--set", f"sweep.cuts=[{max(cuts)}]") if cuts else ()
+    hardest = ("--set", f"sweep.sizes=[{{cut={max(cuts)}}}]") if cuts else ()
     ran = vmla("run", file, "-o", tmp_path / "out", "--dry-run", *scaled, *hardest)
     assert ran.code == 0
     assert ", ".join(recipe.stages()) in ran.out
@@ -238,15 +236,15 @@ def test_a_recipe_may_name_latent_budget_rule_and_plan(tmp_path: Path) -> None:
 [convert]
 product = "mla"
 latent = "split"
-cut = 0.9
+size = { cut = 0.9 }
 calibrate = false
 """
     )
     recipe = read_recipe(written(tmp_path / "x.toml", text))
-    assert recipe.convert == ConvertConfig(product="mla", latent="split", cut=0.9, calibrate=False)
-    overrides = ["convert.plan.kv_lora_rank=[8, 9]", "convert.plan.rope_pairs=[1, 1]"]
+    assert recipe.convert == ConvertConfig("mla", Sizes(cut=0.9), latent="split", calibrate=False)
+    overrides = ["convert.size={plan={kv_lora_rank=[8, 9], rope_pairs=[1, 1]}}"]
     recipe = read_recipe(tmp_path / "x.toml", overrides)
-    assert recipe.convert and recipe.convert.plan == RankPlan((8, 9), (1, 1))
+    assert recipe.convert and recipe.convert.size == Sizes(plan=RankPlan((8, 9), (1, 1)))
 
 
 def test_stages_run_in_their_own_order_whatever_the_file_says(tmp_path: Path) -> None:
@@ -260,7 +258,7 @@ INFO = '[recipe]\nname = "x"\ndescription = "y"\n'
 # What is wrong, and what the message or the hint must say.
 BAD_FILES = {
     "misspelt stage": (INFO + "[conver]\n", "'conver'", "did you mean 'convert'?"),
-    "misspelt key": (INFO + "[convert]\nkv_lora_rnk = 4\n", "kv_lora_rnk", "'kv_lora_rank'?"),
+    "misspelt key": (INFO + "[convert]\nchanels = 4\n", "chanels", "'channels'?"),
     "misspelt nested key": (
         INFO + "[recover.training]\nstep = 4\n",
         "'recover.training.step'",
@@ -271,7 +269,7 @@ BAD_FILES = {
         "'sweep.latents[0]'",
         "did you mean 'split'?",
     ),
-    "wrong type": (INFO + '[convert]\nkv_lora_rank = "4"\n', "convert.kv_lora_rank", ""),
+    "wrong type": (INFO + '[convert]\nchannels = "4"\n', "convert.channels", ""),
     "no name": ("[convert]\n", "'recipe'", ""),
     "no TOML": ("[recipe", "not valid TOML", ""),
 }
@@ -306,7 +304,7 @@ def test_overrides_reach_nested_keys_lists_and_bare_strings(tiny: Path) -> None:
             'recipe.description="quoted"',
             "recover.training.steps=7",
             "recover.training.lr=1e-4",
-            "sweep.kv_lora_ranks=[2, 3]",
+            "sweep.mla_sizes=[{kv_lora_rank=2}, {cut=0.9}]",
         ],
     )
     assert recipe.convert and recipe.recover and recipe.sweep
@@ -315,7 +313,7 @@ def test_overrides_reach_nested_keys_lists_and_bare_strings(tiny: Path) -> None:
     assert recipe.recover.training.steps == 7
     assert recipe.recover.training.lr == 1e-4
     assert recipe.recover.training.batch_size == 2  # as the file says
-    assert recipe.sweep.kv_lora_ranks == (2, 3)
+    assert recipe.sweep.mla_sizes == (Sizes(kv_lora_rank=2), Sizes(cut=0.9))
 
 
 def test_an_override_may_add_a_stage(tmp_path: Path) -> None:
@@ -329,7 +327,7 @@ BAD_OVERRIDES = {
     "no key": ("=3", "key=value"),
     "odd key": ("con vert=3", "key=value"),
     "misspelt": ("convert.inti=random", "'init'"),
-    "into a value": ("convert.kv_lora_rank.x=1", "'kv_lora_rank' is a value"),
+    "into a value": ("convert.product.x=1", "'product' is a value"),
     "a stage as a value": ("convert=1", "must be a table"),
     "wrong type": ("recover.training.steps=many", "must be int"),
 }
@@ -350,15 +348,15 @@ def test_a_bad_override_is_refused(name: str, tiny: Path, tmp_path: Path, vmla: 
 UNFIT = {
     "no checkpoint": ("source.checkpoint=no/such.pt", "no/such.pt"),
     "unknown init": ("convert.init=calibratd", "'calibratd'"),
-    "rank above the width": ("convert.kv_lora_rank=1000", "1000"),
+    "rank above the width": ("convert.size.kv_lora_rank=1000", "1000"),
     "unknown init in the sweep": ('sweep.inits=["random", "spectrl"]', "'spectrl'"),
-    "odd rope in the sweep": ("sweep.qk_rope_head_dims=[4, 7]", "7"),
+    "odd rope in the sweep": ("sweep.mla_sizes=[{kv_lora_rank=8, qk_rope_head_dim=7}]", "7"),
     "empty sweep": ("sweep.seeds=[]", "empty"),
-    "a size of MLA without MLA": ('sweep.products=["codec"]', "kv_lora_ranks"),
-    "a size that no codec holds": ("sweep.bytes_per_token=[8, 97]", "97"),
+    "a size of MLA without MLA": ('sweep.products=["codec"]', "mla_sizes"),
+    "a size that no codec holds": ("sweep.sizes=[{bytes_per_token=8}, {bytes_per_token=97}]", "97"),
     "a setting of MLA for a codec": ("convert.product=codec", "kv_lora_rank"),
-    "a cut of everything in the sweep": ("sweep.cuts=[0.9, 1.0]", "cut 1"),
-    "two sizes": ("convert.cut=0.9", "given twice"),
+    "a cut of everything in the sweep": ("sweep.sizes=[{cut=0.9}, {cut=1.0}]", "cut 1"),
+    "two sizes": ("convert.size.cut=0.9", "given twice"),
     "a prompt of no digit": ('generate.prompts=["3", "a cat"]', "'a cat'"),
 }
 
@@ -516,7 +514,7 @@ def test_only_the_stages_that_will_run_are_checked(tiny: Path, tmp_path: Path) -
 def test_a_run_may_convert_the_teacher_that_it_trains(tmp_path: Path) -> None:
     out = tmp_path / "out"
     recipe = read_recipe(
-        "teacher_moving_digits", ["convert.cut=0.9", f"source.checkpoint={out}/checkpoint"]
+        "teacher_moving_digits", ["convert.size.cut=0.9", f"source.checkpoint={out}/checkpoint"]
     )
     check_recipe(recipe, out)
     with pytest.raises(VmlaError):
@@ -625,7 +623,7 @@ checkpoint = "{teacher}"
 clips = 4
 data = {{ frames = 6, seed = 1 }}
 [convert]
-cut = 0.9
+size = {{ cut = 0.9 }}
 calibration_clips = 4
 data = {{ frames = 6 }}
 [recover]
@@ -690,7 +688,7 @@ alone = true
 recover = false
 products = ["mla"]
 inits = ["random"]
-cuts = [0.8]
+sizes = [{{ cut = 0.8 }}]
 """
 
 

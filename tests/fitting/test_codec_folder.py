@@ -33,11 +33,11 @@ from torch import Tensor
 from vmla_convert.checkpoint.base import base_tensors
 from vmla_convert.checkpoint.families import open_checkpoint
 from vmla_convert.config import (
-    CacheSize,
     ConvertConfig,
     DataConfig,
     Product,
     RuntimeConfig,
+    Sizes,
     SourceConfig,
     TrainingConfig,
 )
@@ -230,16 +230,16 @@ def test_without_calibration_the_loss_is_larger(
 @pytest.mark.parametrize(
     ("config", "size"),
     [
-        (QUICK, CacheSize(cut=0.95)),
-        (replace(QUICK, cut=0.8), CacheSize(cut=0.8)),
-        (replace(QUICK, bytes_per_token=12.5), CacheSize(bytes_per_token=12.5)),
+        (QUICK, Sizes(cut=0.95)),
+        (replace(QUICK, size=Sizes(cut=0.8)), Sizes(cut=0.8)),
+        (replace(QUICK, size=Sizes(12.5)), Sizes(bytes_per_token=12.5)),
         # A twentieth of the dense cache is more than two channels.
-        (replace(QUICK, channels=2), CacheSize(rank=2)),
+        (replace(QUICK, channels=2), Sizes(rank=2)),
     ],
     ids=["none", "cut", "bytes", "few channels"],
 )
 def test_the_default_size_is_the_one_asked_for_or_fits_the_file(
-    config: ConvertConfig, size: CacheSize, teacher: Path, tmp_path: Path
+    config: ConvertConfig, size: Sizes, teacher: Path, tmp_path: Path
 ) -> None:
     convert(teacher, tmp_path / "kv", config)
     model = load(tmp_path / "kv")
@@ -254,7 +254,7 @@ def test_the_size_may_be_chosen_when_a_codec_is_loaded(codec: Path) -> None:
     assert load(codec, bytes_per_token=20).new_cache(1).nbytes == 20 * LAYERS * tokens
     assert load(codec, cut=0.9).new_cache(1).nbytes == 19 * 2 * tokens
     model = load(codec)
-    runtime = RuntimeConfig(CacheSize(rank=5), "model")
+    runtime = RuntimeConfig(Sizes(rank=5), "model")
     assert model.new_cache(1, runtime).nbytes == 5 * LAYERS * 4 * tokens
     assert model.cache_bytes(1, runtime) == model.new_cache(1, runtime).nbytes
 
@@ -271,7 +271,7 @@ def test_one_file_at_eight_sizes_is_eight_conversions(
         out = tmp_path / str(channels)
         convert(teacher, out, replace(config, channels=channels))
         alone = load(out)
-        alone.resize(CacheSize(rank=channels), quantised=False)
+        alone.resize(Sizes(rank=channels), quantised=False)
         rate = Rate((WHOLE_BITS,) * channels, quantised=False)
         for part, block in zip(alone.all_blocks(), whole.all_blocks(), strict=True):
             assert part.codec and block.codec
@@ -282,7 +282,7 @@ def test_one_file_at_eight_sizes_is_eight_conversions(
         assert near(velocity(whole), velocity(alone))
         rolled = [torch.cat(list(generate(m, "7", 6, seed=1)), 1) for m in (whole, alone)]
         assert near(rolled[0], rolled[1], 1e-4)
-        assert alone.cache_bytes(1, replace(runtime, size=CacheSize(rank=channels))) == (
+        assert alone.cache_bytes(1, replace(runtime, size=Sizes(rank=channels))) == (
             alone.new_cache(1).nbytes
         )
         seen.append(velocity(alone))
@@ -348,7 +348,7 @@ def test_every_family_is_a_base(name: str, tensors: dict[str, Tensor], tmp_path:
         base_model=str(base),
         loras=tuple(str(base.parent / Path(lora).name) for lora in loras),
     )
-    model.resize(CacheSize(cut=0.95))
+    model.resize(Sizes(cut=0.95))
     assert torch.equal(velocity(load(how)), velocity(model))
 
 

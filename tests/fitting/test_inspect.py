@@ -15,7 +15,7 @@ from checkpoints import MODEL, Vmla, refused
 
 from vmla_convert.checkpoint.families import OpenCheckpoint
 from vmla_convert.checkpoint.known import KNOWN, KnownModel
-from vmla_convert.config import CachePolicy, ConvertConfig
+from vmla_convert.config import CachePolicy, ConvertConfig, Sizes
 from vmla_convert.errors import CheckpointError, ConfigError
 from vmla_convert.fitting.convert import convert
 from vmla_convert.fitting.inspect import inspect_checkpoint
@@ -37,7 +37,11 @@ def test_a_dense_checkpoint_is_described_as_it_is(teacher: Path) -> None:
     assert told.window_cache_bytes == cache.nbytes // 2  # four bytes a number there, two here
 
 
-SIZED = [ConvertConfig(), ConvertConfig(cut=0.9), ConvertConfig(bytes_per_token=7.5, channels=9)]
+SIZED = [
+    ConvertConfig(),
+    ConvertConfig(size=Sizes(cut=0.9)),
+    ConvertConfig(size=Sizes(7.5), channels=9),
+]
 
 
 @pytest.mark.parametrize("config", SIZED, ids=["default", "cut", "bytes"])
@@ -86,10 +90,10 @@ def test_a_converted_folder_is_compared_with_nothing(converted: Path) -> None:
 
 def test_sizes_that_do_not_fit_are_refused(teacher: Path) -> None:
     # 48 channels of two bytes.
-    inspect_checkpoint(teacher, ConvertConfig(bytes_per_token=96))
+    inspect_checkpoint(teacher, ConvertConfig(size=Sizes(96)))
     for nbytes in (96.5, 0.5):
         with pytest.raises(ConfigError, match=f"{nbytes:g} bytes"):
-            inspect_checkpoint(teacher, ConvertConfig(bytes_per_token=nbytes))
+            inspect_checkpoint(teacher, ConvertConfig(size=Sizes(nbytes)))
 
 
 def test_nothing_is_refused(tmp_path: Path) -> None:

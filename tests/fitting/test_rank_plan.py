@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from checkpoints import BUDGETED, CONVERT, MODEL, Vmla, evidence_of, refused, weights_of
+from checkpoints import BUDGETED, MODEL, Vmla
 
 from vmla_convert.config import (
     CachePolicy,
@@ -17,12 +17,14 @@ from vmla_convert.config import (
     ModelConfig,
     RankPlan,
     SamplerConfig,
+    Sizes,
 )
 from vmla_convert.errors import ConfigError
-from vmla_convert.fitting.calibrate import LayerReads
-from vmla_convert.fitting.convert import PRESETS, convert, convert_config, read_plan
-from vmla_convert.fitting.factors import convert_model, planned_config
+from vmla_convert.fitting.calibrate import Statistics
+from vmla_convert.fitting.convert import PRESETS, convert, read_plan
+from vmla_convert.fitting.mla import convert_model, layer_inputs, planned_config
 from vmla_convert.fitting.rank_plan import (
+    LayerInputs,
     check_sizes,
     plan_ranks,
     rank_step,
@@ -32,7 +34,7 @@ from vmla_convert.fitting.rank_plan import (
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import load
 from vmla_convert.maths.factor import INITS, predict_errors
-from vmla_convert.tables import from_dict, to_dict
+from vmla_convert.tables import from_dict
 
 pytest_plugins = ["checkpoints"]
 
@@ -51,9 +53,12 @@ WAN = ModelConfig(
 )
 
 
-def planned(dense: CausalWanModel, measured: list[LayerReads], config: ConvertConfig) -> RankPlan:
-    evidence = evidence_of(dense, measured)
-    return plan_ranks(MODEL, config, weights_of(dense), evidence.__getitem__)
+def planned(dense: CausalWanModel, measured: Statistics, config: ConvertConfig) -> RankPlan:
+    return plan_ranks(MODEL, config, inputs_of(dense, measured, config))
+
+
+def inputs_of(dense: CausalWanModel, measured: Statistics, config: ConvertConfig) -> LayerInputs:
+    return layer_inputs(dense.state_dict().__getitem__, MODEL, config, measured)
 
 
 def sizes(plan: RankPlan) -> list[int]:
@@ -67,23 +72,24 @@ def test_all_of_a_budget_is_divided_and_no_more(
     cut: float,
     latent: Latent,
     dense: CausalWanModel,
-    measured: list[LayerReads],
+    measured: Statistics,
 ) -> None:
-    config = replace(MLA, latent=latent, cut=cut)
+    config = replace(MLA, latent=latent, size=Sizes(cut=cut))
     total, plan = total_numbers(MODEL, config), planned(dense, measured, config)
     assert total - rank_step(MODEL) * MODEL.geometry.num_layers < sum(sizes(plan)) <= total
     # The norm is paid for out of the same budget.
     assert planned_config(MODEL, config, plan).cache_cut() >= cut
-    check_sizes(MODEL, replace(MLA, latent=latent, plan=plan))
+    check_sizes(MODEL, replace(MLA, latent=latent, size=Sizes(plan=plan)))
 
 
 @either_latent
 def test_the_budget_is_divided_by_predicted_error(
-    latent: Latent, dense: CausalWanModel, measured: list[LayerReads]
+    latent: Latent, dense: CausalWanModel, measured: Statistics
 ) -> None:
-    config = replace(MLA, latent=latent, cut=0.865)
-    weights, evidence = weights_of(dense), evidence_of(dense, measured)
-    curves = [predict_errors(weights(i), latent, evidence[i], 96).errors for i in (0, 1)]
+    config = replace(MLA, latent=latent, size=Sizes(cut=0.865))
+    inputs = inputs_of(dense, measured, config)
+    layers = [inputs(layer) for layer in (0, 1)]
+    curves = [predict_errors(w, latent, evidence, 96).errors for w, evidence in layers]
     total = total_numbers(MODEL, config)
     divided = sizes(planned(dense, measured, config))
     assert len(set(divided)) == 2
@@ -96,20 +102,20 @@ def test_the_budget_is_divided_by_predicted_error(
 
 @pytest.mark.parametrize("init", [init for init in INITS if init != "calibrated"])
 def test_an_init_that_predicts_no_errors_gets_the_same_sizes_everywhere(
-    init: str, dense: CausalWanModel, measured: list[LayerReads]
+    init: str, dense: CausalWanModel, measured: Statistics
 ) -> None:
     for latent in LATENTS:
-        config = replace(MLA, init=init, latent=latent, cut=0.8)
+        config = replace(MLA, init=init, latent=latent, size=Sizes(cut=0.8))
         plan = planned(dense, measured, config)
         assert plan == uniform_plan(MODEL, config)
         assert len(set(zip(plan.kv_lora_rank, plan.rope_pairs, strict=True))) == 1
         assert planned_config(MODEL, config, plan).cache_cut() >= 0.8
 
 
-@pytest.mark.parametrize(("scalars", "cut"), [(13, None), (None, 83 / 96), (None, 0.864)])
-def test_a_cut_and_a_number_say_the_same(scalars: int | None, cut: float | None) -> None:
-    config = replace(MLA, cache_scalars=scalars, cut=cut)
-    assert total_numbers(MODEL, config) == 2 * 12  # the norm takes one of 13
+@pytest.mark.parametrize("size", [Sizes(26), Sizes(cut=83 / 96), Sizes(cut=0.864)])
+def test_a_cut_and_bytes_say_the_same(size: Sizes) -> None:
+    # The norm takes one of 13 numbers.
+    assert total_numbers(MODEL, replace(MLA, size=size)) == 2 * 12
 
 
 def test_sizes_default_to_the_papers() -> None:
@@ -125,25 +131,24 @@ def test_the_preset_is_the_papers_split() -> None:
 
 def test_rope_keys_have_no_more_pairs_than_a_head() -> None:
     """Of many heads a seventh of a large budget is more than that."""
-    plan = uniform_plan(WAN, replace(PRESETS["videomla"], cut=0.5))
+    plan = uniform_plan(WAN, replace(PRESETS["videomla"], size=Sizes(cut=0.5)))
     assert set(plan.rope_pairs) == {64}
     assert sizes(plan) == [1535] * 30
 
 
-def test_explicit_sizes_stay_as_given(dense: CausalWanModel, measured: list[LayerReads]) -> None:
+def test_explicit_sizes_stay_as_given(dense: CausalWanModel, measured: Statistics) -> None:
     given = {
-        replace(CONVERT, kv_lora_rank=9): RankPlan((9, 9), (2, 2)),
-        replace(MLA, kv_lora_rank=9): RankPlan((9, 9), (3, 3)),
-        replace(MLA, qk_rope_head_dim=4): RankPlan((6, 6), (2, 2)),
+        Sizes(kv_lora_rank=9, qk_rope_head_dim=4): RankPlan((9, 9), (2, 2)),
+        Sizes(kv_lora_rank=9): RankPlan((9, 9), (3, 3)),
     }
-    for config, plan in given.items():
-        assert planned(dense, measured, config) == plan
+    for size, plan in given.items():
+        assert planned(dense, measured, replace(MLA, size=size)) == plan
 
 
 def test_of_explicit_sizes_only_a_split_latent_is_divided(
-    dense: CausalWanModel, measured: list[LayerReads]
+    dense: CausalWanModel, measured: Statistics
 ) -> None:
-    config = replace(MLA, latent="split", kv_lora_rank=9, qk_rope_head_dim=4)
+    config = replace(MLA, latent="split", size=Sizes(kv_lora_rank=9, qk_rope_head_dim=4))
     plan, halves = planned(dense, measured, config), uniform_plan(MODEL, config)
     assert plan.kv_lora_rank == halves.kv_lora_rank == (9, 9)
     assert plan.rope_pairs == halves.rope_pairs
@@ -153,13 +158,11 @@ def test_of_explicit_sizes_only_a_split_latent_is_divided(
 
 
 @pytest.mark.parametrize("init", ["calibrated", "random"])
-def test_a_plan_is_taken_as_it_is(
-    init: str, dense: CausalWanModel, measured: list[LayerReads]
-) -> None:
+def test_a_plan_is_taken_as_it_is(init: str, dense: CausalWanModel, measured: Statistics) -> None:
     plan = RankPlan((4, 9), (3, 1), (3, 2))
-    config = replace(BUDGETED, init=init, latent="split", plan=plan)
+    config = replace(BUDGETED, init=init, latent="split", size=Sizes(plan=plan))
     assert planned(dense, measured, config) == plan
-    model = convert_model(dense, config, evidence_of(dense, measured))
+    model = convert_model(dense, config, measured)
     assert model.config.mla is not None
     assert model.config.mla.kv_lora_rank == (4, 9)
     assert [model.config.mla.qk_rope_head_dim(layer) for layer in (0, 1)] == [6, 2]
@@ -178,11 +181,11 @@ def test_a_conversion_keeps_its_plan(budgeted: Path) -> None:
 def test_a_replayed_plan_gives_the_same_bytes(
     latent: Latent, teacher: Path, tmp_path: Path
 ) -> None:
-    config = replace(BUDGETED, latent=latent, calibration_clips=1, cut=0.8)
+    config = replace(BUDGETED, latent=latent, calibration_clips=1, size=Sizes(cut=0.8))
     convert(teacher, tmp_path / "a", config)
     plan = read_plan(tmp_path / "a")
     assert len(set(zip(plan.kv_lora_rank, plan.rope_pairs, strict=True))) == 2
-    convert(teacher, tmp_path / "b", replace(config, cut=None, plan=plan))
+    convert(teacher, tmp_path / "b", replace(config, size=Sizes(plan=plan)))
     for name in (WEIGHTS, "config.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert read_plan(tmp_path / "b") == plan
@@ -216,123 +219,63 @@ def test_the_command_takes_the_preset_and_what_overrides_it(
     assert other.cache_cut() >= 0.8
 
 
-def test_words_that_are_left_out_keep_what_the_preset_says() -> None:
-    nothing = {"cut": None, "plan": None}, {"init": None, "latent": None}
-    assert convert_config(None, *nothing) == ConvertConfig()
-    assert convert_config("videomla", *nothing) == PRESETS["videomla"]
-    plan = RankPlan((4, 5), (1, 2), (2, 2))
-    typed = {"plan": plan}, {"init": "random", "latent": "split", "seed": 3}
-    assert convert_config("videomla", *typed) == replace(
-        PRESETS["videomla"], init="random", latent="split", plan=plan, seed=3
-    )
-
-
-def words(config: ConvertConfig) -> list[str]:
-    """A config of MLA layers as it would be typed."""
-    options = {
-        "--preset": "videomla",
-        "--init": config.init,
-        "--latent": config.latent,
-        "--cache-scalars": config.cache_scalars,
-        "--cut": config.cut,
-        "--kv-lora-rank": config.kv_lora_rank,
-        "--qk-rope-head-dim": config.qk_rope_head_dim,
-    }
-    return [str(w) for option in options.items() if option[1] is not None for w in option]
-
-
-RANK = replace(MLA, kv_lora_rank=8)
-# What is asked for, and what the message or the hint must name.
+# A size that does not fit, and what the message or the hint must name.
 REFUSED = {
-    "rank over width": (replace(MLA, kv_lora_rank=49), "48"),
-    "rank zero": (replace(MLA, kv_lora_rank=0), "kv_lora_rank 0"),
-    "split rank over both widths": (replace(MLA, latent="split", kv_lora_rank=97), "96"),
-    "split rank without a value": (replace(MLA, latent="split", kv_lora_rank=1), "2 and 96"),
-    "odd rope": (replace(RANK, qk_rope_head_dim=5), "even"),
-    "rope over head": (replace(RANK, qk_rope_head_dim=26), "24"),
-    "rope zero": (replace(RANK, qk_rope_head_dim=0), "qk_rope_head_dim 0"),
-    "two sizes": (replace(MLA, cache_scalars=13, cut=0.9), "cache_scalars and as cut"),
-    "a budget and a rank": (replace(MLA, cut=0.9, kv_lora_rank=8), "kv_lora_rank and as cut"),
-    "a budget and a rope": (
-        replace(MLA, cut=0.9, qk_rope_head_dim=4),
-        "kv_lora_rank and as cut",
-    ),
-    "no cut": (replace(MLA, cut=0.0), "cut 0 "),
-    "nothing left": (replace(MLA, cut=1.0), "cut 1 "),
-    "a negative cut": (replace(MLA, cut=-0.5), "cut -0.5"),
-    "no number": (replace(MLA, cut=float("nan")), "cut nan"),
-    "a percentage": (replace(MLA, cut=92.0), "cut 92"),
-    "too large a budget": (replace(MLA, cache_scalars=500), "48"),
-    "too small a budget": (replace(MLA, cache_scalars=1), "between 1 and 48"),
-    "no budget": (replace(MLA, cache_scalars=0), "cache_scalars 0 makes a kv_lora_rank of -3"),
-    "a cut of nearly all": (replace(MLA, cut=0.99), "cut 0.99 makes a kv_lora_rank of -2"),
-    "misspelt init": (replace(MLA, init="calibratd"), "did you mean 'calibrated'?"),
+    "rank over width": (Sizes(kv_lora_rank=49), "48"),
+    "odd rope": (Sizes(kv_lora_rank=8, qk_rope_head_dim=5), "24"),
+    "rope over head": (Sizes(kv_lora_rank=8, qk_rope_head_dim=26), "24"),
+    "rope zero": (Sizes(kv_lora_rank=8, qk_rope_head_dim=0), "24"),
+    "a size of codecs": (Sizes(rank=8), "codec"),
+    "too large a budget": (Sizes(1000), "48"),
+    "too small a budget": (Sizes(2), "between 1 and 48"),
+    "a cut of nearly all": (Sizes(cut=0.99), "cut 0.99"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_sizes_that_do_not_fit_are_refused_before_anything_is_written(
-    name: str, teacher: Path, tmp_path: Path, vmla: Vmla
+    name: str, teacher: Path, tmp_path: Path
 ) -> None:
-    config, word = REFUSED[name]
+    size, word = REFUSED[name]
+    refuses(replace(MLA, size=size), word, teacher, tmp_path)
+
+
+@pytest.mark.parametrize(("rank", "word"), [(97, "96"), (1, "2 and 96")])
+def test_a_split_latent_has_room_for_both_parts(
+    rank: int, word: str, teacher: Path, tmp_path: Path
+) -> None:
+    config = replace(MLA, latent="split", size=Sizes(kv_lora_rank=rank))
+    refuses(config, word, teacher, tmp_path)
+
+
+def refuses(config: ConvertConfig, word: str, teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         convert(teacher, tmp_path / "out", config)
     assert caught.value.hint
     assert word in caught.value.message + caught.value.hint
-    ran = vmla("convert", teacher, "-o", tmp_path / "out", *words(config))
-    assert refused(ran)
-    assert caught.value.message in ran.err
-    assert not list(tmp_path.iterdir())
-
-
-BAD_WORDS = {
-    "unknown preset": (("--preset", "videomal"), "did you mean 'videomla'?"),
-    "unknown latent": (("--latent", "splt"), "'split'"),
-    "no plan there": (("--plan", "no/such/folder"), "holds no plan"),
-    "two sizes with the preset": (
-        ("--preset", "videomla", "--cut", "0.9", "--kv-lora-rank", "8"),
-        "sizes are given twice",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BAD_WORDS)
-def test_misspelt_and_contradicting_words_are_refused(
-    name: str, teacher: Path, tmp_path: Path, vmla: Vmla
-) -> None:
-    typed, word = BAD_WORDS[name]
-    ran = vmla("convert", teacher, "-o", tmp_path / "out", *typed)
-    assert refused(ran)
-    assert word in " ".join(ran.err.split())
     assert not list(tmp_path.iterdir())
 
 
 FITTING = RankPlan((4, 5), (1, 2))
-# What the plan is given to, and what the message or the hint must name.
+SPLIT = replace(MLA, latent="split")
+# A config, the plan that it is given, and what the message or the hint must name.
 BAD_PLANS = {
     "another depth": (
-        replace(MLA, plan=replace(FITTING, kv_lora_rank=(4, 5, 6), rope_pairs=(1, 1, 1))),
+        MLA,
+        replace(FITTING, kv_lora_rank=(4, 5, 6), rope_pairs=(1, 1, 1)),
         "2 layers",
     ),
-    "uneven": (replace(MLA, plan=replace(FITTING, rope_pairs=(1,))), "2 layers"),
-    "another width": (replace(MLA, plan=replace(FITTING, kv_lora_rank=(4, 49))), "48"),
-    "no rope key": (replace(MLA, plan=replace(FITTING, rope_pairs=(0, 1))), "without a rope key"),
-    "parts": (replace(MLA, plan=replace(FITTING, key_ranks=(2, 2))), "joint latent"),
-    "no parts": (replace(MLA, latent="split", plan=FITTING), "split latent"),
-    "part of the parts": (
-        replace(MLA, latent="split", plan=replace(FITTING, key_ranks=(2,))),
-        "split latent",
-    ),
-    "an empty part": (
-        replace(MLA, latent="split", plan=replace(FITTING, key_ranks=(2, 5))),
-        "split latent",
-    ),
-    "more rope keys than there are": (
-        replace(MLA, plan=replace(FITTING, rope_pairs=(2, 25))),
-        "24",
-    ),
+    "uneven": (MLA, replace(FITTING, rope_pairs=(1,)), "2 layers"),
+    "another width": (MLA, replace(FITTING, kv_lora_rank=(4, 49)), "48"),
+    "no rope key": (MLA, replace(FITTING, rope_pairs=(0, 1)), "rope"),
+    "parts": (MLA, replace(FITTING, key_ranks=(2, 2)), "joint"),
+    "no parts": (SPLIT, FITTING, "split"),
+    "part of the parts": (SPLIT, replace(FITTING, key_ranks=(2,)), "split"),
+    "an empty part": (SPLIT, replace(FITTING, key_ranks=(2, 5)), "split"),
+    "more rope keys than there are": (MLA, replace(FITTING, rope_pairs=(2, 25)), "24"),
     "more rope keys than an init knows": (
-        replace(MLA, init="spectral", plan=replace(FITTING, rope_pairs=(2, 13))),
+        replace(MLA, init="spectral"),
+        replace(FITTING, rope_pairs=(2, 13)),
         "12",
     ),
 }
@@ -340,28 +283,10 @@ BAD_PLANS = {
 
 @pytest.mark.parametrize("name", BAD_PLANS)
 def test_a_plan_of_another_model_or_layer_is_refused(
-    name: str, teacher: Path, tmp_path: Path, vmla: Vmla
+    name: str, teacher: Path, tmp_path: Path
 ) -> None:
-    config, word = BAD_PLANS[name]
-    with pytest.raises(ConfigError) as caught:
-        convert(teacher, tmp_path / "out", config)
-    assert caught.value.hint
-    assert word in caught.value.message + caught.value.hint
-    assert config.plan is not None
-    file = tmp_path / "conversion.json"
-    file.write_text(json.dumps({"plan": to_dict(config.plan)}))
-    typed = (*words(config), "--plan", file)
-    assert refused(ran := vmla("convert", teacher, "-o", tmp_path / "out", *typed))
-    assert word in " ".join(ran.err.split())
-    assert list(tmp_path.iterdir()) == [file]
-
-
-def test_a_plan_and_another_size_are_refused(teacher: Path, tmp_path: Path) -> None:
-    for size in ({"cut": 0.9}, {"cache_scalars": 13}, {"kv_lora_rank": 8}):
-        config = replace(MLA, plan=FITTING, **size)
-        with pytest.raises(ConfigError, match="given twice, as plan and as"):
-            convert(teacher, tmp_path / "out", config)
-    assert not list(tmp_path.iterdir())
+    config, plan, word = BAD_PLANS[name]
+    refuses(replace(config, size=Sizes(plan=plan)), word, teacher, tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"plan": 3}', '{"plan": {"ranks": [3]}}'])
@@ -374,11 +299,11 @@ def test_a_file_without_a_plan_is_refused(text: str, tmp_path: Path) -> None:
 
 @either_latent
 def test_what_passes_before_calibration_does_not_fail_after_it(
-    latent: Latent, dense: CausalWanModel, measured: list[LayerReads]
+    latent: Latent, dense: CausalWanModel, measured: Statistics
 ) -> None:
     passed = 0
-    for scalars in (2, 3, 4, 5):
-        config = replace(MLA, latent=latent, cache_scalars=scalars)
+    for numbers in (2, 3, 4, 5):
+        config = replace(MLA, latent=latent, size=Sizes(2 * numbers))
         try:
             check_sizes(MODEL, config)
         except ConfigError:

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 from reference.window import NaiveWindow
 from torch import Tensor, nn
 
-from vmla_convert.config import CachePolicy, CacheSize, CodecConfig, RuntimeConfig
+from vmla_convert.config import CachePolicy, CodecConfig, RuntimeConfig, Sizes
 from vmla_convert.layers.attention import Entries
 from vmla_convert.layers.cache import CompressedCache, DenseCache, KVCache, LatentCache, Storage
 
@@ -212,7 +212,7 @@ class Caches(RuleBasedStateMachine):
 
     def check_places(self, layer: int, exact: list[int], past: list[int] | None = None) -> None:
         """Whether frames are where the policy puts them."""
-        held, relative = self.naive.held, self.cache.window.policy.positions == "relative"
+        held, relative = self.naive.held, self.cache.window.policy.frame_positions == "relative"
         places = self.layers[layer].frame_positions(self.cache.window)
         expected = [
             [held.index(frame) for frame in frames] if relative and frames else frames
@@ -312,7 +312,7 @@ def test_a_codecs_cache_keeps_nothing_that_its_size_does_not_count(
     nbytes: float, dense: int
 ) -> None:
     policy = CachePolicy(7, 2, dense_recent_frames=dense)
-    codec = CodecConfig(20, CacheSize(nbytes))
+    codec = CodecConfig(20, Sizes(nbytes))
     model = tiny_model(tiny_config(cache=policy, codec=codec))
     # 25 bytes for two layers, of 7 frames of 6 tokens of 3 clips; exact numbers take 4.
     expected = 3 * 6 * (7 * int(2 * nbytes) + 2 * dense * 96 * 4)

@@ -22,7 +22,7 @@ from reference.masks import block_causal_mask
 from reference.rope import rotary_table
 from torch import Tensor
 
-from vmla_convert.config import CachePolicy, CacheSize, CodecConfig, RuntimeConfig
+from vmla_convert.config import CachePolicy, CodecConfig, RuntimeConfig, Sizes
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.attention import AttendedTokens, AttentionMetadata, DenseSelfAttention
 from vmla_convert.layers.cache import KVCache
@@ -34,7 +34,7 @@ from vmla_convert.maths.rope3d import token_positions
 
 DIM, HEAD_DIM, HEADS = TINY_GEOMETRY.dim, TINY_GEOMETRY.head_dim, TINY_GEOMETRY.num_heads
 WIDTH, LAYERS = TINY_GEOMETRY.dense_cache_scalars, TINY_GEOMETRY.num_layers
-WHOLE = RuntimeConfig(CacheSize(rank=WIDTH), "model")
+WHOLE = RuntimeConfig(Sizes(rank=WIDTH), "model")
 POLICIES = [
     # policy, chunk; all evict
     (CachePolicy(6, 2), 2),
@@ -53,10 +53,10 @@ policies = pytest.mark.parametrize(
 
 
 def codec_model(
-    policy: CachePolicy, size: CacheSize | None = None, rank: int = WIDTH, **how: Any
+    policy: CachePolicy, size: Sizes | None = None, rank: int = WIDTH, **how: Any
 ) -> CausalWanModel:
     """A model whose codec has R channels, in float64: rounding there moves no code."""
-    codec = CodecConfig(rank, size or CacheSize(rank=rank))
+    codec = CodecConfig(rank, size or Sizes(rank=rank))
     return tiny_model(tiny_config(cache=policy, codec=codec, **how)).double()
 
 
@@ -133,12 +133,12 @@ def test_after_a_switch_of_prompt_it_still_is(positions: Any, dense: int) -> Non
 
 def test_dense_frames_as_many_as_the_window_has_room_for_are_the_dense_model() -> None:
     """However small the codec is: nothing is left for it."""
-    model = codec_model(CachePolicy(6, dense_recent_frames=4), CacheSize(bytes_per_token=1))
+    model = codec_model(CachePolicy(6, dense_recent_frames=4), Sizes(bytes_per_token=1))
     clip = clip_of(model, 10)
     torch.testing.assert_close(
         rollout(model, clip), rollout(dense_twin(model), clip), rtol=0, atol=1e-10
     )
-    fewer = codec_model(CachePolicy(6, dense_recent_frames=3), CacheSize(bytes_per_token=1))
+    fewer = codec_model(CachePolicy(6, dense_recent_frames=3), Sizes(bytes_per_token=1))
     assert (rollout(fewer, clip) - rollout(model, clip)).abs().max() > 1e-2
 
 
@@ -148,14 +148,14 @@ def test_larger_sizes_are_nearer_to_the_dense_model(quantised: bool) -> None:
     clip = clip_of(model, 8)
     exact = rollout(dense_twin(model), clip)
     errors = [
-        (rollout(model, clip, RuntimeConfig(CacheSize(size), "auto" if quantised else "model"))
+        (rollout(model, clip, RuntimeConfig(Sizes(size), "auto" if quantised else "model"))
          - exact).square().mean().item()
         for size in (3, 12, 48, 192)
     ]  # fmt: skip
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-3 * errors[0]
     # The first chunk attends to itself alone.
-    small = rollout(model, clip, RuntimeConfig(CacheSize(2)))
+    small = rollout(model, clip, RuntimeConfig(Sizes(2)))
     torch.testing.assert_close(small[:, :2], exact[:, :2], rtol=0, atol=1e-10)
 
 
@@ -176,7 +176,7 @@ def test_larger_sizes_are_nearer_to_the_dense_model(quantised: bool) -> None:
 def test_streaming_equals_the_masked_pass_at_every_size(
     policy: CachePolicy, chunk: int, batch: int, nbytes: float, quantised: bool
 ) -> None:
-    size = CacheSize(max(nbytes, 1 if quantised else 2))
+    size = Sizes(max(nbytes, 1 if quantised else 2))
     model = codec_model(policy, chunk_frames=chunk)
     model.resize(size, quantised)
     clip = clip_of(model, 12, batch)
@@ -187,7 +187,7 @@ def test_streaming_equals_the_masked_pass_at_every_size(
 
 
 def test_a_pass_without_a_past_attends_to_nothing_decoded() -> None:
-    model = codec_model(CachePolicy(6), CacheSize(1))
+    model = codec_model(CachePolicy(6), Sizes(1))
     latents, timestep, context = clip_of(model, 2)
     with torch.no_grad():
         velocity = model(latents, timestep, context, torch.arange(2))
@@ -219,7 +219,7 @@ def held(model: CausalWanModel, cache: KVCache) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dense", [0, 1])
-@pytest.mark.parametrize("runtime", [RuntimeConfig(CacheSize(20)), WHOLE], ids=["bits", "whole"])
+@pytest.mark.parametrize("runtime", [RuntimeConfig(Sizes(20)), WHOLE], ids=["bits", "whole"])
 @torch.no_grad()
 def test_passes_that_are_not_kept_leave_the_cache_as_it_is(
     dense: int, runtime: RuntimeConfig
@@ -244,7 +244,7 @@ def test_passes_that_are_not_kept_leave_the_cache_as_it_is(
 @torch.no_grad()
 def test_a_chunk_is_kept_once_where_frames_stay_dense() -> None:
     """Its own frames took the place of those that it attends to."""
-    model = codec_model(CachePolicy(6, 1, dense_recent_frames=2), CacheSize(20))
+    model = codec_model(CachePolicy(6, 1, dense_recent_frames=2), Sizes(20))
     latents, timestep, context = clip_of(model, 2)
     prompt, cache = model.project_prompt(context), model.new_cache(2)
     cache.open_chunk(2)
@@ -274,14 +274,14 @@ def test_a_cache_takes_the_bytes_of_its_formula_and_no_more_than_asked(
     recent = tokens * LAYERS * dense * WIDTH
     for narrow in (model, codec_model(policy).bfloat16()):
         itemsize = narrow.patch_embedding.weight.dtype.itemsize
-        runtime = RuntimeConfig(CacheSize(nbytes))
+        runtime = RuntimeConfig(Sizes(nbytes))
         cache = narrow.new_cache(batch, runtime)
         assert cache.nbytes == narrow.cache_bytes(batch, runtime)
         stored = (cache.nbytes - itemsize * recent) / (tokens * 7)
         # All layers together get what they ask for, in whole bytes.
         assert int(nbytes * LAYERS) == stored
         if nbytes >= 2:
-            whole = RuntimeConfig(CacheSize(nbytes), "model")
+            whole = RuntimeConfig(Sizes(nbytes), "model")
             cache = narrow.new_cache(batch, whole)
             assert cache.nbytes == narrow.cache_bytes(batch, whole)
             stored = (cache.nbytes - itemsize * recent) / (tokens * 7 * itemsize)
@@ -292,7 +292,7 @@ def test_a_cut_of_the_dense_cache_is_that_share_of_its_bytes() -> None:
     model = codec_model(CachePolicy(8)).bfloat16()
     dense = CausalWanModel(dataclasses.replace(model.config, codec=None)).bfloat16().new_cache(1)
     for cut in (0.5, 0.75, 0.9, 0.95):
-        nbytes = model.new_cache(1, RuntimeConfig(CacheSize(cut=cut))).nbytes
+        nbytes = model.new_cache(1, RuntimeConfig(Sizes(cut=cut))).nbytes
         assert nbytes <= (1 - cut) * dense.nbytes * (1 + 1e-9)
         assert nbytes > (1 - cut) * dense.nbytes - 8 * 6
 
@@ -302,9 +302,9 @@ def test_sizes_that_a_codec_cannot_have_are_refused(quantised: bool) -> None:
     model = codec_model(CachePolicy(6), rank=20)
     least, dtype = (1, "auto") if quantised else (2, "model")
     for fitting in (least, least + 0.4, 40):
-        rates = model.rates(CacheSize(fitting), quantised)
+        rates = model.rates(Sizes(fitting), quantised)
         assert sum(rate.token_bytes(2) for rate in rates) <= fitting * LAYERS
-    for bad in (CacheSize(least - 0.01), CacheSize(40.5), CacheSize(rank=21), CacheSize(cut=0.5)):
+    for bad in (Sizes(least - 0.01), Sizes(40.5), Sizes(rank=21), Sizes(cut=0.5)):
         with pytest.raises(ConfigError) as caught:
             model.rates(bad, quantised)
         assert caught.value.hint
@@ -314,9 +314,9 @@ def test_sizes_that_a_codec_cannot_have_are_refused(quantised: bool) -> None:
 
 def test_the_largest_size_keeps_all_channels_and_the_smallest_one_byte() -> None:
     model = codec_model(CachePolicy(6), rank=20)
-    assert [rate.widths for rate in model.rates(CacheSize(40))] == [(16,) * 20] * LAYERS
-    assert all(1 <= sum(rate.widths) <= 8 for rate in model.rates(CacheSize(1)))
-    assert [len(r.widths) for r in model.rates(CacheSize(rank=20), False)] == [20] * LAYERS
+    assert [rate.widths for rate in model.rates(Sizes(40))] == [(16,) * 20] * LAYERS
+    assert all(1 <= sum(rate.widths) <= 8 for rate in model.rates(Sizes(1)))
+    assert [len(r.widths) for r in model.rates(Sizes(rank=20), False)] == [20] * LAYERS
 
 
 # The layer alone
@@ -445,8 +445,8 @@ def test_gradients_pass_the_rounding_as_if_it_were_not_there(dense: DenseSelfAtt
     assert not gradients[0][rank:].any()
 
 
-@pytest.mark.parametrize("size", [CacheSize(4), CacheSize(30.5), CacheSize(192)])
-def test_training_reaches_encoders_and_decoders_and_nothing_else(size: CacheSize) -> None:
+@pytest.mark.parametrize("size", [Sizes(4), Sizes(30.5), Sizes(192)])
+def test_training_reaches_encoders_and_decoders_and_nothing_else(size: Sizes) -> None:
     model = codec_model(CachePolicy(4, 1), size).requires_grad_(False)
     names = {n for n, _ in model.named_parameters() if n.endswith(("codec.encode", "codec.decode"))}
     assert len(names) == 2 * LAYERS

@@ -21,7 +21,7 @@ from reference.rope import rotary_table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vmla_convert.config import CachePolicy, CacheSize, CodecConfig
+from vmla_convert.config import CachePolicy, CodecConfig, Sizes
 from vmla_convert.layers import attention as dense_layer
 from vmla_convert.layers import mla as latent_layer
 from vmla_convert.layers.dit import Attend, Block, masked_attention
@@ -34,7 +34,7 @@ FRAMES, TOKENS = 6, 2
 KINDS: dict[str, dict[str, Any]] = {
     "dense model": {},
     **{latent: {"mla": tiny_mla(latent)} for latent in EITHER_LATENT},
-    "codec": {"codec": CodecConfig(40, CacheSize(20))},
+    "codec": {"codec": CodecConfig(40, Sizes(20))},
 }
 POLICIES = [
     # policy, chunk; all that have one evict

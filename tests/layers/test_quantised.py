@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vmla_convert.config import DENSE_BITS, CachePolicy, CodecConfig, RuntimeConfig
+from vmla_convert.config import DENSE_BITS, CachePolicy, CodecConfig, RuntimeConfig, Sizes
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.attention import split_heads
 from vmla_convert.layers.cache import CompressedCache, KVCache, Storage
@@ -203,7 +203,7 @@ def test_the_bytes_of_a_token_by_hand() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_only_dense_caches_are_quantised(dtype: CacheDtype) -> None:
-    for config in (tiny_config(mla=TINY_MLA), tiny_config(codec=CodecConfig(20))):
+    for config in (tiny_config(mla=TINY_MLA), tiny_config(codec=CodecConfig(20, Sizes(20)))):
         with pytest.raises(ConfigError) as caught:
             CausalWanModel(config).new_cache(1, RuntimeConfig(cache_dtype=dtype))
         assert caught.value.hint

@@ -25,11 +25,11 @@ from torch import Tensor
 
 from vmla_convert.config import (
     CachePolicy,
-    CacheSize,
     CodecConfig,
     ModelConfig,
     RuntimeConfig,
     SamplerConfig,
+    Sizes,
 )
 from vmla_convert.generating.sampler import sample_chunk
 from vmla_convert.layers.cache import KVCache
@@ -40,12 +40,12 @@ Kind = dict[str, Any]
 KINDS_BY_NAME: dict[str, Kind] = {
     "dense model": {},
     **{latent: {"mla": tiny_mla(latent)} for latent in EITHER_LATENT},
-    "codec": {"codec": CodecConfig(40, CacheSize(rank=40))},
+    "codec": {"codec": CodecConfig(40, Sizes(rank=40))},
 }
 """What a config has of a kind of model."""
 
 # Rounding may move a code: between passes that differ by it, only codecs without codes compare.
-IN_BITS: dict[str, Kind] = {"codec in bits": {"codec": CodecConfig(40, CacheSize(12.5))}}
+IN_BITS: dict[str, Kind] = {"codec in bits": {"codec": CodecConfig(40, Sizes(12.5))}}
 KINDS, EXACT_KINDS = (
     pytest.mark.parametrize("kind", list(kinds.values()), ids=list(kinds))
     for kinds in (KINDS_BY_NAME, KINDS_BY_NAME | IN_BITS)

@@ -79,7 +79,7 @@ class Windows(RuleBasedStateMachine):
         def places(frames: list[int]) -> list[int]:
             return (
                 frames
-                if self.policy.positions == "absolute"
+                if self.policy.frame_positions == "absolute"
                 else list(map(naive.held.index, frames))
             )
 

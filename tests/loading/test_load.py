@@ -1,9 +1,10 @@
-"""Anything that is a checkpoint opens as a running model; anything damaged is refused by name."""
+"""A checkpoint of any form opens as a running model; a damaged one is refused by name."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -50,34 +51,20 @@ def test_a_dense_checkpoint_loads_with_its_own_numbers(teacher: Path) -> None:
 
 @pytest.fixture(params=["converted", "budgeted"])
 def latent(request: pytest.FixtureRequest) -> Path:
-    """A conversion to the paper's layer, and one as nobody asked."""
+    """A conversion with chosen ranks, and one with a budget."""
     return request.getfixturevalue(request.param)
 
 
-def test_a_converted_folder_loads_as_latent_layers(latent: Path) -> None:
-    attentions = load(latent).self_attentions()
-    assert len(attentions) == MODEL.geometry.num_layers
-    assert all(isinstance(attention, LatentSelfAttention) for attention in attentions)
-
-
-def test_every_tensor_of_a_converted_folder_is_used(latent: Path) -> None:
-    opened, state = open_checkpoint(latent), load(latent).state_dict()
-    assert state.keys() == opened.names.keys()
-    assert all(torch.equal(tensor, opened.read(n).float()) for n, tensor in state.items())
-
-
-@pytest.mark.parametrize("folder", ["teacher", "converted", "budgeted"])
-def test_a_loaded_model_is_frozen_and_evaluates(
-    folder: str, request: pytest.FixtureRequest
-) -> None:
-    model = load(request.getfixturevalue(folder))
+def test_a_converted_folder_loads_with_all_its_tensors_frozen(latent: Path) -> None:
+    model = load(latent)
+    assert all(isinstance(layer, LatentSelfAttention) for layer in model.self_attentions())
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_the_dtype_is_the_one_asked_for(converted: Path) -> None:
-    model = load(converted, dtype=torch.bfloat16)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    low = load(latent, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in low.parameters()} == {torch.bfloat16}
+    opened, state = open_checkpoint(latent), model.state_dict()
+    assert state.keys() == opened.names.keys()
+    assert all(torch.equal(tensor, opened.read(n).float()) for n, tensor in state.items())
 
 
 def test_demo_is_the_checkpoint_that_ships() -> None:
@@ -106,7 +93,7 @@ def test_settings_reach_the_model(teacher: Path) -> None:
 
 @dataclass
 class FakeHub:
-    """Gives one path for any repository, and remembers what it was asked for."""
+    """Returns one path for any repository, and records the requests."""
 
     path: Path
     asked: list[tuple[str, str | None]] = field(default_factory=list)
@@ -144,7 +131,6 @@ def hub(teacher: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeH
 def test_a_hub_id_is_fetched_and_known(
     source: SourceConfig, file: str | None, model: str | None, hub: FakeHub
 ) -> None:
-    """None takes the file that is known of a repository, or its only one."""
     source = replace(source, overrides=("licence=other",))
     path, how = locate(source)
     assert path == hub.path
@@ -183,7 +169,7 @@ def test_a_converted_folder_may_be_run_in_another_window(latent: Path) -> None:
     settings = ("cache.window_frames=6", "cache.sink_frames=1", "sampler.shift=3")
     set_ = load(SourceConfig(str(latent), overrides=settings))
     assert (set_.config.cache.window_frames, set_.config.cache.sink_frames) == (6, 1)
-    assert set_.config.cache.positions == made.config.cache.positions
+    assert set_.config.cache.frame_positions == made.config.cache.frame_positions
     assert set_.config.sampler.shift == 3.0
     assert set_.config.mla == made.config.mla
     weights = made.state_dict()
@@ -194,49 +180,46 @@ def test_a_converted_folder_may_be_run_in_another_window(latent: Path) -> None:
         load(SourceConfig(str(latent), overrides=("cache.window_frames=2", "cache.sink_frames=1")))
 
 
-def test_a_tensor_of_another_shape_is_named(copied: Path) -> None:
-    weights = load_file(copied / "model.safetensors")
+def other_shape(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
     name = "blocks.1.self_attn.kv_a_proj.weight"
     weights[name] = weights[name][:-1].contiguous()
-    save_file(weights, copied / "model.safetensors")
-    with pytest.raises(CheckpointError, match=name) as caught:
-        load(copied)
-    assert caught.value.hint
+    save_file(weights, folder / "model.safetensors")
 
 
-def test_a_lost_tensor_is_named(copied: Path) -> None:
-    weights = load_file(copied / "model.safetensors")
+def lost_tensor(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
     del weights["blocks.0.self_attn.q_rope_map"]
-    save_file(weights, copied / "model.safetensors")
-    with pytest.raises(CheckpointError, match="q_rope_map"):
+    save_file(weights, folder / "model.safetensors")
+
+
+def set_mla(key: str, value: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config["model"]["mla"][key] = value
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (other_shape, "blocks.1.self_attn.kv_a_proj.weight"),
+        (lost_tensor, "q_rope_map"),
+        (set_mla("kv_lora_rank", [8, 9]), "blocks.1"),
+        (set_mla("latent", "split"), "config.json"),
+        (set_mla("latents", "joint"), "'latent'"),
+    ],
+)
+def test_damage_to_a_converted_folder_is_named(
+    damage: Callable[[Path], None], named: str, copied: Path
+) -> None:
+    damage(copied)
+    with pytest.raises(CheckpointError) as caught:
         load(copied)
-
-
-def test_a_config_that_does_not_fit_the_weights_is_refused(copied: Path) -> None:
-    file = copied / "config.json"
-    told = json.loads(file.read_text())
-    told["model"]["mla"]["kv_lora_rank"] = [8, 9]
-    file.write_text(json.dumps(told))
-    with pytest.raises(CheckpointError, match=r"blocks\.1"):
-        load(copied)
-
-
-def test_a_latent_that_does_not_fit_its_sizes_is_refused(copied: Path) -> None:
-    file = copied / "config.json"
-    told = json.loads(file.read_text())
-    told["model"]["mla"]["latent"] = "split"
-    file.write_text(json.dumps(told))
-    with pytest.raises(CheckpointError, match="do not fit") as caught:
-        load(copied)
+    assert named in f"{caught.value.message} ({caught.value.hint})"
     assert caught.value.hint
-
-
-def test_a_misspelt_config_key_is_named_with_the_right_one(copied: Path) -> None:
-    file = copied / "config.json"
-    file.write_text(file.read_text().replace('"chunk_frames"', '"chunk_frame"'))
-    with pytest.raises(CheckpointError, match="chunk_frame") as caught:
-        load(copied)
-    assert "chunk_frames" in caught.value.hint
 
 
 def test_no_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -244,36 +227,28 @@ def test_no_checkpoint_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "nothing")
 
 
-def test_a_teacher_is_read_as_when_it_was_converted(teacher: Path, tmp_path: Path) -> None:
+def test_a_teacher_gets_the_settings_of_its_conversion(teacher: Path, tmp_path: Path) -> None:
     asked = SourceConfig(str(teacher), key="generator_ema", overrides=("chunk_frames=1",))
     convert(asked, tmp_path / "out", SPECTRAL)
-    for given in (tmp_path / "out", tmp_path / "out" / "model.safetensors"):
-        assert as_teacher(str(teacher), given) == asked
-        assert open_named(as_teacher(str(teacher), given)).config.chunk_frames == 1
+    for converted in (tmp_path / "out", tmp_path / "out" / "model.safetensors"):
+        assert as_teacher(str(teacher), converted) == asked
+        assert open_named(as_teacher(str(teacher), converted)).config.chunk_frames == 1
     assert as_teacher(asked, tmp_path / "nowhere") == asked
-
-
-def test_other_bytes_are_read_without_the_key_and_loras_of_the_source(
-    teacher: Path, tmp_path: Path
-) -> None:
-    asked = SourceConfig(str(teacher), key="generator_ema", overrides=("chunk_frames=1",))
-    convert(asked, tmp_path / "out", SPECTRAL)
-    state = {name: tensor.clone() for name, tensor in load(teacher).state_dict().items()}
-    save_file(state, tmp_path / "native.safetensors")
+    # Other bytes, such as another form of the model, are read without the key and the LoRAs.
+    save_file(dict(load(teacher).state_dict()), tmp_path / "native.safetensors")
     (tmp_path / "config.json").write_bytes((teacher / "config.json").read_bytes())
-    known = as_teacher(tmp_path / "native.safetensors", tmp_path / "out")
-    assert (known.key, known.loras, known.overrides) == (None, (), ("chunk_frames=1",))
-    assert open_named(known).config.chunk_frames == 1
+    other = as_teacher(tmp_path / "native.safetensors", tmp_path / "out")
+    assert (other.key, other.loras, other.overrides) == (None, (), ("chunk_frames=1",))
+    assert open_named(other).config.chunk_frames == 1
 
 
 @pytest.mark.parametrize(
     "record", ["{", "[]", '{"source": 3}', '{"source": {"asked": {"foo": 1}}}']
 )
-def test_a_damaged_record_is_named(record: str, teacher: Path, tmp_path: Path) -> None:
-    convert(teacher, tmp_path / "out", SPECTRAL)
-    assert read_provenance(tmp_path / "out")["source"]["family"] == "self_forcing"
+def test_a_damaged_record_is_named(record: str, teacher: Path, copied: Path) -> None:
+    assert read_provenance(copied)["source"]["family"] == "self_forcing"
     assert read_provenance(teacher) == {}
-    (tmp_path / "out" / "conversion.json").write_text(record)
+    (copied / "conversion.json").write_text(record)
     with pytest.raises(CheckpointError, match=r"conversion\.json") as caught:
-        read_provenance(tmp_path / "out")
+        read_provenance(copied)
     assert caught.value.hint

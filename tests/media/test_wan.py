@@ -30,6 +30,7 @@ from vmla_convert.config import (
     Geometry,
     MediaConfig,
     ModelConfig,
+    Sizes,
     SourceConfig,
 )
 from vmla_convert.errors import CheckpointError, ConfigError, MissingExtraError, OutputError
@@ -77,7 +78,7 @@ def media(config: ModelConfig, wan_folder: Path) -> WanMedia:
 @pytest.fixture(scope="module")
 def converted(source: SourceConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wan_latent") / "converted"
-    convert(source, folder, ConvertConfig(calibrate=False, cut=0.5))
+    convert(source, folder, ConvertConfig(calibrate=False, size=Sizes(cut=0.5)))
     return folder
 
 
@@ -755,7 +756,7 @@ class TestCommand:
         self, source: SourceConfig, tmp_path: Path, vmla: Vmla
     ) -> None:
         mla, film = tmp_path / "mla", tmp_path / "a.mp4"
-        convert(source, mla, ConvertConfig(product="mla", calibrate=False, cut=0.5))
+        convert(source, mla, ConvertConfig(product="mla", calibrate=False, size=Sizes(cut=0.5)))
         ran = vmla("generate", mla, "--prompt", PROMPT, "-o", film)
         assert refused(ran)
         assert "--base" in ran.err

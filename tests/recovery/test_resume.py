@@ -20,10 +20,10 @@ from torch import Tensor
 
 from vmla_convert.checkpoint.tensor_store import FolderStore, Tensors
 from vmla_convert.checkpoint.writer import CheckpointWriter
-from vmla_convert.config import ConvertConfig, DataConfig, SourceConfig
+from vmla_convert.config import ConvertConfig, DataConfig, Sizes, SourceConfig
 from vmla_convert.errors import ConfigError, OutputError
-from vmla_convert.fitting import conversion_steps as conversion
-from vmla_convert.fitting import convert as pipeline
+from vmla_convert.fitting import calibrate as conversion
+from vmla_convert.fitting import write as pipeline
 from vmla_convert.fitting.convert import convert
 from vmla_convert.layers.dit import Block
 from vmla_convert.loading.load import load
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 LAYERS = 3
 DEEP = replace(MODEL, geometry=replace(MODEL.geometry, num_layers=LAYERS))
-SOME = ConvertConfig("mla", calibration_clips=2, data=DataConfig(frames=4), cut=0.8)
+SOME = ConvertConfig("mla", calibration_clips=2, data=DataConfig(frames=4), size=Sizes(cut=0.8))
 CASES = {
     "spectral": replace(CONVERT, init="spectral"),
     "default": SOME,
@@ -292,7 +292,7 @@ def test_resume_without_anything_to_resume_just_converts(
 
 
 OTHERS = {
-    "rank": (replace(CASES["spectral"], kv_lora_rank=9), "plan, settings"),
+    "rank": (replace(CASES["spectral"], size=Sizes(kv_lora_rank=9)), "plan, settings"),
     "dtype": (replace(CASES["spectral"], dtype="bfloat16"), "settings"),
     "layer": (ConvertConfig("mla", init="spectral"), "plan, settings"),
     "init": (replace(CASES["spectral"], init="random"), "settings"),
@@ -396,7 +396,7 @@ def test_other_clips_under_the_same_name_are_in_the_way(
 
 
 def test_other_clips_under_the_same_name_are_not_gone_on_with(deep: Path, tmp_path: Path) -> None:
-    config = replace(SOME, data=clips(tmp_path / "clips", 0), cut=None, kv_lora_rank=8)
+    config = replace(SOME, data=clips(tmp_path / "clips", 0), size=Sizes(kv_lora_rank=8))
     stopped(deep, tmp_path / "out", config, "converting")
     clips(tmp_path / "clips", 1)
     with pytest.raises(OutputError, match="in the way"):
@@ -448,9 +448,9 @@ def test_a_budget_that_turns_out_too_small_costs_no_second_calibration(
     assert caught.value.hint == f"raise --cache-scalars; what was measured is kept in {kept}"
     assert list(tmp_path.iterdir()) == [kept]
     counted.blocks.clear()
-    convert(deep, tmp_path / "out", replace(SOME, cut=0.7))
+    convert(deep, tmp_path / "out", replace(SOME, size=Sizes(cut=0.7)))
     assert counted.blocks == []
-    convert(deep, tmp_path / "again" / "out", replace(SOME, cut=0.7))
+    convert(deep, tmp_path / "again" / "out", replace(SOME, size=Sizes(cut=0.7)))
     for name in FILES:
         again = (tmp_path / "again" / "out" / name).read_bytes()
         assert (tmp_path / "out" / name).read_bytes() == again

@@ -40,7 +40,7 @@ from report_rows import (
     weight_spectra,
 )
 
-from vmla_convert.config import CachePolicy, CacheSize, CodecConfig, RuntimeConfig
+from vmla_convert.config import CachePolicy, CodecConfig, RuntimeConfig, Sizes
 from vmla_convert.errors import MissingExtraError, VmlaError
 from vmla_convert.report.answer import answer_reasons, answer_sentence, recommend
 from vmla_convert.report.charts import draw_charts, spectra_notes
@@ -65,7 +65,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def sized(nbytes: float, dtype: str = "auto") -> RuntimeConfig:
-    return RuntimeConfig(CacheSize(nbytes), cache_dtype=dtype)  # pyright: ignore[reportArgumentType]
+    return RuntimeConfig(Sizes(nbytes), cache_dtype=dtype)  # pyright: ignore[reportArgumentType]
 
 
 def report_on(folder: Path, rows: Iterable[Row]) -> dict[str, Path]:
@@ -169,7 +169,7 @@ def test_frames_that_are_kept_dense_too_cost_what_they_cost() -> None:
 
 def test_methods_are_told_apart_by_what_differs() -> None:
     short = [replace(row, recovery_steps=None, point="short") for row in codec_rows()]
-    white = replace(codec_config(), codec=CodecConfig(128, CacheSize(20.0), calibrated=False))
+    white = replace(codec_config(), codec=CodecConfig(128, Sizes(20.0), calibrated=False))
     rows = [*codec_rows(), *short, *measured(white, 0.5, 0)]
     methods = {each.method for each in read_settings(rows)}
     assert len(methods) == 5

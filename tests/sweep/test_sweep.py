@@ -20,7 +20,6 @@ from checkpoints import (
     RECOVER,
     PowerCut,
     PowerCutError,
-    evidence_of,
     untimed,
 )
 from safetensors import SafetensorError
@@ -29,12 +28,12 @@ from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUs
 from vmla_convert import progress
 from vmla_convert.checkpoint import tensor_store
 from vmla_convert.checkpoint.tensor_store import MemoryStore, TensorStore
-from vmla_convert.config import Product, RecoverConfig, RuntimeConfig, SweepConfig
+from vmla_convert.config import Product, RecoverConfig, RuntimeConfig, Sizes, SweepConfig
 from vmla_convert.errors import ConfigError, OutputError
-from vmla_convert.fitting.calibrate import LayerReads
+from vmla_convert.fitting.calibrate import Statistics
 from vmla_convert.fitting.calibrate import _Walk as Walk  # pyright: ignore[reportPrivateUsage]
 from vmla_convert.fitting.convert import convert
-from vmla_convert.fitting.factors import convert_model
+from vmla_convert.fitting.mla import convert_model
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import load
 from vmla_convert.maths import factor
@@ -59,10 +58,10 @@ pytestmark = pytest.mark.usefixtures("few_layerwise_clips")
 GRID = SweepConfig(
     products=("mla",),
     inits=("random", "calibrated"),
-    kv_lora_ranks=(8,),
-    qk_rope_head_dims=(4,),
+    mla_sizes=(Sizes(kv_lora_rank=8, qk_rope_head_dim=4),),
     seeds=(0, 1),
 )
+WIDER = Sizes(kv_lora_rank=10, qk_rope_head_dim=4)
 POINTS = [("random", 0), ("random", 1), ("calibrated", 0), ("calibrated", 1)]
 
 
@@ -204,7 +203,7 @@ def test_only_what_is_new_in_a_larger_grid_is_measured(
         return []
 
     monkeypatch.setattr(pipeline, "measure_point", noted)
-    larger = replace(GRID, inits=("random", "spectral"), kv_lora_ranks=(8, 10))
+    larger = replace(GRID, inits=("random", "spectral"), mla_sizes=(*GRID.mla_sizes, WIDER))
     run(dense, file, larger)
     old = [point for point in points_of(larger) if point in points_of(GRID)]
     assert measured == [point for point in points_of(larger) if point not in old]
@@ -413,12 +412,10 @@ def test_the_first_process_draws_what_all_have_done(dense: CausalWanModel, tmp_p
     "wrong",
     [
         {"seeds": (0, 0)},
-        {"cuts": (0.9, 0.9)},
-        {"kv_lora_ranks": (8,)},
-        {"products": ("mla",), "bytes_per_token": (16.0,)},
-        {"products": ("mla",), "cuts": (0.9,), "unquantised": True},
-        {"products": ("mla",), "cuts": (0.9,), "qk_rope_head_dims": (4,)},
-        {"cuts": (0.9,), "recovery_steps": (2,), "recover": False},
+        {"sizes": (Sizes(cut=0.9), Sizes(cut=0.9))},
+        {"mla_sizes": (WIDER,)},
+        {"products": ("mla",), "sizes": (Sizes(cut=0.9),), "unquantised": True},
+        {"sizes": (Sizes(cut=0.9),), "recovery_steps": (2,), "recover": False},
     ],
 )
 def test_an_axis_that_acts_on_nothing_or_repeats_itself_is_refused(wrong: dict[str, Any]) -> None:
@@ -428,17 +425,17 @@ def test_an_axis_that_acts_on_nothing_or_repeats_itself_is_refused(wrong: dict[s
 
 def test_a_key_names_all_settings_but_the_seed() -> None:
     keys: dict[str, set[int]] = {}
-    for point in points_of(replace(GRID, kv_lora_ranks=(8, 9))):
+    for point in points_of(replace(GRID, mla_sizes=(*GRID.mla_sizes, WIDER))):
         keys.setdefault(point.key, set()).add(point.seed)
     assert list(keys.values()) == 4 * [{0, 1}]
-    codecs = [points_of(each)[0].key for each in (SIZES, replace(SIZES, cuts=(0.8, 0.7)))]
+    codecs = [points_of(each)[0].key for each in (SIZES, replace(SIZES, sizes=(Sizes(cut=0.7),)))]
     assert len(set(codecs)) == 2
 
 
 SIZES = SweepConfig(
     products=("codec", "mla"),
-    cuts=(0.9, 0.8),
-    bytes_per_token=(6.0,),
+    sizes=(Sizes(cut=0.9), Sizes(cut=0.8), Sizes(6.0)),
+    mla_sizes=(Sizes(cut=0.9), Sizes(cut=0.8)),
     unquantised=True,
     dense_dtypes=("int4", "int2"),
     inits=("calibrated",),
@@ -554,7 +551,7 @@ def test_a_dtype_that_is_added_is_measured_without_the_points(
 def test_a_codec_of_a_sweep_is_the_one_that_a_conversion_writes(
     dense: CausalWanModel, teacher: Path, tmp_path: Path
 ) -> None:
-    conversion = grid(SweepConfig(cuts=(0.9,)), CONVERT)[0]
+    conversion = grid(SweepConfig(sizes=(Sizes(cut=0.9),)), CONVERT)[0]
     convert(teacher, tmp_path / "kv", conversion)
     shelves: dict[Product, TensorStore] = {"codec": MemoryStore()}
     student, written = Shared(dense, CONVERT, shelves).student(conversion), load(tmp_path / "kv")
@@ -566,7 +563,11 @@ def test_a_codec_of_a_sweep_is_the_one_that_a_conversion_writes(
 def test_codecs_are_of_seeds_and_lengths_and_mla_of_sizes() -> None:
     products: tuple[Product, ...] = ("codec", "mla")
     config = SweepConfig(
-        products, cuts=(0.8, 0.9), bytes_per_token=(8.0,), seeds=(0, 1), recovery_steps=(2, 4)
+        products,
+        sizes=(Sizes(cut=0.8), Sizes(cut=0.9), Sizes(8.0)),
+        mla_sizes=(Sizes(cut=0.8), Sizes(cut=0.9)),
+        seeds=(0, 1),
+        recovery_steps=(2, 4),
     )
     points = points_of(config)
     count = Counter((each.conversion.product, each.conversion.init) for each in points)
@@ -577,11 +578,11 @@ def test_codecs_are_of_seeds_and_lengths_and_mla_of_sizes() -> None:
         is_codec = each.conversion.product == "codec"
         assert each.recovery.nested == ((0.8, 0.9) if is_codec else ())
         assert len(each.runtimes) == (3 if is_codec else 0)
-    (single,) = points_of(SweepConfig(cuts=(0.9,)))
+    (single,) = points_of(SweepConfig(sizes=(Sizes(cut=0.9),)))
     assert single.recovery is not None
-    assert (single.conversion.cut, single.recovery.nested) == (0.9, ())
-    (sized,) = points_of(SweepConfig(bytes_per_token=(8.0, 16.0, 24.0)))
-    assert sized.conversion.bytes_per_token == 16.0
+    assert (single.conversion.size, single.recovery.nested) == (Sizes(cut=0.9), ())
+    (sized,) = points_of(SweepConfig(sizes=(Sizes(8.0), Sizes(16.0), Sizes(24.0))))
+    assert sized.conversion.size == Sizes(16.0)
 
 
 MEASURED = replace(
@@ -615,7 +616,7 @@ ABLATION = SweepConfig(
     products=("mla",),
     inits=("calibrated", "spectral", "random"),
     latents=("joint", "split"),
-    cuts=(0.9, 0.8),
+    sizes=(Sizes(cut=0.9), Sizes(cut=0.8)),
     recover=False,
 )
 
@@ -646,11 +647,11 @@ def test_without_recovery_only_step_0_is_measured(ablation: list[Row]) -> None:
 
 
 def test_a_point_is_the_conversion_that_its_settings_make(
-    ablation: list[Row], dense: CausalWanModel, measured: list[LayerReads], held_out: HeldOut
+    ablation: list[Row], dense: CausalWanModel, measured: Statistics, held_out: HeldOut
 ) -> None:
     for cut, latent in ((0.9, "joint"), (0.8, "split")):
-        point = replace(BUDGETED, latent=latent, cut=cut)
-        student = convert_model(dense, point, evidence_of(dense, measured))
+        point = replace(BUDGETED, latent=latent, size=Sizes(cut=cut))
+        student = convert_model(dense, point, measured)
         name = run_name(student.config)
         (told,) = [r.value for r in ablation if (r.run, r.metric) == (name, "velocity_error")]
         assert told == pytest.approx(held_out.measure(student).velocity_error, rel=1e-4)
@@ -674,26 +675,28 @@ def test_the_grid_has_every_latent_and_each_rope_beside_ranks() -> None:
         products=("mla",),
         inits=("random",),
         latents=("joint", "split"),
-        cuts=(0.8, 0.9),
+        sizes=(Sizes(cut=0.8), Sizes(cut=0.9)),
         seeds=(0, 1),
     )
-    shared = replace(BUDGETED, cut=0.5, seed=9)
+    shared = replace(BUDGETED, size=Sizes(cut=0.5), seed=9)
     of_cuts = grid(config, shared)
-    ranks = replace(config, kv_lora_ranks=(12, 8), qk_rope_head_dims=(4, 6))
-    of_ranks = grid(ranks, shared)  # in place of cuts
+    explicit = tuple(Sizes(kv_lora_rank=r, qk_rope_head_dim=p) for r in (12, 8) for p in (4, 6))
+    ranks = replace(config, mla_sizes=explicit)
+    of_ranks = grid(ranks, shared)  # in place of sizes
     assert [len(set(of_cuts)), len(set(of_ranks))] == [2 * 2 * 2, 2 * 2 * 2 * 2]
     assert {point.latent for point in of_cuts} == {"joint", "split"}
-    assert {point.qk_rope_head_dim for point in of_ranks} == {4, 6}
     # Smallest caches first.
-    assert [p.cut for p in of_cuts] == 4 * [0.9] + 4 * [0.8]
-    assert [p.kv_lora_rank for p in of_ranks] == 8 * [8] + 8 * [12]
+    assert [p.size for p in of_cuts] == 4 * [Sizes(cut=0.9)] + 4 * [Sizes(cut=0.8)]
+    assert [p.size for p in of_ranks] == [
+        Sizes(kv_lora_rank=r, qk_rope_head_dim=p) for r in (8, 12) for p in (4, 6) for _ in range(4)
+    ]
 
 
 def test_white_inputs_are_assumed_where_nothing_shall_be_measured(
     dense: CausalWanModel, held_out: HeldOut, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     products: tuple[Product, ...] = ("codec", "mla")
-    config = SweepConfig(products, cuts=(0.8,), inits=("calibrated",), recover=False)
+    config = SweepConfig(products, sizes=(Sizes(cut=0.8),), inits=("calibrated",), recover=False)
     students: list[CausalWanModel] = []
 
     def noted(student: CausalWanModel, *_: object) -> list[Row]:
@@ -711,11 +714,11 @@ def test_white_inputs_are_assumed_where_nothing_shall_be_measured(
 
 BAD_GRIDS = {
     "misspelt init": (replace(GRID, inits=("random", "spectrl")), "spectral"),
-    "rank over width": (replace(GRID, kv_lora_ranks=(8, 49)), "48"),
-    "odd rope": (replace(GRID, qk_rope_head_dims=(4, 5)), "even"),
-    "nothing left": (replace(ABLATION, cuts=(0.8, 1.0)), "cut 1"),
-    "more than a codec holds": (SweepConfig(bytes_per_token=(16.0, 97.0)), "96"),
-    "less than a channel": (SweepConfig(bytes_per_token=(0.5,)), "0.5"),
+    "rank over width": (replace(GRID, mla_sizes=(Sizes(kv_lora_rank=49),)), "48"),
+    "odd rope": (replace(GRID, mla_sizes=(Sizes(kv_lora_rank=8, qk_rope_head_dim=5),)), "5"),
+    "a size of MLA layers": (SweepConfig(sizes=(WIDER,)), "kv_lora_rank"),
+    "more than a codec holds": (SweepConfig(sizes=(Sizes(16.0), Sizes(97.0))), "96"),
+    "less than a channel": (SweepConfig(sizes=(Sizes(0.5),)), "0.5"),
     "no size": (SweepConfig(), "empty"),
 }
 

@@ -185,7 +185,7 @@ alone = true
 recover = false
 products = ["mla"]
 inits = ["random", "spectral", "calibrated"]
-cuts = [0.8, 0.9]
+sizes = [{ cut = 0.8 }, { cut = 0.9 }]
 """
 
 

@@ -71,7 +71,7 @@ KNOWN: dict[str, KnownModel] = {
             # SF pipeline/causal_inference.py:278-298 (32,760 tokens: 21 frames),
             # wan/modules/causal_model.py:194-235.
             "chunk_frames": 3,
-            "cache": {"window_frames": 21, "sink_frames": 0, "positions": "absolute"},
+            "cache": {"window_frames": 21, "sink_frames": 0, "frame_positions": "absolute"},
             "sampler": _SELF_FORCING_STEPS,
             "licence": "cc-by-nc-sa-4.0",
             "base_model": "gdhe17/Self-Forcing",
@@ -86,7 +86,7 @@ KNOWN: dict[str, KnownModel] = {
         settings={
             # CF inference.py:70-84, README:115-156; else as SF.
             "chunk_frames": 3,
-            "cache": {"window_frames": 21, "sink_frames": 0, "positions": "absolute"},
+            "cache": {"window_frames": 21, "sink_frames": 0, "frame_positions": "absolute"},
             "licence": "apache-2.0",
             "base_model": "zhuhz22/Causal-Forcing",
         },
@@ -99,7 +99,7 @@ KNOWN: dict[str, KnownModel] = {
         settings={
             # CF README:115-156 (num_frame_per_block 1); else as SF.
             "chunk_frames": 1,
-            "cache": {"window_frames": 21, "sink_frames": 0, "positions": "absolute"},
+            "cache": {"window_frames": 21, "sink_frames": 0, "frame_positions": "absolute"},
             "licence": "apache-2.0",
             "base_model": "zhuhz22/Causal-Forcing",
         },
@@ -114,7 +114,7 @@ KNOWN: dict[str, KnownModel] = {
             # wan/modules/causal_model.py:76, 208-303: attention attends to 21 frames, and the sink
             # is rotated to stand just before them, as `relative` does.
             "chunk_frames": 3,
-            "cache": {"window_frames": 21, "sink_frames": 3, "positions": "relative"},
+            "cache": {"window_frames": 21, "sink_frames": 3, "frame_positions": "relative"},
             "sampler": {
                 "denoising_step_list": (1000, 800, 600, 400, 200),
                 "shift": 5.0,
@@ -138,7 +138,7 @@ KNOWN: dict[str, KnownModel] = {
         settings={
             # CausVid causvid/models/wan/causal_model.py:135-143.
             "chunk_frames": 3,
-            "cache": {"window_frames": 21, "sink_frames": 0, "positions": "absolute"},
+            "cache": {"window_frames": 21, "sink_frames": 0, "frame_positions": "absolute"},
             # causal_inference.py:23-32 uses these timesteps unchanged. They come from a schedule
             # of shift 8, so the shift here is 1.
             "sampler": {
@@ -158,7 +158,7 @@ KNOWN: dict[str, KnownModel] = {
         settings={
             # LL1 wan/modules/causal_model.py:207-230, 228-343.
             "chunk_frames": 3,
-            "cache": {"window_frames": 12, "sink_frames": 3, "positions": "absolute"},
+            "cache": {"window_frames": 12, "sink_frames": 3, "frame_positions": "absolute"},
             "base_model": "Efficient-Large-Model/LongLive-1.3B",
         },
         # LL1 utils/lora_utils.py:31-69, configs/longlive_inference.yaml.
@@ -174,7 +174,7 @@ KNOWN: dict[str, KnownModel] = {
             # wan_5b/modules/causal_model.py:477-487, 726-779 (relative is an option there).
             "latent_size": (44, 80),
             "chunk_frames": 8,
-            "cache": {"window_frames": 32, "sink_frames": 8, "positions": "absolute"},
+            "cache": {"window_frames": 32, "sink_frames": 8, "frame_positions": "absolute"},
             "base_model": "Efficient-Large-Model/LongLive-2.0-5B",
         },
         note="it takes four steps; their timesteps are not known, Self-Forcing's are assumed",
@@ -187,7 +187,7 @@ KNOWN: dict[str, KnownModel] = {
         settings={
             # IR inference.py:172-185, wan/modules/causal_model.py:229-296.
             "chunk_frames": 3,
-            "cache": {"window_frames": 6, "sink_frames": 1, "positions": "relative"},
+            "cache": {"window_frames": 6, "sink_frames": 1, "frame_positions": "relative"},
             "base_model": "SOTAMak1r/Infinite-Forcing",
         },
         note="a copy of its card says apache-2.0; the licence of its weights is not known",
@@ -229,7 +229,7 @@ KNOWN: dict[str, KnownModel] = {
             # Krea release_server.py:543, 563-627: three past frames, encoded again from position 0
             # for each chunk of three.
             "chunk_frames": 3,
-            "cache": {"window_frames": 6, "sink_frames": 0, "positions": "relative"},
+            "cache": {"window_frames": 6, "sink_frames": 0, "frame_positions": "relative"},
             # SF's timesteps after its shift, so the shift here is 1.
             "sampler": {
                 "denoising_step_list": (1000, 937, 833, 625),
@@ -247,7 +247,7 @@ KNOWN: dict[str, KnownModel] = {
         settings={
             # SKY pipelines/diffusion_forcing_pipeline.py:115-151, 221-297 (97 pixel frames are 25
             # latent ones), modules/transformer.py:659-670: each window starts at position 0.
-            "cache": {"window_frames": 25, "sink_frames": 0, "positions": "relative"},
+            "cache": {"window_frames": 25, "sink_frames": 0, "frame_positions": "relative"},
             "sampler": {"denoising_step_list": _FIFTY_STEPS, "renoise": False},
             "licence": "other",
         },

@@ -14,7 +14,6 @@ from vmla_convert.cli.options import (
     SIZE,
     BaseModel,
     BytesPerToken,
-    CacheScalars,
     Checkpoint,
     Cut,
     Data,
@@ -26,10 +25,12 @@ from vmla_convert.cli.options import (
     Model,
     OutFolder,
     Settings,
+    asked_size,
 )
 from vmla_convert.config import ConvertConfig, DataConfig, SourceConfig
 from vmla_convert.console import out
-from vmla_convert.show import show_inspection, show_outlook
+from vmla_convert.show import show_inspection, show_planned_output
+from vmla_convert.tables import to_dict
 
 
 def inspect(
@@ -51,7 +52,7 @@ def inspect(
 
     out.json = json
     source = _source(checkpoint, file, key, model, settings, loras)
-    sizes = ConvertConfig(bytes_per_token=bytes_per_token, cut=cut)
+    sizes = ConvertConfig(size=asked_size(bytes_per_token, cut))
     with out.progress() as progress:
         inspection = inspect_checkpoint(source, sizes, progress, spectra)
     if json:
@@ -85,7 +86,6 @@ def convert(
             rich_help_panel=SIZE,
         ),
     ] = None,
-    cache_scalars: CacheScalars = None,
     kv_lora_rank: KvLoraRank = None,
     qk_rope_head_dim: Annotated[
         int | None, typer.Option(help="Width of the shared rope key, even.", rich_help_panel=MLA)
@@ -156,22 +156,21 @@ def convert(
         vmla convert model.pt -o kv
     """
     from vmla_convert.fitting import convert as pipeline
-    from vmla_convert.fitting.conversion_steps import is_begun
 
     out.json = json
     sizes = {
         "bytes_per_token": bytes_per_token,
         "cut": cut,
-        "channels": channels,
-        "cache_scalars": cache_scalars,
         "kv_lora_rank": kv_lora_rank,
         "qk_rope_head_dim": qk_rope_head_dim,
-        "plan": pipeline.read_plan(plan) if plan else None,
+        "plan": to_dict(pipeline.read_plan(plan)) if plan else None,
     }
+    given = {name: value for name, value in sizes.items() if value is not None}
     config = pipeline.convert_config(
         preset,
-        sizes,
         {
+            "size": given or None,
+            "channels": channels,
             "init": init,
             "latent": latent,
             "calibrate": calibrate,
@@ -183,15 +182,15 @@ def convert(
     )
     source = _source(checkpoint, file, key, model, settings, loras)
     if dry_run:
-        from vmla_convert.fitting.dry_run import foresee
+        from vmla_convert.fitting.plan import plan_output
 
-        show_outlook(foresee(source, folder, config, resume, layout))
+        show_planned_output(plan_output(source, folder, config, resume, layout))
         return
     try:
         with out.progress() as progress:
             done = pipeline.convert(source, folder, config, progress, resume, layout)
     except KeyboardInterrupt:
-        if is_begun(folder):
+        if pipeline.can_resume(folder):
             out.say("what is done is kept; to go on: the same command with --resume")
         raise
     out.data(

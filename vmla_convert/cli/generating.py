@@ -159,13 +159,13 @@ def generate(
     if dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"no dtype '{dtype}'", "use float32 or bfloat16")
     options = {
-        "size": asked_size(bytes_per_token, cut, rank),
         "cache_dtype": cache_dtype,
         "backend": backend,
         "tile_mib": tile_mib,
         "offload": offload,
     }
-    runtime = from_dict(RuntimeConfig, options)
+    size = asked_size(bytes_per_token, cut, rank)
+    runtime = replace(from_dict(RuntimeConfig, options), size=size)
     names = [checkpoint, *([compare] if compare else [])]
     labels = _labels(names)
     told = SourceConfig(

@@ -73,7 +73,7 @@ def evaluate(
     if model.config.is_dense:
         _check_is_teacher(given, source)
     size = asked_size(bytes_per_token, cut, rank)
-    runtime = from_dict(RuntimeConfig, {"size": size, "cache_dtype": cache_dtype})
+    runtime = replace(from_dict(RuntimeConfig, {"cache_dtype": cache_dtype}), size=size)
     check_runtime(model.config, runtime)
     cached = runtime != RuntimeConfig()
     dense.config = replace(dense.config, cache=model.config.cache)

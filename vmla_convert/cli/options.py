@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from vmla_convert.config import Sizes
+
 SIZE = "Size of the cache"
 MLA = "MLA layers, with --preset videomla"
 
@@ -63,14 +65,6 @@ TeacherFile = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print data as JSON.")]
-CacheScalars = Annotated[
-    int | None,
-    typer.Option(
-        help="Numbers a token may cost per layer, divided among layers. Default: an eighth of the "
-        "width plus a quarter of a head, 224 for Wan 1.3B, and one for the norm.",
-        rich_help_panel=MLA,
-    ),
-]
 Cut = Annotated[
     float | None,
     typer.Option(
@@ -136,8 +130,9 @@ Base = Annotated[
 
 
 def asked_size(
-    bytes_per_token: float | None, cut: float | None, rank: int | None
-) -> dict[str, float] | None:
-    """The table of a `CacheSize`; None where no size was asked for."""
-    given = {"bytes_per_token": bytes_per_token, "cut": cut, "rank": rank}
-    return {name: value for name, value in given.items() if value is not None} or None
+    bytes_per_token: float | None, cut: float | None, rank: int | None = None
+) -> Sizes | None:
+    """The size asked for; None where there is none."""
+    if bytes_per_token is cut is rank is None:
+        return None
+    return Sizes(bytes_per_token, cut, rank)

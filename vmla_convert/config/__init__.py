@@ -4,15 +4,9 @@ Letters for shapes, here and everywhere: B batch, T query tokens, S cached token
 kind, H heads, D head dim (H·D = `dim`), R latent rank, F frames, C channels.
 """
 
-from vmla_convert.config.cache import (
-    DENSE_BITS,
-    DENSE_ITEMSIZE,
-    CachePolicy,
-    CacheSize,
-    RuntimeConfig,
-)
+from vmla_convert.config.cache import DENSE_BITS, CachePolicy, RuntimeConfig
 from vmla_convert.config.fitting import ConvertConfig, Product
-from vmla_convert.config.geometry import Geometry
+from vmla_convert.config.geometry import DENSE_ITEMSIZE, Geometry
 from vmla_convert.config.measuring import EvaluateConfig, GenerateConfig, ReportConfig, SweepConfig
 from vmla_convert.config.model import (
     CONFIG_VERSION,
@@ -20,9 +14,9 @@ from vmla_convert.config.model import (
     MediaConfig,
     MLAConfig,
     ModelConfig,
-    RankPlan,
     SamplerConfig,
 )
+from vmla_convert.config.sizes import RankPlan, Sizes, default_rope_dim
 from vmla_convert.config.source import DataConfig, SourceConfig
 from vmla_convert.config.training import (
     NESTED_CUTS,
@@ -38,7 +32,6 @@ __all__ = [
     "DENSE_ITEMSIZE",
     "NESTED_CUTS",
     "CachePolicy",
-    "CacheSize",
     "CodecConfig",
     "ConvertConfig",
     "DMDConfig",
@@ -55,8 +48,10 @@ __all__ = [
     "ReportConfig",
     "RuntimeConfig",
     "SamplerConfig",
+    "Sizes",
     "SourceConfig",
     "SweepConfig",
     "TeacherConfig",
     "TrainingConfig",
+    "default_rope_dim",
 ]

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from vmla_convert.errors import ConfigError
 
+DENSE_ITEMSIZE = 2
+"""Bytes that an unquantised number counts as when sizes are compared."""
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -33,13 +36,18 @@ class Geometry:
 
     @property
     def head_dim(self) -> int:
-        """D: channels of one head."""
+        """Channels of one head."""
         return self.dim // self.num_heads
 
     @property
     def dense_cache_scalars(self) -> int:
-        """Numbers the dense cache keeps per token and layer: a key and a value for every head."""
+        """Numbers in the dense cache per token and layer: a key and a value for every head."""
         return 2 * self.dim
+
+    @property
+    def dense_token_bytes(self) -> int:
+        """Bytes of the dense cache per token and layer."""
+        return DENSE_ITEMSIZE * self.dense_cache_scalars
 
     def tokens_per_frame(self, latent_size: tuple[int, int]) -> int:
         """Tokens of one latent frame of (height, width)."""

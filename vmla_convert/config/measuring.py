@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from vmla_convert.config.checks import require_at_least, require_nonnegative
 from vmla_convert.config.fitting import Product
+from vmla_convert.config.sizes import Sizes
 from vmla_convert.config.source import DataConfig
 from vmla_convert.errors import ConfigError
 
@@ -34,7 +35,7 @@ class GenerateConfig:
         base: Where text encoder and VAE come from, as of `MediaConfig`.
     """
 
-    prompts: tuple[str, ...] = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
+    prompts: tuple[str, ...] = tuple(map(str, range(10)))
     shown: int = 3
     frames: int = 20
     seed: int = 0
@@ -48,67 +49,57 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """A grid: codecs and MLA layers of several sizes, measured at step 0 and after recovery.
+    """The sweep stage: codecs and MLA layers of several sizes, before and after recovery.
 
     A codec is fitted and recovered once for each seed, and measured at every size.
 
     Attributes:
         products: What the dense model is converted to.
-        cuts: Cache sizes as shares of the dense cache to save.
-        bytes_per_token: Further sizes of codecs, in bytes per token and layer.
-        unquantised: Whether codecs are measured at every size with unquantised channels too.
-        dense_dtypes: Dtypes in which the dense model's own cache is measured beside them.
-        inits: MLA: names of `vmla_convert.maths.factor.INITS`.
-        latents: MLA: kinds of latent, as of `MLAConfig`.
-        kv_lora_ranks: MLA: cache sizes as explicit ranks, in place of `cuts`.
-        qk_rope_head_dims: MLA: widths of the rope key beside explicit ranks.
+        sizes: Sizes of codecs, and of MLA layers unless `mla_sizes` has some.
+        mla_sizes: Sizes of MLA layers.
+        unquantised: Measure codecs at every size with unquantised channels too.
+        dense_dtypes: Dtypes of quantised dense caches that are measured beside the conversions.
+        inits: Inits of MLA layers, of `vmla_convert.maths.factor.INITS`.
+        latents: Latents of MLA layers, as in `MLAConfig`.
         seeds: Seeds of conversion and recovery.
-        recover: Whether points are recovered, or only measured at step 0.
-        recovery_steps: Lengths of the distillation, each a point of its own; where there are none,
-            that of the recover stage.
-        timed: Measure how long a denoising step takes at a full window, beside the dense model.
-        rollout_frames: Length of a rollout of each point, scored segment by segment beside the
-            dense model's; 0 for none.
-        rollout_prompts: Its prompts, one clip each.
-        alone: A recipe's [convert] and [recover] only say what the points share, and do not run.
+        recover: Recover every point; False measures conversions only.
+        recovery_steps: Lengths of the distillation, each a point; empty for the one length of the
+            recover stage.
+        timed: Time a denoising step at a full window, beside the dense model.
+        rollout_frames: Latent frames of each point's rollout, which is scored segment by segment
+            beside the dense model's; 0 for no rollout.
+        rollout_prompts: Prompts of the rollout, one clip each.
+        alone: [convert] and [recover] only hold what the points share, and do not run themselves.
     """
 
     products: tuple[Product, ...] = ("codec",)
-    cuts: tuple[float, ...] = ()
-    bytes_per_token: tuple[float, ...] = ()
+    sizes: tuple[Sizes, ...] = ()
+    mla_sizes: tuple[Sizes, ...] = ()
     unquantised: bool = False
     dense_dtypes: tuple[Literal["int8", "int4", "int3", "int2"], ...] = ()
     inits: tuple[str, ...] = ("spectral", "calibrated")
     latents: tuple[Literal["joint", "split"], ...] = ("joint",)
-    kv_lora_ranks: tuple[int, ...] = ()
-    qk_rope_head_dims: tuple[int, ...] = ()
     seeds: tuple[int, ...] = (0,)
     recover: bool = True
     recovery_steps: tuple[int, ...] = ()
     timed: bool = False
     rollout_frames: int = 0
-    rollout_prompts: tuple[str, ...] = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
+    rollout_prompts: tuple[str, ...] = tuple(map(str, range(10)))
     alone: bool = False
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "rollout_frames")
-        axes = ("products", "cuts", "bytes_per_token", "dense_dtypes", "inits", "latents")
-        for name in (*axes, "kv_lora_ranks", "qk_rope_head_dims", "seeds", "recovery_steps"):
+        lists = ("products", "sizes", "mla_sizes", "dense_dtypes", "inits", "latents", "seeds")
+        for name in (*lists, "recovery_steps"):
             values: tuple[Any, ...] = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ConfigError(f"{name} names a value twice", "name each once")
-        only = {"bytes_per_token": "codec", "unquantised": "codec", "kv_lora_ranks": "mla"}
-        for name, product in only.items():
+        for name, product in (("unquantised", "codec"), ("mla_sizes", "mla")):
             if getattr(self, name) and product not in self.products:
                 raise ConfigError(
-                    f"{name} is of {product}, which products does not name",
+                    f"{name} is a setting of {product}, and products does not name {product}",
                     f'add "{product}" to products, or leave {name} out',
                 )
-        if self.qk_rope_head_dims and not self.kv_lora_ranks:
-            raise ConfigError(
-                "qk_rope_head_dims go with explicit ranks, and there are none",
-                "add kv_lora_ranks = [192], or leave them out",
-            )
         if self.recovery_steps and not self.recover:
             raise ConfigError(
                 "recovery_steps are given, but recover is false", "leave one of them out"

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from vmla_convert.config.cache import (
-    DENSE_BITS,
-    DENSE_ITEMSIZE,
-    CachePolicy,
-    CacheSize,
-    RuntimeConfig,
-)
+from vmla_convert.config.cache import DENSE_BITS, CachePolicy, RuntimeConfig
 from vmla_convert.config.checks import require_at_least
-from vmla_convert.config.geometry import Geometry
+from vmla_convert.config.geometry import DENSE_ITEMSIZE, Geometry
+from vmla_convert.config.sizes import RankPlan, Sizes
 from vmla_convert.errors import ConfigError
 
 CONFIG_VERSION = 1
@@ -60,36 +55,6 @@ class MediaConfig:
     base: str | None = None
     vae_tiling: bool = False
     cpu_offload: bool = False
-
-
-@dataclass(frozen=True)
-class RankPlan:
-    """What each layer may cache; saved with a conversion, and replayable.
-
-    Attributes:
-        kv_lora_rank: R of each layer.
-        rope_pairs: How many RoPE pairs each layer's rope key carries.
-        key_ranks: Of split latents the part that keys read; empty for joint ones.
-    """
-
-    kv_lora_rank: tuple[int, ...]
-    rope_pairs: tuple[int, ...]
-    key_ranks: tuple[int, ...] = ()
-
-    def check_fits(self, latent: Literal["joint", "split"]) -> None:
-        """Refuse sizes that a layer with such a latent cannot have.
-
-        Raises:
-            ConfigError: A layer has no rope pair, or the split is bad.
-        """
-        hint = f"use the sizes of a conversion to a {latent} latent"
-        if not all(self.rope_pairs):
-            raise ConfigError("rope_pairs leave a layer without a rope key", hint)
-        parts = list(zip(self.key_ranks, self.kv_lora_rank, strict=False))
-        if len(self.key_ranks) != (len(self.kv_lora_rank) if latent == "split" else 0):
-            raise ConfigError(f"key_ranks do not fit a {latent} latent", hint)
-        if any(not 0 < key_rank < rank for key_rank, rank in parts):
-            raise ConfigError("a part of a split latent is empty", "give it at least 2 numbers")
 
 
 @dataclass(frozen=True)
@@ -146,7 +111,7 @@ class CodecConfig:
     """
 
     rank: int
-    size: CacheSize = field(default_factory=lambda: CacheSize(cut=0.95))
+    size: Sizes
     calibrated: bool = True
 
     def __post_init__(self) -> None:
@@ -207,7 +172,7 @@ class ModelConfig:
             raise ConfigError(
                 f"a window of {self.cache.window_frames} frames with a sink of "
                 f"{self.cache.sink_frames} has no room for a chunk of {self.chunk_frames}",
-                "make the window larger, as with --set cache.window_frames=21, or the sink smaller",
+                "use a larger window (--set model.cache.window_frames=21) or a smaller sink",
             )
         room = self.cache.window_frames - self.cache.sink_frames - self.chunk_frames
         if self.cache.dense_recent_frames > room:
@@ -218,7 +183,7 @@ class ModelConfig:
         if self.cache.dense_recent_frames and self.mla:
             raise ConfigError(
                 "dense_recent_frames needs dense keys and values, and MLA layers have none",
-                "set cache.dense_recent_frames=0",
+                "--set model.cache.dense_recent_frames=0",
             )
         if self.mla and not (
             len(self.mla.kv_lora_rank) == len(self.mla.rope_pairs) == self.geometry.num_layers
@@ -251,7 +216,7 @@ class ModelConfig:
             return DENSE_ITEMSIZE * sum(map(self.mla.cache_scalars, layers)) / len(layers)
         bits = DENSE_BITS.get(runtime.cache_dtype)
         if bits is None:
-            return float(DENSE_ITEMSIZE * geometry.dense_cache_scalars)
+            return float(geometry.dense_token_bytes)
         # A least value and a step, both float16: for each key channel of a chunk, and for each head
         # of a token's value.
         grids = 4 * geometry.dim / (self.chunk_frames * self.tokens_per_frame)
@@ -260,8 +225,7 @@ class ModelConfig:
 
     def cache_cut(self, runtime: RuntimeConfig | None = None) -> float:
         """Share of the dense cache that is gone: 1 − converted / dense."""
-        dense = DENSE_ITEMSIZE * self.geometry.dense_cache_scalars
-        return 1.0 - self.cache_bytes_per_token(runtime) / dense
+        return 1.0 - self.cache_bytes_per_token(runtime) / self.geometry.dense_token_bytes
 
     def cache_bytes(self, frames: int, batch: int = 1, runtime: RuntimeConfig | None = None) -> int:
         """Bytes of the whole cache when it holds `frames` frames, two for a number that is whole.
@@ -275,5 +239,5 @@ class ModelConfig:
         held = frames * self.cache_bytes_per_token(runtime)
         if self.codec is not None:
             recent = min(self.cache.dense_recent_frames, frames)
-            held += recent * DENSE_ITEMSIZE * self.geometry.dense_cache_scalars
+            held += recent * self.geometry.dense_token_bytes
         return round(tokens * held)

@@ -21,9 +21,9 @@ from vmla_convert.config import (
     DENSE_BITS,
     DENSE_ITEMSIZE,
     CachePolicy,
-    CacheSize,
     ModelConfig,
     RuntimeConfig,
+    Sizes,
 )
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.attention import (
@@ -290,7 +290,7 @@ class CausalWanModel(nn.Module):
         held = sum(frames * rate.token_bytes(itemsize) + recent for rate in told)
         return batch * config.tokens_per_frame * held
 
-    def rates(self, size: CacheSize, quantised: bool = True) -> list[Rate]:
+    def rates(self, size: Sizes, quantised: bool = True) -> list[Rate]:
         """What each layer's codec stores at a size.
 
         Args:
@@ -307,7 +307,7 @@ class CausalWanModel(nn.Module):
             return rates.truncate(energies, total // DENSE_ITEMSIZE)
         return rates.allocate([codec.purchases() for codec in codecs], total)
 
-    def resize(self, size: CacheSize, quantised: bool = True) -> None:
+    def resize(self, size: Sizes, quantised: bool = True) -> None:
         """Set the size of the codec's cache, and of passes over whole clips; as `rates`."""
         for block, rate in zip(self.all_blocks(), self.rates(size, quantised), strict=True):
             assert block.codec is not None
@@ -387,7 +387,7 @@ class CausalWanModel(nn.Module):
         return grid.reshape(batch, frames, -1, height, width)
 
 
-def check_size(config: ModelConfig, size: CacheSize, quantised: bool = True) -> int:
+def check_size(config: ModelConfig, size: Sizes, quantised: bool = True) -> int:
     """Bytes of a token in all layers of a codec together.
 
     Args:

@@ -95,7 +95,7 @@ class FrameWindow:
 
     def frame_positions(self, slots: list[int]) -> list[int]:
         """Time positions of the frames in some slots, as the policy assigns them."""
-        if self.policy.positions == "absolute":
+        if self.policy.frame_positions == "absolute":
             return [self._slot_frames[slot] for slot in slots]
         order = {frame: place for place, frame in enumerate(sorted(self._slot_frames))}
         return [order[self._slot_frames[slot]] for slot in slots]

@@ -25,7 +25,7 @@ from vmla_convert.checkpoint.known import known_by_repo, known_model
 from vmla_convert.checkpoint.layouts import DIFFUSERS, NATIVE
 from vmla_convert.checkpoint.settings import is_ours, read_config
 from vmla_convert.checkpoint.source import fingerprint, located
-from vmla_convert.config import CacheSize, RuntimeConfig, SourceConfig
+from vmla_convert.config import RuntimeConfig, Sizes, SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError
 from vmla_convert.layers.dit import Block, CausalWanModel, check_runtime
 from vmla_convert.progress import Progress, Silent
@@ -286,7 +286,7 @@ def load(
         how = replace(how, base_model=str(base_model))
     model = build(open_named(how), device, dtype)
     if bytes_per_token is not None or cut is not None:
-        size = CacheSize(bytes_per_token, cut)
+        size = Sizes(bytes_per_token, cut)
         check_runtime(model.config, RuntimeConfig(size=size))
         model.resize(size)
     return model

@@ -14,14 +14,14 @@ from vmla_convert.checkpoint.output import refuse_taken
 from vmla_convert.checkpoint.source import TensorSpec
 from vmla_convert.config import (
     DENSE_ITEMSIZE,
-    CacheSize,
     EvaluateConfig,
     MediaConfig,
     ModelConfig,
     RecoverConfig,
+    Sizes,
 )
 from vmla_convert.errors import CheckpointError, ConfigError, VmlaError
-from vmla_convert.fitting.calibrate import check_clips
+from vmla_convert.fitting.calibration_clips import check_clips
 from vmla_convert.generating.make_clips import check_makeable
 from vmla_convert.loading.load import (
     Source,
@@ -114,7 +114,7 @@ def _check_nested(config: ModelConfig, cuts: Sequence[float]) -> None:
         raise ConfigError("only a codec has nested sizes", "leave --nested out")
     most = config.codec.rank * DENSE_ITEMSIZE
     for cut in cuts:
-        asked = CacheSize(cut=cut).token_bytes(config.geometry)
+        asked = Sizes(cut=cut).token_bytes(config.geometry)
         if not 1 <= asked <= most:
             raise ConfigError(
                 f"nested size {cut:g} makes {asked:g} bytes per token, which are not between 1 and "

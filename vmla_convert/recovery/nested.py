@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from vmla_convert.config import CacheSize
+from vmla_convert.config import Sizes
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.rates import Rate
 from vmla_convert.media.clips import seeded
@@ -27,7 +27,7 @@ class NestedSizes:
         codecs = [block.codec for block in student.all_blocks()]
         self._codecs = [codec for codec in codecs if codec is not None]
         self._seed, self._own = seed, [codec.rate for codec in self._codecs]
-        self._sizes = [student.rates(CacheSize(cut=cut)) for cut in nested]
+        self._sizes = [student.rates(Sizes(cut=cut)) for cut in nested]
 
     def draw(self, step: int) -> None:
         """Set the size of a step, which depends on the step's number only."""

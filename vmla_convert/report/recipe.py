@@ -100,6 +100,8 @@ def to_toml(table: Mapping[str, Any], where: str = "") -> str:
 def _value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_value, value))}]"
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {_value(each)}" for key, each in value.items()) + " }"
     if isinstance(value, float):
         return repr(value)
     # Strings and truth values are as in JSON, but for one control character that TOML escapes too.

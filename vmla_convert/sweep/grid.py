@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 from vmla_convert.config import (
-    CacheSize,
     ConvertConfig,
     RecoverConfig,
     RuntimeConfig,
+    Sizes,
     SweepConfig,
 )
 from vmla_convert.tables import from_dict, to_dict
@@ -62,7 +62,8 @@ def sweep_points(
         is_codec = conversion.product == "codec"
         runtimes = _runtimes(config) if is_codec else ()
         # One recovered codec serves all cuts; with a single one it has that size anyway.
-        nested = config.cuts if is_codec and len(config.cuts) > 1 else ()
+        cuts = tuple(size.cut for size in config.sizes if size.cut is not None)
+        nested = cuts if is_codec and len(cuts) > 1 else ()
         own = _seeded(replace(recovery, nested=nested), conversion.seed)
         recoveries = [_lasting(own, steps) for steps in lengths] if config.recover else [None]
         points += [SweepPoint(conversion, each, runtimes) for each in recoveries]
@@ -99,54 +100,40 @@ def grid(config: SweepConfig, shared: ConvertConfig) -> list[ConvertConfig]:
 
 
 def _codecs(config: SweepConfig, shared: ConvertConfig) -> list[ConvertConfig]:
-    """A codec for each seed; by default it has the size in the middle of the list."""
-    sizes = _cuts(config) or _bytes(config)
+    """A codec for each seed; its default size is the one in the middle of the list."""
+    sizes = _sorted(config.sizes)
     if not sizes:
         return []
+    plain = ConvertConfig()
+    base = replace(shared, product="codec", init=plain.init, latent=plain.latent)
     size = sizes[len(sizes) // 2]
-    return [
-        ConvertConfig(
-            channels=shared.channels,
-            bytes_per_token=size.bytes_per_token,
-            cut=size.cut,
-            dtype=shared.dtype,
-            calibrate=shared.calibrate,
-            calibration_clips=shared.calibration_clips,
-            data=shared.data,
-            seed=seed,
-        )
-        for seed in config.seeds
-    ]
+    return [replace(base, size=size, seed=seed) for seed in config.seeds]
 
 
 def _mla(config: SweepConfig, shared: ConvertConfig) -> list[ConvertConfig]:
     """MLA layers of every size, latent, init and seed, smallest caches first."""
-    sizes: list[dict[str, Any]] = [
-        {"kv_lora_rank": rank, "qk_rope_head_dim": rope}
-        for rank in sorted(config.kv_lora_ranks)
-        for rope in config.qk_rope_head_dims or (None,)
-    ] or [{"cut": size.cut} for size in _cuts(config)]
-    bare = replace(shared, product="mla", channels=None, bytes_per_token=None, cut=None)
-    bare = replace(bare, cache_scalars=None, kv_lora_rank=None, qk_rope_head_dim=None)
-    bare = replace(bare, plan=None)
+    base = replace(shared, product="mla", channels=None)
+    sizes = _sorted(config.mla_sizes or config.sizes)
     return [
-        replace(bare, init=init, latent=latent, seed=seed, **size)
+        replace(base, size=size, init=init, latent=latent, seed=seed)
         for size, latent, init, seed in product(sizes, config.latents, config.inits, config.seeds)
     ]
 
 
-def _cuts(config: SweepConfig) -> list[CacheSize]:
-    return [CacheSize(cut=cut) for cut in sorted(config.cuts, reverse=True)]
+def _sorted(sizes: Iterable[Sizes]) -> list[Sizes]:
+    """Sizes of each form from small to large."""
 
+    def key(size: Sizes) -> tuple[float, ...]:
+        cut = 0.0 if size.cut is None else -size.cut
+        numbers = size.bytes_per_token, size.rank, size.kv_lora_rank, size.qk_rope_head_dim
+        return cut, *(number or 0.0 for number in numbers)
 
-def _bytes(config: SweepConfig) -> list[CacheSize]:
-    return [CacheSize(bytes_per_token=size) for size in sorted(config.bytes_per_token)]
+    return sorted(sizes, key=key)
 
 
 def _runtimes(config: SweepConfig) -> tuple[RuntimeConfig, ...]:
-    """All that a codec is measured with: every size, and the same unquantised if asked for."""
-    sizes = [*_cuts(config), *_bytes(config)]
-    quantised = [RuntimeConfig(size=size) for size in sizes]
+    """Sizes that a codec is measured at, and the same with unquantised channels if asked for."""
+    quantised = [RuntimeConfig(size=size) for size in _sorted(config.sizes)]
     if not config.unquantised:
         return tuple(quantised)
     return (*quantised, *(replace(each, cache_dtype="model") for each in quantised))
