@@ -72,7 +72,7 @@ def test_the_folder_is_made_for_the_first_group_and_found_by_the_same_work(tmp_p
 @pytest.mark.parametrize("other", [None, [], ["0.2", IDENTITY[1]], ["0.1", {"clips": "y"}]])
 def test_what_another_work_left_is_neither_used_nor_lost(other: Any, tmp_path: Path) -> None:
     FolderStore(tmp_path / "s", IDENTITY).put("one", ONE)
-    with pytest.raises(OutputError, match="other settings") as caught:
+    with pytest.raises(OutputError, match="in the way") as caught:
         FolderStore(tmp_path / "s", other)
     assert caught.value.hint
     assert same(FolderStore(tmp_path / "s", IDENTITY).get("one"), ONE)

@@ -298,7 +298,7 @@ def test_a_disk_that_fills_up_while_the_model_is_calibrated_ends_the_sweep_there
     write = tensor_store.save_tensors
 
     def full(tensors: tensor_store.Tensors, file: Path) -> None:
-        if "reads-" not in file.name:
+        if "statistics-" not in file.name:
             return write(tensors, file)
         tried.append(file.name)
         raise NO_SPACE

@@ -112,7 +112,7 @@ class FolderStore:
         if difference := first_difference(found, json.loads(self._identity)):
             name = f": {difference[0]} differs" if difference[0] else ""
             raise OutputError(
-                f"{self.folder} was begun with other settings{name}",
+                f"{self.folder} is in the way: it was begun with other settings{name}",
                 "use the same settings as before, or remove it",
             )
 
