@@ -17,7 +17,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vmla_convert.checkpoint.output import refuse_existing
 from vmla_convert.config import (
     ConvertConfig,
     DataConfig,
@@ -30,7 +29,13 @@ from vmla_convert.config import (
     SweepConfig,
     TeacherConfig,
 )
-from vmla_convert.errors import ConfigError, NoClipsError, OutputError, did_you_mean
+from vmla_convert.errors import (
+    ConfigError,
+    NoClipsError,
+    OutputError,
+    did_you_mean,
+    refuse_existing,
+)
 from vmla_convert.progress import Progress, Silent
 from vmla_convert.results import library_versions
 from vmla_convert.tables import from_dict, override, to_dict

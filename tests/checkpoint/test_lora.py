@@ -203,7 +203,7 @@ def test_diffusers_own_converters_agree(
     writer: Callable[[Path, Pairs], Path], tmp_path: Path
 ) -> None:
     """A file merges like the file that diffusers makes from it."""
-    from diffusers.loaders import WanLoraLoaderMixin
+    from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
 
     parts = [f"{kind}_attn.{part}" for kind in ("self", "cross") for part in "qkvo"]
     parts += ["ffn.0", "ffn.2"]

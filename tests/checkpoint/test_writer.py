@@ -21,7 +21,6 @@ from vmla_convert.checkpoint.output import (
     check_place,
     copied_bytes,
     new_folder,
-    refuse_existing,
     refuse_taken,
 )
 from vmla_convert.checkpoint.source import open_source
@@ -203,9 +202,6 @@ def test_taken_places_are_refused_and_untouched(tmp_path: Path) -> None:
             with pytest.raises(OutputError) as caught:
                 refuse(tmp_path / name)
             assert str(tmp_path / name) in caught.value.message and "-o" in caught.value.hint
-    with pytest.raises(OutputError):
-        refuse_existing(tmp_path / "file")
-    refuse_existing(tmp_path / "empty")
     assert files_of(tmp_path) == before
 
 

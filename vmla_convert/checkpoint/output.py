@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from vmla_convert.errors import OutputError
+from vmla_convert.errors import OutputError, refuse_existing
 
 IDENTITY_NAME, STATE_NAME = "identity.json", "state.json"
 PARTS, UNFINISHED = "parts", "checkpoint"
@@ -39,17 +39,6 @@ def is_resumable(out: Path) -> bool:
     return identity.is_file() and identity.read_text("utf-8") != "null"
 
 
-def refuse_existing(path: Path, hint: str = "choose another -o, or remove it") -> None:
-    """Refuse to overwrite a file or a folder that is not empty.
-
-    Raises:
-        OutputError: The path is taken.
-    """
-    empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
-    if (path.exists() or path.is_symlink()) and not empty:
-        raise OutputError(f"{path} exists already", hint)
-
-
 def refuse_taken(out: Path, resume: bool | None = None) -> None:
     """Refuse, before any work, a folder that cannot be written.
 
@@ -63,8 +52,8 @@ def refuse_taken(out: Path, resume: bool | None = None) -> None:
     """
     refuse_existing(out)
     place = next(path for path in out.absolute().parents if path.exists())
-    if not place.is_dir() or out.is_mount():
-        raise OutputError(f"{out} cannot be written: {place} is no folder", "choose another -o")
+    if not place.is_dir():
+        raise OutputError(f"{out} cannot be written: {place} is a file", "choose another -o")
     partial = partial_folder(out)
     ours = {UNFINISHED, PARTS, IDENTITY_NAME, STATE_NAME}
     if partial.exists() and not (

@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vmla_convert.checkpoint.output import refuse_existing
 from vmla_convert.config import ModelConfig
-from vmla_convert.errors import ConfigError, OutputError
+from vmla_convert.errors import ConfigError, OutputError, refuse_existing
 from vmla_convert.media.base import Media
 from vmla_convert.media.video import (
     contact_sheet,

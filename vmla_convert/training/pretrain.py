@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vmla_convert.checkpoint.output import refuse_existing
 from vmla_convert.checkpoint.writer import write_pickle
 from vmla_convert.config import DataConfig, ModelConfig, TeacherConfig
+from vmla_convert.errors import refuse_existing
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.metadata_files import wan_config
 from vmla_convert.media.clips import open_clips, open_openings, seeded
