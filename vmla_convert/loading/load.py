@@ -103,7 +103,7 @@ def _with_base(codec: OpenCheckpoint, how: SourceConfig, progress: Progress) -> 
             "convert the base model again",
         )
     joined = join(base, codec)
-    check_base(base, hashes, folder, lambda names: progress.track(names, "checking base model"))
+    check_base(base, hashes, folder, progress)
     return joined
 
 
