@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from vmla_convert.config import EvaluateConfig, RuntimeConfig, SourceConfig
-from vmla_convert.layers.dit import check_runtime
+from vmla_convert.layers.runtime import check_runtime
 from vmla_convert.loading.load import compute_device, is_codec, load, locate
 from vmla_convert.loading.teacher import check_pair, check_same, teacher_of
 from vmla_convert.measuring.evaluate import HeldOut, dense_rows, measuring_bar

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vmla_convert.config import Recipe, parse_recipe
-from vmla_convert.errors import ConfigError, NoClipsError, OutputError, did_you_mean
+from vmla_convert.errors import ConfigError, NoClipsError, did_you_mean, refuse_existing
 from vmla_convert.tables import merged, override
 
 
@@ -35,8 +35,7 @@ def copy_recipe(name: str, folder: Path) -> Path:
     if name not in known:
         raise ConfigError(f"no recipe named '{name}'", did_you_mean(name, known))
     target = folder / f"{name}.toml"
-    if target.exists():
-        raise OutputError(f"{target} exists already", "remove it, or copy into another folder")
+    refuse_existing(target, "remove it, or copy into another folder")
     shutil.copy(known[name], target)
     return target
 

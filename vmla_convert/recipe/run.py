@@ -17,7 +17,7 @@ from vmla_convert.config import (
     RecoverConfig,
     SourceConfig,
 )
-from vmla_convert.errors import ConfigError, OutputError
+from vmla_convert.errors import ConfigError, OutputError, refuse_existing
 from vmla_convert.fitting.convert import convert
 from vmla_convert.loading.load import build, compute_device, load, open_named
 from vmla_convert.measuring.compare import compare
@@ -129,8 +129,8 @@ def _claim_folder(recipe: Recipe, out: Path, stages: Collection[str]) -> None:
             "choose another -o, or the settings it was started with",
         )
     continues = set(stages) <= _SWEEPING and _swept_before(recipe, out)
-    if not continues and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out} exists already", "choose another -o, or remove it")
+    if not continues:
+        refuse_existing(out)
     out.mkdir(parents=True, exist_ok=True)
     record = {"recipe": to_dict(recipe), "versions": library_versions()}
     (out / RECIPE_NAME).write_text(json.dumps(record, indent=2) + "\n")
