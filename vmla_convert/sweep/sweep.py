@@ -31,7 +31,8 @@ from vmla_convert.errors import ConfigError, first_line
 from vmla_convert.fitting.calibration_clips import check_clips, open_calibration
 from vmla_convert.fitting.codec import plan_codec
 from vmla_convert.fitting.rank_plan import check_sizes
-from vmla_convert.layers.dit import CausalWanModel, check_size
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.layers.runtime import check_size
 from vmla_convert.measuring.evaluate import HeldOut, check_held_out, dense_rows, spectrum_rows
 from vmla_convert.measuring.rows import (
     cache_rows,
