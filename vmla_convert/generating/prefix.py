@@ -47,11 +47,7 @@ def read_prefix(path: Path, media: Media, latent_size: tuple[int, int], frames: 
 
 
 def check_prefix(prefix: Tensor, config: ModelConfig, clips: int) -> None:
-    """Refuse a prefix of another shape than (1 or `clips`, P, C, height, width), P frames.
-
-    Raises:
-        ConfigError: The shape does not fit the model or the number of clips.
-    """
+    """Refuse a prefix of another shape than (1 or `clips`, P, C, height, width), P frames."""
     wanted = [config.geometry.in_dim, *config.latent_size]
     fits = prefix.ndim == 5 and prefix.shape[0] in (1, clips) and prefix.shape[1] > 0
     if not fits or list(prefix.shape[2:]) != wanted:
