@@ -660,7 +660,9 @@ MLA = dataclasses.replace(MODEL, mla=MLAConfig((6, 8), ((0, 5), (1, 2)), "calibr
 
 
 def write_vmla(folder: Path, tensors: Tensors, config: ModelConfig = MLA) -> Path:
-    write_checkpoint(folder, tensors, {"config.json": converted_config(config)}, shard_bytes=40_000)
+    write_checkpoint(
+        folder, tensors, {"config.json": converted_config(config)}, one_file_bytes=40_000
+    )
     return folder
 
 

@@ -1,9 +1,9 @@
-"""A dense Wan model's sizes: read from its tensors and config.json, and what they ask for."""
+"""Sizes of a dense Wan model, found in tensors and config.json, and the tensors they need."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from vmla_convert.tables import from_dict
 
 C = TypeVar("C")
 
-# Geometry's fields under the names that config.json gives them, native first, diffusers after.
+# Names of Geometry's fields in config.json: native, then diffusers.
 _CONFIG_NAMES = {
     "dim": ("dim",),
     "ffn_dim": ("ffn_dim",),
@@ -33,7 +33,7 @@ _WAN_HEAD_DIM = 128
 
 
 def native_shapes(geometry: Geometry) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a dense text-to-video Wan model, 27 to a block, and its shape.
+    """Shape of every tensor of a dense text-to-video Wan model, by native name, 27 to a block.
 
     Source: Self-Forcing, `wan/modules/causal_model.py`. Linear weights are (out, in).
     """
@@ -74,29 +74,29 @@ def _with_bias(linears: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, .
 def read_geometry(
     specs: Mapping[str, TensorSpec], file_config: Mapping[str, Any], path: Path
 ) -> Geometry:
-    """Geometry from shapes; what shapes cannot tell from config.json, which must agree.
+    """Find the sizes in shapes, and in config.json what shapes do not show.
 
     Args:
-        specs: Of the tensors by native name.
+        specs: Specs of the tensors by native name.
         file_config: The config.json beside the weights; empty when there is none.
-        path: For messages.
+        path: The checkpoint, for messages.
 
     Raises:
-        CheckpointError: A tensor that tells a size is missing or odd, the two disagree, or the
-            checkpoint is image-to-video.
+        CheckpointError: A tensor that shows a size is missing or odd, config.json contradicts the
+            shapes, or the checkpoint is image-to-video.
     """
-    read = _geometry_of_shapes(specs, path)
-    told = {
+    found = _geometry_of_shapes(specs, path)
+    stated = {
         field: file_config[name]
         for field, names in _CONFIG_NAMES.items()
         for name in names
         if file_config.get(name) is not None
     }
-    _check_agreement(read, told, path)
-    if "num_heads" not in told:
-        told["num_heads"] = _heads_of_width(read["dim"], path)
-    _check_heads(read["dim"], told["num_heads"], file_config.get("attention_head_dim"), path)
-    return strict(Geometry, {**told, **read}, path)
+    _check_agreement(found, stated, path)
+    if "num_heads" not in stated:
+        stated["num_heads"] = _heads_of_width(found["dim"], path)
+    _check_heads(found["dim"], stated["num_heads"], file_config.get("attention_head_dim"), path)
+    return strict(Geometry, {**stated, **found}, path)
 
 
 def _geometry_of_shapes(specs: Mapping[str, TensorSpec], path: Path) -> dict[str, Any]:
@@ -139,13 +139,13 @@ def _shape(specs: Mapping[str, TensorSpec], name: str, rank: int, path: Path) ->
     return shape
 
 
-def _check_agreement(read: Mapping[str, Any], told: Mapping[str, Any], path: Path) -> None:
-    for field in read.keys() & told.keys():
-        value = tuple(told[field]) if isinstance(told[field], list) else told[field]
-        if value != read[field]:
+def _check_agreement(found: Mapping[str, Any], stated: Mapping[str, Any], path: Path) -> None:
+    for field in found.keys() & stated.keys():
+        value = tuple(stated[field]) if isinstance(stated[field], list) else stated[field]
+        if value != found[field]:
             raise CheckpointError(
-                f"config.json says {field} {value}, the tensors of {path} say {read[field]}",
-                "put the config.json of this very checkpoint beside it, or remove it",
+                f"config.json says {field} {value}, the tensors of {path} say {found[field]}",
+                "put the config.json of this checkpoint beside it, or remove config.json",
             )
 
 
@@ -155,7 +155,7 @@ def _check_heads(dim: int, heads: Any, head_dim: Any, path: Path) -> None:
         width = "" if head_dim is None else f" of width {head_dim}"
         raise CheckpointError(
             f"config.json says {heads!r} heads{width}, which do not make the width {dim} of {path}",
-            "put the config.json of this very checkpoint beside it",
+            "put the config.json of this checkpoint beside it",
         )
 
 
@@ -169,7 +169,7 @@ def _heads_of_width(dim: int, path: Path) -> int:
 
 
 def strict(kind: type[C], table: Any, path: Path) -> C:
-    """A config from a table of some config.json, with errors that name the file."""
+    """Make a config from a table of config.json; errors name the file."""
     try:
         return from_dict(kind, table)
     except ConfigError as error:
@@ -179,6 +179,12 @@ def strict(kind: type[C], table: Any, path: Path) -> C:
         ) from error
 
 
-def blocks(names: Mapping[str, Any]) -> set[str]:
-    """Numbers of the blocks that native names speak of."""
-    return {match[1] for name in names if (match := re.match(r"blocks\.(\d+)\.", name))}
+def block_of(name: str) -> int:
+    """Number of the block that a native tensor name belongs to; -1 outside of blocks."""
+    match = re.match(r"blocks\.(\d+)\.", name)
+    return int(match[1]) if match else -1
+
+
+def blocks(names: Iterable[str]) -> set[str]:
+    """Numbers of the blocks that native tensor names belong to."""
+    return {str(block) for block in map(block_of, names) if block >= 0}
