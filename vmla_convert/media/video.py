@@ -198,6 +198,7 @@ def _playable(path: Path) -> Iterator[InputContainer]:
     """Open a file that holds a video."""
     _require("av", "video files")
     import av
+    from av.error import FFmpegError
 
     hint = "give another, or encode it again"
     try:
@@ -205,7 +206,7 @@ def _playable(path: Path) -> Iterator[InputContainer]:
             if not file.streams.video:
                 raise ConfigError(f"{path} holds no video", hint)
             yield file
-    except av.error.FFmpegError as error:
+    except FFmpegError as error:
         raise ConfigError(f"{path} cannot be played: {error.strerror}", hint) from error
 
 
