@@ -29,7 +29,8 @@ from vmla_convert.fitting.calibrate import (
 from vmla_convert.fitting.calibration_clips import batch_sizes, check_clips
 from vmla_convert.fitting.layer_statistics import LayerStatistics, merge_statistics
 from vmla_convert.layers.attention import DenseSelfAttention
-from vmla_convert.layers.dit import Block, CausalWanModel
+from vmla_convert.layers.block import Block
+from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import build_shell, load, read_block
 from vmla_convert.maths.moments import Moments, measure_moments
 from vmla_convert.maths.rope3d import axis_pairs
