@@ -1,4 +1,7 @@
-"""Text encoder and VAE of the demo world of moving digits; neither has weights."""
+"""Text encoder and VAE of the demo world of moving digits; neither has weights.
+
+B clips, F frames; h, w and H, W are the sizes of latent and pixel frames.
+"""
 
 from __future__ import annotations
 

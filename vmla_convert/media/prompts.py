@@ -1,4 +1,4 @@
-"""Read, clean and encode prompts."""
+"""Read, clean and encode prompts; a batch has B of them."""
 
 from __future__ import annotations
 
