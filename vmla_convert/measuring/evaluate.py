@@ -129,7 +129,7 @@ class HeldOut:
         return self._errors(self.targets)
 
     def measure_other_past(self, teacher: CausalWanModel) -> Errors:
-        """Measure the dense model with another clip's past, which shows what the cache is worth."""
+        """Measure the dense model on each clip with another clip's past: the worth of the cache."""
         pasts = torch.cat([example.latents.chunk(2, dim=1)[0] for example in self.examples])
         others = pasts.roll(1, dims=0).split([len(e.latents) for e in self.examples])
         swapped = [_with_past(e, past) for e, past in zip(self.examples, others, strict=True)]
