@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from vmla_convert.checkpoint.families import OpenCheckpoint
+from vmla_convert.checkpoint.output import refuse_taken
 from vmla_convert.checkpoint.source import TensorSpec
-from vmla_convert.checkpoint.writer import refuse_taken
 from vmla_convert.config import (
     DENSE_ITEMSIZE,
     EvaluateConfig,
@@ -19,7 +19,7 @@ from vmla_convert.config import (
     RecoverConfig,
     Sizes,
 )
-from vmla_convert.errors import CheckpointError, ConfigError, VmlaError, refuse_existing
+from vmla_convert.errors import CheckpointError, ConfigError, VmlaError
 from vmla_convert.fitting.calibration_clips import check_clips
 from vmla_convert.generating.make_clips import check_makeable
 from vmla_convert.loading.load import (
@@ -81,7 +81,6 @@ def open_pair(
             f"{world} processes were asked for, and {started} started",
             f"torchrun --standalone --nproc_per_node {world} -m vmla_convert recover …",
         )
-    refuse_existing(out)
     refuse_taken(out)
     source, dense = open_named(converted), open_named(teacher_of(str(converted), teacher))
     pair = Pair(source, dense, is_codec(locate(str(converted))[0]), read_provenance(converted))

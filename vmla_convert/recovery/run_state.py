@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from vmla_convert.checkpoint.writer import partial_folder
+from vmla_convert.checkpoint.output import partial_folder
 from vmla_convert.errors import OutputError
 from vmla_convert.recovery.stages import Folders
 from vmla_convert.results import Row, read_rows

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from vmla_convert.errors import MissingExtraError
-from vmla_convert.layers.dit import Block, CausalWanModel
+from vmla_convert.layers.block import Block
+from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.layers.mla import LatentSelfAttention
 
 if TYPE_CHECKING:
