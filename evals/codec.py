@@ -36,6 +36,8 @@ from vmla_convert.config import (
     Sizes,
 )
 from vmla_convert.console import out
+from vmla_convert.fitting.calibrate import calibrate, model_blocks
+from vmla_convert.fitting.calibration_clips import open_calibration
 from vmla_convert.fitting.codec import fit_model
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import load
@@ -71,10 +73,11 @@ def main(
     sizes of equal error. For the demo model it also trains two LoRAs, and
     measures codecs that were fitted without and with them.
     """
-    teacher, config = load(checkpoint), ConvertConfig(data=DataConfig(data))
+    teacher = load(checkpoint)
+    config = ConvertConfig(dtype="float32", data=DataConfig(data))
     evaluate = EvaluateConfig(clips, DataConfig(data, seed=1))
     with out.progress() as progress:
-        model = fit_model(teacher, config, progress=progress)
+        model = fitted(teacher, config, progress=progress)
         held_out = HeldOut(teacher, evaluate, streamed=True)
         rows = size_rows(model, held_out, progress)
         rows += dense_rows(teacher, held_out, progress)
@@ -91,6 +94,19 @@ def main(
     ]
     header = ["run", "metric", "bytes per token", "dtype", "value", "note"]
     out.table("Codec", header, [["" if c is None else c for c in line] for line in cells])
+
+
+def fitted(
+    teacher: CausalWanModel,
+    config: ConvertConfig,
+    clips: ClipSource | None = None,
+    progress: Progress | None = None,
+) -> CausalWanModel:
+    """A model with a codec that was calibrated on clips, by default those of the config."""
+    clips = clips or open_calibration(teacher.config, config)
+    blocks, count = model_blocks(teacher), config.calibration_clips
+    statistics = calibrate(teacher, blocks, clips, count, config.seed, progress)
+    return fit_model(teacher, config, statistics)
 
 
 def size_rows(model: CausalWanModel, held_out: HeldOut, progress: Progress) -> list[Row]:
@@ -159,7 +175,7 @@ def nested_row(
     differences: list[float] = []
     for rank in progress.track(NESTED_RANKS, "one codec against many"):
         errors: list[float] = []
-        for each in (model, fit_model(teacher, replace(config, channels=rank))):
+        for each in (model, fitted(teacher, replace(config, channels=rank))):
             set_rank(each, rank)
             errors.append(held_out.measure(each).velocity_error)
         differences.append(abs(errors[0] / errors[1] - 1))
@@ -203,7 +219,7 @@ def lora_rows(
     for name, change in CHANGES.items():
         own = ChangedClips(demo, change)
         adapted = train_lora(teacher, own, progress)
-        before, after = fit_model(teacher, config, demo), fit_model(adapted, config, own)
+        before, after = fitted(teacher, config, demo), fitted(adapted, config, own)
         before.load_state_dict(before.state_dict() | adapted.state_dict(), assign=True)
         unseen = ChangedClips(DemoClips(evaluate.data), change)
         held_out = HeldOut(adapted, evaluate, streamed=True, clips=unseen)

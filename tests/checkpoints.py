@@ -30,18 +30,11 @@ from vmla_convert.config import (
     TrainingConfig,
 )
 from vmla_convert.console import out as console
-from vmla_convert.fitting.calibrate import (
-    LayerReads,
-    calibrate,
-    deployed_phases,
-    model_blocks,
-)
+from vmla_convert.fitting.calibrate import Statistics, calibrate, model_blocks
 from vmla_convert.fitting.convert import convert
-from vmla_convert.fitting.factors import convert_model, layer_evidence, layer_weights
-from vmla_convert.fitting.rank_plan import ReadWeights
+from vmla_convert.fitting.mla import convert_model
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import load
-from vmla_convert.maths.evidence import Evidence
 from vmla_convert.media.clips import open_clips
 from vmla_convert.progress import Silent
 from vmla_convert.recovery import layerwise
@@ -117,13 +110,12 @@ def budgeted(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def measured(teacher: Path) -> list[LayerReads]:
-    """What calibration sees of the checkpoint, on the clips of `CONVERT` and `BUDGETED`."""
+def measured(teacher: Path) -> Statistics:
+    """Statistics of the checkpoint's layers for MLA, on the clips of `CONVERT` and `BUDGETED`."""
     model = load(teacher)
-    reads = calibrate(
+    return calibrate(
         model, model_blocks(model), open_clips(CLIPS), CONVERT.calibration_clips, product="mla"
     )
-    return [reads(layer) for layer in range(MODEL.geometry.num_layers)]
 
 
 @pytest.fixture
@@ -133,9 +125,13 @@ def student(dense: CausalWanModel) -> CausalWanModel:
 
 
 @pytest.fixture
-def calibrated(dense: CausalWanModel, measured: list[LayerReads]) -> CausalWanModel:
+def calibrated(dense: CausalWanModel, measured: Statistics) -> CausalWanModel:
     """A conversion with most of the quality of the dense model."""
-    return convert_model(dense, replace(CONVERT, kv_lora_rank=24), evidence_of(dense, measured))
+    return convert_model(
+        dense,
+        replace(CONVERT, size=Sizes(kv_lora_rank=24, qk_rope_head_dim=4)),
+        measured,
+    )
 
 
 def snapshot(model: nn.Module) -> Weights:
@@ -155,18 +151,6 @@ def few_layerwise_clips() -> Iterator[None]:
         patch.setattr(layerwise, "CLIPS", 4)
         patch.setattr(layerwise, "HELD_CLIPS", 2)
         yield
-
-
-def evidence_of(model: CausalWanModel, measured: list[LayerReads]) -> list[Evidence]:
-    """What was measured of a dense model, as a layer needs it."""
-    phases, weights = deployed_phases(model.config), weights_of(model)
-    return [layer_evidence(reads, weights(index), phases) for index, reads in enumerate(measured)]
-
-
-def weights_of(model: CausalWanModel) -> ReadWeights:
-    """The dense weights of a model's layers, one by one."""
-    state, heads = model.state_dict(), model.config.geometry.num_heads
-    return lambda layer: layer_weights(state.__getitem__, layer, heads)
 
 
 class PowerCutError(Exception):

@@ -1,7 +1,7 @@
-"""Tiny checkpoints, each written as its family's own programs write it.
+"""Write tiny checkpoints in the file form of each family's own programs.
 
-Sources: the loaders and trainers that `vmla_convert.checkpoint.known` names. What a writer is given
-are native tensors; what it returns is the path that a user would give.
+A writer takes native tensors, and returns the path that a user would give. Sources: the loaders and
+trainers that `vmla_convert.checkpoint.known` names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vmla_convert.config import Geometry
 
 Tensors = dict[str, torch.Tensor]
 
-# Heads of Wan's width, so that files without a config.json can be read.
+# The head width is Wan's, so that files without a config.json can be read.
 GEOMETRY = Geometry(
     dim=128,
     ffn_dim=96,
@@ -87,7 +87,7 @@ def to_diffusers(tensors: Tensors) -> Tensors:
 
 
 def fused(tensors: Tensors, whole: str, parts: tuple[str, ...]) -> Tensors:
-    """With the rows of some layers stacked into one layer."""
+    """Stack the rows of some layers into one layer."""
     rest = dict(tensors)
     for name in tensors:
         stem, found, kind = name.rpartition(f".{parts[0]}.")
@@ -103,7 +103,7 @@ def write_json(file: Path, table: object) -> None:
 
 
 def write_weights(folder: Path, tensors: Tensors, name: str = WEIGHTS, shards: int = 1) -> Path:
-    """One safetensors file, or shards with an index, neighbours in different ones."""
+    """Write one safetensors file, or shards with an index."""
     folder.mkdir(parents=True, exist_ok=True)
     if shards == 1:
         save_file(tensors, folder / f"{name}.safetensors")
@@ -125,7 +125,7 @@ def write_pickle(file: Path, content: Mapping[str, Any]) -> Path:
 
 
 def write_header(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "BF16") -> Path:
-    """A safetensors file of zeros that takes no room on the disk, for sizes as released."""
+    """Write a sparse safetensors file of zeros, which takes no disk space at any size."""
     folder.mkdir(parents=True, exist_ok=True)
     header: dict[str, Any] = {}
     end = 0
@@ -140,7 +140,7 @@ def write_header(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str
 
 
 def wrap(tensors: Tensors, prefix: str, inside: Mapping[str, str] | None = None) -> Tensors:
-    """With a prefix before all names, and wrappers after some parts of them."""
+    """Put a prefix before all names, and wrappers after some parts of the names."""
     wrapped = tensors
     for part, infix in (inside or {}).items():
         wrapped = {name.replace(part, part + infix): t for name, t in wrapped.items()}
@@ -148,12 +148,12 @@ def wrap(tensors: Tensors, prefix: str, inside: Mapping[str, str] | None = None)
 
 
 def other(tensors: Tensors) -> Tensors:
-    """Another model of the same shapes: a critic, an expert, weights that were not averaged."""
+    """Another model of the same shapes, as a critic, an expert or weights before averaging."""
     return {name: tensor.neg() for name, tensor in tensors.items()}
 
 
 def write_wan(folder: Path, tensors: Tensors, config: object = None, shards: int = 1) -> Path:
-    """Wan's own repositories: text encoder and media lie beside the model."""
+    """Write a folder like Wan's own repositories, with text encoder and VAE beside the model."""
     write_json(folder / "config.json", native_config() if config is None else config)
     for file in ("models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"):
         (folder / file).write_bytes(b"not read")
@@ -161,8 +161,8 @@ def write_wan(folder: Path, tensors: Tensors, config: object = None, shards: int
 
 
 def write_a14b(folder: Path, tensors: Tensors) -> Path:
-    """Wan 2.2's two experts; the one given is for high noise."""
-    (folder / "Wan2.1_VAE.pth").parent.mkdir(parents=True, exist_ok=True)
+    """Write Wan 2.2's two experts; the tensors are those of the expert for high noise."""
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "Wan2.1_VAE.pth").write_bytes(b"not read")
     for name, weights in (("high_noise_model", tensors), ("low_noise_model", other(tensors))):
         write_json(folder / name / "config.json", native_config())
@@ -171,7 +171,7 @@ def write_a14b(folder: Path, tensors: Tensors) -> Path:
 
 
 def write_diffusers(folder: Path, tensors: Tensors, config: object = None, shards: int = 1) -> Path:
-    """A diffusers pipeline."""
+    """Write a diffusers pipeline."""
     write_json(folder / "model_index.json", {"_class_name": "WanPipeline"})
     write_json(folder / "vae" / "config.json", {"_class_name": "AutoencoderKLWan"})
     inner = folder / "transformer"
@@ -188,7 +188,7 @@ def write_fused_diffusers(folder: Path, tensors: Tensors) -> Path:
 
 
 def frame_rate_tensors(dim: int = GEOMETRY.dim) -> Tensors:
-    """SkyReels' embedding of the frame rate, native names."""
+    """SkyReels' embedding of the frame rate, under native names."""
     shapes = {
         "fps_embedding.weight": (2, dim),
         "fps_projection.0.weight": (dim, dim),
@@ -203,7 +203,7 @@ def frame_rate_tensors(dim: int = GEOMETRY.dim) -> Tensors:
 
 
 def with_frame_rate(tensors: Tensors) -> Tensors:
-    """The native model that a SkyReels one is at its own 24 frames a second."""
+    """The native model that equals a SkyReels model at its 24 frames per second."""
     rate = frame_rate_tensors()
     hidden = F.silu(
         rate["fps_projection.0.weight"] @ rate["fps_embedding.weight"][1]
@@ -261,7 +261,7 @@ def write_causvid(folder: Path, tensors: Tensors) -> Path:
 
 
 LORA_RANK = 4
-# LongLive's LoRA is on every linear layer inside the blocks.
+# LongLive's LoRA changes every linear layer inside the blocks.
 LORA_TARGETS = (
     *(f"{kind}_attn.{part}" for kind in ("self", "cross") for part in "qkvo"),
     "ffn.0",
@@ -270,7 +270,7 @@ LORA_TARGETS = (
 
 
 def lora_factors(tensors: Tensors) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """(down, up) of every module; their products are exact, so that sums round once."""
+    """(down, up) of every module; float32 holds their products without rounding."""
     modules = [f"blocks.{i}.{t}" for i in range(GEOMETRY.num_layers) for t in LORA_TARGETS]
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for seed, module in enumerate(modules):
@@ -281,7 +281,7 @@ def lora_factors(tensors: Tensors) -> dict[str, tuple[torch.Tensor, torch.Tensor
 
 
 def with_lora(tensors: Tensors) -> Tensors:
-    """Native tensors with the LoRA of `write_longlive` merged: alpha is the rank, so in full."""
+    """Native tensors with the LoRA of `write_longlive` merged; alpha equals the rank."""
     changed = {
         f"{module}.weight": tensors[f"{module}.weight"] + up @ down
         for module, (down, up) in lora_factors(tensors).items()
@@ -290,7 +290,7 @@ def with_lora(tensors: Tensors) -> Tensors:
 
 
 def write_longlive(folder: Path, tensors: Tensors) -> Path:
-    """The base, and beside it `lora.pt` as PEFT names its tensors."""
+    """Write the base model, and beside it `lora.pt` with PEFT's names."""
     lora: Tensors = {}
     for module, (down, up) in lora_factors(tensors).items():
         lora[f"base_model.model.{module}.lora_A.weight"] = down
@@ -301,7 +301,7 @@ def write_longlive(folder: Path, tensors: Tensors) -> Path:
 
 
 def write_krea(folder: Path, tensors: Tensors) -> Path:
-    """One file; in `transformer/` lies the same model under native names."""
+    """Write one file, and the same model under native names in `transformer/`."""
     inner = folder / "transformer"
     write_json(inner / "config.json", native_config())
     write_weights(inner, tensors, shards=3)
@@ -315,14 +315,14 @@ _SELF_QKV = ("self_attn.q", "self_attn.k", "self_attn.v")
 
 @dataclass(frozen=True)
 class Form:
-    """A form of checkpoint.
+    """A file form of checkpoints.
 
     Attributes:
-        family: What it is recognised as.
-        write: Makes one from native tensors.
-        is_equal_to: The native tensors that it stands for.
-        key: The state dict that the user has to name.
-        lora: A LoRA beside it.
+        family: Family that the form is recognised as.
+        write: Writes the form from native tensors.
+        is_equal_to: Computes the native tensors that the form equals.
+        key: State dict that the user has to name.
+        lora: File name of a LoRA beside the checkpoint.
     """
 
     family: str
@@ -336,9 +336,7 @@ FORMS = {
     "Wan": Form("wan", write_wan),
     "Wan in shards": Form("wan", lambda f, t: write_wan(f, t, shards=3)),
     "Wan 2.2, high noise": Form("wan", lambda f, t: write_a14b(f, t) / "high_noise_model"),
-    "Wan 2.2, low noise": Form("wan", lambda f, t: write_a14b(f, t) / "low_noise_model", other),
     "diffusers": Form("diffusers", write_diffusers),
-    "diffusers in shards": Form("diffusers", lambda f, t: write_diffusers(f, t, shards=3)),
     "diffusers, fused": Form("diffusers", write_fused_diffusers),
     "SkyReels": Form("skyreels", write_skyreels, with_frame_rate),
     "SkyReels, diffusers": Form("skyreels_diffusers", write_skyreels_diffusers, with_frame_rate),
@@ -348,9 +346,7 @@ FORMS = {
         "self_forcing", write_rolling_forcing, other, key="generator"
     ),
     "Causal-Forcing": Form("self_forcing", write_causal_forcing, key="generator"),
-    "Causal-Forcing, averaged": Form("self_forcing", write_causal_forcing, other),
     "CausVid": Form("self_forcing", write_causvid),
-    "CausVid's critic": Form("self_forcing", write_causvid, other, key="critic"),
     "LongLive": Form("self_forcing", write_longlive),
     "LongLive with its LoRA": Form("self_forcing", write_longlive, with_lora, lora="lora.pt"),
     "Reward-Forcing": Form(

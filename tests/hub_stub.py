@@ -1,10 +1,10 @@
-"""The Hub over loopback HTTP: what huggingface-hub calls to push, list, look at and download.
+"""A small Hub on the loopback: the HTTP API that huggingface-hub 2.4 uses to push and download.
 
-One file without dependencies, by what was seen on the wire (huggingface-hub 2.4). It knows no Xet,
-no pull requests and no redirects. It can refuse, and hang up in the middle of an upload.
+It has no Xet, no multipart uploads, no pull requests and no redirects. It can refuse requests, and
+break off in the middle of an upload.
 
-Test files ask for its fixture with `pytest_plugins = ["hub_stub"]` and import the rest.
-PYTEST_DONT_REWRITE, because they do the latter before pytest sees the former.
+Test files get the fixture with `pytest_plugins = ["hub_stub"]` and import the rest.
+PYTEST_DONT_REWRITE: test files import this file before pytest registers it as a plugin.
 """
 
 from __future__ import annotations
@@ -14,25 +14,23 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import pytest
 from huggingface_hub import close_session, constants
 
 TOKEN, READ_TOKEN = "hf_stub_writes_0123456789", "hf_stub_reads_0123456789"
-PART = 30_000
-"""A file in the large storage that is longer goes up in parts of so many bytes."""
 
 
 @dataclass(frozen=True)
 class Blob:
-    """A file's content; `large` is what git-lfs would keep outside the repository."""
+    """The content of a file; git-lfs would keep a `large` one outside the repository."""
 
     content: bytes
     large: bool
@@ -49,7 +47,7 @@ Files = dict[str, Blob]
 
 @dataclass
 class Repo:
-    """The commits of one branch, oldest first, and tags on them."""
+    """The commits of one branch, oldest first, and their tags."""
 
     private: bool = False
     commits: dict[str, Files] = field(default_factory=dict)
@@ -75,7 +73,7 @@ class Repo:
 
 @dataclass(frozen=True)
 class Refusal:
-    """An error that the Hub answers to all requests of one kind."""
+    """An error as the answer to all requests of one kind."""
 
     method: str
     path: str
@@ -85,18 +83,17 @@ class Refusal:
 
 
 class Hub(ThreadingHTTPServer):
-    """All repositories, and what was asked of them.
+    """All repositories, and a record of the requests.
 
     Attributes:
-        repos: By id.
-        large: Content of the large file storage by SHA-256; nothing is ever dropped from it.
-        parts: What came of uploads in parts, by SHA-256 and number.
-        refusals: In force.
-        cut: The line is cut halfway through uploads to the large storage with such a path.
+        repos: Repositories by id.
+        large: Files of the large storage by SHA-256; nothing is ever removed.
+        refusals: Errors for some kinds of requests.
+        cut: Pattern of paths whose uploads break off halfway.
         asked: Method and path of every request.
-        meanwhile: Done before every answer, as by somebody else.
+        meanwhile: A function that is called before every answer.
         served: Bytes of files that were sent.
-        received: Files and parts that went into the large storage, in that order.
+        received: Files that were uploaded to the large storage, in order.
     """
 
     daemon_threads = True
@@ -105,7 +102,6 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos: dict[str, Repo] = {}
         self.large: dict[str, bytes] = {}
-        self.parts: dict[tuple[str, int], bytes] = {}
         self.refusals: list[Refusal] = []
         self.cut: str | None = None
         self.asked: list[tuple[str, str]] = []
@@ -119,7 +115,7 @@ class Hub(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def put(self, repo: str, files: dict[str, bytes]) -> Repo:
-        """A repository with these files, as somebody else has pushed it."""
+        """Make a repository with these files, or a new commit of it."""
         made = self.repos.setdefault(repo, Repo())
         for content in files.values():
             self.large[hashlib.sha256(content).hexdigest()] = content
@@ -127,24 +123,34 @@ class Hub(ThreadingHTTPServer):
         return made
 
     def put_folder(self, repo: str, folder: Path) -> Repo:
-        """A repository with all files of a folder."""
+        """Make a repository with all files of a folder."""
         files = (path for path in folder.rglob("*") if path.is_file())
         return self.put(repo, {f.relative_to(folder).as_posix(): f.read_bytes() for f in files})
 
     def calls(self, method: str, path: str = "*") -> int:
-        """How many requests of a kind there were."""
+        """The number of requests with this method and path."""
         return sum(m == method and fnmatch(p, path) for m, p in self.asked)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A line that was cut is no news."""
+        """Ignore broken connections, which tests ask for."""
 
 
 def is_large(path: str) -> bool:
     return path.endswith((".safetensors", ".pt", ".png"))
 
 
+class Error(Exception):
+    """An error answer: status, message, and the code that huggingface-hub maps to an exception."""
+
+    def __init__(self, status: int, message: str, code: str = "") -> None:
+        self.status, self.message, self.code = status, message, code
+
+
 class Handler(BaseHTTPRequestHandler):
-    """One request; the table at the end of the class says which method answers it."""
+    """Answers one request; the table `ROUTES` below names the method for each path.
+
+    Methods return JSON for the answer, or None when they have answered themselves.
+    """
 
     protocol_version = "HTTP/1.1"
 
@@ -154,29 +160,33 @@ class Handler(BaseHTTPRequestHandler):
         return self.server
 
     def log_message(self, format: str, *args: Any) -> None:
-        """The tests' output is their own."""
+        """Print nothing."""
 
     def answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
         with self.hub.lock:
             self.hub.asked.append((self.command, path))
             self.hub.meanwhile()
-        self.query = parse_qs(urlsplit(self.path).query)
-        for refusal in self.hub.refusals:
-            if refusal.method == self.command and fnmatch(path, refusal.path):
-                self.body()
-                code = {"X_Error_Code": refusal.code} if refusal.code else {}
-                return self.tell(refusal.status, {"error": refusal.message}, **code)
-        for method, pattern, act in ROUTES:
-            if method == self.command and (match := re.fullmatch(pattern, path)):
-                return act(self, **match.groupdict())
-        self.body()
-        self.tell(404, {"error": f"{self.command} {path} is not known here"})
+        try:
+            for refusal in self.hub.refusals:
+                if refusal.method == self.command and fnmatch(path, refusal.path):
+                    self.body()
+                    raise Error(refusal.status, refusal.message, refusal.code)
+            for method, pattern, act in ROUTES:
+                if method == self.command and (match := re.fullmatch(pattern, path)):
+                    if (table := act(self, **match.groupdict())) is not None:
+                        self.send(200, json.dumps(table).encode())
+                    return
+            raise Error(404, f"{self.command} {path} is not known here")
+        except Error as error:
+            headers = {"X-Error-Message": error.message, "X-Error-Code": error.code}
+            headers = {name: value for name, value in headers.items() if value}
+            self.send(error.status, json.dumps({"error": error.message}).encode(), headers)
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
 
     def body(self) -> bytes:
-        """All that was sent, chunked or at once."""
+        """The body of the request, chunked or not."""
         if self.headers.get("Transfer-Encoding") != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
         content = b""
@@ -186,165 +196,125 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return content
 
-    def tell(self, status: int, obj: Any = None, **headers: str) -> None:
-        content = b"" if obj is None else json.dumps(obj).encode()
+    def json(self) -> Any:
+        """The JSON of a request that writes; only a token with write access may send one."""
+        content = self.body()
+        if self.token != TOKEN:
+            if self.token == READ_TOKEN:
+                raise Error(403, "this token may only read")
+            raise Error(401, "Invalid username or password.")
+        return json.loads(content)
+
+    def send(self, status: int, content: bytes, headers: Mapping[str, str] | None = None) -> None:
         self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        if isinstance(obj, dict) and "error" in obj:
-            self.send_header("X-Error-Message", str(obj["error"]))
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
+        for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
+            self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
 
+    @property
     def token(self) -> str:
         return (self.headers.get("Authorization") or "").removeprefix("Bearer ")
 
-    def may_write(self) -> bool:
-        if self.token() == TOKEN:
-            return True
-        if self.token() == READ_TOKEN:
-            self.tell(403, {"error": "this token may only read"})
-        else:
-            self.tell(401, {"error": "Invalid username or password."})
-        return False
-
-    def repo(self, name: str) -> Repo | None:
-        """The repository, if there is one for whoever asks."""
-        if self.token() not in ("", TOKEN, READ_TOKEN):
-            self.tell(401, {"error": "Invalid credentials in Authorization header"})
-            return None
+    def repo(self, name: str) -> Repo:
+        """The repository, if the token may see it."""
+        if self.token not in ("", TOKEN, READ_TOKEN):
+            raise Error(401, "Invalid credentials in Authorization header")
         found = self.hub.repos.get(name)
-        if found is None or (found.private and not self.token()):
-            self.tell(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
-            return None
+        if found is None or (found.private and not self.token):
+            raise Error(404, "Repository not found", "RepoNotFound")
         return found
 
-    def at(self, name: str, revision: str) -> tuple[str, Files] | None:
-        """Commit and files of a revision."""
-        if (repo := self.repo(name)) is None:
-            return None
+    def at(self, name: str, revision: str) -> tuple[str, Files]:
+        """The commit and files of a revision."""
+        repo = self.repo(name)
         if (oid := repo.resolve(revision)) is None:
-            self.tell(404, {"error": "Revision not found"}, X_Error_Code="RevisionNotFound")
-            return None
+            raise Error(404, "Revision not found", "RevisionNotFound")
         return oid, repo.commits[oid]
 
-    def create(self) -> None:
-        asked = json.loads(self.body())
-        if not self.may_write():
-            return None
-        name = f"{asked.get('organization') or 'user'}/{asked['name']}"
+    def create(self) -> Any:
+        table = self.json()
+        name = f"{table.get('organization') or 'user'}/{table['name']}"
         if name in self.hub.repos:
-            return self.tell(409, {"error": "You already created this model repo"})
-        self.hub.repos[name] = Repo(private=asked.get("visibility") == "private")
+            raise Error(409, "You already created this model repo")
+        self.hub.repos[name] = Repo(private=table.get("visibility") == "private")
         self.hub.repos[name].commit({})
-        self.tell(200, {"url": f"{self.hub.url}/{name}", "name": name, "id": name})
+        return {"url": f"{self.hub.url}/{name}", "name": name, "id": name}
 
-    def check_card(self) -> None:
+    def check_card(self) -> Any:
         self.body()
-        self.tell(200, {"errors": [], "warnings": []})
+        return {"errors": [], "warnings": []}
 
-    def info(self, name: str, revision: str = "main") -> None:
-        if (found := self.at(name, revision)) is None:
-            return
-        oid, files = found
-        self.tell(
-            200,
-            {
-                "id": name,
-                "sha": oid,
-                "private": self.hub.repos[name].private,
-                "siblings": [{"rfilename": path} for path in files],
-                "tags": [],
-            },
-        )
+    def info(self, name: str, revision: str = "main") -> Any:
+        oid, files = self.at(name, revision)
+        siblings = [{"rfilename": path} for path in files]
+        private = self.hub.repos[name].private
+        return {"id": name, "sha": oid, "private": private, "siblings": siblings, "tags": []}
 
-    def tree(self, name: str, revision: str) -> None:
-        if (found := self.at(name, revision)) is None:
-            return
+    def tree(self, name: str, revision: str) -> Any:
         entries = []
-        for path, blob in found[1].items():
+        for path, blob in self.at(name, revision)[1].items():
             size = len(blob.content)
             entry: dict[str, Any] = {"type": "file", "path": path, "oid": blob.oid, "size": size}
             if blob.large:
-                # The oid is then that of a pointer, which nobody looks at here.
-                entry |= {"oid": "0" * 40}
-                entry["lfs"] = {"oid": blob.oid, "size": size, "pointerSize": 127}
+                # The outer oid is the one of a git-lfs pointer, which no test uses.
+                entry |= {"oid": "0" * 40, "lfs": {"oid": blob.oid, "size": size, "pointerSize": 1}}
             entries.append(entry)
-        self.tell(200, entries)
+        return entries
 
-    def preupload(self, name: str, revision: str) -> None:
-        asked = json.loads(self.body())
-        if not self.may_write() or (found := self.at(name, revision)) is None:
-            return
-        files = found[1]
-        told = [
-            {
-                "path": path,
-                "uploadMode": "lfs" if is_large(path) else "regular",
-                "shouldIgnore": False,
-                "oid": files[path].oid if path in files else None,
-            }
-            for path in (file["path"] for file in asked["files"])
-        ]
-        self.tell(200, {"files": told})
+    def preupload(self, name: str, revision: str) -> Any:
+        paths = [file["path"] for file in self.json()["files"]]
+        files = self.at(name, revision)[1]
+        return {
+            "files": [
+                {
+                    "path": path,
+                    "uploadMode": "lfs" if is_large(path) else "regular",
+                    "shouldIgnore": False,
+                    "oid": files[path].oid if path in files else None,
+                }
+                for path in paths
+            ]
+        }
 
-    def batch(self, name: str) -> None:
-        asked = json.loads(self.body())
-        if not self.may_write() or self.repo(name) is None:
-            return
+    def batch(self, name: str) -> Any:
         objects = []
-        for entry in asked["objects"]:
-            oid, size, store = entry["oid"], entry["size"], f"{self.hub.url}/store"
-            told: dict[str, Any] = {"oid": oid, "size": size}
-            if oid not in self.hub.large:
-                upload: dict[str, Any] = {"href": f"{store}/{oid}"}
-                if size > PART:
-                    parts = range(1, -(-size // PART) + 1)
-                    upload["header"] = {f"{i:05}": f"{store}/{oid}/{i}" for i in parts}
-                    upload["header"]["chunk_size"] = str(PART)
-                told["actions"] = {"upload": upload, "verify": {"href": f"{store}/{oid}/verify"}}
-            objects.append(told)
-        self.tell(200, {"transfer": "basic", "objects": objects})
+        for entry in self.json()["objects"]:
+            url = f"{self.hub.url}/store/{entry['oid']}"
+            item: dict[str, Any] = {"oid": entry["oid"], "size": entry["size"]}
+            if entry["oid"] not in self.hub.large:
+                item["actions"] = {"upload": {"href": url}, "verify": {"href": f"{url}/verify"}}
+            objects.append(item)
+        self.repo(name)
+        return {"transfer": "basic", "objects": objects}
 
-    def store(self, oid: str, part: str | None = None) -> None:
-        """A whole file, or one part of one; the line may be cut halfway."""
+    def store(self, oid: str) -> Any:
+        """Receive a large file; the connection may break off halfway."""
         if self.hub.cut and fnmatch(self.path, self.hub.cut):
             self.rfile.read(int(self.headers["Content-Length"]) // 2)
             self.close_connection = True
             self.connection.close()
-            return
+            return None
         content = self.body()
+        assert hashlib.sha256(content).hexdigest() == oid
         with self.hub.lock:
             self.hub.received.append(oid)
-            if part is None:
-                assert hashlib.sha256(content).hexdigest() == oid
-                self.hub.large[oid] = content
-            else:
-                self.hub.parts[oid, int(part)] = content
-        self.tell(200, ETag=f'"{oid[:8]}-{part}"')
+            self.hub.large[oid] = content
+        return {}
 
-    def complete(self, oid: str) -> None:
-        numbers = [entry["partNumber"] for entry in json.loads(self.body())["parts"]]
-        content = b"".join(self.hub.parts[oid, number] for number in numbers)
-        assert hashlib.sha256(content).hexdigest() == oid
-        self.hub.large[oid] = content
-        self.tell(200, {})
+    def verify(self, oid: str) -> Any:
+        if len(self.hub.large.get(oid, b"")) != json.loads(self.body())["size"]:
+            raise Error(404, "not uploaded")
+        return {}
 
-    def verify(self, oid: str) -> None:
-        asked = json.loads(self.body())
-        whole = len(self.hub.large.get(oid, b"")) == asked["size"]
-        self.tell(200 if whole else 404, {})
-
-    def commit(self, name: str, revision: str) -> None:
-        header, *changes = [json.loads(line) for line in self.body().splitlines()]
-        if not self.may_write() or (found := self.at(name, revision)) is None:
-            return None
-        repo, files = self.hub.repos[name], dict(found[1])
+    def commit(self, name: str, revision: str) -> Any:
+        content = self.body()
+        header, *changes = [json.loads(line) for line in content.splitlines()]
+        files = dict(self.at(name, revision)[1])
+        repo = self.hub.repos[name]
         if header["value"].get("parentCommit", repo.head) != repo.head:
-            return self.tell(412, {"error": "A commit has happened since"})
+            raise Error(412, "A commit has happened since")
         for change in changes:
             kind, value = change["key"], change["value"]
             if kind == "file":
@@ -354,64 +324,51 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 del files[value["path"]]
         oid = repo.commit(files)
-        self.tell(200, {"commitUrl": f"{self.hub.url}/{name}/commit/{oid}", "commitOid": oid})
+        return {"commitUrl": f"{self.hub.url}/{name}/commit/{oid}", "commitOid": oid}
 
-    def tag(self, name: str, revision: str) -> None:
-        asked = json.loads(self.body())
-        if not self.may_write() or (found := self.at(name, revision)) is None:
-            return None
-        tags = self.hub.repos[name].tags
-        if asked["tag"] in tags:
-            return self.tell(409, {"error": "Tag reference exists already"})
-        tags[asked["tag"]] = found[0]
-        self.tell(200, {})
+    def tag(self, name: str, revision: str) -> Any:
+        tag, tags = self.json()["tag"], self.repo(name).tags
+        if tag in tags:
+            raise Error(409, "Tag reference exists already")
+        tags[tag] = self.at(name, revision)[0]
+        return {}
 
-    def refs(self, name: str) -> None:
-        if (repo := self.repo(name)) is None:
-            return
+    def refs(self, name: str) -> Any:
+        repo = self.repo(name)
         branch = {"name": "main", "ref": "refs/heads/main", "targetCommit": repo.head}
         tags = [
             {"name": tag, "ref": f"refs/tags/{tag}", "targetCommit": oid}
             for tag, oid in repo.tags.items()
         ]
-        self.tell(200, {"branches": [branch], "tags": tags, "converts": []})
+        return {"branches": [branch], "tags": tags, "converts": []}
 
     def resolve(self, name: str, revision: str, path: str) -> None:
-        """A file or a range of it."""
-        if (found := self.at(name, revision)) is None:
-            return None
-        oid, files = found
+        """Send a file or a range of it."""
+        oid, files = self.at(name, revision)
         if path not in files:
-            return self.tell(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound")
-        blob, status, extra = files[path], 200, {}
-        content, total = blob.content, len(blob.content)
-        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
-            start = int(asked[1])
-            content = content[start : int(asked[2]) + 1 if asked[2] else None]
-            status = 206
-            extra["Content-Range"] = f"bytes {start}-{start + len(content) - 1}/{total}"
-        self.send_response(status)
+            raise Error(404, "Entry not found", "EntryNotFound")
+        content, total, status = files[path].content, len(files[path].content), 200
         headers = {
             "X-Repo-Commit": oid,
-            "ETag": f'"{blob.oid}"',
+            "ETag": f'"{files[path].oid}"',
             "X-Linked-Size": str(total),
             "Accept-Ranges": "bytes",
-            "Content-Length": str(len(content)),
-            **extra,
         }
-        for header, value in headers.items():
-            self.send_header(header, value)
-        self.end_headers()
+        if span := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
+            start = int(span[1])
+            content = content[start : int(span[2]) + 1 if span[2] else None]
+            status = 206
+            headers["Content-Range"] = f"bytes {start}-{start + len(content) - 1}/{total}"
         if self.command == "GET":
             with self.hub.lock:
                 self.hub.served += len(content)
-            self.wfile.write(content)
+        self.send(status, content, headers)
 
 
 _MODEL, _REVISION = r"/api/models/(?P<name>[^/]+/[^/]+)", r"(?P<revision>.+)"
 _STORE = r"/store/(?P<oid>[0-9a-f]{64})"
 _FILE = r"/(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)"
-ROUTES: tuple[tuple[str, str, Callable[..., None]], ...] = (
+ROUTES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("POST", "/api/repos/create", Handler.create),
     ("POST", "/api/validate-yaml", Handler.check_card),
     ("GET", _MODEL, Handler.info),
@@ -423,8 +380,6 @@ ROUTES: tuple[tuple[str, str, Callable[..., None]], ...] = (
     ("POST", rf"{_MODEL}/tag/{_REVISION}", Handler.tag),
     ("POST", r"/(?P<name>[^/]+/[^/]+)\.git/info/lfs/objects/batch", Handler.batch),
     ("PUT", _STORE, Handler.store),
-    ("PUT", rf"{_STORE}/(?P<part>\d+)", Handler.store),
-    ("POST", _STORE, Handler.complete),
     ("POST", rf"{_STORE}/verify", Handler.verify),
     ("HEAD", _FILE, Handler.resolve),
     ("GET", _FILE, Handler.resolve),
@@ -433,10 +388,10 @@ ROUTES: tuple[tuple[str, str, Callable[..., None]], ...] = (
 
 @pytest.fixture
 def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A Hub of its own, which huggingface-hub takes for the only one; logged in, its cache empty.
+    """A Hub for one test, as the only one that huggingface-hub knows; logged in, with no cache.
 
-    huggingface-hub reads its environment when it is imported, hence the constants; what it calls
-    again after a failure it calls at once.
+    The constants are patched because huggingface-hub reads its environment at import. Its waits
+    between retries are skipped.
     """
     hub = Hub()
     serving = threading.Thread(target=hub.serve_forever, args=(0.01,), daemon=True)

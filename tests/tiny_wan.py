@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import nn
 
+from vmla_convert.config import ConvertConfig, Sizes, SourceConfig
+
 T = TypeVar("T", bound=nn.Module)
 
 TEXT_DIM = 32
@@ -43,6 +45,27 @@ def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with vae/, text_encoder/, tokenizer/, transformer/, scheduler/, model_index.json."""
     folder = tmp_path_factory.mktemp("wan") / "pipeline"
     save_pipeline(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wan_source(wan_folder: Path) -> SourceConfig:
+    """The pipeline as a causal model of two latent frames a chunk."""
+    return SourceConfig(str(wan_folder), overrides=SETTINGS)
+
+
+@pytest.fixture(scope="session")
+def wan_converted(wan_source: SourceConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLA conversion of the pipeline, in diffusers' layout."""
+    from vmla_convert.fitting.convert import convert
+
+    folder = tmp_path_factory.mktemp("wan_converted") / "pipe"
+    convert(
+        wan_source,
+        folder,
+        ConvertConfig("mla", init="spectral", size=Sizes(cut=0.5)),
+        layout="diffusers",
+    )
     return folder
 
 

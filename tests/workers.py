@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vmla_convert.config import DMDConfig
-from vmla_convert.fitting.factors import convert_model
+from vmla_convert.fitting.mla import convert_model
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import load
 from vmla_convert.media.clips import open_clips, seeded

@@ -344,7 +344,7 @@ def _check_source(recipe: Recipe, out: Path, stages: list[str]) -> None:
 
 def _clips(recipe: Recipe, stages: list[str]) -> list[DataConfig]:
     """Where the clips come from that the stages look at."""
-    from vmla_convert.fitting.conversion_steps import measures
+    from vmla_convert.fitting.calibration_clips import measures
 
     convert, recover = recipe.convert or ConvertConfig(), recipe.recover or RecoverConfig()
     recovers = recipe.sweep is not None and recipe.sweep.recover and "sweep" in stages
@@ -358,19 +358,18 @@ def _clips(recipe: Recipe, stages: list[str]) -> list[DataConfig]:
 
 def _check_stages(recipe: Recipe, stages: list[str], checkpoint: OpenCheckpoint) -> None:
     """Settings, clips and the prompts of a sweep fit the model, by a look at one clip of each."""
-    from vmla_convert.fitting.codec import planned_codec
-    from vmla_convert.fitting.conversion_steps import measures, open_measured, refuse_converted
-    from vmla_convert.fitting.convert import plan_conversion
+    from vmla_convert.fitting.calibration_clips import measures, open_calibration
+    from vmla_convert.fitting.dense_source import refuse_converted
+    from vmla_convert.fitting.plan import plan_conversion
     from vmla_convert.recovery.checks import check_recovery
     from vmla_convert.sweep.sweep import check_sweep
 
     convert, recover = recipe.convert or ConvertConfig(), recipe.recover or RecoverConfig()
     refuse_converted(checkpoint)
     if "convert" in stages:
-        plan = planned_codec if convert.product == "codec" else plan_conversion
-        plan(checkpoint, convert)
+        plan_conversion(checkpoint, convert)
         if measures(convert):
-            open_measured(checkpoint.config, convert)
+            open_calibration(checkpoint.config, convert)
     if "recover" in stages:
         world = int(os.environ.get("WORLD_SIZE", "1"))
         check_recovery(checkpoint, recover, recipe.evaluate, world)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from vmla_convert.console import out
 
 if TYPE_CHECKING:
-    from vmla_convert.fitting.dry_run import Outlook
     from vmla_convert.fitting.inspect import Inspection
+    from vmla_convert.fitting.plan import PlannedOutput
     from vmla_convert.loading.publish import Push
 
 
@@ -31,21 +31,21 @@ def show_kept(recovered: dict[str, Any]) -> None:
         out.say("no stage measured better than its start: the weights are those of the conversion")
 
 
-def show_outlook(outlook: Outlook) -> None:
+def show_planned_output(planned: PlannedOutput) -> None:
     """Print what a conversion would write."""
     if out.json:
-        out.data(outlook)
+        out.data(planned)
         return
     out.data(
         {
-            "would write": outlook.out,
-            "bytes cached per token and layer": outlook.cache_bytes_per_token,
-            "cache cut": f"{outlook.cache_cut:.1%}",
-            "working files beside it (bytes)": f"{outlook.working_bytes:,}",
+            "would write": planned.out,
+            "bytes cached per token and layer": planned.cache_bytes_per_token,
+            "cache cut": f"{planned.cache_cut:.1%}",
+            "working files beside it (bytes)": f"{planned.working_bytes:,}",
         }
     )
-    files = [[name, f"{nbytes:,}"] for name, nbytes in outlook.files.items()]
-    out.table("Weights", ["file", "bytes"], [*files, ["together", f"{outlook.nbytes:,}"]])
+    files = [[name, f"{nbytes:,}"] for name, nbytes in planned.files.items()]
+    out.table("Weights", ["file", "bytes"], [*files, ["together", f"{planned.nbytes:,}"]])
 
 
 def show_push(push: Push, dry_run: bool) -> None:

@@ -1,4 +1,4 @@
-"""Rules are one to one, whole-name and reversible; what they do not cover is named."""
+"""Rules match whole names, one to one and reversibly; other names are reported."""
 
 from __future__ import annotations
 
@@ -43,6 +43,8 @@ def test_tables_are_one_to_one(rules: tuple[Rule, ...]) -> None:
     assert len({rule.native for rule in rules}) == len(rules)
     assert len({rule.foreign for rule in rules}) == len(rules)
     assert all(("{i}" in rule.native) == ("{i}" in rule.foreign) for rule in rules)
+    assert invert(invert(rules)) == rules
+    assert invert(native_twin(rules)) == native_twin(rules)
 
 
 @TABLES
@@ -56,16 +58,9 @@ def test_there_and_back_is_the_identity(rules: tuple[Rule, ...], blocks: set[int
 
 
 @TABLES
-def test_the_inverse_of_the_inverse_is_the_table(rules: tuple[Rule, ...]) -> None:
-    assert rules
-    assert invert(invert(rules)) == rules
-    assert invert(native_twin(rules)) == native_twin(rules)
-
-
-@TABLES
 @given(data=st.data())
-def test_names_of_a_rule_are_of_no_other(rules: tuple[Rule, ...], data: st.DataObject) -> None:
-    """So that the order of a table does not matter."""
+def test_a_name_matches_one_rule_only(rules: tuple[Rule, ...], data: st.DataObject) -> None:
+    """The order of a table does not matter."""
     rule = data.draw(st.sampled_from(rules))
     name = fill(rule.foreign, data.draw(st.integers(0, 10**6)))
     others = tuple(other for other in rules if other != rule)
@@ -116,15 +111,10 @@ def test_norm_names_swap_as_diffusers_swaps_them() -> None:
     ],
 )
 def test_names_that_only_look_alike_are_left_over(name: str) -> None:
-    with pytest.raises(CheckpointError, match="1 tensors are not part") as caught:
+    with pytest.raises(CheckpointError) as caught:
         to_native(["proj_out.weight", name], DIFFUSERS_RULES)
     assert name in caught.value.message
     assert "proj_out" not in caught.value.message
-
-
-def test_huge_block_numbers_are_only_names() -> None:
-    digits = "9" * 5000
-    assert to_native([f"blocks.{digits}.modulation"], NATIVE_RULES)
 
 
 def test_two_names_for_one_tensor_are_refused() -> None:
@@ -152,12 +142,12 @@ def test_wrappers_come_off_wherever_they_are(wrapped: str) -> None:
     assert strip_wrappers([wrapped]) == {"blocks.0.ffn.0.bias": wrapped}
 
 
-def test_the_prefix_goes_only_when_all_have_it() -> None:
+def test_a_prefix_is_removed_only_when_all_names_have_it() -> None:
     assert strip_wrappers(["model.a", "model.b"]) == {"a": "model.a", "b": "model.b"}
     assert strip_wrappers(["model.a", "b"]) == {"model.a": "model.a", "b": "b"}
 
 
-def test_names_that_become_one_are_refused() -> None:
+def test_names_that_become_equal_are_refused() -> None:
     with pytest.raises(CheckpointError, match=r"both 'a\.b'"):
         strip_wrappers(["a.b", "a._orig_mod.b"])
 

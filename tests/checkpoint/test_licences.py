@@ -1,4 +1,4 @@
-"""Which licence a work made of several has."""
+"""The licence of a work made from several works."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ NC, NC_SA, SA = "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-sa-4.0"
         ([NC, NC_SA], NC_SA),
         ([NC, "unknown"], "unknown"),
         (["other", "unknown"], "unknown"),
-        # Neither may be passed on under the other.
+        # Neither licence covers the other.
         ([SA, NC_SA], "unknown"),
         (["other", NC], "unknown"),
-        # Two sets of terms of their own are not the same for being called alike.
+        # Two licences that are both `other` need not have the same terms.
         (["other", "other"], "unknown"),
         (["mit", NC, "apache-2.0", NC_SA], NC_SA),
     ],
 )
-def test_the_strictest_holds_and_what_is_none_is_unknown(licences: list[str], whole: str) -> None:
+def test_the_strictest_licence_holds(licences: list[str], whole: str) -> None:
     assert strictest(licences) == strictest(licences[::-1]) == whole
 
 
@@ -46,5 +46,5 @@ def test_the_strictest_holds_and_what_is_none_is_unknown(licences: list[str], wh
         (None, "unknown"),
     ],
 )
-def test_only_names_of_the_hub_count(text: str | None, licence: str) -> None:
+def test_only_the_hubs_names_count(text: str | None, licence: str) -> None:
     assert read_licence(text) == licence

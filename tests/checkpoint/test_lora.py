@@ -1,4 +1,4 @@
-"""One LoRA in every form merges into the same weights; what has no place in the model is named."""
+"""A LoRA in every file form merges into the same weights; a LoRA that does not fit is refused."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from vmla_convert.checkpoint import lora as lora_module
-from vmla_convert.checkpoint.families import native_shapes
+from vmla_convert.checkpoint.geometry import native_shapes
 from vmla_convert.checkpoint.keymap import DIFFUSERS_RULES, invert, to_native
 from vmla_convert.checkpoint.lora import Lora, open_lora, parse_lora
-from vmla_convert.checkpoint.source import TensorSource, TensorSpec, open_source
+from vmla_convert.checkpoint.source import TensorSource, TensorSpec
 from vmla_convert.config import Geometry
 from vmla_convert.errors import CheckpointError, ConfigError
 
@@ -38,7 +37,7 @@ SHAPES = native_shapes(GEOMETRY)
 SPECS = {name: TensorSpec(shape, torch.bfloat16) for name, shape in SHAPES.items()}
 RANK, ALPHA, SCALE = 4, 6, 0.5
 
-# Square, wide and tall ones, names with underscores and digits, and the convolution.
+# Square, wide and tall weights, names with underscores and digits, and the convolution.
 MODULES = (
     "blocks.0.self_attn.q",
     "blocks.1.self_attn.o",
@@ -74,7 +73,7 @@ def random_pairs(seed: int = 1, modules: tuple[str, ...] = MODULES) -> Pairs:
 
 
 def product(pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """What up · down is, column by column of the unfolded kernel."""
+    """The product up · down, with the shape of the weight."""
     down, up = pair
     return torch.einsum("rc...,dr->dc...", down, up.flatten(1))
 
@@ -160,7 +159,7 @@ def write_kohya(folder: Path, pairs: Pairs) -> Path:
     return write(folder / "l.safetensors", with_alphas(tensors, flat, "lora_unet_"))
 
 
-# How each form is written, and the alpha that it tells; without one, alpha is the rank.
+# The writer of each form, and the alpha that the form states; without one, alpha is the rank.
 FORMS: dict[str, tuple[Callable[[Path, Pairs], Path], int]] = {
     "native": (write_native, RANK),
     "down and up": (write_comfy, ALPHA),
@@ -199,32 +198,23 @@ def test_every_form_merges_into_the_same_weights(form: str, tmp_path: Path) -> N
         assert torch.equal(tensor, before)
 
 
-def test_all_linears_of_a_model_at_once(tmp_path: Path) -> None:
-    weights = [name for name, shape in SHAPES.items() if name.endswith("weight") and len(shape) > 1]
-    modules = tuple(name.removesuffix(".weight") for name in weights)
-    for form, (writer, _) in FORMS.items():
-        path = writer(tmp_path / form.replace(" ", "_"), random_pairs(modules=modules))
-        assert open_lora(path, 1.0, SPECS).deltas.keys() == set(weights)
-
-
-def test_diffusers_own_converters_agree(tmp_path: Path) -> None:
-    """What diffusers makes of kohya's and of native files merges as those files themselves do."""
-    from diffusers.loaders import lora_conversion_utils as theirs
+@pytest.mark.parametrize("writer", [write_kohya, write_comfy])
+def test_diffusers_own_converters_agree(
+    writer: Callable[[Path, Pairs], Path], tmp_path: Path
+) -> None:
+    """A file merges like the file that diffusers makes from it."""
+    from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
 
     parts = [f"{kind}_attn.{part}" for kind in ("self", "cross") for part in "qkvo"]
     parts += ["ffn.0", "ffn.2"]
     pairs = random_pairs(modules=tuple(f"blocks.{i}.{part}" for i in (0, 1) for part in parts))
-    converters = {
-        write_kohya: theirs._convert_musubi_wan_lora_to_diffusers,
-        write_comfy: theirs._convert_non_diffusers_wan_lora_to_diffusers,
-    }
-    for writer, convert in converters.items():
-        path = writer(tmp_path / writer.__name__, pairs)
-        converted = write(path.parent / "theirs.safetensors", convert(load_file(path)))
-        ours, other = (open_lora(file, SCALE, SPECS) for file in (path, converted))
-        assert ours.deltas.keys() == other.deltas.keys() == {f"{module}.weight" for module in pairs}
-        for name, tensor in native().items():
-            close(ours.apply(name, tensor), other.apply(name, tensor))
+    path = writer(tmp_path / "l", pairs)
+    theirs: Any = WanLoraLoaderMixin.lora_state_dict(str(path))
+    converted = write(tmp_path / "theirs.safetensors", theirs)
+    ours, other = (open_lora(file, SCALE, SPECS) for file in (path, converted))
+    assert ours.deltas.keys() == other.deltas.keys() == {f"{module}.weight" for module in pairs}
+    for name, tensor in native().items():
+        close(ours.apply(name, tensor), other.apply(name, tensor))
 
 
 DIFFS = {
@@ -303,19 +293,11 @@ def test_two_loras_merge_as_their_sum_in_any_order(
     total = first * product(random_pairs(1)[module]) + second * product(random_pairs(2)[module])
     close(two.apply(name, one.apply(name, weight)), weight + total, 3e-5)
     close(one.apply(name, two.apply(name, weight)), weight + total, 3e-5)
-
-
-@settings(max_examples=20, deadline=None)
-@given(scale=scales, name=st.sampled_from(sorted(TARGETS)))
-def test_the_opposite_scale_takes_it_back(folder: Path, scale: float, name: str) -> None:
-    weight = native()[name]
-    merged = opened(folder, 1, scale).apply(name, weight)
-    close(opened(folder, 1, -scale).apply(name, merged), weight)
-    assert torch.equal(opened(folder, 1, 0.0).apply(name, weight), weight)
+    close(opened(folder, 1, -first).apply(name, one.apply(name, weight)), weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_rounded_once(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_the_sum_is_rounded_once(dtype: torch.dtype, tmp_path: Path) -> None:
     torch.manual_seed(5)
     # Whole numbers, so that the float32 sum has one value whatever the order.
     down, up = torch.randint(-99, 100, (2, RANK, 24)).float()
@@ -327,70 +309,38 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype, tmp_path: Path) -> N
     assert torch.equal(merged, (weight.float() + 0.75 * (up.T @ down)).to(dtype))
     twice = weight + (0.75 * (up.T @ down)).to(dtype)
     assert not torch.equal(merged, twice)
-
-
-def test_double_precision_is_kept(tmp_path: Path) -> None:
-    down, up = random_pairs()[Q]
-    lora = open_lora(write_native(tmp_path / "f", {Q: (down, up)}), 0.3, SPECS)
-    weight = native(torch.float64)[f"{Q}.weight"]
-    expected = weight + 0.3 * (up.double() @ down.double())
-    close(lora.apply(f"{Q}.weight", weight), expected, 1e-14)
-
-
-class Spy:
-    """A source that keeps account of what is read."""
-
-    def __init__(self, source: TensorSource) -> None:
-        self.path, self.key, self.specs, self._read = (
-            source.path,
-            source.key,
-            source.specs,
-            source.read,
-        )
-        self.reads: list[str] = []
-
-    def read(self, name: str) -> torch.Tensor:
-        self.reads.append(name)
-        return self._read(name)
+    wide = native(torch.float64)[f"{Q}.weight"]
+    close(lora.apply(f"{Q}.weight", wide), wide + 0.75 * (up.T @ down).double(), 1e-14)
 
 
 def test_matrices_are_read_when_they_are_applied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spies: list[Spy] = []
-
-    def spied(path: Path, key: str | None = None) -> Spy:
-        spies.append(Spy(open_source(path, key)))
-        return spies[-1]
-
-    monkeypatch.setattr(lora_module, "open_source", spied)
     lora = open_lora(write_comfy(tmp_path / "f", random_pairs()), 1.0, SPECS)
-    (spy,) = spies
-    assert {name.rpartition(".")[2] for name in spy.reads} == {"alpha"}
-    spy.reads.clear()
-    for name, tensor in native().items():
-        if not name.startswith(Q):
-            continue
-        lora.apply(name, tensor)
-    assert spy.reads == [f"diffusion_model.{Q_DOWN}", f"diffusion_model.{Q_UP}"]
+    read: list[str] = []
+    source_read = type(lora.source).read
+
+    def spy(source: TensorSource, name: str) -> torch.Tensor:
+        read.append(name)
+        return source_read(source, name)
+
+    monkeypatch.setattr(type(lora.source), "read", spy)
+    open_lora(tmp_path / "f" / "l.safetensors", 1.0, SPECS)
+    assert {name.rpartition(".")[2] for name in read} == {"alpha"}
+    read.clear()
+    lora.apply(f"{Q}.weight", native()[f"{Q}.weight"])
+    assert read == [f"diffusion_model.{Q_DOWN}", f"diffusion_model.{Q_UP}"]
 
 
-def test_the_root_of_the_rank_and_ranks_that_differ(tmp_path: Path) -> None:
+def test_the_factor_follows_the_settings_and_the_files_alpha(tmp_path: Path) -> None:
     pairs, weight = random_pairs(modules=(Q,)), torch.zeros(24, 24)
-    path = write_adapter(tmp_path / "a", pairs, use_rslora=True)
-    merged = open_lora(path, 1.0, SPECS).apply(f"{Q}.weight", weight)
-    close(merged, ALPHA / math.sqrt(RANK) * product(pairs[Q]))
-    path = write_adapter(tmp_path / "b", pairs, r=16, rank_pattern={"q": RANK})
-    merged = open_lora(path, 1.0, SPECS).apply(f"{Q}.weight", weight)
-    close(merged, ALPHA / RANK * product(pairs[Q]))
-
-
-def test_the_files_own_alpha_goes_before_the_settings(tmp_path: Path) -> None:
-    pairs = random_pairs(modules=(Q,))
-    path = write_comfy(tmp_path, pairs)
-    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 99}')
-    merged = open_lora(path, 1.0, SPECS).apply(f"{Q}.weight", torch.zeros(24, 24))
-    close(merged, ALPHA / RANK * product(pairs[Q]))
+    rooted = write_adapter(tmp_path / "a", pairs, use_rslora=True)
+    several_ranks = write_adapter(tmp_path / "b", pairs, r=16, rank_pattern={"q": RANK})
+    own_alpha = write_comfy(tmp_path / "c", pairs)
+    (tmp_path / "c" / "adapter_config.json").write_text('{"lora_alpha": 99}')
+    for path, divisor in ((rooted, math.sqrt(RANK)), (several_ranks, RANK), (own_alpha, RANK)):
+        merged = open_lora(path, 1.0, SPECS).apply(f"{Q}.weight", weight)
+        close(merged, ALPHA / divisor * product(pairs[Q]))
 
 
 @pytest.mark.parametrize("alpha", [torch.tensor([[3]]), torch.tensor(3, dtype=torch.bfloat16)])
@@ -421,14 +371,8 @@ REFUSALS: dict[str, tuple[Tensors, list[str]]] = {
         {Q_DOWN: DOWN, Q_UP: UP, "blocks.0.self_attn.q.base_layer.weight": UP},
         ["1 tensors", "q.base_layer.weight"],
     ),
-    "a saved module": (
-        {Q_DOWN: DOWN, Q_UP: UP, "head.modules_to_save.default.weight": UP},
-        ["modules_to_save"],
-    ),
     "no such block": ({"blocks.2.diff_m": torch.ones(1, 6, 24)}, ["blocks.2.diff_m"]),
-    "no such module": ({f"{Q}kv.lora_A.weight": DOWN, f"{Q}kv.lora_B.weight": UP}, [f"{Q}kv"]),
     "no bias there": ({"blocks.0.self_attn.norm_q.diff_b": torch.ones(24)}, ["norm_q.diff_b"]),
-    "no modulation there": ({"head.head.diff_m": torch.ones(1, 2, 24)}, ["head.head.diff_m"]),
     "a text encoder's": (
         {"lora_te_x.lora_down.weight": DOWN, "lora_te_x.lora_up.weight": UP},
         ["lora_te_x"],
@@ -440,11 +384,6 @@ REFUSALS: dict[str, tuple[Tensors, list[str]]] = {
         | {"transformer.blocks.0.attn2.to_k.lora_A.weight": DOWN}
         | {"transformer.blocks.0.attn2.to_k.lora_B.weight": UP},
         ["1 tensors", "add_k_proj"],
-    ),
-    "image-to-video, kohya": (
-        {"lora_unet_img_emb_proj_1.lora_down.weight": DOWN}
-        | {"lora_unet_img_emb_proj_1.lora_up.weight": UP},
-        ["img_emb_proj_1"],
     ),
     "image-to-video patches": (
         {"patch_embedding.diff": torch.ones(24, 36, 1, 2, 2)},
@@ -458,16 +397,10 @@ REFUSALS: dict[str, tuple[Tensors, list[str]]] = {
     "down without up": ({Q_DOWN: DOWN}, [Q_DOWN, "no up matrix"]),
     "up without down": ({Q_UP: UP}, [Q_UP, "no down matrix"]),
     "alpha alone": ({f"{Q}.alpha": torch.ones(())}, [f"{Q}.alpha", "no down and no up"]),
-    "a bias alone": ({f"{Q}.lora_B.bias": torch.ones(24)}, [f"{Q}.lora_B.bias", "no down"]),
-    "alpha of a difference": (
-        {f"{Q}.alpha": torch.ones(()), f"{Q}.diff": torch.ones(24, 24)},
-        [f"{Q}.alpha"],
-    ),
     "columns": ({Q_DOWN: torch.ones(RANK, 23), Q_UP: UP}, [f"{Q}.weight", "(24, 24)", "(4, 23)"]),
     "rows": ({Q_DOWN: DOWN, Q_UP: torch.ones(23, RANK)}, [f"{Q}.weight", "(24, 24)"]),
     "ranks": ({Q_DOWN: DOWN, Q_UP: torch.ones(24, 3)}, [f"{Q}.weight", "(24, 3)"]),
     "no rank": ({Q_DOWN: torch.ones(0, 24), Q_UP: torch.ones(24, 0)}, [f"{Q}.weight"]),
-    "sides": ({Q_DOWN: torch.ones(()), Q_UP: torch.ones(24)}, [f"{Q}.weight"]),
     "an up kernel": ({Q_DOWN: DOWN, Q_UP: torch.ones(24, RANK, 2)}, [f"{Q}.weight"]),
     "a turned kernel": (
         {"patch_embedding.lora_A.weight": torch.ones(RANK, 4, 2, 1, 2)}
@@ -489,9 +422,7 @@ REFUSALS: dict[str, tuple[Tensors, list[str]]] = {
         [f"{Q}.alpha"],
     ),
     "alpha NaN": ({Q_DOWN: DOWN, Q_UP: UP, f"{Q}.alpha": torch.tensor(math.nan)}, [f"{Q}.alpha"]),
-    "alpha 0": ({Q_DOWN: DOWN, Q_UP: UP, f"{Q}.alpha": torch.zeros(())}, [f"{Q}.alpha"]),
     "float8": ({Q_DOWN: DOWN.to(torch.float8_e4m3fn), Q_UP: UP}, ["quantised", Q_DOWN]),
-    "int32": ({Q_DOWN: DOWN, Q_UP: UP.to(torch.int32)}, ["quantised", Q_UP]),
     "int8": ({Q_DOWN: DOWN, Q_UP: UP.to(torch.int8)}, ["quantised", Q_UP]),
     "DoRA, kohya": (
         {Q_DOWN: DOWN, Q_UP: UP, f"{Q}.dora_scale": torch.ones(24, 1)},
@@ -511,7 +442,6 @@ REFUSALS: dict[str, tuple[Tensors, list[str]]] = {
         {f"diffusion_model.{Q_DOWN}": DOWN, Q_DOWN: DOWN, Q_UP: UP},
         [f"'diffusion_model.{Q_DOWN}'", f"'{Q_DOWN}'"],
     ),
-    "wrappers for one tensor": ({f"_orig_mod.{Q_DOWN}": DOWN, Q_DOWN: DOWN}, [Q_DOWN]),
     "changed twice": (
         {Q_DOWN: DOWN, Q_UP: UP, f"{Q}.diff": torch.ones(24, 24)},
         [f"{Q}.weight twice", Q_DOWN, f"{Q}.diff"],
@@ -524,14 +454,9 @@ def test_what_does_not_fit_is_named(case: str, tmp_path: Path) -> None:
     tensors, names = REFUSALS[case]
     path = write(tmp_path / "l.safetensors", tensors)
     error = refused(path, *names)
-    assert case == "wrappers for one tensor" or str(path) in error.message
+    assert str(path) in error.message
     if case.startswith("image-to-video, "):
         assert "text-to-video" in error.hint
-
-
-def test_long_lists_are_cut_short(tmp_path: Path) -> None:
-    tensors = {f"blocks.{i}.diff_m": torch.ones(1, 6, 24) for i in range(2, 40)}
-    refused(write(tmp_path / "l.safetensors", tensors), "38 tensors", "and 33 more")
 
 
 def test_kohya_names_that_may_be_two_tensors_are_refused(tmp_path: Path) -> None:
@@ -553,8 +478,9 @@ def test_kohya_names_of_a_whole_model_are_unambiguous(tmp_path: Path) -> None:
     assert open_lora(path, 1.0, SPECS).deltas.keys() == set(SHAPES)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", [Q_UP, Q_DOWN, f"{Q}.diff_b"])
+@pytest.mark.parametrize(
+    ("name", "value"), [(Q_UP, math.nan), (Q_DOWN, math.inf), (f"{Q}.diff_b", -math.inf)]
+)
 def test_numbers_that_are_not_finite_are_named(name: str, value: float, tmp_path: Path) -> None:
     tensors = {Q_DOWN: DOWN.clone(), Q_UP: UP.clone(), f"{Q}.diff_b": torch.ones(24)}
     tensors[name].view(-1)[-1] = value
@@ -574,7 +500,6 @@ def test_numbers_that_are_not_finite_are_named(name: str, value: float, tmp_path
         ({"lora_alpha": True}, "True"),
         ({"lora_alpha": 0}, "lora_alpha 0"),
         ({"lora_alpha": math.nan}, "nan"),
-        ({"lora_alpha": math.inf}, "inf"),
         ({"alpha_pattern": {"q": 3}}, "alpha_pattern"),
     ],
 )
@@ -584,7 +509,7 @@ def test_settings_that_do_not_fit_are_refused(
     refused(write_adapter(tmp_path / "f", random_pairs(), **config), message)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "\x00", "\udcff"])
+@pytest.mark.parametrize("text", ["{", "[1]", "\udcff"])
 def test_settings_that_are_no_table_are_refused(text: str, tmp_path: Path) -> None:
     path = write_adapter(tmp_path / "f", random_pairs())
     (path / "adapter_config.json").write_text(text, "utf-8", "surrogateescape")
@@ -603,22 +528,13 @@ def test_a_file_that_cannot_be_opened_says_why(tmp_path: Path) -> None:
     ("option", "path", "scale"),
     [
         ("a.safetensors", "a.safetensors", 1.0),
-        ("a.safetensors:0.8", "a.safetensors", 0.8),
         ("a.pt:-1", "a.pt", -1.0),
         ("a.pt:.5", "a.pt", 0.5),
-        ("a.pt:2.", "a.pt", 2.0),
         ("a.pt:1E-3", "a.pt", 1e-3),
-        ("a.pt:0", "a.pt", 0.0),
-        ("C:\\loras\\a.pt", "C:\\loras\\a.pt", 1.0),
         ("C:\\loras\\a.pt:0.5", "C:\\loras\\a.pt", 0.5),
         ("12:30:0.5", "12:30", 0.5),
-        ("a:b", "a:b", 1.0),
-        ("a.pt:", "a.pt:", 1.0),
-        ("a.pt:0,8", "a.pt:0,8", 1.0),
-        ("a.pt:1_0", "a.pt:1_0", 1.0),
-        ("a.pt: 1", "a.pt: 1", 1.0),
-        ("a.pt:٣", "a.pt:٣", 1.0),
-        ("0.5", "0.5", 1.0),
+        *((name, name, 1.0) for name in ("C:\\a.pt", "a:b", "a.pt:", "a.pt:0,8", "a.pt:1_0")),
+        *((name, name, 1.0) for name in ("a.pt: 1", "a.pt:٣", "0.5")),
     ],
 )
 def test_only_a_last_number_is_a_scale(option: str, path: str, scale: float) -> None:

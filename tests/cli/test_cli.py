@@ -391,7 +391,7 @@ def interrupted(
 
     words = ("convert", teacher, "-o", tmp_path / "out", "--preset", "videomla")
     with monkeypatch.context() as patch:
-        patch.setattr("vmla_convert.fitting.convert.factor_layer", press)
+        patch.setattr("vmla_convert.fitting.write.factor_layer", press)
         ran = vmla(*words)
     assert (ran.code, ran.out) == (130, "")
     assert "interrupted" in ran.err

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from checkpoints import BUDGETED, MODEL, Vmla, evidence_of, weights_of
+from checkpoints import BUDGETED, MODEL, Vmla
 
 from vmla_convert.config import (
     CachePolicy,
@@ -20,10 +20,11 @@ from vmla_convert.config import (
     Sizes,
 )
 from vmla_convert.errors import ConfigError
-from vmla_convert.fitting.calibrate import LayerReads
+from vmla_convert.fitting.calibrate import Statistics
 from vmla_convert.fitting.convert import PRESETS, convert, read_plan
-from vmla_convert.fitting.factors import convert_model, planned_config
+from vmla_convert.fitting.mla import convert_model, layer_inputs, planned_config
 from vmla_convert.fitting.rank_plan import (
+    LayerInputs,
     check_sizes,
     plan_ranks,
     rank_step,
@@ -52,9 +53,12 @@ WAN = ModelConfig(
 )
 
 
-def planned(dense: CausalWanModel, measured: list[LayerReads], config: ConvertConfig) -> RankPlan:
-    evidence = evidence_of(dense, measured)
-    return plan_ranks(MODEL, config, weights_of(dense), evidence.__getitem__)
+def planned(dense: CausalWanModel, measured: Statistics, config: ConvertConfig) -> RankPlan:
+    return plan_ranks(MODEL, config, inputs_of(dense, measured, config))
+
+
+def inputs_of(dense: CausalWanModel, measured: Statistics, config: ConvertConfig) -> LayerInputs:
+    return layer_inputs(dense.state_dict().__getitem__, MODEL, config, measured)
 
 
 def sizes(plan: RankPlan) -> list[int]:
@@ -68,7 +72,7 @@ def test_all_of_a_budget_is_divided_and_no_more(
     cut: float,
     latent: Latent,
     dense: CausalWanModel,
-    measured: list[LayerReads],
+    measured: Statistics,
 ) -> None:
     config = replace(MLA, latent=latent, size=Sizes(cut=cut))
     total, plan = total_numbers(MODEL, config), planned(dense, measured, config)
@@ -80,11 +84,12 @@ def test_all_of_a_budget_is_divided_and_no_more(
 
 @either_latent
 def test_the_budget_is_divided_by_predicted_error(
-    latent: Latent, dense: CausalWanModel, measured: list[LayerReads]
+    latent: Latent, dense: CausalWanModel, measured: Statistics
 ) -> None:
     config = replace(MLA, latent=latent, size=Sizes(cut=0.865))
-    weights, evidence = weights_of(dense), evidence_of(dense, measured)
-    curves = [predict_errors(weights(i), latent, evidence[i], 96).errors for i in (0, 1)]
+    inputs = inputs_of(dense, measured, config)
+    layers = [inputs(layer) for layer in (0, 1)]
+    curves = [predict_errors(w, latent, evidence, 96).errors for w, evidence in layers]
     total = total_numbers(MODEL, config)
     divided = sizes(planned(dense, measured, config))
     assert len(set(divided)) == 2
@@ -97,7 +102,7 @@ def test_the_budget_is_divided_by_predicted_error(
 
 @pytest.mark.parametrize("init", [init for init in INITS if init != "calibrated"])
 def test_an_init_that_predicts_no_errors_gets_the_same_sizes_everywhere(
-    init: str, dense: CausalWanModel, measured: list[LayerReads]
+    init: str, dense: CausalWanModel, measured: Statistics
 ) -> None:
     for latent in LATENTS:
         config = replace(MLA, init=init, latent=latent, size=Sizes(cut=0.8))
@@ -131,7 +136,7 @@ def test_rope_keys_have_no_more_pairs_than_a_head() -> None:
     assert sizes(plan) == [1535] * 30
 
 
-def test_explicit_sizes_stay_as_given(dense: CausalWanModel, measured: list[LayerReads]) -> None:
+def test_explicit_sizes_stay_as_given(dense: CausalWanModel, measured: Statistics) -> None:
     given = {
         Sizes(kv_lora_rank=9, qk_rope_head_dim=4): RankPlan((9, 9), (2, 2)),
         Sizes(kv_lora_rank=9): RankPlan((9, 9), (3, 3)),
@@ -141,7 +146,7 @@ def test_explicit_sizes_stay_as_given(dense: CausalWanModel, measured: list[Laye
 
 
 def test_of_explicit_sizes_only_a_split_latent_is_divided(
-    dense: CausalWanModel, measured: list[LayerReads]
+    dense: CausalWanModel, measured: Statistics
 ) -> None:
     config = replace(MLA, latent="split", size=Sizes(kv_lora_rank=9, qk_rope_head_dim=4))
     plan, halves = planned(dense, measured, config), uniform_plan(MODEL, config)
@@ -153,13 +158,11 @@ def test_of_explicit_sizes_only_a_split_latent_is_divided(
 
 
 @pytest.mark.parametrize("init", ["calibrated", "random"])
-def test_a_plan_is_taken_as_it_is(
-    init: str, dense: CausalWanModel, measured: list[LayerReads]
-) -> None:
+def test_a_plan_is_taken_as_it_is(init: str, dense: CausalWanModel, measured: Statistics) -> None:
     plan = RankPlan((4, 9), (3, 1), (3, 2))
     config = replace(BUDGETED, init=init, latent="split", size=Sizes(plan=plan))
     assert planned(dense, measured, config) == plan
-    model = convert_model(dense, config, evidence_of(dense, measured))
+    model = convert_model(dense, config, measured)
     assert model.config.mla is not None
     assert model.config.mla.kv_lora_rank == (4, 9)
     assert [model.config.mla.qk_rope_head_dim(layer) for layer in (0, 1)] == [6, 2]
@@ -296,7 +299,7 @@ def test_a_file_without_a_plan_is_refused(text: str, tmp_path: Path) -> None:
 
 @either_latent
 def test_what_passes_before_calibration_does_not_fail_after_it(
-    latent: Latent, dense: CausalWanModel, measured: list[LayerReads]
+    latent: Latent, dense: CausalWanModel, measured: Statistics
 ) -> None:
     passed = 0
     for numbers in (2, 3, 4, 5):

@@ -28,7 +28,7 @@ from vmla_convert.checkpoint.writer import CheckpointWriter, write_checkpoint
 from vmla_convert.config import ConvertConfig, Sizes, SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError, OutputError
 from vmla_convert.fitting.convert import convert, read_plan
-from vmla_convert.fitting.dry_run import foresee
+from vmla_convert.fitting.plan import plan_output
 from vmla_convert.loading.export import LAYOUTS, export
 from vmla_convert.loading.load import load, read_provenance
 from vmla_convert.loading.metadata_files import transformer_config
@@ -192,8 +192,8 @@ def test_single_components_beside_a_checkpoint_are_copied(wan_folder: Path, tmp_
 
 
 def test_a_dry_run_names_the_files_of_the_layout(teacher: Path, tmp_path: Path) -> None:
-    outlook = foresee(teacher, tmp_path / "out", BUDGETED, layout="diffusers")
-    assert list(outlook.files) == ["transformer/diffusion_pytorch_model.safetensors"]
+    planned = plan_output(teacher, tmp_path / "out", BUDGETED, layout="diffusers")
+    assert list(planned.files) == ["transformer/diffusion_pytorch_model.safetensors"]
 
 
 def test_a_pipeline_continues_after_an_interruption(tmp_path: Path) -> None:

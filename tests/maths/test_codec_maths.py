@@ -7,7 +7,7 @@ import torch
 from conftest import TINY_GEOMETRY, noise, random_stats, tiny_config, tiny_model
 from torch import Tensor
 
-from vmla_convert.fitting.factors import layer_weights
+from vmla_convert.fitting.weights import layer_weights
 from vmla_convert.maths.codec import (
     SAMPLED_CHANNELS,
     CodecFit,

@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 import torch
-from checkpoints import CONVERT, EVALUATE, MODEL, evidence_of
+from checkpoints import CONVERT, EVALUATE, MODEL
 from torch import Tensor
 
 from vmla_convert.config import (
@@ -22,10 +22,11 @@ from vmla_convert.config import (
 )
 from vmla_convert.demo.world import sample_clips
 from vmla_convert.errors import ConfigError
-from vmla_convert.fitting import calibrate as calibration
-from vmla_convert.fitting.calibrate import LayerReads, clips_at_once
+from vmla_convert.fitting import calibration_clips as calibration
+from vmla_convert.fitting.calibrate import Statistics
+from vmla_convert.fitting.calibration_clips import clips_at_once
 from vmla_convert.fitting.convert import Conversion
-from vmla_convert.fitting.factors import convert_model, planned_config
+from vmla_convert.fitting.mla import convert_model, planned_config
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import load
 from vmla_convert.maths.spectra import effective_rank, weight_spectrum
@@ -205,11 +206,11 @@ def test_a_run_is_named_after_what_was_made(dense: CausalWanModel) -> None:
 
 
 def test_rows_name_no_size_that_layers_do_not_share(
-    dense: CausalWanModel, measured: list[LayerReads]
+    dense: CausalWanModel, measured: Statistics
 ) -> None:
     plan = RankPlan((8, 9), (2, 2))
     config = ConvertConfig(product="mla", size=Sizes(plan=plan))
-    model = convert_model(dense, config, evidence_of(dense, measured))
+    model = convert_model(dense, config, measured)
     rows = cache_rows(model.config)
     assert {(row.kv_lora_rank, row.qk_rope_head_dim) for row in rows} == {(None, None)}
     assert rows[0].value == 27
@@ -226,9 +227,9 @@ def test_rows_of_what_a_conversion_took(latent: CausalWanModel) -> None:
 
 
 def test_spectra_are_told_for_every_layer_with_and_without_data(
-    dense: CausalWanModel, measured: list[LayerReads]
+    dense: CausalWanModel, measured: Statistics
 ) -> None:
-    rows = spectrum_rows(dense, measured, rank=8)
+    rows = spectrum_rows(dense, map(measured, (0, 1)), rank=8)
     assert {(row.metric, row.run, row.layer) for row in rows} == {
         (metric, run, layer)
         for metric in ("effective_rank_99", "energy_at_rank")
@@ -249,10 +250,10 @@ def test_spectra_are_told_for_every_layer_with_and_without_data(
 @pytest.mark.parametrize("latent", ["joint", "split"])
 @pytest.mark.parametrize("init", ["calibrated", "random"])
 def test_every_converted_layer_tells_how_much_of_its_rank_it_fills(
-    init: str, latent: Latent, dense: CausalWanModel, measured: list[LayerReads]
+    init: str, latent: Latent, dense: CausalWanModel, measured: Statistics
 ) -> None:
     config = replace(CONVERT, init=init, latent=latent, size=Sizes(kv_lora_rank=8))
-    model = convert_model(dense, config, evidence_of(dense, measured))
+    model = convert_model(dense, config, measured)
     rows = learned_spectrum_rows(model, 5, seed=3)
     assert [row.layer for row in rows] == [0, 1]
     assert {row.metric for row in rows} == {"effective_rank_99"}

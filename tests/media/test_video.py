@@ -147,14 +147,6 @@ def test_groups_stand_apart_and_share_their_numbers(tmp_path: Path) -> None:
     assert steps[0] == steps[2] < steps[1]
 
 
-def test_numbers_return_where_they_differ(tmp_path: Path) -> None:
-    heights = []
-    for frames in (6, 7):
-        contact_sheet(tmp_path / "s.png", [("a", plain(RED)), ("b", plain(RED, frames))])
-        heights.append(len(sheet_of(tmp_path / "s.png")))
-    assert heights[0] < heights[1]
-
-
 def test_side_by_side_keeps_both_clips() -> None:
     joined = side_by_side(plain(RED), plain(BLUE), gap=3)
     assert joined.shape == (6, 3, 8, 19)

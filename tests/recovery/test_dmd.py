@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import CLIPS, EVALUATE, MODEL, PowerCut, PowerCutError, changed, snapshot
+from checkpoints import EVALUATE, MODEL, PowerCut, PowerCutError, changed, snapshot
 from conftest import noise, randomise
 from torch import Tensor, nn
 
-from vmla_convert.config import DMDConfig, RecoverConfig, TrainingConfig
+from vmla_convert.config import DataConfig, DMDConfig, RecoverConfig, TrainingConfig
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.flow import per_frame
@@ -39,7 +39,7 @@ CONFIG = RecoverConfig(
         steps=0, batch_size=4, lr=1e-3, warmup_steps=1, eval_every=1, checkpoint_every=2
     ),
     dmd=DMDConfig(steps=4, critic_steps=2, critic_lr=1e-3),
-    data=CLIPS,
+    data=DataConfig(frames=4),
 )
 # A critic that does not train.
 STILL = replace(CONFIG, dmd=DMDConfig(steps=1, critic_steps=1, critic_lr=0.0))
@@ -166,7 +166,7 @@ def critic_error(dmd: DistributionMatching) -> float:
     """The critic's error on samples that it has not seen."""
     loss = flow_matching(MODEL)
     with torch.no_grad():
-        samples = [dmd.sample(number).noised for number in range(1000, 1008)]
+        samples = [dmd.sample(number).noised for number in range(1000, 1004)]
         return sum(loss(dmd.critic, sample).item() for sample in samples)
 
 
@@ -292,8 +292,7 @@ def test_two_shares_are_the_whole_batch(student: CausalWanModel, dense: CausalWa
     )
     for tensor, *parts in zip(whole, *shares, strict=True):
         for rank, part in enumerate(parts):
-            assert not part[1 - rank :: 2].any()
-        torch.testing.assert_close(sum(parts), tensor, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(part, tensor[rank::2], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

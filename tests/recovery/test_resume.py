@@ -22,8 +22,8 @@ from vmla_convert.checkpoint.tensor_store import FolderStore, Tensors
 from vmla_convert.checkpoint.writer import CheckpointWriter
 from vmla_convert.config import ConvertConfig, DataConfig, Sizes, SourceConfig
 from vmla_convert.errors import ConfigError, OutputError
-from vmla_convert.fitting import conversion_steps as conversion
-from vmla_convert.fitting import convert as pipeline
+from vmla_convert.fitting import calibrate as conversion
+from vmla_convert.fitting import write as pipeline
 from vmla_convert.fitting.convert import convert
 from vmla_convert.layers.dit import Block
 from vmla_convert.loading.load import load

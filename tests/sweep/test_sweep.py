@@ -20,7 +20,6 @@ from checkpoints import (
     RECOVER,
     PowerCut,
     PowerCutError,
-    evidence_of,
     untimed,
 )
 from safetensors import SafetensorError
@@ -30,10 +29,10 @@ from vmla_convert import progress
 from vmla_convert.checkpoint.tensor_store import FolderStore, MemoryStore, TensorStore
 from vmla_convert.config import Product, RecoverConfig, RuntimeConfig, Sizes, SweepConfig
 from vmla_convert.errors import ConfigError, OutputError
-from vmla_convert.fitting.calibrate import LayerReads
+from vmla_convert.fitting.calibrate import Statistics
 from vmla_convert.fitting.calibrate import _Walk as Walk  # pyright: ignore[reportPrivateUsage]
 from vmla_convert.fitting.convert import convert
-from vmla_convert.fitting.factors import convert_model
+from vmla_convert.fitting.mla import convert_model
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import load
 from vmla_convert.maths import factor
@@ -644,11 +643,11 @@ def test_without_recovery_only_step_0_is_measured(ablation: list[Row]) -> None:
 
 
 def test_a_point_is_the_conversion_that_its_settings_make(
-    ablation: list[Row], dense: CausalWanModel, measured: list[LayerReads], held_out: HeldOut
+    ablation: list[Row], dense: CausalWanModel, measured: Statistics, held_out: HeldOut
 ) -> None:
     for cut, latent in ((0.9, "joint"), (0.8, "split")):
         point = replace(BUDGETED, latent=latent, size=Sizes(cut=cut))
-        student = convert_model(dense, point, evidence_of(dense, measured))
+        student = convert_model(dense, point, measured)
         name = run_name(student.config)
         (told,) = [r.value for r in ablation if (r.run, r.metric) == (name, "velocity_error")]
         assert told == pytest.approx(held_out.measure(student).velocity_error, rel=1e-4)

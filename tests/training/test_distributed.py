@@ -141,6 +141,7 @@ def test_a_sharded_recovery_that_is_cut_resumes_bit_for_bit(
     assert rows[0] == rows[1]
 
 
+@pytest.mark.slow
 def test_a_sharded_student_steps_as_a_whole_one(
     teacher: Path, converted: Path, tmp_path: Path
 ) -> None:

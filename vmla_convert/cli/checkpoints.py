@@ -29,7 +29,7 @@ from vmla_convert.cli.options import (
 )
 from vmla_convert.config import ConvertConfig, DataConfig, SourceConfig
 from vmla_convert.console import out
-from vmla_convert.show import show_inspection, show_outlook
+from vmla_convert.show import show_inspection, show_planned_output
 from vmla_convert.tables import to_dict
 
 
@@ -156,7 +156,6 @@ def convert(
         vmla convert model.pt -o kv
     """
     from vmla_convert.fitting import convert as pipeline
-    from vmla_convert.fitting.conversion_steps import is_begun
 
     out.json = json
     sizes = {
@@ -183,15 +182,15 @@ def convert(
     )
     source = _source(checkpoint, file, key, model, settings, loras)
     if dry_run:
-        from vmla_convert.fitting.dry_run import foresee
+        from vmla_convert.fitting.plan import plan_output
 
-        show_outlook(foresee(source, folder, config, resume, layout))
+        show_planned_output(plan_output(source, folder, config, resume, layout))
         return
     try:
         with out.progress() as progress:
             done = pipeline.convert(source, folder, config, progress, resume, layout)
     except KeyboardInterrupt:
-        if is_begun(folder):
+        if pipeline.can_resume(folder):
             out.say("what is done is kept; to go on: the same command with --resume")
         raise
     out.data(

@@ -1,103 +1,64 @@
-"""Convert a dense checkpoint into a codec, or into a checkpoint with MLA layers.
-
-Of an MLA checkpoint everything but self-attention keeps its bytes. `plan_conversion` refuses what
-cannot be done before the first byte is written.
-"""
+"""Convert a dense checkpoint into a cache codec, or into a checkpoint with MLA layers."""
 
 from __future__ import annotations
 
 import json
+import re
+import resource
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from vmla_convert import __version__
-from vmla_convert.checkpoint.families import OpenCheckpoint
-from vmla_convert.checkpoint.source import TensorSpec, fingerprint
-from vmla_convert.checkpoint.tensor_store import TensorStore
-from vmla_convert.checkpoint.writer import (
-    CheckpointWriter,
-    copied_bytes,
-)
+from vmla_convert.checkpoint.source import fingerprint
+from vmla_convert.checkpoint.tensor_store import FolderStore
+from vmla_convert.checkpoint.writer import CheckpointWriter, partial_folder
 from vmla_convert.config import ConvertConfig, ModelConfig, RankPlan
 from vmla_convert.errors import ConfigError, did_you_mean
-from vmla_convert.fitting.calibrate import deployed_phases
-from vmla_convert.fitting.codec import convert_to_codec
-from vmla_convert.fitting.conversion_steps import (
-    Clock,
-    Conversion,
-    calibration_shelf,
-    cast_finite,
-    check_start,
-    clips_hash,
-    made_ahead,
-    measure_layers,
-    measures,
+from vmla_convert.fitting.calibrate import Statistics, calibrate_checkpoint
+from vmla_convert.fitting.calibration_clips import clips_hash, measures
+from vmla_convert.fitting.dense_source import (
+    CheckedCheckpoint,
+    NotFiniteError,
+    base_record,
     open_dense,
-    origin_of,
-    refuse_converted,
-    require_finite,
-    weights_of,
+    source_record,
 )
-from vmla_convert.fitting.factors import (
-    Branch,
-    branch_from,
-    branch_of,
-    factor_layer,
-    latent_tensors,
-    layer_evidence,
-    planned_config,
-    with_branches,
-)
-from vmla_convert.fitting.rank_plan import (
-    ReadEvidence,
-    check_sizes,
-    plan_ranks,
-    uniform_plan,
-)
-from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.fitting.mla import layer_inputs
+from vmla_convert.fitting.plan import check_start, plan_conversion
+from vmla_convert.fitting.rank_plan import plan_ranks
+from vmla_convert.fitting.write import write_codec, write_mla
 from vmla_convert.loading.load import CONVERSION_NAME, Source
-from vmla_convert.loading.metadata_files import (
-    LAYOUTS,
-    converted_files,
-    named_layout,
-    parts_to_copy,
-)
-from vmla_convert.maths.evidence import assume_evidence
-from vmla_convert.maths.factor import DATA_INITS
-from vmla_convert.media.demo import require_demo_media
+from vmla_convert.loading.metadata_files import LAYOUTS, converted_files
+from vmla_convert.media.clips import recorded
 from vmla_convert.progress import Progress, Silent, Timed
+from vmla_convert.results import library_versions
 from vmla_convert.tables import from_dict, to_dict
 
 PRESETS = {"videomla": ConvertConfig(product="mla", init="spectral")}
-"""The paper: its init, its shares of 192 + 32 numbers; the key norm, which it drops, is kept."""
+"""VideoMLA's init and sizes (192 + 32 numbers); the key norm, which VideoMLA drops, is kept."""
 
 
 @dataclass(frozen=True)
-class ConversionPlan:
-    """What a conversion will do, known before any arithmetic.
+class Conversion:
+    """A finished conversion.
 
     Attributes:
-        config: Of the converted model; its rope pairs and phases are placeholders until its layers
-            are factored.
-        ranks: Sizes of every layer.
-        kept: Names of tensors that keep their bytes.
-        specs: Every tensor that will be written, in writing order.
+        out: The folder.
+        config: Config of the converted model.
+        convert_seconds: Seconds from start to end; of a resumed conversion, since the last start.
+        factor_seconds: Seconds after calibration.
+        peak_rss_bytes: Largest resident size of the process so far.
     """
 
+    out: Path
     config: ModelConfig
-    ranks: RankPlan
-    kept: tuple[str, ...]
-    specs: dict[str, TensorSpec]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weights that will be written."""
-        return sum(spec.nbytes for spec in self.specs.values())
+    convert_seconds: float
+    factor_seconds: float
+    peak_rss_bytes: int
 
 
 def convert(
@@ -110,84 +71,134 @@ def convert(
 ) -> Conversion:
     """Convert a dense checkpoint into a folder that `load` and `generate` take.
 
-    The product is a cache codec beside the untouched checkpoint, or a checkpoint with MLA layers.
+    The result is a cache codec beside the untouched checkpoint, or a checkpoint with MLA layers.
     The source is read block by block, so it need not fit in memory. Calibration is kept beside the
-    folder until the folder is done.
+    folder until the folder is complete.
 
     Args:
-        source: Checkpoint file or folder, `demo`, or a Hub id; with settings and LoRAs if need be.
-        out: Folder to write; it appears whole or not at all.
+        source: Checkpoint file or folder, `demo`, or a Hub id, optionally with settings and LoRAs.
+        out: Folder to write. It appears complete or not at all.
         config: Product, sizes and calibration.
-        progress: Where to draw.
-        resume: Go on with a conversion of the same source and settings that was interrupted.
-        layout: Layout of an MLA checkpoint: `native`, our own; or `diffusers`, a pipeline's, with
-            text encoder and VAE where the source has them. A codec has one layout.
+        progress: Where progress is drawn.
+        resume: Continue an interrupted conversion of the same source and settings.
+        layout: Layout of an MLA checkpoint: `native`, or `diffusers` with text encoder and VAE
+            where the source has them. A codec has one layout.
 
     Raises:
-        CheckpointError: The source cannot be read, is of no known layout, is converted already, or
+        CheckpointError: The source cannot be read, has an unknown layout, is converted already, or
             holds a number that is not finite.
         ConfigError: The init or a size does not fit the model, or the layout is unknown.
-        OutputError: `out` is taken, or cannot be written.
+        OutputError: `out` exists already, or cannot be written.
     """
     config = config or ConvertConfig()
-    if config.product == "codec":
-        return convert_to_codec(source, out, config, progress, resume, layout)
-    return _convert_to_mla(source, out, config, progress, resume, layout)
-
-
-def _convert_to_mla(
-    source: Source,
-    out: Path,
-    config: ConvertConfig,
-    progress: Progress | None,
-    resume: bool,
-    layout: str,
-) -> Conversion:
-    """A model whose self-attention is MLA; all else keeps its bytes."""
-    clock, progress = Clock(), Timed(progress or Silent())
+    started, progress = perf_counter(), Timed(progress or Silent())
     checkpoint = open_dense(source, progress)
-    rough = plan_conversion(checkpoint, config)
-    form = named_layout(layout)
-    components = parts_to_copy(checkpoint.source.path, form, progress)
-    check_start(checkpoint, config, out, rough.nbytes + copied_bytes(components), resume)
-    sha256 = fingerprint(checkpoint.source.path, progress)
-    origin = origin_of(source, checkpoint) | {"sha256": sha256}
-    for name in progress.track(checkpoint.names, "checking weights"):
-        require_finite(name, checkpoint.read(name), checkpoint.source.path)
-    basis = {"source": origin, "model": to_dict(checkpoint.config), "clips": clips_hash(config)}
-    shelf = calibration_shelf(out, basis, config)
-    evidence = gather_evidence(checkpoint, config, shelf, progress)
-    clock.start_factoring()
-    weights = weights_of(checkpoint)
-    try:
-        ranks = plan_ranks(checkpoint.config, config, weights, evidence, progress)
-    except ConfigError as error:
-        kept = f"what was measured is kept in {shelf.folder}" if shelf else ""
-        raise ConfigError(error.message, "; ".join(filter(None, (error.hint, kept)))) from error
-    plan = plan_conversion(checkpoint, config, ranks)
-    identity = {
-        **basis,
+    plan = plan_conversion(checkpoint, config, layout, progress=progress)
+    check_start(checkpoint.config, config, out, plan, resume)
+    record = _read_source(source, checkpoint, config, progress)
+    basis = {
+        **record,
         "version": __version__,
-        "settings": to_dict(config),
-        "plan": to_dict(ranks),
+        "model": to_dict(checkpoint.config),
+        "clips": clips_hash(config),
     }
+    store = _calibration_store(out, basis, config)
+    statistics = _calibrate(checkpoint, config, store, progress)
+    factoring = perf_counter()
+    if plan.ranks:
+        inputs = layer_inputs(checkpoint.read, checkpoint.config, config, statistics)
+        ranks = plan_ranks(checkpoint.config, config, inputs, progress)
+        plan = plan_conversion(checkpoint, config, layout, ranks)
+        record["plan"] = to_dict(ranks)
+    identity = {**basis, **record, "settings": to_dict(config)}
     with CheckpointWriter(
-        out, plan.specs, identity=identity, resume=resume, layout=form, copies=components
+        out, plan.specs, identity=identity, resume=resume, layout=plan.layout, copies=plan.copies
     ) as writer:
-        branches = _write_tensors(checkpoint, plan, config, evidence, writer, progress)
-        final = with_branches(plan.config, branches)
-        provenance = clock.record(config, progress, source=origin, plan=to_dict(ranks))
-        writer.write_files(converted_files(final, provenance, form, components))
-    if shelf is not None:
-        shelf.remove()
-    return Conversion.recorded(out, final, provenance)
+        write = write_mla if plan.ranks else write_codec
+        model = write(checkpoint, plan, config, statistics, writer, progress)
+        now = perf_counter()
+        done = Conversion(out, model, now - started, now - factoring, peak_rss_bytes())
+        record |= {
+            "convert": to_dict(replace(config, data=recorded(config.data))),
+            "versions": library_versions(),
+            "convert_seconds": done.convert_seconds,
+            "factor_seconds": done.factor_seconds,
+            "stage_seconds": progress.seconds,
+            "peak_rss_bytes": done.peak_rss_bytes,
+        }
+        writer.write_files(converted_files(model, record, plan.layout, plan.copies))
+    if store:
+        store.remove()
+    return done
+
+
+def _read_source(
+    source: Source, checkpoint: CheckedCheckpoint, config: ConvertConfig, progress: Progress
+) -> dict[str, Any]:
+    """Hash the source as far as the product depends on it, and check all weights that will be used.
+
+    Calibration depends on every weight, and checks each as its forward pass reads it.
+    """
+    record: dict[str, Any] = {"source": source_record(source, checkpoint)}
+    if measures(config) or config.product == "mla":
+        record["source"]["sha256"] = fingerprint(checkpoint.source.path, progress)
+    if config.product == "codec":
+        record["base"] = base_record(source, checkpoint, progress)
+    elif not measures(config):
+        for name in progress.track(checkpoint.names, "checking weights"):
+            checkpoint.read(name)
+    return record
+
+
+def _calibration_store(
+    out: Path, basis: Mapping[str, Any], config: ConvertConfig
+) -> FolderStore | None:
+    """Store beside the output, which other conversions of the same source may share."""
+    if not measures(config):
+        return None
+    settings = [config.product, to_dict(config.data), config.calibration_clips, config.seed]
+    return FolderStore(_store_folder(out), [dict(basis), settings])
+
+
+def _calibrate(
+    checkpoint: CheckedCheckpoint,
+    config: ConvertConfig,
+    store: FolderStore | None,
+    progress: Progress,
+) -> Statistics | None:
+    if store is None:
+        return None
+    try:
+        return calibrate_checkpoint(checkpoint, config, store, progress)
+    except NotFiniteError:
+        store.remove()  # of no use: another file of the same model has another hash
+        raise
+
+
+def _store_folder(out: Path) -> Path:
+    return out.with_name(f"{out.name}.calibration")
+
+
+def can_resume(out: Path) -> bool:
+    """Whether an interrupted conversion left files to continue from."""
+    return _store_folder(out).exists() or partial_folder(out).exists()
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident size of this process so far."""
+    status = Path("/proc/self/status")
+    # Preferred where it exists: a Linux child process inherits the parent's `ru_maxrss`.
+    if status.is_file() and (peak := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return int(peak[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def convert_config(preset: str | None, options: Mapping[str, Any]) -> ConvertConfig:
-    """A config from a preset and what replaces its settings; None means left out.
+    """Build a config from a preset and options that replace its settings; None means left out.
 
     Raises:
-        ConfigError: An unknown preset, or a value that its field cannot have.
+        ConfigError: The preset is unknown, or a value is not allowed.
     """
     if preset not in (None, *PRESETS):
         raise ConfigError(f"unknown preset '{preset}'", did_you_mean(str(preset), PRESETS))
@@ -197,10 +208,10 @@ def convert_config(preset: str | None, options: Mapping[str, Any]) -> ConvertCon
 
 
 def read_plan(path: Path) -> RankPlan:
-    """The sizes that an earlier conversion chose, from its folder or its conversion.json.
+    """Read the sizes of an earlier conversion from its folder or its conversion.json.
 
     Raises:
-        ConfigError: There is no plan.
+        ConfigError: The file holds no plan.
     """
     file = path
     if path.is_dir():
@@ -212,106 +223,3 @@ def read_plan(path: Path) -> RankPlan:
         raise ConfigError(
             f"{path} holds no plan", "give the folder of a conversion, or its conversion.json"
         ) from error
-
-
-def plan_conversion(
-    checkpoint: OpenCheckpoint, config: ConvertConfig, ranks: RankPlan | None = None
-) -> ConversionPlan:
-    """Check that a conversion can be done, and say what it will write.
-
-    Args:
-        checkpoint: The dense model.
-        config: The conversion.
-        ranks: Sizes of every layer; by default the same for all, as long as no layer is measured.
-
-    Raises:
-        CheckpointError: The checkpoint is converted already.
-        ConfigError: The init or a size does not fit the model.
-    """
-    dense = checkpoint.config
-    refuse_converted(checkpoint)
-    if config.channels is not None:
-        raise ConfigError(
-            "channels is a setting of codecs, and this makes MLA layers",
-            "leave it out, or convert without --preset",
-        )
-    check_sizes(dense, config)
-    if measures(config) and config.data.source == "demo":
-        require_demo_media(dense, "calibration on the demo world")
-    ranks = ranks or uniform_plan(dense, config)
-    planned = planned_config(dense, config, ranks)
-    with torch.device("meta"):
-        shapes = {name: t.shape for name, t in CausalWanModel(planned).state_dict().items()}
-    specs = checkpoint.specs()
-    wanted = getattr(torch, config.dtype) if config.dtype else None
-    written = {
-        name: TensorSpec(
-            tuple(shape),
-            wanted or (specs[name].dtype if name in specs else torch.float32),
-        )
-        # What is outside the blocks first, then block by block.
-        for name, shape in sorted(shapes.items(), key=lambda item: _block_of(item[0]))
-    }
-    kept = tuple(name for name in written if name in specs)
-    return ConversionPlan(planned, ranks, kept, written)
-
-
-def _block_of(name: str) -> int:
-    """Number of a tensor's block; -1 outside."""
-    return int(name.split(".")[1]) if name.startswith("blocks.") else -1
-
-
-def gather_evidence(
-    checkpoint: OpenCheckpoint, config: ConvertConfig, shelf: TensorStore | None, progress: Progress
-) -> ReadEvidence | None:
-    """What the init needs to know of every layer; the dense model is read block by block."""
-    if config.init not in DATA_INITS:
-        return None
-    weights, phases = weights_of(checkpoint), deployed_phases(checkpoint.config)
-    if not config.calibrate:
-        return lambda layer: assume_evidence(weights(layer), phases)
-    reads = measure_layers(checkpoint, config, shelf, progress)
-    return lambda layer: layer_evidence(reads(layer), weights(layer), phases)
-
-
-def _write_tensors(
-    checkpoint: OpenCheckpoint,
-    plan: ConversionPlan,
-    config: ConvertConfig,
-    evidence: ReadEvidence | None,
-    writer: CheckpointWriter,
-    progress: Progress,
-) -> list[Branch]:
-    """Everything outside the blocks, then block by block, each committed when it is written."""
-    branches = [branch_from(*branch) for branch in writer.state or []]
-    heads = plan.config.geometry.num_heads
-
-    def add(name: str, tensor: Tensor) -> None:
-        writer.add(name, cast_finite(name, tensor, plan.specs[name].dtype))
-
-    def factored(layer: int) -> tuple[Branch, dict[str, Tensor]]:
-        factors = factor_layer(checkpoint.read, plan.ranks, heads, config, layer, evidence)
-        return branch_of(factors), latent_tensors(factors, checkpoint.read, layer)
-
-    blocks: dict[int, list[str]] = {}
-    for name in plan.kept:
-        if name not in writer.written:
-            blocks.setdefault(_block_of(name), []).append(name)
-    for name in blocks.pop(-1, []):
-        add(name, checkpoint.read(name))
-    writer.commit(branches)
-    left = range(len(branches), plan.config.geometry.num_layers)
-    nbytes = _factor_bytes(plan.config)
-    for layer, (branch, tensors) in made_ahead(factored, left, nbytes, progress, "converting"):
-        for name, tensor in tensors.items():
-            add(name, tensor)
-        for name in blocks[layer]:
-            add(name, checkpoint.read(name))
-        branches.append(branch)
-        writer.commit(branches)
-    return branches
-
-
-def _factor_bytes(config: ModelConfig) -> int:
-    """What factoring a layer takes: a dozen d x d matrices in float64, by measurement."""
-    return 12 * 8 * config.geometry.dim**2

@@ -9,8 +9,8 @@ import torch
 from vmla_convert.checkpoint.families import OpenCheckpoint, recognise, require_whole
 from vmla_convert.checkpoint.known import known_model
 from vmla_convert.config import ConvertConfig, ModelConfig, SourceConfig
-from vmla_convert.fitting.codec import planned_codec
-from vmla_convert.fitting.factors import layer_weights
+from vmla_convert.fitting.codec import plan_codec
+from vmla_convert.fitting.weights import layer_weights
 from vmla_convert.loading.load import Source, locate, recognise_named
 from vmla_convert.maths.spectra import effective_rank, energy_at_rank, weight_spectrum
 from vmla_convert.progress import Progress, Silent
@@ -91,7 +91,7 @@ def inspect_checkpoint(
     model = converted = checkpoint.config
     spectrum: list[LayerSpectrum] = []
     if model.is_dense:
-        converted = planned_codec(checkpoint, config or ConvertConfig())
+        converted = plan_codec(model, config or ConvertConfig())
         if spectra:
             require_whole(checkpoint)
             spectrum = _spectrum(checkpoint, model.geometry.dim // 8, progress or Silent())

@@ -1,4 +1,4 @@
-"""Work ahead in threads: the next results are made while one is used."""
+"""Compute results ahead in threads, while the caller uses the current one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CORES_PER_WORKER = 8
 
 
 def ahead(function: Callable[[T], R], items: Iterable[T], workers: int = 1) -> Iterator[R]:
-    """Results of a function in the order of its items, as many made ahead as there are workers."""
+    """Yield results in the order of the items, at most `workers` results ahead."""
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[Future[R]] = deque()
         try:
@@ -33,11 +33,11 @@ def ahead(function: Callable[[T], R], items: Iterable[T], workers: int = 1) -> I
 
 
 def workers_for(nbytes: int) -> int:
-    """How many workers, each in need of so many bytes, cores and free memory allow: at least one.
+    """Workers that cores and free memory allow, at least one, when each needs `nbytes`.
 
-    Linear algebra spreads over a few cores by itself; more than those are better used side by side.
+    Linear algebra uses a few cores well by itself; further cores are better used side by side.
     """
     cores = (os.cpu_count() or 1) // CORES_PER_WORKER
-    # Half of what is free: the block that is written and the page cache want some too.
+    # Half of the free memory: the block being written and the page cache need memory too.
     room = psutil.virtual_memory().available // (2 * max(nbytes, 1))
     return max(1, min(cores, room))

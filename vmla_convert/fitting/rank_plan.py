@@ -1,9 +1,8 @@
-"""How much each layer may cache: sizes asked for, or one budget divided by predicted error."""
+"""Sizes of MLA layers: given ones, or one budget that is divided by predicted error."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
 
 from vmla_convert.config import (
     DENSE_ITEMSIZE,
@@ -20,13 +19,10 @@ from vmla_convert.maths.projections import KVWeights, LayerShape
 from vmla_convert.maths.ranks import budget
 from vmla_convert.progress import Progress, Silent
 
-ReadWeights = Callable[[int], KVWeights]
-"""The dense weights of a layer by its index."""
+LayerInputs = Callable[[int], tuple[KVWeights, Evidence | None]]
+"""Gives a layer's dense weights, and the layer's evidence where the init needs it, by index."""
 
-ReadEvidence = Callable[[int], Evidence]
-"""What is known of a layer by its index."""
-
-# The paper's 32 of 224 numbers.
+# 32 of 224 numbers in VideoMLA.
 ROPE_SHARE = 1 / 7
 
 
@@ -34,7 +30,7 @@ def check_sizes(model: ModelConfig, config: ConvertConfig) -> None:
     """Refuse an init or sizes that do not fit the model.
 
     Raises:
-        ConfigError: Naming the setting.
+        ConfigError: The message names the setting.
     """
     if config.init not in INITS:
         raise ConfigError(f"unknown init '{config.init}'", did_you_mean(config.init, INITS))
@@ -45,7 +41,7 @@ def check_sizes(model: ModelConfig, config: ConvertConfig) -> None:
 
 
 def uniform_plan(model: ModelConfig, config: ConvertConfig) -> RankPlan:
-    """The plan that was given, or the same sizes for every layer; needs no weights."""
+    """Return the given plan, or the same sizes for every layer."""
     size, geometry = _size(model, config), model.geometry
     if size.plan is not None:
         return size.plan
@@ -54,8 +50,7 @@ def uniform_plan(model: ModelConfig, config: ConvertConfig) -> RankPlan:
         rope = size.qk_rope_head_dim or default_rope_dim(geometry)
     else:
         numbers = total_numbers(model, config) // geometry.num_layers
-        pairs = min(max(1, round(ROPE_SHARE * numbers / 2)), geometry.head_dim // 2)
-        rope = 2 * pairs
+        rope = 2 * min(max(1, round(ROPE_SHARE * numbers / 2)), geometry.head_dim // 2)
         rank = numbers - rope
     shape = LayerShape(config.latent, rank, rope // 2)
     layers = geometry.num_layers
@@ -66,106 +61,68 @@ def uniform_plan(model: ModelConfig, config: ConvertConfig) -> RankPlan:
 def plan_ranks(
     model: ModelConfig,
     config: ConvertConfig,
-    read_weights: ReadWeights,
-    evidence: ReadEvidence | None,
+    inputs: LayerInputs,
     progress: Progress | None = None,
 ) -> RankPlan:
-    """The sizes of every layer.
+    """Choose the sizes of every layer (Method: rank allocation).
+
+    The init `calibrated` divides a budget by predicted error, and divides each split latent.
 
     Args:
-        model: The dense model.
+        model: Config of the dense model.
         config: Init and sizes.
-        read_weights: Gives the layers' weights.
-        evidence: Of every layer; `calibrated` divides a budget, and a split latent, by it.
-        progress: Where to draw.
+        inputs: Gives weights and evidence of a layer.
+        progress: Where progress is drawn.
 
     Raises:
         ConfigError: The budget is too small.
     """
-    wanted = wanted_curves(model, config)
-    if wanted is None:
-        return uniform_plan(model, config)
-    assert evidence is not None
-    layers = range(model.geometry.num_layers)
-    curves = [
-        predict_errors(read_weights(layer), config.latent, evidence(layer), *wanted)
-        for layer in (progress or Silent()).track(layers, "predicting errors")
-    ]
-    return divide(model, config, curves)
-
-
-class Curves(NamedTuple):
-    """Which predictions a division asks for.
-
-    Attributes:
-        most: The largest size.
-        pair_counts: Numbers of rope pairs to choose from.
-    """
-
-    most: int
-    pair_counts: tuple[int, ...]
-
-
-def wanted_curves(model: ModelConfig, config: ConvertConfig) -> Curves | None:
-    """The predictions that sizes depend on; None where sizes are given, or nothing is predicted."""
-    size = _size(model, config)
-    given = size.plan is not None or (not size.is_budget and config.latent == "joint")
-    if config.init != "calibrated" or given:
-        return None
-    if not size.is_budget:
-        uniform = uniform_plan(model, config)
-        pairs = uniform.rope_pairs[0]
-        return Curves(uniform.kv_lora_rank[0] + 2 * pairs, (pairs,))
-    # No layer is worth more than a few times its fair share, and spectra of all sizes cost time.
-    total, layers = total_numbers(model, config), model.geometry.num_layers
-    return Curves(min(2 * model.geometry.dim, 6 * total // layers), PAIR_COUNTS)
-
-
-def divide(model: ModelConfig, config: ConvertConfig, curves: Sequence[ErrorCurve]) -> RankPlan:
-    """Sizes by predicted error.
-
-    Args:
-        model: The dense model.
-        config: Init and sizes.
-        curves: Of every layer, as `wanted_curves` asks for them.
-
-    Raises:
-        ConfigError: The budget is too small.
-    """
-    uniform = uniform_plan(model, config)
+    uniform, size = uniform_plan(model, config), _size(model, config)
+    is_given = size.plan is not None or (not size.is_budget and config.latent == "joint")
+    if config.init != "calibrated" or is_given:
+        return uniform
     sizes = [r + 2 * p for r, p in zip(uniform.kv_lora_rank, uniform.rope_pairs, strict=True)]
-    if _size(model, config).is_budget:
+    layers, total = model.geometry.num_layers, sum(sizes)
+    if not size.is_budget:
+        most, pair_counts = sizes[0], (uniform.rope_pairs[0],)
+    else:
+        # A layer is never worth more than a few times the average, and large spectra cost time.
         total = total_numbers(model, config)
+        most, pair_counts = min(2 * model.geometry.dim, 6 * total // layers), PAIR_COUNTS
+    curves: list[ErrorCurve] = []
+    for layer in (progress or Silent()).track(range(layers), "predicting errors"):
+        weights, evidence = inputs(layer)
+        curves.append(predict_errors(weights, config.latent, evidence, most, pair_counts))
+    if size.is_budget:
         sizes = budget([curve.errors for curve in curves], total, rank_step(model))
-    pairs = [curve.rope_pairs[size] for curve, size in zip(curves, sizes, strict=True)]
+    chosen = list(zip(curves, sizes, strict=True))
+    pairs = [curve.rope_pairs[numbers] for curve, numbers in chosen]
+    is_split = config.latent == "split"
     return RankPlan(
         kv_lora_rank=tuple(s - 2 * p for s, p in zip(sizes, pairs, strict=True)),
         rope_pairs=tuple(pairs),
-        key_ranks=()
-        if config.latent == "joint"
-        else tuple(curve.key_ranks[size] for curve, size in zip(curves, sizes, strict=True)),
+        key_ranks=tuple(curve.key_ranks[numbers] for curve, numbers in chosen) if is_split else (),
     )
 
 
 def total_numbers(model: ModelConfig, config: ConvertConfig) -> int:
-    """Numbers that all layers together may cache per token, norms aside."""
+    """Numbers that all layers together may cache per token, without norms."""
     numbers = _size(model, config).token_bytes(model.geometry) / DENSE_ITEMSIZE
-    # A cut of 0.9 of 320 numbers leaves 32, whatever floating point makes of it.
+    # Floating point must not turn the 32 numbers that a cut of 0.9 leaves of 320 into 31.
     return int((numbers - 1) * model.geometry.num_layers + 1e-6)
 
 
 def _size(model: ModelConfig, config: ConvertConfig) -> Sizes:
-    """The size asked for, or the default."""
     return config.size or Sizes.default_mla(model.geometry)
 
 
 def rank_step(model: ModelConfig) -> int:
-    """What ranks are rounded to: 16 for Wan 1.3B, less for narrower models."""
+    """Step between ranks: 16 for Wan 1.3B, less for narrower models."""
     return max(1, model.geometry.dim // 96)
 
 
 def _check_rope(model: ModelConfig, size: Sizes) -> None:
-    """Refuse sizes that only a codec has, and widths that no rope key has."""
+    """Refuse a size of codecs, and widths that no rope key has."""
     if size.rank is not None:
         raise ConfigError(
             f"rank {size.rank} is a size of codecs, and this makes MLA layers",
@@ -184,7 +141,8 @@ def _check_plan(model: ModelConfig, plan: RankPlan, config: ConvertConfig) -> No
     lengths = {len(plan.kv_lora_rank), len(plan.rope_pairs)}
     if lengths != {geometry.num_layers}:
         raise ConfigError(
-            f"the plan has not one size for each of {geometry.num_layers} layers",
+            f"the plan has sizes for {sorted(lengths)} layers, the model has "
+            f"{geometry.num_layers} layers",
             "use the plan of a conversion of this very model",
         )
     # Each part of a split latent has at least one number.
@@ -193,8 +151,8 @@ def _check_plan(model: ModelConfig, plan: RankPlan, config: ConvertConfig) -> No
     for rank in plan.kv_lora_rank:
         if not least <= rank <= most:
             raise ConfigError(
-                f"{_asked(config, rank)} is not between {least} and {most}, what this model's "
-                f"{config.latent} latent can use",
+                f"{_asked(config, rank)} is not between {least} and {most}, the ranks that a "
+                f"{config.latent} latent of this model can have",
                 f"try --set convert.size.kv_lora_rank={geometry.dim // 8}"
                 if config.size is not None and config.size.kv_lora_rank is not None
                 else f"try --bytes-per-token {Sizes.default_mla(geometry).token_bytes(geometry):g}",
@@ -203,7 +161,7 @@ def _check_plan(model: ModelConfig, plan: RankPlan, config: ConvertConfig) -> No
 
 
 def _asked(config: ConvertConfig, rank: int) -> str:
-    """A rank that does not fit, with the setting that it follows from."""
+    """Name a rank that does not fit, and the setting that the rank follows from."""
     size = config.size
     if size is not None and size.bytes_per_token is not None:
         return f"bytes_per_token {size.bytes_per_token:g} makes a kv_lora_rank of {rank}, which"
@@ -213,7 +171,7 @@ def _asked(config: ConvertConfig, rank: int) -> str:
 
 
 def _check_pairs(model: ModelConfig, plan: RankPlan, init: str) -> None:
-    """A pair of a head is one rope key at most; only `calibrated` keeps several for all heads."""
+    """Refuse more rope keys than one per pair, or for `calibrated` one per pair and head."""
     geometry = model.geometry
     most = geometry.head_dim // 2
     if init == "calibrated":

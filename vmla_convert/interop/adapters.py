@@ -1,9 +1,8 @@
-"""LoRAs on a running model: adapters (peft) on what a conversion left as it was."""
+"""Load LoRAs on a running model as adapters (peft), on the weights that a conversion kept."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,19 +17,19 @@ from vmla_convert.checkpoint.source import TensorSpec
 from vmla_convert.errors import CheckpointError
 from vmla_convert.layers.dit import CausalWanModel
 
-# The past is read from latents that were made of these; changed where they are left, for the chunk
-# itself, they would no longer be those that its past was made of.
+# An MLA layer has no such weights. Its latents were factored from them.
 _FACTORED = re.compile(r"blocks\.\d+\.self_attn\.(k|v|norm_k)\.")
+_MERGE = "vmla convert CKPT -o OUT --lora FILE"
 
 
 @dataclass(frozen=True)
 class LoraReport:
-    """What became of a LoRA.
+    """Which weights of a LoRA were loaded, by their native names.
 
     Attributes:
-        loaded: Native names of the weights that have an adapter now.
-        factored: Those that the conversion made latents of; no adapter reaches them.
-        unlike: Those whose change is no product of two small matrices.
+        loaded: Weights that have an adapter now.
+        factored: Weights that the conversion replaced by latents, so that no adapter fits.
+        unlike: Weights whose change is not a product of two small matrices.
     """
 
     loaded: tuple[str, ...]
@@ -38,28 +37,27 @@ class LoraReport:
     unlike: tuple[str, ...]
 
     def __str__(self) -> str:
-        """What was left out, and how to have it."""
         parts = []
         if self.factored:
-            parts.append(f"of what was factored into latents: {listed(self.factored)}")
+            parts.append(f"replaced by latents: {listed(self.factored)}")
         if self.unlike:
-            parts.append(f"no low-rank change of a matrix: {listed(self.unlike)}")
-        count = len(self.factored) + len(self.unlike)
+            parts.append(f"not a low-rank change of a matrix: {listed(self.unlike)}")
+        left_out = len(self.factored) + len(self.unlike)
         return (
-            f"{count} of {count + len(self.loaded)} weights of this LoRA were left out, "
-            f"{'; '.join(parts)}; to have all of it: vmla convert CKPT -o OUT --lora FILE"
+            f"{left_out} of {left_out + len(self.loaded)} weights of this LoRA were left out "
+            f"({'; '.join(parts)}). To apply the whole LoRA, merge it when converting: {_MERGE}"
         )
 
 
 def find_lora(name: str | Path, weight_name: str | None) -> Path:
-    """Where a LoRA lies, fetched from the Hub if it must be.
+    """Return the path of a LoRA, downloaded from the Hub if needed.
 
     Args:
         name: A file or folder, or a Hub id.
-        weight_name: A file in it.
+        weight_name: A file in the folder or repository.
 
     Raises:
-        CheckpointError: It cannot be had, or a repository was named without a file.
+        CheckpointError: The download fails, or a Hub id comes without a file.
     """
     path = Path(name)
     if path.exists() or not is_repo(str(name)):
@@ -72,55 +70,37 @@ def find_lora(name: str | Path, weight_name: str | None) -> Path:
 
 
 def read_lora(model: CausalWanModel, path: Path) -> tuple[LoraReport, dict[str, Tensor]]:
-    """Match a LoRA with a model.
-
-    Args:
-        model: Dense or converted.
-        path: Of the LoRA.
-
-    Returns:
-        The report, and adapters by PEFT's names within the model.
+    """Return which weights of a LoRA fit a model, and their adapters by PEFT's names.
 
     Raises:
-        CheckpointError: It is no LoRA of this model's dense source, or nothing of it can be loaded.
+        CheckpointError: The file is no LoRA of this model, or none of its weights can be loaded.
     """
     shapes = native_shapes(model.config.geometry)
     specs = {name: TensorSpec(shape, torch.float32) for name, shape in shapes.items()}
     lora = open_lora(path, 1.0, specs)
-    converted = model.config.mla is not None
-    factored = [name for name in lora.deltas if converted and _FACTORED.match(name)]
+    factored = [name for name in lora.deltas if model.config.mla and _FACTORED.match(name)]
     rest = [name for name in lora.deltas if name not in factored]
-    fitting = [name for name in rest if _adapts(model, lora, name)]
+    fitting = [name for name in rest if _takes_adapter(model, lora, name)]
     unlike = [name for name in rest if name not in fitting]
-    report = LoraReport(tuple(fitting), tuple(factored), tuple(unlike))
     if not fitting:
         raise CheckpointError(
             f"nothing of {path} can be loaded: {listed((*factored, *unlike))}",
-            "merge it when converting: vmla convert CKPT -o OUT --lora FILE",
+            f"merge it when converting: {_MERGE}",
         )
-    return report, _adapters(lora, fitting)
-
-
-def _adapts(model: CausalWanModel, lora: Lora, native: str) -> bool:
-    """Whether peft has an adapter for this change: of a linear layer's weight, and low in rank."""
-    module, _, kind = native.rpartition(".")
-    linear = kind == "weight" and isinstance(_base(model.get_submodule(module)), nn.Linear)
-    return linear and len(lora.deltas[native].names) == 2
-
-
-def _base(module: nn.Module) -> nn.Module:
-    """The layer under the adapters that it has already."""
-    base = getattr(module, "base_layer", module)
-    assert isinstance(base, nn.Module)
-    return base
-
-
-def _adapters(lora: Lora, names: Iterable[str]) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {}
-    for name in names:
+    adapters: dict[str, Tensor] = {}
+    for name in fitting:
         pair = lora.pair(name)
         assert pair is not None
-        module = name.removesuffix(".weight")
         for side, matrix in zip("AB", pair, strict=True):
-            state[f"{module}.lora_{side}.weight"] = matrix.flatten(1).contiguous()
-    return state
+            adapter = f"{name.removesuffix('.weight')}.lora_{side}.weight"
+            adapters[adapter] = matrix.flatten(1).contiguous()
+    return LoraReport(tuple(fitting), tuple(factored), tuple(unlike)), adapters
+
+
+def _takes_adapter(model: CausalWanModel, lora: Lora, native: str) -> bool:
+    """Return whether a change is low-rank and belongs to the weight of a linear layer."""
+    module, _, kind = native.rpartition(".")
+    layer = model.get_submodule(module)
+    layer = getattr(layer, "base_layer", layer)  # an earlier adapter wraps the layer
+    low_rank = len(lora.deltas[native].names) == 2
+    return kind == "weight" and low_rank and isinstance(layer, nn.Linear)

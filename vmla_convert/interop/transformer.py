@@ -1,4 +1,7 @@
-"""Our causal model as one of diffusers' models."""
+"""Our causal model as a diffusers model.
+
+B clips, C latent channels, F latent frames.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ from vmla_convert.loading.metadata_files import transformer_config
 from vmla_convert.tables import from_dict, to_dict
 
 try:
-    # By these names in this very module, diffusers finds out how to load a class of ours.
+    # diffusers loads a class from another package only if these names are in its module.
     from diffusers.configuration_utils import ConfigMixin, register_to_config
     from diffusers.loaders.peft import PeftAdapterMixin
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -36,36 +39,32 @@ try:
 except ImportError as error:
     raise MissingExtraError("diffusers' pipelines", "wan") from error
 
-# How diffusers reads files, which is not how these are read.
-_NO_MATTER = frozenset(
+# Options of diffusers' loaders that only change how files are read.
+_HARMLESS = frozenset(
     {"disable_mmap", "low_cpu_mem_usage", "max_memory", "offload_folder", "offload_state_dict"}
 ) | {"use_safetensors"}
 
 
 class VMLATransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
-    """A dense or converted causal model, with diffusers' verbs for loading, saving and adapters.
+    """A dense or converted causal model with diffusers' methods to load, save and adapt it.
 
     Attributes:
-        wan: The model itself.
-        record: What made a conversion, saved beside it again; empty where that is not known.
+        wan: The model.
+        record: The record of the conversion, saved beside the model; empty if it is not known.
     """
 
     _supports_gradient_checkpointing = False
 
     @register_to_config
     def __init__(self, model: dict[str, Any]) -> None:
-        """Random weights.
-
-        Args:
-            model: A `ModelConfig` as `to_dict` gives it, and as config.json keeps it.
-        """
+        """Make a model with random weights from a `ModelConfig` as a table, as in config.json."""
         super().__init__()
         self.wan = CausalWanModel(from_dict(ModelConfig, model, "model"))
         self.record: dict[str, Any] = {}
 
     @classmethod
     def wrap(cls, model: CausalWanModel) -> Self:
-        """The same model, its weights shared."""
+        """Wrap a model; the weights are shared."""
         with torch.device("meta"):
             wrapped = cls(to_dict(model.config))
         wrapped.wan = model
@@ -86,34 +85,30 @@ class VMLATransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         Args:
             pretrained_model_name_or_path: A file or folder, `demo`, or a Hub id.
-            subfolder: A folder in it.
-            torch_dtype: Of all weights, or its name; float32 by default.
-            dtype: The same, by its newer name.
-            revision: Of a Hub id; of no matter where the checkpoint lies here.
-            device_map: One device for all of it.
-            others: What diffusers' own loader takes; refused unless it is of no matter here.
+            subfolder: A folder in the checkpoint's folder or repository.
+            torch_dtype: Precision of all weights. Default: float32.
+            dtype: Newer name of `torch_dtype`.
+            revision: Revision of a Hub id; ignored for local checkpoints.
+            device_map: One device for the whole model.
+            others: Other options of diffusers' loader, refused if they would change the result.
 
         Raises:
-            CheckpointError: It is no checkpoint of a known layout.
-            ConfigError: An option that is not for these models.
+            CheckpointError: The checkpoint is missing or has no known layout.
+            ConfigError: An option does not apply to these models.
         """
         refuse_options(cls, others)
         source = of_revision(pretrained_model_name_or_path, revision)
         source = fetched(replace(source, file=subfolder or source.file))
-        wanted = named_dtype(dtype or torch_dtype)
-        wrapped = cls.wrap(load(source, _one_device(device_map), wanted))
+        wrapped = cls.wrap(load(source, _one_device(device_map), named_dtype(dtype or torch_dtype)))
         wrapped.record = read_provenance(source)
         return wrapped
 
     def save_pretrained(self, save_directory: str | Path) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Write config.json, the record and safetensors, under diffusers' names where it has them.
-
-        Args:
-            save_directory: A folder that is not there yet, or is empty; it appears whole.
+        """Write config.json, the conversion's record and safetensors to a new or empty folder.
 
         Raises:
-            CheckpointError: The model has adapters, whose weights have no names there.
-            OutputError: It is taken or cannot be written.
+            CheckpointError: The model has adapters, which this layout cannot store.
+            OutputError: The folder holds files, or cannot be written.
         """
         record = {CONVERSION_NAME: self.record} if self.record else {}
         write_checkpoint(
@@ -125,7 +120,7 @@ class VMLATransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     @apply_forward_hook
     def ready(self) -> CausalWanModel:
-        """The model to stream with, brought first to its device by a pipeline that offloads."""
+        """Return the model; a pipeline with offloading first moves it to its device."""
         return self.wan
 
     def forward(
@@ -135,43 +130,40 @@ class VMLATransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         encoder_hidden_states: Tensor,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Velocity of a clip as one chunk that sees all of itself; arguments as Wan's in diffusers.
+        """Return the velocity of a clip as one chunk; arguments as in diffusers' Wan transformer.
 
-        Streaming through a cache is what `VMLAPipeline` does.
+        `VMLAPipeline` streams through a cache instead.
 
         Args:
             hidden_states: Latents (B, C, F, height, width).
-            timestep: (B,) or (), 0 to 1000.
-            encoder_hidden_states: Prompt (B, text_len, text_dim).
-            return_dict: False for a tuple.
-
-        Returns:
-            As `hidden_states`.
+            timestep: (B,) or (), from 0 to 1000.
+            encoder_hidden_states: Contexts (B, text_len, text_dim).
+            return_dict: False returns a tuple.
         """
         batch, _, frames, _, _ = hidden_states.shape
         times = timestep.expand(batch)[:, None].expand(batch, frames)
-        places = torch.arange(frames, device=hidden_states.device)
+        frame_positions = torch.arange(frames, device=hidden_states.device)
         latents = hidden_states.transpose(1, 2)
-        velocity = self.wan(latents, times, encoder_hidden_states, places).transpose(1, 2)
+        velocity = self.wan(latents, times, encoder_hidden_states, frame_positions).transpose(1, 2)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
 
 def refuse_options(loader: type, options: Mapping[str, Any]) -> None:
-    """Refuse what diffusers' own `from_pretrained` takes and would do nothing here.
+    """Refuse options of diffusers' `from_pretrained` that have no effect here.
 
     Raises:
-        ConfigError: Naming the first such option that is set.
+        ConfigError: Such an option is set.
     """
-    if odd := [name for name, value in options.items() if value and name not in _NO_MATTER]:
+    if odd := [name for name, value in options.items() if value and name not in _HARMLESS]:
         raise ConfigError(
             f"{loader.__name__}.from_pretrained does not take '{odd[0]}'",
-            "leave it out; HF_HOME, HF_TOKEN, HF_HUB_OFFLINE say where the Hub's cache is, who you "
-            "are, and whether the cache must do",
+            "leave it out; HF_HOME, HF_TOKEN and HF_HUB_OFFLINE set the Hub's cache, your token, "
+            "and whether to stay offline",
         )
 
 
 def of_revision(source: Source, revision: str | None) -> SourceConfig:
-    """A checkpoint, of a revision if one is named."""
+    """Return a source with a revision added, if the source is on the Hub."""
     source = source if isinstance(source, SourceConfig) else SourceConfig(str(source))
     if revision is None or not is_remote(source.checkpoint):
         return source
@@ -179,20 +171,20 @@ def of_revision(source: Source, revision: str | None) -> SourceConfig:
 
 
 def fetched(source: SourceConfig) -> SourceConfig:
-    """The same checkpoint where it lies here, so that the Hub is asked once.
+    """Return the same checkpoint as a local path, so that the Hub is asked only once.
 
     Raises:
-        CheckpointError: It cannot be had.
+        CheckpointError: The checkpoint is missing.
     """
     path, how = locate(source)
     return replace(how, checkpoint=str(path), file=None)
 
 
 def named_dtype(given: torch.dtype | str | None) -> torch.dtype:
-    """A dtype, or the one of that name; float32 where none is given.
+    """Return a dtype or the dtype of a name; float32 for None.
 
     Raises:
-        ConfigError: There is none, or one for each component.
+        ConfigError: There is no such dtype, or the dtypes are given per component.
     """
     dtype = getattr(torch, given, None) if isinstance(given, str) else given or torch.float32
     if not isinstance(dtype, torch.dtype):
@@ -201,16 +193,11 @@ def named_dtype(given: torch.dtype | str | None) -> torch.dtype:
 
 
 def _one_device(device_map: str | torch.device | dict[str, Any] | None) -> torch.device | str:
-    """A map's only device.
-
-    Raises:
-        ConfigError: The model was to be divided.
-    """
     if isinstance(device_map, dict):
         return _one_device(device_map[""] if device_map.keys() == {""} else "auto")
     if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
         raise ConfigError(
-            "a VMLATransformer is not divided over devices",
+            f"a VMLATransformer cannot be split over devices (device_map {device_map!r})",
             "name one device, or call enable_model_cpu_offload() on the pipeline",
         )
     return device_map if device_map is not None else "cpu"

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from vmla_convert.config import EvaluateConfig, ModelConfig, RuntimeConfig
 from vmla_convert.demo.judge import background_psnr, read_digits
 from vmla_convert.errors import ConfigError
-from vmla_convert.fitting.calibrate import LayerReads, check_clips, clips_at_once
-from vmla_convert.fitting.factors import layer_weights
+from vmla_convert.fitting.calibration_clips import check_clips, clips_at_once
+from vmla_convert.fitting.layer_statistics import LayerStatistics
+from vmla_convert.fitting.weights import layer_weights
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.layers.mla import LatentSelfAttention
 from vmla_convert.maths.spectra import (
@@ -184,7 +185,9 @@ def dense_rows(teacher: CausalWanModel, held_out: HeldOut) -> list[Row]:
     ]
 
 
-def spectrum_rows(teacher: CausalWanModel, measured: Iterable[LayerReads], rank: int) -> list[Row]:
+def spectrum_rows(
+    teacher: CausalWanModel, measured: Iterable[LayerStatistics], rank: int
+) -> list[Row]:
     """Rows of each layer's joint key and value spectrum, as weights and on what is cached.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vmla_convert.config import DENSE_BITS, DENSE_ITEMSIZE, MLAConfig, ModelConfig, RuntimeConfig
-from vmla_convert.fitting.conversion_steps import Conversion
+from vmla_convert.fitting.convert import Conversion
 from vmla_convert.maths.rope3d import axis_pairs
 from vmla_convert.media.base import latent_frames_per_second
 from vmla_convert.results import Metric, Row

@@ -1,4 +1,8 @@
-"""Clips to train, calibrate and measure on: pure functions of (seed, index), so resume is exact."""
+"""Clips to train, calibrate and measure on.
+
+A batch is a function of its seed and number alone, so a resumed run sees the same clips. B or N
+clips, F frames, C channels.
+"""
 
 from __future__ import annotations
 
@@ -36,22 +40,22 @@ _ACCEPTED = (
 
 
 class Batch(NamedTuple):
-    """Clean latents (B, F, C, height, width) and their prompts (B, text_len, text_dim)."""
+    """Clean latents (B, F, C, height, width) and their contexts (B, text_len, text_dim)."""
 
     latents: Tensor
     context: Tensor
 
 
 class ClipSource(Protocol):
-    """Where batches come from."""
+    """A source of batches."""
 
     def batch(self, index: int, size: int, split: Split = "train") -> Batch:
-        """The batch of a given number; the same number gives the same clips."""
+        """Return the batch of a number."""
         ...
 
 
 class DemoClips:
-    """Clips of the moving-digits world, endless."""
+    """Endless clips of the moving-digits world."""
 
     def __init__(self, config: DataConfig, sink_frames: int = 0) -> None:
         self.config = config
@@ -59,12 +63,12 @@ class DemoClips:
         self.media = DemoMedia()
 
     def batch(self, index: int, size: int, split: Split = "train") -> Batch:
-        """Clips of one batch; training clips may jump in time after the sink."""
+        """Return latents and contexts of `clips`."""
         clips = self.clips(index, size, split)
         return Batch(self.media.encode(clips.video), self.media.encode_labels(clips.labels))
 
     def clips(self, index: int, size: int, split: Split = "train") -> Clips:
-        """The same with pixels and truth."""
+        """Return a batch with pixels and labels; training clips may skip frames after the sink."""
         generator = seeded(self.config.seed, index, split)
         frames = self.config.frames
         times = torch.arange(frames).repeat(size, 1)
@@ -75,7 +79,7 @@ class DemoClips:
         return sample_clips(size, frames, generator, split, times)
 
     def record(self) -> dict[str, Any]:
-        """Which images of digits are which, JSON-able."""
+        """Return which images of digits each split draws from, as JSON data."""
         images = TRAIN_IMAGES + len(digit_images("held_out")[1])
         split = {"train": [0, TRAIN_IMAGES], "held_out": [TRAIN_IMAGES, images]}
         return {"source": "demo", "seed": self.config.seed, "images": images, **split}
@@ -84,12 +88,11 @@ class DemoClips:
 class LatentClips:
     """Clips from safetensors files with `latents` and `context`; the last tenth is held out.
 
-    Opening reads headers and a batch only its own clips, so all of them need not fit in memory;
-    each file has to.
+    Only headers and the clips of a batch are read, so the files need not fit in memory together.
 
     Raises:
-        ConfigError: A file is none of these, the files hold clips of different shapes, or there are
-            fewer than two clips.
+        ConfigError: A file has another content, the files hold clips of different shapes, or there
+            are fewer than two clips.
     """
 
     def __init__(self, config: DataConfig) -> None:
@@ -118,7 +121,7 @@ class LatentClips:
         }
 
     def batch(self, index: int, size: int, split: Split = "train") -> Batch:
-        """Clips drawn with replacement from one part of the files."""
+        """Return clips drawn with replacement from one part of the files."""
         part = self.parts[split]
         generator = seeded(self.seed, index, split)
         picks = torch.randint(part.start, part.stop, (size,), generator=generator)
@@ -126,17 +129,17 @@ class LatentClips:
         return Batch(torch.stack(latents), torch.stack(context))
 
     def record(self) -> dict[str, Any]:
-        """Which clips are which, the files' names and the SHA-256 of their bytes, JSON-able."""
+        """Return the clips of each split, and the files' names and hash, as JSON data."""
         parts = {split: [part.start, part.stop] for split, part in self.parts.items()}
         files = [shard.file for shard in self.shards]
         names, sha256 = [file.name for file in files], hash_files(files)
         return {"clips": self.parts["held_out"].stop, **parts, "files": names, "sha256": sha256}
 
     def _read(self, clip: int) -> tuple[Tensor, Tensor]:
-        """One clip of all: latents (F, C, height, width) and context (text_len, text_dim)."""
+        """Read one clip: latents (F, C, height, width) and context (text_len, text_dim)."""
         shard = bisect_right(self.starts, clip) - 1
         row = clip - self.starts[shard]
-        # Opened anew each time: what a memory map has read stays resident until it is closed.
+        # Opened for each clip, because the pages of a memory map stay resident until it is closed.
         with _opened(self.shards[shard].file) as tensors:
             latents = tensors.get_slice("latents")[row : row + 1, : self.frames]
             context = tensors.get_slice("context")[row : row + 1]
@@ -147,9 +150,9 @@ class _Shard(NamedTuple):
     """One file of clips.
 
     Attributes:
-        file: Where.
-        clips: N.
-        shapes: (F, C, height, width) of the latents of a clip, (text_len, text_dim) of its context.
+        file: Path of the file.
+        clips: Number of clips in it.
+        shapes: Shape of a clip's latents, then of its context.
     """
 
     file: Path
@@ -184,7 +187,7 @@ def _opened(file: Path) -> Iterator[Any]:
         raise ConfigError(
             f"{file} cannot be read: {error.strerror or error}", "put it back, or name other clips"
         ) from error
-    except RuntimeError as error:  # torch could not map it
+    except RuntimeError as error:  # from torch, which could not map the file
         raise ConfigError(
             f"{file} is larger than this machine's memory can map",
             "store the clips as several files in one folder",
@@ -192,7 +195,7 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def hash_files(files: Sequence[Path]) -> str:
-    """SHA-256 in hex of the bytes of all files, one after the other."""
+    """Return the SHA-256, in hex, of the bytes of all files in turn."""
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
@@ -201,11 +204,11 @@ def hash_files(files: Sequence[Path]) -> str:
 
 
 def source_kind(source: str) -> SourceKind:
-    """Tell sources of clips apart: two are words, the others are known by the files there.
+    """Return the kind of a source: a word, or known by the files at a path.
 
     Raises:
-        NoClipsError: Nothing that clips can come from is there.
-        ConfigError: Two kinds of it are.
+        NoClipsError: The path holds no clips.
+        ConfigError: The path holds latents and videos.
     """
     if source in ("demo", "self"):
         return source
@@ -219,14 +222,14 @@ def source_kind(source: str) -> SourceKind:
 
 
 def latent_files(path: Path) -> list[Path]:
-    """The safetensors files of a folder by name, or the one file that a path names."""
+    """Return the safetensors files of a folder, sorted, or the one file that a path names."""
     if path.is_dir():
         return sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("."))
     return [path] if path.is_file() and not _is_video(path) else []
 
 
 def video_files(path: Path) -> list[Path]:
-    """The videos anywhere in a folder by name, or the one file that a path names."""
+    """Return the videos anywhere in a folder, sorted, or the one file that a path names."""
     if path.is_dir():
         found = (file for file in path.rglob("*") if _is_video(file) and file.is_file())
         return sorted(file for file in found if not _is_hidden(file.relative_to(path)))
@@ -238,15 +241,15 @@ def _is_video(file: Path) -> bool:
 
 
 def _is_hidden(file: Path) -> bool:
-    """Such as what macOS lays beside each file on foreign disks, under the file's own ending."""
+    """Recognise hidden files; macOS leaves some on foreign disks, with the videos' own ending."""
     return any(part.startswith(".") for part in file.parts)
 
 
 def open_clips(config: DataConfig, sink_frames: int = 0) -> DemoClips | LatentClips:
-    """The source that a config names.
+    """Open the source that a config names.
 
     Raises:
-        ConfigError: There is none, or it has to be encoded first, by `prepare_clips`.
+        ConfigError: The source is missing, or `prepare_clips` must make latents first.
     """
     kind = source_kind(config.source)
     if kind == "demo":
@@ -261,7 +264,7 @@ def open_clips(config: DataConfig, sink_frames: int = 0) -> DemoClips | LatentCl
 
 
 def recorded(config: DataConfig) -> DataConfig:
-    """As a record has it: with a local `base` by its absolute path, which no Hub id looks like."""
+    """Return the config for a record: a local `base` becomes absolute, unlike any Hub id."""
     base = config.base
     if base is None or (is_repo(base) and not Path(base).exists()):
         return config
@@ -269,12 +272,12 @@ def recorded(config: DataConfig) -> DataConfig:
 
 
 def open_openings(config: DataConfig, chunk_frames: int) -> ClipSource:
-    """Clips of one chunk; another seed, so that they are not the openings of the long clips."""
+    """Open clips of one chunk, with a seed that differs from the long clips' seed."""
     return open_clips(DataConfig(config.source, chunk_frames, seed=config.seed + 1))
 
 
 def seeded(seed: int, index: int, stream: str) -> torch.Generator:
-    """An independent generator for (seed, index, stream)."""
+    """Return an independent generator for each (seed, index, stream)."""
     name = f"{seed}/{index}/{stream}".encode()
     # FNV-1a: a stable 64-bit hash, unlike Python's own, which changes with each process.
     state = 0xCBF29CE484222325

@@ -1,4 +1,4 @@
-"""Where the text encoder, tokenizer and VAE of a video model lie: folders in diffusers' layout."""
+"""Find the folders of text encoder, tokenizer and VAE, in diffusers' layout."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ _SETTINGS: dict[Part, str] = {
     "tokenizer": "tokenizer_config.json",
 }
 
-# Repositories that hold all parts, by the channels of the latents and the width of the contexts.
-# Wan 2.1, 2.2 A14B and what was trained from them share one VAE, 2.2 5B has its own, and all one
-# text encoder (Wan22 wan/configs; SKY's model cards), so that the smallest repository does for
-# models whose own base holds none, as Self-Forcing's. See `known.py` for the abbreviations.
+# Hub repositories that hold all parts, by channels of the latents and width of the contexts.
+# Wan 2.1, Wan 2.2 A14B and descendants share one VAE; Wan 2.2 5B has its own. All share an encoder.
+# The first repository serves models whose own repository lacks the parts, such as Self-Forcing.
 REPOSITORIES: dict[tuple[int, int], tuple[str, ...]] = {
     (16, 4096): (
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
@@ -43,37 +42,36 @@ _HINT = (
 
 @dataclass(frozen=True)
 class Components:
-    """A pipeline's folders, here or on the Hub; what is on the Hub is fetched when it is needed.
+    """The folders of a model's parts, local or on the Hub. Hub folders are fetched at first use.
 
     Attributes:
         base: A folder, or a Hub id `owner/name[@revision]`.
-        own: Folders of parts that are taken in place of the base's.
+        own: Local folders of parts that replace the base's.
     """
 
     base: str
     own: Mapping[Part, Path] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """Where all of it comes from."""
         return ", ".join([self.base, *(f"{part}/ of {self.place(part)}" for part in self.own)])
 
     def place(self, part: Part) -> str:
-        """The folder or Hub id that holds one part."""
+        """Return the folder or Hub id that holds a part."""
         return str(self.own[part].parent) if part in self.own else self.base
 
     def folder(self, part: Part) -> Path:
-        """The local folder of one part, whole.
+        """Return the complete local folder of a part.
 
         Raises:
-            CheckpointError: It cannot be had.
+            CheckpointError: The part is missing.
         """
         return self._root(part, f"{part}/") / part
 
     def settings(self, part: Part) -> dict[str, Any]:
-        """The config.json of one part, without its weights.
+        """Return the config.json of a part, without fetching its weights.
 
         Raises:
-            CheckpointError: It cannot be had, or is no JSON table.
+            CheckpointError: The file is missing, or is no JSON table.
         """
         name = f"{part}/config.json"
         file = self._root(part, name) / name
@@ -86,7 +84,6 @@ class Components:
         return table
 
     def _root(self, part: Part, needed: str) -> Path:
-        """The local folder that holds a part, with what is needed of it."""
         path = Path(self.place(part))
         return path if path.exists() or not is_repo(str(path)) else fetch_parts(str(path), needed)
 
@@ -94,55 +91,38 @@ class Components:
 def find_components(
     config: ModelConfig, base: str | None = None, checkpoint: Path | None = None
 ) -> Components:
-    """The components that go with a model.
+    """Find the components that go with a model.
 
-    In this order: those that the user names, those beside the checkpoint, here or in its repository
-    on the Hub, those of the base model if its repository holds them, those of a repository with the
-    same latents and contexts. Of what lies beside a checkpoint here each part counts for itself.
+    The first of these that exists: `base`; the parts beside the checkpoint, local or in its Hub
+    repository; the model's base model; a known repository with the same latents and contexts. Local
+    parts beside a checkpoint count one by one.
 
     Args:
-        config: Of the model.
+        config: Configuration of the model.
         base: A folder or Hub id that the user names.
-        checkpoint: File or folder that the model was read from.
+        checkpoint: File or folder of the model.
 
     Raises:
-        CheckpointError: What the user names lacks a part.
-        ConfigError: Nothing is named, and nothing known.
+        CheckpointError: A part is missing in `base`.
+        ConfigError: No components are known for this model.
     """
     if base is None and checkpoint is not None:
         own = parts_beside(checkpoint)
         if len(own) == len(PARTS):
             return Components(str(own["vae"].parent))
         if own:
-            return Components(known_components(config), own)
+            return Components(_known_repository(config), own)
         base = repository_with_parts(checkpoint)
-    components = Components(base if base is not None else known_components(config))
+    components = Components(base if base is not None else _known_repository(config))
     _check_whole(components)
     return components
 
 
-def known_components(config: ModelConfig) -> str:
-    """The repository whose components a model takes.
-
-    Raises:
-        ConfigError: None is known.
-    """
-    geometry = config.geometry
-    known = REPOSITORIES.get((geometry.in_dim, geometry.text_dim), ())
-    if not known:
-        raise ConfigError(
-            f"no text encoder and VAE are known for latents of {geometry.in_dim} channels and "
-            f"contexts of {geometry.text_dim}",
-            _HINT,
-        )
-    return config.base_model if config.base_model in known else known[0]
-
-
 def parts_beside(checkpoint: Path) -> dict[Part, Path]:
-    """The components in the folder of a checkpoint or, as in a pipeline's, in the one above.
+    """Return the local parts in a checkpoint's folder or, as in a pipeline, the folder above.
 
-    Of a checkpoint in the Hub's cache there are none, as what else is there of its repository need
-    not be whole: see `repository_with_parts`.
+    In the Hub's cache there are none, because folders in the cache may be incomplete; see
+    `repository_with_parts`.
 
     Raises:
         CheckpointError: There is no checkpoint.
@@ -160,22 +140,34 @@ def parts_beside(checkpoint: Path) -> dict[Part, Path]:
 
 
 def repository_with_parts(checkpoint: Path) -> str | None:
-    """The Hub id that a checkpoint in the Hub's cache is of, if that holds all parts too.
+    """Return the Hub id of a checkpoint in the Hub's cache, if the repository holds all parts.
 
     Raises:
-        CheckpointError: There is no checkpoint, or its repository cannot be read.
+        CheckpointError: There is no checkpoint, or its repository cannot be listed.
     """
     repo = cached_repo(located(checkpoint))
     return repo if repo is not None and has_all_parts(repo) else None
 
 
 def has_all_parts(repo: str) -> bool:
-    """Whether a repository of the Hub holds text encoder, tokenizer and VAE.
+    """Return whether a Hub repository holds text encoder, tokenizer and VAE.
 
     Raises:
-        CheckpointError: It cannot be read.
+        CheckpointError: The repository cannot be listed.
     """
     return has_parts(repo, *(f"{part}/" for part in PARTS))
+
+
+def _known_repository(config: ModelConfig) -> str:
+    channels, width = config.geometry.in_dim, config.geometry.text_dim
+    known = REPOSITORIES.get((channels, width), ())
+    if not known:
+        raise ConfigError(
+            f"no text encoder and VAE are known for latents of {channels} channels and contexts of "
+            f"{width}",
+            _HINT,
+        )
+    return config.base_model if config.base_model in known else known[0]
 
 
 def _check_whole(components: Components) -> None:

@@ -21,7 +21,7 @@ from vmla_convert.config import (
     Sizes,
 )
 from vmla_convert.errors import CheckpointError, ConfigError, OutputError, VmlaError
-from vmla_convert.fitting.calibrate import check_clips
+from vmla_convert.fitting.calibration_clips import check_clips
 from vmla_convert.generating.make_clips import check_makeable
 from vmla_convert.loading.load import (
     Source,

@@ -29,20 +29,19 @@ from torch import Tensor, nn
 
 from vmla_convert.config import RecoverConfig
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.loading.load import compute_device
 from vmla_convert.maths.flow import interpolate, per_frame, predict_clean, sample_training_sigma
 from vmla_convert.media.clips import ClipSource, seeded
 from vmla_convert.recovery.on_policy import rollout_examples
 from vmla_convert.training.losses import Example, flow_matching, predicted_velocity
-from vmla_convert.training.processes import ALONE, Share, average_gradients, precision
+from vmla_convert.training.processes import ALONE, Share, average_gradients, own_device, precision
 
 
 class Sample(NamedTuple):
-    """One rollout of the student, and a clean sample that it predicts on the way.
+    """A rollout of the student, and a clean sample predicted from a state of the rollout.
 
     Attributes:
-        rollout: Example of `roll_out`, of the clips of all processes.
-        velocity: The student's velocity at the states of the rollout (B, F, C, height, width).
+        rollout: Past and states.
+        velocity: The student's velocity at the states (B, F, C, height, width).
         clean: The sample that the velocity points to, of the same shape.
         noised: The sample under fresh noise after the rollout's past, as the critic sees it.
     """
@@ -59,12 +58,7 @@ class DistributionMatching:
     A step is a function of its number, the student, the critic and the critic's optimiser.
     Processes share a batch and hold equal critics.
 
-    Args:
-        student: Converted model, which the training loop trains.
-        teacher: Its dense source.
-        clips: Source of prompts and of the length of rollouts.
-        config: Batch, precision, seed and the critic's steps.
-        share: Clips of a batch that this process takes.
+    Clips give the prompts and the length of rollouts. `share` is this process's part of a batch.
     """
 
     def __init__(
@@ -76,7 +70,7 @@ class DistributionMatching:
         share: Share = ALONE,
     ) -> None:
         self.training, self.dmd, self.share = config.training, config.dmd, share
-        self.student, self.teacher = student, teacher.to(compute_device())
+        self.student, self.teacher = student, teacher.to(own_device())
         self.critic = deepcopy(self.teacher).requires_grad_(True)
         if self.training.gradient_checkpointing:
             self.critic.checkpoint_blocks()
@@ -102,9 +96,7 @@ class DistributionMatching:
             for model in (self.teacher, self.critic)
         )
         gradient = matching_gradient(clean, real, fake)
-        target = moved_velocity(velocity, gradient, self.share.of(rollout).sigma)
-        rollout.velocity[self.share.rank :: self.share.world] = target
-        return [rollout]
+        return [rollout._replace(velocity=moved_velocity(velocity, gradient, rollout.sigma))]
 
     def loss(self, model: nn.Module, example: Example) -> Tensor:
         """Distance of a model's samples from the targets of `examples`."""
@@ -115,10 +107,10 @@ class DistributionMatching:
         """State of the critic and its optimiser."""
         return {"critic": self.critic.state_dict(), "optimiser": self.optimiser.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state from `state_dict`."""
-        self.critic.load_state_dict(state["critic"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        self.critic.load_state_dict(state_dict["critic"])
+        self.optimiser.load_state_dict(state_dict["optimiser"])
 
     def sample(self, number: int) -> Sample:
         """The student's sample of a given number.
@@ -128,10 +120,9 @@ class DistributionMatching:
         critic must learn the same distribution.
         """
         (rollout,) = self._rollouts(number)
-        mine = self.share.of(rollout)
-        velocity = self._velocity(self.student, mine)
-        clean = predict_clean(mine.noisy, velocity, mine.sigma)
-        return Sample(rollout, velocity, clean, self._noised(mine, clean, number))
+        velocity = self._velocity(self.student, rollout)
+        clean = predict_clean(rollout.noisy, velocity, rollout.sigma)
+        return Sample(rollout, velocity, clean, self._noised(rollout, clean, number))
 
     def _noised(self, rollout: Example, clean: Tensor, number: int) -> Example:
         """A flow-matching example of clean samples (B, F, C, height, width)."""
@@ -149,10 +140,10 @@ class DistributionMatching:
     def _train_critic(self, example: Example) -> None:
         """Update the critic once, by flow matching."""
         self.optimiser.zero_grad()
-        loss, parts = flow_matching(self.critic.config), self._parts(example)
-        for part in parts:
+        loss, accumulate = flow_matching(self.critic.config), self.training.accumulate
+        for part in example.split(accumulate):
             with precision(self.training):
-                value = loss(self.critic, part) / len(parts)
+                value = loss(self.critic, part) / accumulate
             value.backward()
         average_gradients(list(self.critic.parameters()))
         nn.utils.clip_grad_norm_(self.critic.parameters(), 1.0)
@@ -161,27 +152,17 @@ class DistributionMatching:
     @torch.no_grad()
     def _velocity(self, model: CausalWanModel, example: Example) -> Tensor:
         """A model's predicted velocity (B, F, C, height, width)."""
+        parts = example.split(self.training.accumulate)
         with precision(self.training):
-            parts = self._parts(example)
             return torch.cat([predicted_velocity(model, model.config, part) for part in parts])
-
-    def _parts(self, example: Example) -> list[Example]:
-        """The batch in as many parts as the training loop makes."""
-        parts = (tensor.chunk(self.training.accumulate) for tensor in example)
-        return [Example(*part) for part in zip(*parts, strict=True)]
 
 
 def matching_gradient(clean: Tensor, real: Tensor, fake: Tensor) -> Tensor:
     """Gradient of the distribution distance by clean samples (B, F, C, height, width).
 
-    Args:
-        clean: The samples.
-        real: The dense model's prediction of the samples under noise.
-        fake: The critic's prediction.
-
-    Returns:
-        fake − real, divided by each clip's mean distance to `real`, so that clips under much noise
-        do not outweigh the others (equations 7 and 8 of DMD, arXiv 2311.18828).
+    `real` and `fake` are the predictions of the samples, under noise, by dense model and critic.
+    The gradient is fake − real, divided by each clip's mean distance to `real`, so that clips under
+    much noise do not outweigh the others (equations 7 and 8 of DMD, arXiv 2311.18828).
     """
     distance = (clean - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
     # A distance of 0 means that the dense model would not move the sample.
@@ -189,13 +170,7 @@ def matching_gradient(clean: Tensor, real: Tensor, fake: Tensor) -> Tensor:
 
 
 def moved_velocity(velocity: Tensor, gradient: Tensor, sigma: Tensor) -> Tensor:
-    """The velocity that points one step down a gradient of the clean latents.
-
-    Args:
-        velocity: Velocity at states of level sigma (B, F, C, height, width).
-        gradient: Gradient of the clean latents that the velocity points to, of the same shape.
-        sigma: Noise levels (B, F), above 0.
-    """
+    """The velocity, at states of levels sigma > 0, whose clean latents lie a gradient step on."""
     return velocity + gradient / per_frame(sigma)
 
 

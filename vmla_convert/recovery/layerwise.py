@@ -19,7 +19,8 @@ from torch import Tensor
 
 from vmla_convert.checkpoint.tensor_store import FolderStore, MemoryStore, TensorStore
 from vmla_convert.config import RecoverConfig
-from vmla_convert.fitting.calibrate import ReadBlock, clips_at_once
+from vmla_convert.fitting.calibrate import ReadBlock
+from vmla_convert.fitting.calibration_clips import clips_at_once
 from vmla_convert.layers.attention import DenseSelfAttention
 from vmla_convert.layers.dit import Attend, Block, CausalWanModel, gated, masked_attention
 from vmla_convert.media.clips import Batch, ClipSource, open_clips, seeded

@@ -55,7 +55,7 @@ def roll_out(
         context: Prompts (B, text_len, text_dim).
         frames: Frames of a clip; those after the last whole chunk are dropped.
         seed: Seed of the run, and number of the rollout.
-        share: Clips to roll out; the others stay zero, for another process to fill in.
+        share: Clips of the batch to roll out.
 
     Returns:
         The student's clean chunks as past, the picked states as noisy clip, and the velocity from
@@ -89,12 +89,4 @@ def roll_out(
         states.clear()
     past, state, sigma = (torch.cat(parts, dim=1) for parts in (clean, noisy, sigmas))
     velocity = (state - past) / per_frame(sigma)
-    example = Example.build(past, state, sigma, velocity, asked)
-    return Example(*(_spread(part, len(context), share) for part in example))
-
-
-def _spread(part: Tensor, batch: int, share: Share) -> Tensor:
-    """One process's rows at their places in a batch of zeros."""
-    whole = part.new_zeros(batch, *part.shape[1:])
-    whole[share.rank :: share.world] = part
-    return whole
+    return Example.build(past, state, sigma, velocity, asked)

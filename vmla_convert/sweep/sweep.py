@@ -28,9 +28,8 @@ from vmla_convert.config import (
     SweepConfig,
 )
 from vmla_convert.errors import ConfigError, first_line
-from vmla_convert.fitting.calibrate import check_clips
+from vmla_convert.fitting.calibration_clips import check_clips, open_calibration
 from vmla_convert.fitting.codec import plan_codec
-from vmla_convert.fitting.conversion_steps import open_measured
 from vmla_convert.fitting.rank_plan import check_sizes
 from vmla_convert.layers.dit import CausalWanModel, check_size
 from vmla_convert.measuring.evaluate import HeldOut, check_held_out, dense_rows, spectrum_rows
@@ -128,7 +127,7 @@ def check_sweep(
     for point in points:
         _check_point(model, point)
     # Calibration gives the spectra of the dense model too, so every grid needs its clips.
-    open_measured(model, convert_config)
+    open_calibration(model, convert_config)
     check_held_out(model, evaluate_config, streamed=bool(config.dense_dtypes))
     if config.recover:
         check_shares(recover_config.training, world=1)
@@ -221,7 +220,7 @@ class _Sweep:
         """Calibrate for every product; return rows of the dense model that are not written yet."""
         teacher, held_out = self.teacher, self.bench.held_out
         timed, metrics = Timed(progress), {row.metric for row in written if row.run == "dense"}
-        reads = [self.shared.reads(product, timed) for product in self.config.products]
+        reads = [self.shared.statistics(product, timed) for product in self.config.products]
         rows = [] if Metric.FLOW_LOSS in metrics else dense_rows(teacher, held_out)
         if Metric.CACHE_BYTES not in metrics:
             rows += memory_rows(teacher.config)

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.stateful import Stateful
 
 from vmla_convert.config import TrainingConfig
 from vmla_convert.errors import ConfigError, VmlaError
@@ -36,7 +37,7 @@ from vmla_convert.training.processes import (
     agreed,
     averaged,
     check_shares,
-    parts,
+    own_share,
     precision,
     processes,
 )
@@ -54,25 +55,8 @@ OnEvaluate = Callable[[nn.Module, int], float]
 """Measures a model after some steps; returns the figure to show and to compare weights by."""
 
 
-class Stateful(Protocol):
-    """Further state of a run, such as a critic; equal on all processes."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that changes, as `torch.save` takes it."""
-        ...
-
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
-        """Restore a state from `state_dict`."""
-        ...
-
-
 class Outcome(NamedTuple):
-    """How a training ended.
-
-    Attributes:
-        steps: Steps done; fewer than `config.steps` when training stopped early.
-        best_step: Step of the weights that the model has now.
-    """
+    """Steps that a training did, and the step of the weights that it ended with."""
 
     steps: int
     best_step: int
@@ -109,7 +93,7 @@ def train(
             is not finite then ends training without an error.
         lr_scale: Factor of the learning rate, by parameter name.
         logs: Folder of the tracker's files.
-        extra_state: Further state, saved and resumed with the rest.
+        extra_state: Further state of the run, such as a critic; equal on all processes.
 
     Raises:
         ConfigError: The batch cannot be divided, or no learning rate is given.
@@ -129,24 +113,20 @@ def clip_examples(
     openings: ClipSource,
     levels: Levels | None = None,
 ) -> Examples:
-    """Examples from training clips, and from `openings` if `config.opening_clips` is set.
+    """Examples from training clips, and from openings if `config.opening_clips` is set.
 
-    Args:
-        clips: Training clips.
-        chunk_frames: Frames that share a noise level.
-        config: Batch sizes, context noise and seed.
-        openings: Training clips of `chunk_frames` frames.
-        levels: Noise levels to mix in.
+    Openings are clips of one chunk. `levels` are noise levels to mix in.
     """
 
     def examples(step: int) -> list[Example]:
-        noise = seeded(config.seed, step, "noise")
+        # All processes draw the whole batch, so that its noise does not depend on their number.
+        noise, share = seeded(config.seed, step, "noise"), own_share()
         batch = clips.batch(step, config.batch_size)
         made = [make_example(batch, chunk_frames, noise, config.context_noise, levels)]
         if config.opening_clips:
             batch = openings.batch(step, config.opening_clips)
             made.append(make_example(batch, chunk_frames, noise, levels=levels))
-        return made
+        return [share.of(example) for example in made]
 
     return examples
 
@@ -260,13 +240,14 @@ class _Loop:
         self.model.zero_grad()
         # The first example uses the most parameters. It comes last, because processes average
         # gradients after the last pass.
-        passes = [part for each in reversed(examples) for part in parts(each, self.config)]
-        total = torch.zeros((), device=self.accelerator.device)
+        device, accumulate = self.accelerator.device, self.config.accumulate
+        passes = [part for each in reversed(examples) for part in each.to(device).split(accumulate)]
+        total = torch.zeros((), device=device)
         for index, part in enumerate(passes):
             last = index == len(passes) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 with precision(self.config):
-                    value = self.loss(self.wrapped, part) / self.config.accumulate
+                    value = self.loss(self.wrapped, part) / accumulate
                 self.scaler.scale(value).backward()
             total += value.detach().float()
         figure = averaged(total).item()

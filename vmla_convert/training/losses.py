@@ -69,11 +69,16 @@ class Example(NamedTuple):
         """The same example on a device."""
         return Example(*(tensor.to(device) for tensor in self))
 
+    def split(self, count: int) -> list[Example]:
+        """Divide the clips into equal parts, in order."""
+        parts = zip(*(tensor.chunk(count) for tensor in self), strict=True)
+        return [Example(*part) for part in parts]
+
 
 Loss = Callable[[nn.Module, Example], Tensor]
 
 Examples = Callable[[int], Sequence[Example]]
-"""The examples of a step. They depend on the step's number and the weights only."""
+"""This process's examples of a step; they depend on the step and the weights only."""
 
 
 class Levels(NamedTuple):

@@ -19,7 +19,6 @@ from vmla_convert.training.processes import (
     average_gradients,
     averaged,
     own_device,
-    parts,
     precision,
 )
 from vmla_convert.training.weights import set_weights, trained_weights
@@ -99,7 +98,8 @@ def _loss_after(
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def losses(step: int) -> Iterator[Tensor]:
-        for part in chain.from_iterable(parts(each, config) for each in examples(step)):
+        passes = (each.to(own_device()).split(config.accumulate) for each in examples(step))
+        for part in chain.from_iterable(passes):
             with precision(config):
                 value = loss(model, part) / config.accumulate
             yield value

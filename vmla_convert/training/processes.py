@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -85,14 +84,6 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
     for parameter in parameters:
         if parameter.grad is not None and not isinstance(parameter.grad, DTensor):
             parameter.grad.copy_(averaged(parameter.grad))
-
-
-def parts(example: Example, config: TrainingConfig) -> Iterator[Example]:
-    """This process's clips of a batch on its device, in `config.accumulate` parts."""
-    rank, world = own_share()
-    count = world * config.accumulate
-    for first in range(rank, count, world):
-        yield Share(first, count).of(example).to(own_device())
 
 
 def precision(config: TrainingConfig) -> torch.autocast:
