@@ -158,16 +158,15 @@ class PowerCutError(Exception):
 
 
 class PowerCut(Silent):
-    """Goes away before an item of the bar with a given label."""
+    """Raises an error before an item of the bar with a given label."""
 
-    def __init__(self, label: str, before: int) -> None:
-        self.label = label
-        self.before = before
+    def __init__(self, label: str, before: int, error: type[BaseException] = PowerCutError) -> None:
+        self.label, self.before, self.error = label, before, error
 
     def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:  # noqa: ARG002
         for done, item in enumerate(items):
-            if label == self.label and done == self.before:
-                raise PowerCutError
+            if (label, done) == (self.label, self.before):
+                raise self.error
             yield item
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class VmlaError(Exception):
@@ -49,6 +50,17 @@ class MissingExtraError(VmlaError):
             f"packages for {feature} are not installed",
             f'pip install "vmla-convert[{extra}]"',
         )
+
+
+def refuse_existing(out: Path, hint: str = "choose another -o, or remove it") -> None:
+    """Refuse an output that exists; an empty folder is free, unless it is a link or a mount.
+
+    Raises:
+        OutputError: Naming the output.
+    """
+    empty = out.is_dir() and not out.is_symlink() and not out.is_mount() and not any(out.iterdir())
+    if (out.exists() or out.is_symlink()) and not empty:
+        raise OutputError(f"{out} exists already", hint)
 
 
 def first_line(error: BaseException) -> str:

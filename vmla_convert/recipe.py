@@ -29,7 +29,13 @@ from vmla_convert.config import (
     SweepConfig,
     TeacherConfig,
 )
-from vmla_convert.errors import ConfigError, NoClipsError, OutputError, did_you_mean
+from vmla_convert.errors import (
+    ConfigError,
+    NoClipsError,
+    OutputError,
+    did_you_mean,
+    refuse_existing,
+)
 from vmla_convert.progress import Progress, Silent
 from vmla_convert.results import library_versions
 from vmla_convert.tables import from_dict, override, to_dict
@@ -97,8 +103,7 @@ def copy_recipe(name: str, folder: Path) -> Path:
     if name not in known:
         raise ConfigError(f"no recipe named '{name}'", did_you_mean(name, known))
     target = folder / f"{name}.toml"
-    if target.exists():
-        raise OutputError(f"{target} exists already", "remove it, or copy into another folder")
+    refuse_existing(target, "remove it, or copy into another folder")
     shutil.copy(known[name], target)
     return target
 
@@ -388,8 +393,8 @@ def _claim_folder(recipe: Recipe, out: Path, stages: Collection[str]) -> None:
             "choose another -o, or the settings it was started with",
         )
     goes_on = set(stages) <= _SWEEPING and _swept_before(recipe, out)
-    if not goes_on and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out} exists already", "choose another -o, or remove it")
+    if not goes_on:
+        refuse_existing(out)
     out.mkdir(parents=True, exist_ok=True)
     told = {"recipe": to_dict(recipe), "versions": library_versions()}
     (out / RECIPE_NAME).write_text(json.dumps(told, indent=2) + "\n")

@@ -231,7 +231,7 @@ def test_a_taken_place_is_refused_and_untouched(tmp_path: Path) -> None:
     (folder / "mine.txt").write_text("mine")
     file.write_text("mine")
     for out in (folder, file):
-        with pytest.raises(OutputError, match="already there") as caught:
+        with pytest.raises(OutputError, match="exists already") as caught:
             CheckpointWriter(out, SPECS)
         assert "-o" in caught.value.hint
     assert (folder / "mine.txt").read_text() == file.read_text() == "mine"
@@ -558,7 +558,7 @@ def test_nothing_to_resume_starts_afresh(whole: dict[str, bytes], tmp_path: Path
     (left / "old.safetensors").write_text("old")
     _convert(tmp_path / "out", resume=True)
     assert _files(tmp_path / "out") == whole
-    with pytest.raises(OutputError, match="already there"):
+    with pytest.raises(OutputError, match="exists already"):
         _convert(tmp_path / "out", resume=True)
 
 
@@ -727,7 +727,7 @@ def test_a_place_is_checked_as_the_writer_does(
     with pytest.raises(OutputError, match="holds an interrupted"):
         check_place(tmp_path / "out", 1, resume=False)
     (tmp_path / "taken").write_text("mine")
-    with pytest.raises(OutputError, match="already there"):
+    with pytest.raises(OutputError, match="exists already"):
         check_place(tmp_path / "taken", 1, resume=True)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(OutputError, match="needs"):

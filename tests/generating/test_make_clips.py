@@ -13,7 +13,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from checkpoints import CONVERT, PowerCut, PowerCutError
+from checkpoints import PowerCut, PowerCutError
 from conftest import noise
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -21,16 +21,13 @@ from torch import Tensor
 
 from vmla_convert.config import CachePolicy, DataConfig
 from vmla_convert.errors import ConfigError, MissingExtraError, OutputError, VmlaError
-from vmla_convert.fitting.convert import convert
 from vmla_convert.generating import make_clips as pipeline
 from vmla_convert.generating.generate import generate
 from vmla_convert.generating.make_clips import prepare_clips
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.loading.load import load
 from vmla_convert.media.clips import DemoClips, open_clips, seeded
 from vmla_convert.media.demo import DemoMedia
-from vmla_convert.media.prompts import read_prompts
-from vmla_convert.media.video import fit_frame, read_frames, write_mp4
+from vmla_convert.media.video import write_mp4
 
 pytest_plugins = ["checkpoints"]
 
@@ -66,26 +63,22 @@ class TestOwnSamples:
         assert torch.equal(stored["latents"], torch.cat(expected))
         assert torch.equal(stored["context"], MEDIA.encode_prompts(prompts))
 
-    def test_are_all_different_and_those_of_ten_digits(
-        self, dense: CausalWanModel, tmp_path: Path
-    ) -> None:
-        prepare_clips(replace(OWN, clips=12), dense, tmp_path / "clips", ORIGIN)
-        stored = latents(tmp_path / "clips")
-        assert len(stored["latents"].flatten(1).unique(dim=0)) == 12
-        assert stored["context"].argmax(-1).flatten().tolist() == [*range(10), 0, 1]
-
-    def test_can_be_trained_on(self, dense: CausalWanModel, tmp_path: Path) -> None:
-        prepared = prepare_clips(OWN, dense, tmp_path / "clips", ORIGIN)
-        batch = open_clips(prepared).batch(0, 3)
-        assert batch.latents.shape == (3, 4, 12, 12, 12)
-        assert batch.context.shape == (3, 1, 10)
-        assert open_clips(prepared).record()["held_out"] == [9, 10]
-
     def test_are_stored_as_the_model_makes_them(
         self, dense: CausalWanModel, tmp_path: Path
     ) -> None:
         prepare_clips(replace(OWN, clips=2), dense.bfloat16(), tmp_path / "clips", ORIGIN)
         assert latents(tmp_path / "clips")["latents"].dtype == torch.bfloat16
+
+    def test_are_different_and_can_be_trained_on(
+        self, dense: CausalWanModel, tmp_path: Path
+    ) -> None:
+        prepared = prepare_clips(replace(OWN, clips=12), dense, tmp_path / "clips", ORIGIN)
+        stored = latents(tmp_path / "clips")
+        assert len(stored["latents"].flatten(1).unique(dim=0)) == 12
+        assert stored["context"].argmax(-1).flatten().tolist() == [*range(10), 0, 1]
+        batch = open_clips(prepared).batch(0, 3)
+        assert batch.latents.shape == (3, 4, 12, 12, 12)
+        assert batch.context.shape == (3, 1, 10)
 
     def test_are_sampled_once(
         self, dense: CausalWanModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -118,32 +111,35 @@ class TestOwnSamples:
         assert shards(tmp_path / "cut") == shards(tmp_path / "whole")
         assert not (tmp_path / "cut.partial").exists()
 
-    @pytest.mark.parametrize("cut", [False, True], ids=["complete", "interrupted"])
-    @pytest.mark.parametrize(
-        "change",
-        [{"seed": 1}, {"frames": 6}, {"clips": 11}, {"prompts": ("1",)}, "origin", "model"],
-        ids=str,
-    )
-    def test_of_another_make_are_neither_used_nor_lost(
-        self, change: Any, cut: bool, dense: CausalWanModel, tmp_path: Path
+    @pytest.mark.parametrize("interrupted", [False, True])
+    def test_of_other_settings_are_neither_used_nor_lost(
+        self, interrupted: bool, dense: CausalWanModel, tmp_path: Path
     ) -> None:
         folder = tmp_path / "clips"
-        if cut:
+        if interrupted:
             with pytest.raises(PowerCutError):
                 prepare_clips(OWN, dense, folder, ORIGIN, PowerCut("sampling clips", 1))
         else:
             prepare_clips(OWN, dense, folder, ORIGIN)
         place = next(tmp_path.iterdir())
         before = shards(place)
-        config = OWN if isinstance(change, str) else replace(OWN, **change)
-        origin = {"sha256": "of others"} if change == "origin" else ORIGIN
-        if change == "model":
-            dense.config = replace(dense.config, cache=CachePolicy(window_frames=4))
-        with pytest.raises(OutputError, match="in the way") as caught:
-            prepare_clips(config, dense, folder, origin)
-        assert caught.value.hint
-        assert list(tmp_path.iterdir()) == [place]
-        assert shards(place) == before
+
+        def refuses(config: DataConfig, origin: Any = ORIGIN) -> None:
+            with pytest.raises(OutputError, match="clips"):
+                prepare_clips(config, dense, folder, origin)
+            assert list(tmp_path.iterdir()) == [place] and shards(place) == before
+
+        refuses(OWN, {"sha256": "another"})
+        changes: list[dict[str, Any]] = [
+            {"seed": 1},
+            {"frames": 6},
+            {"clips": 11},
+            {"prompts": ("1",)},
+        ]
+        for change in changes:
+            refuses(replace(OWN, **change))
+        dense.config = replace(dense.config, cache=CachePolicy(window_frames=4))
+        refuses(OWN)
 
     def test_of_large_models_are_sampled_one_by_one(
         self, dense: CausalWanModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -165,20 +161,6 @@ class TestOwnSamples:
         assert "--prompts" in caught.value.hint
         assert not list(tmp_path.iterdir())
 
-    def test_need_media(self, dense: CausalWanModel, tmp_path: Path) -> None:
-        dense.config = replace(dense.config, media="wan")
-        with pytest.raises(ConfigError, match="no text encoder and VAE are known") as caught:
-            prepare_clips(OWN, dense, tmp_path / "clips", ORIGIN)
-        assert "--base" in caught.value.hint
-
-
-def test_prepared_clips_calibrate_a_conversion(
-    teacher: Path, dense: CausalWanModel, tmp_path: Path
-) -> None:
-    data = prepare_clips(OWN, dense, tmp_path / "clips", ORIGIN)
-    convert(teacher, tmp_path / "out", replace(CONVERT, data=data))
-    assert load(tmp_path / "out").config.mla
-
 
 def test_the_demo_world_and_latents_stay_as_they_are(dense: CausalWanModel, tmp_path: Path) -> None:
     save_file({"latents": noise(2, 2, 12, 4, 4), "context": noise(2, 1, 10)}, tmp_path / "x")
@@ -191,9 +173,8 @@ def test_the_demo_world_and_latents_stay_as_they_are(dense: CausalWanModel, tmp_
 
 
 def test_a_place_without_clips_is_refused(dense: CausalWanModel, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no clips at nowhere") as caught:
+    with pytest.raises(ConfigError, match=r"nowhere\.mp4"):
         prepare_clips(DataConfig("nowhere.mp4"), dense, tmp_path / "clips", ORIGIN)
-    assert caught.value.hint
 
 
 def demo_pixels(frames: int, index: int) -> Tensor:
@@ -219,9 +200,9 @@ def footage(tmp_path: Path) -> Path:
 
 
 def encoded(
-    source: Path, dense: CausalWanModel, folder: Path, **settings: Any
+    source: Path, dense: CausalWanModel, folder: Path, frames: int = 4, **settings: Any
 ) -> dict[str, Tensor]:
-    config = DataConfig(str(source), frames=4, **settings)
+    config = DataConfig(str(source), frames=frames, **settings)
     assert prepare_clips(config, dense, folder, ORIGIN) == replace(config, source=str(folder))
     return latents(folder)
 
@@ -289,23 +270,29 @@ class TestVideos:
         assert encodings == [2]
         assert shards(tmp_path / "cut") == shards(tmp_path / "whole")
 
-    @pytest.mark.parametrize("change", ["time", "prompt", "frames", "name"])
     def test_that_changed_are_not_taken_for_the_old_ones(
-        self, change: str, footage: Path, dense: CausalWanModel, tmp_path: Path
+        self, footage: Path, dense: CausalWanModel, tmp_path: Path
     ) -> None:
         encoded(footage, dense, tmp_path / "clips")
         before = shards(tmp_path / "clips")
-        if change == "time":
-            os.utime(footage / "c.mp4", (1, 1))
-        elif change == "prompt":
-            (footage / "c.txt").write_text("8")
-        elif change == "name":
-            (footage / "c.mp4").rename(footage / "d.mp4")
-            (footage / "c.txt").rename(footage / "d.txt")
-        config = DataConfig(str(footage), frames=3 if change == "frames" else 4)
-        with pytest.raises(OutputError, match="in the way"):
-            prepare_clips(config, dense, tmp_path / "clips", ORIGIN)
-        assert shards(tmp_path / "clips") == before
+
+        def refuses(frames: int = 4) -> None:
+            with pytest.raises(OutputError, match="clips"):
+                encoded(footage, dense, tmp_path / "clips", frames=frames)
+            assert shards(tmp_path / "clips") == before
+
+        refuses(frames=3)
+        (footage / "c.txt").write_text("8")
+        refuses()
+        (footage / "c.txt").write_text("2\n")
+        stat = (footage / "c.mp4").stat()
+        os.utime(footage / "c.mp4", (1, 1))
+        refuses()
+        os.utime(footage / "c.mp4", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        encoded(footage, dense, tmp_path / "clips")
+        for ending in ("mp4", "txt"):
+            (footage / f"c.{ending}").rename(footage / f"d.{ending}")
+        refuses()
 
     def test_too_short_for_a_clip_are_left_out(
         self, footage: Path, dense: CausalWanModel, tmp_path: Path
@@ -320,9 +307,8 @@ class TestVideos:
         self, frames: int, clips: int, dense: CausalWanModel, tmp_path: Path
     ) -> None:
         film(tmp_path / "clip.mp4", frames, 0, "7")
-        with pytest.raises(ConfigError, match=rf"clip\.mp4 make {clips} clips") as caught:
+        with pytest.raises(ConfigError, match=rf"clip\.mp4 make {clips} clips"):
             encoded(tmp_path / "clip.mp4", dense, tmp_path / "clips")
-        assert caught.value.hint
         assert not list(tmp_path.glob("clips*"))
 
     def test_without_a_prompt_are_named(
@@ -361,11 +347,8 @@ class TestVideos:
             write_sound(file)
         else:
             file.write_bytes(content[damage])
-        with pytest.raises(
-            ConfigError, match=r"c\.mp4 (cannot be played|holds no video)"
-        ) as caught:
+        with pytest.raises(ConfigError, match=r"c\.mp4"):
             encoded(footage, dense, tmp_path / "clips")
-        assert caught.value.hint
         assert not list(tmp_path.glob("clips*"))
 
     def test_need_pyav(
@@ -378,7 +361,7 @@ class TestVideos:
 
     def test_need_media(self, footage: Path, dense: CausalWanModel, tmp_path: Path) -> None:
         dense.config = replace(dense.config, media="wan")
-        with pytest.raises(ConfigError, match="no text encoder and VAE are known"):
+        with pytest.raises(ConfigError, match="text encoder and VAE"):
             encoded(footage, dense, tmp_path / "clips")
 
 
@@ -389,60 +372,3 @@ def write_sound(path: Path) -> None:
         frame.sample_rate = 8000
         file.mux(stream.encode(frame))
         file.mux(stream.encode())
-
-
-def test_frames_are_upright_however_the_camera_was_held(tmp_path: Path) -> None:
-    seen = torch.full((3, 64, 32), -1.0)  # as it is to be shown: bright at the top
-    seen[:, :16] = 1
-    with av.open(str(tmp_path / "clip.mp4"), "w") as file:
-        stream = file.add_stream("libx264", rate=8)
-        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
-        stream.set_display_rotation(90)
-        stored = ((torch.rot90(seen, -1, (1, 2)) + 1) * 127.5).byte().permute(1, 2, 0)
-        for _ in range(2):
-            picture = av.VideoFrame.from_ndarray(stored.contiguous().numpy(), format="rgb24")
-            file.mux(stream.encode(picture))
-        file.mux(stream.encode())
-    frames = list(read_frames(tmp_path / "clip.mp4"))
-    assert len(frames) == 2
-    assert (frames[0] - seen).abs().mean() < 0.05
-
-
-@pytest.mark.parametrize("size", [(24, 24), (24, 48), (10, 8)])
-@pytest.mark.parametrize("sides", [(96, 160), (160, 96), (12, 9), (24, 24), (25, 1000)])
-def test_frames_are_cut_at_the_centre_and_keep_their_shape(
-    sides: tuple[int, int], size: tuple[int, int]
-) -> None:
-    rows, columns = (torch.arange(side) + 0.5 - side / 2 for side in sides)
-    picture = torch.stack([rows[:, None].expand(sides), columns.expand(sides), torch.ones(sides)])
-    got = fit_frame(picture, size)
-    assert got.shape == (3, *size)
-    assert torch.allclose(got[2], torch.ones(size))
-    # From the centre both ways, in pixels of the picture.
-    step = min(side / wanted for side, wanted in zip(sides, size, strict=True))
-    middle = got[:, size[0] // 2 - 1 : size[0] // 2 + 1, size[1] // 2 - 1 : size[1] // 2 + 1]
-    assert abs(middle[0].mean()) < step and abs(middle[1].mean()) < step
-    assert middle[0].diff(dim=0).mean().item() == pytest.approx(step, rel=0.1)
-    assert middle[1].diff(dim=1).mean().item() == pytest.approx(step, rel=0.1)
-
-
-class TestPrompts:
-    def test_are_lines_but_blank_ones_and_comments(self, tmp_path: Path) -> None:
-        text = "# digits\r\n\r\n  a seven \r\nein Gefäß mit 3 #1\r\n"
-        for encoding in ("utf-8", "utf-8-sig"):
-            (tmp_path / "prompts.txt").write_bytes(text.encode(encoding))
-            assert read_prompts(tmp_path / "prompts.txt") == ("a seven", "ein Gefäß mit 3 #1")
-
-    @pytest.mark.parametrize(
-        ("content", "message"),
-        [(None, "no prompts at"), (b"# none\n\n", "holds no prompt"), (b"\xff7", "not UTF-8")],
-    )
-    def test_that_are_not_there_are_refused(
-        self, content: bytes | None, message: str, tmp_path: Path
-    ) -> None:
-        file = tmp_path / "prompts.txt"
-        if content is not None:
-            file.write_bytes(content)
-        with pytest.raises(ConfigError, match=message) as caught:
-            read_prompts(file)
-        assert str(file) in caught.value.message and caught.value.hint

@@ -285,7 +285,7 @@ def test_a_taken_folder_is_refused_before_weights_are_read(
     (taken / "mine").write_text("mine")
     file.write_text("mine")
     for out in (taken, file, file / "out"):
-        with pytest.raises(OutputError, match=r"already there|is a file"):
+        with pytest.raises(OutputError, match=r"exists already|is a file"):
             export(converted, out, layout)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(OutputError, match="GB are free"):
@@ -295,7 +295,7 @@ def test_a_taken_folder_is_refused_before_weights_are_read(
 
 def test_a_taken_folder_is_refused_before_a_download(tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
-    with pytest.raises(OutputError, match="already there"):
+    with pytest.raises(OutputError, match="exists already"):
         export("owner/that-nobody-asks-for", tmp_path / "taken")
 
 

@@ -16,7 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from vmla_convert.errors import MissingExtraError, OutputError
-from vmla_convert.media.video import contact_sheet, side_by_side, write_mp4
+from vmla_convert.media.video import (
+    contact_sheet,
+    fit_frame,
+    read_frames,
+    side_by_side,
+    write_mp4,
+)
 
 Writer = Callable[[Path, Tensor], None]
 
@@ -188,3 +194,38 @@ class TestFailure:
         with pytest.raises(MissingExtraError) as caught:
             write(tmp_path / "file", plain(RED))
         assert "[video]" in caught.value.hint
+
+
+def test_frames_are_upright_however_the_camera_was_held(tmp_path: Path) -> None:
+    seen = torch.full((3, 64, 32), -1.0)  # as it is to be shown: bright at the top
+    seen[:, :16] = 1
+    with av.open(str(tmp_path / "clip.mp4"), "w") as file:
+        stream = file.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        stream.set_display_rotation(90)
+        stored = ((torch.rot90(seen, -1, (1, 2)) + 1) * 127.5).byte().permute(1, 2, 0)
+        for _ in range(2):
+            picture = av.VideoFrame.from_ndarray(stored.contiguous().numpy(), format="rgb24")
+            file.mux(stream.encode(picture))
+        file.mux(stream.encode())
+    frames = list(read_frames(tmp_path / "clip.mp4"))
+    assert len(frames) == 2
+    assert (frames[0] - seen).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("size", [(24, 24), (24, 48), (10, 8)])
+@pytest.mark.parametrize("sides", [(96, 160), (160, 96), (12, 9), (24, 24), (25, 1000)])
+def test_frames_are_cut_at_the_centre_and_keep_their_shape(
+    sides: tuple[int, int], size: tuple[int, int]
+) -> None:
+    rows, columns = (torch.arange(side) + 0.5 - side / 2 for side in sides)
+    picture = torch.stack([rows[:, None].expand(sides), columns.expand(sides), torch.ones(sides)])
+    got = fit_frame(picture, size)
+    assert got.shape == (3, *size)
+    assert torch.allclose(got[2], torch.ones(size))
+    # From the centre both ways, in pixels of the picture.
+    step = min(side / wanted for side, wanted in zip(sides, size, strict=True))
+    middle = got[:, size[0] // 2 - 1 : size[0] // 2 + 1, size[1] // 2 - 1 : size[1] // 2 + 1]
+    assert abs(middle[0].mean()) < step and abs(middle[1].mean()) < step
+    assert middle[0].diff(dim=0).mean().item() == pytest.approx(step, rel=0.1)
+    assert middle[1].diff(dim=1).mean().item() == pytest.approx(step, rel=0.1)

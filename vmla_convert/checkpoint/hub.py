@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import huggingface_hub as hf
+
 from vmla_convert.checkpoint.choose_file import (
     ENDINGS,
     INDEX_SUFFIX,
@@ -23,9 +25,6 @@ from vmla_convert.checkpoint.known import KNOWN, known_by_repo
 from vmla_convert.checkpoint.source import TensorSource, open_headers, read_weight_map
 from vmla_convert.errors import CheckpointError, did_you_mean, first_line
 from vmla_convert.progress import Progress
-
-# huggingface_hub is imported inside functions: its import takes half a second, and most
-# checkpoints are local.
 
 BESIDE = ("config.json", "conversion.json")
 """Files that are fetched together with the weights in the same folder."""
@@ -172,8 +171,6 @@ class _Listing:
 
 
 def _list(repo: str) -> _Listing:
-    from huggingface_hub import HfApi
-
     match = _REPO.fullmatch(repo)
     if match is None or not is_repo(repo):
         raise CheckpointError(
@@ -182,7 +179,7 @@ def _list(repo: str) -> _Listing:
     name, revision = match[1], match[2] or "main"
     try:
         # list_repo_files tries for 23 seconds without a network; model_info fails at once.
-        info = HfApi().model_info(name, revision=revision, timeout=_TIMEOUT)
+        info = hf.HfApi().model_info(name, revision=revision, timeout=_TIMEOUT)
     except Exception as error:  # networks fail in many ways, under two HTTP libraries
         if refused := refusal(error, name, revision):
             raise refused from error
@@ -196,13 +193,12 @@ def _list(repo: str) -> _Listing:
 
 def _list_cache(repo: str, revision: str, away: str) -> _Listing:
     """The files in the Hub's cache, without links of interrupted downloads, which lead nowhere."""
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         # Without patterns, an incomplete snapshot would be refused.
         root = Path(
-            snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[])
+            hf.snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[])
         )
     except LocalEntryNotFoundError:
         return _Listing(repo, revision, revision, frozenset(), away)
@@ -277,7 +273,6 @@ def _is_in(file: str, part: str) -> bool:
 
 def _download(listing: _Listing, files: Iterable[str]) -> Path:
     """Download files that the listing names, and return the folder of their commit."""
-    from huggingface_hub import snapshot_download
     from huggingface_hub.utils import tqdm
 
     class Bar(tqdm):
@@ -289,7 +284,7 @@ def _download(listing: _Listing, files: Iterable[str]) -> Path:
     if listing.away:
         return listing.root
     with _reported(listing):
-        folder = snapshot_download(
+        folder = hf.snapshot_download(
             listing.repo,
             revision=listing.commit,
             allow_patterns=_patterns(files),
@@ -320,10 +315,8 @@ def _remember(listing: _Listing, root: Path) -> None:
 
 def _missing_bytes(listing: _Listing, files: Iterable[str]) -> int:
     """Bytes that `_download` would have to fetch."""
-    from huggingface_hub import snapshot_download
-
     with _reported(listing):
-        planned = snapshot_download(
+        planned = hf.snapshot_download(
             listing.repo, revision=listing.commit, allow_patterns=_patterns(files), dry_run=True
         )
     return sum(file.file_size or 0 for file in planned if file.will_download)
@@ -335,10 +328,8 @@ def _patterns(files: Iterable[str]) -> list[str]:
 
 def _header(listing: _Listing, file: str) -> dict[str, dict[str, Any]]:
     """The table of tensors in a safetensors file; only the header is downloaded."""
-    from huggingface_hub import HfApi
-
     with _reported(listing):
-        header = HfApi().parse_safetensors_file_metadata(
+        header = hf.HfApi().parse_safetensors_file_metadata(
             listing.repo, file, revision=listing.commit
         )
     return {name: vars(tensor) for name, tensor in header.tensors.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import huggingface_hub as hf
+
 from vmla_convert.errors import CheckpointError
 
 
@@ -47,7 +49,5 @@ def why_away(error: BaseException | None) -> str:
 
 def without_token(text: str) -> str:
     """The text with this user's Hub token removed, as a server may repeat the token."""
-    from huggingface_hub import get_token
-
-    token = get_token()
+    token = hf.get_token()
     return text.replace(token, "(your token)") if token else text

@@ -19,7 +19,7 @@ from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from vmla_convert.checkpoint.choose_file import INDEX_SUFFIX
 from vmla_convert.checkpoint.layouts import NATIVE, Layout
 from vmla_convert.checkpoint.source import TensorSpec
-from vmla_convert.errors import ConfigError, OutputError
+from vmla_convert.errors import ConfigError, OutputError, refuse_existing
 
 PICKLE_NAME = "model.pt"
 SHARD_BYTES = 5 * 1000**3
@@ -544,9 +544,7 @@ def _places(out: Path) -> tuple[Path, Path]:
 
 def _refuse_foreign(out: Path) -> None:
     """Refuse what somebody else put there, or another run finished."""
-    empty = out.is_dir() and not out.is_symlink() and not out.is_mount() and not any(out.iterdir())
-    if (out.exists() or out.is_symlink()) and not empty:
-        raise OutputError(f"{out} is already there", "choose another -o or remove it")
+    refuse_existing(out)
     place = next(path for path in out.absolute().parents if path.exists())
     if not place.is_dir():
         raise OutputError(f"{out} cannot be written: {place} is a file", "choose another -o")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vmla_convert.config import ModelConfig
-from vmla_convert.errors import ConfigError, OutputError
+from vmla_convert.errors import ConfigError, OutputError, refuse_existing
 from vmla_convert.media.base import Media
 from vmla_convert.media.video import (
     contact_sheet,
@@ -40,8 +40,7 @@ def check_video_path(path: Path) -> None:
     # A killed run leaves its first frame beside the partial video; both may be replaced.
     killed = partial_path(path).exists()
     for file in (path, *(() if killed else (_picture_path(path),))):
-        if file.exists():
-            raise OutputError(f"{file} exists already", "choose another -o, or remove it")
+        refuse_existing(file)
 
 
 def write_film(

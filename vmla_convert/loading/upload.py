@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+import huggingface_hub as hf
+
 from vmla_convert.checkpoint.choose_file import ENDINGS, is_main
 from vmla_convert.checkpoint.hub import BESIDE
 from vmla_convert.checkpoint.hub_errors import without_token
@@ -50,11 +52,10 @@ def compare(repo: str, folder: Path) -> Difference:
     Raises:
         OutputError: The Hub refuses, cannot be reached, or holds weights of no conversion.
     """
-    from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
     files = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
-    api = HfApi()
+    api = hf.HfApi()
     url = f"{api.endpoint}/{repo}"
     with _reported(repo):
         try:
@@ -98,12 +99,10 @@ def upload(
     Raises:
         OutputError: The Hub refuses, or cannot be reached.
     """
-    from huggingface_hub import HfApi, get_token
-
     repo, commit = difference.repo, difference.commit
-    if get_token() is None:
+    if hf.get_token() is None:
         raise OutputError("nobody is logged in to the Hub here", _LOGIN)
-    api = HfApi()
+    api = hf.HfApi()
     with _reported(repo):
         if commit is None:
             api.create_repo(repo, private=private, exist_ok=True)

@@ -20,7 +20,7 @@ from vmla_convert.config import (
     RecoverConfig,
     Sizes,
 )
-from vmla_convert.errors import CheckpointError, ConfigError, OutputError, VmlaError
+from vmla_convert.errors import CheckpointError, ConfigError, VmlaError, refuse_existing
 from vmla_convert.fitting.calibration_clips import check_clips
 from vmla_convert.generating.make_clips import check_makeable
 from vmla_convert.loading.load import (
@@ -129,8 +129,7 @@ def check_free(out: Path) -> None:
     Raises:
         OutputError: The output exists, or something is in its way.
     """
-    if out.exists():
-        raise OutputError(f"{out} exists already", "choose another -o, or remove it")
+    refuse_existing(out)
     refuse_taken(out)
 
 

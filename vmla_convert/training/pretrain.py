@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vmla_convert.checkpoint.writer import write_pickle
 from vmla_convert.config import DataConfig, ModelConfig, TeacherConfig
-from vmla_convert.errors import OutputError
+from vmla_convert.errors import refuse_existing
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.metadata_files import wan_config
 from vmla_convert.media.clips import open_clips, open_openings, seeded
@@ -30,8 +30,7 @@ def pretrain(config: TeacherConfig, out: Path, progress: Progress | None = None)
         OutputError: The checkpoint exists already.
     """
     target = out / "checkpoint"
-    if target.exists():
-        raise OutputError(f"{target} exists already", "choose another -o, or remove it")
+    refuse_existing(target)
     torch.manual_seed(config.training.seed)
     model = CausalWanModel(config.model)
     _initialise(model)

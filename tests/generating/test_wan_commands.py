@@ -1,0 +1,176 @@
+"""Commands on a tiny Wan pipeline: generate, compare, and recover from the model's own samples."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import Vmla, refused
+from conftest import noise
+from safetensors.torch import load_file
+from tiny_wan import SETTINGS
+
+from vmla_convert.config import ConvertConfig, DataConfig, Sizes, SourceConfig
+from vmla_convert.fitting.convert import convert
+from vmla_convert.generating.make_clips import prepare_clips
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.loading import load as loading
+from vmla_convert.loading.load import load
+from vmla_convert.media.open import open_media
+from vmla_convert.media.video import read_frames, write_mp4, write_png
+
+pytest_plugins = ["checkpoints", "tiny_wan"]
+
+PROMPT = "a cat walks on a red roof"
+SET = [word for setting in SETTINGS for word in ("--set", setting)]
+
+
+@pytest.fixture(scope="module")
+def codec(wan_source: SourceConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wan_codec") / "codec"
+    convert(wan_source, folder, ConvertConfig(calibrate=False, size=Sizes(cut=0.5)))
+    return folder
+
+
+def frames_of(film: Path) -> int:
+    return len(list(read_frames(film)))
+
+
+def test_the_same_command_writes_the_same_film(
+    codec: Path, wan_folder: Path, tmp_path: Path, vmla: Vmla
+) -> None:
+    common = ("generate", codec, "--prompt", PROMPT, "--seconds", "1", "--prompt-at", "0.5s:a dog")
+    films = [tmp_path / f"{name}.mp4" for name in "abc"]
+    for film, seed in zip(films, "001", strict=True):
+        ran = vmla(*common, "-o", film, "--seed", seed)
+        assert ran.code == 0, ran.err
+    assert films[0].read_bytes() == films[1].read_bytes() != films[2].read_bytes()
+    assert frames_of(films[0]) == 13
+    dense = tmp_path / "dense.mp4"
+    ran = vmla("generate", wan_folder, "--prompt", PROMPT, "--frames", "3", *SET,
+               "-o", dense, "--vae-tiling", "--cpu-offload")  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert frames_of(dense) == 9
+
+
+def test_a_film_continues_an_image(codec: Path, tmp_path: Path, vmla: Vmla) -> None:
+    write_png(tmp_path / "cat.png", noise(3, 32, 48).clamp(-1, 1))
+    ran = vmla("generate", codec, "--prompt", PROMPT, "--frames", "4",
+               "--image", tmp_path / "cat.png", "-o", tmp_path / "a.mp4")  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert frames_of(tmp_path / "a.mp4") == 13
+
+
+def test_a_comparison_holds_one_model_at_a_time(
+    codec: Path, wan_folder: Path, tmp_path: Path, vmla: Vmla, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[CausalWanModel]] = []
+    real = loading.build
+
+    def build(*args: Any) -> CausalWanModel:
+        gc.collect()
+        assert [model() for model in held] == [None] * len(held)
+        held.append(weakref.ref(model := real(*args)))
+        return model
+
+    monkeypatch.setattr(loading, "build", build)
+    film = tmp_path / "a.mp4"
+    words = ("generate", codec, "--prompt", PROMPT, "--frames", "3", "-o", film, "--compare")
+    # The dense checkpoint needs the settings of the conversion.
+    ran = vmla(*words, wan_folder)
+    assert refused(ran)
+    assert "latent_size" in ran.err and not held
+    ran = vmla(*words, wan_folder, *SET)
+    assert ran.code == 0, ran.err
+    frames = list(read_frames(film))
+    assert (len(frames), frames[0].shape[-1], len(held)) == (9, 98, 2)
+    assert film.with_suffix(".png").is_file()
+
+
+def test_models_of_two_worlds_are_not_compared(
+    wan_folder: Path, teacher: Path, tmp_path: Path, vmla: Vmla
+) -> None:
+    common = ("--prompt", "7", "--frames", "4", "-o", tmp_path / "out.mp4")
+    ran = vmla("generate", teacher, *common, "--compare", wan_folder)
+    assert refused(ran)
+    assert "media" in ran.err and not list(tmp_path.iterdir())
+
+
+def test_a_model_without_known_components_asks_for_a_base(
+    wan_source: SourceConfig, tmp_path: Path, vmla: Vmla
+) -> None:
+    mla = tmp_path / "mla"
+    convert(wan_source, mla, ConvertConfig(product="mla", calibrate=False, size=Sizes(cut=0.5)))
+    ran = vmla("generate", mla, "--prompt", PROMPT, "-o", tmp_path / "a.mp4")
+    assert refused(ran)
+    assert "--base" in ran.err
+    assert list(tmp_path.iterdir()) == [mla]
+
+
+def test_clips_of_videos_begin_with_one_pixel_frame(
+    wan_source: SourceConfig, tmp_path: Path, wan_folder: Path
+) -> None:
+    videos, dense = tmp_path / "videos", load(wan_source)
+    write_mp4(videos / "a.mp4", noise(27, 3, 32, 48).clamp(-1, 1), scale=1)
+    data = DataConfig(str(videos), frames=4, prompts=(PROMPT,), base=str(wan_folder))
+    prepare_clips(data, dense, tmp_path / "clips", "origin")
+    (file,) = (tmp_path / "clips").glob("*.safetensors")
+    stored, pixels = load_file(file), torch.stack(list(read_frames(videos / "a.mp4")))
+    media = open_media(dense.config, checkpoint=wan_folder)
+    # 27 frames are two clips of 13 = 1 + 3 * 4, and one frame is left over.
+    for clip, start in zip(stored["latents"], (0, 13), strict=True):
+        assert torch.equal(clip, media.encode(pixels[None, start : start + 13])[0])
+    assert torch.equal(stored["context"], media.encode_prompts([PROMPT, PROMPT]))
+
+
+def test_own_samples_recover_measure_and_calibrate(
+    tmp_path: Path, vmla: Vmla, wan_folder: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text(f"{PROMPT}\ntwo dogs\n")
+    clips, out, again = (tmp_path / name for name in ("out.clips", "mla", "out"))
+    assert vmla("convert", wan_folder, "-o", out, *SET, "--no-calibration").code == 0
+    ran = vmla("recover", out, "--teacher", wan_folder, "-o", again, "--data", "self",
+               "--prompts", tmp_path / "prompts.txt", "--clips", "4", "--frames", "4",
+               "--steps", "2", "--layerwise-steps", "0", "--batch-size", "2",
+               "--lr", "0.001")  # fmt: skip
+    assert (ran.code, clips.is_dir()) == (0, True), ran.err
+    measured = vmla("eval", again, "--teacher", wan_folder, "--data", clips, "--clips", "2",
+                    "--json")  # fmt: skip
+    assert measured.code == 0 and "velocity_error" in measured.out
+    calibrated = tmp_path / "calibrated"
+    ran = vmla("convert", wan_folder, "-o", calibrated, *SET, "--data", clips,
+               "--calibration-clips", "2", "--frames", "4")  # fmt: skip
+    assert ran.code == 0, ran.err
+
+
+def test_a_recipe_names_components_too(wan_folder: Path, tmp_path: Path, vmla: Vmla) -> None:
+    shutil.copytree(wan_folder / "transformer", tmp_path / "alone")
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(
+        f"""
+        [recipe]
+        name = "tiny"
+        description = "A pipeline's transformer alone"
+        [source]
+        checkpoint = "{tmp_path / "alone"}"
+        overrides = {json.dumps(SETTINGS)}
+        [convert]
+        calibrate = false
+        size = {{ cut = 0.5 }}
+        [generate]
+        prompts = ["{PROMPT}"]
+        frames = 3
+        """
+    )
+    ran = vmla("run", recipe, "-o", tmp_path / "out")
+    assert refused(ran)
+    assert "--base" in ran.err
+    base = json.dumps(f"generate.base={wan_folder}")[1:-1]
+    assert vmla("run", recipe, "-o", tmp_path / "out", "--set", base).code == 0
+    assert (tmp_path / "out" / "compare.png").is_file()
