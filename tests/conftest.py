@@ -19,8 +19,9 @@ from vmla_convert.config import (
     Sizes,
 )
 from vmla_convert.layers.attention import DenseSelfAttention
+from vmla_convert.layers.block import Block, SelfAttention
 from vmla_convert.layers.codec import LayerCodec
-from vmla_convert.layers.dit import Block, CausalWanModel, SelfAttention
+from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.attention_stats import AttentionStats
 from vmla_convert.maths.codec import CodecFit, fit_codec
 from vmla_convert.maths.moments import measure_moments

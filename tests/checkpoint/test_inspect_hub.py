@@ -39,7 +39,7 @@ def dense_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = wan_config(LARGE)
     del config["vmla"]["base_model"]
     state = tiny_model(LARGE).state_dict()
-    write_checkpoint(folder, state, {"config.json": config}, shard_bytes=4_000_000)
+    write_checkpoint(folder, state, {"config.json": config}, one_file_bytes=4_000_000)
     return folder
 
 

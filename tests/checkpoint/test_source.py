@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import pickle
+import subprocess
+import sys
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -87,6 +89,9 @@ CONTAINERS: dict[str, Callable[[Path], Path]] = {
     "nested": lambda tmp: save_pickle(tmp / "x.pt", {"generator": STATE, "step": 3}),
     "of an older torch": lambda tmp: repacked(
         save_pickle(tmp / "x.pt"), {".format_version": None, "byteorder": None}
+    ),
+    "repacked by another program": lambda tmp: repacked(
+        save_pickle(tmp / "x.pt"), {"other": bytes(99)}
     ),
     "a pipeline of one model": lambda tmp: pipeline(tmp / "f", "transformer"),
 }
@@ -201,26 +206,49 @@ def test_views_of_a_shared_storage_read_as_tensors_of_their_own(tmp_path: Path) 
     assert torch.equal(source.read("whole"), views()["whole"])
 
 
-def test_a_slice_reads_its_own_bytes_only(tmp_path: Path) -> None:
-    base = torch.arange(1000.0)
-    path = save_pickle(tmp_path / "x.pt", {"slice": base[10:20], "whole": base})
+@pytest.mark.parametrize("name", ["flat .pt", "safetensors"])
+@pytest.mark.parametrize("change", ["shorter", "gone"])
+def test_a_file_that_changed_is_no_longer_read(name: str, change: str, tmp_path: Path) -> None:
+    path = CONTAINERS[name](tmp_path)
     source = open_source(path)
-    os.truncate(path, path.read_bytes().index(base[20:24].numpy().tobytes()))
-    assert torch.equal(source.read("slice"), base[10:20])
-    with pytest.raises(CheckpointError, match="has become shorter"):
-        source.read("whole")
-    path.unlink()
-    with pytest.raises(CheckpointError, match="can no longer be read"):
-        source.read("slice")
+    assert torch.equal(source.read("a.weight"), STATE["a.weight"])
+    if change == "gone":
+        path.unlink()
+    else:
+        os.truncate(path, path.stat().st_size - 3)
+    with pytest.raises(CheckpointError, match="can no longer be read") as caught:
+        source.read("a.weight")
+    assert caught.value.hint
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
-@pytest.mark.parametrize("name", ["flat .pt", "folder with an index"])
-def test_no_file_stays_mapped(name: str, tmp_path: Path) -> None:
-    source = open_source(CONTAINERS[name](tmp_path))
-    tensors = [source.read(name) for name in source.specs()]
-    assert len(tensors) == len(STATE)
-    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux knows the peak")
+@pytest.mark.parametrize("container", ["pt", "safetensors"])
+def test_what_was_read_leaves_memory(container: str, tmp_path: Path) -> None:
+    state = {f"t{i}": torch.ones(25_000_000, dtype=torch.uint8) for i in range(16)}
+    path = tmp_path / f"x.{container}"
+    torch.save(state, path) if container == "pt" else save_file(state, path)
+    del state
+    code = """
+import sys
+from pathlib import Path
+from vmla_convert.checkpoint import torch_pickle
+from vmla_convert.checkpoint.source import open_source
+
+def peak():  # getrusage would count the process that started this one
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+torch_pickle.MAPPED_BYTES = 50_000_000
+source = open_source(Path(sys.argv[1]))
+before = peak()
+for name in source.specs():
+    source.read(name)
+print(peak() - before)
+"""
+    # Without the limit, glibc keeps some of what is freed.
+    limits = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+    grown = int(subprocess.check_output([sys.executable, "-c", code, str(path)], env=limits))
+    assert 25_000_000 < grown < 110_000_000  # all are 400_000_000
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -256,26 +284,13 @@ def with_tensor(tmp: Path, name: str) -> Path:
     return folder
 
 
-def safetensors(tmp: Path, header: object, data: bytes = b"", size: int | None = None) -> Path:
-    """A file of this header, bytes as they are, that says it is of this size."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    said = len(text) if size is None else size
-    return write(tmp / "x.safetensors", said.to_bytes(8, "little") + text + data)
+def safetensors(tmp: Path, header: object, data: bytes = b"") -> Path:
+    text = json.dumps(header).encode()
+    return write(tmp / "x.safetensors", len(text).to_bytes(8, "little") + text + data)
 
 
 def entry(dtype: str, shape: list[int], start: int, end: int) -> dict[str, object]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-
-
-def twice(tmp: Path) -> Path:
-    one = b'"a": ' + json.dumps(entry("F32", [1], 0, 4)).encode()
-    return safetensors(tmp, b"{" + one + b"," + one + b"}", bytes(4))
-
-
-def long_header(tmp: Path) -> Path:
-    file = safetensors(tmp, b"{}", size=100_000_001)
-    os.truncate(file, 100_000_009)  # sparse: takes no room
-    return file
 
 
 def of_dtype(tmp: Path, dtype: str, size: int) -> Path:
@@ -410,52 +425,27 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda tmp: with_tensor(tmp, "b.weight"),
         r"does not list .* hold: b\.weight in part-0\.safetensors",
     ),
-    "index of a name twice": (
-        lambda tmp: write(
-            tmp / "x.safetensors.index.json", b'{"weight_map": {"a": "b", "a": "c"}}'
-        ),
-        "not a safetensors index",
-    ),
-    "header longer than its file": (lambda tmp: safetensors(tmp, b"{}", size=9), "ends within"),
-    "header of 100 MB": (long_header, "its header is said to be 100000001 bytes long"),
-    "header that is cut": (lambda tmp: safetensors(tmp, b'{"a', b"xx"), "not JSON"),
-    "header of deep nests": (lambda tmp: safetensors(tmp, b'{"a":' * 9**5), "not JSON"),
-    "header that is a list": (lambda tmp: safetensors(tmp, []), "not a table of tensors"),
-    "header of lists": (lambda tmp: safetensors(tmp, {"a": ["F32", [1], [0, 4]]}), "not a table"),
-    "header of nothing": (lambda tmp: safetensors(tmp, {"a": {}}), "not a whole .* missing field"),
-    "header of odd dtypes": (
-        lambda tmp: safetensors(tmp, {"a": {"dtype": [1]}}),
-        "not a whole .* invalid type",
-    ),
-    "a name twice": (twice, "names 'a' twice"),
+    "header of nothing": (lambda tmp: safetensors(tmp, {"a": {}}), "not a whole"),
     "overlapping tensors": (
         lambda tmp: safetensors(
             tmp, {"a": entry("F32", [1], 0, 4), "b": entry("F32", [1], 2, 6)}, bytes(6)
         ),
-        "not a whole .* invalid offset for tensor `b`",
+        "not a whole",
     ),
     "tensor past the end": (
         lambda tmp: safetensors(tmp, {"a": entry("F32", [2], 0, 8)}, bytes(4)),
-        "not a whole .* not fully covered",
+        "not a whole",
     ),
     "bytes left over": (
         lambda tmp: safetensors(tmp, {"a": entry("F32", [1], 0, 4)}, bytes(9)),
-        "not a whole .* not fully covered",
-    ),
-    "shape of other bytes": (
-        lambda tmp: safetensors(tmp, {"a": entry("F32", [2], 0, 4)}, bytes(4)),
-        "not a whole .* invalid shape",
-    ),
-    "negative shape": (
-        lambda tmp: safetensors(tmp, {"a": entry("F32", [-1], 0, 4)}, bytes(4)),
-        "not a whole .* invalid value",
+        "not a whole",
     ),
     **{
         f"dtype {dtype}": (
             lambda tmp, dtype=dtype, size=size: of_dtype(tmp, dtype, size),
             f"quantised: w is stored as {dtype}",
         )
-        for dtype, size in {"F8_E4M3": 4, "F8_E5M2": 4, "F8_E8M0": 4, "F4": 2, "I4": 2}.items()
+        for dtype, size in {"F8_E4M3": 4, "F8_E5M2": 4, "F8_E8M0": 4, "F4": 2}.items()
     },
     "dtype float8 in a .pt": (
         lambda tmp: save_pickle(tmp / "x.pt", {"w": torch.ones(2).to(torch.float8_e4m3fn)}),
@@ -463,7 +453,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "nested tensor": (
         lambda tmp: odd_tensors(tmp, lambda: torch.nested.nested_tensor([torch.ones(2)])),
-        "quantised or nested tensors",
+        "does not hold w as plain numbers",
     ),
     "sparse .pt": (
         lambda tmp: odd_tensors(tmp, lambda: torch.eye(2).to_sparse()),
@@ -475,25 +465,11 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "meta .pt": (
         lambda tmp: odd_tensors(tmp, lambda: torch.empty(2, device="meta")),
-        "does not hold the bytes of w",
+        "does not hold w as plain numbers",
     ),
     "compressed .pt": (
         lambda tmp: repacked(save_pickle(tmp / "x.pt"), {}, zipfile.ZIP_DEFLATED),
         r"is compressed: x/data\.pkl",
-    ),
-    "big-endian .pt": (
-        lambda tmp: repacked(save_pickle(tmp / "x.pt"), {"byteorder": b"big"}),
-        "big-endian",
-    ),
-    "repacked .pt": (
-        lambda tmp: repacked(save_pickle(tmp / "x.pt"), {"other": bytes(99)}),
-        r"does not hold the bytes of b\.weight",
-    ),
-    "short storage": (
-        lambda tmp: repacked(
-            save_pickle(tmp / "x.pt"), {".format_version": None, "data/1": bytes(6)}
-        ),
-        r"does not hold the bytes of b\.weight",
     ),
     "lost storage": (
         lambda tmp: repacked(save_pickle(tmp / "x.pt"), {".format_version": None, "data/1": None}),
@@ -501,12 +477,8 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "record past the end": (longer_record, "not a torch checkpoint, or is damaged"),
     "hole in a .pt": (lambda tmp: gap(save_pickle(tmp / "x.pt")), "damaged"),
-    "view past its storage": (lambda tmp: view(tmp, 0, 13, 1), "not hold the bytes of v"),
-    "view from past its storage": (lambda tmp: view(tmp, 1 << 62, 1, 1), "not hold the bytes"),
-    "zip after other bytes": (
-        lambda tmp: write(tmp / "x.pt", b"#!" * 9 + save_pickle(tmp / "y.pt").read_bytes()),
-        "does not load as tensors alone",
-    ),
+    "view past its storage": (lambda tmp: view(tmp, 0, 13, 1), "damaged"),
+    "view from past its storage": (lambda tmp: view(tmp, 1 << 62, 1, 1), "damaged"),
 }
 
 
@@ -546,3 +518,9 @@ def test_fingerprint_is_of_the_weights_only(tmp_path: Path) -> None:
     assert fingerprint(folder) == hashlib.sha256(whole).hexdigest()
     save_file({"b.weight": STATE["b.weight"] + 1}, folder / "part-1.safetensors")
     assert fingerprint(folder) != hashlib.sha256(whole).hexdigest()
+
+
+def test_names_come_in_order(tmp_path: Path) -> None:
+    state = {f"blocks.{i}.w": torch.zeros(i + 1) for i in range(12)}
+    save_file(state, tmp_path / "x.safetensors")
+    assert list(open_source(tmp_path).specs()) == sorted(state)

@@ -29,7 +29,8 @@ from vmla_convert.fitting.calibrate import (
 from vmla_convert.fitting.calibration_clips import batch_sizes, check_clips
 from vmla_convert.fitting.layer_statistics import LayerStatistics, merge_statistics
 from vmla_convert.layers.attention import DenseSelfAttention
-from vmla_convert.layers.dit import Block, CausalWanModel
+from vmla_convert.layers.block import Block
+from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import build_shell, load, read_block
 from vmla_convert.maths.moments import Moments, measure_moments
 from vmla_convert.maths.rope3d import axis_pairs
@@ -42,7 +43,6 @@ SEED = 5
 LAYERS = MODEL.geometry.num_layers
 HALF = CLIPS.frames * MODEL.tokens_per_frame
 CHUNK = MODEL.chunk_frames * MODEL.tokens_per_frame
-PRODUCTS: tuple[Product, ...] = ("codec", "mla")
 
 
 def tensors(statistics: LayerStatistics) -> Iterator[Tensor]:
@@ -272,17 +272,15 @@ def test_statistics_of_parts_merge(walked: Walked, codec_walked: Walked) -> None
             assert torch.equal(twice.samples, torch.cat([measured.samples, measured.samples]))
 
 
-@pytest.mark.parametrize("product", PRODUCTS)
 def test_a_store_is_reused_and_a_folder_gives_what_memory_gives(
-    product: Product, dense: CausalWanModel, tmp_path: Path
+    dense: CausalWanModel, tmp_path: Path
 ) -> None:
     clips, results = open_clips(CLIPS), list[list[LayerStatistics]]()
     for store in (MemoryStore(), FolderStore(tmp_path / "store", "work")):
         for get_block in (model_blocks(dense), refuse):
-            measured = calibrate(dense, get_block, clips, 1, SEED, store=store, product=product)
-            results.append(every(measured))
+            results.append(every(calibrate(dense, get_block, clips, 1, SEED, store=store)))
     assert all(equal(results[0], other) for other in results[1:])
-    other = every(calibrate(dense, model_blocks(dense), clips, 1, SEED + 1, product=product))
+    other = every(calibrate(dense, model_blocks(dense), clips, 1, SEED + 1))
     assert not equal(results[0], other)
 
 

@@ -25,7 +25,7 @@ from vmla_convert.errors import ConfigError, OutputError
 from vmla_convert.fitting import calibrate as conversion
 from vmla_convert.fitting import write as pipeline
 from vmla_convert.fitting.convert import convert
-from vmla_convert.layers.dit import Block
+from vmla_convert.layers.block import Block
 from vmla_convert.loading.load import load
 from vmla_convert.maths.projections import Factors
 from vmla_convert.tables import to_dict

@@ -99,7 +99,7 @@ def test_the_program_measures_a_conversion(
     monkeypatch.setitem(scale.SIZES, size, SMALL)
     monkeypatch.setattr(scale, "LATENT_SIZE", (4, 6))
     rows_file, folder = tmp_path / "rows.jsonl", tmp_path / "place"
-    scale.main(size=size, rows_file=rows_file, way=way, folder=folder)
+    scale.main(size=size, rows_file=rows_file, conversion=way, folder=folder)
     rows = read_rows(rows_file)
     run = f"{size} {way}"
     one = {(row.run, row.metric): row.value for row in rows}

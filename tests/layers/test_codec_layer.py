@@ -25,9 +25,10 @@ from torch import Tensor
 from vmla_convert.config import CachePolicy, CodecConfig, RuntimeConfig, Sizes
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.attention import AttendedTokens, AttentionMetadata, DenseSelfAttention
+from vmla_convert.layers.block import masked_attention
 from vmla_convert.layers.cache import KVCache
-from vmla_convert.layers.codec import DecodedPast, LayerCodec
-from vmla_convert.layers.dit import CausalWanModel, masked_attention
+from vmla_convert.layers.codec import LayerCodec
+from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.quantise import quantise
 from vmla_convert.maths.rates import Rate
 from vmla_convert.maths.rope3d import token_positions
@@ -37,11 +38,8 @@ WIDTH, LAYERS = TINY_GEOMETRY.dense_cache_scalars, TINY_GEOMETRY.num_layers
 WHOLE = RuntimeConfig(Sizes(rank=WIDTH), "model")
 POLICIES = [
     # policy, chunk; all evict
-    (CachePolicy(6, 2), 2),
     (CachePolicy(6, 2, "relative"), 2),
     (CachePolicy(5, 0), 1),
-    (CachePolicy(7, 1, "relative"), 3),
-    (CachePolicy(6, 1, dense_recent_frames=2), 2),
     (CachePolicy(7, 2, "relative", dense_recent_frames=3), 2),
     (CachePolicy(6, 1, dense_recent_frames=1), 3),
 ]
@@ -110,14 +108,13 @@ def test_a_full_size_codec_that_rounds_nothing_is_the_dense_model(
 ) -> None:
     """In host memory too."""
     model = codec_model(policy, chunk_frames=chunk)
-    clip = clip_of(model, 4 * chunk if chunk > 1 else 8)
+    clip = clip_of(model, 9 if chunk == 3 else 8)
     expected = rollout(dense_twin(model), clip)
-    for runtime in (WHOLE, dataclasses.replace(WHOLE, offload=True)):
-        torch.testing.assert_close(rollout(model, clip, runtime), expected, rtol=0, atol=1e-6)
+    offloaded = dataclasses.replace(WHOLE, offload=True)
+    torch.testing.assert_close(rollout(model, clip, offloaded), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("positions", ["absolute", "relative"])
-@pytest.mark.parametrize("dense", [0, 2])
+@pytest.mark.parametrize(("positions", "dense"), [("absolute", 0), ("relative", 2)])
 @torch.no_grad()
 def test_after_a_switch_of_prompt_it_still_is(positions: Any, dense: int) -> None:
     model = codec_model(CachePolicy(6, 2, positions, dense))
@@ -150,7 +147,7 @@ def test_larger_sizes_are_nearer_to_the_dense_model(quantised: bool) -> None:
     errors = [
         (rollout(model, clip, RuntimeConfig(Sizes(size), "auto" if quantised else "model"))
          - exact).square().mean().item()
-        for size in (3, 12, 48, 192)
+        for size in (3, 96, 192)
     ]  # fmt: skip
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-3 * errors[0]
@@ -162,24 +159,21 @@ def test_larger_sizes_are_nearer_to_the_dense_model(quantised: bool) -> None:
 # Streamed is masked
 
 
-@pytest.mark.parametrize("nbytes", [1.5, 9.5, 60])
-@pytest.mark.parametrize("quantised", [True, False])
+@pytest.mark.parametrize(("nbytes", "quantised"), [(1.5, True), (9.5, True), (9.5, False)])
 @pytest.mark.parametrize(
     ("policy", "chunk", "batch"),
     [
-        (CachePolicy(6, 2), 2, 2),
-        (CachePolicy(5, 0), 1, 1),
-        (CachePolicy(8, 1, dense_recent_frames=2), 2, 3),
-        (CachePolicy(7, 1, dense_recent_frames=2), 3, 2),
+        (CachePolicy(5, 2), 2, 2),
+        (CachePolicy(7, 1, dense_recent_frames=2), 3, 1),
     ],
 )
 def test_streaming_equals_the_masked_pass_at_every_size(
     policy: CachePolicy, chunk: int, batch: int, nbytes: float, quantised: bool
 ) -> None:
-    size = Sizes(max(nbytes, 1 if quantised else 2))
+    size = Sizes(nbytes)
     model = codec_model(policy, chunk_frames=chunk)
     model.resize(size, quantised)
-    clip = clip_of(model, 12, batch)
+    clip = clip_of(model, 4 * chunk, batch)
     expected = masked(model, clip)
     runtimes = RuntimeConfig(), RuntimeConfig(size, "auto" if quantised else "model")
     for runtime in runtimes:
@@ -196,49 +190,6 @@ def test_a_pass_without_a_past_attends_to_nothing_decoded() -> None:
     torch.testing.assert_close(
         masked(model, (latents, timestep, context)), exact, rtol=0, atol=1e-10
     )
-
-
-# What is kept
-
-
-def held(model: CausalWanModel, cache: KVCache) -> list[Tensor]:
-    """Channels of the past of every layer, by a pass that keeps nothing."""
-    seen: list[Tensor] = []
-    decode = LayerCodec.decode_heads
-
-    def noted(codec: LayerCodec, channels: Tensor, heads: slice) -> Any:
-        seen.append(channels.clone())
-        return decode(codec, channels, heads)
-
-    latents, timestep, context = clip_of(model, 2)
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(LayerCodec, "decode_heads", noted)
-        model.stream(latents, timestep, model.project_prompt(context), cache, keep=False)
-    assert len(seen) == LAYERS
-    return seen
-
-
-@pytest.mark.parametrize("dense", [0, 1])
-@pytest.mark.parametrize("runtime", [RuntimeConfig(Sizes(20)), WHOLE], ids=["bits", "whole"])
-@torch.no_grad()
-def test_passes_that_are_not_kept_leave_the_cache_as_it_is(
-    dense: int, runtime: RuntimeConfig
-) -> None:
-    model = codec_model(CachePolicy(6, 1, dense_recent_frames=dense))
-    cache = model.new_cache(2, runtime)
-    rollout(model, clip_of(model, 8), cache)
-    cache.open_chunk(2)
-    before = held(model, cache)
-    latents, timestep, context = clip_of(model, 2)
-    prompt = model.project_prompt(context)
-    for seed in range(3):
-        other = noise(*latents.shape, seed=seed).double()
-        model.stream(other, timestep, prompt, cache, keep=False)
-    assert all(map(torch.equal, held(model, cache)[:1], before[:1]))
-    model.stream(latents + 1, timestep, prompt, cache)
-    cache.open_chunk(2)
-    after = held(model, cache)[0]
-    assert after.shape != before[0].shape or not torch.equal(after, before[0])
 
 
 @torch.no_grad()
@@ -262,9 +213,8 @@ def test_a_chunk_is_kept_once_where_frames_stay_dense() -> None:
 # Bytes
 
 
-@pytest.mark.parametrize("dense", [0, 2])
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("nbytes", [1, 2.5, 9.6, 40, 131.5, 192])
+@pytest.mark.parametrize(("nbytes", "dense"), [(1, 0), (9.6, 2), (131.5, 0), (192, 2)])
 def test_a_cache_takes_the_bytes_of_its_formula_and_no_more_than_asked(
     nbytes: float, batch: int, dense: int
 ) -> None:
@@ -286,15 +236,6 @@ def test_a_cache_takes_the_bytes_of_its_formula_and_no_more_than_asked(
             assert cache.nbytes == narrow.cache_bytes(batch, whole)
             stored = (cache.nbytes - itemsize * recent) / (tokens * 7 * itemsize)
             assert int(nbytes * LAYERS) // 2 == stored
-
-
-def test_a_cut_of_the_dense_cache_is_that_share_of_its_bytes() -> None:
-    model = codec_model(CachePolicy(8)).bfloat16()
-    dense = CausalWanModel(dataclasses.replace(model.config, codec=None)).bfloat16().new_cache(1)
-    for cut in (0.5, 0.75, 0.9, 0.95):
-        nbytes = model.new_cache(1, RuntimeConfig(Sizes(cut=cut))).nbytes
-        assert nbytes <= (1 - cut) * dense.nbytes * (1 + 1e-9)
-        assert nbytes > (1 - cut) * dense.nbytes - 8 * 6
 
 
 @pytest.mark.parametrize("quantised", [True, False])
@@ -345,16 +286,6 @@ def entries_of(attention: DenseSelfAttention, tokens: int, seed: int = 0) -> tup
 
 
 MIXED = Rate((16, 16, 8, 7, 5, 5, 3, 2, 2, 1, 1))
-
-
-@pytest.mark.parametrize("rank", [WIDTH, 30])
-@torch.no_grad()
-def test_decoded_channels_are_encoded_to_themselves(dense: DenseSelfAttention, rank: int) -> None:
-    codec = layer_codec(dense, rank)
-    channels = noise(1, 50, rank).double()
-    key, value = (part.flatten(2) for part in codec.decode_heads(channels, slice(0, HEADS)))
-    again = codec.channels(key, value, codec.rate)
-    torch.testing.assert_close(again, channels, rtol=0, atol=1e-3)
 
 
 @torch.no_grad()
@@ -423,7 +354,7 @@ def test_tiles_of_heads_attend_as_all_heads_do(
     assert tiles == [1, 1, 1, 2, 1, 3, 3]
     for output in outputs:
         torch.testing.assert_close(output, outputs[0], rtol=0, atol=1e-10)
-    # … and as one softmax over keys and values that are decoded beforehand.
+    # The same as one softmax over keys and values that are decoded beforehand.
     whole = tuple(part.flatten(2) for part in decode(codec, past.channels, slice(0, HEADS)))
     joined = tuple(torch.cat(parts, 1) for parts in zip(whole, attended.entries, strict=True))
     expected = dense(x[:, 3_000:], AttendedTokens(joined), AttentionMetadata(own, rotary))
@@ -445,7 +376,7 @@ def test_gradients_pass_the_rounding_as_if_it_were_not_there(dense: DenseSelfAtt
     assert not gradients[0][rank:].any()
 
 
-@pytest.mark.parametrize("size", [Sizes(4), Sizes(30.5), Sizes(192)])
+@pytest.mark.parametrize("size", [Sizes(4), Sizes(192)])
 def test_training_reaches_encoders_and_decoders_and_nothing_else(size: Sizes) -> None:
     model = codec_model(CachePolicy(4, 1), size).requires_grad_(False)
     names = {n for n, _ in model.named_parameters() if n.endswith(("codec.encode", "codec.decode"))}
@@ -493,10 +424,3 @@ def test_a_step_down_the_gradient_comes_nearer_to_the_dense_layer(
             parameter -= rate * gradient / gradient.norm() * parameter.norm()
             assert error() < first
             first = error()
-
-
-def test_a_decoded_past_knows_how_many_tokens_it_has(dense: DenseSelfAttention) -> None:
-    codec = layer_codec(dense, 12)
-    past = codec.past(*entries_of(dense, 9))
-    assert isinstance(past, DecodedPast)
-    assert past.tokens == 9

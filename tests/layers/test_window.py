@@ -91,7 +91,7 @@ class Windows(RuleBasedStateMachine):
 
 TestWindows = Windows.TestCase
 TestWindows.settings = settings(
-    derandomize=True, deadline=None, max_examples=50, stateful_step_count=200
+    derandomize=True, deadline=None, max_examples=25, stateful_step_count=60
 )
 
 
@@ -121,7 +121,7 @@ def test_thousands_of_frames_are_like_the_first_ones(dense: int) -> None:
     """In chunks of one to five frames, none of them a divisor of the window."""
     window = FrameWindow(CachePolicy(9, 2, "relative", dense))
     past = count = 0
-    while count < 2_500:
+    while count < 800:
         size = count % 5 + 1
         window.open_chunk(size)
         past, count = count, count + size
@@ -135,22 +135,22 @@ def test_thousands_of_frames_are_like_the_first_ones(dense: int) -> None:
 
 
 @given(policies(), st.integers(1, 6), st.integers(1, 6))
-def test_a_masked_pass_sees_what_the_window_holds_and_calls_exact_what_is_dense(
+def test_a_masked_pass_attends_to_what_the_window_holds(
     policy: CachePolicy, chunk: int, chunks: int
 ) -> None:
     chunk = min(chunk, policy.window_frames - policy.sink_frames)
     frames, window = chunk * chunks, FrameWindow(policy)
-    seen, exact, _ = block_causal_mask(frames, chunk, 1, policy)
-    forced_seen, forced_exact, _ = teacher_forcing_mask(frames, chunk, 1, policy)
+    visible, dense, _ = block_causal_mask(frames, chunk, 1, policy)
+    forced_visible, forced_dense, _ = teacher_forcing_mask(frames, chunk, 1, policy)
     for _ in range(chunks):
         window.open_chunk(chunk)
         own, recent = window.chunk_frames, window.recent
         past = {*held_frames(own[-1] + 1, policy.window_frames, policy.sink_frames)} - {*own}
         for query in own:
-            assert {*seen[query].nonzero().flatten().tolist()} == {*own, *past}
-            assert {*exact[query].nonzero().flatten().tolist()} == {*own, *recent}
-            # The clean query sees clean frames; the noisy one its own noisy ones, and a clean past.
+            assert {*visible[query].nonzero().flatten().tolist()} == {*own, *past}
+            assert {*dense[query].nonzero().flatten().tolist()} == {*own, *recent}
+            # Noisy queries attend to their own noisy frames and to the clean past.
             for row, half in ((query, 0), (frames + query, frames)):
                 noisy = {half + frame for frame in own}
-                assert {*forced_seen[row].nonzero().flatten().tolist()} == noisy | past
-                assert {*forced_exact[row].nonzero().flatten().tolist()} == noisy | {*recent}
+                assert {*forced_visible[row].nonzero().flatten().tolist()} == noisy | past
+                assert {*forced_dense[row].nonzero().flatten().tolist()} == noisy | {*recent}

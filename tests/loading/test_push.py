@@ -48,7 +48,7 @@ def old(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """A conversion by layout; in several shards, where a layout has them."""
     place = tmp_path_factory.mktemp("old")
     with pytest.MonkeyPatch.context() as patch:
-        writer = partial(CheckpointWriter, shard_bytes=50_000)
+        writer = partial(CheckpointWriter, one_file_bytes=50_000)
         patch.setattr("vmla_convert.loading.export.CheckpointWriter", writer)
         return {layout: export(converted, place / layout, layout) for layout in LAYOUTS}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vmla_convert.config import DataConfig
 from vmla_convert.demo.world import digit_images
-from vmla_convert.errors import ConfigError
+from vmla_convert.errors import ConfigError, NoClipsError
 from vmla_convert.media import clips as pipeline
 from vmla_convert.media.clips import DemoClips, LatentClips, open_clips, seeded
 from vmla_convert.media.demo import DemoMedia
@@ -60,30 +60,21 @@ def opened(source: str, seed: int = 0) -> DemoClips | LatentClips:
     return open_clips(DataConfig(source, frames=4, seed=seed))
 
 
-def test_the_same_index_gives_the_same_batch(source: str) -> None:
-    first, again = (opened(source).batch(5, 4) for _ in range(2))
-    assert torch.equal(first.latents, again.latents)
-    assert torch.equal(first.context, again.context)
-    assert first.latents.shape[:2] == (4, 4)
-
-
-def test_index_seed_and_split_each_change_the_batch(source: str) -> None:
-    batches = [
-        opened(source).batch(5, 8).latents,
-        opened(source).batch(6, 8).latents,
-        opened(source, seed=1).batch(5, 8).latents,
-        opened(source).batch(5, 8, "held_out").latents,
-    ]
-    for i, one in enumerate(batches):
-        for other in batches[:i]:
-            assert not torch.equal(one, other)
-
-
-def test_a_batch_does_not_depend_on_batches_before_it(source: str) -> None:
+def test_a_batch_is_a_function_of_index_seed_and_split(source: str) -> None:
     used = opened(source)
     for index in (3, 1):
-        used.batch(index, 4)
-    assert torch.equal(used.batch(2, 4).latents, opened(source).batch(2, 4).latents)
+        used.batch(index, 8)
+    again, first = used.batch(5, 8), opened(source).batch(5, 8)
+    assert torch.equal(first.latents, again.latents)
+    assert torch.equal(first.context, again.context)
+    assert first.latents.shape[:2] == (8, 4)
+    others = (
+        opened(source).batch(6, 8),
+        opened(source, seed=1).batch(5, 8),
+        opened(source).batch(5, 8, "held_out"),
+    )
+    latents = [first.latents, *(batch.latents for batch in others)]
+    assert not any(torch.equal(a, b) for a, b in combinations(latents, 2))
 
 
 def test_demo_latents_and_prompts_are_those_of_the_clips() -> None:
@@ -118,9 +109,6 @@ def test_a_file_keeps_prompts_with_their_clips_and_cuts_them(latent_file: Path) 
     place = batch.latents[:, :, 0, 0, 0] - batch.context[:, :1, 0]
     expected = torch.arange(4) / 100
     torch.testing.assert_close(place, expected.expand(16, 4), atol=1e-4, rtol=0)
-
-
-def test_clips_may_be_longer_or_shorter_than_is_asked_for(latent_file: Path) -> None:
     for frames in (1, FRAMES, 20):
         batch = open_clips(DataConfig(str(latent_file), frames)).batch(0, 2)
         assert batch.latents.shape[1] == min(frames, FRAMES)
@@ -133,7 +121,7 @@ def test_the_last_tenth_is_held_out_of_all_files_together(source: str) -> None:
     assert numbers(clips.batch(0, 100, "held_out").latents) == set(range(36, 40))
 
 
-@pytest.mark.parametrize("sizes", [[40], [1, 39], [7, 13, 20], [10, 10, 10, 10], [20, 0, 20]])
+@pytest.mark.parametrize("sizes", [[1, 39], [7, 13, 20], [20, 0, 20]])
 def test_batches_do_not_depend_on_how_clips_lie_in_files(
     sizes: list[int], latent_file: Path, tmp_path: Path
 ) -> None:
@@ -159,9 +147,8 @@ def test_a_batch_reads_no_file_but_those_of_its_clips(tmp_path: Path) -> None:
     for index in (0, 1):
         (folder / f"shard-{index}.safetensors").unlink()
     assert torch.equal(clips.batch(0, 8, "held_out").latents, before.latents)
-    with pytest.raises(ConfigError, match=r"shard-\d.safetensors cannot be read") as caught:
+    with pytest.raises(ConfigError, match=r"shard-\d.safetensors"):
         clips.batch(0, 8)
-    assert caught.value.hint
 
 
 def test_the_split_of_the_demo_world_is_recorded() -> None:
@@ -189,31 +176,13 @@ def test_the_split_is_recorded_with_what_the_files_hold(source: str) -> None:
     }
 
 
-def nothing(folder: Path) -> str:
-    return str(folder / "nowhere.safetensors")
-
-
-def an_empty_folder(folder: Path) -> str:
-    return str(folder)
-
-
-def a_folder_of_other_files(folder: Path) -> str:
-    (folder / "clip.txt").write_text("a seven")
-    return str(folder)
-
-
-def hidden_files(folder: Path) -> str:
-    (folder / "._clip.mp4").write_text("")
-    (folder / "._clips.safetensors").write_text("")
-    return str(folder)
-
-
-@pytest.mark.parametrize(
-    "source", [nothing, an_empty_folder, a_folder_of_other_files, hidden_files]
-)
-def test_a_place_without_clips_is_named(source: Callable[[Path], str], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"no clips at {source(tmp_path)}") as caught:
-        open_clips(DataConfig(source(tmp_path)))
+@pytest.mark.parametrize("files", [None, [], ["clip.txt"], ["._clip.mp4", "._clips.safetensors"]])
+def test_a_place_without_clips_is_named(files: list[str] | None, tmp_path: Path) -> None:
+    place = tmp_path / "nowhere.safetensors" if files is None else tmp_path
+    for name in files or ():
+        (place / name).write_text("")
+    with pytest.raises(NoClipsError, match=str(place)) as caught:
+        open_clips(DataConfig(str(place)))
     assert all(word in caught.value.hint for word in ("demo", "self", "safetensors", ".mp4"))
 
 
@@ -221,9 +190,8 @@ def test_latents_beside_videos_are_refused(tmp_path: Path) -> None:
     folder = in_shards(tmp_path / "shards", [20, 20])
     (folder / "inner").mkdir()
     (folder / "inner" / "clip.MP4").write_text("")
-    with pytest.raises(ConfigError, match="holds latents and videos") as caught:
+    with pytest.raises(ConfigError, match="latents and videos"):
         opened(str(folder))
-    assert caught.value.hint
 
 
 @pytest.mark.parametrize("name", ["self", "clip.mp4", "clip.GIF", "folder"])
@@ -234,9 +202,8 @@ def test_what_needs_a_model_is_refused(
     file = tmp_path / ("folder/inner/clip.webm" if name == "folder" else name)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("")
-    with pytest.raises(ConfigError, match="only recovery") as caught:
+    with pytest.raises(ConfigError, match="recovery"):
         opened(name)
-    assert "demo" in caught.value.hint
 
 
 LATENTS, CONTEXT = noise(4, 2, 4, 2, 2), noise(4, 3, 5)
@@ -256,28 +223,23 @@ def test_a_file_of_another_make_is_refused(
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(whole, tmp_path / "x.safetensors")
     for source in (tmp_path / "x.safetensors", tmp_path):
-        with pytest.raises(ConfigError, match=message) as caught:
+        with pytest.raises(ConfigError, match=message):
             opened(str(source))
-        assert caught.value.hint
 
 
-def test_a_damaged_file_is_refused(latent_file: Path) -> None:
-    latent_file.write_bytes(latent_file.read_bytes()[:-1])
-    with pytest.raises(ConfigError, match=r"clips\.safetensors is no safetensors file") as caught:
-        opened(str(latent_file))
-    assert caught.value.hint
-
-
-def test_a_file_that_cannot_be_mapped_is_named(
+def test_a_file_that_cannot_be_read_is_named(
     latent_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> NoReturn:
         raise RuntimeError("unable to mmap 100641792208 bytes: Cannot allocate memory (12)")
 
-    monkeypatch.setattr(pipeline, "safe_open", full)
-    with pytest.raises(ConfigError, match=r"clips\.safetensors is larger") as caught:
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "safe_open", full)
+        with pytest.raises(ConfigError, match=r"clips\.safetensors"):
+            opened(str(latent_file))
+    latent_file.write_bytes(latent_file.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match=r"clips\.safetensors"):
         opened(str(latent_file))
-    assert "several files" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -286,9 +248,8 @@ def test_a_file_that_cannot_be_mapped_is_named(
 def test_files_of_unlike_clips_are_refused(odd: dict[str, Tensor], tmp_path: Path) -> None:
     folder = in_shards(tmp_path / "shards", [20, 20])
     save_file({**numbered(range(4)), **odd}, folder / "shard-9.safetensors")
-    with pytest.raises(ConfigError, match=r"shard-9.*shard-0") as caught:
+    with pytest.raises(ConfigError, match=r"shard-9.*shard-0"):
         opened(str(folder))
-    assert caught.value.hint
 
 
 def test_seeds_are_independent_and_do_not_change_with_the_process() -> None:

@@ -72,8 +72,9 @@ write_mp4(Path(sys.argv[1]), clip, scale=1)
 """
 
 
+@pytest.mark.slow
 def test_the_same_frames_become_the_same_bytes(tmp_path: Path) -> None:
-    """Whatever lay in memory before; glibc fills it with one byte or another."""
+    """glibc fills fresh memory with one byte or another, which must not matter."""
     files = [tmp_path / "85.mp4", tmp_path / "170.mp4"]
     for file in files:
         environment = {**os.environ, "MALLOC_PERTURB_": file.stem}
@@ -103,22 +104,19 @@ except OutputError as error:
 """
 
 
-def test_a_video_that_has_no_room_is_told_in_a_sentence(tmp_path: Path) -> None:
-    """Closing writes as well, and fails again: what is told is what failed first."""
+@pytest.mark.slow
+def test_a_video_without_room_fails_with_its_first_error(tmp_path: Path) -> None:
     file = tmp_path / "a.mp4"
     ran = subprocess.run([sys.executable, "-c", OVERFULL, file], capture_output=True, text=True)
     assert ran.stderr.strip().endswith(f"cannot write {file}: File too large")
     assert (ran.returncode, list(tmp_path.iterdir())) == (1, [])
 
 
-def test_odd_sizes_are_padded_to_even(tmp_path: Path) -> None:
+def test_odd_sizes_are_padded_and_pixels_clamped(tmp_path: Path) -> None:
     write_mp4(tmp_path / "odd.mp4", torch.zeros(2, 3, 9, 13), scale=1)
     frames = decoded(tmp_path / "odd.mp4")
     assert frames.shape == (2, 10, 14, 3)
     assert np.abs(frames.astype(int) - 128).max() < 4
-
-
-def test_pixels_out_of_range_are_clamped(tmp_path: Path) -> None:
     contact_sheet(tmp_path / "x.png", [("x", plain((3.0, -3.0, float("nan")), 1))], scale=2)
     assert count(sheet_of(tmp_path / "x.png"), (255, 0, 0)) == 16 * 16
 
@@ -213,8 +211,8 @@ def test_frames_are_upright_however_the_camera_was_held(tmp_path: Path) -> None:
     assert (frames[0] - seen).abs().mean() < 0.05
 
 
-@pytest.mark.parametrize("size", [(24, 24), (24, 48), (10, 8)])
-@pytest.mark.parametrize("sides", [(96, 160), (160, 96), (12, 9), (24, 24), (25, 1000)])
+@pytest.mark.parametrize("size", [(24, 24), (10, 8)])
+@pytest.mark.parametrize("sides", [(96, 160), (160, 96), (12, 9), (25, 1000)])
 def test_frames_are_cut_at_the_centre_and_keep_their_shape(
     sides: tuple[int, int], size: tuple[int, int]
 ) -> None:

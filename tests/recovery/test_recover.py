@@ -34,6 +34,7 @@ from vmla_convert.config import (
 from vmla_convert.errors import CheckpointError, OutputError, VmlaError
 from vmla_convert.fitting.calibrate import model_blocks
 from vmla_convert.generating import make_clips as prepare
+from vmla_convert.layers.block import masked_attention
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import load
 from vmla_convert.measuring.evaluate import HeldOut
@@ -82,12 +83,16 @@ def layer_errors(student: CausalWanModel, dense: CausalWanModel) -> list[float]:
     example = make_example(clips, MODEL.chunk_frames, seeded(0, 0, "layers"))
     positions, mask = teacher_forcing_inputs(MODEL, example)
     errors: list[float] = []
+    attend = masked_attention(dense.rotary(positions, example.latents), mask)
     with torch.no_grad():
-        steps = dense.walk(example.latents, example.timestep, example.context, positions, mask)
-        for latent, (block, x, attend) in zip(student.all_blocks(), steps, strict=True):
-            target = attend(block, x)
-            error = (attend(latent, x) - target).square().sum() / target.square().sum()
+        x, _, modulation = dense.embed(example.latents, example.timestep)
+        text = dense.text_embedding(example.context)
+        for latent, block in zip(student.all_blocks(), dense.all_blocks(), strict=True):
+            entering = block.attention_input(x, modulation)
+            target = attend(block, entering)
+            error = (attend(latent, entering) - target).square().sum() / target.square().sum()
             errors.append(error.item())
+            x = block.after_attention(x, target, modulation, text)
     return errors
 
 

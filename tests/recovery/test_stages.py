@@ -16,7 +16,8 @@ from vmla_convert.config import RecoverConfig, SamplerConfig, TrainingConfig
 from vmla_convert.fitting import calibrate
 from vmla_convert.fitting.calibrate import model_blocks
 from vmla_convert.fitting.convert import convert
-from vmla_convert.layers.dit import Block, CausalWanModel
+from vmla_convert.layers.block import Block
+from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.flow import predict_clean, sampler_sigmas
 from vmla_convert.measuring.evaluate import HeldOut
 from vmla_convert.measuring.rows import Errors

@@ -1,14 +1,13 @@
-"""The base model of a codec: how a codec names it, finds it again, and is read together with it.
+"""The base model of a codec: name it, find it again, and open it together with the codec.
 
-A codec depends on what makes keys and values, and on nothing else: it names its base by the SHA-256
-of exactly these tensors.
+A codec depends on the tensors that make keys and values, and names its base by their SHA-256.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,18 @@ from vmla_convert.checkpoint.families import OpenCheckpoint
 from vmla_convert.checkpoint.hub import is_repo
 from vmla_convert.checkpoint.keymap import listed
 from vmla_convert.checkpoint.lora import parse_lora
-from vmla_convert.checkpoint.source import TensorSource, TensorSpec
+from vmla_convert.checkpoint.source import TensorSource
 from vmla_convert.errors import CheckpointError
+from vmla_convert.progress import Progress
+
+# Prefixes of tensor names that say which of two sources holds a tensor.
+_BASE, _CODEC = "base:", "codec:"
 
 _KEYS_AND_VALUES = ("k.weight", "k.bias", "norm_k.weight", "v.weight", "v.bias")
 
 
 def base_tensors(num_layers: int) -> list[str]:
-    """Names of the tensors of its base that a codec depends on."""
+    """Names of the tensors of a base model that a codec depends on."""
     return [
         f"blocks.{layer}.self_attn.{part}"
         for layer in range(num_layers)
@@ -34,22 +37,22 @@ def base_tensors(num_layers: int) -> list[str]:
 
 
 def tensor_hash(tensor: torch.Tensor) -> str:
-    """SHA-256 in hex of a tensor's bytes, row by row."""
+    """SHA-256 in hex of the bytes of a tensor, row by row."""
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
 def find_base(codec: Path, record: Mapping[str, Any]) -> tuple[str, str | None]:
-    """Where the base model of a codec is: where it was, beside the codec, or on the Hub.
+    """Find the base model of a codec: at its recorded path, beside the codec, or on the Hub.
 
     Args:
         codec: The codec's folder.
-        record: What its record says of the base.
+        record: The table `base` of the codec's conversion.json.
 
     Returns:
         A path, `demo`, or a Hub id with its revision; and the file in that repository.
 
     Raises:
-        CheckpointError: It is at none of these places.
+        CheckpointError: The base model is at none of these places.
     """
     repo, name = record.get("repo"), str(record.get("name", ""))
     if repo == "demo":
@@ -61,16 +64,16 @@ def find_base(codec: Path, record: Mapping[str, Any]) -> tuple[str, str | None]:
         return f"{repo}@{revision}" if revision else repo, record.get("file")
     raise CheckpointError(
         f"the base model '{name}' of {codec} is not where it was, nor beside the codec",
-        "name it: --base-model PATH",
+        "give its path: --base-model PATH",
     )
 
 
 def find_loras(codec: Path, record: Mapping[str, Any]) -> tuple[str, ...]:
-    """The LoRAs that were merged into the base model of a codec, each where it was or beside it.
+    """Find the LoRAs that were merged into the base model: at recorded paths or beside the codec.
 
     Args:
         codec: The codec's folder.
-        record: What its record says of the base.
+        record: The table `base` of the codec's conversion.json.
     """
     found: list[str] = []
     for option in record.get("loras", ()):
@@ -80,96 +83,71 @@ def find_loras(codec: Path, record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _kept_place(codec: Path, path: Path) -> Path | None:
-    """A path, or what is of its name in a codec's folder or the one above."""
+    """A recorded path, or a file of the same name in the codec's folder or the folder above."""
     beside = (codec / path.name, codec.parent / path.name)
-    # A bare name is all that a pushed record has, and means nothing where a program runs.
+    # A pushed record has only a bare name, which must not mean a file of the working folder.
     places = (path, *beside) if path.is_absolute() else beside
     return next((place for place in places if place.exists()), None)
 
 
 def check_base(
-    base: OpenCheckpoint, hashes: Mapping[str, str], codec: Path, shown: Callable[[Any], Any]
+    base: OpenCheckpoint, hashes: Mapping[str, str], codec: Path, progress: Progress
 ) -> None:
-    """Refuse another base model than the one that a codec was made for.
+    """Refuse a base model other than the one that a codec was made for.
 
     Args:
         base: The model that was found.
         hashes: SHA-256 of each tensor that the codec depends on.
         codec: The codec's folder, for messages.
-        shown: Wraps the names that are read, to draw progress.
+        progress: Where to draw.
 
     Raises:
-        CheckpointError: Naming the tensors that differ.
+        CheckpointError: Tensors differ; the message names them.
     """
     plain = replace(base, loras=())
     other = [
         name
-        for name in shown(list(hashes))
+        for name in progress.track(list(hashes), "checking base model")
         if name not in plain.names or tensor_hash(plain.read(name)) != hashes[name]
     ]
     if other:
         raise CheckpointError(
             f"{base.source.path} is not the base model of {codec}: "
             f"{len(other)} of {len(hashes)} tensors differ: {listed(other)}",
-            "name the model that the codec was made for: --base-model PATH",
+            "give the model that the codec was made for: --base-model PATH",
         )
 
 
 def join(base: OpenCheckpoint, codec: OpenCheckpoint) -> OpenCheckpoint:
-    """A codec and its base model as one checkpoint, under the codec's settings.
+    """Make one checkpoint of a codec and its base model, with the codec's settings.
 
     Raises:
-        CheckpointError: They are of different sizes.
+        CheckpointError: The two have different sizes.
     """
     if base.config.geometry != codec.config.geometry:
         raise CheckpointError(
-            f"{base.source.path} is of other sizes than the base model of {codec.source.path}",
-            "name the model that the codec was made for: --base-model PATH",
+            f"{base.source.path} has other sizes than the base model of {codec.source.path}",
+            "give the model that the codec was made for: --base-model PATH",
         )
+    sources = {_BASE: base.source, _CODEC: codec.source}
+    specs = {f"{of}{name}": spec for of, s in sources.items() for name, spec in s.specs().items()}
+
+    def read(name: str) -> torch.Tensor:
+        of, _, stored = name.partition(":")
+        return sources[f"{of}:"].read(stored)
+
     names = {native: f"{_BASE}{stored}" for native, stored in base.names.items()}
     names |= {native: f"{_CODEC}{stored}" for native, stored in codec.names.items()}
-    conditioning = {native: f"{_BASE}{name}" for native, name in base.conditioning.items()}
-    # LoRAs at load time may bring a licence of their own.
-    licence = base.config.licence if base.loras else codec.config.licence
     return OpenCheckpoint(
-        source=_Joined(base.source, codec.source),
+        source=TensorSource(codec.source.path, base.source.key, specs, read),
         family=codec.family,
         names=names,
-        config=replace(codec.config, licence=licence),
+        # LoRAs that are merged at load time may bring their own licence.
+        config=replace(
+            codec.config, licence=base.config.licence if base.loras else codec.config.licence
+        ),
         known=base.known,
         loras=base.loras,
-        conditioning=conditioning,
+        conditioning={native: f"{_BASE}{name}" for native, name in base.conditioning.items()},
         base=base.source.path,
     )
-
-
-_BASE, _CODEC = "base:", "codec:"
-
-
-@dataclass(frozen=True)
-class _Joined:
-    """Two sources as one; names say which they are of."""
-
-    base: TensorSource
-    codec: TensorSource
-
-    @property
-    def path(self) -> Path:
-        """Where the codec is."""
-        return self.codec.path
-
-    @property
-    def key(self) -> str | None:
-        """State dict of the base."""
-        return self.base.key
-
-    def specs(self) -> dict[str, TensorSpec]:
-        """Shape and dtype of every tensor."""
-        parts = ((_BASE, self.base), (_CODEC, self.codec))
-        return {f"{of}{name}": s for of, source in parts for name, s in source.specs().items()}
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU."""
-        if name.startswith(_BASE):
-            return self.base.read(name.removeprefix(_BASE))
-        return self.codec.read(name.removeprefix(_CODEC))

@@ -1,9 +1,10 @@
-"""A dense Wan model's sizes: read from its tensors and config.json, and what they ask for."""
+"""Sizes of a dense Wan model, found in tensors and config.json, and the tensors they need."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,25 +16,17 @@ from vmla_convert.tables import from_dict
 
 C = TypeVar("C")
 
-# Geometry's fields under the names that config.json gives them, native first, diffusers after.
-_CONFIG_NAMES = {
-    "dim": ("dim",),
-    "ffn_dim": ("ffn_dim",),
-    "num_heads": ("num_heads", "num_attention_heads"),
-    "num_layers": ("num_layers",),
-    "in_dim": ("in_dim", "in_channels"),
-    "out_dim": ("out_dim", "out_channels"),
-    "freq_dim": ("freq_dim",),
-    "text_dim": ("text_dim",),
-    "text_len": ("text_len",),
-    "patch_size": ("patch_size",),
-    "eps": ("eps",),
+# Names of Geometry's fields in the config.json of diffusers, where they are not the native ones.
+_DIFFUSERS_NAMES = {
+    "num_heads": "num_attention_heads",
+    "in_dim": "in_channels",
+    "out_dim": "out_channels",
 }
 _WAN_HEAD_DIM = 128
 
 
 def native_shapes(geometry: Geometry) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a dense text-to-video Wan model, 27 to a block, and its shape.
+    """Shape of every tensor of a dense text-to-video Wan model, by native name, 27 to a block.
 
     Source: Self-Forcing, `wan/modules/causal_model.py`. Linear weights are (out, in).
     """
@@ -74,29 +67,33 @@ def _with_bias(linears: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, .
 def read_geometry(
     specs: Mapping[str, TensorSpec], file_config: Mapping[str, Any], path: Path
 ) -> Geometry:
-    """Geometry from shapes; what shapes cannot tell from config.json, which must agree.
+    """Find the sizes in shapes, and in config.json what shapes do not show.
 
     Args:
-        specs: Of the tensors by native name.
+        specs: Specs of the tensors by native name.
         file_config: The config.json beside the weights; empty when there is none.
-        path: For messages.
+        path: The checkpoint, for messages.
 
     Raises:
-        CheckpointError: A tensor that tells a size is missing or odd, the two disagree, or the
-            checkpoint is image-to-video.
+        CheckpointError: A tensor that shows a size is missing or odd, config.json contradicts the
+            shapes, or the checkpoint is image-to-video.
     """
-    read = _geometry_of_shapes(specs, path)
-    told = {
-        field: file_config[name]
-        for field, names in _CONFIG_NAMES.items()
-        for name in names
-        if file_config.get(name) is not None
+    found = _geometry_of_shapes(specs, path)
+    stated = {
+        field.name: value
+        for field in fields(Geometry)
+        for name in (field.name, _DIFFUSERS_NAMES.get(field.name))
+        if (value := file_config.get(name)) is not None
     }
-    _check_agreement(read, told, path)
-    if "num_heads" not in told:
-        told["num_heads"] = _heads_of_width(read["dim"], path)
-    _check_heads(read["dim"], told["num_heads"], file_config.get("attention_head_dim"), path)
-    return strict(Geometry, {**told, **read}, path)
+    for field in found.keys() & stated.keys():
+        value = tuple(stated[field]) if isinstance(stated[field], list) else stated[field]
+        if value != found[field]:
+            raise CheckpointError(
+                f"config.json says {field} {value}, the tensors of {path} say {found[field]}",
+                "put the config.json of this checkpoint beside it, or remove config.json",
+            )
+    heads = _heads(found["dim"], stated, file_config.get("attention_head_dim"), path)
+    return strict(Geometry, {**stated, **found, "num_heads": heads}, path)
 
 
 def _geometry_of_shapes(specs: Mapping[str, TensorSpec], path: Path) -> dict[str, Any]:
@@ -139,37 +136,25 @@ def _shape(specs: Mapping[str, TensorSpec], name: str, rank: int, path: Path) ->
     return shape
 
 
-def _check_agreement(read: Mapping[str, Any], told: Mapping[str, Any], path: Path) -> None:
-    for field in read.keys() & told.keys():
-        value = tuple(told[field]) if isinstance(told[field], list) else told[field]
-        if value != read[field]:
-            raise CheckpointError(
-                f"config.json says {field} {value}, the tensors of {path} say {read[field]}",
-                "put the config.json of this very checkpoint beside it, or remove it",
-            )
-
-
-def _check_heads(dim: int, heads: Any, head_dim: Any, path: Path) -> None:
-    split = type(heads) is int and heads > 0 and dim % heads == 0
-    if not split or head_dim not in (None, dim // heads):
-        width = "" if head_dim is None else f" of width {head_dim}"
-        raise CheckpointError(
-            f"config.json says {heads!r} heads{width}, which do not make the width {dim} of {path}",
-            "put the config.json of this very checkpoint beside it",
-        )
-
-
-def _heads_of_width(dim: int, path: Path) -> int:
-    if dim % _WAN_HEAD_DIM:
+def _heads(dim: int, stated: Mapping[str, Any], head_dim: Any, path: Path) -> int:
+    if "num_heads" not in stated and dim % _WAN_HEAD_DIM:
         raise CheckpointError(
             f"{path} does not say how many heads its width of {dim} has",
             "put a config.json with num_heads beside it",
         )
-    return dim // _WAN_HEAD_DIM
+    heads = stated.get("num_heads", dim // _WAN_HEAD_DIM)
+    divides = type(heads) is int and heads > 0 and dim % heads == 0
+    if not divides or head_dim not in (None, dim // heads):
+        width = "" if head_dim is None else f" of width {head_dim}"
+        raise CheckpointError(
+            f"config.json says {heads!r} heads{width}, which do not make the width {dim} of {path}",
+            "put the config.json of this checkpoint beside it",
+        )
+    return heads
 
 
 def strict(kind: type[C], table: Any, path: Path) -> C:
-    """A config from a table of some config.json, with errors that name the file."""
+    """Make a config from a table of config.json; errors name the file."""
     try:
         return from_dict(kind, table)
     except ConfigError as error:
@@ -179,6 +164,12 @@ def strict(kind: type[C], table: Any, path: Path) -> C:
         ) from error
 
 
-def blocks(names: Mapping[str, Any]) -> set[str]:
-    """Numbers of the blocks that native names speak of."""
-    return {match[1] for name in names if (match := re.match(r"blocks\.(\d+)\.", name))}
+def block_of(name: str) -> int:
+    """Number of the block that a native tensor name belongs to; -1 outside of blocks."""
+    match = re.match(r"blocks\.(\d+)\.", name)
+    return int(match[1]) if match else -1
+
+
+def blocks(names: Iterable[str]) -> set[str]:
+    """Numbers of the blocks that native tensor names belong to."""
+    return {str(block) for block in map(block_of, names) if block >= 0}

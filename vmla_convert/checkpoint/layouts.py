@@ -1,4 +1,4 @@
-"""Where the files of a checkpoint folder lie, and what its tensors are called in them."""
+"""Layouts of checkpoint folders: names of files, and names of tensors in the files."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from vmla_convert.checkpoint.keymap import CONVERTED_DIFFUSERS_RULES, Rule, inve
 
 @dataclass(frozen=True)
 class Layout:
-    """A form of safetensors folder.
+    """The file names and tensor names of a safetensors folder.
 
     Attributes:
-        folder: Where in it the weights lie, and what describes them; empty for the folder itself.
-        stem: Of the names of weight files.
-        rules: From native names to the file's; None where these are native.
+        folder: Where in the checkpoint folder the weights lie; empty for the folder itself.
+        stem: How the names of weight files begin.
+        rules: From native names to names in the file; None when both are the same.
+        one_file: Whether the weights are one file whatever their size.
     """
 
     folder: str
     stem: str
     rules: tuple[Rule, ...] | None = None
+    one_file: bool = False
 
     def place(self, name: str) -> str:
-        """Path, in the checkpoint folder, of a file that lies beside the weights."""
+        """Path in the checkpoint folder of a file beside the weights."""
         return f"{self.folder}/{name}" if self.folder else name
 
     def stored_names(self, names: Iterable[str]) -> dict[str, str]:
-        """Native name to the name in the file.
+        """The name in the file, by native name.
 
         Raises:
             CheckpointError: A tensor has no name in this layout.
@@ -38,13 +40,13 @@ class Layout:
 
 
 NATIVE = Layout("", "model")
-"""Our own folders."""
-CODEC = Layout("", "codec")
-"""The folder of a cache codec, which lies beside no weights of its base model."""
+"""The layout of our own folders."""
+CODEC = Layout("", "codec", one_file=True)
+"""The layout of a cache codec, without the weights of its base model."""
 WAN = Layout("", "diffusion_pytorch_model")
-"""Wan's own, under the file name that its loader looks for."""
+"""Wan's own layout, with the file name that its loader looks for."""
 DIFFUSERS = Layout("transformer", "diffusion_pytorch_model", invert(CONVERTED_DIFFUSERS_RULES))
-"""A pipeline's, of which the transformer is one part."""
+"""The layout of a diffusers pipeline, in which the transformer is one folder."""
 
 PIPELINE_NAME = "model_index.json"
-"""What names the parts of a pipeline, beside their folders."""
+"""The file that names the parts of a pipeline, beside their folders."""

@@ -1,126 +1,135 @@
-"""Where a long walk puts what it needs again later: memory, or a folder that a new start finds."""
+"""Stores of named groups of tensors: in memory, or in a folder that an interrupted run finds again.
+
+Calibration, clips, the layers of a recovery and the parts of a conversion are kept in such stores.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vmla_convert.checkpoint.output import IDENTITY_NAME, rename_synced, reported, write_whole
 from vmla_convert.errors import OutputError
+from vmla_convert.tables import first_difference
 
 Tensors = dict[str, Tensor]
 
 
-class TensorStore(Protocol):
-    """Groups of tensors by name."""
-
-    def put(self, name: str, tensors: Tensors) -> None:
-        """Keep a group, in place of one of the same name."""
-        ...
-
-    def get(self, name: str) -> Tensors:
-        """A group that is there."""
-        ...
-
-    def has(self, name: str) -> bool:
-        """Whether a group is there."""
-        ...
-
-    def drop(self, name: str) -> None:
-        """Forget a group, if it is there."""
-        ...
-
-
 class MemoryStore:
-    """For models that fit in memory many times over."""
+    """A store for models that fit in memory many times over."""
 
     def __init__(self) -> None:
         self._groups: dict[str, Tensors] = {}
 
     def put(self, name: str, tensors: Tensors) -> None:
-        """Keep a group."""
+        """Keep a group, in place of an earlier one of the same name."""
         self._groups[name] = tensors
 
     def get(self, name: str) -> Tensors:
-        """A group that is there."""
+        """Return a group that is in the store."""
         return self._groups[name]
 
     def has(self, name: str) -> bool:
-        """Whether a group is there."""
+        """Whether a group is in the store."""
         return name in self._groups
 
     def drop(self, name: str) -> None:
-        """Forget a group."""
+        """Remove a group, if it is in the store."""
         self._groups.pop(name, None)
 
 
 class FolderStore:
-    """A file for each group, there whole or not at all; found again by the same work.
+    """A folder with one safetensors file per group, each there whole or not at all.
 
     Args:
         folder: Made for the first group.
-        identity: What the work depends on, JSON-able.
+        identity: Everything that the tensors depend on, JSON-able. A later run with an equal
+            identity finds the groups again.
+        hint: What to do when the disk refuses.
 
     Raises:
-        OutputError: The folder holds something else, or other work.
+        OutputError: The folder holds something else, or groups of another identity.
     """
 
-    def __init__(self, folder: Path, identity: Any) -> None:
-        self.folder = folder
-        self._told, self._identity = folder / "identity.json", json.dumps(identity, sort_keys=True)
-        if folder.exists() and (
-            not self._told.is_file() or self._told.read_text() != self._identity
-        ):
-            raise OutputError(
-                f"{folder} is in the way: it holds other files, or work of other settings",
-                "go on with the settings it was begun with, or remove it",
-            )
+    def __init__(
+        self,
+        folder: Path,
+        identity: Any,
+        hint: str = "check the space and rights there, then start again: what is done is kept",
+    ) -> None:
+        self.folder, self._hint = folder, hint
+        self._identity, self._file = json.dumps(identity, sort_keys=True), folder / IDENTITY_NAME
+        if folder.exists():
+            self._check_identity()
 
     def put(self, name: str, tensors: Tensors) -> None:
-        """Write a group.
+        """Write a group, in place of an earlier one of the same name.
 
         Raises:
             OutputError: The disk refuses.
         """
-        try:
-            self._write(name, tensors)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(
-                f"{self.folder} cannot be written: {error}",
-                "check the space and rights there, then start again: what is done is kept",
-            ) from error
-
-    def _write(self, name: str, tensors: Tensors) -> None:
-        if not self._told.is_file():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._told.write_text(self._identity)
-        partial = self.folder / f"{name}.partial"
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, self._file(name))
+        with reported(self.folder, self._hint):
+            file = self.file(name)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if not self._file.is_file():
+                write_whole(self._file, self._identity)
+            draft = file.with_suffix(".partial")
+            save_tensors({key: _own(t) for key, t in tensors.items()}, draft)
+            rename_synced(draft, file)
 
     def get(self, name: str) -> Tensors:
-        """Read a group."""
-        return load_file(self._file(name))
+        """Read a group that is in the store."""
+        return load_file(self.file(name))
 
     def has(self, name: str) -> bool:
-        """Whether a group is there."""
-        return self._file(name).is_file()
+        """Whether a group is in the store."""
+        return self.file(name).is_file()
 
     def drop(self, name: str) -> None:
-        """Remove a group."""
-        self._file(name).unlink(missing_ok=True)
+        """Remove a group, if it is in the store."""
+        self.file(name).unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _file(self, name: str) -> Path:
+    def file(self, name: str) -> Path:
+        """The file of a group."""
         return self.folder / f"{name}.safetensors"
+
+    def _check_identity(self) -> None:
+        try:
+            found = json.loads(self._file.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise OutputError(
+                f"{self.folder} is in the way: it holds other files", "move or remove it"
+            ) from error
+        if difference := first_difference(found, json.loads(self._identity)):
+            name = f": {difference[0]} differs" if difference[0] else ""
+            raise OutputError(
+                f"{self.folder} is in the way: it was begun with other settings{name}",
+                "use the same settings as before, or remove it",
+            )
+
+
+TensorStore = MemoryStore | FolderStore
+
+
+def save_tensors(tensors: Tensors, file: Path) -> None:
+    """Write a safetensors file that others can read like any new file."""
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(tensors, file, {"format": "pt"})
+    # safetensors 0.8 makes files that only their owner can read.
+    file.chmod(mode)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, contiguous, and in memory that no other tensor of a group shares."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor

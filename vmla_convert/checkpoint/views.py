@@ -1,18 +1,15 @@
-"""A source whose fused projections look as if they had been stored apart."""
+"""Split fused projections: one stored tensor that holds query, key and value, or key and value."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from vmla_convert.checkpoint.source import TensorSource, TensorSpec
 from vmla_convert.errors import CheckpointError
 
-# Fused layer, and the layers whose rows it stacks; Krea's in native names, diffusers' in its own.
+# Fused layer, and the layers whose rows are stacked in it: Krea's in native names, then diffusers.
 FUSED = (
     ("self_attn.to_qkv", ("self_attn.q", "self_attn.k", "self_attn.v")),
     ("attn1.to_qkv", ("attn1.to_q", "attn1.to_k", "attn1.to_v")),
@@ -20,56 +17,15 @@ FUSED = (
 )
 
 
-class _Part(NamedTuple):
-    """Rows of a stored tensor: the given one of equal parts."""
-
-    stored: str
-    place: int
-    parts: int
-
-
-@dataclass(frozen=True)
-class _Unfused:
-    source: TensorSource
-    parts: dict[str, _Part]
-
-    @property
-    def path(self) -> Path:
-        return self.source.path
-
-    @property
-    def key(self) -> str | None:
-        return self.source.key
-
-    def specs(self) -> dict[str, TensorSpec]:
-        stored = self.source.specs()
-        whole = {part.stored for part in self.parts.values()}
-        apart = {
-            name: TensorSpec(
-                (stored[part.stored].shape[0] // part.parts, *stored[part.stored].shape[1:]),
-                stored[part.stored].dtype,
-            )
-            for name, part in self.parts.items()
-        }
-        return {name: spec for name, spec in stored.items() if name not in whole} | apart
-
-    def read(self, name: str) -> torch.Tensor:
-        if name not in self.parts:
-            return self.source.read(name)
-        stored, place, parts = self.parts[name]
-        # A copy, so as not to keep the other parts in memory.
-        return self.source.read(stored).chunk(parts)[place].clone()
-
-
 def unfuse(source: TensorSource) -> TensorSource:
-    """The same source, with each of `FUSED` in its parts; itself when nothing is fused.
+    """Return a source in which every tensor of `FUSED` is replaced by its parts.
 
     Raises:
-        CheckpointError: A fused tensor does not divide, or its parts are there too.
+        CheckpointError: A fused tensor does not divide, or its parts are stored as well.
     """
-    stored = source.specs()
-    parts: dict[str, _Part] = {}
-    for name, spec in stored.items():
+    specs = source.specs()
+    parts: dict[str, tuple[str, int, int]] = {}  # name: stored name, place, number of parts
+    for name, spec in source.specs().items():
         for fused, layers in FUSED:
             if not (match := re.fullmatch(rf"(.*){re.escape(fused)}\.(weight|bias)", name)):
                 continue
@@ -79,11 +35,24 @@ def unfuse(source: TensorSource) -> TensorSource:
                     "projections in one",
                     "check that it is a Wan video model",
                 )
+            rows = (spec.shape[0] // len(layers), *spec.shape[1:])
             for place, layer in enumerate(layers):
-                parts[f"{match[1]}{layer}.{match[2]}"] = _Part(name, place, len(layers))
-    if twice := sorted(parts.keys() & stored.keys()):
-        raise CheckpointError(
-            f"{source.path} has '{twice[0]}' and, fused, '{parts[twice[0]].stored}'",
-            "keep one of the two; in diffusers, unfuse_qkv_projections() before you save",
-        )
-    return _Unfused(source, parts) if parts else source
+                part = f"{match[1]}{layer}.{match[2]}"
+                if part in specs:
+                    raise CheckpointError(
+                        f"{source.path} has '{part}' and, fused, '{name}'",
+                        "keep one of the two; in diffusers, unfuse_qkv_projections() before you "
+                        "save",
+                    )
+                parts[part] = name, place, len(layers)
+                specs[part] = TensorSpec(rows, spec.dtype)
+            del specs[name]
+
+    def read(name: str) -> torch.Tensor:
+        if name not in parts:
+            return source.read(name)
+        stored, place, count = parts[name]
+        # The copy lets the other parts leave memory.
+        return source.read(stored).chunk(count)[place].clone()
+
+    return TensorSource(source.path, source.key, specs, read) if parts else source

@@ -148,7 +148,7 @@ def generate(
     from vmla_convert.generating.generate import clip_frames, decoded, parse_switch, track_chunks
     from vmla_convert.generating.generate import generate as run
     from vmla_convert.generating.prefix import read_prefix
-    from vmla_convert.layers.dit import check_runtime
+    from vmla_convert.layers.runtime import check_runtime
     from vmla_convert.loading.load import build, compute_device, open_named
     from vmla_convert.media.base import latent_frames_per_second
     from vmla_convert.media.open import check_prompts, open_media

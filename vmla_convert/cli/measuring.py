@@ -56,7 +56,7 @@ def evaluate(
 
         vmla eval runs/kv --bytes-per-token 16
     """
-    from vmla_convert.layers.dit import check_runtime
+    from vmla_convert.layers.runtime import check_runtime
     from vmla_convert.loading.load import compute_device, load, teacher_of
     from vmla_convert.measuring.evaluate import HeldOut, dense_rows, measuring_bar
     from vmla_convert.measuring.rows import cache_rows, error_rows

@@ -30,7 +30,8 @@ from vmla_convert.fitting.layer_statistics import (
     merge_statistics,
 )
 from vmla_convert.layers.attention import DenseSelfAttention
-from vmla_convert.layers.dit import Attend, Block, CausalWanModel, masked_attention
+from vmla_convert.layers.block import Attend, Block, masked_attention
+from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import build_shell, compute_device, read_block
 from vmla_convert.maths.rope_keys import expected_phases
 from vmla_convert.media.clips import ClipSource, seeded

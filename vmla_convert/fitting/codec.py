@@ -13,7 +13,8 @@ from vmla_convert.config import CodecConfig, ConvertConfig, Geometry, ModelConfi
 from vmla_convert.errors import ConfigError
 from vmla_convert.fitting.calibrate import Statistics
 from vmla_convert.fitting.weights import Read, cast_finite, layer_weights, with_tensors
-from vmla_convert.layers.dit import CausalWanModel, check_size
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.layers.runtime import check_size
 from vmla_convert.maths.codec import CodecFit, assume_codec, fit_codec
 
 LEAST_CHANNELS, CHANNEL_SHARE = 256, 6

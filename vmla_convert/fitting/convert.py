@@ -13,9 +13,10 @@ from time import perf_counter
 from typing import Any
 
 from vmla_convert import __version__
+from vmla_convert.checkpoint.output import partial_folder
 from vmla_convert.checkpoint.source import fingerprint
 from vmla_convert.checkpoint.tensor_store import FolderStore
-from vmla_convert.checkpoint.writer import CheckpointWriter, partial_folder
+from vmla_convert.checkpoint.writer import CheckpointWriter
 from vmla_convert.config import ConvertConfig, ModelConfig, RankPlan
 from vmla_convert.errors import ConfigError, did_you_mean
 from vmla_convert.fitting.calibrate import Statistics, calibrate_checkpoint

@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 
 from vmla_convert.checkpoint.families import OpenCheckpoint
+from vmla_convert.checkpoint.geometry import block_of
 from vmla_convert.checkpoint.layouts import CODEC, Layout
+from vmla_convert.checkpoint.output import check_place, copied_bytes
 from vmla_convert.checkpoint.source import TensorSpec
-from vmla_convert.checkpoint.writer import check_place, copied_bytes, planned_files
+from vmla_convert.checkpoint.writer import planned_files
 from vmla_convert.config import ConvertConfig, ModelConfig, RankPlan
 from vmla_convert.errors import ConfigError
 from vmla_convert.fitting.calibrate import store_bytes
@@ -117,11 +119,6 @@ def _mla_specs(
 
     ordered = sorted(shapes.items(), key=lambda item: block_of(item[0]))
     return {name: TensorSpec(tuple(shape), dtype(name)) for name, shape in ordered}
-
-
-def block_of(name: str) -> int:
-    """Index of a tensor's block; -1 outside the blocks."""
-    return int(name.split(".")[1]) if name.startswith("blocks.") else -1
 
 
 def check_start(

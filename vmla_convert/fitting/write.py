@@ -8,6 +8,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from vmla_convert.checkpoint.families import OpenCheckpoint
+from vmla_convert.checkpoint.geometry import block_of
 from vmla_convert.checkpoint.writer import CheckpointWriter
 from vmla_convert.config import ConvertConfig, ModelConfig
 from vmla_convert.fitting.calibrate import Statistics
@@ -19,7 +20,7 @@ from vmla_convert.fitting.mla import (
     layer_inputs,
     with_rope,
 )
-from vmla_convert.fitting.plan import ConversionPlan, block_of
+from vmla_convert.fitting.plan import ConversionPlan
 from vmla_convert.fitting.prefetch import ahead, workers_for
 from vmla_convert.fitting.weights import cast_finite
 from vmla_convert.progress import Progress

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from vmla_convert import __version__
+from vmla_convert.checkpoint.output import partial_folder
 from vmla_convert.checkpoint.tensor_store import FolderStore, Tensors
-from vmla_convert.checkpoint.writer import partial_folder
 from vmla_convert.config import DataConfig, MediaConfig, ModelConfig
 from vmla_convert.errors import ConfigError, OutputError
 from vmla_convert.generating.generate import generate

@@ -95,6 +95,11 @@ class _Attention(nn.Module):
 class DenseSelfAttention(_Attention):
     """Wan self-attention; its entries are the normed, unrotated key and the value of all heads."""
 
+    @property
+    def entry_widths(self) -> dict[str, int]:
+        """Numbers kept per token, by name."""
+        return {"key": self.k.out_features, "value": self.v.out_features}
+
     def project(self, x: Tensor) -> Entries:
         """Key and value of tokens x (B, L, d), both (B, L, d)."""
         return self.norm_k(self.k(x)), self.v(x)

@@ -1,7 +1,7 @@
-"""Which of two equal ways to read latents is faster: counted, or timed once where counts are near.
+"""Choose the faster of two equal backends for MLA attention: by operations, or by one timing.
 
-Counts decide alone where they are far apart, where little is read, and inside compiled code. What
-was timed holds for the process: the same shape is never timed twice, and results stay the same.
+Operation counts decide alone where they are far apart, where there is little to compute, and in
+compiled code. A timing holds for the process: no shape is timed twice.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vmla_convert.maths.cost import AttentionShape, absorbed_flops, materialised
 
 Backend = Literal["materialised", "absorbed"]
 
-CLEAR_RATIO, SMALL_FLOPS, TIMED_READS = 1.6, 10**10, 2
+CLEAR_RATIO, SMALL_FLOPS, TIMED_RUNS = 1.6, 10**10, 2
 _FASTER: dict[Hashable, Backend] = {}
 
 
@@ -27,13 +27,13 @@ def faster_backend(
     materialised: Callable[[], object],
     absorbed: Callable[[], object],
 ) -> Backend:
-    """The faster way.
+    """The faster backend.
 
     Args:
-        shape: Sizes of the read.
-        like: Its queries, for their dtype and device.
-        materialised: Reads the one way.
-        absorbed: Reads the other way.
+        shape: Sizes of the attention.
+        like: The queries; their dtype and device count.
+        materialised: Runs the materialised backend.
+        absorbed: Runs the absorbed backend.
     """
     rebuilding, absorbing = materialised_flops(shape), absorbed_flops(shape)
     fewest, most = sorted((rebuilding, absorbing))
@@ -49,13 +49,13 @@ def faster_backend(
 def _seconds(
     one: Callable[[], object], other: Callable[[], object], device: torch.device
 ) -> tuple[float, float]:
-    """How long two reads take at best, once warm."""
+    """Shortest time of each backend in seconds, after one warm-up."""
     spent: tuple[list[float], list[float]] = ([], [])
-    for _ in range(1 + TIMED_READS):
-        for read, seconds in zip((one, other), spent, strict=True):
+    for _ in range(1 + TIMED_RUNS):
+        for run, seconds in zip((one, other), spent, strict=True):
             _settle(device)
             started = perf_counter()
-            read()
+            run()
             _settle(device)
             seconds.append(perf_counter() - started)
     return min(spent[0][1:]), min(spent[1][1:])

@@ -1,15 +1,16 @@
-"""One cache policy for dense, compressed and MLA models: preallocated, window and sink.
+"""Caches of dense, compressed and MLA models: preallocated, with a window and a sink.
 
-A `KVCache` has one cache for every layer, and one `FrameWindow` that tells all of them which frame
-is in which slot. A dense cache is written in place at every pass; a compressed one gives the open
-chunk its own exact keys and values, and is written by the pass that is kept.
+A `KVCache` holds one cache per layer and one `FrameWindow`, which gives every frame a slot for all
+layers. `EntryCache` keeps entries unchanged; every pass overwrites the entries of the open chunk.
+`CompressedCache` keeps the past compressed; the open chunk attends to its own dense keys and
+values, and the last pass over the chunk compresses them.
 
-Letters: B batch, L and S tokens, E tokens attended to exactly, H heads, D head dim (H·D = d).
+Shapes: B batch, L tokens, E tokens with own entries, d width of keys and of values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -24,14 +25,14 @@ from vmla_convert.maths.rates import Rate
 
 
 class Storage(NamedTuple):
-    """Where and how entries are kept.
+    """Size, precision and place of the cache of one layer.
 
     Attributes:
         batch: B.
         tokens_per_frame: Tokens of one latent frame.
-        dtype: Of entries.
-        device: Where layers read them.
-        offload: Keep them in host memory, pinned where the reader is a GPU.
+        dtype: Dtype of entries.
+        device: Device of the layers.
+        offload: Keep entries in host memory, pinned where the layers are on a GPU.
     """
 
     batch: int
@@ -45,7 +46,7 @@ class FrameBuffer:
     """Slots of one frame each for one kind of entry."""
 
     def __init__(self, slots: int, width: int, storage: Storage, dtype: torch.dtype) -> None:
-        self._reader = storage.device
+        self._device = storage.device
         pinned = storage.offload and storage.device.type == "cuda"
         home = torch.device("cpu") if storage.offload else storage.device
         shape = (storage.batch, slots, storage.tokens_per_frame, width)
@@ -63,22 +64,18 @@ class FrameBuffer:
             self._slots[:, slot].copy_(frame)
 
     def read(self, slots: Sequence[int]) -> Tensor:
-        """Entries (B, L, width) of slots, a view where these follow each other."""
-        runs = _runs(slots) or [(0, -1)]
-        held = (self._slots[:, first : last + 1].flatten(1, 2) for first, last in runs)
-        parts = [part.to(self._reader, non_blocking=True) for part in held]
+        """Entries (B, L, width) of slots, a view where the slots follow each other."""
+        # Slices of runs: an index tensor would cost a transfer to the device.
+        breaks = [i for i, (a, b) in enumerate(pairwise(slots), 1) if b != a + 1]
+        bounds = pairwise([0, *breaks, len(slots)])
+        runs = [slots[start:end] for start, end in bounds if end > start]
+        held = [self._slots[:, run[0] : run[-1] + 1] for run in runs] or [self._slots[:, :0]]
+        parts = [part.flatten(1, 2).to(self._device, non_blocking=True) for part in held]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _runs(slots: Sequence[int]) -> list[tuple[int, int]]:
-    """First and last of each run of slots that follow each other; indices would cost a transfer."""
-    breaks = [i for i, (a, b) in enumerate(pairwise(slots), 1) if b != a + 1]
-    bounds = [0, *breaks, len(slots)]
-    return [(slots[start], slots[end - 1]) for start, end in pairwise(bounds) if end > start]
-
-
 class FramePositions(NamedTuple):
-    """Time positions of what a chunk attends to.
+    """Time positions of the frames that a chunk attends to.
 
     Attributes:
         entries: Positions of the frames of `AttendedTokens.entries`.
@@ -90,7 +87,7 @@ class FramePositions(NamedTuple):
 
 
 class LayerCache(Protocol):
-    """What one layer keeps of the frames in the window."""
+    """The cache of one layer."""
 
     @property
     def nbytes(self) -> int:
@@ -102,47 +99,16 @@ class LayerCache(Protocol):
         ...
 
     def update(self, entries: Entries, window: FrameWindow, keep: bool) -> AttendedTokens:
-        """Return what the open chunk attends to, and keep the chunk's entries if asked to."""
+        """What the open chunk attends to; with `keep`, later chunks attend to these entries."""
         ...
 
 
-class DenseCache:
-    """Keys, unrotated, and values of one layer, written in place at every pass."""
+class EntryCache:
+    """Entries of one layer as they are: dense keys and values, or latents, rope keys and norms."""
 
-    def __init__(self, widths: Sequence[int], policy: CachePolicy, storage: Storage) -> None:
-        slots = policy.window_frames
-        self._entries = [FrameBuffer(slots, width, storage, storage.dtype) for width in widths]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all slots."""
-        return sum(entry.nbytes for entry in self._entries)
-
-    def frame_positions(self, window: FrameWindow) -> FramePositions:
-        """Positions of all that is held, in the order of the slots."""
-        return FramePositions(window.frame_positions(list(range(window.held))))
-
-    def update(self, entries: Entries, window: FrameWindow, keep: bool) -> AttendedTokens:  # noqa: ARG002
-        """Write the open chunk; the next pass over the chunk overwrites it, if it is not kept."""
-        for buffer, new in zip(self._entries, entries, strict=True):
-            buffer.write(window.chunk_slots, new)
-        return AttendedTokens(tuple(buffer.read(range(window.held)) for buffer in self._entries))
-
-
-class LatentCache:
-    """Latents, rope keys and norms of one MLA layer."""
-
-    def __init__(self, widths: dict[str, int], policy: CachePolicy, storage: Storage) -> None:
-        """Allocate all slots.
-
-        Args:
-            widths: Numbers that the layer keeps per token, by name: `latent`, `rope`, `norm`.
-            policy: Window and sink.
-            storage: Where and how.
-        """
-        slots = policy.window_frames
+    def __init__(self, widths: Mapping[str, int], policy: CachePolicy, storage: Storage) -> None:
         self._entries = [
-            FrameBuffer(slots, width, storage, _kept_dtype(name, storage))
+            FrameBuffer(policy.window_frames, width, storage, _entry_dtype(name, storage.dtype))
             for name, width in widths.items()
         ]
 
@@ -152,23 +118,19 @@ class LatentCache:
         return sum(entry.nbytes for entry in self._entries)
 
     def frame_positions(self, window: FrameWindow) -> FramePositions:
-        """Positions of the past, then of the open chunk."""
-        return FramePositions(window.frame_positions([*window.past_slots, *window.chunk_slots]))
+        """Positions of all frames in the window, in the order of the slots."""
+        return FramePositions(window.frame_positions(list(range(window.held))))
 
-    def update(self, entries: Entries, window: FrameWindow, keep: bool) -> AttendedTokens:
-        """Return the past's latents and then the chunk's own."""
-        past = [buffer.read(window.past_slots) for buffer in self._entries]
-        attended = AttendedTokens(
-            tuple(torch.cat([old, new], 1) for old, new in zip(past, entries, strict=True))
-        )
-        if keep:
-            for buffer, new in zip(self._entries, entries, strict=True):
-                buffer.write(window.chunk_slots, new)
-        return attended
+    def update(self, entries: Entries, window: FrameWindow, keep: bool) -> AttendedTokens:  # noqa: ARG002
+        """Write the open chunk; the next pass over the chunk overwrites a pass not kept."""
+        for buffer, new in zip(self._entries, entries, strict=True):
+            buffer.write(window.chunk_slots, new)
+        held = (buffer.read(range(window.held)) for buffer in self._entries)
+        return AttendedTokens(tuple(held))
 
 
 class Store(Protocol):
-    """A compressed form of keys and values, in slots of one frame each."""
+    """Compressed keys and values, in slots of one frame each."""
 
     @property
     def nbytes(self) -> int:
@@ -180,7 +142,7 @@ class Store(Protocol):
         ...
 
     def past(self, slots: Sequence[int]) -> Past:
-        """The tokens of some slots, to be rebuilt when they are attended to."""
+        """The tokens of some slots."""
         ...
 
 
@@ -209,20 +171,12 @@ class CodecStore:
 
 
 class CompressedCache:
-    """A compressed past beside the exact keys and values of the open chunk.
+    """A compressed past beside the dense keys and values of the open chunk.
 
-    The newest past frames may be kept exactly as well, where the policy asks for it.
+    The newest past frames are kept dense as well, where the policy asks for it.
     """
 
     def __init__(self, store: Store, width: int, policy: CachePolicy, storage: Storage) -> None:
-        """Allocate what the store does not hold.
-
-        Args:
-            store: Holds the past.
-            width: d, of keys and of values.
-            policy: Window, and how many frames stay dense as well.
-            storage: Where and how.
-        """
         self._store, recent = store, policy.dense_recent_frames
         self._recent = [
             FrameBuffer(recent, width, storage, storage.dtype) for _ in range(2 if recent else 0)
@@ -231,24 +185,23 @@ class CompressedCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all slots, those of dense recent frames among them."""
+        """Bytes of all slots, dense recent frames included."""
         return self._store.nbytes + sum(entry.nbytes for entry in self._recent)
 
     def frame_positions(self, window: FrameWindow) -> FramePositions:
-        """Positions of the exact frames, the chunk last, and of the compressed past."""
+        """Positions of the dense frames, the chunk last, and of the compressed past."""
         return FramePositions(window.own_positions(), window.frame_positions(window.past_slots))
 
     def update(self, entries: Entries, window: FrameWindow, keep: bool) -> AttendedTokens:
-        """Return the compressed past, and the exact keys and values of recent frames and chunk.
+        """The compressed past, and the dense keys and values of recent frames and the chunk.
 
         Raises:
-            ValueError: This chunk was kept already, over dense frames that it attends to.
+            ValueError: The chunk was kept already, over dense frames that it attends to.
         """
         if window.recent and self._kept == window.opened:
             raise ValueError("this chunk was kept already; open the next one")
-        attended = AttendedTokens(
-            self._own_entries(entries, window), self._store.past(window.past_slots)
-        )
+        past = self._store.past(window.past_slots)
+        attended = AttendedTokens(self._own_entries(entries, window), past)
         if keep:
             self._store.write(window.chunk_slots, *entries)
             self._keep_recent(entries, window)
@@ -256,7 +209,7 @@ class CompressedCache:
         return attended
 
     def _own_entries(self, entries: Entries, window: FrameWindow) -> Entries:
-        """Keys and values (B, E, d) of the recent frames and then the chunk's own."""
+        """Keys and values (B, E, d) of the recent frames and then of the chunk."""
         if not window.recent:
             return entries
         slots = [frame % window.policy.dense_recent_frames for frame in window.recent]
@@ -276,8 +229,8 @@ class KVCache:
 
     Attributes:
         window: Which frame is in which slot.
-        runtime: How layers read.
-        metadata: Positions that the open chunk reads at, made once by the model; None before.
+        runtime: How layers attend to the cache.
+        metadata: Positions of the open chunk's attention, made by the model at the first pass.
     """
 
     def __init__(
@@ -308,17 +261,10 @@ class KVCache:
         return self._layers[0].frame_positions(self.window)
 
     def update(self, layer: int, entries: Entries, keep: bool) -> AttendedTokens:
-        """Return what the open chunk attends to in a layer; keep the chunk's entries if asked to.
-
-        Args:
-            layer: Its index.
-            entries: From the layer's `project`.
-            keep: Whether later chunks attend to this pass.
-        """
+        """What the open chunk attends to in a layer, given the chunk's entries from `project`."""
         return self._layers[layer].update(entries, self.window, keep)
 
 
-def _kept_dtype(name: str, storage: Storage) -> torch.dtype:
-    """float16 for a norm in narrow models, as its error scales a whole key; else the model's."""
-    narrow = storage.dtype.itemsize < 4
-    return torch.float16 if name == "norm" and narrow else storage.dtype
+def _entry_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """float16 for a norm in narrow models, because its error scales a whole key."""
+    return torch.float16 if name == "norm" and dtype.itemsize < 4 else dtype

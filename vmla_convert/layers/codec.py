@@ -1,9 +1,9 @@
 """The cache codec of one layer as a module: keys and values to channels, and back head by head.
 
-A codec stands beside a dense self-attention and changes nothing of it. What a chunk attends to in
-itself stays exact; the past is decoded from channels, some heads at a time (Method: the codec).
+A codec stands beside a dense self-attention and does not change it. A chunk attends to its own
+dense keys and values, and to past ones decoded from channels (Method: the cache codec).
 
-Letters: B batch, S tokens, H heads, D head dim (H·D = d), R channels.
+Shapes: B batch, S tokens, H heads, D head dim (H·D = d), R channels, r stored channels.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ class LayerCodec(nn.Module):
     and `distortions` come from calibration and stay float32.
 
     Attributes:
-        rate: How many channels a pass over a whole clip stores, and in how many bits; a cache may
-            be given another rate.
+        rate: Channels that a masked pass stores, and their bits; a cache may have another rate.
     """
 
     mean: Tensor
@@ -54,33 +53,32 @@ class LayerCodec(nn.Module):
         self.rate = Rate((WHOLE_BITS,) * rank, quantised=False)
 
     def purchases(self) -> Purchases:
-        """What the bits of this layer are worth, for `rates.allocate`."""
+        """The bits that this layer can buy, for `rates.allocate`."""
         return purchases(self.energies.cpu(), self.distortions.cpu())
 
     def channels(self, key: Tensor, value: Tensor, rate: Rate) -> Tensor:
         """The stored channels (B, S, r) of normed, unrotated keys and values, both (B, S, d).
 
-        In float32 at least: channels of a bfloat16 model that were rounded before they are coded
-        would err 9 % more at 7 bits.
+        Channels are float32 at least: rounding them to bfloat16 first would add to their error.
         """
         entries = in_float32(torch.cat([key, value], -1)) - self.mean
         return F.linear(entries, in_float32(self.encode[: len(rate.widths)]))
 
     def store(self, channels: Tensor, rate: Rate) -> Tensor:
-        """Channels (B, S, r) as they are kept: (B, S, bytes) uint8, or as they are."""
+        """Channels (B, S, r) as a cache keeps them: (B, S, bytes) uint8, or unchanged."""
         if not rate.quantised:
             return channels
         return pack(quantise(channels, self.tables, rate.widths), rate.widths)
 
     def fetch(self, stored: Tensor, rate: Rate) -> Tensor:
-        """The channels (B, S, r) that `store` kept."""
+        """Channels (B, S, r) from what `store` returned."""
         if not rate.quantised:
             return stored
         codes = unpack(stored, rate.widths)
         return dequantise(codes, self.tables, rate.widths, self.decode.dtype)
 
     def past(self, key: Tensor, value: Tensor) -> DecodedPast:
-        """The past that tokens become at `rate`, without a cache; gradients pass the rounding."""
+        """The past that tokens become at `rate`; gradients pass straight through the rounding."""
         channels = self.channels(key, value, self.rate)
         if self.rate.quantised:
             with torch.no_grad():
@@ -90,35 +88,29 @@ class LayerCodec(nn.Module):
         return DecodedPast(self, channels.to(self.decode.dtype))
 
     def decode_heads(self, channels: Tensor, heads: slice) -> Entries:
-        """Keys, unrotated, and values of some heads from channels (B, S, r): (B, S, heads, D)."""
+        """Unrotated keys and values (B, S, heads, D) of some heads from channels (B, S, r)."""
         start, stop = heads.start * self.head_dim, heads.stop * self.head_dim
         used = channels.shape[-1]
 
         def part(rows: slice) -> Tensor:
             mean = self.mean[rows].to(self.decode.dtype)
-            return F.linear(channels, self.decode[rows, :used], mean).unflatten(
-                -1, (-1, self.head_dim)
-            )
+            decoded = F.linear(channels, self.decode[rows, :used], mean)
+            return decoded.unflatten(-1, (-1, self.head_dim))
 
         return part(slice(start, stop)), part(slice(self.dim + start, self.dim + stop))
 
 
 class DecodedPast(NamedTuple):
-    """Past tokens that attention decodes while it attends to them.
-
-    Attributes:
-        codec: Decodes them.
-        channels: (B, S, r).
-    """
+    """Past tokens as channels (B, S, r), which attention decodes some heads at a time."""
 
     codec: LayerCodec
     channels: Tensor
 
     @property
     def tokens(self) -> int:
-        """S, how many tokens there are."""
+        """Number of tokens, S."""
         return self.channels.shape[1]
 
     def heads(self, heads: slice) -> Entries:
-        """Keys, unrotated, and values of some heads, both (B, S, heads, D)."""
+        """Unrotated keys and values of some heads, both (B, S, heads, D)."""
         return self.codec.decode_heads(self.channels, heads)

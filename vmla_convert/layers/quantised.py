@@ -1,10 +1,10 @@
-"""The dense cache quantised in place: what a user without a codec would do, as a baseline.
+"""The dense cache quantised in place: a baseline for the codec.
 
-Keys are quantised per channel over the tokens of a chunk, before rotation, because the spread of
-keys differs by channel; values per token and head. Each group has a least value and a step, both
-float16, as in KIVI (arXiv 2402.02750).
+As in KIVI (arXiv 2402.02750), keys are quantised per channel over the tokens of a chunk, because
+the spread of keys differs by channel, and values per token and head. Each group has a least value
+and a step, both float16.
 
-Letters: B batch, S tokens, H heads, D head dim (H·D = d).
+Shapes: B batch, S tokens, H heads, D head dim (H·D = d).
 """
 
 from __future__ import annotations
@@ -19,16 +19,11 @@ from vmla_convert.layers.attention import Entries, split_heads
 from vmla_convert.layers.cache import FrameBuffer, Storage
 from vmla_convert.maths.quantise import code_bytes, pack, unpack
 
-LEAST_STEP = 2.0**-24  # the smallest float16 above 0; a step of 0 divides by it
+LEAST_STEP = 2.0**-24  # the smallest float16 above 0 replaces a step of 0
 
 
 class Grid(NamedTuple):
-    """Even steps from a least value.
-
-    Attributes:
-        least: float16.
-        step: float16, of the same shape.
-    """
+    """Even steps from a least value, both float16 and of one shape."""
 
     least: Tensor
     step: Tensor
@@ -38,14 +33,14 @@ class QuantisedStore:
     """Keys and values in a few bits per number."""
 
     def __init__(self, num_heads: int, width: int, bits: int, slots: int, storage: Storage) -> None:
-        """Allocate all slots but the grids of keys, which are made chunk by chunk.
+        """Allocate all slots; the grids of keys are made chunk by chunk.
 
         Args:
             num_heads: H.
-            width: d, of keys and of values.
-            bits: Of each number, 1 to 8.
-            slots: Frames.
-            storage: Where and how.
+            width: Width d of keys and of values.
+            bits: Bits of each number, 1 to 8.
+            slots: Frames of the window.
+            storage: Size and place.
         """
         self._num_heads, self._dtype = num_heads, storage.dtype
         self._widths, size = (bits,) * width, code_bytes((bits,) * width)
@@ -57,7 +52,7 @@ class QuantisedStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all slots, and of the grids of keys that are held."""
+        """Bytes of all slots and of the key grids in use."""
         grids = {id(grid): sum(part.nbytes for part in grid) for grid in self._key_grids.values()}
         buffers = (*self._codes, *self._value_grid)
         return sum(buffer.nbytes for buffer in buffers) + sum(grids.values())
@@ -79,7 +74,7 @@ class QuantisedStore:
         self._key_grids |= dict.fromkeys(slots, key_grid)
 
     def past(self, slots: Sequence[int]) -> RebuiltPast:
-        """Keys and values as near as their codes are."""
+        """Dequantised keys and values."""
         key_codes, value_codes = (unpack(b.read(slots), self._widths) for b in self._codes)
         grids = [self._key_grids[slot] for slot in slots]
         if not grids:
@@ -94,39 +89,34 @@ class QuantisedStore:
 
 
 class RebuiltPast(NamedTuple):
-    """A past whose keys and values are whole already.
-
-    Attributes:
-        entries: Keys and values, both (B, S, d).
-        num_heads: H.
-    """
+    """A past of dequantised keys and values, both (B, S, d)."""
 
     entries: Entries
     num_heads: int
 
     @property
     def tokens(self) -> int:
-        """S, how many tokens there are."""
+        """Number of tokens, S."""
         return self.entries[0].shape[1]
 
     def heads(self, heads: slice) -> Entries:
-        """Keys, unrotated, and values of some heads, both (B, S, heads, D)."""
+        """Unrotated keys and values of some heads, both (B, S, heads, D)."""
         return tuple(split_heads(part, self.num_heads)[:, :, heads] for part in self.entries)
 
 
 def fit_grid(x: Tensor, dim: int, bits: int) -> Grid:
-    """The grid of 2^bits values that covers x, over one dimension, which stays with size 1."""
+    """The grid of 2^bits values that covers x along one dimension, which keeps size 1."""
     least, most = x.float().aminmax(dim=dim, keepdim=True)
     return Grid(least.half(), ((most - least) / (2**bits - 1)).half())
 
 
 def to_codes(x: Tensor, grid: Grid, bits: int) -> Tensor:
-    """The nearest value of a grid for each number, as int32."""
+    """Index of the nearest grid value for each number, int32."""
     step = grid.step.float().clamp_min(LEAST_STEP)
     steps = (x.float() - grid.least.float()) / step
     return steps.round().clamp(0, 2**bits - 1).int()
 
 
 def from_codes(codes: Tensor, grid: Grid) -> Tensor:
-    """The numbers that codes stand for, float32."""
+    """Grid values of codes, float32."""
     return torch.addcmul(grid.least.float(), codes.float(), grid.step.float())

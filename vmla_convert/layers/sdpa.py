@@ -1,8 +1,11 @@
-"""Scaled dot-product attention: to all keys at once, or to one of two sets that are merged after.
+"""Scaled dot-product attention to all keys at once, or to two sets of keys merged afterwards.
 
-Softmax over two sets of keys is the mean of the softmaxes over each, weighted by the sums of their
-exponentials. Fused kernels know the logarithm of that sum, but `scaled_dot_product_attention` drops
-it, so the operators below it are called. They have no gradient for it: this is for inference.
+The softmax over two sets of keys is the mean of the softmaxes over each set, weighted by the sums
+of their exponentials. Fused kernels compute the logarithm of this sum, but
+`scaled_dot_product_attention` drops it, so `attend_partly` calls the operators below it. These
+operators have no gradient for the sum: merging is for inference.
+
+Shapes: B batch, T query tokens, S keys, H heads, D head dim.
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ from torch import Tensor
 
 from vmla_convert.maths.masks import QueryGroup
 
-ALIGNED = 8  # heads that fused CUDA kernels take are multiples of this
-FLASH_WIDTH = 256  # and no wider than this, in two bytes
+ALIGNED = 8  # fused CUDA kernels take head dims that are multiples of this
+FLASH_WIDTH = 256  # largest head dim of the flash kernel
 QUERIES_AT_ONCE = 1024
 
 
@@ -45,15 +48,15 @@ def attend(
 ) -> Tensor:
     """Softmax attention of queries (B, T, H, D) to keys and values (B, S, H, D): (B, T, H, D).
 
-    Widths of keys and values may differ; the narrower is padded, as fused kernels want them alike.
+    Key and value widths may differ; the narrower is padded, because fused kernels want one width.
 
     Args:
         q: Queries.
         k: Keys.
         v: Values.
-        groups: Of the queries, by the keys that they see; None where all see all. Each is attended
-            for itself, so that kernels meet no mask and no pair that nobody sees.
-        scale: Of the scores; that of the queries' width by default.
+        groups: Groups of the queries by the keys that they attend to; None where every query
+            attends to every key. One call per group needs no mask and computes no masked pair.
+        scale: Factor of the logits, 1/sqrt(D) by default.
     """
     width = v.shape[-1]
     q, k, v = widened(q, k, v)
@@ -73,13 +76,13 @@ def _attend_all(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
 
 
 def _joined(x: Tensor, runs: tuple[slice, ...]) -> Tensor:
-    """Some runs of the tokens of x (B, S, …); a single one is not copied."""
+    """Some runs of the tokens of x (B, S, …); a single run is not copied."""
     parts = [x[:, run] for run in runs]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def widened(q: Tensor, k: Tensor, v: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """All as wide as the widest, rounded up; zeros change neither scores nor what is gathered."""
+    """Pad queries, keys and values with zeros to one width, a multiple of `multiple`."""
     widest = max(k.shape[-1], v.shape[-1])
     wide = -(-widest // multiple) * multiple
     q, k, v = (x if x.shape[-1] == wide else F.pad(x, (0, wide - x.shape[-1])) for x in (q, k, v))
@@ -89,7 +92,7 @@ def widened(q: Tensor, k: Tensor, v: Tensor, multiple: int = 1) -> tuple[Tensor,
 def attend_partly(q: Tensor, k: Tensor, v: Tensor, scale: float) -> PartialAttention:
     """Attention of queries (B, T, H, W) to keys (B, S, H, W) and values (B, S, H, D)."""
     width, device = v.shape[-1], q.device.type
-    # Operators below `scaled_dot_product_attention` are not autocast.
+    # Autocast does not reach the operators below `scaled_dot_product_attention`.
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else v.dtype
     q, k, v = (x.to(dtype) for x in (q, k, v))
@@ -99,18 +102,18 @@ def attend_partly(q: Tensor, k: Tensor, v: Tensor, scale: float) -> PartialAtten
 
 
 def merge(one: PartialAttention, other: PartialAttention) -> Tensor:
-    """One softmax over both sets of keys: (B, T, H, D)."""
+    """Attention (B, T, H, D) to both sets of keys: one softmax over both."""
     share = torch.sigmoid(one.log_sum - other.log_sum)[..., None].to(one.output.dtype)
     return torch.lerp(other.output, one.output, share)
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Output and log-sum of (B, H, T, W); each device has an operator of its own."""
+    """Output and log-sum of (B, H, T, W), by the operator of the device."""
     operators = torch.ops.aten
     if q.device.type == "cpu":
         return operators._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
     if q.is_cuda and _has_flash(q):
-        # It reads rows in steps of 16 bytes, which a slice of a latent need not start at.
+        # The kernel loads rows in steps of 16 bytes, and a slice of a latent may start between.
         q, k, v = (x.contiguous() for x in (q, k, v))
         return operators._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
     if q.is_cuda and q.dtype.itemsize <= 4:
@@ -122,13 +125,13 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
 
 
 def _has_flash(q: Tensor) -> bool:
-    """Whether the flash operator takes such queries: two bytes, Ampere or newer."""
+    """Whether the flash operator takes such queries: two-byte dtypes on Ampere or newer."""
     modern = torch.cuda.get_device_capability(q.device) >= (8, 0)
     return modern and q.dtype.itemsize == 2 and q.shape[-1] <= FLASH_WIDTH
 
 
 def plainly(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The same by matrix products, some queries at a time."""
+    """Output and log-sum by matrix products, some queries at a time."""
     outputs: list[Tensor] = []
     log_sums: list[Tensor] = []
     for part in q.split(QUERIES_AT_ONCE, dim=-2):

@@ -1,8 +1,8 @@
-"""Which frame is in which slot: a ring of frames with a sink, before any tensor.
+"""Which frame is in which slot: a ring of frames with a sink, without tensors.
 
 A chunk claims its slots once and overwrites them at every denoising step. Slots are not in time
-order; attention does not mind, because keys are kept unrotated and each slot's position is assigned
-when it is read.
+order. Attention does not depend on the order, because keys are kept unrotated and each slot gets a
+position when it is attended to.
 
 Worked example, window 6, sink 2, chunks of 2 (frame held by each slot; relative position below)::
 
@@ -16,13 +16,13 @@ from vmla_convert.config import CachePolicy
 
 
 class FrameWindow:
-    """Frames that a policy keeps, and the slots they are in.
+    """The frames that a policy keeps, and their slots.
 
     Attributes:
-        policy: Window, sink, positions, and how many of the newest frames stay dense.
+        policy: Window, sink, positions, and number of recent frames that stay dense.
         chunk_slots: Slots of the open chunk, oldest frame first.
-        recent: Frames before the open chunk that are kept dense as well, oldest first.
-        opened: How many chunks were opened so far.
+        recent: Past frames that are kept dense, oldest first.
+        opened: Number of chunks opened so far.
     """
 
     def __init__(self, policy: CachePolicy) -> None:
@@ -35,10 +35,10 @@ class FrameWindow:
         self._sink_start = 0
 
     def open_chunk(self, frames: int) -> None:
-        """Claim slots for the next frames; beyond the window the oldest after the sink give way.
+        """Claim slots for the next frames; in a full window they replace the oldest after the sink.
 
         Raises:
-            ValueError: The chunk is larger than the window leaves room for.
+            ValueError: The chunk is larger than the window without the sink.
         """
         if not 1 <= frames <= self.policy.window_frames - self.policy.sink_frames:
             raise ValueError(f"a chunk of {frames} frames does not fit the window")
@@ -49,14 +49,14 @@ class FrameWindow:
         self.recent = [frame for frame in self.recent if frame in self._slot_frames]
 
     def rewind(self, frames: int, keep_sink: bool) -> None:
-        """Forget all that is held but the sink; the next chunk starts `frames` frames earlier.
+        """Forget all frames but the sink; the next chunk starts `frames` frames earlier.
 
         Args:
-            frames: How many of the newest frames will be written again.
+            frames: Number of newest frames that will be written again.
             keep_sink: Keep the sink's entries; else the first frames written again become the sink.
 
         Raises:
-            ValueError: More frames than were ever written.
+            ValueError: There are fewer frames than that.
         """
         if not 0 <= frames <= self._next_frame:
             raise ValueError(f"{frames} frames back is before the first")
@@ -74,12 +74,12 @@ class FrameWindow:
 
     @property
     def sink_end(self) -> int:
-        """Index of the first frame after the sink's."""
+        """Index of the first frame after the sink."""
         return self._sink_start + self.policy.sink_frames
 
     @property
     def held(self) -> int:
-        """How many slots hold a frame; they are the first ones."""
+        """Number of slots that hold a frame, from the first slot on."""
         return len(self._slot_frames)
 
     @property
@@ -89,19 +89,19 @@ class FrameWindow:
 
     @property
     def past_slots(self) -> list[int]:
-        """Slots of the past that no dense copy is kept of."""
+        """Slots of past frames that are not kept dense."""
         own = {*self.chunk_frames, *self.recent}
         return [slot for slot, frame in enumerate(self._slot_frames) if frame not in own]
 
     def frame_positions(self, slots: list[int]) -> list[int]:
-        """Time positions of the frames in some slots, as the policy assigns them."""
+        """Time positions of the frames in some slots, absolute or relative as the policy says."""
         if self.policy.frame_positions == "absolute":
             return [self._slot_frames[slot] for slot in slots]
         order = {frame: place for place, frame in enumerate(sorted(self._slot_frames))}
         return [order[self._slot_frames[slot]] for slot in slots]
 
     def own_positions(self) -> list[int]:
-        """Time positions of the recent frames and then the open chunk."""
+        """Time positions of the dense recent frames and then of the open chunk."""
         recent = [self._slot_frames.index(frame) for frame in self.recent]
         return self.frame_positions(recent + self.chunk_slots)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from vmla_convert.checkpoint.families import OpenCheckpoint
+from vmla_convert.checkpoint.geometry import block_of
 from vmla_convert.checkpoint.layouts import DIFFUSERS, NATIVE, WAN, Layout
-from vmla_convert.checkpoint.source import STATE_KEYS
-from vmla_convert.checkpoint.writer import CheckpointWriter, refuse_taken, write_pickle
+from vmla_convert.checkpoint.output import refuse_taken
+from vmla_convert.checkpoint.torch_pickle import STATE_KEYS
+from vmla_convert.checkpoint.writer import CheckpointWriter, write_pickle
 from vmla_convert.errors import ConfigError, did_you_mean
 from vmla_convert.loading.load import Source, check_whole, open_named, read_provenance
 from vmla_convert.loading.metadata_files import Files, converted_files, dense_files, parts_to_copy
@@ -72,7 +74,7 @@ def export(
     if chosen == SELF_FORCING:
         return _write_wrapped(checkpoint, out, key or STATE_KEYS[0], files, progress)
     with CheckpointWriter(out, checkpoint.specs(), layout=form, copies=components) as writer:
-        for name in progress.track(checkpoint.names, "writing"):
+        for name in progress.track(sorted(checkpoint.names, key=block_of), "writing"):
             writer.add(name, checkpoint.read(name))
         writer.write_files(files)
     return out

@@ -27,7 +27,9 @@ from vmla_convert.checkpoint.settings import is_ours, read_config
 from vmla_convert.checkpoint.source import fingerprint, located
 from vmla_convert.config import RuntimeConfig, Sizes, SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError
-from vmla_convert.layers.dit import Block, CausalWanModel, check_runtime
+from vmla_convert.layers.block import Block
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.layers.runtime import check_runtime
 from vmla_convert.progress import Progress, Silent
 from vmla_convert.tables import from_dict
 
@@ -101,7 +103,7 @@ def _with_base(codec: OpenCheckpoint, how: SourceConfig, progress: Progress) -> 
             "convert the base model again",
         )
     joined = join(base, codec)
-    check_base(base, hashes, folder, lambda names: progress.track(names, "checking base model"))
+    check_base(base, hashes, folder, progress)
     return joined
 
 

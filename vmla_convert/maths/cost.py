@@ -1,4 +1,4 @@
-"""How many operations it takes to read a latent cache, rebuilt or absorbed (METHOD 8)."""
+"""Operations of attention to a latent cache by each backend (Method: cost of attention)."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from typing import NamedTuple
 
 
 class AttentionShape(NamedTuple):
-    """Sizes of one read.
+    """Sizes of one attention call.
 
     Attributes:
-        queries: B·T.
-        keys: S of one clip.
-        batch: B.
-        heads: H.
-        key_width: Of a rebuilt key of one head: content and rope part.
-        value_width: D.
-        shared_key: Of the key that all heads share when absorbed.
-        shared_value: R that values read.
+        queries: Query tokens of all clips.
+        keys: Attended tokens of one clip.
+        batch: Clips.
+        heads: Heads.
+        key_width: Width of a rebuilt key of one head, content and rope part.
+        value_width: Width of a rebuilt value of one head.
+        shared_key: Width of the shared key that the absorbed backend attends to.
+        shared_value: Part of the latent that values use.
     """
 
     queries: int
@@ -30,7 +30,7 @@ class AttentionShape(NamedTuple):
 
 
 def materialised_flops(shape: AttentionShape) -> int:
-    """Rebuild keys and values of all heads, then attend; values are as wide as keys."""
+    """Operations to rebuild keys and values of all heads and attend; one width for both."""
     rebuilt = shape.shared_key * shape.key_width + shape.shared_value * shape.value_width
     up = 2 * shape.batch * shape.keys * shape.heads * rebuilt
     width = max(shape.key_width, shape.value_width)
@@ -38,7 +38,7 @@ def materialised_flops(shape: AttentionShape) -> int:
 
 
 def absorbed_flops(shape: AttentionShape) -> int:
-    """Take queries into the shared space, attend there, take what they gathered out again."""
+    """Operations to map queries into the shared space, attend there, and map the result out."""
     mixed = shape.shared_key * shape.key_width + shape.shared_value * shape.value_width
     width = max(shape.shared_key, shape.shared_value)
     return 2 * shape.queries * shape.heads * (mixed + 2 * shape.keys * width)

@@ -1,7 +1,8 @@
-"""Rectified flow as Wan and Self-Forcing use it: x_sigma = (1 − sigma)·x0 + sigma·noise.
+"""Rectified flow as in Wan and Self-Forcing: x_sigma = (1 − sigma)·x0 + sigma·noise.
 
-The model predicts the velocity noise − x0; a timestep is 1000·sigma. Latents are (B, F, C, height,
-width), sigmas (B, F).
+The model predicts the velocity noise − x0; a timestep is 1000·sigma.
+
+Shapes: B batch, F frames, C channels; latents are (B, F, C, height, width), sigmas (B, F).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ TRAIN_TIMESTEPS = 1000.0
 
 
 def per_frame(sigma: Tensor) -> Tensor:
-    """Broadcast (B, F) over the channels and pixels of latents."""
+    """Numbers per frame (B, F) in a shape that broadcasts over latents."""
     return sigma[:, :, None, None, None]
 
 
@@ -23,7 +24,7 @@ def interpolate(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def predict_clean(noisy: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
-    """The clean latents that a velocity at sigma points to."""
+    """The clean latents that follow from a velocity at sigma."""
     return noisy - per_frame(sigma) * velocity
 
 

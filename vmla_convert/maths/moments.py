@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class Moments(NamedTuple):
-    """Sums over tokens; `+` is not defined, use `merge_moments`.
+    """Sums over tokens; `merge_moments` adds them.
 
     Attributes:
-        tokens: Tokens seen, ().
+        tokens: Number of tokens, ().
         inputs: Sum of x, (d,).
         inputs_square: Sum of x xᵀ, (d, d).
     """
@@ -33,12 +33,12 @@ class Moments(NamedTuple):
         return self.inputs_square / self.tokens - torch.outer(self.mean, self.mean)
 
     def weighted(self, weight: float | Tensor) -> Moments:
-        """The same mean and covariance, counting as `weight` tokens when merged."""
+        """The same mean and covariance with the weight of `weight` tokens."""
         return Moments(*(part * (weight / self.tokens) for part in self))
 
 
 def measure_moments(inputs: Tensor) -> Moments:
-    """Moments of inputs x (..., d) of some tokens."""
+    """Moments of inputs (..., d)."""
     x = inputs.flatten(0, -2).double().cpu()
     count = torch.tensor(len(x), dtype=torch.float64)
     return Moments(count, x.sum(0), x.mT @ x)

@@ -1,8 +1,10 @@
 """3D rotary positions in Wan's convention: interleaved pairs, split over time, height and width.
 
 Channel pairs (2f, 2f + 1) of a head are complex numbers z_f, rotated by exp(i·w_f·p), with p the
-token's position along the axis that pair f belongs to (Wan 2.1, `rope_params`; theta 10⁴). Tables
-are built in float64 and used in float32.
+token's position along the axis of pair f (Wan 2.1, `rope_params`; theta 10⁴). Tables are computed
+in float64 and used in float32.
+
+Shapes: B batch, L tokens, H heads, D head dim, F frames.
 """
 
 from __future__ import annotations
@@ -16,20 +18,16 @@ THETA = 10_000.0
 
 
 class Rotary(NamedTuple):
-    """How every pair turns at every token.
-
-    Attributes:
-        table: Cosine and sine, (L, pairs, 2), float32.
-    """
+    """Cosine and sine of every pair at every token, (L, pairs, 2) float32."""
 
     table: Tensor
 
     def select(self, pairs: Tensor) -> Rotary:
-        """The table of some pairs only, repeats allowed."""
+        """The table of some pairs; pairs may repeat."""
         return Rotary(self.table[..., pairs, :])
 
     def at(self, tokens: Tensor) -> Rotary:
-        """The table of some tokens only."""
+        """The table of some tokens."""
         return Rotary(self.table.index_select(-3, tokens))
 
     def turns(self) -> Tensor:
@@ -38,7 +36,7 @@ class Rotary(NamedTuple):
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
-    """How many of the D/2 pairs rotate with time, height and width (22, 21, 21 for D = 128)."""
+    """Number of pairs that rotate with time, height and width (22, 21, 21 for D = 128)."""
     side = head_dim // 6
     return head_dim // 2 - 2 * side, side, side
 
@@ -64,14 +62,12 @@ def grid_table(
 ) -> Rotary:
     """Rotation of every pair at all tokens of frames (F,), in token order (frame, row, column).
 
-    Angles are computed once along each axis, in float64, and repeated.
-
     Args:
-        frames: Time positions.
+        frames: Time position of each frame.
         height: Rows of tokens.
         width: Columns of tokens.
         head_dim: D.
-        device: Where the table goes; it is made on the CPU, as some devices have no float64.
+        device: Device of the result. The CPU computes the table: some devices have no float64.
     """
     axes, frequencies = pair_frequencies(head_dim)
     places = frames.cpu(), torch.arange(height), torch.arange(width)
@@ -92,7 +88,7 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     if x.dtype.itemsize < 4:
         pairs = pairs.float()
     if torch.compiler.is_compiling():
-        # Inductor fuses real arithmetic only; in eager mode one complex product is a third of it.
+        # Inductor fuses real arithmetic only; in eager mode one complex product is faster.
         (real, imaginary), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
         turned = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1)
     else:
@@ -101,9 +97,9 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 def rotate_(x: Tensor, rotary: Rotary) -> Tensor:
-    """As `rotate`, but x itself is turned where it can be: without gradients, in float32 or wider.
+    """Rotate x in place where possible: without gradients, in float32 or wider; else as `rotate`.
 
-    For tensors that nobody else reads. Of large ones a second copy costs more than the rotation.
+    A copy of a large tensor costs more than its rotation.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype.itemsize < 4:
         return rotate(x, rotary)

@@ -1,4 +1,4 @@
-"""Cover a frame by overlapping tiles, and blend what was made of each."""
+"""Cover a frame by overlapping tiles, and blend the results of the tiles."""
 
 from __future__ import annotations
 
@@ -11,35 +11,32 @@ from torch import Tensor
 
 
 class Tile(NamedTuple):
-    """Rows and columns of a frame, each a first one and the one after the last."""
+    """Rows and columns of a frame, each as first and one after the last."""
 
     rows: tuple[int, int]
     columns: tuple[int, int]
 
     def cut(self, frames: Tensor) -> Tensor:
-        """This part of frames (..., height, width)."""
+        """The tile of frames (..., height, width)."""
         return frames[..., slice(*self.rows), slice(*self.columns)]
 
     def scaled(self, factor: int) -> Tile:
-        """The same part of frames this many times as large."""
+        """The same tile of frames that are larger by a factor."""
         rows, columns = ((first * factor, end * factor) for first, end in self)
         return Tile(rows, columns)
 
 
 def cover(size: Sequence[int], side: int, overlap: int) -> list[Tile]:
-    """Tiles over a frame (height, width), evenly spread, at least `overlap` of each shared.
+    """Tiles of at most `side` rows and columns, evenly spread over a frame (height, width).
 
-    Args:
-        size: Of the frame.
-        side: Most rows and columns of a tile.
-        overlap: Less than `side`.
+    Neighbouring tiles share at least `overlap` < `side` rows or columns.
     """
     spans = [_spans(length, side, overlap) for length in size]
     return [Tile(rows, columns) for rows, columns in product(*spans)]
 
 
 def blend(parts: Sequence[Tensor], tiles: Sequence[Tile], size: tuple[int, int]) -> Tensor:
-    """Parts (..., h, w) of frames, weighted by their distance from inner edges, as (..., *size)."""
+    """Frames (..., *size) from parts (..., h, w), weighted by the distance from inner edges."""
     whole = parts[0].new_zeros(*parts[0].shape[:-2], *size)
     total = parts[0].new_zeros(size)
     for part, tile in zip(parts, tiles, strict=True):
@@ -59,7 +56,7 @@ def _spans(length: int, side: int, overlap: int) -> list[tuple[int, int]]:
 
 
 def _ramp(span: tuple[int, int], length: int) -> Tensor:
-    """Rising from the edges that other tiles lie beyond; flat at those of the frame."""
+    """Weights that rise from inner edges and are flat at the edges of the frame."""
     first, end = span
     place = torch.arange(end - first) + 0.5
     ramp = torch.ones(end - first)

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import PartialState
 
 from vmla_convert.checkpoint.families import OpenCheckpoint
+from vmla_convert.checkpoint.output import refuse_taken
 from vmla_convert.checkpoint.source import TensorSpec
-from vmla_convert.checkpoint.writer import refuse_taken
 from vmla_convert.config import (
     DENSE_ITEMSIZE,
     EvaluateConfig,
@@ -20,7 +19,7 @@ from vmla_convert.config import (
     RecoverConfig,
     Sizes,
 )
-from vmla_convert.errors import CheckpointError, ConfigError, VmlaError, refuse_existing
+from vmla_convert.errors import CheckpointError, ConfigError, VmlaError
 from vmla_convert.fitting.calibration_clips import check_clips
 from vmla_convert.generating.make_clips import check_makeable
 from vmla_convert.loading.load import (
@@ -40,18 +39,11 @@ from vmla_convert.recovery.trained import check_adapters
 from vmla_convert.training.loop import check_tracker
 from vmla_convert.training.processes import check_shares, processes
 
-MADE_SOURCES = ("self", "videos")
-"""Kinds of clips that a dense model makes before the recovery."""
-
 
 class Pair(NamedTuple):
-    """A conversion and the dense model that it learns from, both opened.
+    """A conversion, opened together with its base model if it is a codec, and its dense model.
 
-    Attributes:
-        source: The conversion; a codec is opened with its base model.
-        dense: The dense model.
-        is_codec: Whether the conversion is a codec beside its base model.
-        provenance: Record of the conversion.
+    `provenance` is the record of the conversion.
     """
 
     source: OpenCheckpoint
@@ -67,13 +59,29 @@ class Pair(NamedTuple):
         return {name: spec for name, spec in specs.items() if ".codec." in name}
 
 
-def open_pair(converted: str | Path, teacher: Source | None, config: RecoverConfig) -> Pair:
-    """Open a conversion and its dense model, and check that they fit the settings.
+def open_pair(
+    converted: str | Path,
+    teacher: Source | None,
+    out: Path,
+    config: RecoverConfig,
+    evaluation: EvaluateConfig,
+    world: int | None,
+) -> Pair:
+    """Open a conversion and its dense model, and check all that can be checked before any work.
 
     Raises:
         CheckpointError: The models do not fit, or one cannot be opened.
-        ConfigError: The settings do not fit the conversion.
+        ConfigError: The settings do not fit the conversion, the clips or the processes.
+        OutputError: The output exists, or a file is in its way.
+        VmlaError: Not `world` processes were started.
     """
+    started = processes().num_processes
+    if world is not None and started != world:
+        raise VmlaError(
+            f"{world} processes were asked for, and {started} started",
+            f"torchrun --standalone --nproc_per_node {world} -m vmla_convert recover …",
+        )
+    refuse_taken(out)
     source, dense = open_named(converted), open_named(teacher_of(str(converted), teacher))
     pair = Pair(source, dense, is_codec(locate(str(converted))[0]), read_provenance(converted))
     if source.config.is_dense:
@@ -89,6 +97,7 @@ def open_pair(converted: str | Path, teacher: Source | None, config: RecoverConf
             f"{what} would change the base model, which {converted} leaves as it is",
             f"make a whole checkpoint first: vmla export {converted} -o whole",
         )
+    check_recovery(dense, config, evaluation, started)
     return pair
 
 
@@ -123,41 +132,10 @@ def _check_nested(config: ModelConfig, cuts: Sequence[float]) -> None:
             )
 
 
-def check_free(out: Path) -> None:
-    """Check that the output can be written after all the training.
-
-    Raises:
-        OutputError: The output exists, or something is in its way.
-    """
-    refuse_existing(out)
-    refuse_taken(out)
-
-
-def check_processes(world: int | None) -> PartialState:
-    """The processes that were started together.
-
-    Raises:
-        VmlaError: Not `world` processes were started.
-    """
-    state = processes()
-    if world is not None and state.num_processes != world:
-        raise VmlaError(
-            f"{world} processes were asked for, and {state.num_processes} started",
-            f"torchrun --standalone --nproc_per_node {world} -m vmla_convert recover …",
-        )
-    return state
-
-
 def check_recovery(
     dense: OpenCheckpoint, config: RecoverConfig, evaluation: EvaluateConfig, world: int
 ) -> None:
-    """Check what a stage would fail on later; at most two clips are read.
-
-    Args:
-        dense: The dense model.
-        config: Steps and data.
-        evaluation: Held-out clips.
-        world: Processes that recover together.
+    """Check what a stage of `world` processes would fail on later; at most two clips are read.
 
     Raises:
         CheckpointError: Clips must be made, and the text encoder or VAE is missing.
@@ -193,7 +171,7 @@ def check_recovery(
 
 def is_made(config: RecoverConfig) -> bool:
     """Whether the dense model makes the training clips before the recovery."""
-    return source_kind(config.data.source) in MADE_SOURCES
+    return source_kind(config.data.source) in ("self", "videos")
 
 
 def open_dense_media(

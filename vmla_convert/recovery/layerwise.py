@@ -22,7 +22,8 @@ from vmla_convert.config import RecoverConfig
 from vmla_convert.fitting.calibrate import ReadBlock
 from vmla_convert.fitting.calibration_clips import clips_at_once
 from vmla_convert.layers.attention import DenseSelfAttention
-from vmla_convert.layers.dit import Attend, Block, CausalWanModel, gated, masked_attention
+from vmla_convert.layers.block import Attend, Block, gated, masked_attention
+from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.media.clips import Batch, ClipSource, open_clips, seeded
 from vmla_convert.progress import Progress
 from vmla_convert.recovery.nested import NestedSizes
@@ -81,13 +82,8 @@ def fit_layers(
 ) -> None:
     """Fit all layers of a converted model, in place; processes share the layers.
 
-    Args:
-        student: The converted model.
-        shell: The dense model; only the parameters outside its blocks are used.
-        read_block: Returns a dense block by index.
-        config: Steps, learning rate and data.
-        folder: Folder that keeps finished layers for a resumed run; None keeps them in memory.
-        progress: Receives the progress bar.
+    `read_block` returns the dense blocks. `shell` is the dense model; its own blocks are not used.
+    `folder` keeps finished layers for a resumed run; None keeps them in memory.
     """
     share, store = own_share(), MemoryStore()
     if folder is not None:
@@ -107,7 +103,7 @@ def fit_share(
 ) -> None:
     """Fit one process's layers, and put their new parameters into a store.
 
-    Layers that the store holds are not fitted again. The other arguments are those of `fit_layers`.
+    Layers that the store holds are not fitted again.
     """
     layers, sizes = student.all_blocks(), NestedSizes(student, config.nested, config.training.seed)
     todo = {i for i in range(share.rank, len(layers), share.world) if not store.has(_name(i))}

@@ -48,18 +48,17 @@ def roll_out(
     seed: tuple[int, int],
     share: Share = ALONE,
 ) -> Example:
-    """Roll a student out and pick one noisy state for every chunk.
+    """Roll a student out over `frames` frames and pick one noisy state for every chunk.
 
     Args:
         student: Model that streams through its own cache.
-        context: Prompts (B, text_len, text_dim).
+        context: Prompts (B, text_len, text_dim) of the clips of all processes.
         frames: Frames of a clip; those after the last whole chunk are dropped.
         seed: Seed of the run, and number of the rollout.
-        share: Clips of the batch to roll out.
+        share: Clips to roll out.
 
     Returns:
-        The student's clean chunks as past, the picked states as noisy clip, and the velocity from
-        the clean chunks to the states.
+        The clean chunks as past, the states as noisy clip, and the velocity from one to the other.
     """
     config, mine = student.config, range(share.rank, len(context), share.world)
     asked = context[mine.start :: mine.step].to(student.patch_embedding.weight)

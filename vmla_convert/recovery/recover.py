@@ -17,7 +17,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from vmla_convert.checkpoint.layouts import CODEC, NATIVE
@@ -33,7 +32,6 @@ from vmla_convert.loading.load import (
     Source,
     build,
     build_shell,
-    compute_device,
     read_block,
 )
 from vmla_convert.measuring.evaluate import HeldOut, dense_rows, measuring_bar
@@ -42,9 +40,6 @@ from vmla_convert.media.clips import open_clips, recorded
 from vmla_convert.progress import Progress, Silent
 from vmla_convert.recovery.checks import (
     Pair,
-    check_free,
-    check_processes,
-    check_recovery,
     is_made,
     open_dense_media,
     open_pair,
@@ -68,6 +63,7 @@ from vmla_convert.recovery.stages import (
 from vmla_convert.recovery.trained import add_adapters, unfreeze
 from vmla_convert.results import Metric, Row, append_rows
 from vmla_convert.tables import to_dict
+from vmla_convert.training.processes import own_device, processes
 from vmla_convert.training.sharding import shard, whole_state
 
 
@@ -104,13 +100,10 @@ def recover(
         VmlaError: Another number of processes was started.
     """
     config, evaluation = config or RecoverConfig(), evaluation or EvaluateConfig()
-    processes = check_processes(world)
-    check_free(out)
-    pair = open_pair(converted, teacher, config)
-    check_recovery(pair.dense, config, evaluation, processes.num_processes)
-    drawn = progress if progress and processes.is_main_process else Silent()
-    rows = _Run(pair, out, config, evaluation, drawn, processes).rows()
-    processes.wait_for_everyone()
+    pair, state = open_pair(converted, teacher, out, config, evaluation, world), processes()
+    drawn = progress if progress and state.is_main_process else Silent()
+    rows = _Run(pair, out, config, evaluation, drawn).rows()
+    state.wait_for_everyone()
     return rows
 
 
@@ -126,10 +119,7 @@ def plan_recovery(
     Raises:
         VmlaError: As `recover` raises before any work.
     """
-    processes = check_processes(world)
-    check_free(out)
-    pair = open_pair(converted, teacher, config)
-    check_recovery(pair.dense, config, EvaluateConfig(data=config.data), processes.num_processes)
+    pair = open_pair(converted, teacher, out, config, EvaluateConfig(data=config.data), world)
     with torch.device("meta"):
         student = CausalWanModel(pair.source.config).requires_grad_(False)
     unfreeze(student, config.train)
@@ -141,7 +131,7 @@ def plan_recovery(
         "steps": stage_steps(config),
         "trains": sum(p.numel() for p in student.parameters() if p.requires_grad),
         "of": sum(p.numel() for p in student.parameters()),
-        "processes": processes.num_processes,
+        "processes": processes().num_processes,
         "clips": made or open_clips(config.data).record(),
         "would write": str(out),
         "bytes": sum(spec.nbytes for spec in pair.written_specs().values()),
@@ -163,11 +153,10 @@ class _Run:
         config: RecoverConfig,
         evaluation: EvaluateConfig,
         progress: Progress,
-        processes: PartialState,
     ) -> None:
         self.pair, self.out, self.folders = pair, out, folders_of(out)
         self.asked, self.config, self.evaluation = config, config, evaluation
-        self.progress, self.processes, self.device = progress, processes, compute_device()
+        self.progress, self.processes, self.device = progress, processes(), own_device()
 
     def rows(self) -> list[Row]:
         """Recover, write, and return the curve."""

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from vmla_convert.checkpoint.writer import partial_folder
+from vmla_convert.checkpoint.output import partial_folder
 from vmla_convert.errors import OutputError
 from vmla_convert.recovery.stages import Folders
 from vmla_convert.results import Row, read_rows
@@ -34,12 +34,7 @@ def is_begun(out: Path) -> bool:
 
 
 def claim_state(state: Path, settings: dict[str, Any], write: bool) -> None:
-    """Take a new state folder, or one that a run of the same settings left.
-
-    Args:
-        state: The folder.
-        settings: Settings and inputs of the run, JSON-able.
-        write: Whether this process writes the settings.
+    """Take a new state folder, or one of the same JSON-able settings; `write` them down.
 
     Raises:
         OutputError: The folder belongs to a run of other settings.

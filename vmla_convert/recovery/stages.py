@@ -40,24 +40,14 @@ _SAMPLER_SHARES = {"both": 0.5, "sampler": 1.0, "training": 0.0}
 
 
 class Folders(NamedTuple):
-    """Folders of a recovery beside its output.
-
-    Attributes:
-        state: Resumable state, removed at the end.
-        logs: Files of trackers.
-    """
+    """Folders of a recovery's resumable state, and of its tracker's files."""
 
     state: Path
     logs: Path
 
 
 class Recovered(NamedTuple):
-    """How a recovery went.
-
-    Attributes:
-        best_steps: Step of the final weights, by stage; 0 for a stage that did not help.
-        learning_rate: Learning rate of the stages after the first; None if there was none.
-    """
+    """Step of each stage's best weights, 0 for a stage that did not help, and the learning rate."""
 
     best_steps: dict[str, int]
     learning_rate: float | None

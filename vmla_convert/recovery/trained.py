@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from vmla_convert.errors import MissingExtraError
-from vmla_convert.layers.dit import Block, CausalWanModel
+from vmla_convert.layers.block import Block
+from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.layers.mla import LatentSelfAttention
 
 if TYPE_CHECKING:
@@ -43,12 +44,10 @@ def new_names(student: CausalWanModel) -> frozenset[str]:
 
 
 def unfreeze(student: CausalWanModel, scope: Scope) -> None:
-    """Set `requires_grad` on parameters of a frozen model.
+    """Let parameters of a frozen model require gradients.
 
-    Args:
-        student: The frozen model.
-        scope: `new` for the conversion's parameters, `attention` for queries, query norm and output
-            as well, `all` for everything.
+    The scope `new` has the conversion's parameters, `attention` queries, query norm and output as
+    well, `all` everything.
     """
     if scope == "all":
         student.requires_grad_(True)
@@ -73,16 +72,10 @@ def check_adapters(rank: int) -> None:
 
 
 def add_adapters(student: CausalWanModel, rank: int, scope: Scope, seed: int = 0) -> LoraModel:
-    """Add low-rank adapters to frozen matrices, in place; they change nothing at first.
+    """Add low-rank adapters to the matrices that `unfreeze` left frozen, in place.
 
-    Args:
-        student: The model, unfrozen by `scope`.
-        rank: Rank of the adapters.
-        scope: Parameters that train by themselves.
-        seed: Seed of the half of each adapter that does not start at zero.
-
-    Returns:
-        The wrapper; `merge_and_unload()` adds the adapters to their matrices.
+    Adapters change nothing at first: one half of each starts at zero, the other half is random.
+    `merge_and_unload()` of the returned wrapper adds the adapters to their matrices.
     """
     from peft import LoraConfig, LoraModel
 

@@ -27,9 +27,9 @@ from vmla_convert.measuring.evaluate import (
 )
 from vmla_convert.measuring.rows import (
     Errors,
-    branch_rows,
     cache_rows,
     error_rows,
+    layer_rows,
     memory_rows,
     row_fields,
 )
@@ -47,14 +47,10 @@ STRIP_PROMPTS = 2
 
 @dataclass(frozen=True)
 class Bench:
-    """What every point is measured against.
+    """What to measure of every point, and against which dense model.
 
-    Attributes:
-        teacher: The dense model.
-        evaluate: Held-out clips.
-        config: What to measure.
-        dense_rollout: Returns the dense model's rollout (B, F, C, height, width).
-        strips: Folder for pictures of rollouts.
+    `dense_rollout` returns the dense model's rollout (B, F, C, height, width). The folder `strips`
+    holds pictures of rollouts.
     """
 
     teacher: CausalWanModel
@@ -74,18 +70,13 @@ def measure_point(
 ) -> list[Row]:
     """Recover a converted model, if the point asks for that, and return all rows of the point.
 
-    Args:
-        student: Converted model, trained in place.
-        point: Settings of the point.
-        bench: What to measure, and against what.
-        seconds: Duration of the conversion without the calibration, which points share.
-        progress: Receives the progress bars.
+    `seconds` is the duration of the conversion without the calibration, which points share.
     """
     config, seed = student.config, point.seed
     rows = [Row(Metric.CONVERT_SECONDS, seconds, "s", **row_fields(config, seed))]
     for runtime in point.runtimes or (None,):
         rows += [*cache_rows(config, seed, runtime), *memory_rows(config, seed, runtime)]
-    rows += branch_rows(config, seed)
+    rows += layer_rows(config, seed)
     last, measured = _errors(student, point, bench, progress)
     rows += measured
     if config.mla is not None and last:

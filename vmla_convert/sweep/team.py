@@ -28,12 +28,7 @@ _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROU
 
 
 class Team:
-    """One process among those of a sweep; alone by default.
-
-    Attributes:
-        rank: Number of the process; 0 leads.
-        size: Number of processes.
-    """
+    """One of the `size` processes of a sweep; the process of rank 0 leads."""
 
     def __init__(self, rank: int = 0, size: int = 1, store: Store | None = None) -> None:
         self.rank, self.size, self._store = rank, size, store

@@ -88,7 +88,7 @@ def train(
             alone, or by all if the model is sharded.
         state_file: Resumable state. A run that finds the file resumes from it.
         progress: Receives the progress bar.
-        label: Name of the bar and of the tracker's run.
+        label: Name of the bar and of the tracked run.
         keep_best: End with the weights of the lowest held-out figure, step 0 included; a loss that
             is not finite then ends training without an error.
         lr_scale: Factor of the learning rate, by parameter name.

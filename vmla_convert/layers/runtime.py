@@ -1,0 +1,82 @@
+"""What a runtime may ask of a model, and the layer caches that follow from it."""
+
+from __future__ import annotations
+
+from vmla_convert.config import (
+    DENSE_BITS,
+    DENSE_ITEMSIZE,
+    CachePolicy,
+    ModelConfig,
+    RuntimeConfig,
+    Sizes,
+)
+from vmla_convert.errors import ConfigError
+from vmla_convert.layers.block import Block
+from vmla_convert.layers.cache import CodecStore, CompressedCache, EntryCache, LayerCache, Storage
+from vmla_convert.layers.quantised import QuantisedStore
+from vmla_convert.maths.rates import Rate
+
+
+def check_size(config: ModelConfig, size: Sizes, quantised: bool = True) -> int:
+    """Bytes of a token in all layers of a codec together.
+
+    Raises:
+        ConfigError: The size is below one channel of each layer, or above what the codec holds.
+    """
+    assert config.codec is not None
+    asked, layers = size.token_bytes(config.geometry), config.geometry.num_layers
+    # A cut of 0.95 of 640 bytes is 32 bytes, in spite of floating point.
+    total = int(asked * layers + 1e-6)
+    least = 1 if quantised else DENSE_ITEMSIZE
+    most = config.codec.rank * DENSE_ITEMSIZE
+    if total < least * layers:
+        raise ConfigError(
+            f"{asked:g} bytes per token are below {least}, the cost of a channel in each layer",
+            f"use --bytes-per-token {least} or more",
+        )
+    if total > most * layers:
+        raise ConfigError(
+            f"{asked:g} bytes per token are above {most:g}, all that this codec holds",
+            f"use --bytes-per-token {most:g} or less, or convert with more --channels",
+        )
+    return total
+
+
+def check_runtime(config: ModelConfig, runtime: RuntimeConfig) -> None:
+    """Refuse settings that a model cannot run with.
+
+    Raises:
+        ConfigError: The runtime wants an absorbed backend without MLA layers, a size without a
+            codec, or a quantised dense cache for a converted model.
+    """
+    if runtime.backend == "absorbed" and config.mla is None:
+        raise ConfigError(
+            "backend 'absorbed' needs MLA layers, and this model has none",
+            "use --backend materialised, or convert with --preset videomla",
+        )
+    if runtime.size is not None and config.codec is None:
+        raise ConfigError(
+            "a cache size needs a codec, and this model has none",
+            "make one first: vmla convert CKPT -o OUT",
+        )
+    if runtime.cache_dtype in DENSE_BITS and not config.is_dense:
+        raise ConfigError(
+            f"cache_dtype {runtime.cache_dtype} quantises dense caches, and this model's is not",
+            "use --bytes-per-token for a codec; MLA latents are not quantised",
+        )
+
+
+def new_layer_cache(
+    block: Block, rate: Rate | None, policy: CachePolicy, storage: Storage, runtime: RuntimeConfig
+) -> LayerCache:
+    """An empty cache for one block; `rate` is that of the block's codec, if there is one."""
+    attention, slots = block.self_attn, policy.window_frames
+    bits = DENSE_BITS.get(runtime.cache_dtype)
+    if block.codec is not None and rate is not None:
+        store = CodecStore(block.codec, rate, slots, storage)
+    elif bits is not None:
+        width = attention.entry_widths["key"]
+        store = QuantisedStore(attention.num_heads, width, bits, slots, storage)
+    else:
+        return EntryCache(attention.entry_widths, policy, storage)
+    return CompressedCache(store, attention.o.in_features, policy, storage)
