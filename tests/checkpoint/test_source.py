@@ -518,3 +518,9 @@ def test_fingerprint_is_of_the_weights_only(tmp_path: Path) -> None:
     assert fingerprint(folder) == hashlib.sha256(whole).hexdigest()
     save_file({"b.weight": STATE["b.weight"] + 1}, folder / "part-1.safetensors")
     assert fingerprint(folder) != hashlib.sha256(whole).hexdigest()
+
+
+def test_names_come_in_order(tmp_path: Path) -> None:
+    state = {f"blocks.{i}.w": torch.zeros(i + 1) for i in range(12)}
+    save_file(state, tmp_path / "x.safetensors")
+    assert list(open_source(tmp_path).specs()) == sorted(state)

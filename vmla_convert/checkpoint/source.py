@@ -214,7 +214,8 @@ def _local_weight_map(index: Path) -> dict[str, Path]:
 def _read_header(file: Path) -> dict[str, TensorSpec]:
     try:
         with safe_open(file, framework="pt") as handle:
-            entries = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+            # Sorted, because the library gives names in no order.
+            entries = {name: handle.get_slice(name) for name in sorted(handle.keys())}
     except (SafetensorError, OSError) as error:
         reason = str(error).removeprefix("Error while deserializing header: ")
         raise CheckpointError(
@@ -247,10 +248,11 @@ def _joined(
         )
     if not held:
         raise CheckpointError(f"{path} holds no tensors", "download the checkpoint again")
-    files = dict(held)
+    files = {name: shard for shard, specs in shards.items() for name in specs}
 
     def read(name: str) -> torch.Tensor:
         with safe_open(files[name], framework="pt") as handle:
             return handle.get_tensor(name).clone()
 
-    return TensorSource(path, None, {name: shards[file][name] for name, file in held}, read)
+    specs = {name: shards[file][name] for name, file in files.items()}
+    return TensorSource(path, None, specs, read)
