@@ -525,3 +525,17 @@ def test_names_come_in_order(tmp_path: Path) -> None:
     state = {f"blocks.{i}.w": torch.zeros(i + 1) for i in range(12)}
     save_file(state, tmp_path / "x.safetensors")
     assert list(open_source(tmp_path).specs()) == sorted(state)
+
+
+def test_a_pickle_that_is_too_large_to_map_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = CONTAINERS["flat .pt"](tmp_path)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError(f"unable to mmap 28600000000 bytes from file <{path}>")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(CheckpointError, match="GB") as caught:
+        open_source(path)
+    assert "vm.overcommit_memory" in caught.value.hint
