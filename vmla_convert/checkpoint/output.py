@@ -156,13 +156,9 @@ def write_files(folder: Path, files: Mapping[str, str | dict[str, Any]]) -> None
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = content if isinstance(content, str) else as_json(content)
-        path.write_text(text, "utf-8")
-
-
-def as_json(table: Any) -> str:
-    """A table as people read it."""
-    return json.dumps(table, indent=2, ensure_ascii=False) + "\n"
+        if not isinstance(content, str):
+            content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        path.write_text(content, "utf-8")
 
 
 def copied_bytes(copies: Mapping[str, Path]) -> int:
