@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
@@ -55,13 +55,6 @@ OnEvaluate = Callable[[nn.Module, int], float]
 """Measures a model after some steps; returns the figure to show and to compare weights by."""
 
 
-class Outcome(NamedTuple):
-    """Steps that a training did, and the step of the weights that it ended with."""
-
-    steps: int
-    best_step: int
-
-
 def train(
     model: nn.Module,
     loss: Loss,
@@ -75,7 +68,7 @@ def train(
     lr_scale: Scale = unscaled,
     logs: Path | None = None,
     extra_state: Sequence[Stateful] = (),
-) -> Outcome:
+) -> int:
     """Train the parameters of a model that require gradients, in place.
 
     Args:
@@ -94,6 +87,9 @@ def train(
         lr_scale: Factor of the learning rate, by parameter name.
         logs: Folder of the tracker's files.
         extra_state: Further state of the run, such as a critic; equal on all processes.
+
+    Returns:
+        The step of the weights that the model has now.
 
     Raises:
         ConfigError: The batch cannot be divided, or no learning rate is given.
@@ -185,8 +181,8 @@ class _Loop:
 
     def run(
         self, examples: Examples, on_evaluate: OnEvaluate, progress: Progress, label: str
-    ) -> Outcome:
-        """Do all steps that are left."""
+    ) -> int:
+        """Do all steps that are left; return the step of the final weights."""
         config, done = self.config, self._resume()
         if done is None:
             self._evaluate(0, on_evaluate, progress)
@@ -213,7 +209,7 @@ class _Loop:
                 break
         set_weights(self.model, self.average.weights)
         set_weights(self.model, self.best.weights)
-        return Outcome(done, self.best.step if self.best.keep else done)
+        return self.best.step if self.best.keep else done
 
     def release(self) -> None:
         """Free the memory of gradients and wrappers."""
