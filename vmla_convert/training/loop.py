@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.nn.parallel import DistributedDataParallel
 
 from vmla_convert.config import TrainingConfig
 from vmla_convert.errors import ConfigError, VmlaError
@@ -169,8 +170,10 @@ class _Loop:
         self.config, self.model, self.loss, self.rate = config, model, loss, config.lr
         self.state_file, self.extra_state = state_file, extra_state
         self.accelerator = _accelerator(config, *tracked)
-        # FSDP averages gradients by itself, after every pass.
-        self.wrapped = model if is_sharded(model) else self.accelerator.prepare(model)
+        # Not `accelerator.prepare`: freeing its references takes a full garbage collection, 0.6 s.
+        self.wrapped = model.to(self.accelerator.device)
+        if self.accelerator.num_processes > 1 and not is_sharded(model):
+            self.wrapped = DistributedDataParallel(model)
         self.optimisers = make_optimisers(model, config, lr_scale)
         self.scaler = torch.amp.GradScaler(
             self.accelerator.device.type, enabled=config.mixed_precision == "fp16"
@@ -212,13 +215,11 @@ class _Loop:
         return self.best.step if self.best.keep else done
 
     def release(self) -> None:
-        """Free the memory of gradients and wrappers."""
+        """Close trackers and free gradients."""
         # Not `end_training`, which also ends the process group.
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.model.zero_grad()
-        self.wrapped, self.optimisers = self.model, []
-        self.accelerator.free_memory()
 
     @property
     def _stale(self) -> bool:
