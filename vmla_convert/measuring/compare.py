@@ -45,7 +45,7 @@ def compare(
             config.frames,
             config.seed,
             progress,
-            f"generating with {name} model",
+            f"rolling out {name}",
             media=media,
         )
         for name, model in models.items()
