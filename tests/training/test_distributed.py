@@ -186,7 +186,7 @@ alone = true
 recover = false
 products = ["mla"]
 inits = ["random", "spectral", "calibrated"]
-sizes = [{ cut = 0.8 }, { cut = 0.9 }]
+sizes = [{{ cut = 0.8 }}, {{ cut = 0.9 }}]
 """
 
 
