@@ -30,6 +30,7 @@ class Metric(StrEnum):
     # Rollouts
     BACKGROUND_PSNR = "background_psnr"
     DIGIT_ACCURACY = "digit_accuracy"
+    DRIFT = "drift"
 
     # Size of the cache
     CACHE_BYTES = "cache_bytes"

@@ -217,7 +217,8 @@ def test_a_file_that_changed_is_no_longer_read(name: str, change: str, tmp_path:
     else:
         os.truncate(path, path.stat().st_size - 3)
     with pytest.raises(CheckpointError, match="can no longer be read") as caught:
-        source.read("a.weight")
+        for tensor in source.specs():
+            source.read(tensor)
     assert caught.value.hint
 
 
@@ -518,3 +519,23 @@ def test_fingerprint_is_of_the_weights_only(tmp_path: Path) -> None:
     assert fingerprint(folder) == hashlib.sha256(whole).hexdigest()
     save_file({"b.weight": STATE["b.weight"] + 1}, folder / "part-1.safetensors")
     assert fingerprint(folder) != hashlib.sha256(whole).hexdigest()
+
+
+def test_names_come_in_order(tmp_path: Path) -> None:
+    state = {f"blocks.{i}.w": torch.zeros(i + 1) for i in range(12)}
+    save_file(state, tmp_path / "x.safetensors")
+    assert list(open_source(tmp_path).specs()) == sorted(state)
+
+
+def test_a_pickle_that_is_too_large_to_map_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = CONTAINERS["flat .pt"](tmp_path)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError(f"unable to mmap 28600000000 bytes from file <{path}>")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(CheckpointError, match="GB") as caught:
+        open_source(path)
+    assert "vm.overcommit_memory" in caught.value.hint

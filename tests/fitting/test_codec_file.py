@@ -184,13 +184,10 @@ def test_a_codec_at_a_size_is_the_codec_of_that_size(
 
 @pytest.mark.parametrize("size", [Sizes(0.5), Sizes(81), Sizes(rank=41), Sizes(cut=0.1)])
 def test_a_size_that_a_file_cannot_have_is_refused(size: Sizes, codec: Path) -> None:
-    form = {"bytes_per_token": size.bytes_per_token, "cut": size.cut}
-    given = {name: value for name, value in form.items() if value is not None}
-    if given:
-        with pytest.raises(ConfigError):
-            load(codec, **given)
     with pytest.raises(ConfigError):
         load(codec).new_cache(1, RuntimeConfig(size))
+    with pytest.raises(ConfigError):
+        load(codec, bytes_per_token=size.token_bytes(MODEL.geometry))
 
 
 @pytest.mark.parametrize("dtype", ["int4", "model"])
@@ -205,9 +202,11 @@ def test_a_cache_dtype_that_a_codec_cannot_have_is_refused(
 
 @pytest.mark.parametrize("kind", ["teacher", "converted"])
 def test_only_a_codec_has_a_size(kind: str, request: pytest.FixtureRequest) -> None:
-    for size in ({"cut": 0.9}, {"bytes_per_token": 8}):
-        with pytest.raises(ConfigError):
-            load(request.getfixturevalue(kind), **size)
+    folder: Path = request.getfixturevalue(kind)
+    with pytest.raises(ConfigError):
+        load(folder, cut=0.9)
+    with pytest.raises(ConfigError):
+        load(folder, bytes_per_token=8)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ from vmla_convert.checkpoint.families import (
 )
 from vmla_convert.checkpoint.geometry import block_of
 from vmla_convert.checkpoint.layouts import DIFFUSERS
-from vmla_convert.checkpoint.settings import converted_config
 from vmla_convert.checkpoint.source import TensorSpec
 from vmla_convert.checkpoint.writer import CheckpointWriter, write_checkpoint
 from vmla_convert.config import ConvertConfig, Sizes, SourceConfig
@@ -84,13 +83,6 @@ def test_a_pt_equals_the_file_of_its_trainer(
     assert all(torch.equal(state[name], tensor) for name, tensor in source.items())
 
 
-def test_a_converted_pt_has_its_config_beside_it(converted: Path, tmp_path: Path) -> None:
-    file = export(converted, tmp_path / "out", "self_forcing")
-    told = json.loads((file.parent / "config.json").read_text())
-    assert told == converted_config(load(converted).config)
-    assert "model.blocks.1.self_attn.kv_a_proj.weight" in torch.load(file)["generator_ema"]
-
-
 @pytest.mark.parametrize(
     ("source", "layout", "file"),
     [
@@ -134,17 +126,6 @@ def test_a_frame_rate_survives_an_export(layout: str, tmp_path: Path) -> None:
     export(write_skyreels(tmp_path / "source", tensors), tmp_path / "out", layout)
     config = open_checkpoint(tmp_path / "out").config
     assert (config.family == "skyreels", config.frames_per_second) == (False, 24)
-
-
-def test_an_mla_layer_has_names_in_a_pipeline(tmp_path: Path) -> None:
-    config = tiny_config(mla=TINY_MLA)
-    state = tiny_model(config).state_dict()
-    files = {"transformer/config.json": transformer_config(config)}
-    write_checkpoint(tmp_path / "out", state, files, one_file_bytes=20_000, layout=DIFFUSERS)
-    assert len(list((tmp_path / "out" / "transformer").glob("*.safetensors"))) > 1
-    found = load(tmp_path / "out").state_dict()
-    assert found.keys() == state.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
 
 
 def test_a_conversion_may_be_written_as_a_pipeline(
@@ -348,7 +329,7 @@ def test_an_export_keeps_files_of_others(layout: str, converted: Path, tmp_path:
         export(converted, tmp_path / "other", layout)
     with pytest.raises(OutputError, match="holds an interrupted conversion") as caught:
         export(converted, tmp_path / "out", layout)
-    assert "vmla convert with --resume" in caught.value.hint
+    assert "--resume" in caught.value.hint
     assert sorted(tmp_path.rglob("*")) == before
 
 

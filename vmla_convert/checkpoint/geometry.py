@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,19 +16,11 @@ from vmla_convert.tables import from_dict
 
 C = TypeVar("C")
 
-# Names of Geometry's fields in config.json: native, then diffusers.
-_CONFIG_NAMES = {
-    "dim": ("dim",),
-    "ffn_dim": ("ffn_dim",),
-    "num_heads": ("num_heads", "num_attention_heads"),
-    "num_layers": ("num_layers",),
-    "in_dim": ("in_dim", "in_channels"),
-    "out_dim": ("out_dim", "out_channels"),
-    "freq_dim": ("freq_dim",),
-    "text_dim": ("text_dim",),
-    "text_len": ("text_len",),
-    "patch_size": ("patch_size",),
-    "eps": ("eps",),
+# Names of Geometry's fields in the config.json of diffusers, where they are not the native ones.
+_DIFFUSERS_NAMES = {
+    "num_heads": "num_attention_heads",
+    "in_dim": "in_channels",
+    "out_dim": "out_channels",
 }
 _WAN_HEAD_DIM = 128
 
@@ -87,16 +80,20 @@ def read_geometry(
     """
     found = _geometry_of_shapes(specs, path)
     stated = {
-        field: file_config[name]
-        for field, names in _CONFIG_NAMES.items()
-        for name in names
-        if file_config.get(name) is not None
+        field.name: value
+        for field in fields(Geometry)
+        for name in (field.name, _DIFFUSERS_NAMES.get(field.name))
+        if (value := file_config.get(name)) is not None
     }
-    _check_agreement(found, stated, path)
-    if "num_heads" not in stated:
-        stated["num_heads"] = _heads_of_width(found["dim"], path)
-    _check_heads(found["dim"], stated["num_heads"], file_config.get("attention_head_dim"), path)
-    return strict(Geometry, {**stated, **found}, path)
+    for field in found.keys() & stated.keys():
+        value = tuple(stated[field]) if isinstance(stated[field], list) else stated[field]
+        if value != found[field]:
+            raise CheckpointError(
+                f"config.json says {field} {value}, the tensors of {path} say {found[field]}",
+                "put the config.json of this checkpoint beside it, or remove config.json",
+            )
+    heads = _heads(found["dim"], stated, file_config.get("attention_head_dim"), path)
+    return strict(Geometry, {**stated, **found, "num_heads": heads}, path)
 
 
 def _geometry_of_shapes(specs: Mapping[str, TensorSpec], path: Path) -> dict[str, Any]:
@@ -139,33 +136,21 @@ def _shape(specs: Mapping[str, TensorSpec], name: str, rank: int, path: Path) ->
     return shape
 
 
-def _check_agreement(found: Mapping[str, Any], stated: Mapping[str, Any], path: Path) -> None:
-    for field in found.keys() & stated.keys():
-        value = tuple(stated[field]) if isinstance(stated[field], list) else stated[field]
-        if value != found[field]:
-            raise CheckpointError(
-                f"config.json says {field} {value}, the tensors of {path} say {found[field]}",
-                "put the config.json of this checkpoint beside it, or remove config.json",
-            )
-
-
-def _check_heads(dim: int, heads: Any, head_dim: Any, path: Path) -> None:
-    split = type(heads) is int and heads > 0 and dim % heads == 0
-    if not split or head_dim not in (None, dim // heads):
+def _heads(dim: int, stated: Mapping[str, Any], head_dim: Any, path: Path) -> int:
+    if "num_heads" not in stated and dim % _WAN_HEAD_DIM:
+        raise CheckpointError(
+            f"{path} does not say how many heads its width of {dim} has",
+            "put a config.json with num_heads beside it",
+        )
+    heads = stated.get("num_heads", dim // _WAN_HEAD_DIM)
+    divides = type(heads) is int and heads > 0 and dim % heads == 0
+    if not divides or head_dim not in (None, dim // heads):
         width = "" if head_dim is None else f" of width {head_dim}"
         raise CheckpointError(
             f"config.json says {heads!r} heads{width}, which do not make the width {dim} of {path}",
             "put the config.json of this checkpoint beside it",
         )
-
-
-def _heads_of_width(dim: int, path: Path) -> int:
-    if dim % _WAN_HEAD_DIM:
-        raise CheckpointError(
-            f"{path} does not say how many heads its width of {dim} has",
-            "put a config.json with num_heads beside it",
-        )
-    return dim // _WAN_HEAD_DIM
+    return heads
 
 
 def strict(kind: type[C], table: Any, path: Path) -> C:

@@ -104,10 +104,7 @@ class Lora:
     def apply(self, native: str, tensor: torch.Tensor) -> torch.Tensor:
         """Merge this LoRA into a tensor; a tensor that it does not change is returned as is.
 
-        The sum is computed in float32 or wider and rounded once.
-
-        Raises:
-            CheckpointError: The LoRA holds NaN or infinity.
+        The sum is computed in float32 or wider and rounded once. NaN and infinity are refused.
         """
         if native not in self.deltas:
             return tensor
@@ -353,7 +350,7 @@ class _Settings:
     rooted: bool = False
 
     def factor(self, rank: int, alpha: float | None, path: Path) -> float:
-        """Alpha over the rank; the tensor file's alpha comes first, and without any it is 1."""
+        """Alpha over the rank, or 1 without alpha; the alpha of the tensor file comes first."""
         if self.rank not in (None, rank):
             raise CheckpointError(
                 f"{path} is of rank {rank}, its settings say r {self.rank!r}", _CORRECT_SETTINGS

@@ -97,6 +97,12 @@ def _load(file: Path) -> Any:
             "if you trust it, load it with weights_only=False and torch.save its state dict",
         ) from error
     except Exception as error:  # a damaged pickle may raise anything
+        # torch maps the file as private memory: 28.6 GB failed on a machine with 24 GB.
+        if "unable to mmap" in str(error):
+            raise CheckpointError(
+                f"{file} has {file.stat().st_size / 1e9:.1f} GB, more than this machine can map",
+                "use a safetensors version, or allow the map: sysctl vm.overcommit_memory=1",
+            ) from error
         raise CheckpointError(
             f"{file} is not a torch checkpoint, or is damaged", "download it again"
         ) from error

@@ -55,10 +55,10 @@ _BUG = "this is a fault of the program: please report it"
 
 
 class CheckpointWriter:
-    """Writes the tensors and files of a checkpoint folder.
+    """Writes the tensors and files of a checkpoint folder; a context manager.
 
-    Use as a context manager. A part is written when the last of its tensors is added; until then
-    its tensors are in memory. `<out>.partial/` beside `out` holds
+    A part is written when the last of its tensors is added. Until then its tensors are in memory,
+    so tensors are best added block by block. `<out>.partial/` beside `out` holds
 
         checkpoint/      what `out` will be; a clean exit renames it, which is one step
         parts/           parts that are to be joined
@@ -121,8 +121,8 @@ class CheckpointWriter:
         """Make the partial folder, or continue with the one that is there.
 
         Raises:
-            OutputError: The folder cannot be made or has no room for the weights; or what an
-                interrupted run left has another identity or is damaged.
+            OutputError: The disk refuses or has no room, or an interrupted run left files that are
+                damaged or have another identity.
         """
         if not (self._resume and is_resumable(self._out)):
             discard(self._out)
@@ -158,19 +158,15 @@ class CheckpointWriter:
             OutputError: The tensor is not planned, is added twice, or has another shape or dtype;
                 or the disk refuses.
         """
-        if name not in self._specs:
-            raise OutputError(f"'{name}' is not in the plan of {self._out}", _BUG)
+        found, planned = TensorSpec(tuple(tensor.shape), tensor.dtype), self._specs.get(name)
+        if found != planned or name in self.written:
+            raise OutputError(f"'{name}' is {found}, planned was once {planned}", _BUG)
         part = self._part_of[name]
         pending = self._pending.setdefault(part, {})
-        if part in self._done or name in pending:
-            raise OutputError(f"'{name}' was added twice to {self._out}", _BUG)
-        found = TensorSpec(tuple(tensor.shape), tensor.dtype)
-        if found != self._specs[name]:
-            raise OutputError(f"'{name}' is {found}, planned was {self._specs[name]}", _BUG)
         pending[name] = tensor
         stored = self._plan.parts[part]
         if len(pending) == len(stored):
-            self._store.put(part, {stored[name]: tensor for name, tensor in pending.items()})
+            self._store.put(part, {stored[name]: pending[name] for name in stored})
             self._done.append(part)
             del self._pending[part]
 

@@ -1,1 +1,1 @@
-"""Sampling: chunks, rollouts, films, and clips sampled from a model."""
+"""Generate video: the rollout loop, films and comparisons, and clips to train on."""

@@ -27,14 +27,7 @@ from vmla_convert.progress import Progress, Silent
 
 
 def check_video_path(path: Path) -> None:
-    """Refuse, before any work, a path that `write_film` or `write_comparison` must not write to.
-
-    Args:
-        path: The mp4. The picture beside it is checked too.
-
-    Raises:
-        OutputError: A file exists, or the path does not end in .mp4.
-    """
+    """Refuse, before any work, an mp4 that exists or has a picture beside it."""
     if path.suffix != ".mp4":
         raise OutputError(f"{path} does not end in .mp4", "try -o clip.mp4")
     # A killed run leaves its first frame beside the partial video; both may be replaced.
@@ -76,24 +69,14 @@ def write_film(
 
 
 def check_comparable(models: Sequence[ModelConfig]) -> None:
-    """Refuse models that cannot be shown side by side.
-
-    Raises:
-        ConfigError: The models take different prompts, or make different latents.
-    """
-    kinds = [
-        {
-            "media": model.media,
-            "channels": model.geometry.in_dim,
-            "width of contexts": model.geometry.text_dim,
-            "length of contexts": model.geometry.text_len,
-            "latent_size": model.latent_size,
-            "frames_per_second": model.frames_per_second,
-        }
-        for model in models
-    ]
-    for name in kinds[0]:
-        if len(values := dict.fromkeys(kind[name] for kind in kinds)) > 1:
+    """Refuse models that take different prompts or make different latents."""
+    names = ("media", "latent_size", "frames_per_second")
+    inner = ("in_dim", "text_dim", "text_len")
+    for name in names + inner:
+        values = dict.fromkeys(
+            getattr(model.geometry if name in inner else model, name) for model in models
+        )
+        if len(values) > 1:
             raise ConfigError(
                 f"the models to compare differ in {name}: {' and '.join(map(str, values))}",
                 "compare a conversion with the dense checkpoint that it came from, and --set what "

@@ -166,11 +166,7 @@ def track_chunks(
 
 
 def clip_frames(seconds: float | None, frames: int | None, rate: float) -> int:
-    """Return the latent frames of a clip whose length is given in seconds or frames; default 20.
-
-    Raises:
-        ConfigError: Both lengths are given, or the time is not positive.
-    """
+    """Return the latent frames of a clip whose length is given in seconds or frames; default 20."""
     if seconds is None:
         return 20 if frames is None else frames
     if frames is not None:
@@ -181,16 +177,9 @@ def clip_frames(seconds: float | None, frames: int | None, rate: float) -> int:
 
 
 def parse_switch(text: str, clips: int, keep_sink: bool, rate: float) -> Switch:
-    """Parse `FRAME:PROMPT` or `SECONDSs:PROMPT` into one prompt for all clips.
+    """Parse `FRAME:PROMPT` or `SECONDSs:PROMPT` into a switch of all clips to one prompt.
 
-    Args:
-        text: The user's text.
-        clips: Number of clips.
-        keep_sink: As in `Switch`.
-        rate: Latent frames per second.
-
-    Raises:
-        ConfigError: The text has another form.
+    `rate` counts latent frames per second.
     """
     match = re.fullmatch(r"\s*(?:(\d+)|(\d+(?:\.\d+)?)\s*s)\s*:(.*)", text, re.DOTALL)
     if match is None or not match[3].strip():

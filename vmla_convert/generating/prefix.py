@@ -1,4 +1,7 @@
-"""Clean latents that a video begins with, from an image or a video file."""
+"""Clean latents that a video begins with, from an image or a video file.
+
+A prefix has the shape (B, P, C, height, width): B clips, P frames, C channels.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from vmla_convert.media.video import fit_frame, read_frames
 
 
 def read_prefix(path: Path, media: Media, latent_size: tuple[int, int], frames: int) -> Tensor:
-    """Encode an image or a video as latents (1, P, C, height, width), P frames.
+    """Encode an image or a video as latents (1, P, C, height, width).
 
     Frames are resized and cut at the centre to the model's size. Their rate is not changed. Where
     the number of pixel frames does not fill whole latent frames, the first ones are dropped, so
@@ -47,11 +50,7 @@ def read_prefix(path: Path, media: Media, latent_size: tuple[int, int], frames: 
 
 
 def check_prefix(prefix: Tensor, config: ModelConfig, clips: int) -> None:
-    """Refuse a prefix of another shape than (1 or `clips`, P, C, height, width), P frames.
-
-    Raises:
-        ConfigError: The shape does not fit the model or the number of clips.
-    """
+    """Refuse a prefix of another shape than (1 or `clips`, P, C, height, width)."""
     wanted = [config.geometry.in_dim, *config.latent_size]
     fits = prefix.ndim == 5 and prefix.shape[0] in (1, clips) and prefix.shape[1] > 0
     if not fits or list(prefix.shape[2:]) != wanted:
@@ -62,7 +61,7 @@ def check_prefix(prefix: Tensor, config: ModelConfig, clips: int) -> None:
 
 
 def prefix_chunks(prefix: Tensor, chunk_frames: int) -> list[Tensor]:
-    """Split a prefix (B, P, C, height, width) into chunks of `chunk_frames` frames.
+    """Split a prefix into chunks of `chunk_frames` frames.
 
     Where the chunks do not divide the length, the first chunk is shorter. So an image, one latent
     frame, is a chunk of its own: models with an independent first frame were trained this way

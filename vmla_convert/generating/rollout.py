@@ -1,7 +1,7 @@
 """The rollout loop: denoise a video chunk by chunk through the model's own cache.
 
 `generate`, the diffusers pipeline and on-policy training all run this loop. Latents have the shape
-(B, F, C, height, width).
+(B, F, C, height, width): B clips, F frames, C channels.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def rollout(
         runtime: Size, precision and place of the cache.
         prefix: Clean latents that the video begins with.
         noise: Noise to start from, in place of the first draws. Frames after its end are drawn.
-        before_step: As in `sample_chunk`.
-        after_step: As in `sample_chunk`.
+        before_step: Called before each step; see `sample_chunk`.
+        after_step: Called after each step; see `sample_chunk`.
     """
     config, weight = model.config, model.patch_embedding.weight
     size, first = config.chunk_frames, new_prompt(0)

@@ -1,6 +1,6 @@
 """Few-step flow sampling of one chunk.
 
-Latents have the shape (B, F, C, height, width).
+Latents have the shape (B, F, C, height, width): B clips, F frames, C channels.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Our cache in other programs: diffusers pipelines and transformers."""
+"""Our models in diffusers: a pipeline, a transformer and LoRA adapters."""

@@ -50,15 +50,7 @@ class LoraReport:
 
 
 def find_lora(name: str | Path, weight_name: str | None) -> Path:
-    """Return the path of a LoRA, downloaded from the Hub if needed.
-
-    Args:
-        name: A file or folder, or a Hub id.
-        weight_name: A file in the folder or repository.
-
-    Raises:
-        CheckpointError: The download fails, or a Hub id comes without a file.
-    """
+    """Return the path of a LoRA: a file, or a file in a folder or Hub repository."""
     path = Path(name)
     if path.exists() or not is_repo(str(name)):
         return path / (weight_name or "")

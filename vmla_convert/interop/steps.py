@@ -76,11 +76,7 @@ class Steps:
 
 
 def evenly_spaced(sampler: SamplerConfig, steps: int) -> SamplerConfig:
-    """Return the sampler with another number of steps, evenly spaced before the shift.
-
-    Raises:
-        ConfigError: `steps` is not between 1 and 1000.
-    """
+    """Return the sampler with another number of steps, evenly spaced before the shift."""
     total = int(TRAIN_TIMESTEPS)
     if not 1 <= steps <= total:
         raise ConfigError(f"num_inference_steps {steps} is not between 1 and {total}")

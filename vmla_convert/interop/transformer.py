@@ -149,11 +149,7 @@ class VMLATransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
 
 def refuse_options(loader: type, options: Mapping[str, Any]) -> None:
-    """Refuse options of diffusers' `from_pretrained` that have no effect here.
-
-    Raises:
-        ConfigError: Such an option is set.
-    """
+    """Refuse options of diffusers' `from_pretrained` that have no effect here."""
     if odd := [name for name, value in options.items() if value and name not in _HARMLESS]:
         raise ConfigError(
             f"{loader.__name__}.from_pretrained does not take '{odd[0]}'",
@@ -171,21 +167,13 @@ def of_revision(source: Source, revision: str | None) -> SourceConfig:
 
 
 def fetched(source: SourceConfig) -> SourceConfig:
-    """Return the same checkpoint as a local path, so that the Hub is asked only once.
-
-    Raises:
-        CheckpointError: The checkpoint is missing.
-    """
+    """Return the same checkpoint as a local path, so that the Hub is asked only once."""
     path, how = locate(source)
     return replace(how, checkpoint=str(path), file=None)
 
 
 def named_dtype(given: torch.dtype | str | None) -> torch.dtype:
-    """Return a dtype or the dtype of a name; float32 for None.
-
-    Raises:
-        ConfigError: There is no such dtype, or the dtypes are given per component.
-    """
+    """Return a dtype or the dtype of a name; float32 for None."""
     dtype = getattr(torch, given, None) if isinstance(given, str) else given or torch.float32
     if not isinstance(dtype, torch.dtype):
         raise ConfigError(f"torch_dtype {given!r} is no dtype", "try torch_dtype=torch.bfloat16")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vmla_convert.checkpoint.families import OpenCheckpoint
+from vmla_convert.checkpoint.geometry import block_of
 from vmla_convert.checkpoint.layouts import DIFFUSERS, NATIVE, WAN, Layout
 from vmla_convert.checkpoint.output import refuse_taken
 from vmla_convert.checkpoint.torch_pickle import STATE_KEYS
@@ -73,7 +74,7 @@ def export(
     if chosen == SELF_FORCING:
         return _write_wrapped(checkpoint, out, key or STATE_KEYS[0], files, progress)
     with CheckpointWriter(out, checkpoint.specs(), layout=form, copies=components) as writer:
-        for name in progress.track(checkpoint.names, "writing"):
+        for name in progress.track(sorted(checkpoint.names, key=block_of), "writing"):
             writer.add(name, checkpoint.read(name))
         writer.write_files(files)
     return out

@@ -1,4 +1,4 @@
-"""Roll dense and converted out from the same noise, show them side by side and score both."""
+"""Films of a dense and a converted model from the same noise, side by side, with scores."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def compare(
     progress: Progress | None = None,
     media: Media | None = None,
 ) -> list[Row]:
-    """Write `path` (mp4) and a contact sheet beside it, and return the scores of both models.
+    """Write a film and a contact sheet of both models, and return the scores of both.
 
-    Only the demo world can be scored, which has ground truth; of others there are no rows.
+    Only the demo world has a ground truth to score against; other models give no rows.
 
     Args:
-        dense: The source.
-        converted: Its conversion.
+        dense: The dense model.
+        converted: The converted model.
         config: Prompts, length and seed.
-        path: Of the mp4.
-        progress: Where to draw.
-        media: Of both models; by default the dense model's own, opened anew.
+        path: The mp4 file; the contact sheet is written beside it.
+        progress: Where progress is drawn.
+        media: Text encoder and VAE of both models; by default those of the dense model.
     """
     prompts = list(config.prompts)
     media = media or open_media(dense.config, device=dense.patch_embedding.weight.device)
@@ -54,7 +54,7 @@ def compare(
     scored = models if dense.config.media == "demo" else {}
     for name, model in scored.items():
         rows += rollout_rows(clips[name], prompts, model.config, config.seed)
-    # Files last: a restarted recipe takes them as the sign that nothing is left to score.
+    # Files come last: a restarted recipe takes them as a sign that the scores are written.
     shown = {name: video[: config.shown] for name, video in clips.items()}
     write_comparison(path, shown, prompts[: config.shown], media)
     return rows

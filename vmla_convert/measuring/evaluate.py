@@ -1,4 +1,7 @@
-"""Measure a converted model against its dense source, on clips that neither was fitted to."""
+"""Held-out errors of a model against the dense model, spectra of layers, and scores of rollouts.
+
+Letters: B clips, F latent frames, C channels.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ from vmla_convert.training.losses import (
     streamed_velocity,
 )
 
-# Whose noise is drawn together, whatever their size: figures do not depend on what passes together.
+# Noise is drawn for this many clips at once, so that results do not depend on the batch size.
 CLIPS_DRAWN = 8
 MEASURING = "measuring"
 SEGMENTS = 4
@@ -42,11 +45,11 @@ RANKS_DRAWN = 20
 
 
 def check_held_out(model: ModelConfig, config: EvaluateConfig, streamed: bool = False) -> None:
-    """Refuse clips that nothing can be measured on; one of them is read.
+    """Check one held-out clip.
 
     Raises:
-        ConfigError: There are none, they are too short, their frames do not fit the model, or its
-            cache where clips are `streamed`, or the model cannot read the demo world.
+        ConfigError: Clips are missing or too short, or their frames do not fit the model, or the
+            cache where clips are `streamed`.
     """
     least = 2 * model.chunk_frames
     if config.data.frames < least:
@@ -71,30 +74,28 @@ def check_held_out(model: ModelConfig, config: EvaluateConfig, streamed: bool = 
 
 
 def measuring_bar(progress: Progress, config: EvaluateConfig, passes: int) -> OneBar:
-    """One bar of so many passes over held-out clips; that of `HeldOut` itself is the first."""
+    """Return one bar for several passes over held-out clips; making a `HeldOut` is the first."""
     return OneBar(progress, MEASURING, passes * len(_starts(config)))
 
 
 def _starts(config: EvaluateConfig) -> range:
-    """The first of the clips of each draw."""
+    """Index of the first clip of each draw of noise."""
     return range(0, config.clips, CLIPS_DRAWN)
 
 
 class HeldOut:
-    """Held-out clips with their noise and the dense model's answers, prepared once.
-
-    Models see them masked, in one pass, or `streamed`, chunk by chunk through a cache of their own:
-    that shows what its window and its sink do.
+    """Held-out clips with noise and the dense model's velocities, prepared once.
 
     Args:
         teacher: The dense model.
-        config: Which clips.
-        streamed: How models see them.
-        progress: Where every pass over them is drawn, those of later measurements too.
-        clips: Where they come from; None for the source of `config`.
+        config: Number and source of the clips.
+        streamed: Pass clips chunk by chunk through each model's own cache, which shows the effect
+            of window and sink. Otherwise each clip is one masked pass.
+        progress: Where each pass over the clips is drawn.
+        clips: Source of the clips, in place of the source in `config`.
 
     Raises:
-        ConfigError: As `check_held_out`.
+        ConfigError: The clips do not fit, see `check_held_out`.
     """
 
     def __init__(
@@ -120,22 +121,22 @@ class HeldOut:
         self.targets = self._velocities(teacher, self.examples)
 
     def measure(self, model: nn.Module, runtime: RuntimeConfig | None = None) -> Errors:
-        """Errors of a model, dense or converted; the dense model's own `velocity_error` is 0."""
+        """Measure a model; the `velocity_error` of the dense model itself is 0."""
         return self._errors(self._velocities(model, self.examples, runtime))
 
     def teacher_errors(self) -> Errors:
-        """What `measure` tells of the dense model, whose answers are here already."""
+        """Errors of the dense model, from the velocities that are kept."""
         return self._errors(self.targets)
 
     def measure_other_past(self, teacher: CausalWanModel) -> Errors:
-        """Errors when each clip is given the past of another: what the cache is worth."""
+        """Measure the dense model on each clip with another clip's past: the worth of the cache."""
         pasts = torch.cat([example.latents.chunk(2, dim=1)[0] for example in self.examples])
         others = pasts.roll(1, dims=0).split([len(e.latents) for e in self.examples])
         swapped = [_with_past(e, past) for e, past in zip(self.examples, others, strict=True)]
         return self._errors(self._velocities(teacher, swapped))
 
     def _errors(self, velocities: Sequence[Tensor]) -> Errors:
-        # The first chunk reads no cache.
+        # The first chunk has no past.
         first = self.config.chunk_frames
         got = torch.cat([v[:, first:] for v in velocities])
         target = torch.cat([v[:, first:] for v in self.targets])
@@ -148,7 +149,7 @@ class HeldOut:
     def _velocities(
         self, model: nn.Module, examples: Sequence[Example], runtime: RuntimeConfig | None = None
     ) -> list[Tensor]:
-        """One pass of a model over clips."""
+        """Velocities of a model on all clips."""
         tracked = self.progress.track(examples, MEASURING)
         return [self._velocity(model, example, runtime) for example in tracked]
 
@@ -162,7 +163,7 @@ class HeldOut:
         return torch.cat([self._part(model, Example(*part), runtime) for part in parts])
 
     def _part(self, model: nn.Module, part: Example, runtime: RuntimeConfig | None) -> Tensor:
-        """As many clips as pass the model together."""
+        """Velocity of clips that pass the model together."""
         part = part.to(next(model.parameters()).device)
         if self.streamed:
             assert isinstance(model, CausalWanModel)
@@ -176,7 +177,7 @@ def _with_past(example: Example, past: Tensor) -> Example:
 
 
 def dense_rows(teacher: CausalWanModel, held_out: HeldOut) -> list[Row]:
-    """Rows of the dense model itself."""
+    """Rows of the dense model."""
     other = held_out.measure_other_past(teacher).flow_loss
     return [
         *error_rows(held_out.teacher_errors(), teacher.config, None),
@@ -188,20 +189,20 @@ def dense_rows(teacher: CausalWanModel, held_out: HeldOut) -> list[Row]:
 def spectrum_rows(
     teacher: CausalWanModel, measured: Iterable[LayerStatistics], rank: int
 ) -> list[Row]:
-    """Rows of each layer's joint key and value spectrum, as weights and on what is cached.
+    """Rows of the joint spectrum of keys and values of each layer, of weights and of activations.
 
     Args:
         teacher: The dense model.
-        measured: Calibration of every layer, in order, for either product.
-        rank: Number of directions whose energy is told among others.
+        measured: Statistics of every layer, in order, for either product.
+        rank: A rank to give the energy at, beside others that draw the spectrum.
     """
     read = teacher.state_dict().__getitem__
     rows: list[Row] = []
-    for layer, reads in enumerate(measured):
+    for layer, statistics in enumerate(measured):
         weights = layer_weights(read, layer, teacher.config.geometry.num_heads)
-        joint, covariance = torch.cat([weights.key, weights.value]), reads.past[1].covariance
-        # A codec is calibrated on keys and values themselves, MLA layers on what they come from.
-        is_codec = reads.samples is not None
+        joint, covariance = torch.cat([weights.key, weights.value]), statistics.past[1].covariance
+        # A codec is calibrated on keys and values, MLA layers on their inputs.
+        is_codec = statistics.samples is not None
         spectra = {
             "weights": weight_spectrum(joint),
             "weights_x_activations": spectrum(covariance)
@@ -213,10 +214,10 @@ def spectrum_rows(
 
 
 def learned_spectrum_rows(model: CausalWanModel, step: int, seed: int = 0) -> list[Row]:
-    """Rows of each converted layer's own operator, U_k A over U_v A, as weights, after some steps.
+    """Rows of the effective rank of each MLA layer's map from inputs to keys and values.
 
-    VideoMLA shows that it fills its rank whatever the init (its figures 2 and 8); so it does here,
-    and tells nothing of quality.
+    A trained layer fills its rank whatever the init (VideoMLA, figures 2 and 8), so the rank says
+    nothing about quality.
     """
     fields, rows = row_fields(model.config, seed), list[Row]()
     for layer, attention in enumerate(model.self_attentions()):
@@ -231,7 +232,7 @@ def learned_spectrum_rows(model: CausalWanModel, step: int, seed: int = 0) -> li
 
 
 def _energy_rows(spectra: dict[str, Tensor], layer: int, ranks: set[int]) -> list[Row]:
-    """Rows of one layer's spectra, by run."""
+    """Rows of one layer's spectra, by name of the run."""
     rows: list[Row] = []
     for run, energies in spectra.items():
         rank_99 = effective_rank(energies)
@@ -245,15 +246,15 @@ def _energy_rows(spectra: dict[str, Tensor], layer: int, ranks: set[int]) -> lis
 
 
 def _spread(width: int) -> list[int]:
-    """About twenty ranks up to the width, evenly spread by ratio: enough to draw a spectrum."""
+    """Ranks up to the width, evenly spaced by ratio, to draw a spectrum with."""
     return [round(width ** (i / (RANKS_DRAWN - 1))) for i in range(RANKS_DRAWN)]
 
 
 def rollout_rows(video: Tensor, prompts: list[str], config: ModelConfig, seed: int) -> list[Row]:
-    """Score a rollout (B, F, 3, H, W) of the demo model, whole and segment by segment.
+    """Score a demo rollout (B, F, 3, height, width), whole and by segment.
 
-    `background_psnr` is against the background of the first chunk, `digit_accuracy` the share of
-    frames in which the judge reads the prompted digit.
+    `background_psnr` compares with the background of the first chunk. `digit_accuracy` is the share
+    of frames in which the judge recognises the prompted digit.
     """
     labels = torch.tensor([prompted_digit(prompt) for prompt in prompts])
     hits = (read_digits(video) == labels[:, None]).float()
@@ -274,10 +275,10 @@ def rollout_rows(video: Tensor, prompts: list[str], config: ModelConfig, seed: i
 
 
 def drift_rows(latents: Tensor, config: ModelConfig, seed: int) -> list[Row]:
-    """How far clean latents (B, F, C, height, width) leave what they were, segment by segment.
+    """Rows of how far clean latents (B, F, C, height, width) drift, by segment; for any model.
 
-    Of each clip and channel the mean and the spread; their squared distance from those of the first
-    segment, in units of the latter's spread. It needs no judge, and so serves any model.
+    Drift is the squared distance of mean and standard deviation, per clip and channel, from those
+    of the first segment, relative to the first segment's variance.
     """
     fields = {**row_fields(config, seed), "frames": latents.shape[1]}
     parts = [part.transpose(1, 2).flatten(2) for part in latents.tensor_split(SEGMENTS, dim=1)]
@@ -285,7 +286,7 @@ def drift_rows(latents: Tensor, config: ModelConfig, seed: int) -> list[Row]:
     first = moments[0]
     return [
         Row(
-            "drift",
+            Metric.DRIFT,
             ((each - first).square().sum(0) / first[1].square().clamp_min(1e-12)).mean().item(),
             "squared, relative to the spread",
             segment=segment,

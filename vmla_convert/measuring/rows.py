@@ -1,4 +1,4 @@
-"""What pipelines measured, as rows: names of metrics and fields are the design's."""
+"""Rows of a model: its errors, its cache, its layers, and what its conversion took."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ AXES = ("time", "height", "width")
 
 
 class Errors(NamedTuple):
-    """Held-out errors over the chunks that read a cache.
+    """Held-out errors over the chunks that have a past.
 
     Attributes:
-        velocity_error: Squared distance to the dense velocity, relative to its square.
+        velocity_error: Squared distance to the dense velocity, relative to the dense square.
         flow_loss: Mean squared distance to the true velocity.
     """
 
@@ -31,7 +31,7 @@ class Errors(NamedTuple):
 
 
 def run_name(config: ModelConfig, runtime: RuntimeConfig | None = None) -> str:
-    """How rows call a model: `dense`, `dense int4`, `codec`, or `mla` with its init and sizes."""
+    """Name of a model in rows: `dense`, `dense int4`, `codec`, or `mla` with init and sizes."""
     mla = config.mla
     if mla is None:
         quantised = runtime and runtime.cache_dtype in DENSE_BITS
@@ -44,14 +44,14 @@ def run_name(config: ModelConfig, runtime: RuntimeConfig | None = None) -> str:
 
 
 def device_name() -> str:
-    """The device that figures are measured on."""
+    """Name of the device that figures are measured on."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def row_fields(
     config: ModelConfig, seed: int = 0, runtime: RuntimeConfig | None = None
 ) -> dict[str, Any]:
-    """The fields that every row of one model and one way of caching shares."""
+    """Fields that all rows of a model with one runtime share."""
     mla, codec = config.mla, config.codec
     fields: dict[str, Any] = {
         "run": run_name(config, runtime),
@@ -77,7 +77,7 @@ def row_fields(
 
 
 def _uniform_sizes(mla: MLAConfig) -> tuple[int | None, int | None]:
-    """R and rope width where all layers share them."""
+    """Latent rank and width of the rope key, where all layers have the same."""
     sizes = {(r, 2 * len(p)) for r, p in zip(mla.kv_lora_rank, mla.rope_pairs, strict=True)}
     return sizes.pop() if len(sizes) == 1 else (None, None)
 
@@ -89,7 +89,7 @@ def error_rows(
     seed: int = 0,
     runtime: RuntimeConfig | None = None,
 ) -> list[Row]:
-    """Rows of one measurement."""
+    """Rows of held-out errors."""
     fields = row_fields(config, seed, runtime)
     rows = [Row(Metric.FLOW_LOSS, errors.flow_loss, "squared velocity", step=step, **fields)]
     if fields["run"] != "dense":
@@ -102,9 +102,9 @@ def error_rows(
 def cache_rows(
     config: ModelConfig, seed: int = 0, runtime: RuntimeConfig | None = None
 ) -> list[Row]:
-    """Rows of what a token costs, two bytes for a number that is not quantised.
+    """Rows of the cache's bytes per token; a number that is not quantised counts two bytes.
 
-    Frames that are kept dense as well are spread over the window.
+    Frames that are kept dense too are spread over the window.
     """
     fields = row_fields(config, seed, runtime)
     window, layers = config.cache.window_frames, config.geometry.num_layers
@@ -120,10 +120,10 @@ def cache_rows(
 def memory_rows(
     config: ModelConfig, seed: int = 0, runtime: RuntimeConfig | None = None
 ) -> list[Row]:
-    """Rows of what whole clips take in the cache, and of the model's own window.
+    """Rows of the cache's bytes for whole clips and for the model's window.
 
-    Numbers that are not quantised count two bytes. Streaming needs no more than the window,
-    whatever the length of the clip.
+    A number that is not quantised counts two bytes. Streaming needs no more than the window,
+    however long the clip is.
     """
     fields, window = row_fields(config, seed, runtime), config.cache.window_frames
     rows: list[Row] = []
@@ -138,13 +138,13 @@ def memory_rows(
     return rows
 
 
-def branch_rows(config: ModelConfig, seed: int = 0) -> list[Row]:
-    """Rows of the sizes that each layer got, of its rope keys, and of what its content folds."""
+def layer_rows(config: ModelConfig, seed: int = 0) -> list[Row]:
+    """Rows of each MLA layer's sizes, rope keys and folded phases."""
     mla, head_dim, rows = config.mla, config.geometry.head_dim, list[Row]()
     if mla is None:
         return rows
     fields = row_fields(config, seed)
-    # A layer's own row has its size as value, not as field.
+    # A row of a layer's size has the size as value, not as field.
     sizes = ("kv_lora_rank", "qk_rope_head_dim")
     shared = {name: value for name, value in fields.items() if name not in sizes}
     axes = [axis for axis, n in zip(AXES, axis_pairs(head_dim), strict=True) for _ in range(n)]
@@ -166,7 +166,7 @@ def branch_rows(config: ModelConfig, seed: int = 0) -> list[Row]:
 
 
 def conversion_rows(conversion: Conversion, seed: int = 0) -> list[Row]:
-    """Rows of what a conversion took."""
+    """Rows of the time and memory of a conversion."""
     fields = row_fields(conversion.config, seed)
     return [
         Row(Metric.CONVERT_SECONDS, conversion.convert_seconds, "s", **fields),

@@ -1,4 +1,4 @@
-"""How long a denoising step takes beside the dense model's, measured in turns in one run."""
+"""Time of a denoising step beside the dense model's time, measured in turns in one run."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def step_rows(
 ) -> list[Row]:
     """Rows of one denoising step of one clip at a full window: medians of repeats in turns.
 
-    Machines grow warm and are shared. Rely only on the ratio, because both models are timed side by
-    side.
+    Only the ratio is reliable, as both models are timed side by side: machines are shared and slow
+    down when warm.
 
     Args:
         dense: The dense model.
@@ -47,7 +47,7 @@ def step_rows(
 
 @torch.no_grad()
 def _step(model: CausalWanModel, runtime: RuntimeConfig | None = None) -> Callable[[], object]:
-    """One step of a chunk that reads a full window, run once already."""
+    """Return one step of a chunk that attends to a full window; the step has run once."""
     config, weight = model.config, model.patch_embedding.weight
     geometry, frames = config.geometry, config.chunk_frames
     prompt = model.project_prompt(weight.new_zeros(1, geometry.text_len, geometry.text_dim))

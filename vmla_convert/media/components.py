@@ -60,19 +60,11 @@ class Components:
         return str(self.own[part].parent) if part in self.own else self.base
 
     def folder(self, part: Part) -> Path:
-        """Return the complete local folder of a part.
-
-        Raises:
-            CheckpointError: The part is missing.
-        """
+        """Return the local folder of a part, downloaded if needed."""
         return self._root(part, f"{part}/") / part
 
     def settings(self, part: Part) -> dict[str, Any]:
-        """Return the config.json of a part, without fetching its weights.
-
-        Raises:
-            CheckpointError: The file is missing, or is no JSON table.
-        """
+        """Return the config.json of a part, without downloading the weights."""
         name = f"{part}/config.json"
         file = self._root(part, name) / name
         try:
@@ -121,11 +113,8 @@ def find_components(
 def parts_beside(checkpoint: Path) -> dict[Part, Path]:
     """Return the local parts in a checkpoint's folder or, as in a pipeline, the folder above.
 
-    In the Hub's cache there are none, because folders in the cache may be incomplete; see
+    A checkpoint in the Hub's cache has none, because folders in the cache may be incomplete; see
     `repository_with_parts`.
-
-    Raises:
-        CheckpointError: There is no checkpoint.
     """
     folder = located(checkpoint).parent
     if cached_repo(folder) is not None:
@@ -140,21 +129,13 @@ def parts_beside(checkpoint: Path) -> dict[Part, Path]:
 
 
 def repository_with_parts(checkpoint: Path) -> str | None:
-    """Return the Hub id of a checkpoint in the Hub's cache, if the repository holds all parts.
-
-    Raises:
-        CheckpointError: There is no checkpoint, or its repository cannot be listed.
-    """
+    """Return the Hub id of a checkpoint in the Hub's cache, if the repository holds all parts."""
     repo = cached_repo(located(checkpoint))
     return repo if repo is not None and has_all_parts(repo) else None
 
 
 def has_all_parts(repo: str) -> bool:
-    """Return whether a Hub repository holds text encoder, tokenizer and VAE.
-
-    Raises:
-        CheckpointError: The repository cannot be listed.
-    """
+    """Return whether a Hub repository holds text encoder, tokenizer and VAE."""
     return has_parts(repo, *(f"{part}/" for part in PARTS))
 
 

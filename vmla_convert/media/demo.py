@@ -1,4 +1,7 @@
-"""Text encoder and VAE of the demo world of moving digits; neither has weights."""
+"""Text encoder and VAE of the demo world of moving digits; neither has weights.
+
+B clips, F frames; h, w and H, W are the sizes of latent and pixel frames.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +37,7 @@ class DemoMedia:
         self.frames_per_second = frames_per_second
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """Return contexts (B, 1, 10) of the digits that the prompts name.
-
-        Raises:
-            VmlaError: A prompt names no digit, or several.
-        """
+        """Return contexts (B, 1, 10) of the digits that the prompts name."""
         return self.encode_labels(torch.tensor([prompted_digit(prompt) for prompt in prompts]))
 
     def encode_labels(self, labels: Tensor) -> Tensor:
@@ -89,15 +88,6 @@ def prompted_digit(prompt: str) -> int:
 
 
 def require_demo_media(config: ModelConfig, purpose: str, hint: str = _CONVERT_HINT) -> None:
-    """Refuse a task that only a model of the demo world can do.
-
-    Args:
-        config: Configuration of the model.
-        purpose: The task, as the subject of a sentence.
-        hint: What to do instead. Default: how to convert without the demo's clips.
-
-    Raises:
-        ConfigError: The model is not of the demo world.
-    """
+    """Refuse a task, named as the subject of a sentence, that needs a model of the demo world."""
     if config.media != "demo":
         raise ConfigError(f"{purpose} needs the demo's latents, and this model's are Wan's", hint)

@@ -42,11 +42,7 @@ def open_media(
 
 
 def check_prompts(config: ModelConfig, prompts: Iterable[str]) -> None:
-    """Refuse a prompt that a model's text encoder does not understand, before any work is done.
-
-    Raises:
-        VmlaError: A prompt for the demo model names no digit, or several.
-    """
+    """Refuse a prompt for the demo model that does not name one digit, before any work is done."""
     if config.media == "demo":
         for prompt in prompts:
             prompted_digit(prompt)

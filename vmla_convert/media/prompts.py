@@ -1,4 +1,4 @@
-"""Read, clean and encode prompts."""
+"""Read, clean and encode prompts; a batch has B of them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,7 @@ class EncodedPrompts:
     def __init__(
         self, media: Media, prompts: Iterable[str], progress: Progress | None = None
     ) -> None:
-        """Encode all prompts and free the media's text encoder.
-
-        Raises:
-            VmlaError: The encoder does not understand a prompt.
-        """
+        """Encode all prompts and free the media's text encoder."""
         unique = list(dict.fromkeys(prompts))
         for batch in (progress or Silent()).track([unique], "encoding prompts"):
             self._contexts = dict(zip(batch, media.encode_prompts(batch), strict=True))
@@ -74,14 +70,9 @@ def encode_with_umt5(
     geometry: Geometry,
     device: torch.device,
 ) -> Tensor:
-    """Return contexts (B, text_len, text_dim) on the CPU, 0 after the end of each prompt.
+    """Clean and encode prompts with a `transformers.UMT5EncoderModel`.
 
-    Args:
-        text_encoder: A `transformers.UMT5EncoderModel`. Contexts have its dtype.
-        tokenizer: The encoder's tokenizer.
-        prompts: Texts, not cleaned.
-        geometry: Geometry of the model that attends to the contexts.
-        device: Device of the encoder.
+    Returns contexts (B, text_len, text_dim) on the CPU, 0 after the end of each prompt.
     """
     shape = (len(prompts), geometry.text_len, geometry.text_dim)
     contexts = torch.zeros(shape, dtype=text_encoder.dtype)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,10 +39,11 @@ def write_mp4(path: Path, video: Tensor, fps: int = 8, scale: int = 8) -> None:
 def open_mp4(path: Path, fps: int = 8, scale: int = 8) -> Iterator[Callable[[Tensor], None]]:
     """Yield a function that appends frames (F, 3, H, W) in −1 … 1 to an H.264 file.
 
-    All frames have the same size. Parent folders are created.
+    All frames have the same size. Parent folders are created. The file replaces an older one in
+    one step when it is complete.
 
     Args:
-        path: Replaced in one step when the file is complete.
+        path: The mp4.
         fps: Frames per second.
         scale: Side of the square that one pixel becomes.
 
@@ -49,10 +51,9 @@ def open_mp4(path: Path, fps: int = 8, scale: int = 8) -> Iterator[Callable[[Ten
         MissingExtraError: PyAV is not installed.
         OutputError: The file cannot be written.
     """
-    try:
-        import av
-    except ImportError as error:
-        raise MissingExtraError("video files", "video") from error
+    _require("av", "video files")
+    import av
+
     with _complete_or_absent(path) as partial, _container(path, partial) as file:
         # mbtree=0, because x264's macroblock tree reads uninitialised memory: with it, equal frames
         # do not always give equal bytes.
@@ -74,22 +75,16 @@ def open_mp4(path: Path, fps: int = 8, scale: int = 8) -> Iterator[Callable[[Ten
 
 def write_png(path: Path, frame: Tensor, scale: int = 1) -> None:
     """Write one frame (3, H, W) in −1 … 1; other arguments and errors as in `open_mp4`."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise MissingExtraError("pictures", "video") from error
+    _require("PIL", "pictures")
+    from PIL import Image
+
     pixels = _to_bytes(frame[None], scale)[0].numpy()
     with _complete_or_absent(path) as partial, _writing(path):
         Image.fromarray(pixels).save(partial, format="PNG")
 
 
 def read_frames(path: Path) -> Iterator[Tensor]:
-    """Yield every frame (3, H, W) of a video in −1 … 1, upright.
-
-    Raises:
-        MissingExtraError: PyAV is not installed.
-        ConfigError: The file holds no video, or is damaged.
-    """
+    """Yield every frame (3, H, W) of a video in −1 … 1, upright; errors as in `check_playable`."""
     with _playable(path) as file:
         for frame in file.decode(video=0):
             pixels = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
@@ -138,10 +133,9 @@ def contact_sheet(
         MissingExtraError: Pillow is not installed.
         OutputError: The file cannot be written.
     """
-    try:
-        from PIL import Image, ImageDraw, ImageFont
-    except ImportError as error:
-        raise MissingExtraError("contact sheets", "video") from error
+    _require("PIL", "contact sheets")
+    from PIL import Image, ImageDraw, ImageFont
+
     font, small = (ImageFont.load_default(size) for size in (LABEL_SIZE, NUMBER_SIZE))
     frames = len(rows[0][1])
     numbers = torch.linspace(0, frames - 1, min(columns, frames)).round().long().tolist()
@@ -178,6 +172,13 @@ def side_by_side(left: Tensor, right: Tensor, gap: int = 2) -> Tensor:
     return torch.cat([left, between, right], dim=3)
 
 
+def _require(package: str, what: str) -> None:
+    try:
+        import_module(package)
+    except ImportError as error:
+        raise MissingExtraError(what, "video") from error
+
+
 def _to_bytes(video: Tensor, scale: int) -> Tensor:
     """Convert (F, 3, H, W) in −1 … 1 to bytes (F, scale·H, scale·W, 3)."""
     levels = ((video.detach().float().cpu().nan_to_num(nan=-1.0).clamp(-1, 1) + 1) * 127.5).round()
@@ -195,11 +196,10 @@ def _pad_to_even(pixels: Tensor) -> Tensor:
 @contextmanager
 def _playable(path: Path) -> Iterator[InputContainer]:
     """Open a file that holds a video."""
-    try:
-        import av
-        from av.error import FFmpegError
-    except ImportError as error:
-        raise MissingExtraError("video files", "video") from error
+    _require("av", "video files")
+    import av
+    from av.error import FFmpegError
+
     hint = "give another, or encode it again"
     try:
         with av.open(str(path)) as file:
@@ -217,11 +217,7 @@ def partial_path(path: Path) -> Path:
 
 @contextmanager
 def _complete_or_absent(path: Path) -> Iterator[Path]:
-    """Yield a sibling to write into, which replaces `path` at the end or disappears on an error.
-
-    Raises:
-        OutputError: The file cannot be written.
-    """
+    """Yield a sibling to write into, which replaces `path` at the end or disappears on an error."""
     partial = partial_path(path)
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

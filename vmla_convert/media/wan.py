@@ -38,13 +38,7 @@ def open_wan_media(
     device: torch.device,
     dtype: torch.dtype,
 ) -> WanMedia:
-    """Find the components of a model and check that they fit it; arguments as in `open_media`.
-
-    Raises:
-        CheckpointError: The components are not there.
-        ConfigError: No components are known for this model, or they do not fit it.
-        MissingExtraError: diffusers or transformers are not installed.
-    """
+    """Find the components of a model and check that they fit; arguments as in `open_media`."""
     if any(find_spec(package) is None for package in PACKAGES):
         raise MissingExtraError("Wan's text encoder and VAE", "wan")
     components = find_components(config, how.base, checkpoint)
@@ -86,12 +80,12 @@ class WanMedia:
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """Return contexts (B, text_len, text_dim), 0 after the end of each prompt."""
         geometry = self.config.geometry
-        with self.on_device(self._text_encoder) as encoder:
-            return encode_with_umt5(encoder, self._tokenizer, prompts, geometry, self.device)
+        with self.on_device(self.text_encoder) as encoder:
+            return encode_with_umt5(encoder, self.tokenizer, prompts, geometry, self.device)
 
     def free_text_encoder(self) -> None:
         """Drop the text encoder's weights until prompts come again."""
-        vars(self).pop("_text_encoder", None)
+        vars(self).pop("text_encoder", None)
 
     def pixel_shape(self, frames: int, latent_size: tuple[int, int]) -> tuple[int, int, int]:
         """Return frames, height and width of the pixels that encode to latents of this shape."""
@@ -129,18 +123,12 @@ class WanMedia:
                 module.to("cpu")
 
     def component(self, part: Part) -> Any:
-        """Return one component for a diffusers pipeline.
-
-        Raises:
-            CheckpointError: The component is missing or damaged.
-        """
-        if part == "vae":
-            return self.vae
-        return self._text_encoder if part == "text_encoder" else self._tokenizer
+        """Return one component, as a diffusers pipeline holds it."""
+        return getattr(self, part)
 
     @cached_property
     def vae(self) -> Any:
-        """An `AutoencoderKLWan` of diffusers."""
+        """The `AutoencoderKLWan`, loaded at first use."""
         from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
         vae = self._load_weights("vae", AutoencoderKLWan.from_pretrained, torch_dtype=self.dtype)
@@ -152,14 +140,16 @@ class WanMedia:
         return vae
 
     @cached_property
-    def _tokenizer(self) -> Any:
+    def tokenizer(self) -> Any:
+        """The text encoder's tokenizer, loaded at first use."""
         from transformers import AutoTokenizer
 
         # Without trust_remote_code=False, transformers may ask on the terminal.
         return self._load("tokenizer", AutoTokenizer.from_pretrained, trust_remote_code=False)
 
     @cached_property
-    def _text_encoder(self) -> Any:
+    def text_encoder(self) -> Any:
+        """The `UMT5EncoderModel`, loaded at first use."""
         from transformers import UMT5EncoderModel
 
         load = UMT5EncoderModel.from_pretrained
@@ -249,12 +239,7 @@ def _decode_frame(vae: Any, latents: Tensor, features: dict[int, Any]) -> Tensor
 
 
 def normalise(latents: Tensor, vae: Mapping[str, Any]) -> Tensor:
-    """Normalise latents (B, C, F, h, w) of a VAE for the model, in float32.
-
-    Args:
-        latents: Output of the VAE's encoder.
-        vae: Configuration of the VAE, with the mean and deviation of each channel.
-    """
+    """Normalise latents (B, C, F, h, w) by the mean and deviation in a VAE's config, in float32."""
     mean, deviation = _channel_scale(vae, latents.device)
     return (latents.float() - mean) / deviation
 

@@ -19,17 +19,12 @@ from vmla_convert.errors import VmlaError
 from vmla_convert.generating.film import comparison_rows
 from vmla_convert.generating.generate import generate
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.measuring.evaluate import (
-    HeldOut,
-    drift_rows,
-    learned_spectrum_rows,
-    rollout_rows,
-)
+from vmla_convert.measuring.evaluate import HeldOut, drift_rows, learned_spectrum_rows, rollout_rows
 from vmla_convert.measuring.rows import (
     Errors,
-    branch_rows,
     cache_rows,
     error_rows,
+    layer_rows,
     memory_rows,
     row_fields,
 )
@@ -76,7 +71,7 @@ def measure_point(
     rows = [Row(Metric.CONVERT_SECONDS, seconds, "s", **row_fields(config, seed))]
     for runtime in point.runtimes or (None,):
         rows += [*cache_rows(config, seed, runtime), *memory_rows(config, seed, runtime)]
-    rows += branch_rows(config, seed)
+    rows += layer_rows(config, seed)
     last, measured = _errors(student, point, bench, progress)
     rows += measured
     if config.mla is not None and last:

@@ -34,13 +34,7 @@ from vmla_convert.fitting.rank_plan import check_sizes
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.layers.runtime import check_size
 from vmla_convert.measuring.evaluate import HeldOut, check_held_out, dense_rows, spectrum_rows
-from vmla_convert.measuring.rows import (
-    cache_rows,
-    device_name,
-    error_rows,
-    memory_rows,
-    run_name,
-)
+from vmla_convert.measuring.rows import cache_rows, device_name, error_rows, memory_rows, run_name
 from vmla_convert.media.clips import open_clips
 from vmla_convert.media.open import check_prompts, open_media
 from vmla_convert.progress import Joint, Progress, Silent, Timed
@@ -229,7 +223,7 @@ class _Sweep:
             if not self.rollouts.has("rollout"):
                 latents = roll_out(teacher, self.config, progress)
                 self.rollouts.put("rollout", {"latents": latents})
-            if "drift" not in metrics:
+            if Metric.DRIFT not in metrics:
                 rows += score(self._dense_rollout(), teacher.config, self.config, 0)
         if not any(row.metric == Metric.EFFECTIVE_RANK_99 for row in written):
             geometry = teacher.config.geometry
@@ -263,7 +257,7 @@ class _Sweep:
         """Keys and seeds of the points that have all rows asked for."""
         wanted = {Metric.VELOCITY_ERROR}
         wanted |= {Metric.SECONDS_RATIO} if self.config.timed else set()
-        wanted |= {"drift"} if self.config.rollout_frames else set()
+        wanted |= {Metric.DRIFT} if self.config.rollout_frames else set()
         metrics = defaultdict[tuple[str | None, int], set[str]](set)
         for row in rows:
             metrics[row.point, row.seed].add(row.metric)
