@@ -121,9 +121,10 @@ def test_streaming_equals_the_masked_pass(
     """Without a sink relative positions are those of the clip, up to a shift."""
     config = tiny_config(cache=policy, **kind, chunk_frames=chunk)
     model = model_of(config)
-    latents, timestep, context = clip_of(config, 12, batch)
-    mask = block_causal_mask(12, chunk, config.tokens_per_frame, policy)
-    masked = model(latents, timestep, context, torch.arange(12), mask)
+    frames = {1: 7, 2: 8, 3: 9}[chunk]
+    latents, timestep, context = clip_of(config, frames, batch)
+    mask = block_causal_mask(frames, chunk, config.tokens_per_frame, policy)
+    masked = model(latents, timestep, context, torch.arange(frames), mask)
     for runtime in runtimes(kind):
         streamed = rollout(model, latents, timestep, context, runtime)
         torch.testing.assert_close(streamed, masked, atol=2e-5, rtol=0)
@@ -171,7 +172,7 @@ def test_a_sampled_chunk_leaves_what_a_pass_over_its_clean_latents_leaves(
     latents, timestep, context = clip_of(config, 2)
     prompt, generator = model.project_prompt(context), torch.Generator().manual_seed(0)
     sampled, clean = model.new_cache(2), model.new_cache(2)
-    for seed in range(4):
+    for seed in range(2):
         start = noise(*latents.shape, seed=seed)
         for cache in (sampled, clean):
             cache.open_chunk(2)
@@ -215,6 +216,7 @@ def live_bytes() -> int:
     return sum(held.nbytes for held in gc.get_objects() if type(held) is Tensor)
 
 
+@pytest.mark.slow
 @EXACT_KINDS
 @torch.no_grad()
 def test_sixty_frames_take_no_more_than_the_first_ones(kind: Kind) -> None:

@@ -1,14 +1,15 @@
 """How low-rank a layer's keys and values are, and truncation of weights without data.
 
-Singular vectors come from the leading eigenvectors of the Gram matrix: several times cheaper than a
-full SVD, and as precise for a projection, which divides by no singular value.
+Singular vectors come from the eigenvectors of the Gram matrix: several times cheaper than a full
+SVD, and as precise for a projection, which divides by no singular value.
 """
 
 from __future__ import annotations
 
-import scipy.linalg
 import torch
 from torch import Tensor
+
+from vmla_convert.maths.decomposition import descending_eigh
 
 
 def truncate(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -16,14 +17,9 @@ def truncate(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     The rows of `down` are orthonormal, the strongest direction first.
     """
-    if not rank:
-        return matrix[:, :0], matrix[:0]
     rows = matrix.double()
-    gram = (rows.mT @ rows).numpy()
-    leading = (len(gram) - rank, len(gram) - 1)
-    _, vectors = scipy.linalg.eigh(gram, subset_by_index=leading, check_finite=False)
-    # A copy, because torch takes no negative strides.
-    down = torch.from_numpy(vectors.T[::-1].copy()).to(matrix.dtype)
+    _, vectors = descending_eigh(rows.mT @ rows)
+    down = vectors[:, :rank].mT.contiguous().to(matrix.dtype)
     return matrix @ down.mT, down
 
 
@@ -50,5 +46,4 @@ def energy_at_rank(spectrum: Tensor, rank: int) -> float:
 
 def spectrum(square: Tensor) -> Tensor:
     """Eigenvalues of a positive semi-definite matrix, descending."""
-    values = scipy.linalg.eigvalsh(square.numpy(), check_finite=False)
-    return torch.from_numpy(values).clamp_min(0).flip(0)
+    return torch.linalg.eigvalsh(square).clamp_min(0).flip(0)
