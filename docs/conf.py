@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import re
 
+from docutils import nodes
+from latex2mathml.converter import convert
 from sphinx.application import Sphinx
+from sphinx.writers.html5 import HTML5Translator
 
 from vmla_convert import __version__
 
@@ -46,6 +49,9 @@ nitpick_ignore_regex = [("py:.*", ".*")]
 # The public names are documented twice: as `vmla_convert.load` and in the module that defines them.
 suppress_warnings = ["ref.python"]
 
+# Formulas as MathML, which browsers draw themselves: MathJax would come from the network.
+html_math_renderer = "mathml"
+
 html_theme = "furo"
 html_title = "vmla-convert"
 templates_path = ["_templates"]
@@ -60,6 +66,19 @@ def escape_docstring(
         lines[index] = outside_code.sub(lambda m: m[1] or f"\\{m[2]}", line)
 
 
+def inline_formula(writer: HTML5Translator, node: nodes.math) -> None:
+    """Write a formula within a line."""
+    writer.body.append(convert(node.astext()))
+    raise nodes.SkipNode
+
+
+def formula(writer: HTML5Translator, node: nodes.math_block) -> None:
+    """Write a formula on lines of its own."""
+    writer.body.append(f"<p>{convert(node.astext(), display='block')}</p>")
+    raise nodes.SkipNode
+
+
 def setup(app: Sphinx) -> None:
-    """Register the hook ahead of napoleon, which has priority 500."""
+    """Register the hook ahead of napoleon, which has priority 500, and the formulas."""
     app.connect("autodoc-process-docstring", escape_docstring, priority=400)
+    app.add_html_math_renderer("mathml", (inline_formula, None), (formula, None))

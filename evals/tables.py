@@ -21,7 +21,11 @@ from vmla_convert.results import Metric, Row, read_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "evals" / "results"
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "vmla_convert" / "demo" / "checkpoint" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 PICTURES = {name: ROOT / "docs" / "images" / f"error_{name}.svg" for name in ("light", "dark")}
 
 COMMANDS = {
@@ -176,7 +180,9 @@ def teacher() -> str:
 
     def mean(metric: Metric, run: str = "dense") -> str:
         values = [r.value for r in whole if r.metric == metric and r.run == run]
-        return number(sum(values) / len(values))
+        average = number(sum(values) / len(values))
+        spread = f" ({number(min(values))} to {number(max(values))} by seed)"
+        return average + (spread if len(values) > 1 else "")
 
     return table(
         ["measured", "demo model", "true clips"],
@@ -184,8 +190,11 @@ def teacher() -> str:
             ["flow loss", mean(Metric.FLOW_LOSS), ""],
             ["flow loss with another clip's past", mean(Metric.FLOW_LOSS_OTHER_PAST), ""],
             *[
-                [f"{metric.replace('_', ' ')} of rollouts", mean(metric), mean(metric, "truth")]
-                for metric in (Metric.DIGIT_ACCURACY, Metric.BACKGROUND_PSNR)
+                [name, mean(metric), mean(metric, "truth")]
+                for name, metric in (
+                    ("rollouts: share of frames with the right digit", Metric.DIGIT_ACCURACY),
+                    ("rollouts: background PSNR in dB", Metric.BACKGROUND_PSNR),
+                )
             ],
         ],
         "teacher_16_seeds",

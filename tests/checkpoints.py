@@ -128,9 +128,7 @@ def student(dense: CausalWanModel) -> CausalWanModel:
 def calibrated(dense: CausalWanModel, measured: Statistics) -> CausalWanModel:
     """A conversion with most of the quality of the dense model."""
     return convert_model(
-        dense,
-        replace(CONVERT, size=Sizes(kv_lora_rank=24, qk_rope_head_dim=4)),
-        measured,
+        dense, replace(CONVERT, size=Sizes(kv_lora_rank=24, qk_rope_head_dim=4)), measured
     )
 
 

@@ -260,7 +260,7 @@ def test_a_recovery_resumes_with_its_critic(
             CONFIG,
             HeldOut(dense, EVALUATE),
             lambda step, measured: errors.__setitem__(step, measured.velocity_error),
-            Folders(folder / "state", folder / "logs"),
+            Folders.beside(folder),
             progress,
         )
         return errors

@@ -25,12 +25,7 @@ from checkpoints import (
 from conftest import tiny_model
 
 from vmla_convert.checkpoint.families import open_checkpoint
-from vmla_convert.config import (
-    DataConfig,
-    EvaluateConfig,
-    RecoverConfig,
-    TrainingConfig,
-)
+from vmla_convert.config import DataConfig, EvaluateConfig, RecoverConfig, TrainingConfig
 from vmla_convert.errors import CheckpointError, OutputError, VmlaError
 from vmla_convert.fitting.calibrate import model_blocks
 from vmla_convert.generating import make_clips as prepare
@@ -50,6 +45,7 @@ from vmla_convert.training.losses import make_example, teacher_forcing_inputs
 from vmla_convert.training.pretrain import save_self_forcing
 
 pytest_plugins = ["checkpoints"]
+pytestmark = pytest.mark.usefixtures("few_layerwise_clips")
 
 # By full name, so that `k_norm_proj`, which recovery must leave alone, is none of them.
 TRAINED = {
@@ -101,6 +97,7 @@ def fit_alone(student: CausalWanModel, dense: CausalWanModel, config: RecoverCon
     fit_layers(student, dense, model_blocks(dense), config, None, Silent())
 
 
+@pytest.mark.slow
 def test_recovery_takes_most_of_the_error_away(
     student: CausalWanModel, dense: CausalWanModel
 ) -> None:
@@ -362,7 +359,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(
     teacher: Path, converted: Path, tmp_path: Path, vmla: Vmla, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["recover", converted, "--teacher", teacher, "-o", tmp_path / "out", "--steps", "1"]
-    words += ["--layerwise-steps", "1", "--batch-size", "1", "--lr", "0.001"]
+    words += ["--layerwise-steps", "1", "--batch-size", "1", "--lr", "0.001", "--frames", "4"]
     with monkeypatch.context() as patch:
         patch.setattr("vmla_convert.recovery.layerwise.fit_share", press)
         ran = vmla(*words)

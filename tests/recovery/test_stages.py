@@ -13,7 +13,6 @@ from torch import Tensor
 
 from vmla_convert.checkpoint.tensor_store import MemoryStore
 from vmla_convert.config import RecoverConfig, SamplerConfig, TrainingConfig
-from vmla_convert.fitting import calibrate
 from vmla_convert.fitting.calibrate import model_blocks
 from vmla_convert.fitting.convert import convert
 from vmla_convert.layers.block import Block
@@ -122,7 +121,7 @@ def test_every_step_rolls_out_anew(dense: CausalWanModel) -> None:
     assert not torch.equal(first.latents, other.latents)
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_student_learns_from_its_own_rollouts(
     precision: Any, student: CausalWanModel, dense: CausalWanModel
 ) -> None:
@@ -218,9 +217,7 @@ def test_adapters_are_merged_into_frozen_matrices(
         assert torch.linalg.matrix_rank(difference, rtol=1e-3) == 2, name
 
 
-def test_adapters_change_nothing_at_first_and_depend_on_their_seed(
-    student: CausalWanModel,
-) -> None:
+def test_adapters_change_nothing_at_first_and_depend_on_their_seed(student: CausalWanModel) -> None:
     pytest.importorskip("peft")
     before, started = snapshot(student), list[Tensor]()
     for seed in (0, 0, 1):
@@ -341,7 +338,7 @@ def test_layers_learn_the_same_from_clips_that_pass_one_by_one(
     together = fitted(student, dense)
     assert max(passed) > 1
     passed.clear()
-    monkeypatch.setattr(calibrate, "TOKENS_AT_ONCE", 1)
+    monkeypatch.setattr("vmla_convert.fitting.calibration_clips.TOKENS_AT_ONCE", 1)
     alone = fitted(student, dense)
     assert passed == {1}
     assert together.any()

@@ -13,15 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 import pytest
 import torch
-from checkpoints import (
-    BUDGETED,
-    CONVERT,
-    EVALUATE,
-    RECOVER,
-    PowerCut,
-    PowerCutError,
-    untimed,
-)
+from checkpoints import BUDGETED, CONVERT, EVALUATE, RECOVER, PowerCut, PowerCutError, untimed
 from safetensors import SafetensorError
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
@@ -61,10 +53,7 @@ NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a.safetensors")
 
 
 def run(
-    dense: CausalWanModel,
-    file: Path,
-    config: SweepConfig = GRID,
-    progress: Progress | None = None,
+    dense: CausalWanModel, file: Path, config: SweepConfig = GRID, progress: Progress | None = None
 ) -> list[Row]:
     sweep(dense, config, CONVERT, RECOVER, EVALUATE, file, progress)
     return read_rows(file)
@@ -174,7 +163,12 @@ def test_a_point_is_timed_and_rolled_out(dense: CausalWanModel, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("label", "before"), [("weighing errors", 1), ("sweep", 1), ("distilling", 3)]
+    ("label", "before"),
+    [
+        ("sweep", 1),
+        pytest.param("weighing errors", 1, marks=pytest.mark.slow),
+        pytest.param("distilling", 3, marks=pytest.mark.slow),
+    ],
 )
 def test_an_interrupted_sweep_resumes(
     label: str, before: int, whole: list[Row], dense: CausalWanModel, tmp_path: Path

@@ -6,14 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import (
-    EITHER_LATENT,
-    TINY_MLA,
-    tiny_clip,
-    tiny_config,
-    tiny_mla,
-    tiny_model,
-)
+from conftest import EITHER_LATENT, TINY_MLA, tiny_clip, tiny_config, tiny_mla, tiny_model
 from torch import Tensor, nn
 
 from vmla_convert.config import CachePolicy, CodecConfig, Sizes

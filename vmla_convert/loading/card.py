@@ -52,7 +52,7 @@ def model_card(
     source = record.get("source", {})
     sections = [
         f"---\n{_metadata(config, record).to_yaml()}\n---",
-        f"# {source.get('name', 'A checkpoint')} with a latent KV cache",
+        f"# {_title(config, str(source.get('name', 'a checkpoint')))}",
         _summary(config),
         f"![frames of a rollout]({strip})" if strip else "",
         f"## Licence\n\n{_licence(config, source)}",
@@ -73,6 +73,10 @@ def is_untouched(card: str) -> bool:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _title(config: ModelConfig, source: str) -> str:
+    return f"Cache codec for {source}" if config.codec else f"{source} with a latent KV cache"
 
 
 def _summary(config: ModelConfig) -> str:
@@ -139,8 +143,8 @@ def _licence(config: ModelConfig, source: Mapping[str, Any]) -> str:
         f"The licence of the merged LoRA {lora['name']} is {lora.get('licence', UNKNOWN)}."
         for lora in source.get("loras", ())
     ]
-    changed = "The weights are not the original ones: see “How it was made”."
-    return " ".join([text, *loras, changed])
+    changed = "They were made from the original weights: see “How it was made”."
+    return " ".join([text, changed, *loras])
 
 
 def _usage(place: str, config: ModelConfig, parts: Collection[str] | None) -> str:

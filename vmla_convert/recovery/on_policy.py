@@ -25,10 +25,7 @@ from vmla_convert.training.processes import ALONE, Share, precision
 
 
 def rollout_examples(
-    student: CausalWanModel,
-    clips: ClipSource,
-    config: TrainingConfig,
-    share: Share = ALONE,
+    student: CausalWanModel, clips: ClipSource, config: TrainingConfig, share: Share = ALONE
 ) -> Callable[[int], list[Example]]:
     """Examples of a student's rollouts, with the prompts and the length of training clips."""
 

@@ -27,33 +27,16 @@ from vmla_convert.errors import VmlaError
 from vmla_convert.generating.make_clips import prepare_clips
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.card import model_card
-from vmla_convert.loading.load import (
-    CONVERSION_NAME,
-    Source,
-    build,
-    build_shell,
-    read_block,
-)
+from vmla_convert.loading.load import CONVERSION_NAME, Source, build, build_shell, read_block
 from vmla_convert.measuring.evaluate import HeldOut, dense_rows, measuring_bar
 from vmla_convert.measuring.rows import Errors, cache_rows, error_rows, row_fields
 from vmla_convert.media.clips import open_clips, recorded
 from vmla_convert.progress import Progress, Silent
-from vmla_convert.recovery.checks import (
-    Pair,
-    is_made,
-    open_dense_media,
-    open_pair,
-)
-from vmla_convert.recovery.run_state import (
-    claim_state,
-    clips_folder,
-    curve_file,
-    drop_if_new,
-    folders_of,
-    read_curve,
-)
+from vmla_convert.recovery.checks import Pair, is_made, open_dense_media, open_pair
+from vmla_convert.recovery.run_state import claim_state, curve_file, drop_if_new, read_curve
 from vmla_convert.recovery.stages import (
     LAYERWISE,
+    Folders,
     Recovered,
     fit_layers,
     later_steps,
@@ -125,7 +108,7 @@ def plan_recovery(
     unfreeze(student, config.train)
     if config.lora_rank:
         add_adapters(student, config.lora_rank, config.train)
-    made = f"made into {clips_folder(out)}" if is_made(config) else None
+    made = f"made into {Folders.beside(out).clips}" if is_made(config) else None
     return {
         "teacher": str(pair.dense.source.path),
         "steps": stage_steps(config),
@@ -154,7 +137,7 @@ class _Run:
         evaluation: EvaluateConfig,
         progress: Progress,
     ) -> None:
-        self.pair, self.out, self.folders = pair, out, folders_of(out)
+        self.pair, self.out, self.folders = pair, out, Folders.beside(out)
         self.asked, self.config, self.evaluation = config, config, evaluation
         self.progress, self.processes, self.device = progress, processes(), own_device()
 
@@ -194,7 +177,7 @@ class _Run:
         if not is_made(self.config):
             return
         model, origin = build(dense, self.device), self.pair.provenance.get("source")
-        media, folder = open_dense_media(dense, self.config, self.device), clips_folder(self.out)
+        media, folder = open_dense_media(dense, self.config, self.device), self.folders.clips
         with self.processes.main_process_first():
             made = prepare_clips(data, model, folder, origin, self.progress, media)
         self.config = replace(self.config, data=made)

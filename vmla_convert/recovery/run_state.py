@@ -16,20 +16,10 @@ from vmla_convert.tables import first_difference
 _SETTINGS, _CURVE = "settings.json", "curve.jsonl"
 
 
-def folders_of(out: Path) -> Folders:
-    """Folders of resumable state and of trackers beside an output."""
-    return Folders(_beside(out, "state"), _beside(out, "logs"))
-
-
-def clips_folder(out: Path) -> Path:
-    """Folder of the clips that the dense model makes; it outlives the recovery."""
-    return _beside(out, "clips")
-
-
 def is_begun(out: Path) -> bool:
     """Whether an interrupted recovery left something to resume from."""
-    clips = clips_folder(out)
-    left = (folders_of(out).state, clips, partial_folder(clips))
+    state, _, clips = Folders.beside(out)
+    left = (state, clips, partial_folder(clips))
     return not out.exists() and any(path.exists() for path in left)
 
 
@@ -76,7 +66,3 @@ def _other_settings(was: dict[str, Any], settings: dict[str, Any]) -> str:
     name, *values = found
     there, here = ("not set" if v is None else json.dumps(v, ensure_ascii=False) for v in values)
     return f"other settings: {name} is {there} there and {here} here"
-
-
-def _beside(out: Path, kind: str) -> Path:
-    return out.with_name(f"{out.name}.{kind}")

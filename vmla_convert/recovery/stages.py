@@ -40,10 +40,16 @@ _SAMPLER_SHARES = {"both": 0.5, "sampler": 1.0, "training": 0.0}
 
 
 class Folders(NamedTuple):
-    """Folders of a recovery's resumable state, and of its tracker's files."""
+    """Folders beside an output: resumable state, files of trackers, and clips that are made."""
 
     state: Path
     logs: Path
+    clips: Path
+
+    @classmethod
+    def beside(cls, out: Path) -> Folders:
+        """The folders OUT.state, OUT.logs and OUT.clips."""
+        return cls(*(out.with_name(f"{out.name}.{kind}") for kind in cls._fields))
 
 
 class Recovered(NamedTuple):
@@ -185,7 +191,7 @@ class _Recovery:
                 return errors.velocity_error
             return self.sizes.mean_error(lambda: self.held_out.measure(model).velocity_error)
 
-        outcome = train(
+        best_step = train(
             self.student,
             loss,
             self.sizes.examples(examples),
@@ -200,10 +206,10 @@ class _Recovery:
             extra_state=extra_state,
         )
         self.sizes.restore()
-        self.steps_done, self.best_steps[stage] = offset + steps, outcome.best_step
+        self.steps_done, self.best_steps[stage] = offset + steps, best_step
         if self.is_main or is_sharded(self.student):
             # A resumed run has not measured a best step from before the interruption.
-            best = measured.get(outcome.best_step) or self.held_out.measure(self.student)
+            best = measured.get(best_step) or self.held_out.measure(self.student)
             self._report(offset + steps, best)
 
     def _learning_rate(self) -> float:

@@ -9,13 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from vmla_convert.config import (
-    ConvertConfig,
-    RecoverConfig,
-    RuntimeConfig,
-    Sizes,
-    SweepConfig,
-)
+from vmla_convert.config import ConvertConfig, RecoverConfig, RuntimeConfig, Sizes, SweepConfig
 from vmla_convert.tables import from_dict, to_dict
 
 

@@ -19,12 +19,7 @@ from vmla_convert.errors import VmlaError
 from vmla_convert.generating.film import comparison_rows
 from vmla_convert.generating.generate import generate
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.measuring.evaluate import (
-    HeldOut,
-    drift_rows,
-    learned_spectrum_rows,
-    rollout_rows,
-)
+from vmla_convert.measuring.evaluate import HeldOut, drift_rows, learned_spectrum_rows, rollout_rows
 from vmla_convert.measuring.rows import (
     Errors,
     cache_rows,

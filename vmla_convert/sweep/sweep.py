@@ -34,13 +34,7 @@ from vmla_convert.fitting.rank_plan import check_sizes
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.layers.runtime import check_size
 from vmla_convert.measuring.evaluate import HeldOut, check_held_out, dense_rows, spectrum_rows
-from vmla_convert.measuring.rows import (
-    cache_rows,
-    device_name,
-    error_rows,
-    memory_rows,
-    run_name,
-)
+from vmla_convert.measuring.rows import cache_rows, device_name, error_rows, memory_rows, run_name
 from vmla_convert.media.clips import open_clips
 from vmla_convert.media.open import check_prompts, open_media
 from vmla_convert.progress import Joint, Progress, Silent, Timed

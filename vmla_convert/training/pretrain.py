@@ -39,9 +39,7 @@ def pretrain(config: TeacherConfig, out: Path, progress: Progress | None = None)
     loss = flow_matching(config.model)
     held_out = open_clips(DataConfig(config.data.source, config.data.frames, seed=1))
     example = make_example(
-        held_out.batch(0, HELD_OUT_CLIPS, "held_out"),
-        chunk_frames,
-        seeded(1, 0, "eval"),
+        held_out.batch(0, HELD_OUT_CLIPS, "held_out"), chunk_frames, seeded(1, 0, "eval")
     )
 
     @torch.no_grad()
