@@ -14,7 +14,7 @@ import torch
 from checkpoints import Vmla, refused
 from conftest import noise
 from safetensors.torch import load_file
-from tiny_wan import SETTINGS
+from tiny_wan import PROMPT, SETTINGS
 
 from vmla_convert.config import ConvertConfig, DataConfig, Sizes, SourceConfig
 from vmla_convert.fitting.convert import convert
@@ -27,7 +27,6 @@ from vmla_convert.media.video import read_frames, write_mp4, write_png
 
 pytest_plugins = ["checkpoints", "tiny_wan"]
 
-PROMPT = "a cat walks on a red roof"
 SET = [word for setting in SETTINGS for word in ("--set", setting)]
 
 
