@@ -12,13 +12,18 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from torch import nn
+from conftest import noise
+from torch import Tensor, nn
 
-from vmla_convert.config import ConvertConfig, Sizes, SourceConfig
+from vmla_convert.config import ConvertConfig, MediaConfig, ModelConfig, Sizes, SourceConfig
+from vmla_convert.loading.load import open_named
+from vmla_convert.media.open import open_media
+from vmla_convert.media.wan import WanMedia
 
 T = TypeVar("T", bound=nn.Module)
 
 TEXT_DIM = 32
+PROMPT = "a cat walks on a red roof"
 LATENT_SIZE = (4, 6)
 """Of a frame of 32 x 48 pixels."""
 
@@ -77,6 +82,24 @@ def wan_converted(wan_source: SourceConfig, tmp_path_factory: pytest.TempPathFac
         layout="diffusers",
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def wan_config(wan_source: SourceConfig) -> ModelConfig:
+    return open_named(wan_source).config
+
+
+@pytest.fixture(scope="session")
+def wan_media(wan_config: ModelConfig, wan_folder: Path) -> WanMedia:
+    """The pipeline's text encoder and VAE."""
+    media = open_media(wan_config, MediaConfig(str(wan_folder)))
+    assert isinstance(media, WanMedia)
+    return media
+
+
+def wan_latents(frames: int, batch: int = 1, seed: int = 0) -> Tensor:
+    """Random latents of the pipeline's size."""
+    return noise(batch, frames, 16, *LATENT_SIZE, seed=seed)
 
 
 def save_pipeline(folder: Path, seed: int = 0) -> None:

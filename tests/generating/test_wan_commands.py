@@ -14,7 +14,7 @@ import torch
 from checkpoints import Vmla, refused
 from conftest import noise
 from safetensors.torch import load_file
-from tiny_wan import SET
+from tiny_wan import PROMPT, SET
 
 from vmla_convert.config import ConvertConfig, DataConfig, Sizes, SourceConfig
 from vmla_convert.fitting.convert import convert
@@ -26,8 +26,6 @@ from vmla_convert.media.open import open_media
 from vmla_convert.media.video import read_frames, write_mp4, write_png
 
 pytest_plugins = ["checkpoints", "tiny_wan"]
-
-PROMPT = "a cat walks on a red roof"
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 from hub_stub import Hub
 from PIL import Image
 from pipelines import latents_of, open_pipeline, seeded_with
+from tiny_wan import PROMPT
 from torch import Tensor, nn
 
 import vmla_convert as vmla
@@ -31,8 +32,6 @@ from vmla_convert.loading.load import load
 from vmla_convert.media.open import open_media
 
 pytest_plugins = ["checkpoints", "hub_stub", "tiny_wan", "pipelines"]
-
-PROMPT = "a cat walks on a red roof"
 
 
 def generated(model: CausalWanModel, prompt: Any, frames: int, seed: int, **how: Any) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from conftest import tiny_config
 from diffusers.callbacks import PipelineCallback
 from pipelines import latents_of
+from tiny_wan import PROMPT
 from torch import Tensor
 
 from vmla_convert.errors import ConfigError
@@ -18,8 +19,6 @@ from vmla_convert.interop.steps import evenly_spaced
 from vmla_convert.layers.dit import CausalWanModel
 
 pytest_plugins = ["checkpoints", "tiny_wan", "pipelines"]
-
-PROMPT = "a cat walks on a red roof"
 
 
 def test_even_steps_are_those_of_distilled_models() -> None:

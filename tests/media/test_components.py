@@ -10,36 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import noise
 from safetensors.torch import load_file, save_file
-from tiny_wan import LATENT_SIZE
-from torch import Tensor
+from tiny_wan import PROMPT, wan_latents
 
-from vmla_convert.config import Geometry, MediaConfig, ModelConfig, SourceConfig
+from vmla_convert.config import Geometry, MediaConfig, ModelConfig
 from vmla_convert.errors import CheckpointError, ConfigError, MissingExtraError
-from vmla_convert.loading.load import open_named
 from vmla_convert.media.base import Media
 from vmla_convert.media.components import Components, find_components
 from vmla_convert.media.open import open_media
 from vmla_convert.media.wan import PACKAGES, WanMedia
 
 pytest_plugins = ["tiny_wan"]
-
-PROMPT = "a cat walks on a red roof"
-
-
-@pytest.fixture(scope="module")
-def config(wan_source: SourceConfig) -> ModelConfig:
-    return open_named(wan_source).config
-
-
-@pytest.fixture(scope="module")
-def media(config: ModelConfig, wan_folder: Path) -> Media:
-    return open_media(config, MediaConfig(str(wan_folder)))
-
-
-def latents() -> Tensor:
-    return noise(1, 1, 16, *LATENT_SIZE)
 
 
 def full_size(config: ModelConfig, channels: int = 16, base_model: str = "unknown") -> ModelConfig:
@@ -49,12 +30,12 @@ def full_size(config: ModelConfig, channels: int = 16, base_model: str = "unknow
 
 
 def test_components_lie_beside_the_checkpoint_or_where_the_user_says(
-    config: ModelConfig, wan_folder: Path
+    wan_config: ModelConfig, wan_folder: Path
 ) -> None:
     for place in (wan_folder, wan_folder / "transformer"):
-        assert find_components(config, checkpoint=place) == Components(str(wan_folder))
-    assert find_components(config, "owner/name", wan_folder).base == "owner/name"
-    assert find_components(config, str(wan_folder)).base == str(wan_folder)
+        assert find_components(wan_config, checkpoint=place) == Components(str(wan_folder))
+    assert find_components(wan_config, "owner/name", wan_folder).base == "owner/name"
+    assert find_components(wan_config, str(wan_folder)).base == str(wan_folder)
 
 
 @pytest.mark.parametrize(
@@ -66,64 +47,64 @@ def test_components_lie_beside_the_checkpoint_or_where_the_user_says(
     ],
 )
 def test_components_of_known_models_are_on_the_hub(
-    channels: int, base_model: str, found: str, config: ModelConfig
+    channels: int, base_model: str, found: str, wan_config: ModelConfig
 ) -> None:
-    assert find_components(full_size(config, channels, base_model)).base == found
+    assert find_components(full_size(wan_config, channels, base_model)).base == found
 
 
 def test_a_part_beside_the_checkpoint_replaces_the_known_one(
-    config: ModelConfig, wan_folder: Path, media: Media, tmp_path: Path
+    wan_config: ModelConfig, wan_folder: Path, wan_media: Media, tmp_path: Path
 ) -> None:
     shutil.copytree(wan_folder / "transformer", tmp_path / "model")
     vae = shutil.copytree(wan_folder / "vae", tmp_path / "model" / "vae")
-    found = find_components(full_size(config), checkpoint=tmp_path / "model")
+    found = find_components(full_size(wan_config), checkpoint=tmp_path / "model")
     assert found == Components("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", {"vae": vae})
     assert found.folder("vae") == vae
     parts = Components(str(wan_folder), {"vae": vae})
-    own = WanMedia(config, parts, MediaConfig(), torch.device("cpu"), torch.float32)
-    assert torch.equal(own.decode(latents()), media.decode(latents()))
+    own = WanMedia(wan_config, parts, MediaConfig(), torch.device("cpu"), torch.float32)
+    assert torch.equal(own.decode(wan_latents(1)), wan_media.decode(wan_latents(1)))
     assert str(vae.parent) in own.name and str(wan_folder) in own.name
 
 
 def test_missing_components_are_refused(
-    config: ModelConfig, wan_folder: Path, tmp_path: Path
+    wan_config: ModelConfig, wan_folder: Path, tmp_path: Path
 ) -> None:
     alone = shutil.copytree(wan_folder / "transformer", tmp_path / "alone")
     (tmp_path / "vae").mkdir()
     places = {None: ConfigError, "no/such/place": CheckpointError, str(tmp_path): CheckpointError}
     for base, error in places.items():
         with pytest.raises(error) as caught:
-            find_components(config, base, None if base is None else alone)
+            find_components(wan_config, base, None if base is None else alone)
         assert "media.base" in caught.value.hint
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_without_its_packages_the_extra_is_named(
-    package: str, config: ModelConfig, wan_folder: Path, monkeypatch: pytest.MonkeyPatch
+    package: str, wan_config: ModelConfig, wan_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingExtraError) as caught:
-        open_media(config, checkpoint=wan_folder)
+        open_media(wan_config, checkpoint=wan_folder)
     assert "[wan]" in caught.value.hint
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])
 def test_components_of_another_model_are_refused(
-    part: str, config: ModelConfig, wan_folder: Path, tmp_path: Path
+    part: str, wan_config: ModelConfig, wan_folder: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(wan_folder, tmp_path / "other")
     file = folder / part / "config.json"
     table = json.loads(file.read_text())
     file.write_text(json.dumps({**table, "z_dim": 48, "d_model": 4096}))
     with pytest.raises(ConfigError, match=rf"{part} .* (48|4096)") as caught:
-        open_media(config, MediaConfig(str(folder)))
+        open_media(wan_config, MediaConfig(str(folder)))
     assert "media.base" in caught.value.hint
 
 
 @pytest.mark.parametrize("damage", ["pickle", "cut", "lacking", "table"])
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])
 def test_damaged_components_and_pickles_are_named(
-    part: str, damage: str, config: ModelConfig, wan_folder: Path, tmp_path: Path
+    part: str, damage: str, wan_config: ModelConfig, wan_folder: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(wan_folder, tmp_path / "damaged")
     (file,) = (folder / part).glob("*.safetensors")
@@ -140,12 +121,12 @@ def test_damaged_components_and_pickles_are_named(
         del tensors[max(tensors)]
         save_file(tensors, file, {"format": "pt"})
     with pytest.raises(CheckpointError, match=part):
-        media = open_media(config, MediaConfig(str(folder)))
-        media.encode_prompts([PROMPT]) if part != "vae" else media.decode(latents())
+        media = open_media(wan_config, MediaConfig(str(folder)))
+        media.encode_prompts([PROMPT]) if part != "vae" else media.decode(wan_latents(1))
 
 
 def test_components_come_from_the_hub_part_by_part(
-    config: ModelConfig, wan_folder: Path, media: Media, monkeypatch: pytest.MonkeyPatch
+    wan_config: ModelConfig, wan_folder: Path, wan_media: Media, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Opening downloads two small files, decoding only the VAE."""
     taken: list[str] = []
@@ -156,9 +137,9 @@ def test_components_come_from_the_hub_part_by_part(
         return wan_folder
 
     monkeypatch.setattr("vmla_convert.media.components.fetch_parts", fetched)
-    remote = open_media(config, MediaConfig("someone/wan@v1"))
+    remote = open_media(wan_config, MediaConfig("someone/wan@v1"))
     assert taken == ["vae/config.json", "text_encoder/config.json"]
-    assert torch.equal(remote.decode(latents()), media.decode(latents()))
+    assert torch.equal(remote.decode(wan_latents(1)), wan_media.decode(wan_latents(1)))
     assert taken[2:] == ["vae/"]
-    assert torch.equal(remote.encode_prompts([PROMPT]), media.encode_prompts([PROMPT]))
+    assert torch.equal(remote.encode_prompts([PROMPT]), wan_media.encode_prompts([PROMPT]))
     assert sorted(taken[3:]) == ["text_encoder/", "tokenizer/"]

@@ -69,7 +69,6 @@ class VMLAPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     _exclude_from_cpu_offload = ["transformer"]  # noqa: RUF012
     _optional_components = ["scheduler", "vae", "text_encoder", "tokenizer"]  # noqa: RUF012
     _callback_tensor_inputs = ["latents", "prompt_embeds"]  # noqa: RUF012
-    _lora_loadable_modules = ["transformer"]  # noqa: RUF012
 
     transformer: VMLATransformer
     vae: AutoencoderKLWan | None
