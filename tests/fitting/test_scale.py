@@ -66,6 +66,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_memory_does_not_grow_with_the_number_of_blocks(
     way: str, depths: dict[int, Path], tmp_path: Path
@@ -90,6 +91,7 @@ def test_memory_does_not_grow_with_the_number_of_blocks(
     assert peaks[MANY] - peaks[FEW] < added / 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "way"), [("1.3b", "assumed"), ("14b", "calibrated"), ("1.3b", "mla")]
 )
