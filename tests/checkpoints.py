@@ -194,16 +194,16 @@ def vmla(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
             code = main()
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 0
-        told = capsys.readouterr()
-        return Ran(code, told.out, told.err)
+        printed = capsys.readouterr()
+        return Ran(code, printed.out, printed.err)
 
     return run
 
 
 def refused(ran: Ran) -> bool:
-    """Whether a command ended as a mistake of the user's, told with a hint and no traceback."""
-    told = "Error: " in ran.err and "hint: " in ran.err
-    return ran.code == 2 and told and "Traceback" not in ran.err and not ran.out
+    """Whether a command ended with exit code 2, an error with a hint, and no traceback."""
+    explained = "Error: " in ran.err and "hint: " in ran.err
+    return ran.code == 2 and explained and "Traceback" not in ran.err and not ran.out
 
 
 def untimed(rows: Iterable[Row]) -> list[Row]:

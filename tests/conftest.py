@@ -15,11 +15,13 @@ from vmla_convert.config import (
     Geometry,
     MLAConfig,
     ModelConfig,
+    RuntimeConfig,
     SamplerConfig,
     Sizes,
 )
 from vmla_convert.layers.attention import DenseSelfAttention
 from vmla_convert.layers.block import Block, SelfAttention
+from vmla_convert.layers.cache import KVCache
 from vmla_convert.layers.codec import LayerCodec
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.attention_stats import AttentionStats
@@ -122,6 +124,46 @@ def random_stats(heads: int, head_dim: int, seed: int = 41) -> AttentionStats:
         phases=noise(heads, head_dim // 2, seed=seed).to(torch.complex128),
         value_square=square(size=heads * head_dim),
     )
+
+
+@torch.no_grad()
+def rollout(
+    model: CausalWanModel,
+    latents: Tensor,
+    timestep: Tensor,
+    context: Tensor,
+    cache: KVCache | RuntimeConfig | None = None,
+    between: int = 0,
+    keep_between: bool = False,
+) -> Tensor:
+    """Velocities of a clip, streamed into a cache, or into a new one of some runtime.
+
+    Args:
+        model: Dense or converted.
+        latents: Clip.
+        timestep: Timestep of each frame.
+        context: Prompt.
+        cache: The cache, or the runtime of a new one.
+        between: Number of passes over other latents before each chunk's own.
+        keep_between: Whether these passes are kept.
+    """
+    if not isinstance(cache, KVCache):
+        cache = model.new_cache(len(latents), cache)
+    prompt, chunk = model.project_prompt(context), model.config.chunk_frames
+    velocities: list[Tensor] = []
+    for part, level in zip(latents.split(chunk, 1), timestep.split(chunk, 1), strict=True):
+        cache.open_chunk(part.shape[1])
+        for step in range(between):
+            other = noise(*part.shape, seed=50 + step).to(part)
+            model.stream(other, level.flip(0), prompt, cache, keep=keep_between)
+        velocities.append(model.stream(part, level, prompt, cache))
+    return torch.cat(velocities, 1)
+
+
+def clip_of(config: ModelConfig, frames: int, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, timesteps and context."""
+    latents, context = tiny_clip(config, frames, batch)
+    return latents, chunk_timesteps(config, frames, batch), context
 
 
 def block_of(attention: SelfAttention, codec: LayerCodec | None = None) -> Block:

@@ -148,8 +148,8 @@ def diffusers_module(module: str) -> str:
 def write_diffusers(folder: Path, pairs: Pairs) -> Path:
     foreign = {diffusers_module(module): pair for module, pair in pairs.items()}
     tensors = named(foreign, "lora_A.weight", "lora_B.weight", "transformer.")
-    told = {"transformer.r": RANK, "transformer.lora_alpha": ALPHA}
-    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(told)}
+    settings = {"transformer.r": RANK, "transformer.lora_alpha": ALPHA}
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings)}
     return write(folder / "pytorch_lora_weights.safetensors", tensors, metadata)
 
 

@@ -232,14 +232,12 @@ def test_what_was_read_leaves_memory(container: str, tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from vmla_convert.checkpoint import torch_pickle
 from vmla_convert.checkpoint.source import open_source
 
 def peak():  # getrusage would count the process that started this one
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
-torch_pickle.MAPPED_BYTES = 50_000_000
 source = open_source(Path(sys.argv[1]))
 before = peak()
 for name in source.specs():
@@ -299,41 +297,19 @@ def of_dtype(tmp: Path, dtype: str, size: int) -> Path:
 
 
 class View:
-    """Pickles as a view of twelve floats, wherever it says."""
-
-    def __init__(self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> None:
-        self.place = (offset, shape, stride)
-        self.base = torch.arange(12.0)
+    """Pickles as a view of thirteen floats of a storage of twelve."""
 
     def __reduce__(self) -> tuple[object, ...]:
         storage = torch.storage.TypedStorage(
-            wrap_storage=self.base.untyped_storage(), dtype=torch.float32, _internal=True
+            wrap_storage=torch.arange(12.0).untyped_storage(), dtype=torch.float32, _internal=True
         )
-        return _rebuild_tensor_v2, (storage, *self.place, False, OrderedDict())
-
-
-def view(tmp: Path, offset: int, side: int, stride: int) -> Path:
-    return save_pickle(tmp / "x.pt", {"v": View(offset, (side,), (stride,))})
+        return _rebuild_tensor_v2, (storage, 0, (13,), (1,), False, OrderedDict())
 
 
 def odd_tensors(tmp: Path, make: Callable[[], torch.Tensor]) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some are prototypes
         return save_pickle(tmp / "x.pt", {"w": make()})
-
-
-def longer_record(tmp: Path) -> Path:
-    """The zip's directory says that the first storage is far longer than the file."""
-    file = save_pickle(tmp / "x.pt")
-    content = bytearray(file.read_bytes())
-    entry = content.rindex(b"x/data/0") - 46
-    content[entry + 20 : entry + 28] = (1 << 30).to_bytes(4, "little") * 2
-    return write(file, bytes(content))
-
-
-def gap(file: Path) -> Path:
-    content = file.read_bytes()
-    return write(file, content[:1000] + content[1100:])
 
 
 def truncated(file: Path) -> Path:
@@ -362,6 +338,13 @@ def wan_a14b(tmp: Path) -> Path:
         save_pickle(folder / name)
     return folder
 
+
+ODD: dict[str, Callable[[], torch.Tensor]] = {
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2)]),
+    "sparse": lambda: torch.eye(2).to_sparse(),
+    "conjugate": lambda: torch.ones(2, dtype=torch.complex64).conj(),
+    "meta": lambda: torch.empty(2, device="meta"),
+}
 
 BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing": (lambda tmp: tmp / "nowhere.pt", "no checkpoint at"),
@@ -426,21 +409,6 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda tmp: with_tensor(tmp, "b.weight"),
         r"does not list .* hold: b\.weight in part-0\.safetensors",
     ),
-    "header of nothing": (lambda tmp: safetensors(tmp, {"a": {}}), "not a whole"),
-    "overlapping tensors": (
-        lambda tmp: safetensors(
-            tmp, {"a": entry("F32", [1], 0, 4), "b": entry("F32", [1], 2, 6)}, bytes(6)
-        ),
-        "not a whole",
-    ),
-    "tensor past the end": (
-        lambda tmp: safetensors(tmp, {"a": entry("F32", [2], 0, 8)}, bytes(4)),
-        "not a whole",
-    ),
-    "bytes left over": (
-        lambda tmp: safetensors(tmp, {"a": entry("F32", [1], 0, 4)}, bytes(9)),
-        "not a whole",
-    ),
     **{
         f"dtype {dtype}": (
             lambda tmp, dtype=dtype, size=size: of_dtype(tmp, dtype, size),
@@ -452,22 +420,13 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda tmp: save_pickle(tmp / "x.pt", {"w": torch.ones(2).to(torch.float8_e4m3fn)}),
         "quantised: w is stored as float8_e4m3fn",
     ),
-    "nested tensor": (
-        lambda tmp: odd_tensors(tmp, lambda: torch.nested.nested_tensor([torch.ones(2)])),
-        "does not hold w as plain numbers",
-    ),
-    "sparse .pt": (
-        lambda tmp: odd_tensors(tmp, lambda: torch.eye(2).to_sparse()),
-        "does not hold w as plain numbers",
-    ),
-    "conjugate .pt": (
-        lambda tmp: odd_tensors(tmp, lambda: torch.ones(2, dtype=torch.complex64).conj()),
-        "does not hold w as plain numbers",
-    ),
-    "meta .pt": (
-        lambda tmp: odd_tensors(tmp, lambda: torch.empty(2, device="meta")),
-        "does not hold w as plain numbers",
-    ),
+    **{
+        f"{name} .pt": (
+            lambda tmp, make=make: odd_tensors(tmp, make),
+            "does not hold w as plain numbers",
+        )
+        for name, make in ODD.items()
+    },
     "compressed .pt": (
         lambda tmp: repacked(save_pickle(tmp / "x.pt"), {}, zipfile.ZIP_DEFLATED),
         r"is compressed: x/data\.pkl",
@@ -476,10 +435,10 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda tmp: repacked(save_pickle(tmp / "x.pt"), {".format_version": None, "data/1": None}),
         "not a torch checkpoint, or is damaged",
     ),
-    "record past the end": (longer_record, "not a torch checkpoint, or is damaged"),
-    "hole in a .pt": (lambda tmp: gap(save_pickle(tmp / "x.pt")), "damaged"),
-    "view past its storage": (lambda tmp: view(tmp, 0, 13, 1), "damaged"),
-    "view from past its storage": (lambda tmp: view(tmp, 1 << 62, 1, 1), "damaged"),
+    "view past its storage": (
+        lambda tmp: save_pickle(tmp / "x.pt", {"v": View()}),
+        "damaged",
+    ),
 }
 
 
@@ -508,17 +467,13 @@ def test_links_into_the_hub_cache_are_followed(tmp_path: Path) -> None:
     assert torch.equal(open_source(folder).read("a.weight"), STATE["a.weight"])
 
 
-def test_fingerprint_is_of_the_weights_only(tmp_path: Path) -> None:
-    file = save_safetensors(tmp_path / "f" / "x.safetensors")
-    expected = hashlib.sha256(file.read_bytes()).hexdigest()
-    (tmp_path / "f" / "README.md").write_text("card")
-    assert fingerprint(file) == fingerprint(file.parent) == expected
-
-    folder = shards(tmp_path / "g")
-    whole = b"".join((folder / f"part-{i}.safetensors").read_bytes() for i in (0, 1))
-    assert fingerprint(folder) == hashlib.sha256(whole).hexdigest()
+def test_a_fingerprint_ignores_other_files(tmp_path: Path) -> None:
+    folder = shards(tmp_path / "f")
+    before = fingerprint(folder)
+    (folder / "README.md").write_text("card")
+    assert fingerprint(folder) == before
     save_file({"b.weight": STATE["b.weight"] + 1}, folder / "part-1.safetensors")
-    assert fingerprint(folder) != hashlib.sha256(whole).hexdigest()
+    assert fingerprint(folder) != before
 
 
 def test_names_come_in_order(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A fused source reads as if its projections had been stored apart."""
+"""A fused projection is read as its parts."""
 
 from __future__ import annotations
 

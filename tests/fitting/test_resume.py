@@ -178,10 +178,10 @@ def test_killed_around_a_file_of_the_calibration_it_redoes_one_block_at_most(
     expected, put, names = whole("default"), FolderStore.put, list[str]()
     counted.blocks.clear()
 
-    def killed(shelf: FolderStore, name: str, tensors: Tensors) -> None:
+    def killed(store: FolderStore, name: str, tensors: Tensors) -> None:
         names.append(name)
         if len(names) <= moment or after:
-            put(shelf, name, tensors)
+            put(store, name, tensors)
         if len(names) > moment:
             raise KeyboardInterrupt
 

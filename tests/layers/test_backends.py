@@ -20,19 +20,18 @@ from conftest import (
     tiny_model,
 )
 from reference.attention import one_softmax
-from reference.rope import rotary_table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from vmla_convert.config import CachePolicy, MLAConfig, RuntimeConfig
+from vmla_convert.config import MLAConfig, RuntimeConfig
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers import backends
 from vmla_convert.layers.attention import AttendedTokens, AttentionMetadata, split_heads
 from vmla_convert.layers.mla import LatentSelfAttention
-from vmla_convert.maths.cost import AttentionShape, absorbed_flops, materialised_flops
+from vmla_convert.maths.cost import absorbed_flops, materialised_flops
 from vmla_convert.maths.masks import QueryGroup
-from vmla_convert.maths.rope3d import token_positions
+from vmla_convert.maths.rope3d import rotary_table, token_positions
 
 DIM, HEADS, HEAD_DIM = TINY_GEOMETRY.dim, TINY_GEOMETRY.num_heads, TINY_GEOMETRY.head_dim
 PLACES = torch.tensor([0, 1, 700, 41, 42])  # of frames of two tokens, as in a cache's slots
@@ -256,38 +255,7 @@ def test_a_dense_model_is_not_absorbed() -> None:
     assert caught.value.hint
 
 
-def test_dense_recent_frames_are_refused_where_nothing_is_dense() -> None:
-    policy = CachePolicy(6, 1, dense_recent_frames=2)
-    with pytest.raises(ConfigError, match="dense_recent_frames"):
-        tiny_config(cache=policy, mla=tiny_mla())
-    assert tiny_config(cache=policy).cache.dense_recent_frames == 2
-
-
 # What it costs
-
-
-def wan_shape(key_rank: int, value_rank: int, rope: int) -> AttentionShape:
-    """A chunk of three frames of Wan 1.3B that attends to seven, itself among them."""
-    return AttentionShape(4_680, 10_920, 1, 12, 128 + rope, 128, key_rank + 1 + rope, value_rank)
-
-
-def test_operations_of_wan_by_hand() -> None:
-    """In billions; dense attention would take 314."""
-    dense = 4 * 4_680 * 10_920 * 12 * 128 / 1e9
-    assert dense == pytest.approx(314, abs=0.5)
-    # Keys of 192 + 1 numbers to 128 for 12 heads, values likewise, then dense attention.
-    rebuilt = 2 * 10_920 * 12 * (193 * 128 + 192 * 128) / 1e9 + dense
-    assert materialised_flops(wan_shape(192, 192, 0)) / 1e9 == pytest.approx(rebuilt, abs=0.1)
-    assert rebuilt == pytest.approx(328, abs=2)
-    # Rope keys widen the rebuilt ones to 160.
-    assert materialised_flops(wan_shape(192, 192, 32)) / 1e9 == pytest.approx(392 + 16, abs=1)
-    # Keys and padded values of 225 or 129 numbers: 552 and 317, and the queries' own change.
-    assert absorbed_flops(wan_shape(192, 192, 32)) / 1e9 == pytest.approx(552 + 7, abs=1)
-    assert absorbed_flops(wan_shape(96, 96, 32)) / 1e9 == pytest.approx(317 + 4, abs=1)
-    assert absorbed_flops(wan_shape(1, 200, 2)) > absorbed_flops(wan_shape(1, 100, 2))
-    twice = wan_shape(192, 192, 32)._replace(queries=9_360, batch=2)
-    for flops in (materialised_flops, absorbed_flops):
-        assert flops(twice) == 2 * flops(wan_shape(192, 192, 32))
 
 
 def fused(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

@@ -9,29 +9,25 @@ import pytest
 import torch
 from conftest import (
     TINY_GEOMETRY,
-    block_of,
     chunk_timesteps,
     noise,
     randomise,
+    rollout,
     tiny_clip,
     tiny_config,
     tiny_fit,
     tiny_model,
 )
 from reference.masks import block_causal_mask
-from reference.rope import rotary_table
 from torch import Tensor
 
 from vmla_convert.config import CachePolicy, CodecConfig, RuntimeConfig, Sizes
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.attention import AttendedTokens, AttentionMetadata, DenseSelfAttention
-from vmla_convert.layers.block import masked_attention
-from vmla_convert.layers.cache import KVCache
 from vmla_convert.layers.codec import LayerCodec
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.maths.quantise import quantise
 from vmla_convert.maths.rates import Rate
-from vmla_convert.maths.rope3d import token_positions
+from vmla_convert.maths.rope3d import rotary_table, token_positions
 
 DIM, HEAD_DIM, HEADS = TINY_GEOMETRY.dim, TINY_GEOMETRY.head_dim, TINY_GEOMETRY.num_heads
 WIDTH, LAYERS = TINY_GEOMETRY.dense_cache_scalars, TINY_GEOMETRY.num_layers
@@ -73,25 +69,6 @@ def clip_of(model: CausalWanModel, frames: int, batch: int = 2) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def rollout(
-    model: CausalWanModel,
-    clip: tuple[Tensor, Tensor, Tensor],
-    cache: KVCache | RuntimeConfig | None = None,
-) -> Tensor:
-    """Velocities of a clip, streamed."""
-    latents, timestep, context = clip
-    if not isinstance(cache, KVCache):
-        cache = model.new_cache(len(latents), cache)
-    prompt, chunk = model.project_prompt(context), model.config.chunk_frames
-    velocities: list[Tensor] = []
-    for part, level in zip(latents.split(chunk, 1), timestep.split(chunk, 1), strict=True):
-        cache.open_chunk(chunk)
-        model.stream(part.flip(0), level, prompt, cache, keep=False)
-        velocities.append(model.stream(part, level, prompt, cache))
-    return torch.cat(velocities, 1)
-
-
-@torch.no_grad()
 def masked(model: CausalWanModel, clip: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """Velocities of a clip in one pass."""
     config, frames = model.config, clip[0].shape[1]
@@ -109,23 +86,9 @@ def test_a_full_size_codec_that_rounds_nothing_is_the_dense_model(
     """In host memory too."""
     model = codec_model(policy, chunk_frames=chunk)
     clip = clip_of(model, 9 if chunk == 3 else 8)
-    expected = rollout(dense_twin(model), clip)
+    expected = rollout(dense_twin(model), *clip)
     offloaded = dataclasses.replace(WHOLE, offload=True)
-    torch.testing.assert_close(rollout(model, clip, offloaded), expected, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize(("positions", "dense"), [("absolute", 0), ("relative", 2)])
-@torch.no_grad()
-def test_after_a_switch_of_prompt_it_still_is(positions: Any, dense: int) -> None:
-    model = codec_model(CachePolicy(6, 2, positions, dense))
-    first, other = clip_of(model, 10), clip_of(model, 6)
-    pair: list[Tensor] = []
-    for which, runtime in ((model, WHOLE), (dense_twin(model), None)):
-        cache = which.new_cache(2, runtime)
-        rollout(which, first, cache)
-        cache.rewind(4)
-        pair.append(rollout(which, (other[0], other[1], first[2] + 1), cache))
-    torch.testing.assert_close(*pair, rtol=0, atol=1e-6)
+    torch.testing.assert_close(rollout(model, *clip, offloaded), expected, rtol=0, atol=1e-6)
 
 
 def test_dense_frames_as_many_as_the_window_has_room_for_are_the_dense_model() -> None:
@@ -133,26 +96,26 @@ def test_dense_frames_as_many_as_the_window_has_room_for_are_the_dense_model() -
     model = codec_model(CachePolicy(6, dense_recent_frames=4), Sizes(bytes_per_token=1))
     clip = clip_of(model, 10)
     torch.testing.assert_close(
-        rollout(model, clip), rollout(dense_twin(model), clip), rtol=0, atol=1e-10
+        rollout(model, *clip), rollout(dense_twin(model), *clip), rtol=0, atol=1e-10
     )
     fewer = codec_model(CachePolicy(6, dense_recent_frames=3), Sizes(bytes_per_token=1))
-    assert (rollout(fewer, clip) - rollout(model, clip)).abs().max() > 1e-2
+    assert (rollout(fewer, *clip) - rollout(model, *clip)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("quantised", [True, False])
 def test_larger_sizes_are_nearer_to_the_dense_model(quantised: bool) -> None:
     model = codec_model(CachePolicy(6, 1))
     clip = clip_of(model, 8)
-    exact = rollout(dense_twin(model), clip)
+    exact = rollout(dense_twin(model), *clip)
     errors = [
-        (rollout(model, clip, RuntimeConfig(Sizes(size), "auto" if quantised else "model"))
+        (rollout(model, *clip, RuntimeConfig(Sizes(size), "auto" if quantised else "model"))
          - exact).square().mean().item()
         for size in (3, 96, 192)
     ]  # fmt: skip
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-3 * errors[0]
     # The first chunk attends to itself alone.
-    small = rollout(model, clip, RuntimeConfig(Sizes(2)))
+    small = rollout(model, *clip, RuntimeConfig(Sizes(2)))
     torch.testing.assert_close(small[:, :2], exact[:, :2], rtol=0, atol=1e-10)
 
 
@@ -177,24 +140,12 @@ def test_streaming_equals_the_masked_pass_at_every_size(
     expected = masked(model, clip)
     runtimes = RuntimeConfig(), RuntimeConfig(size, "auto" if quantised else "model")
     for runtime in runtimes:
-        torch.testing.assert_close(rollout(model, clip, runtime), expected, rtol=0, atol=1e-7)
-
-
-def test_a_pass_without_a_past_attends_to_nothing_decoded() -> None:
-    model = codec_model(CachePolicy(6), Sizes(1))
-    latents, timestep, context = clip_of(model, 2)
-    with torch.no_grad():
-        velocity = model(latents, timestep, context, torch.arange(2))
-        exact = dense_twin(model)(latents, timestep, context, torch.arange(2))
-    torch.testing.assert_close(velocity, exact, rtol=0, atol=1e-12)
-    torch.testing.assert_close(
-        masked(model, (latents, timestep, context)), exact, rtol=0, atol=1e-10
-    )
+        torch.testing.assert_close(rollout(model, *clip, runtime), expected, rtol=0, atol=1e-7)
 
 
 @torch.no_grad()
 def test_a_chunk_is_kept_once_where_frames_stay_dense() -> None:
-    """Its own frames took the place of those that it attends to."""
+    """The chunk's frames took the place of the frames that it attends to."""
     model = codec_model(CachePolicy(6, 1, dense_recent_frames=2), Sizes(20))
     latents, timestep, context = clip_of(model, 2)
     prompt, cache = model.project_prompt(context), model.new_cache(2)
@@ -253,13 +204,6 @@ def test_sizes_that_a_codec_cannot_have_are_refused(quantised: bool) -> None:
             model.new_cache(1, RuntimeConfig(bad, dtype))
 
 
-def test_the_largest_size_keeps_all_channels_and_the_smallest_one_byte() -> None:
-    model = codec_model(CachePolicy(6), rank=20)
-    assert [rate.widths for rate in model.rates(Sizes(40))] == [(16,) * 20] * LAYERS
-    assert all(1 <= sum(rate.widths) <= 8 for rate in model.rates(Sizes(1)))
-    assert [len(r.widths) for r in model.rates(Sizes(rank=20), False)] == [20] * LAYERS
-
-
 # The layer alone
 
 
@@ -286,22 +230,6 @@ def entries_of(attention: DenseSelfAttention, tokens: int, seed: int = 0) -> tup
 
 
 MIXED = Rate((16, 16, 8, 7, 5, 5, 3, 2, 2, 1, 1))
-
-
-@torch.no_grad()
-def test_codes_of_what_codes_stand_for_are_these_codes(dense: DenseSelfAttention) -> None:
-    """What was stored once may be stored again and again."""
-    codec = layer_codec(dense, WIDTH, MIXED)
-    key, value = entries_of(dense, 60)
-    stored = codec.store(codec.channels(key, value, MIXED), MIXED)
-    assert stored.dtype == torch.uint8
-    assert stored.shape == (1, 60, MIXED.token_bytes(8))
-    channels = codec.fetch(stored, MIXED)
-    key, value = (part.flatten(2) for part in codec.decode_heads(channels, slice(0, HEADS)))
-    again = codec.channels(key, value, MIXED)
-    codes = [quantise(c, codec.tables, MIXED.widths)[..., 2:] for c in (channels, again)]
-    assert torch.equal(*codes)
-    torch.testing.assert_close(again[..., :2], channels[..., :2], rtol=0, atol=1e-3)
 
 
 @torch.no_grad()
@@ -399,28 +327,3 @@ def test_training_reaches_encoders_and_decoders_and_nothing_else(size: Sizes) ->
         assert not encode[used:].any() and not decode[:, used:].any()
     assert before and all(torch.equal(model.get_buffer(n), b) for n, b in before.items())
     assert not any(buffer.requires_grad for buffer in model.buffers())
-
-
-def test_a_step_down_the_gradient_comes_nearer_to_the_dense_layer(
-    dense: DenseSelfAttention,
-) -> None:
-    """The decoder's gradient is exact; the encoder's passes the rounding."""
-    codec = layer_codec(dense, 40, MIXED)
-    block = block_of(dense.requires_grad_(False), codec)
-    rotary = rotary_table(token_positions(torch.arange(8), 1, 2), HEAD_DIM)
-    attend = masked_attention(rotary, block_causal_mask(8, 2, 2))
-    x = noise(3, 16, DIM, seed=7).double()
-    exact = attend(block_of(dense), x)
-
-    def error() -> Tensor:
-        return (attend(block, x) - exact).square().mean()
-
-    first = error()
-    gradients = torch.autograd.grad(first, [codec.encode, codec.decode])
-    for parameter, gradient, rate in zip(
-        (codec.encode, codec.decode), gradients, (1e-3, 1e-3), strict=True
-    ):
-        with torch.no_grad():
-            parameter -= rate * gradient / gradient.norm() * parameter.norm()
-            assert error() < first
-            first = error()

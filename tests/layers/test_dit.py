@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from conftest import (
     chunk_timesteps,
     noise,
     randomise,
+    rollout,
     tiny_clip,
     tiny_config,
     tiny_mla,
@@ -109,59 +109,6 @@ def test_block_causal_model_is_diffusers_skyreels() -> None:
 # Streaming
 
 
-def stream_chunks(
-    model: CausalWanModel, latents: Tensor, timestep: Tensor, context: Tensor
-) -> Tensor:
-    """Velocities of a clip whose chunks are streamed one after the other."""
-    cache, prompt = model.new_cache(len(latents)), model.project_prompt(context)
-    chunk = model.config.chunk_frames
-    velocities: list[Tensor] = []
-    for part, level in zip(latents.split(chunk, 1), timestep.split(chunk, 1), strict=True):
-        cache.open_chunk(chunk)
-        velocities.append(model.stream(part, level, prompt, cache))
-    return torch.cat(velocities, dim=1)
-
-
-def masked_velocity(
-    model: CausalWanModel,
-    latents: Tensor,
-    timestep: Tensor,
-    context: Tensor,
-    policy: CachePolicy | None,
-) -> Tensor:
-    frames, config = latents.shape[1], model.config
-    mask = block_causal_mask(frames, config.chunk_frames, config.tokens_per_frame, policy)
-    return model(latents, timestep, context, torch.arange(frames), mask)
-
-
-def with_policy(model: CausalWanModel, policy: CachePolicy) -> CausalWanModel:
-    """The same weights under another cache policy."""
-    other = CausalWanModel(dataclasses.replace(model.config, cache=policy))
-    other.load_state_dict(model.state_dict())
-    return other
-
-
-@KINDS_IN_WINDOWS
-@torch.no_grad()
-def test_relative_positions_differ_only_where_a_sink_stays_behind(
-    mla: MLAConfig | None, window: int, sink: int, chunk: int, frames: int
-) -> None:
-    config = tiny_config(cache=CachePolicy(window, sink), mla=mla, chunk_frames=chunk)
-    model = tiny_model(config)
-    relative = with_policy(model, CachePolicy(window, sink, "relative"))
-    latents, context = tiny_clip(config, frames)
-    timestep = chunk_timesteps(config, frames)
-    difference = stream_chunks(model, latents, timestep, context) - stream_chunks(
-        relative, latents, timestep, context
-    )
-    before_eviction = window // chunk * chunk
-    assert difference[:, :before_eviction].abs().max() < 1e-5
-    if sink == 0:
-        assert difference.abs().max() < 1e-5
-    elif frames > window:
-        assert difference[:, before_eviction:].abs().max() > 1e-3
-
-
 @KINDS_IN_WINDOWS
 @torch.no_grad()
 def test_teacher_forcing_is_streamed_denoising_with_a_clean_past(
@@ -201,10 +148,10 @@ def test_clips_of_a_batch_do_not_see_each_other(mla: MLAConfig | None) -> None:
     model = tiny_model(config)
     latents, context = tiny_clip(config, 6, batch=3)
     timestep = chunk_timesteps(config, 6, batch=3)
-    together = stream_chunks(model, latents, timestep, context)
+    together = rollout(model, latents, timestep, context)
     for i in range(3):
         one = slice(i, i + 1)
-        alone = stream_chunks(model, latents[one], timestep[one], context[one])
+        alone = rollout(model, latents[one], timestep[one], context[one])
         torch.testing.assert_close(together[one], alone, atol=1e-5, rtol=0)
 
 
@@ -218,9 +165,9 @@ def test_gradient_reaches_every_parameter(mla: MLAConfig | None, bf16: bool) -> 
     model = tiny_model(config)
     latents, context = tiny_clip(config, 4)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        velocity = masked_velocity(
-            model, latents, chunk_timesteps(config, 4), context, config.cache
-        )
+        mask = block_causal_mask(4, 2, config.tokens_per_frame, config.cache)
+        timestep = chunk_timesteps(config, 4)
+        velocity = model(latents, timestep, context, torch.arange(4), mask)
     velocity.float().square().mean().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     idle = [
@@ -243,10 +190,10 @@ def test_compiled_blocks_compute_the_same() -> None:
     model = tiny_model(config)
     latents, context = tiny_clip(config, 6)
     timestep = chunk_timesteps(config, 6)
-    expected = stream_chunks(model, latents, timestep, context)
+    expected = rollout(model, latents, timestep, context)
     model.compile_blocks()
     counters.clear()
-    compiled = stream_chunks(model, latents, timestep, context)
+    compiled = rollout(model, latents, timestep, context)
     torch.testing.assert_close(compiled, expected, atol=1e-5, rtol=0)
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]

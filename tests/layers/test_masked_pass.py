@@ -17,7 +17,6 @@ from conftest import (
     tiny_model,
 )
 from reference.masks import PairwiseAttend, block_causal_mask, token_masks
-from reference.rope import rotary_table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,7 +25,7 @@ from vmla_convert.layers import attention as dense_layer
 from vmla_convert.layers import mla as latent_layer
 from vmla_convert.layers.block import Attend, Block, masked_attention
 from vmla_convert.maths.masks import AttentionMask, teacher_forcing_mask
-from vmla_convert.maths.rope3d import token_positions
+from vmla_convert.maths.rope3d import rotary_table, token_positions
 from vmla_convert.media.clips import Batch
 from vmla_convert.training.losses import flow_matching, make_example, teacher_forcing_inputs
 

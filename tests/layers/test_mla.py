@@ -22,16 +22,15 @@ from conftest import (
 )
 from reference.attention import one_softmax
 from reference.masks import token_masks
-from reference.rope import rotary_table
 from torch import Tensor, nn
 
 from vmla_convert.config import CachePolicy, MLAConfig
-from vmla_convert.layers.attention import AttendedTokens, AttentionMetadata, DenseSelfAttention
+from vmla_convert.layers.attention import DenseSelfAttention
 from vmla_convert.layers.block import masked_attention
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.layers.mla import LatentSelfAttention
 from vmla_convert.maths.masks import teacher_forcing_mask
-from vmla_convert.maths.rope3d import Rotary, token_positions
+from vmla_convert.maths.rope3d import Rotary, rotary_table, token_positions
 
 DIM, HEADS, HEAD_DIM = TINY_GEOMETRY.dim, TINY_GEOMETRY.num_heads, TINY_GEOMETRY.head_dim
 ALL_PAIRS = tuple(range(HEAD_DIM // 2)) * HEADS
@@ -56,8 +55,8 @@ def full_size(latent: Latent) -> MLAConfig:
 
 
 @torch.no_grad()
-def lossless(dense: DenseSelfAttention, kind: Latent, keys_in: str = "rope") -> LatentSelfAttention:
-    """The converted layer at full size; keys pass through the rope keys or the latent.
+def lossless(dense: DenseSelfAttention, kind: Latent) -> LatentSelfAttention:
+    """The converted layer at full size; keys pass through the rope keys.
 
     Every part of the latent is x in a basis of its own, shifted.
     """
@@ -66,7 +65,6 @@ def lossless(dense: DenseSelfAttention, kind: Latent, keys_in: str = "rope") -> 
     latent.load_state_dict(dense.state_dict(), strict=False)
     bases = latent.kv_a_proj.weight.unflatten(0, (-1, DIM))
     bases.copy_(torch.linalg.qr(bases).Q)  # any invertible ones would do
-    basis, offset = bases[0], latent.kv_a_proj.bias[:DIM]
     value_basis, value_offset = bases[-1], latent.kv_a_proj.bias[-DIM:]
 
     raw_key, raw_bias, gain = dense.k.weight, dense.k.bias, dense.norm_k.weight
@@ -75,13 +73,10 @@ def lossless(dense: DenseSelfAttention, kind: Latent, keys_in: str = "rope") -> 
     fill(latent.kv_b_proj_v, value, dense.v.bias - value @ value_offset)
     latent.q_rope_map.zero_()
     fill(latent.k_rope_proj, key, key_bias)
-    if keys_in == "rope":
-        key, key_bias = torch.zeros_like(key), torch.zeros_like(key_bias)
-        for head in range(HEADS):
-            own = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
-            latent.q_rope_map[head, own] = torch.eye(HEAD_DIM)
-    up = key @ basis.mT
-    fill(latent.kv_b_proj_k, up, key_bias - up @ offset)
+    for head in range(HEADS):
+        own = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+        latent.q_rope_map[head, own] = torch.eye(HEAD_DIM)
+    fill(latent.kv_b_proj_k, torch.zeros(DIM, len(bases[0])), torch.zeros(DIM))
 
     latent.k_norm_proj.load_state_dict(dense.k.state_dict())
     return latent
@@ -119,20 +114,6 @@ def test_a_full_size_layer_is_the_dense_layer_wherever_the_frames_are(
 
 
 @either_latent
-@torch.no_grad()
-def test_a_full_size_layer_attends_to_slots_in_any_order(
-    dense: DenseSelfAttention, latent: Latent
-) -> None:
-    """The chunk's two frames are in slots 1 and 2 of five, as after an eviction."""
-    layer, tokens = lossless(dense, latent), noise(2, 30, DIM)
-    x = tokens[:, 6:18]
-    places, here = table(torch.tensor([4, 9, 10, 0, 1])), table(torch.tensor([9, 10]))
-    expected = dense(x, AttendedTokens(dense.project(tokens)), AttentionMetadata(here, places))
-    y = layer(x, AttendedTokens(layer.project(tokens)), AttentionMetadata(here, places))
-    torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
-
-
-@either_latent
 @pytest.mark.parametrize("positions", ["absolute", "relative"])
 @torch.no_grad()
 def test_a_full_size_model_rolls_out_like_its_source(latent: Latent, positions: str) -> None:
@@ -154,19 +135,6 @@ def test_a_full_size_model_rolls_out_like_its_source(latent: Latent, positions: 
             cache.open_chunk(2)
             velocities.append(which.stream(part, level, which.project_prompt(context), cache))
         torch.testing.assert_close(*velocities, atol=2e-5, rtol=0)
-
-
-@either_latent
-@torch.no_grad()
-def test_keys_in_the_latent_are_the_dense_layers_without_positions(
-    dense: DenseSelfAttention, latent: Latent
-) -> None:
-    layer, x = block_of(lossless(dense, latent, keys_in="latent")), noise(2, 12, DIM)
-    nowhere = rotary_table(torch.zeros(12, 3, dtype=torch.long), HEAD_DIM)
-    without, within = (masked_attention(t, None) for t in (nowhere, table(torch.arange(2))))
-    torch.testing.assert_close(without(layer, x), without(block_of(dense), x), atol=1e-5, rtol=0)
-    # The content key has no positions.
-    assert torch.equal(within(layer, x), without(layer, x))
 
 
 # Truncated, a layer still is what its formula says

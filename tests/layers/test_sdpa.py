@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from conftest import noise
@@ -89,31 +87,6 @@ def test_a_part_that_is_much_louder_or_quieter_than_the_other_is_weighed_right(
     merged = in_two_parts(q, k, v, 8**-0.5, 7)
     assert merged.isfinite().all()
     check_near(merged, one_softmax(q, k, v, 8**-0.5).output, dtype)
-
-
-def test_a_part_that_outweighs_the_other_is_all_there_is() -> None:
-    one, other = (PartialAttention(noise(1, 2, 3, 4, seed=s), torch.zeros(1, 2, 3)) for s in (0, 1))
-    louder = one._replace(log_sum=one.log_sum + 1000)
-    torch.testing.assert_close(merge(louder, other), one.output)
-    torch.testing.assert_close(merge(other, louder), one.output)
-    torch.testing.assert_close(merge(one, other), (one.output + other.output) / 2)
-    thrice = one._replace(log_sum=one.log_sum + math.log(3))
-    torch.testing.assert_close(merge(thrice, other), 0.75 * one.output + 0.25 * other.output)
-
-
-@repeatable
-@given(st.permutations(range(4)), st.integers(0, 99))
-def test_parts_merge_in_any_order_as_long_as_their_sums_add_up(order: list[int], seed: int) -> None:
-    q, k, v = arguments(16, seed=seed)
-    cuts = [(0, 2), (2, 3), (3, 11), (11, 16)]
-    parts = [attend_partly(q, k[:, a:b], v[:, a:b], 0.5) for a, b in (cuts[i] for i in order)]
-    whole = parts[0]
-    for part in parts[1:]:
-        log_sum = torch.logaddexp(whole.log_sum, part.log_sum)
-        whole = PartialAttention(merge(whole, part), log_sum)
-    expected = one_softmax(q, k, v, 0.5)
-    torch.testing.assert_close(whole.output.double(), expected.output, atol=2e-5, rtol=0)
-    torch.testing.assert_close(whole.log_sum.double(), expected.log_sum, atol=2e-5, rtol=0)
 
 
 @DTYPES

@@ -116,24 +116,6 @@ def test_the_worked_example_of_the_module() -> None:
     assert relative.own_positions() == [4, 5]
 
 
-@pytest.mark.parametrize("dense", [0, 1, 4])
-def test_thousands_of_frames_are_like_the_first_ones(dense: int) -> None:
-    """In chunks of one to five frames, none of them a divisor of the window."""
-    window = FrameWindow(CachePolicy(9, 2, "relative", dense))
-    past = count = 0
-    while count < 800:
-        size = count % 5 + 1
-        window.open_chunk(size)
-        past, count = count, count + size
-        if count > 9:
-            # Only the sink and the newest seven are left, at the places 0 to 8.
-            assert sorted(window.frame_positions(list(range(9)))) == list(range(9))
-            assert window.frame_positions(window.chunk_slots) == list(range(9 - size, 9))
-            assert window.recent == list(range(past - min(dense, 7 - size), past))
-    assert held_frames(count, 9, 2) == [0, 1, *range(count - 7, count)]
-    assert window.chunk_frames == list(range(past, count))
-
-
 @given(policies(), st.integers(1, 6), st.integers(1, 6))
 def test_a_masked_pass_attends_to_what_the_window_holds(
     policy: CachePolicy, chunk: int, chunks: int

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference.attention_stats import outputs, sums_by_loops
+from reference.attention_stats import make_sample, outputs, sums_by_loops
 from torch import Tensor
 
 from vmla_convert.maths import attention_stats
@@ -20,34 +20,6 @@ from vmla_convert.maths.attention_stats import (
 from vmla_convert.maths.moments import as_channels, as_pairs
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=8)
-
-
-def make_sample(
-    heads: int = 2, head_dim: int = 6, clips: int = 2, seed: int = 0, count: int = 3, keys: int = 5
-) -> AttentionSample:
-    """Random queries, keys and all that belongs to them; each query sees some keys."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    def turn(tokens: int) -> Tensor:
-        angles = 3 * normal(tokens, head_dim // 2)
-        return torch.polar(torch.ones_like(angles), angles)
-
-    mask = torch.rand(count, keys, generator=generator) < 0.7
-    mask[:, 0] = True
-    return AttentionSample(
-        query=normal(clips, count, heads, head_dim),
-        query_rotation=turn(count),
-        key=normal(clips, keys, heads, head_dim),
-        key_rotation=turn(keys),
-        key_norm=normal(clips, keys).abs() + 0.1,
-        value=normal(clips, keys, heads, head_dim),
-        value_mean=normal(heads, head_dim),
-        gradient=normal(clips, count, heads, head_dim),
-        mask=mask,
-    )
 
 
 def two_groups(sample: AttentionSample) -> list[Tensor]:
@@ -111,17 +83,6 @@ def test_clips_one_by_one_and_queries_in_parts_add_up_to_all() -> None:
         assert_equal(merge_stats(group), whole)
 
 
-def test_key_sums_of_two_groups_add_up_to_those_of_all_keys() -> None:
-    """But for the queries, which each group counts, and values, which are gathered together."""
-    sample = make_sample()
-    both = merge_stats(measure_stats(sample, two_groups(sample)))
-    (whole,) = measure_stats(sample, [sample.mask])
-    assert_equal(
-        both._replace(queries=whole.queries, value_square=whole.value_square),
-        whole,
-    )
-
-
 @repeatable
 @given(st.integers(1, 5), st.integers(0, 99))
 def test_real_square_is_the_outer_product_of_channels(pairs: int, seed: int) -> None:
@@ -139,7 +100,7 @@ def output_change(sample: AttentionSample, moved: AttentionSample) -> Tensor:
     return ((outputs(moved) - outputs(sample)) * sample.gradient).sum((2, 3))
 
 
-@pytest.mark.parametrize("key", range(5))
+@pytest.mark.parametrize("key", range(2))
 def test_an_error_of_one_key_costs_what_the_turned_metric_says(key: int) -> None:
     """The raw key of all heads but one is kept; finite differences of attention itself."""
     sample, size = make_sample(clips=1), 1e-5
@@ -169,9 +130,9 @@ def test_an_error_of_a_key_without_position_costs_what_the_plain_metric_says() -
         torch.testing.assert_close(change, predicted, rtol=1e-3, atol=1e-9)
 
 
-@pytest.mark.parametrize("key", range(5))
+@pytest.mark.parametrize("key", range(2))
 def test_an_error_of_one_value_costs_what_the_value_metric_says(key: int) -> None:
-    """Of all heads together; the metric counts each in lengths of its own centred value."""
+    """All heads together; the metric counts each in lengths of its own centred value."""
     sample = make_sample(clips=1)
     (sums,) = measure_stats(sample, [only_key(sample, key)])
     error = make_sample(clips=1, seed=1).value[0, key]
@@ -184,7 +145,7 @@ def test_an_error_of_one_value_costs_what_the_value_metric_says(key: int) -> Non
 
 
 def test_measured_phases_are_the_best_constants_for_the_rotation() -> None:
-    """METHOD 6, with weights: no other constant departs less from what the queries meet."""
+    """No other constant departs less from the rotations, weighted by cost."""
     sample = make_sample()
     (sums,) = measure_stats(sample, [sample.mask])
     phases = sums.phases / sums.query_pairs

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
+from reference.attention_stats import make_sample
 from reference.latent import generator, toy
-from torch import Tensor
 
 from vmla_convert.maths.attention_stats import (
-    AttentionSample,
     AttentionStats,
     measure_stats,
     merge_stats,
@@ -35,28 +34,10 @@ def test_assumed_evidence_knows_queries_by_their_weights() -> None:
 
 def measured(seed: int, gradient: float = 1) -> tuple[AttentionStats, Moments]:
     """Statistics and moments of random tokens of a layer of 2 heads of 6."""
-    draw = generator(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=draw, dtype=torch.float64)
-
-    def turn(tokens: int) -> Tensor:
-        angles = normal(tokens, 3)
-        return torch.polar(torch.ones_like(angles), angles)
-
-    seen = torch.ones(4, 8, dtype=torch.bool)
-    reads = AttentionSample(
-        normal(1, 4, 2, 6),
-        turn(4),
-        normal(1, 8, 2, 6),
-        turn(8),
-        normal(1, 8).abs(),
-        normal(1, 8, 2, 6),
-        normal(2, 6),
-        gradient * normal(1, 4, 2, 6),
-        seen,
-    )
-    return measure_stats(reads, [seen])[0], measure_moments(normal(30, 12) + seed)
+    sample = make_sample(clips=1, seed=seed, count=4, keys=8)
+    sample = sample._replace(gradient=gradient * sample.gradient)
+    inputs = torch.randn(30, 12, generator=generator(seed), dtype=torch.float64) + seed
+    return measure_stats(sample, [sample.mask])[0], measure_moments(inputs)
 
 
 def test_evidence_is_the_mean_of_the_statistics_per_query() -> None:

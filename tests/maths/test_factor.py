@@ -22,7 +22,7 @@ from reference.latent import (
 
 from vmla_convert.errors import ConfigError
 from vmla_convert.maths.evidence import Evidence, assume_evidence
-from vmla_convert.maths.factor import DATA_INITS, INITS, factor, predict_errors
+from vmla_convert.maths.factor import DATA_INITS, INITS, predict_errors
 from vmla_convert.maths.moments import as_pairs
 from vmla_convert.maths.projections import Factors, LatentKind, LayerShape
 
@@ -48,7 +48,7 @@ def test_calibrated_is_lossless_with_all_directions_and_all_pairs(
     latent: LatentKind, toy: Toy
 ) -> None:
     shape = toy.full_shape(latent)
-    assert_lossless(toy, factor("calibrated", toy.weights, shape, toy.evidence, generator()))
+    assert_lossless(toy, INITS["calibrated"](toy.weights, shape, toy.evidence, generator()))
 
 
 @either_latent
@@ -57,7 +57,7 @@ def test_assumed_evidence_is_enough_to_be_lossless(latent: LatentKind) -> None:
         data = toy(3, 10, seed)
         evidence = assume_evidence(data.weights, data.evidence.phases[0])
         shape = data.full_shape(latent)
-        assert_lossless(data, factor("calibrated", data.weights, shape, evidence, generator()))
+        assert_lossless(data, INITS["calibrated"](data.weights, shape, evidence, generator()))
 
 
 def test_energies_of_many_decades_cost_no_precision() -> None:
@@ -69,7 +69,7 @@ def test_energies_of_many_decades_cost_no_precision() -> None:
     evidence = data.evidence._replace(
         mean=inputs.mean(0), covariance=torch.cov(inputs.mT, correction=0)
     )
-    factors = factor("calibrated", data.weights, data.full_shape(), evidence, generator())
+    factors = INITS["calibrated"](data.weights, data.full_shape(), evidence, generator())
     gap = value(factors, inputs) - dense_value(data.weights, inputs)
     spread = (inputs - inputs.mean(0)) @ data.weights.value.mT
     assert gap.norm() < 1e-6 * spread.norm()
@@ -77,7 +77,7 @@ def test_energies_of_many_decades_cost_no_precision() -> None:
 
 def test_spectral_is_lossless_but_for_its_rope_pairs() -> None:
     data, weights = toy(), toy().weights
-    factors = factor("spectral", weights, LayerShape("joint", data.width, 2), None, generator())
+    factors = INITS["spectral"](weights, LayerShape("joint", data.width, 2), None, generator())
     torch.testing.assert_close(value(factors, data.inputs), dense_value(weights, data.inputs))
     roped = factors.rope.pairs.tolist()
     kept = [pair for pair in range(7) if pair not in roped]
@@ -91,7 +91,7 @@ def test_spectral_is_lossless_but_for_its_rope_pairs() -> None:
 @either_latent
 def test_spectral_loses_the_tail_of_the_singular_values(latent: LatentKind) -> None:
     weights = toy().weights
-    factors = factor("spectral", weights, LayerShape(latent, 9, 1), None, generator())
+    factors = INITS["spectral"](weights, LayerShape(latent, 9, 1), None, generator())
     content = weights.key_pairs()[0]
     content[:, factors.rope.pairs] = 0
     key, values = torch.view_as_real(content).movedim(-1, 2).flatten(0, 2), weights.value
@@ -114,7 +114,7 @@ def test_means_and_biases_cost_no_rank(latent: LatentKind) -> None:
     mean = data.evidence.mean[None]
     turn = turns(1, 7)
     small, full = (
-        factor("calibrated", data.weights, shape, data.evidence, generator())
+        INITS["calibrated"](data.weights, shape, data.evidence, generator())
         for shape in (
             LayerShape(latent, 2, 1),
             data.full_shape(latent)._replace(rope_pairs=1),
@@ -144,7 +144,7 @@ def test_centring_is_never_worse(latent: LatentKind, toy: Toy) -> None:
     for rank in range(2, toy.width + 1, 7):
         shape = LayerShape(latent, rank, pairs)
         centred, about_zero = (
-            lost(toy, factor("calibrated", toy.weights, shape, evidence, generator()))
+            lost(toy, INITS["calibrated"](toy.weights, shape, evidence, generator()))
             for evidence in (toy.evidence, uncentred(toy.evidence))
         )
         assert centred <= about_zero * (1 + 1e-9) + 1e-9
@@ -158,7 +158,7 @@ def test_calibrated_is_the_best_init_in_its_metric(name: str, latent: LatentKind
     for rank in range(2, toy.width + 1, 7):
         shape = LayerShape(latent, rank, 1)
         ours, theirs = (
-            lost(toy, factor(init, toy.weights, shape, toy.evidence, generator()))
+            lost(toy, INITS[init](toy.weights, shape, toy.evidence, generator()))
             for init in ("calibrated", name)
         )
         assert ours <= theirs * (1 + 1e-9) + 1e-9
@@ -171,7 +171,7 @@ def assert_predicted(toy: Toy, latent: LatentKind, sizes: range) -> None:
         pairs = curve.rope_pairs[size]
         key_rank = curve.key_ranks[size] if curve.key_ranks else None
         shape = LayerShape(latent, size - 2 * pairs, pairs, key_rank)
-        factors = factor("calibrated", toy.weights, shape, toy.evidence, generator())
+        factors = INITS["calibrated"](toy.weights, shape, toy.evidence, generator())
         expected = pytest.approx(curve.errors[size].item(), rel=1e-6, abs=1e-9)
         assert lost(toy, factors) == expected
 
@@ -222,7 +222,7 @@ def test_prediction_needs_evidence() -> None:
 @pytest.mark.parametrize("name", INITS)
 def test_only_data_inits_ask_for_evidence(name: str) -> None:
     def make() -> Factors:
-        return factor(name, toy().weights, LayerShape("joint", 4, 2), None, generator())
+        return INITS[name](toy().weights, LayerShape("joint", 4, 2), None, generator())
 
     if name in DATA_INITS:
         with pytest.raises(ConfigError, match=f"'{name}' needs calibration"):
@@ -236,7 +236,7 @@ def test_only_data_inits_ask_for_evidence(name: str) -> None:
 def test_every_init_gives_finite_numbers_of_the_shape(name: str, latent: LatentKind) -> None:
     data = toy()
     shape = LayerShape(latent, 5, 3, 2 if latent == "split" else None)
-    factors = factor(name, data.weights, shape, data.evidence, generator())
+    factors = INITS[name](data.weights, shape, data.evidence, generator())
     assert factors.kv_a_proj.shape == (5, data.width)
     assert factors.kv_a_bias.shape == (5,)
     assert factors.kv_b_proj_k.shape == (data.width, 2 if latent == "split" else 5)
@@ -256,7 +256,7 @@ def test_a_layer_without_any_cost_becomes_finite() -> None:
     data = toy()
     nothing = Evidence(*data.evidence[:2], *(0 * part for part in data.evidence[2:]))
     shape = LayerShape("joint", 5, 3)
-    factors = factor("calibrated", data.weights, shape, nothing, generator())
+    factors = INITS["calibrated"](data.weights, shape, nothing, generator())
     parts = [*factors[:6], *factors.rope]
     assert all(part.isfinite().all() for part in parts)
 
@@ -272,7 +272,7 @@ def test_the_unit_of_costs_changes_no_key_and_no_value(latent: LatentKind) -> No
     )
     shape = LayerShape(latent, 12, 4)
     first, second = (
-        factor("calibrated", data.weights, shape, e, generator()) for e in (evidence, scaled)
+        INITS["calibrated"](data.weights, shape, e, generator()) for e in (evidence, scaled)
     )
     turn = turns(len(data.inputs), 7)
     torch.testing.assert_close(

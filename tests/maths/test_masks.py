@@ -64,71 +64,6 @@ def test_a_token_sees_what_its_frame_sees(policy: CachePolicy | None) -> None:
             assert seen[query, key] == visible[query // 3, key // 3]
 
 
-@given(windows())
-def test_teacher_forcing_shows_the_clean_past_and_the_own_noisy_chunk(
-    case: tuple[int, int, int],
-) -> None:
-    window, sink, chunk = case
-    frames = 4 * chunk
-    seen, _ = token_masks(teacher_forcing_mask(frames, chunk, 2, CachePolicy(window, sink)))
-    held = mask_by_loops(frames, window, sink, chunk)
-
-    def allowed(query: int, key: int) -> bool:
-        query_is_noisy, key_is_noisy = query >= frames, key >= frames
-        query, key = query % frames, key % frames
-        same_chunk = query // chunk == key // chunk
-        if not query_is_noisy:
-            return not key_is_noisy and held[query][key]
-        return same_chunk if key_is_noisy else held[query][key] and not same_chunk
-
-    expected = [[allowed(q // 2, k // 2) for k in range(4 * frames)] for q in range(4 * frames)]
-    assert seen.tolist() == expected
-
-
-@given(windows(), st.integers(1, 4), st.integers(1, 3), st.booleans())
-def test_own_are_the_keys_of_the_querys_chunk_and_half(
-    case: tuple[int, int, int], chunks: int, tokens: int, forced: bool
-) -> None:
-    window, sink, chunk = case
-    frames, make = chunks * chunk, teacher_forcing_mask if forced else block_causal_mask
-    _, exact = token_masks(make(frames, chunk, tokens, CachePolicy(window, sink)))
-    count = frames * tokens * (2 if forced else 1)
-    # Chunks are numbered through both halves.
-    expected = [
-        [q // (chunk * tokens) == k // (chunk * tokens) for k in range(count)] for q in range(count)
-    ]
-    assert exact.tolist() == expected
-
-
-@given(windows())
-def test_a_query_sees_all_of_its_own_chunk(case: tuple[int, int, int]) -> None:
-    window, sink, chunk = case
-    policy = CachePolicy(window, sink)
-    for make in (block_causal_mask, teacher_forcing_mask):
-        seen, own, _ = make(3 * chunk, chunk, 1, policy)
-        assert torch.diagonal(own).all()
-        assert (seen | ~own).all()
-
-
-@given(windows(), st.integers(1, 4))
-def test_what_is_seen_and_not_own_is_what_the_cache_held_before_the_chunk(
-    case: tuple[int, int, int], chunks: int
-) -> None:
-    window, sink, chunk = case
-    frames, policy = chunks * chunk, CachePolicy(window, sink)
-    seen, own, _ = block_causal_mask(frames, chunk, 1, policy)
-    noisy_seen, noisy_own, _ = teacher_forcing_mask(frames, chunk, 1, policy)
-    past = (seen & ~own).tolist()
-    for query in range(frames):
-        start = query // chunk * chunk
-        held = [f for f in held_frames(start + chunk, window, sink) if f < start]
-        assert past[query] == [key in held for key in range(frames)]
-    # Clean and noisy queries have the same past, all of it clean.
-    read = noisy_seen & ~noisy_own
-    assert read[:, :frames].tolist() == past + past
-    assert not read[:, frames:].any()
-
-
 # Of tokens and of groups
 
 
@@ -154,20 +89,6 @@ def test_groups_are_the_mask_whatever_it_is(
     for query in range(queries * tokens):
         for key in range(keys * tokens):
             assert pairs[query, key] == int(seen[query // tokens, key // tokens])
-
-
-@given(windows(), st.integers(1, 5), st.integers(1, 3), st.booleans())
-def test_a_chunk_is_one_group_of_few_runs(
-    case: tuple[int, int, int], chunks: int, tokens: int, forced: bool
-) -> None:
-    """Sink, window and, where that is of the noisy half, the chunk itself."""
-    window, sink, chunk = case
-    make = teacher_forcing_mask if forced else block_causal_mask
-    mask = make(chunks * chunk, chunk, tokens, CachePolicy(window, sink))
-    groups = query_groups(mask.visible, tokens)
-    assert [group.queries for group in groups] == [chunk * tokens] * (len(mask.visible) // chunk)
-    assert all(len(group.keys) <= (3 if forced else 2) for group in groups)
-    assert torch.equal(pairs_of(mask.visible, tokens), token_masks(mask)[0].int())
 
 
 @pytest.mark.parametrize("make", [block_causal_mask, teacher_forcing_mask])

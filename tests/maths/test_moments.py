@@ -48,11 +48,6 @@ def test_streamed_moments_equal_moments_of_all_tokens(counts: list[int]) -> None
     assert_equal(merge_moments(map(measure_moments, parts)), together)
 
 
-def test_clips_and_tokens_count_alike() -> None:
-    inputs = tokens(24)
-    assert_equal(measure_moments(inputs.unflatten(0, (2, 3, 4))), measure_moments(inputs))
-
-
 def test_moments_of_single_precision_inputs_are_summed_in_double() -> None:
     inputs = tokens(30).float()
     assert_equal(measure_moments(inputs), measure_moments(inputs.double()))
@@ -66,12 +61,6 @@ def test_a_weight_keeps_mean_and_covariance_and_changes_the_count(weight: float)
     torch.testing.assert_close(weighted.tokens.item(), weight)
     torch.testing.assert_close(weighted.mean, moments.mean)
     torch.testing.assert_close(weighted.covariance, moments.covariance)
-
-
-def test_a_part_of_twice_the_weight_counts_as_if_seen_twice() -> None:
-    first, second = tokens(10, 1), tokens(10, 2)
-    merged = merge_moments([measure_moments(first).weighted(20), measure_moments(second)])
-    assert_equal(merged, measure_moments(torch.cat([first, first, second])))
 
 
 def test_pairs_are_interleaved_channels() -> None:

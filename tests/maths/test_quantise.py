@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 import torch
 from conftest import noise
@@ -16,7 +14,6 @@ from vmla_convert.maths.quantise import (
     TABLE_SIZE,
     WHOLE_BITS,
     WIDTHS,
-    Run,
     code_bytes,
     dequantise,
     distortions,
@@ -25,13 +22,12 @@ from vmla_convert.maths.quantise import (
     gaussian_tables,
     pack,
     quantise,
-    runs,
     table,
     unpack,
 )
 
 BITS = range(1, MOST_BITS + 1)
-repeatable = settings(derandomize=True, deadline=None, max_examples=100)
+repeatable = settings(derandomize=True, deadline=None, max_examples=25)
 
 
 @st.composite
@@ -119,7 +115,7 @@ def test_no_small_change_of_a_table_lowers_its_error(bits: int) -> None:
         assert error(values + 0.2 * noise(len(values), seed=seed)) > least
 
 
-def test_told_errors_are_the_errors_of_what_is_stored() -> None:
+def test_distortions_are_the_errors_of_stored_channels() -> None:
     samples = noise(3000) * 1.5
     tables = fit_tables(noise(5000, seed=2))
     for told, width in zip(distortions(tables, samples), WIDTHS, strict=True):
@@ -172,18 +168,6 @@ def test_channels_of_16_bits_keep_every_float16() -> None:
     assert torch.equal(back[:, 0].view(torch.int16), every.view(torch.int16))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_channels_lose_little_more_than_wide_ones(dtype: torch.dtype) -> None:
-    channels = noise(4000, 1)
-    for bits in BITS:
-        errors = [
-            (dequantise(quantise(x, gaussian_tables(), [bits]), gaussian_tables(), [bits], x.dtype)
-             - channels).square().mean().item()
-            for x in (channels, channels.to(dtype))
-        ]  # fmt: skip
-        assert errors[1] < 1.01 * errors[0] + 3e-5
-
-
 # Bytes
 
 
@@ -211,19 +195,3 @@ def test_the_smallest_and_the_largest_codes_touch_no_neighbour(bits: int) -> Non
 def test_codes_lie_one_after_the_other_lowest_bit_first() -> None:
     codes = torch.tensor([0xABCD, 0b101, 0b01, 0b1111, 0b1, 0b1])
     assert pack(codes.int(), [16, 3, 2, 4, 1, 1]).tolist() == [0xCD, 0xAB, 0b11101101, 0b111]
-
-
-@given(st.lists(st.sampled_from(WIDTHS), max_size=30))
-@repeatable
-def test_runs_are_the_widths(widths: list[int]) -> None:
-    found = runs(widths)
-    assert [run.width for run in found for _ in widths[run.channels]] == widths
-    assert all(a.width != b.width for a, b in pairwise(found))
-
-
-def test_runs_by_hand() -> None:
-    assert runs((16, 16, 8, 0)) == [
-        Run(16, slice(0, 2)),
-        Run(8, slice(2, 3)),
-        Run(0, slice(3, 4)),
-    ]

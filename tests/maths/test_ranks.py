@@ -144,7 +144,7 @@ def test_a_budget_below_the_smallest_sizes_is_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         budget(curves, 3, 2)
     assert "3" in caught.value.message
-    assert "--cache-scalars" in caught.value.hint
+    assert "--bytes-per-token" in caught.value.hint
 
 
 def test_a_step_with_no_possible_size_is_refused() -> None:

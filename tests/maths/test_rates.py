@@ -21,7 +21,7 @@ from vmla_convert.maths.rates import Purchases, Rate, allocate, purchases, trunc
 
 GAUSSIAN = distortions(gaussian_tables(), gaussian_samples())
 NARROW = GAUSSIAN[: WIDTHS.index(8) + 1]
-repeatable = settings(derandomize=True, deadline=None, max_examples=25)
+repeatable = settings(derandomize=True, deadline=None, max_examples=12)
 
 
 def energies(seed: int, channels: int, decades: float = 2.0) -> Tensor:
@@ -62,7 +62,7 @@ def bought(layers: list[Tensor], total: int) -> list[Rate]:
 # Against brute force
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_layer_spends_every_number_of_bits_as_well_as_can_be(seed: int) -> None:
     layer = energies(seed, 4)
     best, shop = best_by_bits([layer]), purchases(layer, GAUSSIAN)
@@ -78,7 +78,7 @@ def test_a_layer_spends_every_number_of_bits_as_well_as_can_be(seed: int) -> Non
 
 
 @pytest.mark.parametrize("channels", [(2, 2), (2, 3), (3, 3), (3, 2)])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_layers_share_bits_as_well_as_whole_bytes_allow(
     channels: tuple[int, int], seed: int
 ) -> None:
@@ -100,33 +100,6 @@ def test_layers_share_bits_as_well_as_whole_bytes_allow(
         assert paid <= best[8 * (total - len(layers))].item() * (1 + 1e-9)
         compared += 1
     assert compared >= sum(channels) - 2
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_what_is_bought_gains_more_than_what_is_not(seed: int) -> None:
-    """But for what fills a layer's last byte."""
-    layers = [energies(seed + 10 * i, 30, decades=1 + i) for i in range(3)]
-    per_bit = -GAUSSIAN.diff() / torch.tensor(WIDTHS).diff()
-    for total in (3, 10, 40, 90, 150):
-        rates = bought(layers, total)
-        next_gain, last_gains = 0.0, list[float]()
-        for layer, rate in zip(layers, rates, strict=True):
-            places = [WIDTHS.index(w) for w in rate.widths] + [0] * (30 - len(rate.widths))
-            steps = zip(layer.tolist(), places, strict=True)
-            gains = [(e, p) for e, p in steps]
-            unbought = [e * per_bit[p].item() for e, p in gains if p < len(per_bit)]
-            next_gain = max([next_gain, *unbought])
-            kept = sorted(
-                (e * per_bit[s].item(), WIDTHS[s + 1] - WIDTHS[s])
-                for e, p in gains
-                for s in range(p)
-            )
-            # Up to seven bits may have filled the last byte, or all of a layer's only byte.
-            slack = 8 if sum(rate.widths) <= 8 else 7
-            while kept and kept[0][1] <= slack:
-                slack -= kept.pop(0)[1]
-            last_gains += [gain for gain, _ in kept]
-        assert not last_gains or min(last_gains) >= next_gain * (1 - 1e-9)
 
 
 # Sizes
@@ -163,14 +136,6 @@ def test_a_larger_size_only_ever_adds_bits_and_costs_less(seed: int, counts: lis
     assert [set(rate.widths) for rate in before] == [{16}] * len(layers)
 
 
-def test_layers_alike_get_alike_and_no_more_than_is_asked_for() -> None:
-    layers = [energies(3, 8)] * 4
-    for total in all_sizes(layers):
-        rates = bought(layers, total)
-        assert len({*rates}) == 1
-        assert total - 4 < sum(rate.token_bytes(2) for rate in rates) <= total
-
-
 def test_channels_that_cost_nothing_are_stored_last() -> None:
     layer = torch.cat([energies(0, 4), torch.zeros(4, dtype=torch.float64)])
     assert [rate.widths for rate in bought([layer], 8)] == [(16,) * 4]
@@ -178,14 +143,8 @@ def test_channels_that_cost_nothing_are_stored_last() -> None:
     assert len(rate.widths) == 4
 
 
-def test_a_loud_layer_gets_more_and_a_silent_one_a_byte() -> None:
-    loud, quiet = energies(0, 20), 1e-9 * energies(1, 20)
-    rates = bought([loud, quiet], 12)
-    assert [rate.token_bytes(2) for rate in rates] == [11, 1]
-
-
 def test_a_later_bit_is_never_worth_more_than_an_earlier_one() -> None:
-    """Of tables of few samples the fourth bit may help more than the third."""
+    """In tables of few samples the fourth bit may help more than the third."""
     bumpy = GAUSSIAN.clone()
     bumpy[3] = bumpy[2] * 0.99
     layer = energies(0, 5)
@@ -235,8 +194,3 @@ def test_the_bytes_of_a_token() -> None:
     assert Rate((8, 8, 1)).token_bytes(2) == 3 == code_bytes((8, 8, 1))
     assert Rate((16, 16, 16), quantised=False).token_bytes(2) == 6
     assert Rate((16, 16, 16), quantised=False).token_bytes(4) == 12
-
-
-def test_noise_is_no_reason_to_pay_for_a_channel_below_zero() -> None:
-    layer = torch.tensor([1.0, 0.5, -1e-18], dtype=torch.float64)
-    assert (purchases(layer, GAUSSIAN).gains >= 0).all()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
-from vmla_convert.maths import spectra
 from vmla_convert.maths.spectra import (
     activation_spectrum,
     effective_rank,
@@ -88,40 +86,3 @@ def test_truncation_loses_what_a_full_svd_loses(name: str, dtype: torch.dtype) -
         # Strongest first.
         strength = up.double().norm(dim=0)
         assert (strength.diff() <= 1e-4 * singular[0] + rounding).all()
-
-
-def test_truncation_leaves_the_matrix_alone() -> None:
-    for dtype in (torch.float32, torch.float64):
-        matrix = MATRICES["slow"].to(dtype)
-        before = matrix.clone()
-        truncate(matrix, 3)
-        truncate(matrix, 39)
-        assert torch.equal(matrix, before)
-
-
-@pytest.mark.parametrize(("rank", "precise"), [(1, False), (3, False), (4, True), (40, True)])
-def test_where_truncation_discards_little_float32_does_not_find_the_cut(
-    rank: int, precise: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    matrix, tried = MATRICES["fast"], list[str]()
-    leading = spectra._leading_eigenvectors
-
-    def noted(rows: np.ndarray, rank: int) -> tuple[np.ndarray, float]:
-        tried.append(str(rows.dtype))
-        return leading(rows, rank)
-
-    monkeypatch.setattr(spectra, "_leading_eigenvectors", noted)
-    up, down = truncate(matrix, rank)
-    assert tried == ["float32", "float64"][: 1 + precise]
-    discarded = torch.linalg.svdvals(matrix)[rank:].norm()
-    left = (matrix - up @ down).norm()
-    assert (left - discarded).abs() <= 1e-4 * discarded + 1e-7 * matrix.norm()
-
-
-@pytest.mark.parametrize("size", [1e-30, 1e-15, 1e15, 1e25])
-def test_numbers_of_any_size_are_truncated_alike(size: float) -> None:
-    """The squares of the outer ones are none of float32's."""
-    up, down = truncate(size * MATRICES["slow"], 3)
-    discarded = torch.linalg.svdvals(MATRICES["slow"])[3:].norm()
-    left = (MATRICES["slow"] - up @ down / size).norm()
-    assert (left - discarded).abs() <= 1e-4 * discarded

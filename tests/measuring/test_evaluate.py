@@ -17,6 +17,7 @@ from vmla_convert.config import (
     DataConfig,
     EvaluateConfig,
     Geometry,
+    ModelConfig,
     RankPlan,
     Sizes,
 )
@@ -38,9 +39,15 @@ from vmla_convert.measuring.evaluate import (
     rollout_rows,
     spectrum_rows,
 )
-from vmla_convert.measuring.rows import cache_rows, conversion_rows, error_rows, run_name
+from vmla_convert.measuring.rows import (
+    cache_rows,
+    conversion_rows,
+    error_rows,
+    row_fields,
+    run_name,
+)
 from vmla_convert.media.clips import open_clips
-from vmla_convert.results import Row
+from vmla_convert.results import Metric, Row
 from vmla_convert.training.losses import Example
 
 pytest_plugins = ["checkpoints"]
@@ -74,35 +81,21 @@ def has_fields(row: Row, fields: Mapping[str, object]) -> bool:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_the_dense_model_has_no_error_against_itself(streamed: bool, dense: CausalWanModel) -> None:
+def test_only_the_dense_model_has_no_error(
+    streamed: bool, dense: CausalWanModel, latent: CausalWanModel
+) -> None:
     held_out = HeldOut(dense, EVALUATE, streamed)
-    errors = held_out.measure(dense)
+    errors, converted = held_out.measure(dense), held_out.measure(latent)
     assert errors.velocity_error == 0
     assert errors.flow_loss > 0
     assert held_out.teacher_errors() == errors
+    other = held_out.measure_other_past(dense)
+    assert other.velocity_error > 0 and converted.velocity_error > 0
+    assert len({errors.flow_loss, converted.flow_loss, other.flow_loss}) == 3
+    assert HeldOut(dense, EVALUATE, streamed).measure(latent) == converted
 
 
-def test_a_conversion_has_errors_of_its_own(
-    dense: CausalWanModel, latent: CausalWanModel, held_out: HeldOut
-) -> None:
-    errors = held_out.measure(latent)
-    assert errors.velocity_error > 0
-    assert errors.flow_loss != held_out.measure(dense).flow_loss
-
-
-def test_measuring_again_gives_the_same_numbers(
-    dense: CausalWanModel, latent: CausalWanModel, held_out: HeldOut
-) -> None:
-    assert HeldOut(dense, EVALUATE).measure(latent) == held_out.measure(latent)
-
-
-def test_another_past_changes_the_answer(dense: CausalWanModel, held_out: HeldOut) -> None:
-    errors = held_out.measure_other_past(dense)
-    assert errors.velocity_error > 0
-    assert errors.flow_loss != held_out.measure(dense).flow_loss
-
-
-def test_the_first_chunk_reads_no_cache_and_does_not_count(
+def test_the_first_chunk_has_no_past_and_does_not_count(
     dense: CausalWanModel, held_out: HeldOut
 ) -> None:
     before = held_out.measure(dense)
@@ -114,25 +107,19 @@ def test_the_first_chunk_reads_no_cache_and_does_not_count(
     assert held_out.measure(dense).velocity_error > 0
 
 
-def test_every_clip_is_measured(dense: CausalWanModel) -> None:
-    held_out = HeldOut(dense, EvaluateConfig(clips=11, data=EVALUATE.data))
-    assert sum(len(example.velocity) for example in held_out.examples) == 11
-
-
 @pytest.mark.parametrize("streamed", [False, True])
-def test_figures_do_not_depend_on_how_many_clips_pass_together(
+def test_results_do_not_depend_on_the_batch_size(
     streamed: bool, dense: CausalWanModel, latent: CausalWanModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(EVALUATE, clips=9)
 
     def measured() -> tuple[list[float], set[int]]:
-        sizes, patch = (
-            set[int](),
-            dense.patch_embedding.register_forward_pre_hook(
-                lambda _, given: sizes.add(len(given[0]))
-            ),
+        sizes = set[int]()
+        patch = dense.patch_embedding.register_forward_pre_hook(
+            lambda _, given: sizes.add(len(given[0]))
         )
         held_out = HeldOut(dense, config, streamed)
+        assert sum(len(example.velocity) for example in held_out.examples) == 9
         figures = [*held_out.measure(latent), held_out.measure_other_past(dense).flow_loss]
         patch.remove()
         return figures, sizes
@@ -170,31 +157,37 @@ def test_rows_of_the_dense_model(dense: CausalWanModel, held_out: HeldOut) -> No
     assert rows["flow_loss_other_past"].value == held_out.measure_other_past(dense).flow_loss
 
 
-def test_rows_of_a_conversions_errors(latent: CausalWanModel, held_out: HeldOut) -> None:
+def test_rows_of_a_conversion(latent: CausalWanModel, held_out: HeldOut) -> None:
     errors = held_out.measure(latent)
-    rows = error_rows(errors, latent.config, step=7, seed=3)
-    assert {row.metric: row.value for row in rows} == errors._asdict()
-    assert all(has_fields(row, LATENT_FIELDS | {"step": 7, "seed": 3}) for row in rows)
-
-
-def test_rows_of_a_conversions_cache(latent: CausalWanModel) -> None:
-    rows = cache_rows(latent.config)
-    values = {row.metric: row.value for row in rows}
-    assert values == {
-        "cache_bytes_per_token": 26,
-        "cache_cut": pytest.approx(1 - 13 / 96),
+    measured = error_rows(errors, latent.config, step=7, seed=3)
+    assert {row.metric: row.value for row in measured} == errors._asdict()
+    assert all(has_fields(row, {"step": 7, "seed": 3}) for row in measured)
+    cache = cache_rows(latent.config)
+    assert {row.metric: row.value for row in cache} == {
+        Metric.CACHE_BYTES_PER_TOKEN: 26,
+        Metric.CACHE_CUT: pytest.approx(1 - 13 / 96),
     }
-    assert all(has_fields(row, LATENT_FIELDS) for row in rows)
+    cost = conversion_rows(Conversion(Path("out"), latent.config, 3.0, 2.0, 1000))
+    assert [(row.metric, row.value, row.unit) for row in cost] == [
+        (Metric.CONVERT_SECONDS, 3.0, "s"),
+        (Metric.FACTOR_SECONDS, 2.0, "s"),
+        (Metric.PEAK_RSS_BYTES, 1000.0, "bytes"),
+    ]
+    assert all(has_fields(row, LATENT_FIELDS) for row in measured + cache + cost)
     assert run_name(latent.config) == RUN
 
 
 def test_a_run_is_named_after_what_was_made(dense: CausalWanModel) -> None:
-    def name(latent: Latent, ranks: tuple[int, ...], pairs: tuple[int, ...]) -> str:
+    def planned(latent: Latent, ranks: tuple[int, ...], pairs: tuple[int, ...]) -> ModelConfig:
         plan = RankPlan(ranks, pairs, (2, 2) if latent == "split" else ())
         config = ConvertConfig(product="mla", init="random", latent=latent, size=Sizes(plan=plan))
-        return run_name(planned_config(MODEL, config, plan))
+        return planned_config(MODEL, config, plan)
+
+    def name(latent: Latent, ranks: tuple[int, ...], pairs: tuple[int, ...]) -> str:
+        return run_name(planned(latent, ranks, pairs))
 
     assert run_name(dense.config) == "dense"
+    assert row_fields(planned("joint", (8, 9), (2, 2)))["kv_lora_rank"] is None
     names = {
         "mla-random-9+4-joint": name("joint", (9, 9), (2, 2)),
         "mla-random-13.5-joint": name("joint", (8, 9), (2, 2)),
@@ -205,28 +198,7 @@ def test_a_run_is_named_after_what_was_made(dense: CausalWanModel) -> None:
     assert list(names) == list(names.values())
 
 
-def test_rows_name_no_size_that_layers_do_not_share(
-    dense: CausalWanModel, measured: Statistics
-) -> None:
-    plan = RankPlan((8, 9), (2, 2))
-    config = ConvertConfig(product="mla", size=Sizes(plan=plan))
-    model = convert_model(dense, config, measured)
-    rows = cache_rows(model.config)
-    assert {(row.kv_lora_rank, row.qk_rope_head_dim) for row in rows} == {(None, None)}
-    assert rows[0].value == 27
-
-
-def test_rows_of_what_a_conversion_took(latent: CausalWanModel) -> None:
-    rows = conversion_rows(Conversion(Path("out"), latent.config, 3.0, 2.0, 1000))
-    assert [(row.metric, row.value, row.unit) for row in rows] == [
-        ("convert_seconds", 3.0, "s"),
-        ("factor_seconds", 2.0, "s"),
-        ("peak_rss_bytes", 1000.0, "bytes"),
-    ]
-    assert all(has_fields(row, LATENT_FIELDS) for row in rows)
-
-
-def test_spectra_are_told_for_every_layer_with_and_without_data(
+def test_every_layer_has_spectra_of_weights_and_of_activations(
     dense: CausalWanModel, measured: Statistics
 ) -> None:
     rows = spectrum_rows(dense, map(measured, (0, 1)), rank=8)
@@ -249,7 +221,7 @@ def test_spectra_are_told_for_every_layer_with_and_without_data(
 
 @pytest.mark.parametrize("latent", ["joint", "split"])
 @pytest.mark.parametrize("init", ["calibrated", "random"])
-def test_every_converted_layer_tells_how_much_of_its_rank_it_fills(
+def test_every_mla_layer_has_an_effective_rank(
     init: str, latent: Latent, dense: CausalWanModel, measured: Statistics
 ) -> None:
     config = replace(CONVERT, init=init, latent=latent, size=Sizes(kv_lora_rank=8))

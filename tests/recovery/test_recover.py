@@ -136,20 +136,20 @@ def test_the_recovered_folder_is_a_converted_one_that_says_how(
     out, rows = recovered
     assert (out / "config.json").read_bytes() == (converted / "config.json").read_bytes()
     was, now = (json.loads((f / "conversion.json").read_text()) for f in (converted, out))
-    told = now.pop("recovered")
+    record = now.pop("recovered")
     assert now == was | {"recover": to_dict(CONFIG)}
-    assert told["kept_steps"].keys() == {"layer by layer", "distilling"}
-    assert told["learning_rate"] == CONFIG.training.lr
-    assert told["clips"] == open_clips(CLIPS).record()
+    assert record["kept_steps"].keys() == {"layer by layer", "distilling"}
+    assert record["learning_rate"] == CONFIG.training.lr
+    assert record["clips"] == open_clips(CLIPS).record()
     measured = {(row.metric, row.step): row.value for row in rows}
     for point, step in (("first", 0), ("last", 6)):
-        assert told["errors"][point] == {
+        assert record["errors"][point] == {
             "step": step,
             "velocity_error": measured["velocity_error", step],
             "flow_loss": measured["flow_loss", step],
         }
-    assert told["errors"]["dense_flow_loss"] == measured["flow_loss", None]
-    assert told["errors"]["clips"] == EVALUATE.clips
+    assert record["errors"]["dense_flow_loss"] == measured["flow_loss", None]
+    assert record["errors"]["clips"] == EVALUATE.clips
     assert f"{measured['velocity_error', 6]:.3g}" in (out / "README.md").read_text()
     assert [path.name for path in out.parent.iterdir()] == ["recovered"]
 
@@ -274,16 +274,18 @@ def test_a_dry_run_tells_and_writes_nothing(
 ) -> None:
     out = tmp_path / "out"
     command = ["recover", converted, "--teacher", teacher, "-o", out, "--dry-run", "--json"]
-    told = json.loads(vmla(*command, "--on-policy-steps", "7").out)
+    planned = json.loads(vmla(*command, "--on-policy-steps", "7").out)
     state = load(converted).state_dict()
-    assert told["trains"] == sum(state[name].numel() for name in TRAINED)
-    assert told["of"] == sum(tensor.numel() for tensor in state.values())
-    assert told["bytes"] == sum(spec.nbytes for spec in open_checkpoint(converted).specs().values())
-    assert list(told["steps"].values()) == [40, 100, 7, 0]
-    assert told["clips"] == open_clips(DataConfig()).record()
-    told = json.loads(vmla(*command, "--train", "all", "--data", "self").out)
-    assert told["trains"] == told["of"]
-    assert told["clips"] == f"made into {out}.clips"
+    assert planned["trains"] == sum(state[name].numel() for name in TRAINED)
+    assert planned["of"] == sum(tensor.numel() for tensor in state.values())
+    assert planned["bytes"] == sum(
+        spec.nbytes for spec in open_checkpoint(converted).specs().values()
+    )
+    assert list(planned["steps"].values()) == [40, 100, 7, 0]
+    assert planned["clips"] == open_clips(DataConfig()).record()
+    planned = json.loads(vmla(*command, "--train", "all", "--data", "self").out)
+    assert planned["trains"] == planned["of"]
+    assert planned["clips"] == f"made into {out}.clips"
     assert list(tmp_path.iterdir()) == []
 
 

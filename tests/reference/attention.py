@@ -1,4 +1,4 @@
-"""The latent layer as METHOD 1 and 3 say it: one head, query and key at a time, on one clip."""
+"""The MLA layer by its formula: one head, query and key at a time, on one clip."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def head_reads(
 
     def turned(channels: Tensor, token: int) -> Tensor:
         z = torch.view_as_complex(channels.unflatten(-1, (-1, 2)).contiguous())
-        return torch.view_as_real(z * rotary.turns()[token, pairs]).flatten()
+        return torch.view_as_real(z * rotary.rotations()[token, pairs]).flatten()
 
     reads: list[tuple[Tensor, Tensor]] = []
     query, tokens = layer.norm_q(layer.q(x)), range(len(x))

@@ -11,6 +11,34 @@ from torch import Tensor
 from vmla_convert.maths.attention_stats import AttentionSample, AttentionStats
 
 
+def make_sample(
+    heads: int = 2, head_dim: int = 6, clips: int = 2, seed: int = 0, count: int = 3, keys: int = 5
+) -> AttentionSample:
+    """Random queries, keys and all that belongs to them; each query sees some keys."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def turn(tokens: int) -> Tensor:
+        angles = 3 * normal(tokens, head_dim // 2)
+        return torch.polar(torch.ones_like(angles), angles)
+
+    mask = torch.rand(count, keys, generator=generator) < 0.7
+    mask[:, 0] = True
+    return AttentionSample(
+        query=normal(clips, count, heads, head_dim),
+        query_rotation=turn(count),
+        key=normal(clips, keys, heads, head_dim),
+        key_rotation=turn(keys),
+        key_norm=normal(clips, keys).abs() + 0.1,
+        value=normal(clips, keys, heads, head_dim),
+        value_mean=normal(heads, head_dim),
+        gradient=normal(clips, count, heads, head_dim),
+        mask=mask,
+    )
+
+
 def rotate(x: Tensor, turn: list[complex]) -> Tensor:
     """Interleaved pairs of x (D,), each times a complex number."""
     out = torch.empty_like(x)

@@ -118,7 +118,7 @@ def test_a_sharded_recovery_is_that_of_one_process(
     same_but_for_rounding(*(record["recovered"].pop("errors") for record in records))
     assert records[0]["recovered"] == records[1]["recovered"]
     # Steps after the best one are measured too.
-    curves = [json.loads(told.splitlines()[0]) for told in (single.out, ran.stdout)]
+    curves = [json.loads(out.splitlines()[0]) for out in (single.out, ran.stdout)]
     errors = [[row["velocity_error"] for row in curve] for curve in curves]
     assert errors[1] == pytest.approx(errors[0], rel=1e-3)
 
@@ -186,7 +186,7 @@ alone = true
 recover = false
 products = ["mla"]
 inits = ["random", "spectral", "calibrated"]
-sizes = [{ cut = 0.8 }, { cut = 0.9 }]
+sizes = [{{ cut = 0.8 }}, {{ cut = 0.9 }}]
 """
 
 

@@ -44,8 +44,8 @@ def test_names_and_config_are_those_of_self_forcing(trained: Path) -> None:
     saved = torch.load(trained / "checkpoint" / "model.pt", weights_only=True)
     assert list(saved) == ["generator_ema"]
     assert "model.blocks.0.self_attn.k.weight" in saved["generator_ema"]
-    told = json.loads((trained / "checkpoint" / "config.json").read_text())
-    assert (told["_class_name"], told["dim"], told["num_heads"]) == ("WanModel", 48, 2)
+    config = json.loads((trained / "checkpoint" / "config.json").read_text())
+    assert (config["_class_name"], config["dim"], config["num_heads"]) == ("WanModel", 48, 2)
 
 
 def test_it_learns_from_the_first_steps(trained: Path) -> None:

@@ -82,7 +82,7 @@ def read_geometry(
     stated = {
         field.name: value
         for field in fields(Geometry)
-        for name in (field.name, _DIFFUSERS_NAMES.get(field.name))
+        for name in (field.name, _DIFFUSERS_NAMES.get(field.name, field.name))
         if (value := file_config.get(name)) is not None
     }
     for field in found.keys() & stated.keys():

@@ -39,13 +39,12 @@ def is_resumable(out: Path) -> bool:
     return identity.is_file() and identity.read_text("utf-8") != "null"
 
 
-def refuse_taken(out: Path, resume: bool | None = None) -> None:
+def refuse_taken(out: Path, resume: bool = False) -> None:
     """Refuse, before any work, a folder that cannot be written.
 
     Args:
         out: The folder to make.
-        resume: Whether to continue an interrupted run. None stands for commands that cannot, and
-            that start again over what a killed run of theirs left.
+        resume: Whether to continue an interrupted run.
 
     Raises:
         OutputError: `out` is taken, or an interrupted run or somebody's files are in the way.
@@ -65,22 +64,15 @@ def refuse_taken(out: Path, resume: bool | None = None) -> None:
     if is_resumable(out) and not resume:
         raise OutputError(
             f"{partial} holds an interrupted conversion",
-            "add --resume to continue it, or remove it"
-            if resume is False
-            else "continue it with vmla convert --resume, remove it, or choose another -o",
+            "continue it with vmla convert --resume, remove it, or choose another -o",
         )
 
 
 def check_place(out: Path, nbytes: int, resume: bool) -> None:
-    """Refuse, before any work, a folder that cannot be written or a disk that is too small.
-
-    Args:
-        out: The folder to make.
-        nbytes: Bytes of all files.
-        resume: Whether to continue an interrupted run.
+    """Refuse, before any work, what `refuse_taken` does, and a disk without room for `nbytes`.
 
     Raises:
-        OutputError: As `refuse_taken`, or space is lacking.
+        OutputError: The folder cannot be written.
     """
     refuse_taken(out, resume)
     if not partial_folder(out).exists():
@@ -88,10 +80,10 @@ def check_place(out: Path, nbytes: int, resume: bool) -> None:
 
 
 def require_room(out: Path, nbytes: int) -> None:
-    """Refuse a disk that is too small.
+    """Refuse a disk on which fewer than `nbytes` are free.
 
     Raises:
-        OutputError: Fewer than `nbytes` are free.
+        OutputError: Space is lacking.
     """
     place = next(path for path in out.absolute().parents if path.exists())
     free = shutil.disk_usage(place).free
@@ -156,13 +148,9 @@ def write_files(folder: Path, files: Mapping[str, str | dict[str, Any]]) -> None
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = content if isinstance(content, str) else as_json(content)
-        path.write_text(text, "utf-8")
-
-
-def as_json(table: Any) -> str:
-    """A table as people read it."""
-    return json.dumps(table, indent=2, ensure_ascii=False) + "\n"
+        if not isinstance(content, str):
+            content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        path.write_text(content, "utf-8")
 
 
 def copied_bytes(copies: Mapping[str, Path]) -> int:

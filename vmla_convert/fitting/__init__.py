@@ -1,1 +1,1 @@
-"""From a dense checkpoint to a codec or an MLA model: observe, calibrate, plan, fit."""
+"""Conversion of a dense checkpoint: calibrate, plan, fit, write; and inspection of checkpoints."""

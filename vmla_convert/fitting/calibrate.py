@@ -151,7 +151,7 @@ class _Batch(NamedTuple):
 
 
 class _Walk:
-    """All clips on their way through the blocks, forward and then backward.
+    """A pass of all clips through the blocks, forward and then backward.
 
     The store holds `input-l`, the input of block l; `gradient-l`, the gradient with respect to that
     input; and `statistics-l`. Each of the first two has one tensor for every batch. A block that

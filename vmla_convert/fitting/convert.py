@@ -72,18 +72,16 @@ def convert(
 ) -> Conversion:
     """Convert a dense checkpoint into a folder that `load` and `generate` take.
 
-    The result is a cache codec beside the untouched checkpoint, or a checkpoint with MLA layers.
-    The source is read block by block, so it need not fit in memory. Calibration is kept beside the
-    folder until the folder is complete.
+    The result is a cache codec, or a checkpoint with MLA layers. The source is read block by block,
+    so it need not fit in memory. Calibration is kept beside `out` until `out` is complete.
 
     Args:
-        source: Checkpoint file or folder, `demo`, or a Hub id, optionally with settings and LoRAs.
-        out: Folder to write. It appears complete or not at all.
+        source: Checkpoint file or folder, `demo`, or a Hub id, with or without settings and LoRAs.
+        out: Folder to write, which appears complete or not at all.
         config: Product, sizes and calibration.
         progress: Where progress is drawn.
         resume: Continue an interrupted conversion of the same source and settings.
-        layout: Layout of an MLA checkpoint: `native`, or `diffusers` with text encoder and VAE
-            where the source has them. A codec has one layout.
+        layout: `native`, or for MLA checkpoints `diffusers`, with text encoder and VAE if present.
 
     Raises:
         CheckpointError: The source cannot be read, has an unknown layout, is converted already, or
@@ -119,18 +117,23 @@ def convert(
         model = write(checkpoint, plan, config, statistics, writer, progress)
         now = perf_counter()
         done = Conversion(out, model, now - started, now - factoring, peak_rss_bytes())
-        record |= {
-            "convert": to_dict(replace(config, data=recorded(config.data))),
-            "versions": library_versions(),
-            "convert_seconds": done.convert_seconds,
-            "factor_seconds": done.factor_seconds,
-            "stage_seconds": progress.seconds,
-            "peak_rss_bytes": done.peak_rss_bytes,
-        }
+        record |= _outcome(done, config, progress)
         writer.write_files(converted_files(model, record, plan.layout, plan.copies))
     if store:
         store.remove()
     return done
+
+
+def _outcome(done: Conversion, config: ConvertConfig, progress: Timed) -> dict[str, Any]:
+    """Part of the record that says what a conversion took, and with which settings."""
+    return {
+        "convert": to_dict(replace(config, data=recorded(config.data))),
+        "versions": library_versions(),
+        "convert_seconds": done.convert_seconds,
+        "factor_seconds": done.factor_seconds,
+        "stage_seconds": progress.seconds,
+        "peak_rss_bytes": done.peak_rss_bytes,
+    }
 
 
 def _read_source(

@@ -1,4 +1,4 @@
-"""What is this checkpoint, what does its cache cost, and what would a latent cache cost?"""
+"""Facts about a checkpoint: its model, its cache, and the cache that a conversion would make."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class LayerSpectrum:
     """How low-rank the joint key and value weights of one layer are.
 
     Attributes:
-        layer: Index.
-        effective_rank_99: Directions that hold 99 % of the squared weights.
-        energy_at_rank: Share that the inspected R holds.
+        layer: Index of the layer.
+        effective_rank_99: Number of directions that hold 99 % of the squared weights.
+        energy_at_rank: Share of the squared weights in an eighth of the width.
     """
 
     layer: int
@@ -36,20 +36,21 @@ class Inspection:
     """Facts about a checkpoint.
 
     Attributes:
-        path: As given.
-        family: Its layout.
-        known_model: Whose settings it took; None when nobody said which model it is.
-        note: What is uncertain about that model.
+        path: Path or name of the checkpoint, as given.
+        family: Layout of the checkpoint.
+        known_model: Known model that the settings were taken from, if any.
+        note: What is uncertain about the known model.
         parameters: Number of weights.
-        nbytes: Their bytes in the file.
-        dtypes: They are stored as.
-        model: Its full config.
-        converted: What a conversion at the inspected sizes would make of it; itself if converted.
-        window_cache_bytes: Bytes of a full window, batch 1, two bytes a number.
-        converted_window_cache_bytes: The same after conversion.
-        unknown: Tensors that are no part of its model; `convert` refuses them.
-        missing: Tensors that its model lacks; likewise.
-        spectrum: Per layer, when asked for.
+        nbytes: Bytes of the weights in the file.
+        dtypes: Dtypes that weights are stored in.
+        model: Full config of the model.
+        converted: Config that a conversion to the given size would make; the model's own config if
+            the model is converted already.
+        window_cache_bytes: Bytes of the cache for a full window, batch 1, two bytes a number.
+        converted_window_cache_bytes: The same bytes after conversion.
+        unknown: Tensors that are not part of the model; `convert` refuses such a checkpoint.
+        missing: Tensors that the model lacks; `convert` refuses such a checkpoint.
+        spectrum: Spectrum of each layer, if asked for.
     """
 
     path: str
@@ -74,18 +75,18 @@ def inspect_checkpoint(
     progress: Progress | None = None,
     spectra: bool = False,
 ) -> Inspection:
-    """Read a checkpoint's headers; of one on the Hub no more than those are downloaded.
+    """Describe a checkpoint from its headers; from the Hub, only headers are downloaded.
 
     Args:
-        source: A file or folder, `demo`, or a Hub id; with settings if need be.
-        config: Sizes to compare with; the default ones if None.
-        progress: Where to draw.
-        spectra: Read key and value weights too, and decompose them layer by layer; they are
-            downloaded if they must be.
+        source: A file or folder, `demo`, or a Hub id, optionally with settings.
+        config: Size to compare with; the default size if None.
+        progress: Where progress is drawn.
+        spectra: Decompose the key and value weights of every layer too. The weights are downloaded
+            if necessary.
 
     Raises:
-        CheckpointError: The source is no checkpoint of a known layout.
-        ConfigError: The sizes do not fit it.
+        CheckpointError: The source has no known layout.
+        ConfigError: The size does not fit the model.
     """
     checkpoint = recognise(*locate(source)) if spectra else recognise_named(source, progress)
     model = converted = checkpoint.config

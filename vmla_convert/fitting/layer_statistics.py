@@ -112,7 +112,7 @@ def measure_layer(
     groups = [visible & ~own_chunk]
     groups += [] if is_codec else [own_chunk & ~is_noisy, own_chunk & is_noisy]
     value_mean = split_heads(attention.v(clean.mean((0, 1))), heads)
-    rotations = rotary.turns()
+    rotations = rotary.rotations()
     sums: list[AttentionStats] = []
     # One clip at a time: attention of many queries and heads over a whole window is large.
     for tokens, pull in zip(x.split(1), gradient.split(1), strict=True):

@@ -15,7 +15,7 @@ from vmla_convert.fitting.rank_plan import LayerInputs, check_sizes, plan_ranks
 from vmla_convert.fitting.weights import Read, layer_weights, with_tensors
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.evidence import Evidence, assume_evidence, join_evidence
-from vmla_convert.maths.factor import DATA_INITS, factor
+from vmla_convert.maths.factor import DATA_INITS, INITS
 from vmla_convert.maths.moments import as_channels
 from vmla_convert.maths.projections import Factors, KVWeights, LayerShape
 from vmla_convert.media.clips import seeded
@@ -94,7 +94,7 @@ def factor_layer(
         ranks.rope_pairs[layer],
         ranks.key_ranks[layer] if ranks.key_ranks else None,
     )
-    return factor(config.init, weights, shape, evidence, seeded(config.seed, layer, "init"))
+    return INITS[config.init](weights, shape, evidence, seeded(config.seed, layer, "init"))
 
 
 def latent_tensors(factors: Factors, weights: KVWeights, layer: int) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Weights on their way: read from dense layers, cast for a file, put into a model."""
+"""Weights are read from dense layers, cast for a file, and put into a model."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from vmla_convert.layers.runtime import check_runtime, check_size, new_layer_cac
 from vmla_convert.maths import rates
 from vmla_convert.maths.masks import AttentionMask
 from vmla_convert.maths.rates import Rate
-from vmla_convert.maths.rope3d import Rotary, grid_table
+from vmla_convert.maths.rope3d import Rotary, rotary_table, token_positions
 
 Prompt = tuple[Entries, ...]
 """Key and value of the prompt in the cross-attention of every block, both (B, S, d)."""
@@ -123,7 +123,8 @@ class CausalWanModel(nn.Module):
         """Rotation of all tokens of frames at the given time positions."""
         _, rows, columns = self.config.geometry.patch_size
         height, width = latents.shape[-2] // rows, latents.shape[-1] // columns
-        return grid_table(frames, height, width, self.config.geometry.head_dim, latents.device)
+        positions = token_positions(frames.cpu(), height, width)
+        return rotary_table(positions, self.config.geometry.head_dim, latents.device)
 
     def unpatchify(self, patches: Tensor, latents: Tensor) -> Tensor:
         """Patches (B, L, pt·ph·pw·C) as latents of the same shape as `latents`."""

@@ -2,7 +2,7 @@
 
 The cache keeps, per token, the content latent c, the rope key r (two numbers for each selected RoPE
 pair, unrotated), and the reciprocal key norm 1/rho: one scalar, which commutes with every
-up-projection and with RoPE, so that Wan's QK-norm stays exact (Method: the MLA layer, key norm).
+up-projection and with RoPE, so that Wan's QK-norm stays exact (Method: key norm).
 
 Keys of all heads are one matrix M_h times one shared key, values one N_h times the latent:
 

@@ -127,29 +127,7 @@ def calibrated(
 
 INITS: dict[str, Init] = {"calibrated": calibrated, "spectral": spectral, "random": random}
 DATA_INITS = ("calibrated",)
-"""Inits that need activations."""
-
-
-def factor(
-    init: str,
-    weights: KVWeights,
-    shape: LayerShape,
-    evidence: Evidence | None,
-    generator: torch.Generator,
-) -> Factors:
-    """The weights of one MLA layer.
-
-    Args:
-        init: Name of an init.
-        weights: The dense layer.
-        shape: Sizes of the MLA layer.
-        evidence: Evidence of this layer; None for an init without data.
-        generator: Source of random numbers.
-
-    Raises:
-        ConfigError: The init needs evidence, and there is none.
-    """
-    return INITS[init](weights, shape, evidence, generator)
+"""Inits that need evidence."""
 
 
 class ErrorCurve(NamedTuple):

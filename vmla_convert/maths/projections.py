@@ -25,13 +25,10 @@ class KVWeights(NamedTuple):
     """Weights of the queries, keys, values and output of a dense layer.
 
     Attributes:
-        query: D_g W_q with the query norm's gain, (H·D, d).
-        query_bias: D_g b_q, (H·D,).
-        raw_key: W_k, (H·D, d).
-        raw_key_bias: b_k, (H·D,).
+        query, query_bias: D_g W_q, (H·D, d), and D_g b_q with the gain of the query norm.
+        raw_key, raw_key_bias: W_k, (H·D, d), and b_k.
         key_gain: Gain of the key norm, (H·D,).
-        value: W_v, (H·D, d).
-        value_bias: b_v, (H·D,).
+        value, value_bias: W_v, (H·D, d), and b_v.
         output: W_o, (d, H·D).
         num_heads: H.
     """

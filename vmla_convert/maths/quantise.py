@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from itertools import groupby
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,23 +29,6 @@ TABLE_SIZE = 2 ** (MOST_BITS + 1) - 2
 LLOYD_ROUNDS = 20  # of alternating the two conditions of optimality
 DENSITY_CELLS = 512  # for the density of samples that the first guess needs
 GAUSSIAN_SAMPLES = 2**16 - 1
-
-
-class Run(NamedTuple):
-    """Neighbouring channels of one width in bits."""
-
-    width: int
-    channels: slice
-
-
-def runs(widths: Sequence[int]) -> list[Run]:
-    """The runs of equal widths."""
-    found, start = list[Run](), 0
-    for width, group in groupby(widths):
-        count = len(list(group))
-        found.append(Run(width, slice(start, start + count)))
-        start += count
-    return found
 
 
 def fit_tables(samples: Tensor) -> Tensor:
@@ -82,14 +64,14 @@ def distortions(tables: Tensor, samples: Tensor) -> Tensor:
 
 def quantise(channels: Tensor, tables: Tensor, widths: Sequence[int]) -> Tensor:
     """Codes (..., R), int32 from 0 to 2^width − 1, of channels (..., R)."""
-    parts = [_codes(channels[..., run.channels], tables, run.width) for run in runs(widths)]
+    parts = [_codes(part, tables, width) for part, width in _by_width(channels, widths)]
     return torch.cat(parts, -1)
 
 
 def dequantise(codes: Tensor, tables: Tensor, widths: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Channels (..., R) from codes (..., R)."""
-    parts = [_values(codes[..., run.channels], tables, run.width) for run in runs(widths)]
-    return torch.cat([part.to(dtype) for part in parts], -1)
+    parts = [_values(part, tables, width).to(dtype) for part, width in _by_width(codes, widths)]
+    return torch.cat(parts, -1)
 
 
 def code_bytes(widths: Sequence[int]) -> int:
@@ -146,6 +128,13 @@ def _companded(ordered: Tensor, levels: int) -> Tensor:
     cell = torch.searchsorted(mass, wanted).clamp(1, cells)
     share = (wanted - mass[cell - 1]) / (mass[cell] - mass[cell - 1])
     return torch.lerp(knots[cell - 1], knots[cell], share)
+
+
+def _by_width(x: Tensor, widths: Sequence[int]) -> list[tuple[Tensor, int]]:
+    """Parts of x (..., R) in which all channels have one width, with the width."""
+    runs = [(width, len(list(run))) for width, run in groupby(widths)]
+    parts = x.split([count for _, count in runs], -1)
+    return [(part, width) for part, (width, _) in zip(parts, runs, strict=True)]
 
 
 def _codes(channels: Tensor, tables: Tensor, width: int) -> Tensor:

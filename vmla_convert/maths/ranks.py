@@ -32,7 +32,13 @@ def budget(curves: Sequence[Tensor], total: int, step: int) -> list[int]:
         ConfigError: The smallest possible sizes do not fit the total.
     """
     possible = _possible(curves, step)
-    room = total - _check_smallest(possible, total)
+    smallest = sum(points[0].size for points in possible)
+    if smallest > total:
+        raise ConfigError(
+            f"the smallest sizes of {len(possible)} layers take {smallest} numbers of {total}",
+            "raise --bytes-per-token",
+        )
+    room = total - smallest
     paths = [_hull(points) for points in possible]  # each starts at its layer's size
     jumps = [(-_gain(*path[:2]), layer) for layer, path in enumerate(paths) if len(path) > 1]
     heapify(jumps)
@@ -67,17 +73,6 @@ def _possible(curves: Sequence[Tensor], step: int) -> list[list[_Point]]:
             )
         layers.append(points)
     return layers
-
-
-def _check_smallest(possible: list[list[_Point]], total: int) -> int:
-    """Numbers of the smallest sizes together."""
-    smallest = sum(points[0].size for points in possible)
-    if smallest > total:
-        raise ConfigError(
-            f"the smallest sizes of {len(possible)} layers take {smallest} numbers of {total}",
-            "raise --cache-scalars",
-        )
-    return smallest
 
 
 def _hull(points: list[_Point]) -> list[_Point]:

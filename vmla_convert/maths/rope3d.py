@@ -30,7 +30,7 @@ class Rotary(NamedTuple):
         """The table of some tokens."""
         return Rotary(self.table.index_select(-3, tokens))
 
-    def turns(self) -> Tensor:
+    def rotations(self) -> Tensor:
         """exp(i·angle) of every pair at every token, (L, pairs) complex."""
         return torch.view_as_complex(self.table)
 
@@ -57,29 +57,12 @@ def token_positions(frames: Tensor, height: int, width: int) -> Tensor:
     return torch.stack(grid, dim=-1).reshape(-1, 3)
 
 
-def grid_table(
-    frames: Tensor, height: int, width: int, head_dim: int, device: torch.device | str = "cpu"
-) -> Rotary:
-    """Rotation of every pair at all tokens of frames (F,), in token order (frame, row, column).
-
-    Args:
-        frames: Time position of each frame.
-        height: Rows of tokens.
-        width: Columns of tokens.
-        head_dim: D.
-        device: Device of the result. The CPU computes the table: some devices have no float64.
-    """
+def rotary_table(positions: Tensor, head_dim: int, device: torch.device | str = "cpu") -> Rotary:
+    """Rotation of every pair at positions (L, 3) in time, height and width."""
     axes, frequencies = pair_frequencies(head_dim)
-    places = frames.cpu(), torch.arange(height), torch.arange(width)
-    shape, parts = (len(frames), height, width), list[Tensor]()
-    for axis, place in enumerate(places):
-        angles = place.double()[:, None] * frequencies[axes == axis]
-        table = torch.stack([angles.cos(), angles.sin()], -1).float().to(device)
-        sides = [1, 1, 1]
-        sides[axis] = len(place)
-        pairs = table.shape[1]
-        parts.append(table.view(*sides, pairs, 2).expand(*shape, pairs, 2))
-    return Rotary(torch.cat(parts, -2).flatten(0, 2))
+    # On the CPU: some devices have no float64.
+    angles = positions.cpu().double()[:, axes] * frequencies
+    return Rotary(torch.stack([angles.cos(), angles.sin()], -1).float().to(device))
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:

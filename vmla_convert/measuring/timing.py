@@ -1,4 +1,4 @@
-"""Time of a denoising step beside the dense model's time, measured in turns in one run."""
+"""Time of a denoising step, and the ratio to the time of the dense model."""
 
 from __future__ import annotations
 

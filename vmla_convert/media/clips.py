@@ -50,7 +50,7 @@ class ClipSource(Protocol):
     """A source of batches."""
 
     def batch(self, index: int, size: int, split: Split = "train") -> Batch:
-        """Return the batch of a number."""
+        """Return the batch with this number."""
         ...
 
 
@@ -204,7 +204,7 @@ def hash_files(files: Sequence[Path]) -> str:
 
 
 def source_kind(source: str) -> SourceKind:
-    """Return the kind of a source: a word, or known by the files at a path.
+    """Return the kind of a source: `demo`, `self`, or what the files at a path hold.
 
     Raises:
         NoClipsError: The path holds no clips.

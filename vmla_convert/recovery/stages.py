@@ -73,7 +73,7 @@ def recover_model(
     Args:
         student: Converted model, trained in place and frozen at the end. If it is sharded, its
             parameters are unfrozen already, and `folders` holds the finished layer-wise stage.
-        teacher: Its dense source.
+        teacher: The dense model that it was converted from.
         config: Steps, learning rates and data.
         held_out: Clips that every stage chooses its best weights by.
         on_step: Called at step 0, after the layer-wise stage and during the later ones. Steps are

@@ -22,7 +22,9 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.stateful import Stateful
@@ -42,14 +44,13 @@ from vmla_convert.training.processes import (
     precision,
     processes,
 )
-from vmla_convert.training.sharding import WHOLE, is_sharded
+from vmla_convert.training.sharding import TRAINED, WHOLE, is_sharded
 from vmla_convert.training.weights import (
     Average,
     Best,
     gathered,
     placed,
     set_weights,
-    trained_weights,
 )
 
 OnEvaluate = Callable[[nn.Module, int], float]
@@ -294,7 +295,7 @@ class _Loop:
         best = self.best
         state = {
             "step": step,
-            "trained": gathered(trained_weights(self.model)),
+            "trained": get_model_state_dict(self.model, options=TRAINED),
             # Optimisers have no state before the first step.
             "optimisers": get_optimizer_state_dict(self.model, self.optimisers, options=WHOLE)
             if step
@@ -317,7 +318,7 @@ class _Loop:
         if self.state_file is None or not self.state_file.is_file():
             return None
         state = torch.load(self.state_file, map_location="cpu", mmap=True, weights_only=True)
-        set_weights(self.model, placed(state["trained"], self.model))
+        set_model_state_dict(self.model, state["trained"], options=TRAINED)
         if state["optimisers"]:
             set_optimizer_state_dict(
                 self.model, self.optimisers, state["optimisers"], options=WHOLE

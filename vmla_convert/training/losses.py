@@ -153,7 +153,7 @@ def predicted_velocity(model: nn.Module, config: ModelConfig, example: Example) 
 def streamed_velocity(
     model: CausalWanModel, example: Example, runtime: RuntimeConfig | None = None
 ) -> Tensor:
-    """As `predicted_velocity`, each chunk with the model's own cache of the past.
+    """Predict as `predicted_velocity` does, each chunk with the model's own cache of the past.
 
     The two differ by the rounding of the cache only.
     """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+from dataclasses import replace
 from functools import cache
 from typing import cast
 
@@ -20,6 +21,7 @@ from vmla_convert.training.processes import own_device, processes
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 """State dicts of whole tensors on the CPU of the main process, whether sharded or not."""
+TRAINED = replace(WHOLE, ignore_frozen_params=True)
 
 
 def shard(model: CausalWanModel) -> CausalWanModel:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from vmla_convert.training.processes import processes
+
 Weights = dict[str, Tensor]
 
 
@@ -27,8 +29,13 @@ def set_weights(model: nn.Module, weights: Weights) -> None:
 
 
 def gathered(weights: Weights) -> Weights:
-    """Shards as whole tensors; all processes must call this together."""
-    return {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in weights.items()}
+    """Shards as whole tensors, on the CPU of the main process; others get empty ones."""
+    return {n: _whole(t) if isinstance(t, DTensor) else t for n, t in weights.items()}
+
+
+def _whole(shard: DTensor) -> Tensor:
+    whole = shard.full_tensor()
+    return whole.cpu() if processes().is_main_process else torch.empty(0)
 
 
 def placed(weights: Weights, model: nn.Module) -> Weights:
