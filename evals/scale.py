@@ -108,7 +108,7 @@ def converted_rows(
     command += CONVERSIONS[conversion]
     if conversion == "calibrated":
         write_clips(clips, geometry)
-        command += ["--data", str(clips), "--calibration-clips", str(CLIPS)]
+        command += ["--data", str(clips), "--set", f"convert.calibration_clips={CLIPS}"]
     started = perf_counter()
     subprocess.run(command, check=True)
     seconds = perf_counter() - started

@@ -27,15 +27,25 @@ PROMPT = "a cat walks on a red roof"
 LATENT_SIZE = (4, 6)
 """Of a frame of 32 x 48 pixels."""
 
-SETTINGS = (
-    "latent_size=[4, 6]",
-    "chunk_frames=2",
-    "cache.window_frames=6",
-    "cache.sink_frames=2",
-    "cache.frame_positions='relative'",
-    "sampler.denoising_step_list=[1000, 500]",
-)
-"""What the pipeline's tensors do not say, as `SourceConfig.overrides` and `--set` take it."""
+SETTINGS: dict[str, Any] = {
+    "latent_size": [4, 6],
+    "chunk_frames": 2,
+    "cache": {"window_frames": 6, "sink_frames": 2, "frame_positions": "relative"},
+    "sampler": {"denoising_step_list": [1000, 500]},
+}
+"""What the pipeline's tensors do not say, as `SourceConfig.overrides` takes it."""
+
+SET = [
+    word
+    for setting in (
+        "latent_size=[4, 6]",
+        "chunk_frames=2",
+        "cache={window_frames=6, sink_frames=2, frame_positions='relative'}",
+        "sampler.denoising_step_list=[1000, 500]",
+    )
+    for word in ("--set", f"model.{setting}")
+]
+"""The same settings as options of a command."""
 
 CORPUS = (
     "a cat walks on a red roof in the rain",

@@ -15,6 +15,10 @@ from pathlib import Path
 
 from vmla_convert.errors import VmlaError
 
+ROWS_NAME = "rows.jsonl"
+RECIPE_NAME = "recipe.json"
+"""The settings of a run, beside its rows."""
+
 
 class Metric(StrEnum):
     """Name of a measured figure, as rows hold it. The unit stands in the row."""

@@ -1,34 +1,56 @@
-"""What commands print of a result, for people; `--json` prints the result itself."""
+"""Print the results of commands for people; `--json` prints the result itself."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vmla_convert.console import out
+from vmla_convert.results import Metric, Row, read_rows
 
 if TYPE_CHECKING:
+    from vmla_convert.fitting.convert import Conversion
     from vmla_convert.fitting.inspect import Inspection
     from vmla_convert.fitting.plan import PlannedOutput
     from vmla_convert.loading.publish import Push
 
 
 def show_decision(rows_file: Path) -> None:
-    """Print the table that a report opens with, where rows give one."""
-    from vmla_convert.report.report import decisive_table
-    from vmla_convert.results import read_rows
+    """Print the report's first table, if the rows hold its figures."""
+    from vmla_convert.report.tables import decisive_table
 
     header, *rows = decisive_table(read_rows(rows_file))
     if rows:
         out.table("What each setting costs and loses", header, rows)
 
 
-def show_kept(recovered: dict[str, Any]) -> None:
-    """Print which step of each stage of a recovery was kept."""
+def show_conversion(done: Conversion, folder: Path, next_command: str) -> None:
+    """Print the size and the folder of a conversion, and the next command."""
+    out.data(
+        {
+            "bytes cached per token and layer": done.config.cache_bytes_per_token(),
+            "cache cut": done.config.cache_cut(),
+            "seconds": done.convert_seconds,
+        }
+    )
+    out.path("wrote", folder)
+    if not out.json:
+        out.say(f"next: {next_command}")
+
+
+def show_recovery(rows: Sequence[Row], folder: Path) -> None:
+    """Print the curve of a recovery, and which step of each stage was kept."""
+    from vmla_convert.loading.load import read_provenance
+
+    curve = [[row.step, row.value] for row in rows if row.metric == Metric.VELOCITY_ERROR]
+    out.table("Recovery", ["step", "velocity_error"], curve)
+    recovered = read_provenance(folder)["recovered"]
     kept: dict[str, int] = recovered["kept_steps"]
     out.data({"kept steps": kept, "learning rate": recovered["learning_rate"]})
     if not any(kept.values()):
         out.say("no stage measured better than its start: the weights are those of the conversion")
+    out.path("wrote", folder)
 
 
 def show_planned_output(planned: PlannedOutput) -> None:
@@ -75,43 +97,12 @@ def show_push(push: Push, dry_run: bool) -> None:
 
 
 def show_inspection(inspection: Inspection) -> None:
-    """Print what a checkpoint is, and what its caches cost."""
+    """Print facts about a checkpoint, and the size of its caches."""
+    out.data(_facts(inspection))
     model, converted = inspection.model, inspection.converted
-    geometry = model.geometry
-    # A checkpoint with a licence has a config.json of ours, which tells the rest too.
-    told = model.licence != "unknown"
-    unnamed = "" if told else "none named; --model brings what tensors lack"
-    known = {
-        "known model": inspection.known_model or unnamed,
-        "note": inspection.note,
-    }
-    out.data(
-        {
-            "checkpoint": inspection.path,
-            "family": inspection.family,
-            **({name: text for name, text in known.items() if text} if model.is_dense else {}),
-            "parameters": f"{inspection.parameters:,}",
-            "weights (bytes)": f"{inspection.nbytes:,} as {', '.join(inspection.dtypes)}",
-            "layers, width, heads": f"{geometry.num_layers}, {geometry.dim}, {geometry.num_heads}",
-            "feed-forward, channels": f"{geometry.ffn_dim}, {geometry.in_dim}",
-            "latent size, tokens per frame": (
-                f"{model.latent_size[0]} x {model.latent_size[1]}, {model.tokens_per_frame}"
-            ),
-            "chunk, window, sink (frames)": (
-                f"{model.chunk_frames}, {model.cache.window_frames}, {model.cache.sink_frames}"
-            ),
-            "frames of pixels a second": model.frames_per_second,
-            "sampler steps, shift": (
-                f"{', '.join(map(str, model.sampler.denoising_step_list))}; {model.sampler.shift:g}"
-            ),
-            "licence": model.licence,
-            "base model": model.base_model,
-        }
-    )
-    cached = [
-        ["this checkpoint", model, inspection.window_cache_bytes],
-        ["with a codec", converted, inspection.converted_window_cache_bytes],
-    ]
+    cached = [["this checkpoint", model, inspection.window_cache_bytes]]
+    if converted is not model:
+        cached.append(["with a codec", converted, inspection.converted_window_cache_bytes])
     out.table(
         "KV cache",
         ["", "bytes per token and layer", "bytes per token", "full window (bytes)", "cut"],
@@ -119,11 +110,11 @@ def show_inspection(inspection: Inspection) -> None:
             [
                 name,
                 f"{c.cache_bytes_per_token():.4g}",
-                f"{round(c.cache_bytes_per_token() * geometry.num_layers):,}",
+                f"{round(c.cache_bytes_per_token() * model.geometry.num_layers):,}",
                 f"{nbytes:,}",
                 f"{c.cache_cut():.1%}",
             ]
-            for name, c, nbytes in cached[: 1 if converted is model else 2]
+            for name, c, nbytes in cached
         ],
     )
     for title, names in (
@@ -133,10 +124,43 @@ def show_inspection(inspection: Inspection) -> None:
         if names:
             out.table(title, ["name"], [[name] for name in names])
     if inspection.spectrum:
-        layers = [
-            [str(s.layer), str(s.effective_rank_99), f"{s.energy_at_rank:.1%}"]
-            for s in inspection.spectrum
-        ]
-        rank = geometry.dim // 8
-        header = ["layer", f"99 %-energy rank of {geometry.dim}", f"energy at R = {rank}"]
-        out.table("Joint key and value weights", header, layers)
+        _show_spectrum(inspection)
+
+
+def _facts(inspection: Inspection) -> dict[str, object]:
+    model, geometry = inspection.model, inspection.model.geometry
+    # A checkpoint with a licence has a config.json of ours, which holds the other settings too.
+    is_known = model.licence != "unknown"
+    unnamed = "" if is_known else "none named; --model brings what tensors lack"
+    known = {"known model": inspection.known_model or unnamed, "note": inspection.note}
+    return {
+        "checkpoint": inspection.path,
+        "family": inspection.family,
+        **({name: text for name, text in known.items() if text} if model.is_dense else {}),
+        "parameters": f"{inspection.parameters:,}",
+        "weights (bytes)": f"{inspection.nbytes:,} as {', '.join(inspection.dtypes)}",
+        "layers, width, heads": f"{geometry.num_layers}, {geometry.dim}, {geometry.num_heads}",
+        "feed-forward, channels": f"{geometry.ffn_dim}, {geometry.in_dim}",
+        "latent size, tokens per frame": (
+            f"{model.latent_size[0]} x {model.latent_size[1]}, {model.tokens_per_frame}"
+        ),
+        "chunk, window, sink (frames)": (
+            f"{model.chunk_frames}, {model.cache.window_frames}, {model.cache.sink_frames}"
+        ),
+        "pixel frames per second": model.frames_per_second,
+        "sampler steps, shift": (
+            f"{', '.join(map(str, model.sampler.denoising_step_list))}; {model.sampler.shift:g}"
+        ),
+        "licence": model.licence,
+        "base model": model.base_model,
+    }
+
+
+def _show_spectrum(inspection: Inspection) -> None:
+    dim = inspection.model.geometry.dim
+    header = ["layer", f"99 %-energy rank of {dim}", f"energy at R = {dim // 8}"]
+    layers = [
+        [str(s.layer), str(s.effective_rank_99), f"{s.energy_at_rank:.1%}"]
+        for s in inspection.spectrum
+    ]
+    out.table("Joint key and value weights", header, layers)

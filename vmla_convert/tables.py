@@ -7,7 +7,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 from typing import Any, Literal, TypeVar
 
@@ -23,6 +23,29 @@ def to_dict(config: Any) -> dict[str, Any]:
         for f in dataclasses.fields(config)
         if (value := getattr(config, f.name)) is not None
     }
+
+
+def changes(config: Any) -> dict[str, Any]:
+    """The values of a config that differ from its defaults, as a table that `from_dict` reads."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value, default = getattr(config, field.name), _default(field)
+        if value == default:
+            continue
+        plain, usual = _plain(value), _plain(default)
+        if dataclasses.is_dataclass(value) and dataclasses.is_dataclass(default):
+            plain = {key: each for key, each in plain.items() if each != usual.get(key)}
+        found[field.name] = plain
+    return found
+
+
+def dotted(table: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a table of tables, as `--set` takes them."""
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from dotted(typing.cast(Mapping[str, Any], value), _join(where, key))
+        else:
+            yield _join(where, key), value
 
 
 def from_dict(cls: type[T], data: Any, where: str = "") -> T:
@@ -45,13 +68,18 @@ def from_dict(cls: type[T], data: Any, where: str = "") -> T:
     for key in table:
         if key not in names:
             raise ConfigError(f"unknown key '{_join(where, key)}'", did_you_mean(key, names))
-    values = {k: _coerce(hints[k], v, _join(where, k)) for k, v in table.items()}
+    values: dict[str, Any] = {}
+    for f in dataclasses.fields(typing.cast(Any, cls)):
+        if f.name in table:
+            value, default = table[f.name], _default(f)
+            # A nested table changes the default of its field, which need not be its class's own.
+            if isinstance(value, dict) and dataclasses.is_dataclass(default):
+                value = merged(to_dict(default), typing.cast(dict[str, Any], value))
+            values[f.name] = _coerce(hints[f.name], value, _join(where, f.name))
     missing = [
         f.name
         for f in dataclasses.fields(typing.cast(Any, cls))
-        if f.name not in values
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
+        if f.name not in values and _default(f) is dataclasses.MISSING
     ]
     if missing:
         raise ConfigError(f"missing key '{_join(where, missing[0])}'")
@@ -71,6 +99,15 @@ def override(table: dict[str, Any], text: str) -> None:
         value = tomllib.loads(f"value = {typed}")["value"]
     except tomllib.TOMLDecodeError:
         value = typed
+    set_key(table, key, value)
+
+
+def set_key(table: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key of a table of tables.
+
+    Raises:
+        ConfigError: A part of the key names a value.
+    """
     *parts, name = key.split(".")
     for part in parts:
         inner: Any = table.setdefault(part, {})
@@ -110,6 +147,12 @@ def first_difference(one: Any, other: Any, where: str = "") -> tuple[str, Any, A
     return next(filter(None, (first_difference(*values) for values in inner)), None)
 
 
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return to_dict(value)
@@ -135,6 +178,10 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         return value
     if origin is tuple:
         return _coerce_tuple(args, value, where)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"'{where}' must be a table, not {value!r}")
+        return typing.cast(dict[str, Any], value)
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:

@@ -73,7 +73,7 @@ def test_headers_describe_a_dense_checkpoint(inside: str, dense_shards: Path, st
     beside = sum((dense_shards / name).stat().st_size for name in small)
     assert stub.served <= len(sizes) * HEADER_REQUEST + beside < sum(sizes) / 10
     assert cached() == set(small), "a part of a file must not look like the whole file"
-    changed = inspect_checkpoint(SourceConfig(REPO, overrides=("cache.window_frames=8",)))
+    changed = inspect_checkpoint(SourceConfig(REPO, overrides={"cache": {"window_frames": 8}}))
     assert changed.model.cache.window_frames == 8
     assert inspect_checkpoint(REPO, spectra=True).spectrum
     assert cached() == {path.name for path in dense_shards.iterdir()}, "spectra need the weights"

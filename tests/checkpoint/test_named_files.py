@@ -21,7 +21,16 @@ pytest_plugins = ["checkpoints", "hub_stub"]
 
 TWO, MINE = "user/two", "user/mine"
 FILM = ("--prompt", "7", "--frames", "4", "-o")
-CHEAP = ("--steps", "1", "--layerwise-steps", "0", "--batch-size", "1", "--frames", "6")
+CHEAP = (
+    "--steps",
+    "1",
+    "--set",
+    "recover.layerwise_steps=0",
+    "--batch-size",
+    "1",
+    "--set",
+    "recover.data.frames=6",
+)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +131,7 @@ def test_generate_reads_the_state_dict_and_the_model_that_are_named(
         "generator": torch.load(other / "model.pt")["generator_ema"],
     }
     torch.save(states, both / "model.pt")
-    for name, words in (("key", (both, "--key", "generator")), ("other", (other,))):
+    for name, words in (("key", (both, "--set", "source.key=generator")), ("other", (other,))):
         ran = vmla("generate", *words, *FILM, tmp_path / f"{name}.mp4")
         assert ran.code == 0, ran.err
     assert (tmp_path / "key.mp4").read_bytes() == (tmp_path / "other.mp4").read_bytes()

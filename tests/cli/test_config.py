@@ -24,6 +24,8 @@ from vmla_convert.config import (
     MLAConfig,
     ModelConfig,
     RankPlan,
+    Recipe,
+    RecipeInfo,
     RecoverConfig,
     ReportConfig,
     RuntimeConfig,
@@ -94,8 +96,10 @@ EVERY_CONFIG: list[Any] = [
     GenerateConfig(prompts=("1",)),
     ReportConfig(loss_bound=0.1),
     SweepConfig(products=("mla",), mla_sizes=(Sizes(kv_lora_rank=8), Sizes(cut=0.9))),
+    Recipe(RecipeInfo("x", "y"), model={"cache": {"window_frames": 4}}, recover=RecoverConfig()),
+    RecipeInfo("x", "y"),
     SourceConfig(),
-    SourceConfig("a/b@c", "m.pt", "generator", "longlive", ("chunk_frames=1",), ("l.pt:0.5",)),
+    SourceConfig("a/b@c", "m.pt", "generator", "longlive", {"chunk_frames": 1}, ("l.pt:0.5",)),
 ]
 
 

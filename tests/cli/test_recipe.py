@@ -14,17 +14,12 @@ from safetensors.torch import save_file
 
 from vmla_convert.checkpoint.hub import is_repo
 from vmla_convert.checkpoint.known import known_by_repo
-from vmla_convert.config import ConvertConfig, RankPlan, Sizes
+from vmla_convert.config import STAGES, ConvertConfig, RankPlan, Sizes
 from vmla_convert.errors import ConfigError, OutputError, VmlaError
 from vmla_convert.loading.load import load
-from vmla_convert.recipe import (
-    STAGES,
-    available_recipes,
-    check_recipe,
-    copy_recipe,
-    read_recipe,
-    run_recipe,
-)
+from vmla_convert.recipe.check import check_recipe
+from vmla_convert.recipe.read import available_recipes, copy_recipe, read_recipe
+from vmla_convert.recipe.run import run_recipe
 from vmla_convert.results import Row, read_rows
 from vmla_convert.sweep.grid import SweepPoint
 from vmla_convert.training.processes import check_shares
@@ -127,7 +122,7 @@ def test_an_installed_package_reads_its_own_recipes(
     for folder in (package / "recipes_data", tmp_path / "recipes"):
         folder.mkdir(parents=True)
         (folder / f"of_{folder.name}.toml").touch()
-    monkeypatch.setattr("vmla_convert.recipe.files", lambda _: package)
+    monkeypatch.setattr("vmla_convert.recipe.read.files", lambda _: package)
     assert available_recipes().keys() == {"of_recipes_data"}
 
 
@@ -152,7 +147,7 @@ def test_the_recipes_of_real_checkpoints_name_models_that_are_known() -> None:
 
 @pytest.mark.parametrize("file", REAL, ids=lambda file: file.stem)
 def test_the_recipe_of_a_real_checkpoint_trains_on_one_clip_at_a_time(file: Path) -> None:
-    recipe, scaled = read_recipe(file), read_recipe(file, ["demo=true"])
+    recipe, scaled = read_recipe(file), read_recipe(file, demo=True)
     assert recipe.recover and scaled.recover
     training, processes = recipe.recover.training, 8 if recipe.recover.shard else 1
     assert training.batch_size == training.accumulate * processes
@@ -162,10 +157,9 @@ def test_the_recipe_of_a_real_checkpoint_trains_on_one_clip_at_a_time(file: Path
 
 @pytest.mark.parametrize("file", REAL, ids=lambda file: file.stem)
 def test_a_recipe_scaled_to_the_demo_keeps_its_stages(file: Path) -> None:
-    recipe, scaled = read_recipe(file), read_recipe(file, ["demo=true", "evaluate.clips=3"])
+    recipe, scaled = read_recipe(file), read_recipe(file, ["evaluate.clips=3"], demo=True)
     assert scaled.stages() == recipe.stages()
     assert scaled.evaluate.clips == 3
-    assert read_recipe(file, ["demo=false"]) == recipe
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
@@ -175,8 +169,8 @@ def test_every_recipe_parses_and_dry_runs(file: Path, tmp_path: Path, vmla: Vmla
     assert recipe.recipe.name == file.stem
     assert recipe.recipe.description
     # A real checkpoint lies on the Hub; the same recipe, scaled, is checked to the end.
-    scaled = () if recipe.source.checkpoint == "demo" else ("--set", "demo=true")
-    recipe = read_recipe(file, list(scaled[1:]))
+    scaled = () if recipe.source.checkpoint == "demo" else ("--demo",)
+    recipe = read_recipe(file, demo=bool(scaled))
     assert recipe.source.checkpoint == "demo"
     cuts = [size.cut or 0.0 for size in recipe.sweep.sizes] if recipe.sweep else []
     # The largest cut is the one that may not fit; a check of all points takes seconds.
@@ -189,7 +183,7 @@ def test_every_recipe_parses_and_dry_runs(file: Path, tmp_path: Path, vmla: Vmla
 
 
 def test_a_sweep_says_beforehand_how_many_points_it_has(tmp_path: Path, vmla: Vmla) -> None:
-    wanted = ("--set", "demo=true", "--set", "sweep.seeds=[0, 1, 2]")
+    wanted = ("--demo", "--set", "sweep.seeds=[0, 1, 2]")
     ran = vmla("sweep", "size_ablation", "-o", tmp_path / "out", "--dry-run", *wanted)
     assert ran.code == 0
     assert re.search(r"^points +6 *$", ran.out, re.MULTILINE)
@@ -203,16 +197,14 @@ def test_clips_that_are_not_there_name_the_demo_where_the_recipe_has_one(
 ) -> None:
     missing = ("--set", "convert.data.source=nowhere")
     offered = vmla("sweep", "size_ablation", "-o", tmp_path / "out", *missing, *dry)
-    scaled = vmla(
-        "sweep", "size_ablation", "-o", tmp_path / "out", "--set", "demo=true", *missing, *dry
-    )
+    scaled = vmla("sweep", "size_ablation", "-o", tmp_path / "out", "--demo", *missing, *dry)
     plain = vmla("sweep", tiny, "-o", tmp_path / "out", *missing, *dry)
     for ran in (offered, scaled, plain):
         assert refused(ran)
         assert "no clips at nowhere" in ran.err
         assert "safetensors" in ran.err
-    assert "--set demo=true" in offered.err
-    assert "--set demo=true" not in scaled.err + plain.err
+    assert "--demo" in offered.err
+    assert "--demo" not in scaled.err + plain.err
     assert not list(tmp_path.iterdir())
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from checkpoints import Vmla
 from hub_stub import Hub
-from tiny_wan import SETTINGS
+from tiny_wan import SET
 
 import vmla_convert as vmla_package
 from vmla_convert.layers.dit import CausalWanModel
@@ -27,19 +27,27 @@ def test_from_a_pipeline_to_the_hub_and_back_to_the_same_frames(
     wan_folder: Path, tmp_path: Path, stub: Hub, vmla: Vmla
 ) -> None:
     stub.put_folder(BASE, wan_folder)
-    settings = [word for setting in SETTINGS for word in ("--set", setting)]
     prompts, step0, final = tmp_path / "prompts.txt", tmp_path / "kv", tmp_path / "recovered"
     prompts.write_text(f"{PROMPT}\ntwo dogs run along the beach\n")
 
-    told = vmla("inspect", wan_folder, *settings, "--json")
+    told = vmla("inspect", wan_folder, *SET, "--json")
     assert json.loads(told.out)["family"] == "diffusers"
-    assert vmla("convert", BASE, "-o", step0, "--no-calibration", *settings).code == 0
+    assert vmla("convert", BASE, "-o", step0, "--no-calibration", *SET).code == 0
     assert (step0 / "codec.safetensors").is_file()
-    self_made = ("--data", "self", "--prompts", prompts, "--clips", 4, "--frames", 6)
-    stages = ("--layerwise-steps", 2, "--steps", 2, "--batch-size", 2, "--lr", 1e-3)
+    self_made = (
+        "--data",
+        "self",
+        "--prompts",
+        prompts,
+        "--set",
+        "recover.data.clips=4",
+        "--set",
+        "recover.data.frames=6",
+    )
+    stages = ("--set", "recover.layerwise_steps=2", "--steps", 2, "--batch-size", 2, "--lr", 1e-3)
     recovered = vmla("recover", step0, "-o", final, *self_made, *stages)
     assert recovered.code == 0, recovered.err
-    wanted = ("--prompt", PROMPT, "--frames", 8, "--base", wan_folder)
+    wanted = ("--prompt", PROMPT, "--frames", 8, "--set", f"media.base={wan_folder}")
     assert vmla("generate", final, *wanted, "-o", tmp_path / "here.mp4").code == 0
     assert vmla("push", final, REPO).code == 0
     assert REPO in stub.repos
@@ -61,8 +69,7 @@ def test_a_pipeline_on_the_hub_brings_its_own_components(
 ) -> None:
     """Taken when they are needed, and of the commit that the weights are of."""
     stub.put_folder(BASE, wan_folder)
-    settings = [word for setting in SETTINGS for word in ("--set", setting)]
-    cut = ("--preset", "videomla", "--cut", 0.5, *settings, "--layout", "diffusers")
+    cut = ("--preset", "videomla", "--cut", 0.5, *SET, "--layout", "diffusers")
     made = vmla("convert", "user/wan", "-o", tmp_path / "there", *cut)
     assert made.code == 0, made.err
     commit = stub.repos["user/wan"].head
@@ -74,6 +81,6 @@ def test_a_pipeline_on_the_hub_brings_its_own_components(
     assert not stub.calls("GET", "*/vae/*")
     film = ("--prompt", PROMPT, "--frames", 4, "-o")
     for name, source in (("here", wan_folder), ("there", "user/wan")):
-        ran = vmla("generate", source, *settings, *film, tmp_path / f"{name}.mp4")
+        ran = vmla("generate", source, *SET, *film, tmp_path / f"{name}.mp4")
         assert ran.code == 0, ran.err
     assert (tmp_path / "here.mp4").read_bytes() == (tmp_path / "there.mp4").read_bytes()

@@ -34,7 +34,8 @@ from vmla_convert.checkpoint.base import base_tensors
 from vmla_convert.config import Sizes, SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError
 from vmla_convert.fitting.convert import convert
-from vmla_convert.loading.load import load, teacher_of
+from vmla_convert.loading.load import load
+from vmla_convert.loading.teacher import teacher_of
 from vmla_convert.training.pretrain import save_self_forcing
 
 pytest_plugins = ["checkpoints", "codec_files", "hub_stub"]
@@ -48,7 +49,8 @@ FAMILIES = (
     "LongLive with its LoRA",
     "ComfyUI",
 )
-SETTINGS = ("latent_size=[4, 6]", "chunk_frames=2", "cache.window_frames=6", "cache.sink_frames=1")
+WINDOW = {"window_frames": 6, "sink_frames": 1}
+SETTINGS = {"latent_size": [4, 6], "chunk_frames": 2, "cache": WINDOW}
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,7 @@ def test_the_card_of_a_local_source_names_a_known_base_model(
     product: Product, known: bool, teacher: Path, tmp_path: Path
 ) -> None:
     trained = "Wan-AI/Wan2.1-T2V-1.3B"
-    source = SourceConfig(str(teacher), overrides=(f"base_model={trained}",) if known else ())
+    source = SourceConfig(str(teacher), overrides={"base_model": trained} if known else {})
     convert(source, tmp_path / "out", ConvertConfig(product, calibrate=False))
     data = ModelCard((tmp_path / "out" / "README.md").read_text()).data.to_dict()
     relation = {"base_model_relation": "adapter"} if product == "codec" else {}

@@ -183,7 +183,16 @@ def test_a_whole_checkpoint_trains_the_attention_too(
 
 @pytest.mark.usefixtures("few_layerwise_clips")
 def test_the_command_recovers_a_codec_again(pair: Pair, tmp_path: Path, vmla: Vmla) -> None:
-    words = ("--steps", "1", "--layerwise-steps", "1", "--batch-size", "1", "--lr", "1e-3")
+    words = (
+        "--steps",
+        "1",
+        "--set",
+        "recover.layerwise_steps=1",
+        "--batch-size",
+        "1",
+        "--lr",
+        "1e-3",
+    )
     assert vmla("recover", pair.codec, "-o", tmp_path / "out", *words).code == 0
     assert refused(vmla("recover", tmp_path / "no", "-o", tmp_path / "more", *words))
     assert vmla("recover", tmp_path / "out", "-o", tmp_path / "more", *words).code == 0

@@ -245,7 +245,7 @@ def test_conversion_json_records_what_made_the_folder(teacher: Path, converted: 
         "state_key": "generator_ema",
         "family": "self_forcing",
         "known_model": None,
-        "asked": {"overrides": [], "loras": []},
+        "asked": {"overrides": {}, "loras": []},
         "loras": [],
     }
     assert record["convert"] == to_dict(CONVERT)
@@ -446,7 +446,7 @@ def edited(dense: CausalWanModel, folder: Path, dtype: torch.dtype, **numbers: f
     ],
 )
 @pytest.mark.parametrize("config", [BUDGETED, SPECTRAL, CODEC], ids=["mla", "spectral", "codec"])
-def test_a_number_that_is_not_finite_is_refused_and_nothing_is_left(
+def test_a_number_that_is_not_finite_is_refused_and_no_file_is_left(
     config: ConvertConfig,
     name: str,
     number: str,

@@ -143,7 +143,7 @@ def test_the_command_prints_facts_as_json_and_as_tables(
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        (("--key", "generator"), "generator_ema"),
+        (("--set", "source.key=generator"), "generator_ema"),
         (("--model", "self-forcng"), "self-forcing"),
         (("--model", "longlive"), "1536"),
         (("--lora", "nothing.safetensors"), "nothing.safetensors"),

@@ -93,7 +93,7 @@ def as_it_is(source: Path, _: Path) -> SourceConfig:
 
 
 def a_wan_media(source: Path, _: Path) -> SourceConfig:
-    return SourceConfig(str(source), overrides=("media=wan",))
+    return SourceConfig(str(source), overrides={"media": "wan"})
 
 
 def an_existing_output(source: Path, folder: Path) -> SourceConfig:

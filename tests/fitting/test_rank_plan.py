@@ -192,13 +192,13 @@ def test_a_replayed_plan_gives_the_same_bytes(
 
 
 def test_the_command_replays_a_plan(teacher: Path, tmp_path: Path, vmla: Vmla) -> None:
-    clips = ("--preset", "videomla", "--calibration-clips", "1", "--json")
-    ours = ("--init", "calibrated", *clips)
+    clips = ("--preset", "videomla", "--set", "convert.calibration_clips=1", "--json")
+    ours = ("--set", "convert.init=calibrated", *clips)
     first, again, third = (tmp_path / name for name in "abc")
     assert vmla("convert", teacher, "-o", first, "--cut", "0.8", *ours).code == 0
     assert vmla("convert", teacher, "-o", again, "--plan", first, *ours).code == 0
     assert (again / WEIGHTS).read_bytes() == (first / WEIGHTS).read_bytes()
-    random = ("--plan", again / "conversion.json", "--init", "random")
+    random = ("--plan", again / "conversion.json", "--set", "convert.init=random")
     assert vmla("convert", teacher, "-o", third, *random, *clips).code == 0
     assert read_plan(first) == read_plan(again) == read_plan(third)
 
@@ -207,7 +207,7 @@ def test_the_command_takes_the_preset_and_what_overrides_it(
     teacher: Path, tmp_path: Path, vmla: Vmla
 ) -> None:
     folders = tmp_path / "paper", tmp_path / "mine"
-    mine = ("--cut", "0.8", "--latent", "split")
+    mine = ("--cut", "0.8", "--set", "convert.latent=split")
     for folder, words in zip(folders, ((), mine), strict=True):
         ran = vmla("convert", teacher, "-o", folder, "--preset", "videomla", *words)
         assert ran.code == 0

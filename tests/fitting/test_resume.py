@@ -265,7 +265,7 @@ def changed_config(folder: Path) -> SourceConfig:
 
 def changed_settings(folder: Path) -> SourceConfig:
     """Change the model by a setting of the source."""
-    return SourceConfig(str(folder), overrides=("cache.window_frames=12",))
+    return SourceConfig(str(folder), overrides={"cache": {"window_frames": 12}})
 
 
 Change = Callable[[Path], SourceConfig]
@@ -343,7 +343,7 @@ def test_a_budget_that_turns_out_too_small_costs_no_second_calibration(
     deep: Path, counted: Counted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> NoReturn:
-        raise ConfigError("too small", "raise --cache-scalars")
+        raise ConfigError("too small", "raise --bytes-per-token")
 
     with monkeypatch.context() as patch:
         patch.setattr("vmla_convert.fitting.convert.plan_ranks", refuse)

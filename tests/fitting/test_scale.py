@@ -62,16 +62,17 @@ def depths(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 WAYS = {
     "codec": [],
     "codec without data": ["--no-calibration"],
-    "MLA": ["--preset", "videomla", "--init", "calibrated", "--cut", "0.8"],
+    "MLA": ["--preset", "videomla", "--set", "convert.init=calibrated", "--cut", "0.8"],
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_memory_does_not_grow_with_the_number_of_blocks(
     way: str, depths: dict[int, Path], tmp_path: Path
 ) -> None:
     words = list(WAYS[way])
-    words += ["--data", str(depths[FEW].parent / "clips"), "--calibration-clips", "2"]
+    words += ["--data", str(depths[FEW].parent / "clips"), "--set", "convert.calibration_clips=2"]
     running = [
         subprocess.Popen(
             [*CONVERT, str(source), "-o", str(tmp_path / str(layers)), *words],
@@ -90,6 +91,7 @@ def test_memory_does_not_grow_with_the_number_of_blocks(
     assert peaks[MANY] - peaks[FEW] < added / 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "way"), [("1.3b", "assumed"), ("14b", "calibrated"), ("1.3b", "mla")]
 )

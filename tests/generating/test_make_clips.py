@@ -148,7 +148,7 @@ def test_own_samples_need_known_prompts_and_media(
     dense.config = replace(dense.config, media="wan")
     with pytest.raises(ConfigError) as caught:
         prepare_clips(OWN, dense, tmp_path / "c", ORIGIN)
-    assert "--base" in caught.value.hint
+    assert "media.base" in caught.value.hint
     assert not list(tmp_path.iterdir())
 
 

@@ -14,20 +14,18 @@ import torch
 from checkpoints import Vmla, refused
 from conftest import noise
 from safetensors.torch import load_file
-from tiny_wan import PROMPT, SETTINGS
+from tiny_wan import PROMPT, SET
 
 from vmla_convert.config import ConvertConfig, DataConfig, Sizes, SourceConfig
 from vmla_convert.fitting.convert import convert
+from vmla_convert.generating import write_video
 from vmla_convert.generating.make_clips import prepare_clips
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.loading import load as loading
 from vmla_convert.loading.load import load
 from vmla_convert.media.open import open_media
 from vmla_convert.media.video import read_frames, write_mp4, write_png
 
 pytest_plugins = ["checkpoints", "tiny_wan"]
-
-SET = [word for setting in SETTINGS for word in ("--set", setting)]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +51,8 @@ def test_the_same_command_writes_the_same_film(
     assert frames_of(films[0]) == 13
     dense = tmp_path / "dense.mp4"
     ran = vmla("generate", wan_folder, "--prompt", PROMPT, "--frames", "3", *SET,
-               "-o", dense, "--vae-tiling", "--cpu-offload")  # fmt: skip
+               "-o", dense, "--set", "media.vae_tiling=true",
+               "--set", "media.cpu_offload=true")  # fmt: skip
     assert ran.code == 0, ran.err
     assert frames_of(dense) == 9
 
@@ -70,7 +69,7 @@ def test_a_comparison_holds_one_model_at_a_time(
     codec: Path, wan_folder: Path, tmp_path: Path, vmla: Vmla, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[weakref.ref[CausalWanModel]] = []
-    real = loading.build
+    real = write_video.build
 
     def build(*args: Any) -> CausalWanModel:
         gc.collect()
@@ -78,7 +77,7 @@ def test_a_comparison_holds_one_model_at_a_time(
         held.append(weakref.ref(model := real(*args)))
         return model
 
-    monkeypatch.setattr(loading, "build", build)
+    monkeypatch.setattr(write_video, "build", build)
     film = tmp_path / "a.mp4"
     words = ("generate", codec, "--prompt", PROMPT, "--frames", "3", "-o", film, "--compare")
     # The dense checkpoint needs the settings of the conversion.
@@ -108,7 +107,7 @@ def test_a_model_without_known_components_asks_for_a_base(
     convert(wan_source, mla, ConvertConfig(product="mla", calibrate=False, size=Sizes(cut=0.5)))
     ran = vmla("generate", mla, "--prompt", PROMPT, "-o", tmp_path / "a.mp4")
     assert refused(ran)
-    assert "--base" in ran.err
+    assert "media.base" in ran.err
     assert list(tmp_path.iterdir()) == [mla]
 
 
@@ -135,8 +134,9 @@ def test_own_samples_recover_measure_and_calibrate(
     clips, out, again = (tmp_path / name for name in ("out.clips", "mla", "out"))
     assert vmla("convert", wan_folder, "-o", out, *SET, "--no-calibration").code == 0
     ran = vmla("recover", out, "--teacher", wan_folder, "-o", again, "--data", "self",
-               "--prompts", tmp_path / "prompts.txt", "--clips", "4", "--frames", "4",
-               "--steps", "2", "--layerwise-steps", "0", "--batch-size", "2",
+               "--prompts", tmp_path / "prompts.txt", "--set", "recover.data.clips=4",
+               "--set", "recover.data.frames=4", "--set", "recover.layerwise_steps=0",
+               "--steps", "2", "--batch-size", "2",
                "--lr", "0.001")  # fmt: skip
     assert (ran.code, clips.is_dir()) == (0, True), ran.err
     measured = vmla("eval", again, "--teacher", wan_folder, "--data", clips, "--clips", "2",
@@ -144,7 +144,8 @@ def test_own_samples_recover_measure_and_calibrate(
     assert measured.code == 0 and "velocity_error" in measured.out
     calibrated = tmp_path / "calibrated"
     ran = vmla("convert", wan_folder, "-o", calibrated, *SET, "--data", clips,
-               "--calibration-clips", "2", "--frames", "4")  # fmt: skip
+               "--set", "convert.calibration_clips=2",
+               "--set", "convert.data.frames=4")  # fmt: skip
     assert ran.code == 0, ran.err
 
 
@@ -158,7 +159,11 @@ def test_a_recipe_names_components_too(wan_folder: Path, tmp_path: Path, vmla: V
         description = "A pipeline's transformer alone"
         [source]
         checkpoint = "{tmp_path / "alone"}"
-        overrides = {json.dumps(SETTINGS)}
+        [model]
+        latent_size = [4, 6]
+        chunk_frames = 2
+        cache = {{ window_frames = 6, sink_frames = 2, frame_positions = "relative" }}
+        sampler = {{ denoising_step_list = [1000, 500] }}
         [convert]
         calibrate = false
         size = {{ cut = 0.5 }}
@@ -169,7 +174,7 @@ def test_a_recipe_names_components_too(wan_folder: Path, tmp_path: Path, vmla: V
     )
     ran = vmla("run", recipe, "-o", tmp_path / "out")
     assert refused(ran)
-    assert "--base" in ran.err
-    base = json.dumps(f"generate.base={wan_folder}")[1:-1]
+    assert "media.base" in ran.err
+    base = json.dumps(f"media.base={wan_folder}")[1:-1]
     assert vmla("run", recipe, "-o", tmp_path / "out", "--set", base).code == 0
     assert (tmp_path / "out" / "compare.png").is_file()

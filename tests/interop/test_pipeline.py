@@ -44,8 +44,13 @@ def generated(model: CausalWanModel, prompt: Any, frames: int, seed: int, **how:
 def test_one_chunk_in_one_step_is_diffusers_pipeline(wan_folder: Path) -> None:
     theirs: Any = WanPipeline.from_pretrained(wan_folder)
     theirs.set_progress_bar_config(disable=True)
-    settings = ("latent_size=[4, 6]", "chunk_frames=3", "cache.window_frames=3")
-    source = SourceConfig(str(wan_folder), overrides=(*settings, "sampler.renoise=false"))
+    settings = {
+        "latent_size": [4, 6],
+        "chunk_frames": 3,
+        "cache": {"window_frames": 3},
+        "sampler": {"renoise": False},
+    }
+    source = SourceConfig(str(wan_folder), overrides=settings)
     ours = open_pipeline(source)
     prompts = [PROMPT, "two &amp; more  dogs"]
     shared: dict[str, Any] = {

@@ -180,7 +180,7 @@ def with_path(cls: type[T], path: str) -> T:
 def record_of(path: str) -> dict[str, Any]:
     """A record as `convert` and `recover` write it, and some unknown fields."""
     asked, data = to_dict(with_path(SourceConfig, path)), with_path(DataConfig, path)
-    overrides = [f"base_model={path}", f"licence=./{path}", f"media='{path}'", path]
+    overrides = {"base_model": path, "licence": f"./{path}", "media": path}
     return {
         "source": {
             "name": "dense.pt",
@@ -207,8 +207,8 @@ def test_no_field_of_a_record_or_card_shows_a_folder(path: str) -> None:
     assert count(public) == count(record)
     name = re.split(r"[/\\]", path.rstrip("/"))[-1]
     assert public["more"] == [name, {"where": name}]
-    kept = {"overrides": [f"a.b={path}", "cache.window_frames=12"]}
-    assert without_folders(kept)["overrides"] == [f"a.b={name}", "cache.window_frames=12"]
+    kept = {"overrides": {"a": {"b": path}, "cache": {"window_frames": 12}}}
+    assert without_folders(kept)["overrides"] == {"a": {"b": name}, "cache": {"window_frames": 12}}
 
 
 def count(value: Any) -> int:
@@ -226,7 +226,7 @@ def test_hub_ids_stay_whole(revision: str) -> None:
             "asked": {
                 "checkpoint": repo,
                 "file": "checkpoints/self_forcing_dmd.pt",
-                "overrides": [f"base_model={repo}", f'base_model="{repo}"', "licence=MIT/X11"],
+                "overrides": {"base_model": repo, "licence": "MIT/X11"},
             }
         },
         "convert": {"data": {"source": "demo", "base": repo}},

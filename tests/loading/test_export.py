@@ -107,7 +107,7 @@ def test_weights_have_the_place_and_names_of_the_layout(
 def test_a_family_has_its_own_layout_and_keeps_settings(
     wan_folder: Path, teacher: Path, tmp_path: Path
 ) -> None:
-    source = SourceConfig(str(wan_folder), overrides=("chunk_frames=1", "licence=apache-2.0"))
+    source = SourceConfig(str(wan_folder), overrides={"chunk_frames": 1, "licence": "apache-2.0"})
     export(source, tmp_path / "pipeline")
     assert (tmp_path / "pipeline" / "model_index.json").is_file()
     config = load(tmp_path / "pipeline").config

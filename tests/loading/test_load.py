@@ -21,13 +21,13 @@ from vmla_convert.fitting.convert import convert
 from vmla_convert.layers.mla import LatentSelfAttention
 from vmla_convert.loading import load as module
 from vmla_convert.loading.load import (
-    as_teacher,
     build,
     load,
     locate,
     open_named,
     read_provenance,
 )
+from vmla_convert.loading.teacher import as_teacher
 
 pytest_plugins = ["checkpoints"]
 
@@ -76,7 +76,7 @@ def test_demo_is_the_checkpoint_that_ships() -> None:
 
 
 def test_a_path_is_itself_or_a_file_in_it(teacher: Path) -> None:
-    how = SourceConfig(str(teacher), model="longlive", overrides=("chunk_frames=1",))
+    how = SourceConfig(str(teacher), model="longlive", overrides={"chunk_frames": 1})
     assert locate(teacher) == (teacher, SourceConfig(str(teacher)))
     assert locate(str(teacher))[0] == teacher
     assert locate(how) == (teacher, how)
@@ -85,7 +85,7 @@ def test_a_path_is_itself_or_a_file_in_it(teacher: Path) -> None:
 
 
 def test_settings_reach_the_model(teacher: Path) -> None:
-    source = SourceConfig(str(teacher), overrides=("cache.window_frames=8",))
+    source = SourceConfig(str(teacher), overrides={"cache": {"window_frames": 8}})
     opened = open_named(source)
     assert opened.config == replace(MODEL, cache=replace(MODEL.cache, window_frames=8))
     assert load(source).config == build(opened).config == opened.config
@@ -131,20 +131,19 @@ def hub(teacher: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeH
 def test_a_hub_id_is_fetched_and_known(
     source: SourceConfig, file: str | None, model: str | None, hub: FakeHub
 ) -> None:
-    source = replace(source, overrides=("licence=other",))
+    source = replace(source, overrides={"licence": "other"})
     path, how = locate(source)
     assert path == hub.path
     assert hub.asked == [(source.checkpoint, source.file if file == "=" else file)]
     repo = source.checkpoint.partition("@")[0]
-    base = f"base_model={repo}"
-    assert how == replace(source, model=model, overrides=(base, "licence=other"))
+    assert how == replace(source, model=model, overrides={"base_model": repo, "licence": "other"})
     if model is None:
         config = open_named(source).config
         assert (config.base_model, config.licence) == (repo, "other")
 
 
 def test_the_user_names_the_base_model_last(hub: FakeHub) -> None:
-    source = SourceConfig("someone/fork", overrides=("base_model=someone/else",))
+    source = SourceConfig("someone/fork", overrides={"base_model": "someone/else"})
     assert open_named(source).config.base_model == "someone/else"
     assert hub.asked
 
@@ -161,12 +160,12 @@ def test_a_converted_folder_may_lie_on_the_hub(latent: Path, hub: FakeHub) -> No
     hub.path = latent
     assert load("someone/converted").config == load(latent).config
     with pytest.raises(ConfigError, match="converted already"):
-        load(SourceConfig("someone/converted", overrides=("licence=other",)))
+        load(SourceConfig("someone/converted", overrides={"licence": "other"}))
 
 
 def test_a_converted_folder_may_be_run_in_another_window(latent: Path) -> None:
     made = load(latent)
-    settings = ("cache.window_frames=6", "cache.sink_frames=1", "sampler.shift=3")
+    settings = {"cache": {"window_frames": 6, "sink_frames": 1}, "sampler": {"shift": 3}}
     set_ = load(SourceConfig(str(latent), overrides=settings))
     assert (set_.config.cache.window_frames, set_.config.cache.sink_frames) == (6, 1)
     assert set_.config.cache.frame_positions == made.config.cache.frame_positions
@@ -175,9 +174,9 @@ def test_a_converted_folder_may_be_run_in_another_window(latent: Path) -> None:
     weights = made.state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in set_.state_dict().items())
     with pytest.raises(ConfigError, match=r"unknown key 'cache\.window'"):
-        load(SourceConfig(str(latent), overrides=("cache.window=6",)))
+        load(SourceConfig(str(latent), overrides={"cache": {"window": 6}}))
     with pytest.raises(ConfigError, match="a window of 2 frames with a sink of"):
-        load(SourceConfig(str(latent), overrides=("cache.window_frames=2", "cache.sink_frames=1")))
+        load(SourceConfig(str(latent), overrides={"cache": {"window_frames": 2, "sink_frames": 1}}))
 
 
 def other_shape(folder: Path) -> None:
@@ -228,7 +227,7 @@ def test_no_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_teacher_gets_the_settings_of_its_conversion(teacher: Path, tmp_path: Path) -> None:
-    asked = SourceConfig(str(teacher), key="generator_ema", overrides=("chunk_frames=1",))
+    asked = SourceConfig(str(teacher), key="generator_ema", overrides={"chunk_frames": 1})
     convert(asked, tmp_path / "out", SPECTRAL)
     for converted in (tmp_path / "out", tmp_path / "out" / "model.safetensors"):
         assert as_teacher(str(teacher), converted) == asked
@@ -238,7 +237,7 @@ def test_a_teacher_gets_the_settings_of_its_conversion(teacher: Path, tmp_path: 
     save_file(dict(load(teacher).state_dict()), tmp_path / "native.safetensors")
     (tmp_path / "config.json").write_bytes((teacher / "config.json").read_bytes())
     other = as_teacher(tmp_path / "native.safetensors", tmp_path / "out")
-    assert (other.key, other.loras, other.overrides) == (None, (), ("chunk_frames=1",))
+    assert (other.key, other.loras, other.overrides) == (None, (), {"chunk_frames": 1})
     assert open_named(other).config.chunk_frames == 1
 
 

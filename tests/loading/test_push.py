@@ -29,8 +29,9 @@ from vmla_convert.fitting.convert import convert
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading import publish
 from vmla_convert.loading.export import LAYOUTS, export
-from vmla_convert.loading.load import as_teacher, load, open_named
+from vmla_convert.loading.load import load, open_named
 from vmla_convert.loading.publish import push
+from vmla_convert.loading.teacher import as_teacher
 from vmla_convert.media.components import find_components
 from vmla_convert.recovery.recover import recover
 
@@ -260,7 +261,14 @@ def test_no_folder_of_a_conversions_options_is_uploaded(
     ran = vmla(
         *("convert", f"{there}/models", "--file", "dense/model.pt", "-o", "out"),
         *("--lora", f"{there}/lora.safetensors:0.5", "--data", f"{there}/clips.safetensors"),
-        *("--set", f"base_model={there}/models", "--calibration-clips", "2", "--frames", "6"),
+        *(
+            "--set",
+            f"model.base_model={there}/models",
+            "--set",
+            "convert.calibration_clips=2",
+            "--set",
+            "convert.data.frames=6",
+        ),
     )
     assert ran.code == 0, ran.err
     push(Path("out"), REPO)
@@ -269,7 +277,7 @@ def test_no_folder_of_a_conversions_options_is_uploaded(
     assert asked == {
         "file": "model.pt",
         "loras": ["lora.safetensors:0.5"],
-        "overrides": ["base_model=models"],
+        "overrides": {"base_model": "models"},
     }
     base, lora = f"{there}/models/dense/model.pt", f"{there}/lora.safetensors:0.5"
     here = SourceConfig(REPO, base_model=base, loras=(lora,))

@@ -75,7 +75,7 @@ def test_missing_components_are_refused(
     for base, error in places.items():
         with pytest.raises(error) as caught:
             find_components(wan_config, base, None if base is None else alone)
-        assert "--base" in caught.value.hint
+        assert "media.base" in caught.value.hint
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -98,7 +98,7 @@ def test_components_of_another_model_are_refused(
     file.write_text(json.dumps({**table, "z_dim": 48, "d_model": 4096}))
     with pytest.raises(ConfigError, match=rf"{part} .* (48|4096)") as caught:
         open_media(wan_config, MediaConfig(str(folder)))
-    assert "--base" in caught.value.hint
+    assert "media.base" in caught.value.hint
 
 
 @pytest.mark.parametrize("damage", ["pickle", "cut", "lacking", "table"])

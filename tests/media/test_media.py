@@ -56,7 +56,7 @@ def test_a_model_names_its_media() -> None:
     assert isinstance(open_media(dataclasses.replace(config, media="demo")), DemoMedia)
     with pytest.raises(ConfigError, match="text encoder and VAE") as caught:
         open_media(config)
-    assert "--base" in caught.value.hint
+    assert "media.base" in caught.value.hint
     with pytest.raises(ConfigError, match="calibration") as caught:
         require_demo_media(config, "calibration")
     assert "--no-calibration" in caught.value.hint

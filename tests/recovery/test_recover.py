@@ -274,7 +274,7 @@ def test_a_dry_run_tells_and_writes_nothing(
 ) -> None:
     out = tmp_path / "out"
     command = ["recover", converted, "--teacher", teacher, "-o", out, "--dry-run", "--json"]
-    planned = json.loads(vmla(*command, "--on-policy-steps", "7").out)
+    planned = json.loads(vmla(*command, "--set", "recover.on_policy_steps=7").out)
     state = load(converted).state_dict()
     assert planned["trains"] == sum(state[name].numel() for name in TRAINED)
     assert planned["of"] == sum(tensor.numel() for tensor in state.values())
@@ -283,7 +283,7 @@ def test_a_dry_run_tells_and_writes_nothing(
     )
     assert list(planned["steps"].values()) == [40, 100, 7, 0]
     assert planned["clips"] == open_clips(DataConfig()).record()
-    planned = json.loads(vmla(*command, "--train", "all", "--data", "self").out)
+    planned = json.loads(vmla(*command, "--set", "recover.train=all", "--data", "self").out)
     assert planned["trains"] == planned["of"]
     assert planned["clips"] == f"made into {out}.clips"
     assert list(tmp_path.iterdir()) == []
@@ -292,19 +292,19 @@ def test_a_dry_run_tells_and_writes_nothing(
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        (["--batch-size", "3", "--accumulate", "2"], "batch_size 3"),
+        (["--batch-size", "3", "--set", "recover.training.accumulate=2"], "batch_size 3"),
         (["--lr", "0"], "lr 0"),
         (["--data", "nowhere"], "nowhere"),
         (["--prompts", "none.txt"], "none.txt"),
-        (["--train", "all", "--lora-rank", "2"], "lora_rank"),
+        (["--set", "recover.train=all", "--set", "recover.lora_rank=2"], "lora_rank"),
         (["--shard"], "shard"),
-        (["--shard", "--lora-rank", "2"], "lora_rank"),
-        (["--shard", "--dmd-steps", "1"], "dmd.steps"),
-        (["--shard", "--mixed-precision", "fp16"], "fp16"),
-        (["--set", "training.emma=1"], "training.emma"),
-        (["--tracker", "paper"], "paper"),
-        (["--frames", "3"], "frames"),
-        (["--lora-rank", "2"], "vmla-convert[lora]"),
+        (["--shard", "--set", "recover.lora_rank=2"], "lora_rank"),
+        (["--shard", "--set", "recover.dmd.steps=1"], "dmd.steps"),
+        (["--shard", "--set", "recover.training.mixed_precision=fp16"], "fp16"),
+        (["--set", "recover.training.emma=1"], "training.emma"),
+        (["--set", "recover.training.tracker=paper"], "paper"),
+        (["--set", "recover.data.frames=3"], "frames"),
+        (["--set", "recover.lora_rank=2"], "vmla-convert[lora]"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_any_work(
@@ -361,14 +361,15 @@ def test_ctrl_c_says_that_the_same_command_goes_on(
     teacher: Path, converted: Path, tmp_path: Path, vmla: Vmla, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["recover", converted, "--teacher", teacher, "-o", tmp_path / "out", "--steps", "1"]
-    words += ["--layerwise-steps", "1", "--batch-size", "1", "--lr", "0.001", "--frames", "4"]
+    words += ["--set", "recover.layerwise_steps=1", "--set", "recover.data.frames=4"]
+    words += ["--batch-size", "1", "--lr", "0.001"]
     with monkeypatch.context() as patch:
         patch.setattr("vmla_convert.recovery.layerwise.fit_share", press)
         ran = vmla(*words)
     assert (ran.code, ran.out) == (130, "")
     assert "the same command" in ran.err
     assert [path.name for path in tmp_path.iterdir()] == ["out.state"]
-    assert refused(ran := vmla(*words, "--train", "attention"))
+    assert refused(ran := vmla(*words, "--set", "recover.train=attention"))
     assert "recover.train" in ran.err
     assert vmla(*words).code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -26,16 +26,53 @@ pytest_plugins = ["checkpoints"]
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 WORKERS = [*TORCHRUN, "workers.py"]
 HOW = [
-    *("--steps", RECOVER.training.steps, "--on-policy-steps", 2, "--layerwise-steps", 2),
-    *("--batch-size", 4, "--lr", 1e-3, "--frames", CLIPS.frames, "--set", "training.eval_every=2"),
+    *(
+        "--steps",
+        RECOVER.training.steps,
+        "--set",
+        "recover.on_policy_steps=2",
+        "--set",
+        "recover.layerwise_steps=2",
+    ),
+    *(
+        "--batch-size",
+        4,
+        "--lr",
+        1e-3,
+        "--set",
+        f"recover.data.frames={CLIPS.frames}",
+        "--set",
+        "recover.training.eval_every=2",
+    ),
 ]
 
 SHARDED = [
-    [*HOW, "--train", "attention"],
+    [*HOW, "--set", "recover.train=attention"],
     [
-        *("--steps", 0, "--on-policy-steps", 4, "--layerwise-steps", 2, "--train", "all"),
-        *("--batch-size", 4, "--accumulate", 2, "--frames", CLIPS.frames),
-        *("--set", "training.eval_every=2", "--set", "training.gradient_checkpointing=true"),
+        *(
+            "--steps",
+            0,
+            "--set",
+            "recover.on_policy_steps=4",
+            "--set",
+            "recover.layerwise_steps=2",
+            "--set",
+            "recover.train=all",
+        ),
+        *(
+            "--batch-size",
+            4,
+            "--set",
+            "recover.training.accumulate=2",
+            "--set",
+            f"recover.data.frames={CLIPS.frames}",
+        ),
+        *(
+            "--set",
+            "recover.training.eval_every=2",
+            "--set",
+            "recover.training.gradient_checkpointing=true",
+        ),
     ],
 ]
 
@@ -68,7 +105,7 @@ def test_two_processes_recover_as_one_does_with_the_whole_batch(
     one, two = tmp_path / "one", tmp_path / "two"
     command = ["recover", converted, "--teacher", teacher, *HOW]
     assert vmla(*map(str, command), "-o", one).code == 0
-    more = ("-o", two, "--processes", 2, "--accumulate", 2)
+    more = ("-o", two, "--processes", 2, "--set", "recover.training.accumulate=2")
     ran = launched(*TORCHRUN, "-m", "vmla_convert", *command, *more)
     assert ran.returncode == 0, ran.stderr
     # Only the main process prints.

@@ -33,7 +33,6 @@ from vmla_convert.checkpoint.settings import (
     dense_model,
     is_ours,
     read_config,
-    typed_settings,
 )
 from vmla_convert.checkpoint.source import TensorSource, TensorSpec, located, open_source
 from vmla_convert.checkpoint.views import unfuse
@@ -288,8 +287,7 @@ def _recognise_converted(
     how: SourceConfig,
 ) -> OpenCheckpoint:
     """Open one of our own folders. Only cache and sampler settings can be changed."""
-    changes = typed_settings(how)
-    if how.model or how.loras or not changes.keys() <= DEPLOYMENT:
+    if how.model or how.loras or not how.overrides.keys() <= DEPLOYMENT:
         raise ConfigError(
             f"{source.path} is converted already, only cache.* and sampler.* can still be set",
             "give other options when converting the dense checkpoint",
@@ -301,8 +299,8 @@ def _recognise_converted(
             "pip install -U vmla-convert",
         )
     model = strict(ModelConfig, file_config.get("model"), source.path)
-    if changes:
-        model = from_dict(ModelConfig, merged(to_dict(model), changes))
+    if how.overrides:
+        model = from_dict(ModelConfig, merged(to_dict(model), how.overrides))
     found, odd = {name: name for name in clean}, []
     if _DIFFUSERS_MARK in clean:
         found, odd = match_native(clean, CONVERTED_DIFFUSERS_RULES)
@@ -315,7 +313,7 @@ def _with_loras(opened: OpenCheckpoint, how: SourceConfig) -> OpenCheckpoint:
     """The checkpoint with its LoRAs, under the strictest licence unless the user names one."""
     loras = tuple(open_lora(*parse_lora(option), opened.specs()) for option in how.loras)
     config = opened.config
-    if loras and not any(option.startswith("licence=") for option in how.overrides):
+    if loras and "licence" not in how.overrides:
         licence = strictest((config.licence, *(lora.licence for lora in loras)))
         config = replace(config, licence=licence)
     return replace(opened, config=config, loras=loras)

@@ -17,12 +17,12 @@ from vmla_convert.config import (
     SourceConfig,
 )
 from vmla_convert.errors import CheckpointError, ConfigError, did_you_mean
-from vmla_convert.tables import from_dict, merged, override, to_dict
+from vmla_convert.tables import from_dict, merged, to_dict
 
 FORMAT = "vmla-convert"
 
 # Settings that tensors cannot tell. A known model (`--model`), a table "vmla" in config.json and
-# `--set` override them, in this order.
+# `SourceConfig.overrides` (`--set model.*`) replace them, in this order.
 DEFAULTS: dict[str, Any] = {
     "latent_size": (60, 104),
     "chunk_frames": 3,
@@ -71,14 +71,6 @@ def read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def typed_settings(how: SourceConfig) -> dict[str, Any]:
-    """The settings that the user typed with `--set`."""
-    typed: dict[str, Any] = {}
-    for text in how.overrides:
-        override(typed, text)
-    return typed
-
-
 def dense_model(
     geometry: Geometry,
     family: str,
@@ -106,7 +98,7 @@ def dense_model(
         )
     for table, where in (
         (beside, f"'vmla.{{}}' in the config.json of {path}"),
-        (typed_settings(how), "'{}' in --set"),
+        (how.overrides, "'model.{}'"),
     ):
         for name in table:
             if name not in DEFAULTS:
@@ -117,5 +109,5 @@ def dense_model(
     except ConfigError as error:
         raise ConfigError(
             f"the settings of {path} do not fit: {error.message}",
-            error.hint or "correct them with --set, or in the config.json beside it",
+            error.hint or "correct them with --set model.KEY=…, or in the config.json beside it",
         ) from error

@@ -1,21 +1,22 @@
-"""`vmla`: parse, call a pipeline, print. Heavy imports happen inside the commands.
+"""The `vmla` commands: parse options into a recipe, call a wing, print the result.
 
-Commands that belong together share a file. Here they are put in the order that help lists them in.
+Heavy imports happen inside the commands, so that `vmla --help` stays quick.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
 from vmla_convert import __version__
-from vmla_convert.cli.checkpoints import convert, export, inspect
-from vmla_convert.cli.generating import generate
-from vmla_convert.cli.measuring import evaluate, report
-from vmla_convert.cli.publishing import push
+from vmla_convert.cli.checkpoints import export, inspect, push
+from vmla_convert.cli.convert import convert
+from vmla_convert.cli.generate import generate
+from vmla_convert.cli.measure import evaluate, report
 from vmla_convert.cli.recipes import demo, recipes_app, run, sweep
-from vmla_convert.cli.recovering import recover
+from vmla_convert.cli.recover import recover
 
 app = typer.Typer(
     name="vmla",
@@ -23,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     help="Give a pretrained causal video diffusion model a small latent KV cache.",
-    epilog="New here? [bold]vmla demo[/bold] does the whole job on the model that ships with it.",
+    epilog="New here? [bold]vmla demo[/bold] does the whole job on the model in the package.",
 )
 
 
@@ -37,21 +38,25 @@ def _show_version(asked: bool) -> None:
 def _version(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Say it and stop."),
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
     """Give a pretrained causal video diffusion model a small latent KV cache."""
 
 
-app.command()(inspect)
-app.command()(convert)
-app.command()(recover)
-app.command()(generate)
-app.command("eval")(evaluate)
-app.command()(export)
-app.command()(sweep)
-app.command()(report)
-app.command()(push)
-app.command()(run)
-app.command()(demo)
-app.add_typer(recipes_app, name="recipes", help="List the recipes, or copy one to own.")
+COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
+    "inspect": (inspect, "vmla inspect model.pt"),
+    "convert": (convert, "vmla convert model.pt -o kv --cut 0.95 --data clips.safetensors"),
+    "recover": (recover, "vmla recover kv -o kv-recovered --nested --steps 200"),
+    "generate": (generate, 'vmla generate kv --prompt "a red fox" -o fox.mp4'),
+    "eval": (evaluate, "vmla eval kv --bytes-per-token 16"),
+    "export": (export, "vmla export kv -o whole --layout self_forcing"),
+    "sweep": (sweep, "vmla sweep size_ablation -o runs/sizes --demo"),
+    "report": (report, "vmla report runs/sizes"),
+    "push": (push, "vmla push kv owner/name --tag v1"),
+    "run": (run, "vmla run self_forcing_1_3b -o runs/self_forcing --demo"),
+    "demo": (demo, "vmla demo -o runs/quickstart"),
+}
+for _name, (_command, _example) in COMMANDS.items():
+    app.command(_name, epilog=f"Example: [bold]{_example}[/bold]")(_command)
+app.add_typer(recipes_app, name="recipes", help="List the recipes, or copy one.")

@@ -7,132 +7,137 @@ from typing import Annotated
 
 import typer
 
-from vmla_convert.config import Sizes
+from vmla_convert.config import Recipe, SourceConfig
+from vmla_convert.errors import ConfigError
 
+CHECKPOINT = "Checkpoint"
 SIZE = "Size of the cache"
-MLA = "MLA layers, with --preset videomla"
+CLIPS = "Clips"
+OUTPUT = "Output"
+RUNNING = "Running"
+OTHER = "All other settings"
 
 Checkpoint = Annotated[
     str,
     typer.Argument(
-        help="A .pt or .safetensors file, a folder that holds one checkpoint, a Hub id owner/name, "
-        "or 'demo'.",
+        help="A .pt or .safetensors file, a folder with one checkpoint, a Hub id owner/name, or "
+        "'demo'.",
         metavar="CKPT",
     ),
 ]
 File = Annotated[
-    str | None, typer.Option(help="Which file or folder of the Hub repository or the folder.")
-]
-Key = Annotated[
     str | None,
-    typer.Option(help="Which state dict of a .pt that holds several: generator_ema, generator …"),
+    typer.Option(
+        "--file",
+        metavar="NAME",
+        help="File or folder within the Hub repository or the folder.",
+        rich_help_panel=CHECKPOINT,
+    ),
 ]
 Model = Annotated[
     str | None,
     typer.Option(
-        help="The known model that this is, such as self-forcing or longlive: brings chunk, "
-        "window, sampler and licence, which no tensor tells. Hub ids are known by themselves."
-    ),
-]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        help="Override chunk_frames, latent_size, cache.*, sampler.*, media, licence, base_model: "
-        "--set cache.window_frames=12",
+        "--model",
+        metavar="NAME",
+        help="Known model, such as self-forcing: brings chunk, window, sampler and licence, which "
+        "no tensor tells. Hub ids are known.",
+        rich_help_panel=CHECKPOINT,
     ),
 ]
 Loras = Annotated[
     list[str] | None,
     typer.Option(
-        "--lora", help="FILE or FILE:SCALE, merged into the dense weights; repeat for more."
+        "--lora",
+        metavar="FILE",
+        help="LoRA to merge, FILE or FILE:SCALE. May be repeated.",
+        rich_help_panel=CHECKPOINT,
     ),
 ]
-OutFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist.")]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        "--base-model",
+        metavar="CKPT",
+        help="Base model of a codec. Default: the one that the codec names.",
+        rich_help_panel=CHECKPOINT,
+    ),
+]
 Teacher = Annotated[
     str | None,
     typer.Option(
-        help="The dense checkpoint that the converted one came from. Default for a codec: its base "
-        "model."
+        "--teacher",
+        metavar="CKPT",
+        help="Dense checkpoint that the conversion came from. Default: a codec's base model.",
+        rich_help_panel=CHECKPOINT,
     ),
 ]
 TeacherFile = Annotated[
     str | None,
     typer.Option(
         "--file",
-        help="Which file or folder of the teacher's repository or folder. Default: as when it was "
+        metavar="NAME",
+        help="File of the dense checkpoint's repository or folder. Default: as when it was "
         "converted.",
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print data as JSON.")]
-Cut = Annotated[
-    float | None,
-    typer.Option(
-        help="Share of the dense cache to save: 0.95 is a 20th of its bytes.", rich_help_panel=SIZE
+        rich_help_panel=CHECKPOINT,
     ),
 ]
 BytesPerToken = Annotated[
     float | None,
     typer.Option(
-        help="Bytes of a codec's cache per token and layer, averaged over layers.",
+        "--bytes-per-token",
+        metavar="N",
+        help="Bytes per token and layer, averaged over layers.",
         rich_help_panel=SIZE,
     ),
 ]
-Rank = Annotated[
-    int | None,
+Cut = Annotated[
+    float | None,
     typer.Option(
-        help="The same as the bytes of so many unquantised numbers.",
-        metavar="R",
+        "--cut",
+        metavar="SHARE",
+        help="Share of the dense cache to save: 0.95 keeps a 20th.",
         rich_help_panel=SIZE,
     ),
 ]
 CacheDtype = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="auto (bits by channel for a codec), model (nothing quantised), or int8, int4, int3, "
-        "int2 for the cache of a dense model.",
+        "--cache-dtype",
+        metavar="NAME",
+        help="auto (a codec's channels get 0 to 8 bits, or 16), model (not quantised); or int8, "
+        "int4, int3, int2 for a dense cache. Default: auto.",
         rich_help_panel=SIZE,
     ),
 ]
-BaseModel = Annotated[
-    str | None,
-    typer.Option(
-        metavar="CKPT",
-        help="Base model of a codec, a path or Hub id. Default: the one that the codec names.",
-    ),
-]
-KvLoraRank = Annotated[
-    int | None,
-    typer.Option(
-        help="R, the content latent's width, the same for every layer, instead.",
-        rich_help_panel=MLA,
-    ),
-]
 Data = Annotated[
-    str, typer.Option(help="Clips: 'demo', or a safetensors file with latents and context.")
-]
-Deployment = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        help="Override the window or the sampler: --set cache.window_frames=12.",
-    ),
-]
-Base = Annotated[
     str | None,
     typer.Option(
-        metavar="DIR",
-        rich_help_panel="Wan's text encoder and VAE",
-        help="Folder or Hub id in diffusers' layout that both come from. Default: "
-        "what lies beside the checkpoint, else Wan's own.",
+        "--data",
+        metavar="FILE",
+        help="Safetensors file or folder with latents and context, or 'demo'. Default: demo.",
+        rich_help_panel=CLIPS,
     ),
 ]
+OutFolder = Annotated[
+    Path,
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="DIR",
+        help="Folder to write; must not exist.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print data as JSON.", rich_help_panel=OUTPUT)]
 
 
-def asked_size(
-    bytes_per_token: float | None, cut: float | None, rank: int | None = None
-) -> Sizes | None:
-    """The size asked for; None where there is none."""
-    if bytes_per_token is cut is rank is None:
+def named_teacher(recipe: Recipe, teacher: str | None) -> SourceConfig | None:
+    """The dense checkpoint of a conversion; None where a codec's base model is meant."""
+    if teacher is None and recipe.source == SourceConfig():
         return None
-    return Sizes(bytes_per_token, cut, rank)
+    if teacher is None and recipe.source.checkpoint == SourceConfig.checkpoint:
+        raise ConfigError(
+            "settings of source describe the dense checkpoint, which has no name here",
+            "add --teacher CKPT",
+        )
+    return recipe.source

@@ -1,4 +1,4 @@
-"""Whole jobs from a recipe, and the recipes themselves."""
+"""Commands that run whole jobs from a recipe, and list the recipes."""
 
 from __future__ import annotations
 
@@ -8,61 +8,72 @@ from typing import Annotated
 
 import typer
 
+from vmla_convert.cli.options import OTHER
+from vmla_convert.config import STAGES
 from vmla_convert.console import out
 from vmla_convert.errors import VmlaError
+from vmla_convert.recipe.read import available_recipes, copy_recipe, read_recipe, suggest_demo
+from vmla_convert.results import ROWS_NAME, count_failures
 from vmla_convert.show import show_decision
 
 recipes_app = typer.Typer(invoke_without_command=True)
 
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Override a key of the recipe: --set recover.training.steps=50"),
-]
-DryRun = Annotated[bool, typer.Option(help="Check the recipe, show what it would do, and stop.")]
 RecipeFile = Annotated[
     str, typer.Argument(help="A TOML file, or a name from 'vmla recipes'.", metavar="RECIPE")
+]
+Folder = Annotated[
+    Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for everything it writes.")
+]
+Demo = Annotated[
+    bool, typer.Option("--demo", help="Scale the recipe to the demo model, for a CPU.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check the recipe, show what it would do, and stop.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any key of the recipe: --set recover.training.steps=50",
+        rich_help_panel=OTHER,
+    ),
 ]
 
 
 def sweep(
     recipe: RecipeFile,
-    folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for rows and report.")],
-    overrides: Set = None,
+    folder: Folder,
+    demo: Demo = False,
     dry_run: DryRun = False,
+    changes: Set = None,
 ) -> None:
-    """Run the sweep of a recipe, and nothing else of it but the report.
+    """Run only the sweep of a recipe, and its report.
 
-    Points are shared by processes: torchrun --nproc_per_node N -m vmla_convert sweep RECIPE -o DIR
+    Processes share the points: torchrun --nproc_per_node N -m vmla_convert sweep RECIPE -o DIR
     """
-    _run(recipe, folder, overrides, ("sweep", "report"), dry_run)
+    _run(recipe, folder, changes, ("sweep", "report"), demo, dry_run)
 
 
 def run(
     recipe: RecipeFile,
-    folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for everything it writes.")],
-    overrides: Set = None,
+    folder: Folder,
+    demo: Demo = False,
     dry_run: DryRun = False,
+    changes: Set = None,
 ) -> None:
-    """Run a recipe from its first stage to its last; an interrupted run goes on where it was."""
-    from vmla_convert.recipe import STAGES
-
-    _run(recipe, folder, overrides, STAGES, dry_run)
+    """Run all stages of a recipe. Repeat the command to continue an interrupted run."""
+    _run(recipe, folder, changes, STAGES, demo, dry_run)
 
 
-def demo(
-    folder: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for everything it writes.")
-    ] = Path("runs/quickstart"),
-) -> None:
-    """Do the whole job once, in minutes, on the small model that ships with the package."""
+def demo(folder: Folder = Path("runs/quickstart")) -> None:
+    """Do the whole job once, in minutes, on the small model in the package."""
     run("quickstart", folder)
 
 
 @recipes_app.callback()
 def list_recipes(context: typer.Context) -> None:
-    """List the recipes, or copy one to own."""
-    from vmla_convert.recipe import available_recipes, read_recipe
-
+    """List the recipes, or copy one."""
     if context.invoked_subcommand is None:
         infos = [(name, read_recipe(path).recipe) for name, path in available_recipes().items()]
         rows = [[name, info.description] for name, info in infos]
@@ -71,46 +82,43 @@ def list_recipes(context: typer.Context) -> None:
 
 @recipes_app.command()
 def copy(
-    name: Annotated[str, typer.Argument(help="A name from 'vmla recipes'.")],
-    folder: Annotated[Path, typer.Option("--out", "-o", help="Folder to copy into.")] = Path(),
+    name: Annotated[str, typer.Argument(help="A name from 'vmla recipes'.", metavar="NAME")],
+    folder: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to copy into.")
+    ] = Path(),
 ) -> None:
-    """Copy a recipe to own and edit."""
-    from vmla_convert.recipe import copy_recipe
-
+    """Copy a recipe, to edit it."""
     out.path("wrote", copy_recipe(name, folder))
 
 
 def _run(
-    recipe: str,
+    name: str,
     folder: Path,
-    overrides: list[str] | None,
+    changes: list[str] | None,
     only: tuple[str, ...],
+    demo: bool,
     dry_run: bool,
 ) -> None:
-    from vmla_convert.recipe import (
-        ROWS_NAME,
-        check_recipe,
-        count_points,
-        offering_demo,
-        read_recipe,
-        run_recipe,
-    )
-    from vmla_convert.results import count_failures
+    recipe = read_recipe(name, changes or (), demo)
+    from vmla_convert.recipe.check import check_recipe, count_points
+    from vmla_convert.recipe.run import run_recipe
 
-    parsed = read_recipe(recipe, overrides)
     if dry_run:
-        with offering_demo(recipe, overrides):
-            check_recipe(parsed, folder, only)
-        stages = [stage for stage in parsed.stages() if stage in only]
-        points = {"points": count_points(parsed)} if "sweep" in stages else {}
-        told = {"recipe": parsed.recipe.name, "stages": stages, **points, "would write": folder}
-        if os.environ.get("RANK", "0") == "0":  # one of those that were started together
-            out.data(told)
+        with suggest_demo(name, demo):
+            check_recipe(recipe, folder, only)
+        stages = [stage for stage in recipe.stages() if stage in only]
+        points = {"points": count_points(recipe)} if "sweep" in stages else {}
+        plan = {"recipe": recipe.recipe.name, "stages": stages, **points, "would write": folder}
+        if os.environ.get("RANK", "0") == "0":  # the first of several processes
+            out.data(plan)
         return
-    with offering_demo(recipe, overrides), out.progress() as progress:
-        leads = run_recipe(parsed, folder, progress, only)
-    if not leads:
-        return
+    with suggest_demo(name, demo), out.progress() as progress:
+        leads = run_recipe(recipe, folder, progress, only)
+    if leads:
+        _show_run(folder)
+
+
+def _show_run(folder: Path) -> None:
     if (folder / ROWS_NAME).exists():
         show_decision(folder / ROWS_NAME)
     for path in sorted(folder.iterdir()):
@@ -118,5 +126,5 @@ def _run(
     if failed := count_failures(folder / ROWS_NAME):
         raise VmlaError(
             f"{failed} of the sweep's points failed; the report says why",
-            "start the same command again to try them once more",
+            "run the same command again to try them once more",
         )

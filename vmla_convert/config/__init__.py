@@ -1,8 +1,4 @@
-"""Every setting as a frozen dataclass; no torch, so that `vmla --help` stays quick.
-
-Letters for shapes, here and everywhere: B batch, T query tokens, S cached tokens, L tokens of any
-kind, H heads, D head dim (H·D = `dim`), R latent rank, F frames, C channels.
-"""
+"""Every setting as a frozen dataclass; no torch, so that `vmla --help` stays quick."""
 
 from vmla_convert.config.cache import DENSE_BITS, CachePolicy, RuntimeConfig
 from vmla_convert.config.fitting import ConvertConfig, Product
@@ -15,6 +11,13 @@ from vmla_convert.config.model import (
     MLAConfig,
     ModelConfig,
     SamplerConfig,
+)
+from vmla_convert.config.recipe import (
+    STAGES,
+    Recipe,
+    RecipeInfo,
+    command_recipe,
+    parse_recipe,
 )
 from vmla_convert.config.sizes import RankPlan, Sizes, default_rope_dim
 from vmla_convert.config.source import DataConfig, SourceConfig
@@ -31,6 +34,7 @@ __all__ = [
     "DENSE_BITS",
     "DENSE_ITEMSIZE",
     "NESTED_CUTS",
+    "STAGES",
     "CachePolicy",
     "CodecConfig",
     "ConvertConfig",
@@ -44,6 +48,8 @@ __all__ = [
     "ModelConfig",
     "Product",
     "RankPlan",
+    "Recipe",
+    "RecipeInfo",
     "RecoverConfig",
     "ReportConfig",
     "RuntimeConfig",
@@ -53,5 +59,7 @@ __all__ = [
     "SweepConfig",
     "TeacherConfig",
     "TrainingConfig",
+    "command_recipe",
     "default_rope_dim",
+    "parse_recipe",
 ]

@@ -57,6 +57,8 @@ class RuntimeConfig:
         tile_mib: Largest MiB of rebuilt keys and values at a time. None for 64 on a CPU and 1024
             on a GPU.
         offload: Keep the cache in (pinned) host memory; each layer fetches what it attends to.
+        dtype: Dtype of weights and cache; None for bfloat16 on a GPU and float32 on a CPU.
+        compile: Compile all but the self-attention, for long rollouts.
     """
 
     size: Sizes | None = None
@@ -64,6 +66,8 @@ class RuntimeConfig:
     backend: Literal["auto", "materialised", "absorbed"] = "auto"
     tile_mib: int | None = None
     offload: bool = False
+    dtype: Literal["float32", "bfloat16"] | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.tile_mib is not None:

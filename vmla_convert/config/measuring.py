@@ -1,4 +1,4 @@
-"""Stages that measure and show: evaluate, generate, sweep, report."""
+"""Settings of the stages that measure and show: evaluate, generate, sweep, report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from vmla_convert.errors import ConfigError
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Held-out measurement of a converted checkpoint against its dense source."""
+    """Held-out measurement of a converted checkpoint against its dense source.
+
+    Attributes:
+        clips: Number of clips.
+        data: Where clips come from.
+    """
 
     clips: int = 24
     data: DataConfig = field(default_factory=lambda: DataConfig(seed=1))
@@ -25,21 +30,21 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """The generate stage: one rollout per prompt, dense beside converted.
+    """The generate stage: one rollout per prompt.
 
     Attributes:
-        prompts: All are scored.
-        shown: How many of them go into the video and the contact sheet.
-        frames: Latent frames of each rollout.
-        seed: Of all noise.
-        base: Where text encoder and VAE come from, as of `MediaConfig`.
+        prompts: Prompts, one clip each.
+        shown: Number of prompts in a recipe's video and contact sheet; all of them are scored.
+        frames: Latent frames per rollout.
+        seed: Seed of all noise.
+        keep_sink: Keep the sink of the first prompt when the prompt changes.
     """
 
     prompts: tuple[str, ...] = tuple(map(str, range(10)))
     shown: int = 3
     frames: int = 20
     seed: int = 0
-    base: str | None = None
+    keep_sink: bool = True
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "shown", "frames")
@@ -113,7 +118,7 @@ class ReportConfig:
     Attributes:
         title: Heading of the report.
         loss_bound: Flow loss that the recommended size may have above the dense model's, as a
-            share of it.
+            share of the dense model's loss.
     """
 
     title: str = "Conversion report"

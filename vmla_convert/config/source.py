@@ -1,8 +1,9 @@
-"""Inputs: checkpoints and clips."""
+"""Settings of inputs: checkpoints and clips."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from vmla_convert.config.checks import require_at_least
 
@@ -12,18 +13,18 @@ class DataConfig:
     """Where clips come from.
 
     Attributes:
-        source: `demo` for the moving-digits world; a safetensors file, or a folder of them, with
-            `latents` (N, F, C, height, width) and `context` (N, text_len, text_dim); for recovery
-            also `self`, the dense model's own samples, or a video file or a folder of them.
-        frames: Latent frames of a clip.
+        source: `demo` for the moving-digits world, or a safetensors file (or a folder of them) with
+            `latents` (N clips, F frames, C channels, height, width) and `context` (N, text_len,
+            text_dim). Recovery also takes `self`, samples of the dense model, and a video file or
+            a folder of videos.
+        frames: Latent frames per clip.
         sink_gap: Largest number of frames skipped after the sink in half of the training clips, so
             that the model meets the jump which a window with a sink makes; 0 for none.
-        seed: Of the clips.
-        prompts: Of `self`, one clip after the other; or the one of videos that have none beside
-            them.
-        clips: How many are sampled for `self`.
-        base: Where the text encoder and VAE come from, as of `MediaConfig`; only for clips that
-            are made.
+        seed: Seed of the clips.
+        prompts: Prompts of `self`, one for each clip in turn; or the one prompt of videos that have
+            none beside them.
+        clips: Number of clips that `self` samples.
+        base: Text encoder and VAE for clips that have to be made, as in `MediaConfig`.
     """
 
     source: str = "demo"
@@ -43,24 +44,24 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """A dense checkpoint, and what its tensors do not say.
+    """A checkpoint, and what its tensors do not say.
 
     Attributes:
         checkpoint: A path, `demo`, or a Hub id `owner/name[@revision]`.
-        file: Which file or folder of a Hub repository, or of the folder.
-        key: Which state dict of a pickle that holds several.
-        model: A known model, of `vmla_convert.checkpoint.known.KNOWN`: it brings chunk, window,
-            sampler and licence.
-        overrides: `key=value` for any of these, such as `cache.window_frames=12`.
-        loras: LoRA files, `FILE` or `FILE:SCALE`, merged before anything else is done.
-        base_model: The base model of a codec, a path or a Hub id; None for where it was, beside the
-            codec, or on the Hub.
+        file: File or folder within the Hub repository or the folder.
+        key: State dict in a pickle that holds several.
+        model: Name of a known model (`vmla_convert.checkpoint.known.KNOWN`), which brings chunk,
+            window, sampler and licence.
+        overrides: Other values for these settings, as a table: `{"cache": {"window_frames": 12}}`.
+        loras: LoRA files, `FILE` or `FILE:SCALE`, merged when the checkpoint is read.
+        base_model: Base model of a codec, a path or a Hub id; None to look where it was when the
+            codec was made, beside the codec, and on the Hub.
     """
 
     checkpoint: str = "demo"
     file: str | None = None
     key: str | None = None
     model: str | None = None
-    overrides: tuple[str, ...] = ()
+    overrides: dict[str, Any] = field(default_factory=dict[str, Any])
     loras: tuple[str, ...] = ()
     base_model: str | None = None

@@ -18,7 +18,7 @@ from vmla_convert.checkpoint.source import fingerprint
 from vmla_convert.checkpoint.tensor_store import FolderStore
 from vmla_convert.checkpoint.writer import CheckpointWriter
 from vmla_convert.config import ConvertConfig, ModelConfig, RankPlan
-from vmla_convert.errors import ConfigError, did_you_mean
+from vmla_convert.errors import ConfigError
 from vmla_convert.fitting.calibrate import Statistics, calibrate_checkpoint
 from vmla_convert.fitting.calibration_clips import clips_hash, measures
 from vmla_convert.fitting.dense_source import (
@@ -196,19 +196,6 @@ def peak_rss_bytes() -> int:
         return int(peak[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def convert_config(preset: str | None, options: Mapping[str, Any]) -> ConvertConfig:
-    """Build a config from a preset and options that replace its settings; None means left out.
-
-    Raises:
-        ConfigError: The preset is unknown, or a value is not allowed.
-    """
-    if preset not in (None, *PRESETS):
-        raise ConfigError(f"unknown preset '{preset}'", did_you_mean(str(preset), PRESETS))
-    base = PRESETS[preset] if preset else ConvertConfig()
-    given = {name: value for name, value in options.items() if value is not None}
-    return from_dict(ConvertConfig, {**to_dict(base), **given})
 
 
 def read_plan(path: Path) -> RankPlan:

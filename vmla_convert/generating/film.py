@@ -79,8 +79,8 @@ def check_comparable(models: Sequence[ModelConfig]) -> None:
         if len(values) > 1:
             raise ConfigError(
                 f"the models to compare differ in {name}: {' and '.join(map(str, values))}",
-                "compare a conversion with the dense checkpoint that it came from, and --set what "
-                "was set for converting",
+                "compare a conversion with its dense checkpoint, and repeat the settings "
+                "--set model.KEY=VALUE of the conversion",
             )
 
 

@@ -137,11 +137,12 @@ def generate_pixels(
     progress: Progress | None = None,
     label: str = "generating",
     media: Media | None = None,
+    runtime: RuntimeConfig | None = None,
 ) -> Tensor:
     """Return a whole video as pixels (B, F', 3, H, W) in −1 … 1; arguments as in `generate`."""
     config = model.config
     media = media or open_media(config, device=model.patch_embedding.weight.device)
-    chunks = generate(model, prompts, frames, seed, text=media)
+    chunks = generate(model, prompts, frames, seed, runtime, text=media)
     return decoded(track_chunks(progress or Silent(), chunks, label, config, frames), media)
 
 

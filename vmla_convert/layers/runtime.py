@@ -37,7 +37,7 @@ def check_size(config: ModelConfig, size: Sizes, quantised: bool = True) -> int:
     if total > most * layers:
         raise ConfigError(
             f"{asked:g} bytes per token are above {most:g}, all that this codec holds",
-            f"use --bytes-per-token {most:g} or less, or convert with more --channels",
+            f"use --bytes-per-token {most:g} or less, or convert with more convert.channels",
         )
     return total
 
@@ -52,7 +52,7 @@ def check_runtime(config: ModelConfig, runtime: RuntimeConfig) -> None:
     if runtime.backend == "absorbed" and config.mla is None:
         raise ConfigError(
             "backend 'absorbed' needs MLA layers, and this model has none",
-            "use --backend materialised, or convert with --preset videomla",
+            "leave runtime.backend out, or convert with --preset videomla",
         )
     if runtime.size is not None and config.codec is None:
         raise ConfigError(

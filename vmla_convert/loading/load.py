@@ -24,7 +24,7 @@ from vmla_convert.checkpoint.hub import fetch, fetch_headers, has_parts, is_repo
 from vmla_convert.checkpoint.known import known_by_repo, known_model
 from vmla_convert.checkpoint.layouts import DIFFUSERS, NATIVE
 from vmla_convert.checkpoint.settings import is_ours, read_config
-from vmla_convert.checkpoint.source import fingerprint, located
+from vmla_convert.checkpoint.source import located
 from vmla_convert.config import RuntimeConfig, Sizes, SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError
 from vmla_convert.layers.block import Block
@@ -89,7 +89,7 @@ def base_of(codec: Path, how: SourceConfig) -> SourceConfig:
 def _refuse_base(how: SourceConfig) -> None:
     if how.base_model is not None:
         raise ConfigError(
-            f"{how.checkpoint} is not a codec and has no base model", "leave --base-model out"
+            f"{how.checkpoint} is not a codec and has no base model", "leave base_model out"
         )
 
 
@@ -175,9 +175,9 @@ def _file_of(how: SourceConfig) -> str | None:
 
 def _known(how: SourceConfig) -> SourceConfig:
     """The settings with the base model and known model of a dense checkpoint's repository."""
-    base = f"base_model={how.checkpoint.partition('@')[0]}"
+    base = {"base_model": how.checkpoint.partition("@")[0]}
     model = how.model or known_by_repo(how.checkpoint, how.file)
-    return replace(how, model=model, overrides=(base, *how.overrides))
+    return replace(how, model=model, overrides=base | how.overrides)
 
 
 def compute_device() -> torch.device:
@@ -185,59 +185,6 @@ def compute_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def as_teacher(teacher: Source, converted: Source, file: str | None = None) -> SourceConfig:
-    """A dense checkpoint with the file, key, settings and LoRAs of its conversion.
-
-    Args:
-        teacher: The dense checkpoint; a `SourceConfig` is returned unchanged.
-        converted: The conversion of that checkpoint.
-        file: File of the teacher, in place of the recorded one.
-
-    Raises:
-        CheckpointError: One of the two cannot be found, or the record is damaged.
-    """
-    if isinstance(teacher, SourceConfig):
-        return teacher
-    origin = read_provenance(converted).get("source", {})
-    asked = from_dict(SourceConfig, origin.get("asked", {}))
-    known = replace(asked, checkpoint=str(teacher), model=origin.get("known_model"))
-    if file is not None or Path(teacher).is_file():
-        known = replace(known, file=file)
-    path, _ = locate(known)
-    if fingerprint(path) == origin.get("sha256"):
-        return known
-    # Other bytes may be the same model in another form: with other keys, and LoRAs merged.
-    return replace(known, key=None, loras=())
-
-
-def teacher_of(
-    converted: Source, teacher: Source | None = None, file: str | None = None
-) -> SourceConfig:
-    """The dense model that a converted one is compared with and learns from.
-
-    Args:
-        converted: A codec or an MLA checkpoint.
-        teacher: The dense checkpoint; by default a codec's base model.
-        file: File of the teacher, in place of the recorded one.
-
-    Raises:
-        CheckpointError: One of the two cannot be found, or an MLA checkpoint has no teacher.
-    """
-    path, _ = locate(converted)
-    if not is_codec(path):
-        if teacher is None:
-            raise CheckpointError(
-                f"{_settled(converted).checkpoint} does not hold the dense model that it came from",
-                "name it: --teacher CKPT",
-            )
-        return as_teacher(teacher, converted, file)
-    if isinstance(teacher, SourceConfig):
-        return teacher
-    how = SourceConfig(base_model=None if teacher is None else str(teacher))
-    base = base_of(path, how)
-    return base if file is None else replace(base, file=file)
 
 
 def read_provenance(converted: Source) -> dict[str, Any]:

@@ -113,7 +113,8 @@ def parts_to_copy(path: Path, layout: Layout, progress: Progress | None = None) 
         here = next((place.parent for place in beside.values()), None)
         if stay := here or repository_with_parts(path):
             progress.note(
-                f"text encoder and VAE are not copied; generate finds them by --base {stay}"
+                "text encoder and VAE are not copied; generate finds them by "
+                f"--set media.base={stay}"
             )
     return {}
 

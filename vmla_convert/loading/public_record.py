@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vmla_convert.checkpoint.hub import is_repo
-from vmla_convert.errors import ConfigError
-from vmla_convert.tables import override
 
 # The key says what a string is. Strings under other keys are taken for paths.
-_PROMPTS, _LICENCES, _OVERRIDES = "prompts", "licence", "overrides"
+_PROMPTS, _LICENCES = "prompts", "licence"
 _REPOS = ("checkpoint", "base_model", "repo")
 _REPOS_OR_FOLDERS = ("base", "_name_or_path", "name_or_path")
 # The start of a text that can only be a path, unlike "MIT/X11".
@@ -42,29 +39,12 @@ def public_value(key: str, value: Any) -> Any:
         return [public_value(key, entry) for entry in value]
     if not isinstance(value, str) or key == _PROMPTS:
         return value
-    if key == _OVERRIDES:
-        return _public_override(value)
     stays = (
         (key == _LICENCES and not _ROOTED.match(value))
         or (key in _REPOS and is_repo(value))
         or (key in _REPOS_OR_FOLDERS and is_repo(value) and not Path(value).exists())
     )
     return value if stays else _last_part(value)
-
-
-def _public_override(text: str) -> str:
-    """A `key=value` without folders; unchanged when the value holds none."""
-    path, found, typed = text.partition("=")
-    key = path.rpartition(".")[2]
-    table: dict[str, Any] = {}
-    try:
-        override(table, f"{key}{found}{typed}")
-    except ConfigError:
-        return _last_part(text)
-    public = public_value(key, table[key])
-    if public == table[key]:
-        return text
-    return f"{path}={public if isinstance(public, str) else json.dumps(public)}"
 
 
 def _last_part(path: str) -> str:

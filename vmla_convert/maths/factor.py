@@ -249,5 +249,7 @@ def _rank_errors(parts: list[Decomposition], most: int) -> tuple[Tensor, list[in
 
 def _required(evidence: Evidence | None) -> Evidence:
     if evidence is None:
-        raise ConfigError("the init 'calibrated' needs calibration clips", "or use --init spectral")
+        raise ConfigError(
+            "the init 'calibrated' needs calibration clips", "or use --set convert.init=spectral"
+        )
     return evidence

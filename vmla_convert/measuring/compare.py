@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vmla_convert.config import GenerateConfig
+from vmla_convert.config import GenerateConfig, RuntimeConfig
 from vmla_convert.generating.film import write_comparison
 from vmla_convert.generating.generate import generate_pixels
 from vmla_convert.layers.dit import CausalWanModel
@@ -22,6 +22,7 @@ def compare(
     path: Path,
     progress: Progress | None = None,
     media: Media | None = None,
+    runtime: RuntimeConfig | None = None,
 ) -> list[Row]:
     """Write a film and a contact sheet of both models, and return the scores of both.
 
@@ -34,6 +35,7 @@ def compare(
         path: The mp4 file; the contact sheet is written beside it.
         progress: Where progress is drawn.
         media: Text encoder and VAE of both models; by default those of the dense model.
+        runtime: How the converted model runs.
     """
     prompts = list(config.prompts)
     media = media or open_media(dense.config, device=dense.patch_embedding.weight.device)
@@ -47,6 +49,7 @@ def compare(
             progress,
             f"rolling out {name}",
             media=media,
+            runtime=runtime if name == "converted" else None,
         )
         for name, model in models.items()
     }

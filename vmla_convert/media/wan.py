@@ -160,7 +160,7 @@ class WanMedia:
             raise ConfigError(
                 f"the {part} of {self.components.place(part)} makes {what} of width {found}, the "
                 f"model takes {wanted}",
-                "name the components of this very model: --base DIR",
+                "name the components of this very model: --set media.base=DIR",
             )
 
     def _load_weights(self, part: Part, load: Callable[..., Any], **options: Any) -> Any:
@@ -183,7 +183,7 @@ class WanMedia:
         except Exception as error:  # the libraries let errors of their file readers through
             raise CheckpointError(
                 f"{part}/ of {self.components.place(part)} cannot be loaded: {first_line(error)}",
-                "download it again, or name another with --base",
+                "download it again, or name another with --set media.base=DIR",
             ) from error
 
 

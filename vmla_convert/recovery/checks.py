@@ -28,8 +28,8 @@ from vmla_convert.loading.load import (
     locate,
     open_named,
     read_provenance,
-    teacher_of,
 )
+from vmla_convert.loading.teacher import check_pair, teacher_of
 from vmla_convert.measuring.evaluate import check_held_out
 from vmla_convert.media.base import Media
 from vmla_convert.media.clips import open_clips, source_kind
@@ -101,23 +101,6 @@ def open_pair(
     return pair
 
 
-def check_pair(student: ModelConfig, teacher: ModelConfig) -> None:
-    """Check that a teacher can be the student's dense source.
-
-    Raises:
-        CheckpointError: The teacher is converted, or has another geometry.
-    """
-    if not teacher.is_dense:
-        raise CheckpointError(
-            "the teacher is a converted checkpoint", "give the dense one: --teacher CKPT"
-        )
-    if teacher.geometry != student.geometry:
-        raise CheckpointError(
-            "the teacher's geometry is not that of the converted checkpoint",
-            "give the dense checkpoint that it was converted from: --teacher CKPT",
-        )
-
-
 def _check_nested(config: ModelConfig, cuts: Sequence[float]) -> None:
     if config.codec is None:
         raise ConfigError("only a codec has nested sizes", "leave --nested out")
@@ -128,7 +111,7 @@ def _check_nested(config: ModelConfig, cuts: Sequence[float]) -> None:
             raise ConfigError(
                 f"nested size {cut:g} makes {asked:g} bytes per token, which are not between 1 and "
                 f"{most}, all that this codec holds",
-                "give sizes that it holds: --set nested=[0.98,0.95]",
+                "give sizes that it holds: --set recover.nested=[0.98,0.95]",
             )
 
 

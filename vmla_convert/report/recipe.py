@@ -1,87 +1,67 @@
-"""How to make a setting again: its recipe as TOML, and the commands to run and to use it."""
+"""The recipe that makes a setting, as TOML, and the commands that run it."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from vmla_convert.config import EvaluateConfig, SourceConfig
 from vmla_convert.report.settings import DENSE, UNQUANTISED, Setting
-from vmla_convert.sweep.grid import find_point
-from vmla_convert.tables import from_dict
+from vmla_convert.sweep.grid import point_recipe
+from vmla_convert.tables import dotted
 
 RECIPE_FILE = "recipe.toml"
 PROMPT = '--prompt "…" -o clip.mp4'
 
 
 def recipe_toml(setting: Setting, recipe: Mapping[str, Any]) -> str:
-    """The recipe that makes a setting, with what differs from the defaults.
+    """The recipe that makes a setting, with the values that differ from the defaults.
 
     Args:
-        setting: As `read_settings` gives it.
-        recipe: Recipe of the run, as its `recipe.json` holds it.
+        setting: From `read_settings`.
+        recipe: Recipe of the run, from its `recipe.json`.
 
     Returns:
-        TOML; empty where the recipe has no such point, or where there is nothing to convert.
+        TOML; empty where the recipe has no such point.
 
     Raises:
-        ConfigError: The recipe has a key or a value that is none.
+        ConfigError: The recipe has an unknown key or a wrong value.
     """
-    point = find_point(setting.key.point, recipe) if setting.key.point else None
-    if point is None:
+    tables = point_recipe(setting.key.point, recipe) if setting.key.point else None
+    if tables is None:
         return ""
-    source = from_dict(SourceConfig, recipe.get("source") or {})
-    evaluate = from_dict(EvaluateConfig, recipe.get("evaluate") or {})
-    tables: dict[str, Any] = {
-        "recipe": {"name": "recommended", "description": setting.name},
-        "source": {**changes(source), "checkpoint": source.checkpoint},
-        "evaluate": changes(evaluate),
-        "convert": {"product": point.conversion.product, **changes(point.conversion)},
-    }
-    if point.recovery is not None:
-        tables["recover"] = changes(point.recovery)
-    return to_toml({name: table for name, table in tables.items() if table or name == "recover"})
+    return to_toml({"recipe": {"name": "recommended", "description": setting.name}, **tables})
 
 
-def commands(setting: Setting, recipe: Mapping[str, Any], made_here: bool) -> str:
-    """The commands that make a setting and draw a clip from it.
+def commands(setting: Setting, recipe: Mapping[str, Any], has_recipe: bool) -> str:
+    """The commands that make a setting and a clip with it.
 
     Args:
-        setting: As for `recipe_toml`.
-        recipe: Likewise.
-        made_here: Whether there is a recipe for it.
+        setting: From `read_settings`.
+        recipe: Recipe of the run.
+        has_recipe: Whether `recipe_toml` gives the setting's recipe.
     """
+    words: list[str] = []
     if setting.product == DENSE:
-        source = from_dict(SourceConfig, recipe.get("source") or {"checkpoint": "CKPT"})
-        return f"vmla generate {_opened(source)} --cache-dtype {setting.key.kept} {PROMPT}"
-    options: list[str] = []
+        source = {"checkpoint": "CKPT", **recipe.get("source", {})}
+        checkpoint = str(source.pop("checkpoint"))
+        options = dotted({"source": source, "model": recipe.get("model", {})})
+        changes = (f"{key}={_value(value)}" for key, value in options)
+        words = [checkpoint, *(word for change in changes for word in ("--set", change))]
+        words += ["--cache-dtype", setting.key.kept]
+        return f"vmla generate {shlex.join(words)} {PROMPT}"
+    words.append("DIR/converted" if has_recipe else "OUT")
     if setting.product == "codec":
-        options.append(f"--bytes-per-token {setting.key.nbytes:.10g}")
+        words += ["--bytes-per-token", f"{setting.key.nbytes:.10g}"]
     if setting.key.kept == UNQUANTISED:
-        options.append(f"--cache-dtype {UNQUANTISED}")
-    folder = "DIR/converted" if made_here else "OUT"
-    generate = " ".join(["vmla generate", folder, *options, PROMPT])
-    return f"vmla run {RECIPE_FILE} -o DIR\n{generate}" if made_here else generate
-
-
-def changes(config: Any) -> dict[str, Any]:
-    """What of a config differs from its defaults, as a plain table that `from_dict` reads."""
-    found: dict[str, Any] = {}
-    for entry in dataclasses.fields(config):
-        value = getattr(config, entry.name)
-        made = entry.default_factory
-        usual = entry.default if made is dataclasses.MISSING else made()
-        if value is not None and value != usual:
-            # A table of its own starts from its own defaults, not from those of the outer config.
-            found[entry.name] = changes(value) if dataclasses.is_dataclass(value) else value
-    return found
+        words += ["--cache-dtype", UNQUANTISED]
+    generate = f"vmla generate {shlex.join(words)} {PROMPT}"
+    return f"vmla run {RECIPE_FILE} -o DIR\n{generate}" if has_recipe else generate
 
 
 def to_toml(table: Mapping[str, Any], where: str = "") -> str:
-    """Plain nested tables as TOML, each after the values of the table that it is in.
+    """Plain nested tables as TOML, each after the values of its parent.
 
     Args:
         table: Strings, numbers, truth values, lists of these, and tables.
@@ -106,14 +86,3 @@ def _value(value: Any) -> str:
         return repr(value)
     # Strings and truth values are as in JSON, but for one control character that TOML escapes too.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _opened(source: SourceConfig) -> str:
-    """A source as arguments of a command."""
-    words = [source.checkpoint]
-    for option in ("file", "key", "model"):
-        value = getattr(source, option)
-        words += [f"--{option}", value] if value else []
-    for option, values in (("--set", source.overrides), ("--lora", source.loras)):
-        words += [word for value in values for word in (option, value)]
-    return shlex.join(words)

@@ -9,8 +9,15 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from vmla_convert.config import ConvertConfig, RecoverConfig, RuntimeConfig, Sizes, SweepConfig
-from vmla_convert.tables import from_dict, to_dict
+from vmla_convert.config import (
+    ConvertConfig,
+    Recipe,
+    RecoverConfig,
+    RuntimeConfig,
+    Sizes,
+    SweepConfig,
+)
+from vmla_convert.tables import changes, from_dict, merged, to_dict
 
 
 @dataclass(frozen=True)
@@ -64,27 +71,32 @@ def sweep_points(
     return points
 
 
-def find_point(key: str, recipe: Mapping[str, Any]) -> SweepPoint | None:
-    """The point that a run's rows call by a key, with the first of its seeds.
+def point_recipe(key: str, recipe: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Tables of a recipe that makes one point of a run, with the first of the point's seeds.
 
     Args:
-        key: `SweepPoint.key`.
-        recipe: The run's, as its `recipe.json` holds it.
+        key: `SweepPoint.key`, from a row.
+        recipe: Recipe of the run, as `recipe.json` holds it.
 
     Returns:
-        None where the recipe has no such point.
+        Values that differ from the defaults; None where the recipe has no such point.
     """
-    convert = from_dict(ConvertConfig, recipe.get("convert") or {})
-    recover = from_dict(RecoverConfig, recipe.get("recover") or {})
-    sweep = from_dict(SweepConfig, recipe["sweep"]) if recipe.get("sweep") else None
-    points = sweep_points(sweep, convert, recover) if sweep else []
-    # What the stages before a sweep made has a key too.
-    points.append(SweepPoint(convert, recover if recipe.get("recover") else None))
-    found = next((point for point in points if point.key == key), None)
-    if found is None or found.conversion.init == "random":
-        return found
-    # Seeds are of recoveries; noise to calibrate with is drawn once, for all.
-    return replace(found, conversion=replace(found.conversion, seed=convert.seed))
+    run = from_dict(Recipe, dict(recipe))
+    convert, recover = run.convert or ConvertConfig(), run.recover or RecoverConfig()
+    points = sweep_points(run.sweep, convert, recover) if run.sweep else []
+    points.append(SweepPoint(convert, run.recover))  # the stages before a sweep are a point too
+    point = next((point for point in points if point.key == key), None)
+    if point is None:
+        return None
+    conversion = point.conversion
+    if conversion.init != "random":
+        # Seeds of points are seeds of recoveries; calibration noise is drawn once for all points.
+        conversion = replace(conversion, seed=convert.seed)
+    tables = changes(Recipe(source=run.source, model=run.model, media=run.media))
+    # The source is named even where it is the default: else [recover.data] would give it.
+    evaluate = merged(changes(run.evaluate), {"data": {"source": run.evaluate.data.source}})
+    recovery = {} if point.recovery is None else {"recover": changes(point.recovery)}
+    return {**tables, "evaluate": evaluate, "convert": changes(conversion), **recovery}
 
 
 def grid(config: SweepConfig, shared: ConvertConfig) -> list[ConvertConfig]:

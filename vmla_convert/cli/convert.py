@@ -1,0 +1,153 @@
+"""The convert command."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vmla_convert.cli.options import (
+    CLIPS,
+    OTHER,
+    OUTPUT,
+    SIZE,
+    BytesPerToken,
+    Checkpoint,
+    Cut,
+    Data,
+    File,
+    Json,
+    Loras,
+    Model,
+    OutFolder,
+)
+from vmla_convert.config import ConvertConfig, Recipe, command_recipe
+from vmla_convert.console import out
+from vmla_convert.errors import ConfigError, did_you_mean
+from vmla_convert.show import show_conversion, show_planned_output
+from vmla_convert.tables import to_dict
+
+
+def convert(
+    checkpoint: Checkpoint,
+    folder: OutFolder,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset",
+            metavar="NAME",
+            help="videomla writes a whole checkpoint with the paper's MLA layers, not a codec.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    layout: Annotated[
+        str,
+        typer.Option(
+            "--layout",
+            metavar="NAME",
+            help="Layout of an MLA checkpoint: native, or diffusers (a pipeline's folder).",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = "native",
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Continue an interrupted conversion.", rich_help_panel=OUTPUT
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Show what would be written, and stop.", rich_help_panel=OUTPUT
+        ),
+    ] = False,
+    json: Json = False,
+    file: File = None,
+    model: Model = None,
+    loras: Loras = None,
+    bytes_per_token: BytesPerToken = None,
+    cut: Cut = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            "--plan",
+            metavar="DIR",
+            help="MLA: reuse the sizes of an earlier conversion, layer by layer.",
+            rich_help_panel=SIZE,
+        ),
+    ] = None,
+    data: Data = None,
+    no_calibration: Annotated[
+        bool,
+        typer.Option(
+            "--no-calibration",
+            help="Assume white inputs instead of measuring activations.",
+            rich_help_panel=CLIPS,
+        ),
+    ] = False,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Keys of source, model and convert: --set convert.calibration_clips=24",
+            rich_help_panel=OTHER,
+        ),
+    ] = None,
+) -> None:
+    """Fit a cache codec to a dense checkpoint, or make a checkpoint with MLA layers.
+
+    The checkpoint is read block by block and never changed. One codec serves every size.
+    """
+    from vmla_convert.fitting import convert as fitting
+    from vmla_convert.fitting.plan import plan_output
+
+    out.json = json
+    options = {
+        "source.checkpoint": checkpoint,
+        "source.file": file,
+        "source.model": model,
+        "source.loras": loras,
+        "convert.size.bytes_per_token": bytes_per_token,
+        "convert.size.cut": cut,
+        "convert.size.plan": to_dict(fitting.read_plan(plan)) if plan else None,
+        "convert.data.source": data,
+        "convert.calibrate": False if no_calibration else None,
+    }
+    started = {"convert": _preset(preset, fitting.PRESETS)} if preset else None
+    recipe = command_recipe(("source", "model", "convert"), options, changes, started)
+    config = recipe.convert or ConvertConfig()
+    if dry_run:
+        show_planned_output(plan_output(recipe.dense, folder, config, resume, layout))
+        return
+    try:
+        with out.progress() as progress:
+            done = fitting.convert(recipe.dense, folder, config, progress, resume, layout)
+    except KeyboardInterrupt:
+        _say_how_to_resume(folder)
+        raise
+    show_conversion(done, folder, _next_command(recipe, folder))
+
+
+def _preset(name: str, known: dict[str, ConvertConfig]) -> dict[str, Any]:
+    if name not in known:
+        raise ConfigError(f"unknown preset '{name}'", did_you_mean(name, known))
+    return to_dict(known[name])
+
+
+def _say_how_to_resume(folder: Path) -> None:
+    from vmla_convert.fitting.convert import can_resume
+
+    if can_resume(folder):
+        out.say("finished layers are kept; to continue: the same command with --resume")
+
+
+def _next_command(recipe: Recipe, folder: Path) -> str:
+    config = recipe.convert or ConvertConfig()
+    words = ["vmla", "recover", str(folder)]
+    words += ["--teacher", recipe.source.checkpoint] if config.product == "mla" else []
+    words += ["-o", f"{folder}-recovered"]
+    words += ["--data", config.data.source] if config.data != ConvertConfig().data else []
+    return shlex.join(words)

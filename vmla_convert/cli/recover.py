@@ -1,0 +1,191 @@
+"""The recover command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vmla_convert.cli.options import (
+    CLIPS,
+    OTHER,
+    OUTPUT,
+    RUNNING,
+    Json,
+    OutFolder,
+    Teacher,
+    TeacherFile,
+    named_teacher,
+)
+from vmla_convert.config import NESTED_CUTS, Recipe, RecoverConfig, SourceConfig, command_recipe
+from vmla_convert.console import out
+from vmla_convert.show import show_recovery
+
+TRAINING = "Training"
+
+
+def recover(
+    converted: Annotated[
+        Path, typer.Argument(help="Folder from 'vmla convert'.", metavar="CONVERTED")
+    ],
+    folder: OutFolder,
+    teacher: Teacher = None,
+    file: TeacherFile = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps",
+            metavar="N",
+            min=0,
+            help="Steps of velocity distillation. Default: 100.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            "--lr",
+            metavar="RATE",
+            help="Peak learning rate. Default: a probe finds it.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size",
+            metavar="N",
+            min=1,
+            help="Clips per step over all processes. Default: 4.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    nested: Annotated[
+        bool,
+        typer.Option(
+            "--nested",
+            help="Train a codec at sizes drawn step by step, so that one file serves them all.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="FILE",
+            help="Safetensors file or folder with latents and context, a video file or a folder of "
+            "videos, 'self' (samples of the dense model), or 'demo'. Default: demo.",
+            rich_help_panel=CLIPS,
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="Prompts of 'self', one per line; or the one prompt of all videos.",
+            rich_help_panel=CLIPS,
+        ),
+    ] = None,
+    offload: Annotated[
+        bool,
+        typer.Option(
+            "--offload",
+            help="Layer-wise stage with one block of the dense model in memory at a time; with "
+            "--steps 0 the dense model is never in memory as a whole.",
+            rich_help_panel=RUNNING,
+        ),
+    ] = False,
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard",
+            help="Divide both models over the processes, for less memory each.",
+            rich_help_panel=RUNNING,
+        ),
+    ] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            "--processes",
+            metavar="N",
+            min=1,
+            help="Refuse to run with another number of processes.",
+            rich_help_panel=RUNNING,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Check everything, show the plan, and stop.", rich_help_panel=OUTPUT
+        ),
+    ] = False,
+    json: Json = False,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Keys of source (the dense checkpoint), recover and evaluate: "
+            "--set recover.training.ema=0.99",
+            rich_help_panel=OTHER,
+        ),
+    ] = None,
+) -> None:
+    """Recover quality with a short fine-tune against the dense model.
+
+    An interrupted run resumes when the command is repeated. On several GPUs:
+    torchrun --standalone --nproc_per_node 8 -m vmla_convert recover …
+    """
+    options = {
+        "source.checkpoint": teacher,
+        "source.file": file,
+        "recover.training.steps": steps,
+        "recover.training.lr": lr,
+        "recover.training.batch_size": batch_size,
+        "recover.nested": list(NESTED_CUTS) if nested else None,
+        "recover.offload": offload or None,
+        "recover.shard": shard or None,
+        "recover.data.source": data,
+        "recover.data.prompts": _read_prompts(prompts),
+    }
+    out.json = json
+    recipe = command_recipe(("source", "recover", "evaluate"), options, changes)
+    dense = named_teacher(recipe, teacher)
+    _recover(converted, dense, folder, recipe, processes, dry_run)
+
+
+def _read_prompts(file: Path | None) -> list[str] | None:
+    from vmla_convert.media.prompts import read_prompts
+
+    return list(read_prompts(file)) if file else None
+
+
+def _recover(
+    converted: Path,
+    dense: SourceConfig | None,
+    folder: Path,
+    recipe: Recipe,
+    world: int | None,
+    dry_run: bool,
+) -> None:
+    from vmla_convert.recovery.recover import plan_recovery, recover
+    from vmla_convert.recovery.run_state import is_begun
+    from vmla_convert.training.processes import processes
+
+    config = recipe.recover or RecoverConfig()
+    if dry_run:
+        planned = plan_recovery(converted, dense, folder, config, world)
+        if processes().is_main_process:
+            out.data(planned)
+        return
+    try:
+        with out.progress() as progress:
+            rows = recover(converted, dense, folder, config, recipe.evaluate, progress, world)
+    except KeyboardInterrupt:
+        if processes().is_main_process and is_begun(folder):
+            out.say("finished steps are kept; to continue: the same command")
+        raise
+    if processes().is_main_process:
+        show_recovery(rows, folder)
