@@ -36,6 +36,7 @@ def copy_recipe(name: str, folder: Path) -> Path:
         raise ConfigError(f"no recipe named '{name}'", did_you_mean(name, known))
     target = folder / f"{name}.toml"
     refuse_existing(target, "remove it, or copy into another folder")
+    folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(known[name], target)
     return target
 
