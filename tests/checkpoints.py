@@ -7,9 +7,9 @@ PYTEST_DONT_REWRITE, because they do the latter before pytest sees the former.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 import torch
@@ -36,12 +36,11 @@ from vmla_convert.fitting.mla import convert_model
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import load
 from vmla_convert.media.clips import open_clips
-from vmla_convert.progress import Silent
+from vmla_convert.progress import Advance, Silent
 from vmla_convert.recovery import layerwise
 from vmla_convert.results import Row
 from vmla_convert.training.pretrain import save_self_forcing
 
-T = TypeVar("T")
 Weights = dict[str, Tensor]
 
 MODEL = ModelConfig(
@@ -161,11 +160,18 @@ class PowerCut(Silent):
     def __init__(self, label: str, before: int, error: type[BaseException] = PowerCutError) -> None:
         self.label, self.before, self.error = label, before, error
 
-    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:  # noqa: ARG002
-        for done, item in enumerate(items):
+    @contextmanager
+    def bar(self, label: str, total: int | None = None) -> Iterator[Advance]:  # noqa: ARG002
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
             if (label, done) == (self.label, self.before):
                 raise self.error
-            yield item
+
+        advance(0)
+        yield advance
 
 
 @dataclass(frozen=True)

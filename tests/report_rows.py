@@ -23,7 +23,7 @@ from vmla_convert.measuring.rows import (
     memory_rows,
     row_fields,
 )
-from vmla_convert.results import Row, bytes_at_error
+from vmla_convert.results import Metric, Row, bytes_at_error
 
 DENSE_LOSS, DENSE_BYTES, DENSE_STEP = 0.04, 512.0, 0.080
 GEOMETRY = Geometry(dim=128, ffn_dim=256, num_heads=4, num_layers=6, in_dim=16, out_dim=16)
@@ -71,9 +71,9 @@ def full_rows(seeds: int = 2) -> list[Row]:
             for rank, rope in RANKS
             for row in mla_rows(init, rank, rope, seed)
         ),
-        Row("failed", 1.0, "point", "mla-random-2+2", point="f", note="diverged at step 12"),
-        Row("sweep_seconds", 12.5, "s", "sweep", note="calibrating"),
-        Row("sweep_seconds", 3.5, "s", "sweep", note="converting"),
+        Row(Metric.FAILED, 1.0, "point", "mla-random-2+2", point="f", note="diverged at step 12"),
+        Row(Metric.SWEEP_SECONDS, 12.5, "s", "sweep", note="calibrating"),
+        Row(Metric.SWEEP_SECONDS, 3.5, "s", "sweep", note="converting"),
     ]
 
 
@@ -82,10 +82,10 @@ def dense_rows() -> list[Row]:
     config = dense_config()
     rows = [
         *error_rows(Errors(0.0, DENSE_LOSS), config, None),
-        Row("flow_loss_other_past", 0.4, "squared velocity", **row_fields(config)),
+        Row(Metric.FLOW_LOSS_OTHER_PAST, 0.4, "squared velocity", **row_fields(config)),
         *cache_rows(config),
         *memory_rows(config),
-        Row("step_seconds", DENSE_STEP, "s", **row_fields(config)),
+        Row(Metric.STEP_SECONDS, DENSE_STEP, "s", **row_fields(config)),
         *rollout(config, 0.0),
     ]
     for dtype, error in DENSE_ERRORS.items():
@@ -132,9 +132,9 @@ def codec_rows(seed: int = 0) -> list[Row]:
             rows += memory_rows(config, seed, runtime)
     fields = row_fields(config, seed)
     rows += [
-        Row("convert_seconds", 1.5, "s", **fields),
-        Row("recover_seconds", 20.0, "s", **fields),
-        Row("learning_rate", 1e-3, "per step", **fields),
+        Row(Metric.CONVERT_SECONDS, 1.5, "s", **fields),
+        Row(Metric.RECOVER_SECONDS, 20.0, "s", **fields),
+        Row(Metric.LEARNING_RATE, 1e-3, "per step", **fields),
         *rollout(config, 2.0),
     ]
     for dtype, error in DENSE_ERRORS.items():
@@ -142,7 +142,7 @@ def codec_rows(seed: int = 0) -> list[Row]:
             curve = [(size, recovered(codec_error(size), step)) for size in SIZES]
             if (nbytes := bytes_at_error(curve, error)) is not None:
                 own = {**fields, "cache_dtype": dtype}
-                rows.append(Row("bytes_at_error", nbytes, "bytes", step=step, **own))
+                rows.append(Row(Metric.BYTES_AT_ERROR, nbytes, "bytes", step=step, **own))
     labels = {"point": CODEC_POINT, "recovery_steps": STEPS[-1]}
     return [replace(row, seed=seed, **labels) for row in rows]
 
@@ -155,9 +155,9 @@ def mla_rows(init: str, rank: int, rope: int, seed: int = 0) -> list[Row]:
         rows += measured(config, recovered(error, step), step, seed)
     rows += memory_rows(config, seed)
     rows += [
-        Row("convert_seconds", 1.5, "s", **fields),
-        Row("step_seconds", DENSE_STEP * (0.5 + nbytes / 400), "s", **fields),
-        Row("seconds_ratio", 0.5 + nbytes / 400, "converted / dense", **fields),
+        Row(Metric.CONVERT_SECONDS, 1.5, "s", **fields),
+        Row(Metric.STEP_SECONDS, DENSE_STEP * (0.5 + nbytes / 400), "s", **fields),
+        Row(Metric.SECONDS_RATIO, 0.5 + nbytes / 400, "converted / dense", **fields),
         *rollout(config, 40 * error),
         *learned_spectra(config, seed),
     ]
@@ -171,7 +171,9 @@ def learned_spectra(config: ModelConfig, seed: int) -> Iterator[Row]:
     for layer in range(GEOMETRY.num_layers):
         for step, share in ((0, 0.85), (STEPS[-1], 0.95)):
             wide = math.ceil(fields["kv_lora_rank"] * (share - 0.01 * layer))
-            yield Row("effective_rank_99", wide, "directions", layer=layer, step=step, **fields)
+            yield Row(
+                Metric.EFFECTIVE_RANK_99, wide, "directions", layer=layer, step=step, **fields
+            )
 
 
 def rollout(config: ModelConfig, loss: float) -> Iterator[Row]:
@@ -180,12 +182,12 @@ def rollout(config: ModelConfig, loss: float) -> Iterator[Row]:
     for segment in range(4):
         fall = segment * (0.5 + loss)
         for metric, value, unit in (
-            ("background_psnr", 40 - fall - 3 * loss, "dB"),
-            ("digit_accuracy", max(0.1, 1 - 0.02 * fall), "share of frames"),
-            ("drift", 0.02 * fall, "squared, relative to the spread"),
+            (Metric.BACKGROUND_PSNR, 40 - fall - 3 * loss, "dB"),
+            (Metric.DIGIT_ACCURACY, max(0.1, 1 - 0.02 * fall), "share of frames"),
+            (Metric.DRIFT, 0.02 * fall, "squared, relative to the spread"),
         ):
             yield Row(metric, value, unit, segment=segment, **fields)
-    yield Row("background_psnr", 38 - loss, "dB", **fields)
+    yield Row(Metric.BACKGROUND_PSNR, 38 - loss, "dB", **fields)
 
 
 def weight_spectra(layers: int = GEOMETRY.num_layers, width: int = 128) -> Iterator[Row]:
@@ -195,10 +197,10 @@ def weight_spectra(layers: int = GEOMETRY.num_layers, width: int = 128) -> Itera
         for run, scale in (("weights", 0.6 * width), ("weights_x_activations", 5 + layer)):
             whole = 1 - math.exp(-width / scale)
             wanted = -scale * math.log(1 - 0.99 * whole)
-            yield Row("effective_rank_99", math.ceil(wanted), "directions", run, layer=layer)
+            yield Row(Metric.EFFECTIVE_RANK_99, math.ceil(wanted), "directions", run, layer=layer)
             for rank in ranks:
                 kept = (1 - math.exp(-rank / scale)) / whole
-                yield Row("energy_at_rank", kept, "share", run, layer=layer, kv_lora_rank=rank)
+                yield Row(Metric.ENERGY_AT_RANK, kept, "share", run, layer=layer, kv_lora_rank=rank)
 
 
 def point_rows(

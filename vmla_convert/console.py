@@ -10,20 +10,19 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from vmla_convert.errors import VmlaError
-from vmla_convert.progress import Progress
+from vmla_convert.progress import Advance, Progress
 
 if TYPE_CHECKING:
     import rich.console
     import rich.progress
-
-T = TypeVar("T")
 
 # Where there is no terminal there is no edge to wrap at: a pipe wants one record per line.
 _UNBOUNDED = 10_000
@@ -122,25 +121,24 @@ class Console:
 out = Console()
 
 
-class _Bars:
-    """Progress drawn by rich; a bar inside another goes when it is done."""
+class _Bars(Progress):
+    """Progress drawn by rich. A bar inside another bar disappears when it ends."""
 
     def __init__(self, bars: rich.progress.Progress) -> None:
         self._bars = bars
         self._running: list[rich.progress.TaskID] = []
 
-    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-        bar = self._bars.add_task(label, total=_total(items, total), note="")
-        self._running.append(bar)
+    @contextmanager
+    def bar(self, label: str, total: int | None = None) -> Iterator[Advance]:
+        task = self._bars.add_task(label, total=total, note="")
+        self._running.append(task)
         try:
-            for item in items:
-                yield item
-                self._bars.advance(bar)
+            yield partial(self._bars.advance, task)
         finally:
-            self._running.remove(bar)
-            self._bars.stop_task(bar)
+            self._running.remove(task)
+            self._bars.stop_task(task)
             if self._running:
-                self._bars.remove_task(bar)
+                self._bars.remove_task(task)
 
     def note(self, text: str) -> None:
         if self._running:
@@ -149,21 +147,20 @@ class _Bars:
             self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-class _Lines:
-    """Progress where nothing can be redrawn."""
+class _Lines(Progress):
+    """Progress for a log: a line per finished bar."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._notes: list[str] = []
 
-    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:  # noqa: ARG002
-        start, count, depth = monotonic(), 0, len(self._notes)
+    @contextmanager
+    def bar(self, label: str, total: int | None = None) -> Iterator[Advance]:  # noqa: ARG002
+        start, done, depth = monotonic(), list[int](), len(self._notes)
         self._notes.append("")
         try:
-            for item in items:
-                yield item
-                count += 1
-            took = f"{label}: {count} in {_duration(monotonic() - start)}"
+            yield done.append
+            took = f"{label}: {sum(done)} in {_duration(monotonic() - start)}"
             self._console.say(", ".join(filter(None, (took, self._notes[depth]))))
         finally:
             del self._notes[depth:]
@@ -173,12 +170,6 @@ class _Lines:
             self._notes[-1] = text
         else:
             self._console.say(text)
-
-
-def _total(items: Iterable[Any], total: int | None) -> int | None:
-    if total is None and isinstance(items, Sized):
-        return len(items)
-    return total
 
 
 def _duration(seconds: float) -> str:

@@ -1,141 +1,149 @@
-"""How a pipeline tells of its progress without knowing a terminal."""
+"""Progress bars that long work advances, without knowing a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import suppress
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from time import perf_counter
-from typing import Protocol, TypeVar
+from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
 
-GLANCE = 1.0
-"""Seconds between two looks at what others have done."""
+Advance = Callable[[int], None]
+"""Moves a bar forward by a number of items."""
+
+LOOK_SECONDS = 1.0
+"""Least seconds between two requests for what other processes have done."""
 
 
-class Progress(Protocol):
-    """What `console` draws; pipelines only call it."""
+class Progress(ABC):
+    """Draws bars and notes. `console` implements it for terminals and for logs."""
 
-    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-        """Yield the items, advancing a bar named `label`."""
-        ...
+    @abstractmethod
+    def bar(self, label: str, total: int | None = None) -> AbstractContextManager[Advance]:
+        """Draw a bar within a `with` block, and give the function that advances the bar."""
 
+    @abstractmethod
     def note(self, text: str) -> None:
         """Show the latest figure beside the bar that is running."""
-        ...
+
+    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+        """Yield the items, and advance a bar after each one."""
+        if total is None and isinstance(items, Sized):
+            total = len(items)
+        with self.bar(label, total) as advance:
+            for item in items:
+                yield item
+                advance(1)
 
 
-class Silent:
-    """No terminal: libraries, tests, and all processes but the first."""
+class Silent(Progress):
+    """Draws nothing: for libraries, tests, and all processes but the first."""
 
-    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:  # noqa: ARG002
-        """Yield the items and say nothing."""
-        yield from items
+    @contextmanager
+    def bar(self, label: str, total: int | None = None) -> Iterator[Advance]:  # noqa: ARG002
+        """Give a function that does nothing."""
+        yield lambda _: None
 
     def note(self, text: str) -> None:
-        """Say nothing."""
+        """Show nothing."""
 
 
-class Timed:
-    """Passes everything on, and adds up how long each label took.
+class Timed(Progress):
+    """Adds up the seconds of the bars that another progress draws.
 
     Attributes:
-        seconds: By label; what the consumer did with an item counts.
+        seconds: Seconds between start and end of the bars, by label.
     """
 
     def __init__(self, progress: Progress) -> None:
         self.seconds: dict[str, float] = {}
         self._progress = progress
 
-    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-        """Yield the items, drawn by the other."""
+    @contextmanager
+    def bar(self, label: str, total: int | None = None) -> Iterator[Advance]:
+        """Draw and time a bar."""
         started = perf_counter()
-        yield from self._progress.track(items, label, total)
+        with self._progress.bar(label, total) as advance:
+            yield advance
         self.seconds[label] = self.seconds.get(label, 0.0) + perf_counter() - started
 
     def note(self, text: str) -> None:
-        """Show the latest figure, drawn by the other."""
+        """Show the latest figure."""
         self._progress.note(text)
 
 
-class OneBar:
-    """Draws what is tracked one after the other as one bar, and nothing more once that is full.
-
-    Args:
-        progress: Where to draw.
-        label: Of the bar, in place of those that are given.
-        total: Items of all that belongs to it.
-    """
+class OneBar(Progress):
+    """Draws one bar for several pieces of work within a `with` block. A full bar ends at once."""
 
     def __init__(self, progress: Progress, label: str, total: int) -> None:
-        self._progress = progress
-        # A bar moves when it is asked for its next item; asked for its first it is there, empty.
-        self._bar = iter(progress.track(range(total), label))
-        next(self._bar, None)
+        self._progress, self._label, self._total = progress, label, total
+        self._left, self._open = total, ExitStack()
 
-    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:  # noqa: ARG002
-        """Yield the items, advancing the one bar."""
-        for item in items:
-            yield item
-            next(self._bar, None)
+    def __enter__(self) -> Self:
+        self._draw = self._open.enter_context(self._progress.bar(self._label, self._total))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
+
+    @contextmanager
+    def bar(self, label: str, total: int | None = None) -> Iterator[Advance]:  # noqa: ARG002
+        """Give the function that advances the one bar."""
+        yield self.advance
 
     def note(self, text: str) -> None:
-        """Show the latest figure, drawn by the other."""
+        """Show the latest figure."""
         self._progress.note(text)
 
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        if isinstance(self._bar, Generator):
-            self._bar.close()
+    def advance(self, count: int) -> None:
+        """Move the bar forward, at most to its end."""
+        count = min(count, self._left)
+        if count > 0:
+            self._left -= count
+            self._draw(count)
+            if not self._left:
+                self._open.close()
 
 
-class Joint:
-    """Passes everything on, below one bar that shows what several processes have done together.
+class Joint(OneBar):
+    """Draws bars below one bar that shows what several processes have done together.
 
     Args:
-        progress: Where to draw.
-        label: Of the bar.
-        total: How much there is to do.
-        count: Tells how much all of them have done. Where it fails, the bar stays as it is.
+        count: Returns how much all processes have done. The bar stays as it is where that fails.
     """
 
     def __init__(
         self, progress: Progress, label: str, total: int, count: Callable[[], int]
     ) -> None:
-        self._progress, self._total, self._count = progress, total, count
-        # A bar moves when it is asked for its next item, whoever did the one before.
-        self._bar, self._drawn = iter(progress.track(range(total), label)), -1
-        self._looked, self._done = perf_counter(), 0
-        self._draw(0)
+        super().__init__(progress, label, total)
+        self._count, self._looked = count, perf_counter()
 
     def look(self) -> None:
-        """Ask how much is done, and draw it."""
-        self._looked = perf_counter()
+        """Ask how much is done, and advance the joint bar to there."""
+        self._looked, drawn = perf_counter(), self._total - self._left
+        done = drawn
         with suppress(Exception):  # work goes on without a bar
-            self._done = self._count()
-        self._draw(self._done)
+            done = self._count()
+        self.advance(done - drawn)
 
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        if isinstance(self._bar, Generator):
-            self._bar.close()
+    @contextmanager
+    def bar(self, label: str, total: int | None = None) -> Iterator[Advance]:
+        """Draw a bar, and the joint bar once in a while."""
+        with self._progress.bar(label, total) as advance:
 
-    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-        """Yield the items, drawn by the other, with a glance at the joint bar."""
-        for item in self._progress.track(items, label, total):
-            yield item
-            self._glance()
+            def both(count: int) -> None:
+                advance(count)
+                self._glance()
+
+            yield both
 
     def note(self, text: str) -> None:
-        """Show the latest figure, drawn by the other."""
-        self._progress.note(text)
+        """Show the latest figure."""
+        super().note(text)
         self._glance()
 
     def _glance(self) -> None:
-        if perf_counter() - self._looked > GLANCE:
+        if perf_counter() - self._looked > LOOK_SECONDS:
             self.look()
-
-    def _draw(self, done: int) -> None:
-        while self._drawn < min(done, self._total):
-            next(self._bar, None)
-            self._drawn += 1

@@ -13,7 +13,7 @@ from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 
-from vmla_convert.errors import VmlaError
+from vmla_convert.errors import VmlaError, did_you_mean
 
 ROWS_NAME = "rows.jsonl"
 RECIPE_NAME = "recipe.json"
@@ -68,6 +68,9 @@ class Metric(StrEnum):
     FAILED = "failed"
 
 
+METRICS = frozenset[str](Metric)
+
+
 @dataclass(frozen=True)
 class Row:
     """One measured figure.
@@ -88,7 +91,7 @@ class Row:
         note: What no other field says: why a point failed, which axis a pair turns with.
     """
 
-    metric: str
+    metric: Metric
     value: float
     unit: str
     run: str
@@ -158,7 +161,7 @@ def read_rows(path: Path) -> list[Row]:
     """Read a JSONL file of rows.
 
     Raises:
-        VmlaError: The file is missing, or a line is not a row.
+        VmlaError: The file is missing, a line is not a row, or its metric is unknown.
     """
     if not path.is_file():
         raise VmlaError(
@@ -168,7 +171,13 @@ def read_rows(path: Path) -> list[Row]:
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
             fields = json.loads(line)
-            rows.append(Row(**fields | {"value": float(fields["value"])}))
+            name = str(fields["metric"])
+            if name not in METRICS:
+                raise VmlaError(
+                    f"line {number} of {path} has the unknown metric '{name}'",
+                    did_you_mean(name, METRICS),
+                )
+            rows.append(Row(**fields | {"metric": Metric(name), "value": float(fields["value"])}))
         except (KeyError, TypeError, ValueError) as error:
             raise VmlaError(f"line {number} of {path} is not a row: {error}") from error
     return rows

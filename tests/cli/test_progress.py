@@ -1,78 +1,71 @@
-"""Progress that is timed: everything passes, and seconds add up by label."""
+"""Progress: what is timed, and how one bar serves several pieces of work or several processes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from time import sleep
-from typing import TypeVar
 
 import pytest
 
 from vmla_convert import progress
-from vmla_convert.progress import Joint, OneBar, Silent, Timed
-
-T = TypeVar("T")
+from vmla_convert.progress import Advance, Joint, OneBar, Silent, Timed
 
 
-class Told(Silent):
-    """Remembers what it was told."""
+class Bars(Silent):
+    """Records how far each bar is, which bars have ended, and the notes."""
 
     def __init__(self) -> None:
-        self.tracked: list[tuple[str, int | None]] = []
+        self.totals: dict[str, int | None] = {}
+        self.at: dict[str, int] = {}
+        self.ended: list[str] = []
         self.notes: list[str] = []
 
-    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-        self.tracked.append((label, total))
-        yield from items
+    @contextmanager
+    def bar(self, label: str, total: int | None = None) -> Iterator[Advance]:
+        self.totals[label], self.at[label] = total, 0
+
+        def advance(count: int) -> None:
+            self.at[label] += count
+
+        try:
+            yield advance
+        finally:
+            self.ended.append(label)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
 
 
-def test_silence_gives_the_items() -> None:
-    silent = Silent()
-    assert list(silent.track(iter("ab"), "x", 2)) == ["a", "b"]
-    silent.note("said to nobody")
-
-
-def test_everything_is_passed_on() -> None:
-    told = Told()
-    timed = Timed(told)
+def test_timed_bars_are_drawn() -> None:
+    bars = Bars()
+    timed = Timed(bars)
     assert list(timed.track(iter("ab"), "x", 2)) == ["a", "b"]
     assert list(timed.track([], "y")) == []
+    assert list(timed.track(iter("c"), "z")) == ["c"]
     timed.note("0.5")
-    assert told.tracked == [("x", 2), ("y", None)]
-    assert told.notes == ["0.5"]
+    assert bars.totals == {"x": 2, "y": 0, "z": None}
+    assert bars.at == {"x": 2, "y": 0, "z": 1}
+    assert bars.notes == ["0.5"]
 
 
-def test_one_bar_is_drawn_for_all_and_nothing_after_it() -> None:
-    class Counted(Told):
-        """Remembers each step of each bar, and what is full."""
-
-        def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-            for item in super().track(items, label, total):
-                steps.append(f"{label} {item}")
-                yield item
-            steps.append("full")
-
-    steps: list[str] = []
-    told = Counted()
-    bar = OneBar(told, "all", 3)
-    assert steps == ["all 0"]
-    assert list(bar.track("ab", "x")) == ["a", "b"]
-    assert steps == ["all 0", "all 1", "all 2"]
-    assert list(bar.track("c", "y", 1)) == ["c"]
-    assert list(bar.track("d", "z")) == ["d"]
-    assert steps == ["all 0", "all 1", "all 2", "full"]
-    bar.note("0.5")
-    bar.close()
-    assert told.notes == ["0.5"]
-    left = OneBar(told, "left", 3)
-    left.close()
-    assert steps[-1] == "left 0"
+def test_one_bar_serves_several_loops_and_ends_when_full() -> None:
+    bars = Bars()
+    with OneBar(bars, "all", 3) as bar:
+        assert bars.at == {"all": 0}
+        assert list(bar.track("ab", "x")) == ["a", "b"]
+        assert (bars.at, bars.ended) == ({"all": 2}, [])
+        assert list(bar.track("cd", "y")) == ["c", "d"]
+        assert (bars.at, bars.ended) == ({"all": 3}, ["all"])
+        bar.note("0.5")
+    assert bars.notes == ["0.5"]
+    assert bars.ended == ["all"]
+    with OneBar(bars, "left", 3):
+        pass
+    assert (bars.at["left"], bars.ended) == (0, ["all", "left"])
 
 
-def test_seconds_add_up_by_label_and_the_consumers_count() -> None:
+def test_seconds_add_up_by_label_and_include_the_consumers() -> None:
     timed = Timed(Silent())
 
     def slow() -> Iterator[int]:
@@ -91,63 +84,40 @@ def test_seconds_add_up_by_label_and_the_consumers_count() -> None:
     assert timed.seconds["made"] >= once["made"] + 0.04
 
 
-def test_what_goes_wrong_within_passes_through() -> None:
-    timed = Timed(Told())
-
+def test_errors_of_the_items_pass_through() -> None:
     def broken() -> Iterator[int]:
         yield 1
         raise ValueError("broken")
 
     with pytest.raises(ValueError, match="broken"):
-        list(timed.track(broken(), "x"))
-
-
-class Bar(Silent):
-    """How far each bar is."""
-
-    def __init__(self) -> None:
-        self.at: dict[str, int] = {}
-        self.ended: list[str] = []
-
-    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-        self.at[label] = 0
-        try:
-            for item in super().track(items, label, total):
-                yield item
-                self.at[label] += 1
-        finally:
-            self.ended.append(label)
+        list(Timed(Bars()).track(broken(), "x"))
 
 
 def test_a_joint_bar_moves_by_what_all_have_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "GLANCE", 0.0)
-    bar, done = Bar(), [0]
-    joint = Joint(bar, "all", 3, lambda: done[0])
-    assert bar.at == {"all": 0}
-    seen: list[tuple[int, int]] = []
-    for index in joint.track(range(3), "own"):
-        done[0] = index
-        seen.append((bar.at["all"], bar.at["own"]))
-    assert seen == [(0, 0), (0, 1), (1, 2)]
-    assert (bar.at, bar.ended) == ({"all": 2, "own": 3}, ["own"])
-    done[0] = 5  # more than there is
-    joint.note("x")
-    assert (bar.at["all"], bar.ended) == (3, ["own", "all"])
-    joint.look()
-    joint.close()
-    assert (bar.at["all"], bar.ended) == (3, ["own", "all"])
+    monkeypatch.setattr(progress, "LOOK_SECONDS", 0.0)
+    bars, done, seen = Bars(), [0], list[tuple[int, int]]()
+    with Joint(bars, "all", 3, lambda: done[0]) as joint:
+        for index in joint.track(range(3), "own"):
+            done[0] = index
+            seen.append((bars.at["all"], bars.at["own"]))
+        assert seen == [(0, 0), (0, 1), (1, 2)]
+        assert (bars.at, bars.ended) == ({"all": 2, "own": 3}, ["own"])
+        done[0] = 5  # more than the total
+        joint.note("x")
+        assert (bars.at["all"], bars.ended) == (3, ["own", "all"])
+        joint.look()
+    assert (bars.at["all"], bars.ended) == (3, ["own", "all"])
 
 
 def test_a_joint_bar_never_hinders_work() -> None:
     def gone() -> int:
         raise RuntimeError("the store is gone")
 
-    bar = Bar()
-    joint = Joint(bar, "all", 3, gone)
-    joint.look()
-    assert list(joint.track("ab", "own")) == ["a", "b"]
-    joint.close()
-    assert (bar.at["all"], bar.ended) == (0, ["own", "all"])
-    empty = Joint(bar, "none", 0, lambda: 0)
-    empty.look()
-    assert bar.at["none"] == 0
+    bars = Bars()
+    with Joint(bars, "all", 3, gone) as joint:
+        joint.look()
+        assert list(joint.track("ab", "own")) == ["a", "b"]
+    assert (bars.at["all"], bars.ended) == (0, ["own", "all"])
+    with Joint(bars, "none", 0, lambda: 0) as empty:
+        empty.look()
+    assert bars.at["none"] == 0

@@ -10,13 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmla_convert.errors import VmlaError
-from vmla_convert.results import Row, append_rows, read_rows
+from vmla_convert.results import Metric, Row, append_rows, read_rows
 
-ROW = Row("velocity_error", 0.125, "ratio", run="calibrated")
+ROW = Row(Metric.VELOCITY_ERROR, 0.125, "ratio", run="calibrated")
+
+RESULTS = Path(__file__).parents[2] / "evals" / "results"
 
 rows = st.builds(
     Row,
-    metric=st.text(),
+    metric=st.sampled_from(Metric),
     value=st.floats(allow_nan=False),
     unit=st.text(),
     run=st.text(),
@@ -28,7 +30,7 @@ rows = st.builds(
 
 def test_round_trip_over_several_appends(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "rows.jsonl"
-    written = [ROW, Row("cache_cut", 0.875, "share", "a", seed=3, layer=0, latent="joint")]
+    written = [ROW, Row(Metric.CACHE_CUT, 0.875, "share", "a", seed=3, layer=0, latent="joint")]
     append_rows(path, written[:1])
     append_rows(path, written[1:])
     assert read_rows(path) == written
@@ -46,7 +48,7 @@ def test_fields_that_do_not_apply_are_left_out() -> None:
 
 
 def test_zero_is_a_value_and_stays() -> None:
-    row = Row("drift", 0.0, "ratio", "a", layer=0, segment=0)
+    row = Row(Metric.DRIFT, 0.0, "ratio", "a", layer=0, segment=0)
     fields = json.loads(row.to_json())
     assert fields["layer"] == 0
     assert fields["segment"] == 0
@@ -69,6 +71,21 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
         file.write(line + "\n")
     with pytest.raises(VmlaError, match=r"line 2 of .*rows\.jsonl is not a row"):
         read_rows(path)
+
+
+def test_an_unknown_metric_is_named_with_its_line_and_the_nearest_name(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_rows(path, [ROW])
+    with path.open("a") as file:
+        file.write('{"metric": "velocity_eror", "value": 1, "unit": "1", "run": "a"}\n')
+    with pytest.raises(VmlaError, match=r"line 2 of .*rows\.jsonl .*'velocity_eror'") as caught:
+        read_rows(path)
+    assert "velocity_error" in caught.value.hint
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_published_rows_can_be_read(path: Path) -> None:
+    assert read_rows(path)
 
 
 def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:

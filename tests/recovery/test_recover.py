@@ -39,7 +39,7 @@ from vmla_convert.progress import Silent
 from vmla_convert.recovery.layerwise import fit_layers
 from vmla_convert.recovery.recover import recover
 from vmla_convert.recovery.stages import recover_model
-from vmla_convert.results import Row
+from vmla_convert.results import Metric, Row
 from vmla_convert.tables import to_dict
 from vmla_convert.training.losses import make_example, teacher_forcing_inputs
 from vmla_convert.training.pretrain import save_self_forcing
@@ -145,12 +145,12 @@ def test_the_recovered_folder_is_a_converted_one_that_says_how(
     for point, step in (("first", 0), ("last", 6)):
         assert record["errors"][point] == {
             "step": step,
-            "velocity_error": measured["velocity_error", step],
-            "flow_loss": measured["flow_loss", step],
+            "velocity_error": measured[Metric.VELOCITY_ERROR, step],
+            "flow_loss": measured[Metric.FLOW_LOSS, step],
         }
-    assert record["errors"]["dense_flow_loss"] == measured["flow_loss", None]
+    assert record["errors"]["dense_flow_loss"] == measured[Metric.FLOW_LOSS, None]
     assert record["errors"]["clips"] == EVALUATE.clips
-    assert f"{measured['velocity_error', 6]:.3g}" in (out / "README.md").read_text()
+    assert f"{measured[Metric.VELOCITY_ERROR, 6]:.3g}" in (out / "README.md").read_text()
     assert [path.name for path in out.parent.iterdir()] == ["recovered"]
 
 

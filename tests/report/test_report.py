@@ -55,7 +55,7 @@ from vmla_convert.report.tables import (
     provenance_table,
     speed_table,
 )
-from vmla_convert.results import Row, append_rows
+from vmla_convert.results import Metric, Row, append_rows
 
 Text = pytest.importorskip("matplotlib.text").Text
 
@@ -329,7 +329,7 @@ def test_speed_is_beside_the_dense_models() -> None:
 
 def test_failures_are_named_with_their_seeds_and_reasons() -> None:
     why = "diverged at step 12"
-    rows = [Row("failed", 1.0, "point", "a", seed=seed, note=why) for seed in (1, 0)]
+    rows = [Row(Metric.FAILED, 1.0, "point", "a", seed=seed, note=why) for seed in (1, 0)]
     assert failed_table(rows)[1:] == [["a", "0, 1", why]]
     assert failed_table(dense_rows()) == []
 
@@ -573,7 +573,9 @@ def test_what_can_no_longer_be_is_removed(tmp_path: Path) -> None:
 
 def test_titles_and_names_are_escaped(tmp_path: Path) -> None:
     rows = point_rows([0.2], "<b>&|*")
-    append_rows(tmp_path / "rows.jsonl", [*rows, Row("failed", 1, "point", "<i>", note="a|b\nc")])
+    append_rows(
+        tmp_path / "rows.jsonl", [*rows, Row(Metric.FAILED, 1, "point", "<i>", note="a|b\nc")]
+    )
     write_report(tmp_path, title="<i>A & B")
     page = Page((tmp_path / "report.html").read_text("utf-8"))
     assert {"<i>A & B", "MLA <b>&|* 16+8", "<i>", "a|b\nc"} <= set(page.texts)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -29,9 +30,9 @@ from vmla_convert.loading.load import load
 from vmla_convert.maths import factor
 from vmla_convert.measuring.evaluate import HeldOut
 from vmla_convert.measuring.rows import run_name
-from vmla_convert.progress import Progress, Silent
+from vmla_convert.progress import Advance, Progress, Silent
 from vmla_convert.recovery.stages import recover_model
-from vmla_convert.results import Row, append_rows, bytes_at_error, read_rows
+from vmla_convert.results import Metric, Row, append_rows, bytes_at_error, read_rows
 from vmla_convert.sweep import point as measured_point
 from vmla_convert.sweep import shared
 from vmla_convert.sweep import sweep as pipeline
@@ -39,8 +40,6 @@ from vmla_convert.sweep.grid import SweepPoint, grid, sweep_points
 from vmla_convert.sweep.shared import Shared
 from vmla_convert.sweep.sweep import sweep
 from vmla_convert.sweep.team import Team
-
-T = TypeVar("T")
 
 pytest_plugins = ["checkpoints"]
 pytestmark = pytest.mark.usefixtures("few_layerwise_clips")
@@ -123,7 +122,7 @@ def test_every_point_has_its_curve_its_cache_and_its_times(whole: list[Row]) -> 
 
 def test_the_dense_model_and_its_spectra_have_rows_once(whole: list[Row]) -> None:
     dense = [row.metric for row in whole if row.run == "dense"]
-    assert dense.count("flow_loss") == dense.count("flow_loss_other_past") == 1
+    assert dense.count(Metric.FLOW_LOSS) == dense.count(Metric.FLOW_LOSS_OTHER_PAST) == 1
     spectra = [row for row in whole if row.run.startswith("weights")]
     assert len([row for row in spectra if row.metric == "effective_rank_99"]) == 4
     drawn = [r for r in spectra if r.layer == 1 and r.run == "weights" and r.kv_lora_rank]
@@ -324,19 +323,21 @@ def test_the_first_process_draws_what_all_have_done(dense: CausalWanModel, tmp_p
         """Notes how far the bar of the sweep is at every step of a recovery."""
 
         def __init__(self) -> None:
-            self.total, self.at, self.seen = 0, -1, list[int]()
+            self.total, self.at, self.seen = 0, 0, list[int]()
 
-        def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-            for item in super().track(items, label, total):
+        @contextmanager
+        def bar(self, label: str, total: int | None = None) -> Iterator[Advance]:
+            def advance(count: int) -> None:
                 if label == "sweep":
-                    assert isinstance(items, Sized)
-                    self.total, self.at = len(items), self.at + 1
+                    self.at += count
                 if label == "distilling":
                     self.seen.append(self.at)
                     if self.at == 1:  # meanwhile the other process finishes its second point
                         store.add("finished", 1)
-                yield item
-            self.at += label == "sweep"
+
+            if label == "sweep":
+                self.total = total or 0
+            yield advance
 
     store, bars, config = HashStore(), Bars(), replace(GRID, seeds=(0, 1))
     theirs = Team(1, 2, store).share(range(4))
@@ -344,7 +345,7 @@ def test_the_first_process_draws_what_all_have_done(dense: CausalWanModel, tmp_p
     store.add("left", 1)
     file, team = tmp_path / "rows.jsonl", Team(0, 2, store)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(progress, "GLANCE", 0.0)
+        patch.setattr(progress, "LOOK_SECONDS", 0.0)
         sweep(dense, config, CONVERT, RECOVER, EVALUATE, file, bars, team)
     assert (bars.total, bars.at) == (4, 4)
     # The bar moves within this process's own first point.
@@ -425,8 +426,8 @@ def test_a_quantised_dense_cache_is_measured_and_compared_at_equal_error(
         assert {"velocity_error", "flow_loss", "cache_bytes_per_token"} <= rows.keys()
         assert {row.cache_dtype for row in rows.values()} == {dtype}
         error = streamed.measure(dense, RuntimeConfig(cache_dtype=dtype)).velocity_error
-        assert rows["velocity_error"].value == pytest.approx(error, rel=1e-4)
-        wanted[dtype] = bytes_at_error(curve, rows["velocity_error"].value)
+        assert rows[Metric.VELOCITY_ERROR].value == pytest.approx(error, rel=1e-4)
+        wanted[dtype] = bytes_at_error(curve, rows[Metric.VELOCITY_ERROR].value)
     compared = {row.cache_dtype: row.value for row in sizes if row.metric == "bytes_at_error"}
     assert compared == {dtype: nbytes for dtype, nbytes in wanted.items() if nbytes is not None}
     assert compared
@@ -441,7 +442,8 @@ def test_a_dtype_that_is_added_is_measured_without_the_points(
     monkeypatch.setattr(shared, "calibrate", refuse)
     rows = run(dense, file, replace(SIZES, dense_dtypes=("int8", "int4", "int2")))
     assert {row.run for row in rows} - {row.run for row in sizes} == {"dense int8"}
-    assert Counter(row.metric for row in rows if row.run == "dense int8")["velocity_error"] == 1
+    added = [row.metric for row in rows if row.run == "dense int8"]
+    assert added.count(Metric.VELOCITY_ERROR) == 1
 
 
 # Conversions

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from dataclasses import replace
 
 import torch
@@ -57,7 +56,7 @@ def measure_against_dense(
     measured = cached or not model.config.is_dense
     # The dense model, the dense model with another clip's past, then the conversion.
     passes = 3 if measured else 2
-    with closing(measuring_bar(progress or Silent(), config, passes)) as bar:
+    with measuring_bar(progress or Silent(), config, passes) as bar:
         held_out = HeldOut(dense, config, cached or bool(checkpoint.overrides), bar)
         rows = dense_rows(dense, held_out)
         if measured:

@@ -74,7 +74,7 @@ def check_held_out(model: ModelConfig, config: EvaluateConfig, streamed: bool = 
 
 
 def measuring_bar(progress: Progress, config: EvaluateConfig, passes: int) -> OneBar:
-    """Return one bar for several passes over held-out clips; making a `HeldOut` is the first."""
+    """One bar for several passes over held-out clips. Making a `HeldOut` is the first pass."""
     return OneBar(progress, MEASURING, passes * len(_starts(config)))
 
 

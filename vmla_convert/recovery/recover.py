@@ -9,7 +9,6 @@ makes a model worse.
 from __future__ import annotations
 
 import shutil
-from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -197,7 +196,7 @@ class _Run:
             # The state folder holds the fitted layers; the errors before the fit are still needed.
             del student
         # The bar is full at step 0, after two passes of the dense model and one of the student.
-        with closing(measuring_bar(self.progress, self.evaluation, passes=3)) as measuring:
+        with measuring_bar(self.progress, self.evaluation, passes=3) as measuring:
             student, dense = self._models()
             held_out = HeldOut(dense, self.evaluation, progress=measuring)
             rows = [*dense_rows(dense, held_out), *cache_rows(student.config)]

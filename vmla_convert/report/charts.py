@@ -50,7 +50,7 @@ SPECTRA = {"weights": ("weights", "#D55E00"), "weights_x_activations": ("on data
 SEGMENTED = {
     Metric.BACKGROUND_PSNR: ("Background PSNR", "higher is better"),
     Metric.DIGIT_ACCURACY: ("Digit accuracy", "higher is better"),
-    "drift": ("Drift", "0: like the first segment"),
+    Metric.DRIFT: ("Drift", "0: like the first segment"),
 }
 
 
@@ -241,7 +241,9 @@ def _spread(own: Sequence[Setting], most: int) -> list[Setting]:
     return [own[round(i * (len(own) - 1) / (most - 1))] for i in range(most)]
 
 
-def _rolled(measured: Sequence[Row], metric: str, key: Key, name: str, number: int) -> list[Line]:
+def _rolled(
+    measured: Sequence[Row], metric: Metric, key: Key, name: str, number: int
+) -> list[Line]:
     """A line of one metric by segment, dense in ink and dashed."""
     own = [row for row in measured if key_of(row) == key]
     curve = group_medians(own, metric, lambda row: row.segment)

@@ -159,7 +159,7 @@ def setting_names(settings: Iterable[Setting]) -> dict[Key, str]:
 
 
 def group_medians(
-    rows: Iterable[Row], metric: str, key: Callable[[Row], K | None]
+    rows: Iterable[Row], metric: Metric, key: Callable[[Row], K | None]
 ) -> dict[K, float]:
     """Median value of a metric for each key, in the order of the keys' first rows.
 
@@ -173,7 +173,7 @@ def group_medians(
     return {name: statistics.median(values) for name, values in groups.items()}
 
 
-def median_of(rows: Iterable[Row], metric: str) -> float | None:
+def median_of(rows: Iterable[Row], metric: Metric) -> float | None:
     """Median value of a metric, or None without rows of it."""
     return group_medians(rows, metric, lambda row: row.metric).get(metric)
 
@@ -183,7 +183,7 @@ def _told(row: Row) -> float:
     return math.inf if math.isnan(row.value) else row.value
 
 
-def _by_step(rows: Iterable[Row], metric: str) -> dict[int, float]:
+def _by_step(rows: Iterable[Row], metric: Metric) -> dict[int, float]:
     return dict(sorted(group_medians(rows, metric, lambda row: row.step or 0).items()))
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import shutil
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -192,7 +191,7 @@ class _Sweep:
         done = self._done(read_rows(self.rows_file))
         # Nobody sees the bars of the other processes, so only the leader asks for the count.
         count = team.finished if team.leads else int
-        with closing(Joint(progress, "sweep", len(self.points), count)) as joint:
+        with Joint(progress, "sweep", len(self.points), count) as joint:
             for point in team.share(self.points):
                 joint.look()
                 if (point.key, point.seed) not in done:
