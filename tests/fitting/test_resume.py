@@ -18,7 +18,6 @@ from checkpoints import CONVERT, MODEL, PowerCut
 from conftest import tiny_model
 from safetensors.torch import save_file
 
-from vmla_convert.checkpoint.tensor_store import FolderStore, Tensors
 from vmla_convert.checkpoint.writer import CheckpointWriter
 from vmla_convert.config import ConvertConfig, DataConfig, Sizes, SourceConfig
 from vmla_convert.errors import ConfigError, OutputError
@@ -28,6 +27,7 @@ from vmla_convert.fitting.convert import convert
 from vmla_convert.layers.block import Block
 from vmla_convert.loading.load import load
 from vmla_convert.maths.projections import Factors
+from vmla_convert.storage.tensor_store import FolderStore, Tensors
 from vmla_convert.tables import to_dict
 from vmla_convert.training.pretrain import save_self_forcing
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from vmla_convert.checkpoint.families import OpenCheckpoint
-from vmla_convert.checkpoint.tensor_store import MemoryStore, TensorStore
 from vmla_convert.config import ConvertConfig, Geometry, ModelConfig, Product
 from vmla_convert.fitting.calibration_clips import (
     batch_sizes,
@@ -36,6 +35,7 @@ from vmla_convert.loading.load import build_shell, compute_device, read_block
 from vmla_convert.maths.rope_keys import expected_phases
 from vmla_convert.media.clips import ClipSource, seeded
 from vmla_convert.progress import Progress, Silent
+from vmla_convert.storage.tensor_store import MemoryStore, TensorStore
 from vmla_convert.training.losses import Example, make_example, teacher_forcing_inputs
 
 ReadBlock = Callable[[int], Block]

@@ -13,9 +13,7 @@ from time import perf_counter
 from typing import Any
 
 from vmla_convert import __version__
-from vmla_convert.checkpoint.output import partial_folder
 from vmla_convert.checkpoint.source import fingerprint
-from vmla_convert.checkpoint.tensor_store import FolderStore
 from vmla_convert.checkpoint.writer import CheckpointWriter
 from vmla_convert.config import ConvertConfig, ModelConfig, RankPlan
 from vmla_convert.errors import ConfigError
@@ -37,6 +35,8 @@ from vmla_convert.loading.metadata_files import LAYOUTS, converted_files
 from vmla_convert.media.clips import recorded
 from vmla_convert.progress import Progress, Silent, Timed
 from vmla_convert.results import library_versions
+from vmla_convert.storage.output import partial_folder
+from vmla_convert.storage.tensor_store import FolderStore
 from vmla_convert.tables import from_dict, to_dict
 
 PRESETS = {"videomla": ConvertConfig(product="mla", init="spectral")}

@@ -7,13 +7,13 @@ from pathlib import Path
 from vmla_convert.checkpoint.families import OpenCheckpoint
 from vmla_convert.checkpoint.geometry import block_of
 from vmla_convert.checkpoint.layouts import DIFFUSERS, NATIVE, WAN, Layout
-from vmla_convert.checkpoint.output import refuse_taken
 from vmla_convert.checkpoint.torch_pickle import STATE_KEYS
 from vmla_convert.checkpoint.writer import CheckpointWriter, write_pickle
 from vmla_convert.errors import ConfigError, did_you_mean
 from vmla_convert.loading.load import Source, check_whole, open_named, read_provenance
 from vmla_convert.loading.metadata_files import Files, converted_files, dense_files, parts_to_copy
 from vmla_convert.progress import Progress, Silent
+from vmla_convert.storage.output import refuse_taken
 
 SELF_FORCING = "self_forcing"
 LAYOUTS = ("native", "diffusers", SELF_FORCING)

@@ -17,7 +17,6 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from vmla_convert.checkpoint.tensor_store import FolderStore, MemoryStore, TensorStore
 from vmla_convert.config import RecoverConfig
 from vmla_convert.fitting.calibrate import ReadBlock
 from vmla_convert.fitting.calibration_clips import clips_at_once
@@ -28,6 +27,7 @@ from vmla_convert.media.clips import Batch, ClipSource, open_clips, seeded
 from vmla_convert.progress import Progress
 from vmla_convert.recovery.nested import NestedSizes
 from vmla_convert.recovery.trained import new_parameters
+from vmla_convert.storage.tensor_store import FolderStore, MemoryStore, TensorStore
 from vmla_convert.training.loop import learning_rate_factor
 from vmla_convert.training.losses import make_example, teacher_forcing_inputs
 from vmla_convert.training.processes import Share, own_share

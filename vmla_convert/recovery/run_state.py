@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from vmla_convert.checkpoint.output import partial_folder
 from vmla_convert.errors import OutputError
 from vmla_convert.recovery.stages import Folders
 from vmla_convert.results import Row, read_rows
+from vmla_convert.storage.output import partial_folder
 from vmla_convert.tables import first_difference
 
 _SETTINGS, _CURVE = "settings.json", "curve.jsonl"
