@@ -139,9 +139,10 @@ def _outcome(done: Conversion, config: ConvertConfig, progress: Timed) -> dict[s
 def _read_source(
     source: Source, checkpoint: CheckedCheckpoint, config: ConvertConfig, progress: Progress
 ) -> dict[str, Any]:
-    """Hash the source as far as the product depends on it, and check all weights that will be used.
+    """Record the hash of the source, and refuse weights that are not finite.
 
-    Calibration depends on every weight, and checks each as its forward pass reads it.
+    An MLA model and a calibrated codec depend on every weight, so all are hashed; a codec without
+    calibration depends on keys and values only. Calibration checks each weight as it is read.
     """
     record: dict[str, Any] = {"source": source_record(source, checkpoint)}
     if measures(config) or config.product == "mla":
@@ -175,7 +176,7 @@ def _calibrate(
     try:
         return calibrate_checkpoint(checkpoint, config, store, progress)
     except NotFiniteError:
-        store.remove()  # of no use: another file of the same model has another hash
+        store.remove()  # a mended file has another hash, so these measurements will not be used
         raise
 
 

@@ -16,7 +16,7 @@ from vmla_convert.progress import Progress, Silent
 from vmla_convert.storage.output import refuse_taken
 
 SELF_FORCING = "self_forcing"
-LAYOUTS = ("native", "diffusers", SELF_FORCING)
+EXPORT_LAYOUTS = ("native", "diffusers", SELF_FORCING)
 """Names for `--layout`."""
 
 # Other families use Wan's own layout.
@@ -81,8 +81,8 @@ def export(
 
 
 def _check_options(layout: str, key: str | None) -> None:
-    if layout not in LAYOUTS:
-        raise ConfigError(f"unknown layout '{layout}'", did_you_mean(layout, LAYOUTS))
+    if layout not in EXPORT_LAYOUTS:
+        raise ConfigError(f"unknown layout '{layout}'", did_you_mean(layout, EXPORT_LAYOUTS))
     if key is not None and layout != SELF_FORCING:
         raise ConfigError(
             f"layout '{layout}' has no state dicts to choose a key for",

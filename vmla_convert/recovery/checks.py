@@ -41,7 +41,9 @@ from vmla_convert.training.processes import check_shares, processes
 
 
 class Pair(NamedTuple):
-    """A conversion, opened together with its base model if it is a codec, and its dense model.
+    """The opened conversion, and the opened dense model that it is trained against.
+
+    A codec is opened together with its base model.
 
     `provenance` is the record of the conversion.
     """

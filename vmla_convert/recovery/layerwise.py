@@ -35,7 +35,8 @@ from vmla_convert.training.weights import place
 
 LAYERWISE = "layer by layer"
 CLIPS, HELD_CLIPS, LEAST_CLIPS = 36, 12, 2
-# Tokens of all clips: a layer's input, its output and the block's output have one row each.
+# Most tokens of all clips together, to bound memory: a layer's input, its output and the block's
+# output have one row per token.
 TOKENS = 2**18
 # Clips per held-out figure; the figures are averaged.
 HELD_TOGETHER = 8

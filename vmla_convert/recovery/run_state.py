@@ -24,7 +24,7 @@ def is_begun(out: Path) -> bool:
 
 
 def claim_state(state: Path, settings: dict[str, Any], write: bool) -> None:
-    """Take a new state folder, or one of the same JSON-able settings; `write` them down.
+    """Check that a state folder is new or belongs to equal settings; with `write`, store them.
 
     Raises:
         OutputError: The folder belongs to a run of other settings.
