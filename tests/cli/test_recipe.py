@@ -262,7 +262,7 @@ BAD_FILES = {
         "did you mean 'split'?",
     ),
     "wrong type": (INFO + '[convert]\nchannels = "4"\n', "convert.channels", ""),
-    "no name": ("[convert]\n", "'recipe'", ""),
+    "no name": ("[convert]\n", "[recipe]", ""),
     "no TOML": ("[recipe", "not valid TOML", ""),
 }
 

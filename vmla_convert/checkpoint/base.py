@@ -64,7 +64,7 @@ def find_base(codec: Path, record: Mapping[str, Any]) -> tuple[str, str | None]:
         return f"{repo}@{revision}" if revision else repo, record.get("file")
     raise CheckpointError(
         f"the base model '{name}' of {codec} is not where it was, nor beside the codec",
-        "give its path: --base-model PATH",
+        "give its path: --base-model PATH, in eval and recover --teacher PATH",
     )
 
 
@@ -114,7 +114,7 @@ def check_base(
         raise CheckpointError(
             f"{base.source.path} is not the base model of {codec}: "
             f"{len(other)} of {len(hashes)} tensors differ: {listed(other)}",
-            "give the model that the codec was made for: --base-model PATH",
+            "give the model that the codec was made for: --base-model PATH or --teacher PATH",
         )
 
 
@@ -127,7 +127,7 @@ def join(base: OpenCheckpoint, codec: OpenCheckpoint) -> OpenCheckpoint:
     if base.config.geometry != codec.config.geometry:
         raise CheckpointError(
             f"{base.source.path} has other sizes than the base model of {codec.source.path}",
-            "give the model that the codec was made for: --base-model PATH",
+            "give the model that the codec was made for: --base-model PATH or --teacher PATH",
         )
     sources = {_BASE: base.source, _CODEC: codec.source}
     specs = {f"{of}{name}": spec for of, s in sources.items() for name, spec in s.specs().items()}

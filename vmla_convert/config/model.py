@@ -43,7 +43,7 @@ class SamplerConfig:
 
 @dataclass(frozen=True)
 class MediaConfig:
-    """Where Wan's text encoder and VAE come from, and how they run; the demo's need neither.
+    """Wan's text encoder and VAE; the demo world needs neither.
 
     Attributes:
         base: A folder or Hub id in diffusers' layout. None takes what lies beside the checkpoint,
@@ -59,15 +59,15 @@ class MediaConfig:
 
 @dataclass(frozen=True)
 class MLAConfig:
-    """What a converted checkpoint stores per token, layer by layer.
+    """MLA layers: what each layer stores per token.
 
     Attributes:
-        kv_lora_rank: R of each layer.
+        kv_lora_rank: Width of the content latent, per layer.
         rope_pairs: For each layer the RoPE pairs (of the D/2 of a head, in Wan's order t, h, w)
             that the shared rope key carries. A pair may appear more than once.
-        init: How the projections were initialised.
-        latent: `joint` lets keys and values read all of the latent; `split` gives each its part.
-        key_ranks: Of split latents the part of R that keys read; empty for joint ones.
+        init: Name of the init of the projections.
+        latent: `joint` latents serve keys and values; `split` latents have a part for each.
+        key_ranks: Width of the key's part of a split latent, per layer; empty for joint latents.
         phases: For each layer and head, the angle and length of the constant that stands for each
             RoPE pair's rotation in the content key; empty when nothing is folded. They belong to
             the window, the sink and the grid that were measured.
@@ -89,7 +89,7 @@ class MLAConfig:
         return 2 * len(self.rope_pairs[layer])
 
     def latent_parts(self, layer: int) -> tuple[int, int]:
-        """How much of the latent keys read, and values."""
+        """Widths of the key's and the value's part of the latent."""
         rank = self.kv_lora_rank[layer]
         if not self.key_ranks:
             return rank, rank
@@ -105,9 +105,9 @@ class CodecConfig:
     """A cache codec beside a dense model.
 
     Attributes:
-        rank: Channels per layer that its file holds: the largest size that it can serve.
-        size: Size of the cache where none is asked for.
-        calibrated: Whether it was fitted to activations; else white inputs were assumed.
+        rank: Channels per layer in the file, which bound the largest size.
+        size: Default size of the cache.
+        calibrated: Whether the codec was fitted to activations; else white inputs were assumed.
     """
 
     rank: int
@@ -123,18 +123,18 @@ class ModelConfig:
     """Everything that `vmla_convert.load` needs to rebuild a model, dense or converted.
 
     Attributes:
-        geometry: Sizes of its layers.
+        geometry: Shapes of the layers.
         latent_size: Height and width of a latent frame.
         chunk_frames: Latent frames that are generated together.
-        cache: What of the past is kept.
-        sampler: How a chunk is drawn from noise.
-        media: Whose text encoder and VAE it goes with.
-        family: The layout that its checkpoint was read from.
-        licence: Of the weights, by its Hub identifier.
-        base_model: Hub id of what it was trained from.
-        frames_per_second: Of the pixels that its latents stand for.
-        mla: What became of its self-attention; None where that is dense.
-        codec: The cache codec beside its dense self-attention; None where there is none.
+        cache: Window of the cache.
+        sampler: Sampler of a chunk.
+        media: Text encoder and VAE: the demo world's or Wan's.
+        family: Layout of the checkpoint.
+        licence: Hub identifier of the licence of the weights.
+        base_model: Hub id of the model that the weights were trained from.
+        frames_per_second: Pixel frames per second of video.
+        mla: MLA layers; None for dense self-attention.
+        codec: Cache codec beside dense self-attention; None without one.
     """
 
     geometry: Geometry
@@ -199,7 +199,7 @@ class ModelConfig:
 
     @property
     def is_dense(self) -> bool:
-        """Whether its cache keeps dense keys and values: neither MLA nor a codec."""
+        """Whether the cache keeps dense keys and values: neither MLA layers nor a codec."""
         return self.mla is None and self.codec is None
 
     def cache_bytes_per_token(self, runtime: RuntimeConfig | None = None) -> float:

@@ -1,4 +1,4 @@
-"""The training loop and the stages that use it: pretraining and recovery."""
+"""Settings of the training loop and of its stages: pretraining and recovery."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class TrainingConfig:
         eval_every: Steps between held-out evaluations.
         patience: Evaluations without a new best after which training ends early; 0 for never.
         checkpoint_every: Steps between resumable checkpoints.
-        mixed_precision: As accelerate names it; the weights that train are float32 all the same.
+        mixed_precision: Name of accelerate's mixed precision; trained weights stay float32.
         gradient_checkpointing: Keep the inputs of blocks only, and compute the rest again.
-        tracker: Where curves go besides the rows, as accelerate names it.
-        seed: Of noise, data order and dropped context.
+        tracker: Name of accelerate's tracker that receives the curves too.
+        seed: Seed of noise, data order and dropped context.
     """
 
     steps: int = 100
@@ -71,8 +71,8 @@ class DMDConfig:
 
     Attributes:
         steps: Steps of the student; 0 leaves the stage out.
-        critic_steps: Steps of the critic for each of them.
-        critic_lr: Its learning rate.
+        critic_steps: Steps of the critic for each step of the student.
+        critic_lr: Learning rate of the critic.
     """
 
     steps: int = 0
@@ -87,7 +87,7 @@ class DMDConfig:
 
 @dataclass(frozen=True)
 class RecoverConfig:
-    """The recover stage (METHOD 9): layer by layer, velocity distillation, on its own rollouts.
+    """The recover stage (Method: recovery): layer by layer, distillation, then own rollouts.
 
     Attributes:
         layerwise_steps: Steps for each layer on the dense model's own inputs; 0 leaves it out.
@@ -97,13 +97,13 @@ class RecoverConfig:
             rolled out.
         levels: Noise levels to distil at: the sampler's own few, those of pretraining, or half of
             the chunks at each.
-        flow_weight: Of the flow-matching loss on the clips, beside the teacher's.
+        flow_weight: Weight of the flow-matching loss on clips, beside the distillation loss.
         train: `new` trains what the conversion made, of a codec its encoder and decoder;
             `attention` also queries and output of the self-attention; `all` everything.
         nested: Sizes of a codec, as shares of the dense cache to save. Each step draws one, so that
             one file serves all of them; empty trains the codec's default size.
-        rest_lr: Learning rate of what is not new, over that of what is.
-        lora_rank: Of adapters on queries, outputs, cross-attention and feed-forward where those
+        rest_lr: Learning rate of the other weights, as a multiple of that of new weights.
+        lora_rank: Rank of adapters on queries, outputs, cross-attention and feed-forward that
             stay frozen, merged at the end; 0 for none.
         offload: Read the source block by block in the layer-wise stage; where no other follows,
             nothing then measures the model as a whole.

@@ -38,7 +38,7 @@ def recommend(settings: Sequence[Setting], bound: float) -> Recommendation | Non
     """The smallest cache whose flow loss stays within the bound; of equals the most accurate.
 
     Args:
-        settings: As `read_settings` gives them.
+        settings: From `read_settings`.
         bound: Flow loss allowed above the dense model's, as a share of it.
 
     Returns:

@@ -36,12 +36,12 @@ class Line:
     Attributes:
         label: Name in the CSV, and at the line's end where `named`.
         colour: Colour of line, markers and label.
-        xs: At least one.
-        ys: As many.
-        marker: As matplotlib names it; empty for none.
+        xs: Horizontal coordinates, at least one.
+        ys: Vertical coordinates, as many as `xs`.
+        marker: Marker, a name of matplotlib; empty for none.
         named: Whether the label is drawn.
         width: Width of the line in points; 0 draws markers alone.
-        dash: As matplotlib names it.
+        dash: Line style, a name of matplotlib.
         hollow: Whether markers are not filled.
         marker_size: Size in points.
     """
@@ -68,8 +68,8 @@ class Panel:
         xlabel: With the unit.
         ylabel: Likewise.
         lines: At least one, each with at least one point.
-        xscale: As matplotlib names it.
-        yscale: Likewise.
+        xscale: Scale of the horizontal axis, a name of matplotlib.
+        yscale: Scale of the vertical axis.
         marks: Places on the horizontal axis to compare with, by name.
         ylimits: Limits of the axis; None chooses them.
     """
