@@ -73,10 +73,7 @@ def test_a_pipeline_on_the_hub_brings_its_own_components(
     made = vmla("convert", "user/wan", "-o", tmp_path / "there", *cut)
     assert made.code == 0, made.err
     commit = stub.repos["user/wan"].head
-    assert (
-        f"text encoder and VAE are not copied; generate finds them by --base user/wan@{commit}"
-        in " ".join(made.err.split())
-    )
+    assert f"--set media.base=user/wan@{commit}" in " ".join(made.err.split())
     assert not (tmp_path / "there" / "vae").exists()
     assert not stub.calls("GET", "*/vae/*")
     film = ("--prompt", PROMPT, "--frames", 4, "-o")
