@@ -24,6 +24,7 @@ from vmla_convert.console import out
 from vmla_convert.errors import ConfigError
 
 CLIP = "Clip"
+TABLES = ("source", "model", "runtime", "media", "generate")
 
 
 Prompts = Annotated[
@@ -114,8 +115,7 @@ def generate(
         "source.loras": loras,
         "source.base_model": base_model,
     }
-    tables = ("source", "model", "runtime", "media", "generate")
-    recipe = command_recipe(tables, options, changes)
+    recipe = command_recipe(TABLES, options, changes)
     sources = sources_to_compare(recipe.dense, compare) if compare else [recipe.dense]
     with out.progress() as progress:
         written = write_video(
