@@ -15,14 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vmla_convert.checkpoint import output, tensor_store, writer
+from vmla_convert.checkpoint import writer
 from vmla_convert.checkpoint.layouts import CODEC, DIFFUSERS, NATIVE, Layout
-from vmla_convert.checkpoint.output import (
-    check_place,
-    copied_bytes,
-    new_folder,
-    refuse_taken,
-)
 from vmla_convert.checkpoint.source import open_source
 from vmla_convert.checkpoint.specs import TensorSpec
 from vmla_convert.checkpoint.writer import (
@@ -32,6 +26,13 @@ from vmla_convert.checkpoint.writer import (
     write_pickle,
 )
 from vmla_convert.errors import ConfigError, OutputError
+from vmla_convert.storage import output, tensor_store
+from vmla_convert.storage.output import (
+    check_place,
+    copied_bytes,
+    new_folder,
+    refuse_taken,
+)
 
 TENSORS = {
     "head.head.bias": torch.arange(8, dtype=torch.float32).reshape(2, 4),

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vmla_convert.checkpoint.families import open_checkpoint
-from vmla_convert.checkpoint.tensor_store import FolderStore, MemoryStore
 from vmla_convert.config import DataConfig, Product
 from vmla_convert.errors import ConfigError
 from vmla_convert.fitting import calibrate as pipeline
@@ -35,6 +34,7 @@ from vmla_convert.loading.load import build_shell, load, read_block
 from vmla_convert.maths.moments import Moments, measure_moments
 from vmla_convert.maths.rope3d import axis_pairs
 from vmla_convert.media.clips import Batch, ClipSource, open_clips, seeded
+from vmla_convert.storage.tensor_store import FolderStore, MemoryStore
 from vmla_convert.training.losses import make_example, teacher_forcing_inputs
 
 pytest_plugins = ["checkpoints"]

@@ -19,7 +19,7 @@ from vmla_convert.checkpoint.families import open_checkpoint
 from vmla_convert.config import RecoverConfig, TrainingConfig
 from vmla_convert.errors import VmlaError
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.loading.export import LAYOUTS, export
+from vmla_convert.loading.export import EXPORT_LAYOUTS, export
 from vmla_convert.loading.load import is_codec, load, locate
 from vmla_convert.measuring.evaluate import HeldOut
 from vmla_convert.recovery.recover import recover
@@ -32,7 +32,7 @@ LEARNS = replace(RECOVER, layerwise_lr=3e-3, training=TRAINING)
 NESTED = replace(LEARNS, nested=(0.95, 0.9, 0.8))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EXPORT_LAYOUTS)
 def test_an_export_is_whole_and_needs_no_base(layout: str, pair: Pair, tmp_path: Path) -> None:
     before = load(pair.codec, bytes_per_token=16)
     expected, dense = velocity(before), velocity(load(pair.base))
@@ -48,7 +48,7 @@ def test_an_export_is_whole_and_needs_no_base(layout: str, pair: Pair, tmp_path:
     assert model.config == before.config
     assert torch.equal(velocity(model), expected)
     assert not near(velocity(model), dense, 1e-4)
-    for other in LAYOUTS:
+    for other in EXPORT_LAYOUTS:
         export(tmp_path / "whole", tmp_path / other, other)
         assert torch.equal(velocity(load(tmp_path / other, bytes_per_token=16)), expected)
 

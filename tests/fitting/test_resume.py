@@ -18,7 +18,6 @@ from checkpoints import CONVERT, MODEL, PowerCut
 from conftest import tiny_model
 from safetensors.torch import save_file
 
-from vmla_convert.checkpoint.tensor_store import FolderStore, Tensors
 from vmla_convert.checkpoint.writer import CheckpointWriter
 from vmla_convert.config import ConvertConfig, DataConfig, Sizes, SourceConfig
 from vmla_convert.errors import ConfigError, OutputError
@@ -28,6 +27,7 @@ from vmla_convert.fitting.convert import convert
 from vmla_convert.layers.block import Block
 from vmla_convert.loading.load import load
 from vmla_convert.maths.projections import Factors
+from vmla_convert.storage.tensor_store import FolderStore, Tensors
 from vmla_convert.tables import to_dict
 from vmla_convert.training.pretrain import save_self_forcing
 
@@ -243,7 +243,7 @@ def test_other_settings_are_not_resumed_with(
     before = digests(tmp_path)
     with pytest.raises(OutputError, match=word) as caught:
         convert(deep, tmp_path / "out", other, resume=True)
-    assert str(tmp_path / "out.partial") in caught.value.hint
+    assert str(tmp_path / "out.partial") in caught.value.message
     assert digests(tmp_path) == before
 
 

@@ -30,7 +30,7 @@ from vmla_convert.config import ConvertConfig, Sizes, SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError, OutputError
 from vmla_convert.fitting.convert import convert, read_plan
 from vmla_convert.fitting.plan import plan_output
-from vmla_convert.loading.export import LAYOUTS, export
+from vmla_convert.loading.export import EXPORT_LAYOUTS, export
 from vmla_convert.loading.load import load, read_provenance
 from vmla_convert.loading.metadata_files import transformer_config
 
@@ -47,7 +47,7 @@ def same(one: Path, other: Path) -> bool:
     return all(torch.equal(first.read(name), second.read(name)) for name in first.names)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EXPORT_LAYOUTS)
 @pytest.mark.parametrize("source", ["teacher", "converted", "budgeted"])
 def test_an_export_opens_as_the_same_model(
     source: str, layout: str, request: pytest.FixtureRequest, tmp_path: Path
@@ -119,7 +119,7 @@ def test_a_family_has_its_own_layout_and_keeps_settings(
     assert (table["_class_name"], table["vmla"]["chunk_frames"]) == ("WanModel", 2)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EXPORT_LAYOUTS)
 def test_a_frame_rate_survives_an_export(layout: str, tmp_path: Path) -> None:
     """The embedding of the rate is merged into a bias, so the names are those of Wan."""
     tensors = dict(tiny_model(tiny_config(GEOMETRY)).state_dict())
@@ -228,7 +228,7 @@ def test_a_tensor_without_a_name_in_the_layout_is_refused(tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EXPORT_LAYOUTS)
 def test_an_export_that_fails_leaves_nothing(
     layout: str, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,7 +252,7 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("unread")
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EXPORT_LAYOUTS)
 def test_a_taken_folder_is_refused_before_weights_are_read(
     layout: str, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,7 +302,7 @@ def killed(source: Path, out: Path, layout: str, touch: int) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EXPORT_LAYOUTS)
 def test_a_killed_export_can_be_repeated(layout: str, converted: Path, tmp_path: Path) -> None:
     export(converted, tmp_path / "whole", layout)
     whole = {path.name: path.read_bytes() for path in files_of(tmp_path / "whole")}
@@ -318,7 +318,7 @@ def test_a_killed_export_can_be_repeated(layout: str, converted: Path, tmp_path:
 
 
 @pytest.mark.usefixtures("unread")
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EXPORT_LAYOUTS)
 def test_an_export_keeps_files_of_others(layout: str, converted: Path, tmp_path: Path) -> None:
     for name in ("other", "out"):
         (tmp_path / f"{name}.partial" / "checkpoint").mkdir(parents=True)
@@ -339,7 +339,7 @@ def test_an_export_keeps_an_interrupted_conversion(
     out = tmp_path / "out"
     with pytest.raises(PowerCutError):
         convert(teacher, out, CHEAP, PowerCut("converting", 1))
-    for layout in LAYOUTS:
+    for layout in EXPORT_LAYOUTS:
         with pytest.raises(OutputError, match="holds an interrupted conversion"):
             export(converted, out, layout)
     convert(teacher, out, CHEAP, resume=True)

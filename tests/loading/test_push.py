@@ -28,7 +28,7 @@ from vmla_convert.errors import CheckpointError, ConfigError, OutputError
 from vmla_convert.fitting.convert import convert
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading import publish
-from vmla_convert.loading.export import LAYOUTS, export
+from vmla_convert.loading.export import EXPORT_LAYOUTS, export
 from vmla_convert.loading.load import load, open_named
 from vmla_convert.loading.publish import push
 from vmla_convert.loading.teacher import as_teacher
@@ -51,7 +51,7 @@ def old(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     with pytest.MonkeyPatch.context() as patch:
         writer = partial(CheckpointWriter, one_file_bytes=50_000)
         patch.setattr("vmla_convert.loading.export.CheckpointWriter", writer)
-        return {layout: export(converted, place / layout, layout) for layout in LAYOUTS}
+        return {layout: export(converted, place / layout, layout) for layout in EXPORT_LAYOUTS}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def sharded(old: dict[str, Path]) -> Path:
 def new(budgeted: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Another conversion by layout, in one file."""
     place = tmp_path_factory.mktemp("new")
-    return {layout: export(budgeted, place / layout, layout) for layout in LAYOUTS}
+    return {layout: export(budgeted, place / layout, layout) for layout in EXPORT_LAYOUTS}
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_only_changed_files_are_uploaded(sharded: Path, tmp_path: Path, stub: Hu
     assert torch.equal(output(load(REPO)), output(load(folder)))
 
 
-@pytest.mark.parametrize(("before", "after"), [*product(LAYOUTS, LAYOUTS)])
+@pytest.mark.parametrize(("before", "after"), [*product(EXPORT_LAYOUTS, EXPORT_LAYOUTS)])
 def test_weights_of_an_earlier_conversion_in_any_layout_are_removed(
     before: str, after: str, old: dict[str, Path], new: dict[str, Path], stub: Hub
 ) -> None:

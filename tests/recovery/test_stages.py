@@ -11,7 +11,6 @@ import torch
 from checkpoints import CLIPS, CONVERT, EVALUATE, MODEL, RECOVER, changed, snapshot
 from torch import Tensor
 
-from vmla_convert.checkpoint.tensor_store import MemoryStore
 from vmla_convert.config import RecoverConfig, SamplerConfig, TrainingConfig
 from vmla_convert.fitting.calibrate import model_blocks
 from vmla_convert.fitting.convert import convert
@@ -29,6 +28,7 @@ from vmla_convert.recovery.on_policy import roll_out, rollout_examples
 from vmla_convert.recovery.recover import recover
 from vmla_convert.recovery.stages import DISTILLING, LAYERWISE, ON_POLICY, Recovered, recover_model
 from vmla_convert.recovery.trained import add_adapters, new_names, new_parameters, unfreeze
+from vmla_convert.storage.tensor_store import MemoryStore
 from vmla_convert.training.losses import (
     Example,
     make_example,

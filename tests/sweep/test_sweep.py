@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from vmla_convert import progress
-from vmla_convert.checkpoint.tensor_store import FolderStore, MemoryStore, TensorStore
 from vmla_convert.config import Product, RecoverConfig, RuntimeConfig, Sizes, SweepConfig
 from vmla_convert.errors import ConfigError, OutputError
 from vmla_convert.fitting.calibrate import Statistics
@@ -33,6 +32,7 @@ from vmla_convert.measuring.rows import run_name
 from vmla_convert.progress import Advance, Progress, Silent
 from vmla_convert.recovery.stages import recover_model
 from vmla_convert.results import Metric, Row, append_rows, bytes_at_error, read_rows
+from vmla_convert.storage.tensor_store import FolderStore, MemoryStore, TensorStore
 from vmla_convert.sweep import point as measured_point
 from vmla_convert.sweep import shared
 from vmla_convert.sweep import sweep as pipeline

@@ -20,7 +20,9 @@ from safetensors import SafetensorError, safe_open
 from vmla_convert.checkpoint.choose_file import INDEX_SUFFIX
 from vmla_convert.checkpoint.geometry import block_of
 from vmla_convert.checkpoint.layouts import NATIVE, Layout
-from vmla_convert.checkpoint.output import (
+from vmla_convert.checkpoint.specs import TensorSpec
+from vmla_convert.errors import ConfigError, OutputError
+from vmla_convert.storage.output import (
     OTHER_PLACE,
     PARTS,
     STATE_NAME,
@@ -38,9 +40,7 @@ from vmla_convert.checkpoint.output import (
     write_files,
     write_whole,
 )
-from vmla_convert.checkpoint.specs import TensorSpec
-from vmla_convert.checkpoint.tensor_store import FolderStore, Tensors, save_tensors
-from vmla_convert.errors import ConfigError, OutputError
+from vmla_convert.storage.tensor_store import FolderStore, Tensors, save_tensors
 
 PICKLE_NAME = "model.pt"
 

@@ -6,8 +6,6 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from vmla_convert.cli.options import (
     CLIPS,
     OTHER,
@@ -22,6 +20,7 @@ from vmla_convert.cli.options import (
     Loras,
     Model,
     OutFolder,
+    option,
 )
 from vmla_convert.config import ConvertConfig, Recipe, command_recipe
 from vmla_convert.console import out
@@ -29,73 +28,64 @@ from vmla_convert.errors import ConfigError, did_you_mean
 from vmla_convert.show import show_conversion, show_planned_output
 from vmla_convert.tables import to_dict
 
+Preset = Annotated[
+    str | None,
+    option(
+        "--preset",
+        "NAME",
+        "videomla writes a whole checkpoint with the paper's MLA layers, not a codec.",
+        OUTPUT,
+    ),
+]
+Layout = Annotated[
+    str,
+    option(
+        "--layout",
+        "NAME",
+        "Layout of an MLA checkpoint: native, or diffusers (a pipeline's folder).",
+        OUTPUT,
+    ),
+]
+Resume = Annotated[bool, option("--resume", None, "Continue an interrupted conversion.", OUTPUT)]
+DryRun = Annotated[bool, option("--dry-run", None, "Show what would be written, and stop.", OUTPUT)]
+Plan = Annotated[
+    Path | None,
+    option("--plan", "DIR", "MLA: reuse the sizes of an earlier conversion, layer by layer.", SIZE),
+]
+NoCalibration = Annotated[
+    bool,
+    option(
+        "--no-calibration", None, "Assume white inputs instead of measuring activations.", CLIPS
+    ),
+]
+Changes = Annotated[
+    list[str] | None,
+    option(
+        "--set",
+        "KEY=VALUE",
+        "Keys of source, model and convert: --set convert.calibration_clips=24",
+        OTHER,
+    ),
+]
+
 
 def convert(
     checkpoint: Checkpoint,
     folder: OutFolder,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            "--preset",
-            metavar="NAME",
-            help="videomla writes a whole checkpoint with the paper's MLA layers, not a codec.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None,
-    layout: Annotated[
-        str,
-        typer.Option(
-            "--layout",
-            metavar="NAME",
-            help="Layout of an MLA checkpoint: native, or diffusers (a pipeline's folder).",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = "native",
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Continue an interrupted conversion.", rich_help_panel=OUTPUT
-        ),
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Show what would be written, and stop.", rich_help_panel=OUTPUT
-        ),
-    ] = False,
+    preset: Preset = None,
+    layout: Layout = "native",
+    resume: Resume = False,
+    dry_run: DryRun = False,
     json: Json = False,
     file: File = None,
     model: Model = None,
     loras: Loras = None,
     bytes_per_token: BytesPerToken = None,
     cut: Cut = None,
-    plan: Annotated[
-        Path | None,
-        typer.Option(
-            "--plan",
-            metavar="DIR",
-            help="MLA: reuse the sizes of an earlier conversion, layer by layer.",
-            rich_help_panel=SIZE,
-        ),
-    ] = None,
+    plan: Plan = None,
     data: Data = None,
-    no_calibration: Annotated[
-        bool,
-        typer.Option(
-            "--no-calibration",
-            help="Assume white inputs instead of measuring activations.",
-            rich_help_panel=CLIPS,
-        ),
-    ] = False,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Keys of source, model and convert: --set convert.calibration_clips=24",
-            rich_help_panel=OTHER,
-        ),
-    ] = None,
+    no_calibration: NoCalibration = False,
+    changes: Changes = None,
 ) -> None:
     """Fit a cache codec to a dense checkpoint, or make a checkpoint with MLA layers.
 

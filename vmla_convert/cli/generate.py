@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from vmla_convert.cli.options import (
     OTHER,
     OUTPUT,
@@ -19,77 +17,71 @@ from vmla_convert.cli.options import (
     Json,
     Loras,
     Model,
+    option,
 )
 from vmla_convert.config import GenerateConfig, command_recipe
 from vmla_convert.console import out
 from vmla_convert.errors import ConfigError
 
 CLIP = "Clip"
+TABLES = ("source", "model", "runtime", "media", "generate")
+
+
+Prompts = Annotated[
+    list[str], option("--prompt", "TEXT", "May be repeated for several clips.", CLIP)
+]
+Video = Annotated[Path, option("--out -o", "FILE", "An .mp4 to write.", OUTPUT)]
+Seconds = Annotated[float | None, option("--seconds", "N", "Length of the clip.", CLIP)]
+Frames = Annotated[
+    int | None,
+    option(
+        "--frames", "N", "Length in latent frames; Wan makes 4 a second. Default: 20.", CLIP, min=1
+    ),
+]
+Seed = Annotated[int | None, option("--seed", "N", "Seed of all noise.", CLIP)]
+PromptAt = Annotated[
+    list[str] | None,
+    option(
+        "--prompt-at",
+        "TIME:TEXT",
+        "Another prompt for all clips from a time on: '20s:a dog', or '80:a dog' in "
+        "latent frames. May be repeated.",
+        CLIP,
+    ),
+]
+Image = Annotated[
+    Path | None, option("--image", "FILE", "An image or a video that the clip continues.", CLIP)
+]
+Compare = Annotated[
+    str | None,
+    option(
+        "--compare",
+        "CKPT",
+        "A second checkpoint, shown beside the first from the same noise.",
+        OUTPUT,
+    ),
+]
+Changes = Annotated[
+    list[str] | None,
+    option(
+        "--set",
+        "KEY=VALUE",
+        "Keys of source, model, runtime, media and generate: --set runtime.offload=true",
+        OTHER,
+    ),
+]
 
 
 def generate(
     checkpoint: Checkpoint,
-    prompts: Annotated[
-        list[str],
-        typer.Option(
-            "--prompt",
-            metavar="TEXT",
-            help="May be repeated for several clips.",
-            rich_help_panel=CLIP,
-        ),
-    ],
-    video: Annotated[
-        Path,
-        typer.Option(
-            "--out", "-o", metavar="FILE", help="An .mp4 to write.", rich_help_panel=OUTPUT
-        ),
-    ],
-    seconds: Annotated[
-        float | None,
-        typer.Option("--seconds", metavar="N", help="Length of the clip.", rich_help_panel=CLIP),
-    ] = None,
-    frames: Annotated[
-        int | None,
-        typer.Option(
-            "--frames",
-            metavar="N",
-            min=1,
-            help="Length in latent frames; Wan makes 4 a second. Default: 20.",
-            rich_help_panel=CLIP,
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option("--seed", metavar="N", help="Seed of all noise.", rich_help_panel=CLIP),
-    ] = None,
-    prompt_at: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--prompt-at",
-            metavar="TIME:TEXT",
-            help="Another prompt for all clips from a time on: '20s:a dog', or '80:a dog' in "
-            "latent frames. May be repeated.",
-            rich_help_panel=CLIP,
-        ),
-    ] = None,
-    image: Annotated[
-        Path | None,
-        typer.Option(
-            "--image",
-            metavar="FILE",
-            help="An image or a video that the clip continues.",
-            rich_help_panel=CLIP,
-        ),
-    ] = None,
-    compare: Annotated[
-        str | None,
-        typer.Option(
-            "--compare",
-            metavar="CKPT",
-            help="A second checkpoint, shown beside the first from the same noise.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None,
+    prompts: Prompts,
+    video: Video,
+    seconds: Seconds = None,
+    frames: Frames = None,
+    seed: Seed = None,
+    prompt_at: PromptAt = None,
+    image: Image = None,
+    compare: Compare = None,
     json: Json = False,
     bytes_per_token: BytesPerToken = None,
     cut: Cut = None,
@@ -98,15 +90,7 @@ def generate(
     model: Model = None,
     loras: Loras = None,
     base_model: BaseModel = None,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Keys of source, model, runtime, media and generate: --set runtime.offload=true",
-            rich_help_panel=OTHER,
-        ),
-    ] = None,
+    changes: Changes = None,
 ) -> None:
     """Generate video from prompts; the first frame lands beside the video as a PNG.
 
@@ -131,8 +115,7 @@ def generate(
         "source.loras": loras,
         "source.base_model": base_model,
     }
-    tables = ("source", "model", "runtime", "media", "generate")
-    recipe = command_recipe(tables, options, changes)
+    recipe = command_recipe(TABLES, options, changes)
     sources = sources_to_compare(recipe.dense, compare) if compare else [recipe.dense]
     with out.progress() as progress:
         written = write_video(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +17,12 @@ OUTPUT = "Output"
 RUNNING = "Running"
 OTHER = "All other settings"
 
+
+def option(flags: str, metavar: str | None, text: str, panel: str, min: int | None = None) -> Any:
+    """A typer option: its flags, the word that stands for its value, its help, and its panel."""
+    return typer.Option(*flags.split(), metavar=metavar, help=text, rich_help_panel=panel, min=min)
+
+
 Checkpoint = Annotated[
     str,
     typer.Argument(
@@ -27,108 +33,78 @@ Checkpoint = Annotated[
 ]
 File = Annotated[
     str | None,
-    typer.Option(
-        "--file",
-        metavar="NAME",
-        help="File or folder within the Hub repository or the folder.",
-        rich_help_panel=CHECKPOINT,
-    ),
+    option("--file", "NAME", "File or folder within the Hub repository or the folder.", CHECKPOINT),
 ]
 Model = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--model",
-        metavar="NAME",
-        help="Known model, such as self-forcing: brings chunk, window, sampler and licence, which "
-        "no tensor tells. Hub ids are known.",
-        rich_help_panel=CHECKPOINT,
+        "NAME",
+        "Known model, such as self-forcing: brings chunk, window, sampler and "
+        "licence, which no tensor tells. Hub ids are known.",
+        CHECKPOINT,
     ),
 ]
 Loras = Annotated[
     list[str] | None,
-    typer.Option(
-        "--lora",
-        metavar="FILE",
-        help="LoRA to merge, FILE or FILE:SCALE. May be repeated.",
-        rich_help_panel=CHECKPOINT,
-    ),
+    option("--lora", "FILE", "LoRA to merge, FILE or FILE:SCALE. May be repeated.", CHECKPOINT),
 ]
 BaseModel = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--base-model",
-        metavar="CKPT",
-        help="Base model of a codec. Default: the one that the codec names.",
-        rich_help_panel=CHECKPOINT,
+        "CKPT",
+        "Base model of a codec. Default: the one that the codec names.",
+        CHECKPOINT,
     ),
 ]
 Teacher = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--teacher",
-        metavar="CKPT",
-        help="Dense checkpoint that the conversion came from. Default: a codec's base model.",
-        rich_help_panel=CHECKPOINT,
+        "CKPT",
+        "Dense checkpoint that the conversion came from. Default: a codec's base model.",
+        CHECKPOINT,
     ),
 ]
 TeacherFile = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--file",
-        metavar="NAME",
-        help="File of the dense checkpoint's repository or folder. Default: as when it was "
-        "converted.",
-        rich_help_panel=CHECKPOINT,
+        "NAME",
+        "File of the dense checkpoint's repository or folder. Default: as when it was converted.",
+        CHECKPOINT,
     ),
 ]
 BytesPerToken = Annotated[
     float | None,
-    typer.Option(
-        "--bytes-per-token",
-        metavar="N",
-        help="Bytes per token and layer, averaged over layers.",
-        rich_help_panel=SIZE,
-    ),
+    option("--bytes-per-token", "N", "Bytes per token and layer, averaged over layers.", SIZE),
 ]
 Cut = Annotated[
     float | None,
-    typer.Option(
-        "--cut",
-        metavar="SHARE",
-        help="Share of the dense cache to save: 0.95 keeps a 20th.",
-        rich_help_panel=SIZE,
-    ),
+    option("--cut", "SHARE", "Share of the dense cache to save: 0.95 keeps a 20th.", SIZE),
 ]
 CacheDtype = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--cache-dtype",
-        metavar="NAME",
-        help="auto (a codec's channels get 0 to 8 bits, or 16), model (not quantised); or int8, "
-        "int4, int3, int2 for a dense cache. Default: auto.",
-        rich_help_panel=SIZE,
+        "NAME",
+        "auto (a codec's channels get 0 to 8 bits, or 16), model (not quantised); "
+        "or int8, int4, int3, int2 for a dense cache. Default: auto.",
+        SIZE,
     ),
 ]
 Data = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--data",
-        metavar="FILE",
-        help="Safetensors file or folder with latents and context, or 'demo'. Default: demo.",
-        rich_help_panel=CLIPS,
+        "FILE",
+        "Safetensors file or folder with latents and context, or 'demo'. Default: demo.",
+        CLIPS,
     ),
 ]
-OutFolder = Annotated[
-    Path,
-    typer.Option(
-        "--out",
-        "-o",
-        metavar="DIR",
-        help="Folder to write; must not exist.",
-        rich_help_panel=OUTPUT,
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print data as JSON.", rich_help_panel=OUTPUT)]
+OutFolder = Annotated[Path, option("--out -o", "DIR", "Folder to write; must not exist.", OUTPUT)]
+Json = Annotated[bool, option("--json", None, "Print data as JSON.", OUTPUT)]
 
 
 def named_teacher(recipe: Recipe, teacher: str | None) -> SourceConfig | None:

@@ -17,12 +17,88 @@ from vmla_convert.cli.options import (
     Teacher,
     TeacherFile,
     named_teacher,
+    option,
 )
 from vmla_convert.config import NESTED_CUTS, Recipe, RecoverConfig, SourceConfig, command_recipe
 from vmla_convert.console import out
 from vmla_convert.show import show_recovery
 
 TRAINING = "Training"
+
+
+Steps = Annotated[
+    int | None,
+    option("--steps", "N", "Steps of velocity distillation. Default: 100.", TRAINING, min=0),
+]
+Lr = Annotated[
+    float | None, option("--lr", "RATE", "Peak learning rate. Default: a probe finds it.", TRAINING)
+]
+BatchSize = Annotated[
+    int | None,
+    option("--batch-size", "N", "Clips per step over all processes. Default: 4.", TRAINING, min=1),
+]
+Nested = Annotated[
+    bool,
+    option(
+        "--nested",
+        None,
+        "Train a codec at sizes drawn step by step, so that one file serves them all.",
+        TRAINING,
+    ),
+]
+Data = Annotated[
+    str | None,
+    option(
+        "--data",
+        "FILE",
+        "Safetensors file or folder with latents and context, a video file or a "
+        "folder of videos, 'self' (samples of the dense model), or 'demo'. Default: "
+        "demo.",
+        CLIPS,
+    ),
+]
+Prompts = Annotated[
+    Path | None,
+    option(
+        "--prompts",
+        "FILE",
+        "Prompts of 'self', one per line; or the one prompt of all videos.",
+        CLIPS,
+    ),
+]
+Offload = Annotated[
+    bool,
+    option(
+        "--offload",
+        None,
+        "Layer-wise stage with one block of the dense model in memory at a time; "
+        "with --steps 0 the dense model is never in memory as a whole.",
+        RUNNING,
+    ),
+]
+Shard = Annotated[
+    bool,
+    option(
+        "--shard", None, "Divide both models over the processes, for less memory each.", RUNNING
+    ),
+]
+Processes = Annotated[
+    int | None,
+    option("--processes", "N", "Refuse to run with another number of processes.", RUNNING, min=1),
+]
+DryRun = Annotated[
+    bool, option("--dry-run", None, "Check everything, show the plan, and stop.", OUTPUT)
+]
+Changes = Annotated[
+    list[str] | None,
+    option(
+        "--set",
+        "KEY=VALUE",
+        "Keys of source (the dense checkpoint), recover and evaluate: --set "
+        "recover.training.ema=0.99",
+        OTHER,
+    ),
+]
 
 
 def recover(
@@ -32,106 +108,18 @@ def recover(
     folder: OutFolder,
     teacher: Teacher = None,
     file: TeacherFile = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            "--steps",
-            metavar="N",
-            min=0,
-            help="Steps of velocity distillation. Default: 100.",
-            rich_help_panel=TRAINING,
-        ),
-    ] = None,
-    lr: Annotated[
-        float | None,
-        typer.Option(
-            "--lr",
-            metavar="RATE",
-            help="Peak learning rate. Default: a probe finds it.",
-            rich_help_panel=TRAINING,
-        ),
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(
-            "--batch-size",
-            metavar="N",
-            min=1,
-            help="Clips per step over all processes. Default: 4.",
-            rich_help_panel=TRAINING,
-        ),
-    ] = None,
-    nested: Annotated[
-        bool,
-        typer.Option(
-            "--nested",
-            help="Train a codec at sizes drawn step by step, so that one file serves them all.",
-            rich_help_panel=TRAINING,
-        ),
-    ] = False,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            "--data",
-            metavar="FILE",
-            help="Safetensors file or folder with latents and context, a video file or a folder of "
-            "videos, 'self' (samples of the dense model), or 'demo'. Default: demo.",
-            rich_help_panel=CLIPS,
-        ),
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            "--prompts",
-            metavar="FILE",
-            help="Prompts of 'self', one per line; or the one prompt of all videos.",
-            rich_help_panel=CLIPS,
-        ),
-    ] = None,
-    offload: Annotated[
-        bool,
-        typer.Option(
-            "--offload",
-            help="Layer-wise stage with one block of the dense model in memory at a time; with "
-            "--steps 0 the dense model is never in memory as a whole.",
-            rich_help_panel=RUNNING,
-        ),
-    ] = False,
-    shard: Annotated[
-        bool,
-        typer.Option(
-            "--shard",
-            help="Divide both models over the processes, for less memory each.",
-            rich_help_panel=RUNNING,
-        ),
-    ] = False,
-    processes: Annotated[
-        int | None,
-        typer.Option(
-            "--processes",
-            metavar="N",
-            min=1,
-            help="Refuse to run with another number of processes.",
-            rich_help_panel=RUNNING,
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Check everything, show the plan, and stop.", rich_help_panel=OUTPUT
-        ),
-    ] = False,
+    steps: Steps = None,
+    lr: Lr = None,
+    batch_size: BatchSize = None,
+    nested: Nested = False,
+    data: Data = None,
+    prompts: Prompts = None,
+    offload: Offload = False,
+    shard: Shard = False,
+    processes: Processes = None,
+    dry_run: DryRun = False,
     json: Json = False,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Keys of source (the dense checkpoint), recover and evaluate: "
-            "--set recover.training.ema=0.99",
-            rich_help_panel=OTHER,
-        ),
-    ] = None,
+    changes: Changes = None,
 ) -> None:
     """Recover quality with a short fine-tune against the dense model.
 

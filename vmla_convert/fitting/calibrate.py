@@ -1,8 +1,8 @@
 """Pass clips through the dense model and back, and measure every self-attention layer.
 
-The forward pass keeps each block's input; the backward pass carries the gradient of a random
-direction of the predicted velocity. Only one block is in memory at a time, so a model that does not
-fit in memory can be calibrated. A store in a folder keeps the activations out of memory, and an
+The forward pass keeps each block's input. The backward pass starts from the inner product of the
+predicted velocity and a random vector. Only one block is in memory at a time, so a model that does
+not fit in memory can be calibrated. A store in a folder keeps the activations out of memory, and an
 interrupted calibration continues from its last block.
 """
 
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from vmla_convert.checkpoint.families import OpenCheckpoint
-from vmla_convert.checkpoint.tensor_store import MemoryStore, TensorStore
 from vmla_convert.config import ConvertConfig, Geometry, ModelConfig, Product
 from vmla_convert.fitting.calibration_clips import (
     batch_sizes,
@@ -36,6 +35,7 @@ from vmla_convert.loading.load import build_shell, compute_device, read_block
 from vmla_convert.maths.rope_keys import expected_phases
 from vmla_convert.media.clips import ClipSource, seeded
 from vmla_convert.progress import Progress, Silent
+from vmla_convert.storage.tensor_store import MemoryStore, TensorStore
 from vmla_convert.training.losses import Example, make_example, teacher_forcing_inputs
 
 ReadBlock = Callable[[int], Block]
@@ -129,14 +129,15 @@ def store_bytes(geometry: Geometry, latents: Tensor, clips: int, product: Produc
     """
     dim, layers, tokens = geometry.dim, geometry.num_layers, clip_tokens(geometry, latents)
     activations = 4 * clips * tokens * dim
-    # Moments of [k; v], or of inputs: for the past, and twice for the current chunk.
+    # A codec has moments of [k; v] of the past. MLA has moments of inputs in three groups: the
+    # past, and the own chunk clean and noisy.
     groups, width = (1, 2 * dim) if product == "codec" else (3, dim)
     sums = dim * (dim + 2 * geometry.head_dim + 2)
     statistics = 8 * groups * (width * (width + 1) + sums)
     if product == "codec":
         statistics += 4 * clips * min(SAMPLES_PER_CLIP, tokens // 2) * width
-    # At the turn: every block's input, the last output, and gradients above and below a block.
-    # Each layer of the backward pass then drops one input and adds the layer's statistics.
+    # When the backward pass starts, the store holds every block's input, the last output, and the
+    # gradients above and below a block. Each further layer drops one input and adds statistics.
     return max((layers + 3) * activations + statistics, 4 * activations + layers * statistics)
 
 
@@ -203,7 +204,7 @@ class _Walk:
         self._put(f"input-{layer + 1}", outputs)
 
     def start_backward(self, layers: int) -> None:
-        """Take the gradient of one random direction of each clip's velocity."""
+        """Start the backward pass with the gradient of (velocity · random vector)."""
         if self.store.has(_gradient(layers)) or self.store.has(_statistics(layers - 1)):
             return
         gradients: list[Tensor] = []
@@ -216,7 +217,8 @@ class _Walk:
                 direction = torch.randn(
                     velocity.shape, generator=seeded(batch.seed, 0, "direction")
                 ).to(velocity)
-                # Only chunks of the noisy clip that have a past count.
+                # Zero the clean half and the first noisy chunk: later chunks alone attend to a
+                # past.
                 direction[:, : velocity.shape[1] // 2 + self.shell.config.chunk_frames] = 0
                 gradients += torch.autograd.grad((velocity * direction).sum(), leaf)
         self._put(_gradient(layers), gradients)

@@ -54,8 +54,8 @@ def check_clips(config: ModelConfig, batch: Batch) -> None:
     latents, context = batch
     if latents.ndim != 5 or context.ndim != 3 or context.shape[-1] != config.geometry.text_dim:
         raise ConfigError(
-            f"clips have latents of {latents.ndim} dimensions and contexts of shape "
-            f"{tuple(context.shape)}, the model takes 5 and {config.geometry.text_dim} columns",
+            f"latents must have 5 dimensions, not {latents.ndim}, and contexts the shape "
+            f"(N, text_len, {config.geometry.text_dim}), not {tuple(context.shape)}",
             "store latents (N, F, C, height, width) and context (N, text_len, text_dim)",
         )
     if not (latents.isfinite().all() and context.isfinite().all()):
@@ -65,7 +65,7 @@ def check_clips(config: ModelConfig, batch: Batch) -> None:
     if channels != config.geometry.in_dim or size[0] % rows or size[1] % columns:
         raise ConfigError(
             f"clips have frames of {[channels, *size]}, the model takes "
-            f"{[config.geometry.in_dim, *config.latent_size]}, or others that its patches divide",
+            f"{[config.geometry.in_dim, *config.latent_size]}, or sizes that its patches divide",
             "give latents of this model's own VAE: --data FILE.safetensors",
         )
     if frames < 2 * config.chunk_frames:

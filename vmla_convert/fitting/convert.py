@@ -13,9 +13,7 @@ from time import perf_counter
 from typing import Any
 
 from vmla_convert import __version__
-from vmla_convert.checkpoint.output import partial_folder
 from vmla_convert.checkpoint.source import fingerprint
-from vmla_convert.checkpoint.tensor_store import FolderStore
 from vmla_convert.checkpoint.writer import CheckpointWriter
 from vmla_convert.config import ConvertConfig, ModelConfig, RankPlan
 from vmla_convert.errors import ConfigError
@@ -37,6 +35,8 @@ from vmla_convert.loading.metadata_files import LAYOUTS, converted_files
 from vmla_convert.media.clips import recorded
 from vmla_convert.progress import Progress, Silent, Timed
 from vmla_convert.results import library_versions
+from vmla_convert.storage.output import partial_folder
+from vmla_convert.storage.tensor_store import FolderStore
 from vmla_convert.tables import from_dict, to_dict
 
 PRESETS = {"videomla": ConvertConfig(product="mla", init="spectral")}
@@ -139,9 +139,10 @@ def _outcome(done: Conversion, config: ConvertConfig, progress: Timed) -> dict[s
 def _read_source(
     source: Source, checkpoint: CheckedCheckpoint, config: ConvertConfig, progress: Progress
 ) -> dict[str, Any]:
-    """Hash the source as far as the product depends on it, and check all weights that will be used.
+    """Record the hash of the source, and refuse weights that are not finite.
 
-    Calibration depends on every weight, and checks each as its forward pass reads it.
+    An MLA model and a calibrated codec depend on every weight, so all are hashed; a codec without
+    calibration depends on keys and values only. Calibration checks each weight as it is read.
     """
     record: dict[str, Any] = {"source": source_record(source, checkpoint)}
     if measures(config) or config.product == "mla":
@@ -175,7 +176,7 @@ def _calibrate(
     try:
         return calibrate_checkpoint(checkpoint, config, store, progress)
     except NotFiniteError:
-        store.remove()  # of no use: another file of the same model has another hash
+        store.remove()  # a mended file has another hash, so these measurements will not be used
         raise
 
 

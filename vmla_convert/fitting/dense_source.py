@@ -83,7 +83,7 @@ def source_record(source: Source, checkpoint: OpenCheckpoint) -> dict[str, Any]:
         }
         for lora in checkpoint.loras
     ]
-    # The record names a repository, which `file` is a path in, but never a local folder.
+    # Keep the name of a Hub repository, which `file` belongs to; drop the path of a local folder.
     asked = to_dict(how)
     if not is_remote(how.checkpoint):
         del asked["checkpoint"]

@@ -31,11 +31,13 @@ class LayerStatistics(NamedTuple):
     """What calibration measures of one layer, by group of keys.
 
     For an MLA layer the moments are those of the layer's inputs. For a codec they are those of
-    [k; v], normed keys and values; the attention statistics then leave the norm of raw keys out.
+    [k; v], normed keys and values. A codec stores keys after the norm, so its attention statistics
+    do not scale errors by the norm.
 
     Attributes:
         past: Attention statistics of cached keys, and moments of the clean tokens behind them.
-        own: The same for keys of the query's own chunk, clean and noisy apart. Empty for a codec,
+        own: The same for keys of the query's own chunk: one entry for clean keys, one for noisy
+            keys. Empty for a codec,
             which never stores keys of the current chunk.
         samples: Some [k; v] of cached tokens, (n, 2d), for a codec; else None.
     """

@@ -70,7 +70,7 @@ def layer_inputs(
 
 
 def layer_evidence(measured: LayerStatistics, weights: KVWeights, phases: Tensor) -> Evidence:
-    """Join the statistics of an MLA layer, whose keys of the current chunk are latents too.
+    """Join the statistics of past and own chunk: an MLA layer compresses the keys of both.
 
     Args:
         measured: Statistics of the layer.

@@ -11,7 +11,6 @@ import torch
 from vmla_convert.checkpoint.families import OpenCheckpoint
 from vmla_convert.checkpoint.geometry import block_of
 from vmla_convert.checkpoint.layouts import CODEC, Layout
-from vmla_convert.checkpoint.output import check_place, copied_bytes
 from vmla_convert.checkpoint.source import TensorSpec
 from vmla_convert.checkpoint.writer import planned_files
 from vmla_convert.config import ConvertConfig, ModelConfig, RankPlan
@@ -27,6 +26,7 @@ from vmla_convert.loading.load import Source, open_named
 from vmla_convert.loading.metadata_files import named_layout, parts_to_copy
 from vmla_convert.media.demo import require_demo_media
 from vmla_convert.progress import Progress
+from vmla_convert.storage.output import check_place, copied_bytes
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Sizes of MLA layers: given ones, or one budget that is divided by predicted error."""
+"""Sizes of MLA layers: given ones, or one budget that layers share so that errors are least."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def plan_ranks(
 ) -> RankPlan:
     """Choose the sizes of every layer (Method: rank allocation).
 
-    The init `calibrated` divides a budget by predicted error, and divides each split latent.
+    With the init `calibrated`, layers share a budget so that the predicted error is least, and each
+    split latent is shared between keys and values.
 
     Args:
         model: Config of the dense model.
@@ -122,7 +123,7 @@ def rank_step(model: ModelConfig) -> int:
 
 
 def _check_rope(model: ModelConfig, size: Sizes) -> None:
-    """Refuse a size of codecs, and widths that no rope key has."""
+    """Refuse sizes that only codecs have, and impossible widths of the rope key."""
     if size.rank is not None:
         raise ConfigError(
             f"rank {size.rank} is a size of codecs, and this makes MLA layers",
@@ -171,7 +172,7 @@ def _asked(config: ConvertConfig, rank: int) -> str:
 
 
 def _check_pairs(model: ModelConfig, plan: RankPlan, init: str) -> None:
-    """Refuse more rope keys than one per pair, or for `calibrated` one per pair and head."""
+    """Refuse more than D/2 rope keys in a layer; with `calibrated`, more than D/2 per head."""
     geometry = model.geometry
     most = geometry.head_dim // 2
     if init == "calibrated":

@@ -47,7 +47,8 @@ def write_codec(
         progress: Where progress is drawn.
     """
     dim = checkpoint.config.geometry.dim
-    # Half a dozen float64 matrices as wide as [k; v], or as the inputs, and the cost of [k; v].
+    # A worker needs about six float64 matrices (2d x 2d if calibrated, else d x d), and the 2d x 2d
+    # matrix that weighs errors of [k; v].
     width = 2 * dim if statistics else dim
     nbytes = 6 * 8 * width**2 + 8 * (2 * dim) ** 2
     fit = codec_fitter(checkpoint.read, checkpoint.config, config, statistics)

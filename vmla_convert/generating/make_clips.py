@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 from vmla_convert import __version__
-from vmla_convert.checkpoint.output import partial_folder
-from vmla_convert.checkpoint.tensor_store import FolderStore, Tensors
 from vmla_convert.config import DataConfig, MediaConfig, ModelConfig
 from vmla_convert.errors import ConfigError, OutputError
 from vmla_convert.generating.generate import generate
@@ -26,6 +24,8 @@ from vmla_convert.media.open import check_prompts, open_media
 from vmla_convert.media.prompts import read_prompts
 from vmla_convert.media.video import check_playable, fit_frame, read_frames
 from vmla_convert.progress import Progress, Silent
+from vmla_convert.storage.output import partial_folder
+from vmla_convert.storage.tensor_store import FolderStore, Tensors
 from vmla_convert.tables import to_dict
 
 CLIPS_PER_SHARD = 8

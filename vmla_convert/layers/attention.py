@@ -4,8 +4,8 @@ Every self-attention has two methods. `project` turns tokens into the entries th
 `forward` attends to entries, cached or not. Masked training and streamed inference therefore run
 the same code. Keys are kept unrotated and are rotated when they are attended to.
 
-Shapes: B batch, L tokens, T query tokens, E tokens with own entries, S past tokens, H heads, D head
-dim (H·D = d).
+Shapes: B batch, L tokens, T query tokens, E tokens attended to without compression, S past tokens,
+H heads, D head dim (H·D = d).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from vmla_convert.layers.sdpa import attend, attend_partly, merge
 from vmla_convert.maths.masks import QueryGroup
 from vmla_convert.maths.rope3d import Rotary, rotate, rotate_
 
-# Rebuilt keys and values at a time: few enough for a CPU's cache, enough to keep a GPU busy.
+# MiB of keys and values that are rebuilt at a time: few enough for the L3 cache of a CPU, enough
+# to keep a GPU busy.
 TILE_MIB = {"cpu": 64, "cuda": 1024}
 
 Entries = tuple[Tensor, ...]
@@ -173,10 +174,12 @@ def attend_with_past(
 
 
 def head_tiles(q: Tensor, tokens: int, width: int, tile_mib: int | None) -> list[slice]:
-    """Even tiles of heads to rebuild at a time; under gradients, which keep all, one tile.
+    """Split the heads into nearly equal tiles, so that rebuilt keys and values fit in memory.
+
+    With gradients on there is one tile, because autograd keeps all rebuilt tensors anyway.
 
     Args:
-        q: Queries (B, T, H, D); their batch, dtype and device count.
+        q: Queries (B, T, H, D); only shape, dtype and device are used.
         tokens: Rebuilt tokens, S.
         width: Numbers to rebuild for each token and head.
         tile_mib: Most MiB of a tile of more than one head; None for the device's default.
@@ -184,7 +187,7 @@ def head_tiles(q: Tensor, tokens: int, width: int, tile_mib: int | None) -> list
     num_heads = q.shape[2]
     if torch.is_grad_enabled():
         return [slice(0, num_heads)]
-    # Rotation computes in float32, so narrow keys exist twice for a while.
+    # Rotation computes in float32, so 16-bit keys exist in both dtypes for a while.
     itemsize = q.dtype.itemsize if q.dtype.itemsize >= 4 else q.dtype.itemsize + 4
     head_bytes = max(1, q.shape[0] * tokens * width * itemsize)
     most = (tile_mib or TILE_MIB["cuda" if q.is_cuda else "cpu"]) * 2**20 // head_bytes

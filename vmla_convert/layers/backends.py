@@ -1,4 +1,4 @@
-"""Choose the faster of two equal backends for MLA attention: by operations, or by one timing.
+"""Choose the faster of two backends for MLA attention; both compute the same function.
 
 Operation counts decide alone where they are far apart, where there is little to compute, and in
 compiled code. A timing holds for the process: no shape is timed twice.
@@ -27,11 +27,11 @@ def faster_backend(
     materialised: Callable[[], object],
     absorbed: Callable[[], object],
 ) -> Backend:
-    """The faster backend.
+    """Return the faster backend, by counted operations or by one timing.
 
     Args:
         shape: Sizes of the attention.
-        like: The queries; their dtype and device count.
+        like: The queries; only dtype and device are used.
         materialised: Runs the materialised backend.
         absorbed: Runs the absorbed backend.
     """

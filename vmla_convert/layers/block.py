@@ -125,7 +125,8 @@ def masked_attention(rotary: Rotary, mask: AttentionMask | None) -> Attend:
         full = AttentionMetadata(rotary, rotary)
         return lambda block, x: block.self_attn(x, AttendedTokens(block.self_attn.project(x)), full)
     past = mask.visible & ~mask.dense
-    # Frames that no query attends to as its past need no decoding; the noisy half has none.
+    # Decode only frames that some query sees compressed. In a teacher-forced pass [clean | noisy]
+    # these are clean frames: no query has a noisy frame in its past.
     frames = past.any(0)
     tokens = mask.tokens_of(frames).to(rotary.table.device)
     both = torch.cat([past[:, frames], mask.dense], dim=1)

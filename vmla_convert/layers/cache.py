@@ -5,7 +5,7 @@ layers. `EntryCache` keeps entries unchanged; every pass overwrites the entries 
 `CompressedCache` keeps the past compressed; the open chunk attends to its own dense keys and
 values, and the last pass over the chunk compresses them.
 
-Shapes: B batch, L tokens, E tokens with own entries, d width of keys and of values.
+Shapes: B batch, L tokens, E tokens attended to without compression, d width of keys and of values.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vmla_convert.config import CachePolicy, RuntimeConfig
 from vmla_convert.layers.attention import AttendedTokens, AttentionMetadata, Entries, Past
-from vmla_convert.layers.codec import DecodedPast, LayerCodec
+from vmla_convert.layers.codec import ChannelPast, LayerCodec
 from vmla_convert.layers.window import FrameWindow
 from vmla_convert.maths.rates import Rate
 
@@ -122,7 +122,7 @@ class EntryCache:
         return FramePositions(window.frame_positions(list(range(window.held))))
 
     def update(self, entries: Entries, window: FrameWindow, keep: bool) -> AttendedTokens:  # noqa: ARG002
-        """Write the open chunk; the next pass over the chunk overwrites a pass not kept."""
+        """Write the open chunk on every pass, whatever `keep` says: the last pass is what stays."""
         for buffer, new in zip(self._entries, entries, strict=True):
             buffer.write(window.chunk_slots, new)
         held = (buffer.read(range(window.held)) for buffer in self._entries)
@@ -165,9 +165,9 @@ class CodecStore:
         channels = self._codec.channels(key, value, self._rate)
         self._slots.write(slots, self._codec.store(channels, self._rate))
 
-    def past(self, slots: Sequence[int]) -> DecodedPast:
+    def past(self, slots: Sequence[int]) -> ChannelPast:
         """Channels that attention decodes head by head."""
-        return DecodedPast(self._codec, self._codec.fetch(self._slots.read(slots), self._rate))
+        return ChannelPast(self._codec, self._codec.fetch(self._slots.read(slots), self._rate))
 
 
 class CompressedCache:
@@ -196,7 +196,9 @@ class CompressedCache:
         """The compressed past, and the dense keys and values of recent frames and the chunk.
 
         Raises:
-            ValueError: The chunk was kept already, over dense frames that it attends to.
+            ValueError: A pass with `keep` already ran for this chunk, and replaced recent dense
+            frames
+                that another pass would attend to.
         """
         if window.recent and self._kept == window.opened:
             raise ValueError("this chunk was kept already; open the next one")
@@ -266,5 +268,5 @@ class KVCache:
 
 
 def _entry_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """float16 for a norm in narrow models, because its error scales a whole key."""
+    """Store 1 / norm as float16 in 16-bit models: bfloat16's rounding would scale a whole key."""
     return torch.float16 if name == "norm" and dtype.itemsize < 4 else dtype

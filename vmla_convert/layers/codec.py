@@ -30,8 +30,8 @@ from vmla_convert.maths.rates import Purchases, Rate, purchases
 class LayerCodec(nn.Module):
     """Linear maps between [k; v] of one layer and R channels of mean 0 and variance 1.
 
-    `encode` (R, 2d) and `decode` (2d, R) train in recovery. `mean` (2d,), `energies` (R,), `tables`
-    and `distortions` come from calibration and stay float32.
+    `encode` (R, 2d) and `decode` (2d, R) are trained in recovery, the short fine-tune. `mean`
+    (2d,), `energies` (R,), `tables` and `distortions` come from calibration and stay float32.
 
     Attributes:
         rate: Channels that a masked pass stores, and their bits; a cache may have another rate.
@@ -53,7 +53,7 @@ class LayerCodec(nn.Module):
         self.rate = Rate((WHOLE_BITS,) * rank, quantised=False)
 
     def purchases(self) -> Purchases:
-        """The bits that this layer can buy, for `rates.allocate`."""
+        """The channels and bits that could be added, with their gains, for `rates.allocate`."""
         return purchases(self.energies.cpu(), self.distortions.cpu())
 
     def channels(self, key: Tensor, value: Tensor, rate: Rate) -> Tensor:
@@ -77,15 +77,15 @@ class LayerCodec(nn.Module):
         codes = unpack(stored, rate.widths)
         return dequantise(codes, self.tables, rate.widths, self.decode.dtype)
 
-    def past(self, key: Tensor, value: Tensor) -> DecodedPast:
-        """The past that tokens become at `rate`; gradients pass straight through the rounding."""
+    def past(self, key: Tensor, value: Tensor) -> ChannelPast:
+        """The tokens as a past stored at `rate`; gradients pass straight through the rounding."""
         channels = self.channels(key, value, self.rate)
         if self.rate.quantised:
             with torch.no_grad():
                 codes = quantise(channels, self.tables, self.rate.widths)
                 rounded = dequantise(codes, self.tables, self.rate.widths, channels.dtype)
             channels = channels + (rounded - channels).detach()
-        return DecodedPast(self, channels.to(self.decode.dtype))
+        return ChannelPast(self, channels.to(self.decode.dtype))
 
     def decode_heads(self, channels: Tensor, heads: slice) -> Entries:
         """Unrotated keys and values (B, S, heads, D) of some heads from channels (B, S, r)."""
@@ -100,7 +100,7 @@ class LayerCodec(nn.Module):
         return part(slice(start, stop)), part(slice(self.dim + start, self.dim + stop))
 
 
-class DecodedPast(NamedTuple):
+class ChannelPast(NamedTuple):
     """Past tokens as channels (B, S, r), which attention decodes some heads at a time."""
 
     codec: LayerCodec

@@ -90,7 +90,7 @@ class LatentSelfAttention(nn.Module):
     def attend_latents(
         self, q: Tensor, attended: AttendedTokens, metadata: AttentionMetadata
     ) -> Tensor:
-        """What normed, unrotated queries gather, both (B, T, H, D), by the runtime's backend."""
+        """Attention output (B, T, H, D) of normed, unrotated queries, by the runtime's backend."""
         backend = metadata.runtime.backend
         if backend == "auto":
             backend = self.faster_backend(q, attended, metadata)

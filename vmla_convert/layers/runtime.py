@@ -18,14 +18,14 @@ from vmla_convert.maths.rates import Rate
 
 
 def check_size(config: ModelConfig, size: Sizes, quantised: bool = True) -> int:
-    """Bytes of a token in all layers of a codec together.
+    """Check a codec's size, and return the bytes of a token in all layers together.
 
     Raises:
         ConfigError: The size is below one channel of each layer, or above what the codec holds.
     """
     assert config.codec is not None
     asked, layers = size.token_bytes(config.geometry), config.geometry.num_layers
-    # A cut of 0.95 of 640 bytes is 32 bytes, in spite of floating point.
+    # Cutting 640 bytes by 0.95 must leave 32 bytes, in spite of floating-point rounding.
     total = int(asked * layers + 1e-6)
     least = 1 if quantised else DENSE_ITEMSIZE
     most = config.codec.rank * DENSE_ITEMSIZE
@@ -61,7 +61,7 @@ def check_runtime(config: ModelConfig, runtime: RuntimeConfig) -> None:
         )
     if runtime.cache_dtype in DENSE_BITS and not config.is_dense:
         raise ConfigError(
-            f"cache_dtype {runtime.cache_dtype} quantises dense caches, and this model's is not",
+            f"cache_dtype {runtime.cache_dtype} is for dense models, and this model is converted",
             "use --bytes-per-token for a codec; MLA latents are not quantised",
         )
 

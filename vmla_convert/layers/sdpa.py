@@ -113,7 +113,7 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     if q.device.type == "cpu":
         return operators._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
     if q.is_cuda and _has_flash(q):
-        # The kernel loads rows in steps of 16 bytes, and a slice of a latent may start between.
+        # The kernel loads rows in steps of 16 bytes, and a slice may start between two steps.
         q, k, v = (x.contiguous() for x in (q, k, v))
         return operators._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
     if q.is_cuda and q.dtype.itemsize <= 4:

@@ -7,16 +7,16 @@ from pathlib import Path
 from vmla_convert.checkpoint.families import OpenCheckpoint
 from vmla_convert.checkpoint.geometry import block_of
 from vmla_convert.checkpoint.layouts import DIFFUSERS, NATIVE, WAN, Layout
-from vmla_convert.checkpoint.output import refuse_taken
 from vmla_convert.checkpoint.torch_pickle import STATE_KEYS
 from vmla_convert.checkpoint.writer import CheckpointWriter, write_pickle
 from vmla_convert.errors import ConfigError, did_you_mean
 from vmla_convert.loading.load import Source, check_whole, open_named, read_provenance
 from vmla_convert.loading.metadata_files import Files, converted_files, dense_files, parts_to_copy
 from vmla_convert.progress import Progress, Silent
+from vmla_convert.storage.output import refuse_taken
 
 SELF_FORCING = "self_forcing"
-LAYOUTS = ("native", "diffusers", SELF_FORCING)
+EXPORT_LAYOUTS = ("native", "diffusers", SELF_FORCING)
 """Names for `--layout`."""
 
 # Other families use Wan's own layout.
@@ -81,8 +81,8 @@ def export(
 
 
 def _check_options(layout: str, key: str | None) -> None:
-    if layout not in LAYOUTS:
-        raise ConfigError(f"unknown layout '{layout}'", did_you_mean(layout, LAYOUTS))
+    if layout not in EXPORT_LAYOUTS:
+        raise ConfigError(f"unknown layout '{layout}'", did_you_mean(layout, EXPORT_LAYOUTS))
     if key is not None and layout != SELF_FORCING:
         raise ConfigError(
             f"layout '{layout}' has no state dicts to choose a key for",

@@ -174,7 +174,7 @@ def _file_of(how: SourceConfig) -> str | None:
 
 
 def _known(how: SourceConfig) -> SourceConfig:
-    """The settings with the base model and known model of a dense checkpoint's repository."""
+    """The settings of a Hub checkpoint, with `base_model` and `model` filled in from its id."""
     base = {"base_model": how.checkpoint.partition("@")[0]}
     model = how.model or known_by_repo(how.checkpoint, how.file)
     return replace(how, model=model, overrides=base | how.overrides)
@@ -223,11 +223,12 @@ def load(
         device: Device of the weights.
         dtype: Dtype of the weights; a codec's means and tables stay float32.
         bytes_per_token: Size of a codec's cache, in bytes per token and layer.
-        cut: Size of a codec's cache, as the share of the dense cache to save.
+        cut: Size of a codec's cache, as the share of the dense cache to remove: 0.95 leaves 5 %.
         base_model: Base model of a codec; by default the one that the codec names.
 
     Raises:
-        CheckpointError: The source is not a known checkpoint, or a codec without its base model.
+        CheckpointError: The source is not a known checkpoint, or the base model of a codec is not
+            found.
         ConfigError: The model cannot have the size.
     """
     how = _settled(source)

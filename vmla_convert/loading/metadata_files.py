@@ -143,7 +143,7 @@ def _wan_transformer_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _settings(config: ModelConfig) -> dict[str, Any]:
-    """The settings that no tensor tells."""
+    """The settings that names and shapes of tensors do not show."""
     settings = to_dict(config)
     del settings["geometry"], settings["family"]
     return settings

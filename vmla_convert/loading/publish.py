@@ -180,7 +180,7 @@ def _without_origin(table: dict[str, Any]) -> dict[str, Any]:
 
 def _stripper(name: PurePosixPath) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
     """The function that removes local folders from a JSON table; None where there are none."""
-    if name.parts[0] in PARTS:  # other tables may hold paths: a tokenizer's words look like some
+    if name.parts[0] in PARTS:  # leave vocabularies alone: a token may look like a path
         return _without_origin if name.name in ("config.json", "tokenizer_config.json") else None
     return without_folders if name.name in BESIDE else None
 

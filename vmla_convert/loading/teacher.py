@@ -107,15 +107,15 @@ def check_same(checkpoint: SourceConfig, teacher: SourceConfig) -> None:
 def sources_to_compare(first: SourceConfig, other: str) -> list[SourceConfig]:
     """Two checkpoints with the options that fit each of them.
 
-    LoRAs and settings of cache and sampler go to both. File, key, known model and further settings
-    go to the first checkpoint that is no conversion, and the base model to conversions.
+    LoRAs and settings of cache and sampler apply to both. `file`, `key`, `model` and all further
+    settings apply to the first dense checkpoint. `base_model` applies to conversions only.
 
     Args:
         first: The first checkpoint with all options.
         other: Name of the second one.
     """
     names = [first.checkpoint, other]
-    # Whether a name means a conversion may need a listing of a repository.
+    # `is_conversion` may list a Hub repository; skip it where there are no options to assign.
     plain = first == SourceConfig(first.checkpoint)
     converted = [not plain and is_conversion(name) for name in names]
     owner = converted.index(False) if False in converted else 0

@@ -57,7 +57,7 @@ def compare(
     scored = models if dense.config.media == "demo" else {}
     for name, model in scored.items():
         rows += rollout_rows(clips[name], prompts, model.config, config.seed)
-    # Files come last: a restarted recipe takes them as a sign that the scores are written.
+    # Write files last: a resumed recipe takes existing files as a sign that scores are written.
     shown = {name: video[: config.shown] for name, video in clips.items()}
     write_comparison(path, shown, prompts[: config.shown], media)
     return rows

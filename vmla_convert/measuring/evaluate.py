@@ -129,7 +129,10 @@ class HeldOut:
         return self._errors(self.targets)
 
     def measure_other_past(self, teacher: CausalWanModel) -> Errors:
-        """Measure the dense model on each clip with another clip's past: the worth of the cache."""
+        """Measure the dense model on each clip with the past of another clip.
+
+        The loss above that with the own past shows how much the model uses its cache.
+        """
         pasts = torch.cat([example.latents.chunk(2, dim=1)[0] for example in self.examples])
         others = pasts.roll(1, dims=0).split([len(e.latents) for e in self.examples])
         swapped = [_with_past(e, past) for e, past in zip(self.examples, others, strict=True)]
@@ -194,7 +197,7 @@ def spectrum_rows(
     Args:
         teacher: The dense model.
         measured: Statistics of every layer, in order, for either product.
-        rank: A rank to give the energy at, beside others that draw the spectrum.
+        rank: A rank to report the energy at, besides the ranks that a plot of the spectrum needs.
     """
     read = teacher.state_dict().__getitem__
     rows: list[Row] = []
@@ -232,7 +235,7 @@ def learned_spectrum_rows(model: CausalWanModel, step: int, seed: int = 0) -> li
 
 
 def _energy_rows(spectra: dict[str, Tensor], layer: int, ranks: set[int]) -> list[Row]:
-    """Rows of one layer's spectra, by name of the run."""
+    """Rows of one layer's spectra; a name, such as `weights`, becomes the `run` of its rows."""
     rows: list[Row] = []
     for run, energies in spectra.items():
         rank_99 = effective_rank(energies)

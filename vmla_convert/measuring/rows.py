@@ -104,7 +104,7 @@ def cache_rows(
 ) -> list[Row]:
     """Rows of the cache's bytes per token; a number that is not quantised counts two bytes.
 
-    Frames that are kept dense too are spread over the window.
+    Bytes of recent frames that are kept dense too are averaged over the tokens of the window.
     """
     fields = row_fields(config, seed, runtime)
     window, layers = config.cache.window_frames, config.geometry.num_layers

@@ -22,14 +22,14 @@ def step_rows(
     runtime: RuntimeConfig | None = None,
     repeats: int = REPEATS,
 ) -> list[Row]:
-    """Rows of one denoising step of one clip at a full window: medians of repeats in turns.
+    """Rows of the time of one denoising step of one clip at a full window: medians of repeats.
 
-    Only the ratio is reliable, as both models are timed side by side: machines are shared and slow
-    down when warm.
+    The models take turns. Seconds change with the load and the heat of a machine, so only the ratio
+    is reliable.
 
     Args:
         dense: The dense model.
-        converted: Another model of the same sizes.
+        converted: Another model of the same geometry.
         runtime: Size, dtype and backend of the cache of `converted`.
         repeats: Timed steps of each model.
     """

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 
 from vmla_convert.checkpoint.families import OpenCheckpoint
-from vmla_convert.checkpoint.output import refuse_taken
 from vmla_convert.checkpoint.source import TensorSpec
 from vmla_convert.config import (
     DENSE_ITEMSIZE,
@@ -36,12 +35,15 @@ from vmla_convert.media.clips import open_clips, source_kind
 from vmla_convert.media.open import open_media
 from vmla_convert.recovery.stages import later_steps, stage_steps
 from vmla_convert.recovery.trained import check_adapters
+from vmla_convert.storage.output import refuse_taken
 from vmla_convert.training.loop import check_tracker
 from vmla_convert.training.processes import check_shares, processes
 
 
 class Pair(NamedTuple):
-    """A conversion, opened together with its base model if it is a codec, and its dense model.
+    """The opened conversion, and the opened dense model that it is trained against.
+
+    A codec is opened together with its base model.
 
     `provenance` is the record of the conversion.
     """

@@ -55,7 +55,8 @@ class Sample(NamedTuple):
 class DistributionMatching:
     """Examples, loss and critic of the stage.
 
-    A step is a function of its number, the student, the critic and the critic's optimiser.
+    A step depends only on its number, the student, the critic and the critic's optimiser, so a run
+    that restores these resumes exactly.
     Processes share a batch and hold equal critics.
 
     Clips give the prompts and the length of rollouts. `share` is this process's part of a batch.
@@ -158,7 +159,7 @@ class DistributionMatching:
 
 
 def matching_gradient(clean: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-    """Gradient of the distribution distance by clean samples (B, F, C, height, width).
+    """Gradient of the distribution distance with respect to clean samples (B, F, C, height, width).
 
     `real` and `fake` are the predictions of the samples, under noise, by dense model and critic.
     The gradient is fake − real, divided by each clip's mean distance to `real`, so that clips under
@@ -170,14 +171,14 @@ def matching_gradient(clean: Tensor, real: Tensor, fake: Tensor) -> Tensor:
 
 
 def moved_velocity(velocity: Tensor, gradient: Tensor, sigma: Tensor) -> Tensor:
-    """The velocity, at states of levels sigma > 0, whose clean latents lie a gradient step on."""
+    """The velocity whose predicted clean latents are moved by −gradient; sigma must be above 0."""
     return velocity + gradient / per_frame(sigma)
 
 
 def sample_distance(velocity: Tensor, target: Tensor, sigma: Tensor) -> Tensor:
     """Half the mean squared distance of the clean latents that two velocities point to.
 
-    With a target of `moved_velocity`, the derivative by these latents is the gradient that moved
-    the target, divided by the number of elements.
+    If `moved_velocity` made the target from a gradient, the derivative of this loss with respect to
+    the clean latents is that gradient, divided by the number of elements.
     """
     return 0.5 * (per_frame(sigma) * (velocity - target)).square().mean()

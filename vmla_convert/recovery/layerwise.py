@@ -17,7 +17,6 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from vmla_convert.checkpoint.tensor_store import FolderStore, MemoryStore, TensorStore
 from vmla_convert.config import RecoverConfig
 from vmla_convert.fitting.calibrate import ReadBlock
 from vmla_convert.fitting.calibration_clips import clips_at_once
@@ -28,6 +27,7 @@ from vmla_convert.media.clips import Batch, ClipSource, open_clips, seeded
 from vmla_convert.progress import Progress
 from vmla_convert.recovery.nested import NestedSizes
 from vmla_convert.recovery.trained import new_parameters
+from vmla_convert.storage.tensor_store import FolderStore, MemoryStore, TensorStore
 from vmla_convert.training.loop import learning_rate_factor
 from vmla_convert.training.losses import make_example, teacher_forcing_inputs
 from vmla_convert.training.processes import Share, own_share
@@ -35,7 +35,8 @@ from vmla_convert.training.weights import place
 
 LAYERWISE = "layer by layer"
 CLIPS, HELD_CLIPS, LEAST_CLIPS = 36, 12, 2
-# Tokens of all clips: a layer's input, its output and the block's output have one row each.
+# Most tokens of all clips together, to bound memory: a layer's input, its output and the block's
+# output have one row per token.
 TOKENS = 2**18
 # Clips per held-out figure; the figures are averaged.
 HELD_TOGETHER = 8

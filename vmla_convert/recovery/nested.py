@@ -19,7 +19,7 @@ class NestedSizes:
 
     Args:
         student: The model, at the size that it is measured at.
-        nested: Sizes as shares of the dense cache to save.
+        nested: Sizes as shares of the dense cache to remove: 0.95 leaves 5 %.
         seed: Seed of the draws.
     """
 

@@ -125,7 +125,7 @@ class _Run:
 
     Attributes:
         asked: Settings as given.
-        config: Settings with clips as a folder of latents, once these are made.
+        config: The same settings; once clips are made, their source is the folder of latents.
     """
 
     def __init__(

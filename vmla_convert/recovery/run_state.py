@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from vmla_convert.checkpoint.output import partial_folder
 from vmla_convert.errors import OutputError
 from vmla_convert.recovery.stages import Folders
 from vmla_convert.results import Row, read_rows
+from vmla_convert.storage.output import partial_folder
 from vmla_convert.tables import first_difference
 
 _SETTINGS, _CURVE = "settings.json", "curve.jsonl"
@@ -24,7 +24,7 @@ def is_begun(out: Path) -> bool:
 
 
 def claim_state(state: Path, settings: dict[str, Any], write: bool) -> None:
-    """Take a new state folder, or one of the same JSON-able settings; `write` them down.
+    """Check that a state folder is new or belongs to equal settings; with `write`, store them.
 
     Raises:
         OutputError: The folder belongs to a run of other settings.

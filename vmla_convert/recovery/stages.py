@@ -176,7 +176,10 @@ class _Recovery:
         rate: float | None,
         extra_state: Sequence[Stateful] = (),
     ) -> None:
-        """Run one of the later stages; its last reported step has the errors of the best step."""
+        """Run one of the later stages.
+
+        The errors reported at its last step are those of the weights that are kept, the best ones.
+        """
         steps, offset = stage_steps(self.config)[stage], self.steps_done
         config = replace(self.config.training, steps=steps, lr=rate)
         folders, measured = self.folders, dict[int, Errors]()

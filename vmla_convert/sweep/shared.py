@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from vmla_convert.checkpoint.tensor_store import TensorStore
 from vmla_convert.config import ConvertConfig, Product
 from vmla_convert.fitting.calibrate import Statistics, calibrate, model_blocks
 from vmla_convert.fitting.codec import fit_model
@@ -12,6 +11,7 @@ from vmla_convert.fitting.mla import convert_model
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.media.clips import open_clips
 from vmla_convert.progress import Progress
+from vmla_convert.storage.tensor_store import TensorStore
 
 
 class Shared:

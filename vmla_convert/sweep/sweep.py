@@ -16,7 +16,6 @@ from time import perf_counter
 
 from torch import Tensor
 
-from vmla_convert.checkpoint.tensor_store import FolderStore
 from vmla_convert.config import (
     ConvertConfig,
     EvaluateConfig,
@@ -47,6 +46,7 @@ from vmla_convert.results import (
     read_rows,
     write_rows,
 )
+from vmla_convert.storage.tensor_store import FolderStore
 from vmla_convert.sweep.failures import FAILURES, is_full_disk, stopping_failures
 from vmla_convert.sweep.grid import SweepPoint, digest, sweep_points
 from vmla_convert.sweep.point import Bench, labelled, measure_point, roll_out, score

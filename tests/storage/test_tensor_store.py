@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from vmla_convert.checkpoint.tensor_store import FolderStore, MemoryStore, TensorStore
 from vmla_convert.errors import OutputError
+from vmla_convert.storage.tensor_store import FolderStore, MemoryStore, TensorStore
 
 ONE = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(1, dtype=torch.float64)}
 OTHER = {"a": torch.zeros(2, dtype=torch.bfloat16)}

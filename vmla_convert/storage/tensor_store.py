@@ -13,8 +13,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vmla_convert.checkpoint.output import IDENTITY_NAME, rename_synced, reported, write_whole
 from vmla_convert.errors import OutputError
+from vmla_convert.storage.output import IDENTITY_NAME, rename_synced, reported, write_whole
 from vmla_convert.tables import first_difference
 
 Tensors = dict[str, Tensor]

@@ -1,0 +1,1 @@
+"""Outputs that appear whole or not at all, and tensors that a resumed run finds again."""
