@@ -243,7 +243,7 @@ def test_other_settings_are_not_resumed_with(
     before = digests(tmp_path)
     with pytest.raises(OutputError, match=word) as caught:
         convert(deep, tmp_path / "out", other, resume=True)
-    assert str(tmp_path / "out.partial") in caught.value.hint
+    assert str(tmp_path / "out.partial") in caught.value.message
     assert digests(tmp_path) == before
 
 
