@@ -6,6 +6,7 @@ Errors are those on held-out clips, streamed through the cache, without training
 
 * `velocity_error` and `flow_loss_above_dense` of the codec at each size, of the codec without
   quantisation (`cache_dtype` = `model`), and of the dense cache in int8, int4, int3 and int2;
+* the same two of a codec that was fitted without calibration (`init` = `assumed`);
 * `bytes_ratio_at_error`: bytes of a quantised dense cache over bytes of the codec at the same
   velocity error, found by bisection;
 * `nested_difference`: the largest relative difference in velocity error between one codec at
@@ -53,6 +54,7 @@ from vmla_convert.training.losses import flow_matching, make_example
 SIZES = (6.0, 8.0, 10.0, 12.0, 16.3, 20.0, 24.0, 31.5, 40.0, 51.2, 64.0)
 UNQUANTISED_CUTS = (0.96, 0.92, 0.85)
 NESTED_RANKS = (4, 8, 12, 16, 24, 32, 48, 64)
+ASSUMED_SIZES = (16.3, 31.5, 64.0)
 BISECTIONS = 9
 RATIO_DTYPES = ("int4", "int3", "int2")
 LORA_SIZES = (16.3, 31.5)
@@ -81,6 +83,7 @@ def main(
         held_out = HeldOut(teacher, evaluate, streamed=True)
         rows = size_rows(model, held_out, progress)
         rows += dense_rows(teacher, held_out, progress)
+        rows += assumed_rows(teacher, config, held_out)
         rows += ratio_rows(model, held_out, rows, progress)
         rows.append(nested_row(teacher, model, config, held_out, progress))
         append_rows(rows_file, rows)  # what follows takes minutes
@@ -122,6 +125,13 @@ def dense_rows(teacher: CausalWanModel, held_out: HeldOut, progress: Progress) -
     runtimes = [RuntimeConfig(cache_dtype=dtype) for dtype in ("int8", "int4", "int3", "int2")]
     tracked = progress.track(runtimes, "dense cache quantised")
     return [row for runtime in tracked for row in error_rows(teacher, held_out, runtime)]
+
+
+def assumed_rows(teacher: CausalWanModel, config: ConvertConfig, held_out: HeldOut) -> list[Row]:
+    """Errors of a codec that was fitted to the weights alone."""
+    model = fit_model(teacher, replace(config, calibrate=False))
+    runtimes = [RuntimeConfig(Sizes(bytes_per_token=size)) for size in ASSUMED_SIZES]
+    return [row for runtime in runtimes for row in error_rows(model, held_out, runtime)]
 
 
 def error_rows(model: CausalWanModel, held_out: HeldOut, runtime: RuntimeConfig) -> list[Row]:

@@ -96,6 +96,11 @@ def sizes() -> str:
     return error_table(codec_rows())
 
 
+def uncalibrated() -> str:
+    """The codec fitted without clips."""
+    return error_table([r for r in rows_of("codec") if r.init == "assumed"])
+
+
 def unquantised() -> str:
     """The codec with channels in the model's dtype."""
     return error_table([r for r in rows_of("codec") if r.cache_dtype == "model"])
@@ -207,6 +212,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         short,
         sizes,
         unquantised,
+        uncalibrated,
         quantised_dense,
         equal_error,
         nested,
@@ -267,7 +273,8 @@ def rows_of(name: str) -> list[Row]:
 
 def codec_rows() -> list[Row]:
     """Errors of the quantised codec on the clips that it was fitted for, by size."""
-    return [r for r in rows_of("codec") if r.cache_dtype == "auto" and r.note is None]
+    rows = [r for r in rows_of("codec") if r.cache_dtype == "auto" and r.note is None]
+    return [r for r in rows if r.init == "calibrated"]
 
 
 def dense_rows() -> list[Row]:
@@ -302,6 +309,8 @@ def named(row: Row) -> str:
     """What a row's cache is called in tables."""
     if row.product == "mla":
         return "MLA, the paper's init" if row.init == "spectral" else f"MLA, {row.init} init"
+    if row.init == "assumed":
+        return "codec, without calibration"
     if row.product == "codec":
         return "**codec**" if row.cache_dtype == "auto" else "codec, unquantised"
     return f"dense, quantised to {row.cache_dtype}"
@@ -319,7 +328,8 @@ def times(ratio: float) -> str:
 
 def percent(share: float) -> str:
     """A share of the dense model's loss, with its sign."""
-    return f"{100 * share:+#.2g}".rstrip(".") + " %"
+    value = 100 * share
+    return (f"{value:+.0f}" if abs(value) >= 100 else f"{value:+#.2g}".rstrip(".")) + " %"
 
 
 # The picture

@@ -253,7 +253,9 @@ def test_convert_inspect_generate_and_eval_work_one_after_the_other(
     planned = json.loads(vmla(*words, "--dry-run").out)
     assert not list(tmp_path.iterdir())
     assert vmla(*words).code == 0
-    assert planned["files"] == {CODEC: (kv / CODEC).stat().st_size}
+    (planned_bytes,) = planned["files"].values()
+    header = (kv / CODEC).stat().st_size - planned_bytes
+    assert 0 < header < 4096
     assert planned["cache_bytes_per_token"] == pytest.approx(9.6)
     inspected = json.loads(vmla("inspect", kv, "--json").out)
     assert inspected["converted"] == inspected["model"]

@@ -181,6 +181,7 @@ def test_a_whole_checkpoint_trains_the_attention_too(
     assert not changed & set(base_tensors(LAYERS))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_layerwise_clips")
 def test_the_command_recovers_a_codec_again(pair: Pair, tmp_path: Path, vmla: Vmla) -> None:
     words = (

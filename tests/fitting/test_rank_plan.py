@@ -191,6 +191,7 @@ def test_a_replayed_plan_gives_the_same_bytes(
     assert read_plan(tmp_path / "b") == plan
 
 
+@pytest.mark.slow
 def test_the_command_replays_a_plan(teacher: Path, tmp_path: Path, vmla: Vmla) -> None:
     clips = ("--preset", "videomla", "--set", "convert.calibration_clips=1", "--json")
     ours = ("--set", "convert.init=calibrated", *clips)

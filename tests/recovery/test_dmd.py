@@ -230,6 +230,7 @@ def test_it_is_the_last_stage_and_ends_no_worse(
     assert left <= min(start, *(curve[step] for step in range(2, 6)))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_one_that_never_stopped(
     student: CausalWanModel, dense: CausalWanModel, tmp_path: Path
 ) -> None:
