@@ -17,11 +17,11 @@ from vmla_convert.errors import VmlaError, did_you_mean
 
 ROWS_NAME = "rows.jsonl"
 RECIPE_NAME = "recipe.json"
-"""The settings of a run, beside its rows."""
+"""File with the settings of a run, beside the rows."""
 
 
 class Metric(StrEnum):
-    """Name of a measured figure, as rows hold it. The unit stands in the row."""
+    """Names of measured figures in rows. The row holds the unit."""
 
     # Held-out errors, against the dense model or the data
     VELOCITY_ERROR = "velocity_error"
@@ -82,13 +82,13 @@ class Row:
     Attributes:
         point: Key of a sweep's point: its settings but the seed.
         product: `codec` or `mla`.
-        bytes_per_token: Bytes of the cache per token and layer, averaged over layers; a number that
-            is not quantised counts two.
+        bytes_per_token: Bytes of the cache per token and layer, averaged over layers, two per
+            unquantised number.
         recovery_steps: Steps of distillation that were asked for; None where none were.
         pair: RoPE pair of a head, in Wan's order time, height, width.
         batch: Clips at once.
         clip_seconds: Length of a clip.
-        note: What no other field says: why a point failed, which axis a pair turns with.
+        note: Text for which there is no field: why a point failed, the axis of a RoPE pair.
     """
 
     metric: Metric
@@ -124,9 +124,9 @@ class Row:
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Append rows to a JSONL file, making it and its folder when needed.
+    """Append rows to a JSONL file, creating the file and the folder when needed.
 
-    In one piece: other processes may append to the same file.
+    All rows go in one write, since other processes may append to the same file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab", buffering=0) as file:
@@ -148,7 +148,7 @@ def count_failures(path: Path) -> int:
 
 
 def drop_torn_line(path: Path) -> None:
-    """Cut off a last line that was not written to its end, as a kill may leave it."""
+    """Remove a last line without its line end, which a killed process may leave."""
     if path.is_file() and (data := path.read_bytes()) and not data.endswith(b"\n"):
         os.truncate(path, data.rfind(b"\n") + 1)
 

@@ -45,10 +45,11 @@ from vmla_convert.errors import MissingExtraError, VmlaError
 from vmla_convert.report.answer import answer_reasons, answer_sentence, recommend
 from vmla_convert.report.charts import draw_charts, spectra_notes
 from vmla_convert.report.plots import Chart, Line, chart_csv, draw_chart, spread_apart
-from vmla_convert.report.report import decisive_table, write_report
+from vmla_convert.report.report import write_report
 from vmla_convert.report.sections import PLOTS
 from vmla_convert.report.settings import Setting, read_dense, read_settings
 from vmla_convert.report.tables import (
+    decisive_table,
     equal_errors,
     failed_table,
     memory_table,

@@ -24,7 +24,8 @@ class CachePolicy:
         frame_positions: `relative` numbers the kept frames 0, 1, 2, … with the sink first, so that
             long rollouts stay within the positions of training; `absolute` keeps each frame's own
             index.
-        dense_recent_frames: Newest past frames that a codec's cache keeps dense too.
+        dense_recent_frames: Newest past frames whose dense keys and values a codec's cache keeps
+            as well.
     """
 
     window_frames: int
@@ -44,7 +45,7 @@ class CachePolicy:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """How a model runs. Results differ by rounding, or by what a smaller cache loses.
+    """How a model runs. Results differ by rounding, or by the error of a smaller cache.
 
     Attributes:
         size: Size of a codec's cache; None for the codec's own default.

@@ -21,8 +21,8 @@ class ConvertConfig:
         product: `codec` makes a cache codec beside the dense model; `mla` makes a model with MLA
             layers.
         size: Default size of a codec's cache, which can run at any smaller size too; or size of
-            the MLA layers, where the init `calibrated` divides a budget among layers by predicted
-            error. None for a 20th of the dense cache, and for the paper's size for MLA.
+            the MLA layers. The init `calibrated` divides a budget among MLA layers by predicted
+            error. None gives codecs a 20th of the dense cache, and MLA layers the paper's size.
         channels: Channels per layer in a codec's file, which bound its largest size. None for a
             sixth of the model's width, at least 256, at most the width.
         init: Init of MLA layers, one of `vmla_convert.maths.factor.INITS`.

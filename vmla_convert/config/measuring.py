@@ -64,17 +64,18 @@ class SweepConfig:
         mla_sizes: Sizes of MLA layers.
         unquantised: Measure codecs at every size with unquantised channels too.
         dense_dtypes: Dtypes of quantised dense caches that are measured beside the conversions.
-        inits: Inits of MLA layers, of `vmla_convert.maths.factor.INITS`.
+        inits: Inits of MLA layers, names in `vmla_convert.maths.factor.INITS`.
         latents: Latents of MLA layers, as in `MLAConfig`.
         seeds: Seeds of conversion and recovery.
         recover: Recover every point; False measures conversions only.
-        recovery_steps: Lengths of the distillation, each a point; empty for the one length of the
-            recover stage.
+        recovery_steps: Steps of distillation; each length is a point. Empty takes the one length of
+            the recover stage.
         timed: Time a denoising step at a full window, beside the dense model.
         rollout_frames: Latent frames of each point's rollout, which is scored segment by segment
             beside the dense model's; 0 for no rollout.
         rollout_prompts: Prompts of the rollout, one clip each.
-        alone: [convert] and [recover] only hold what the points share, and do not run themselves.
+        alone: Run no convert and recover stages: [convert] and [recover] hold only settings that
+            the points share.
     """
 
     products: tuple[Product, ...] = ("codec",)

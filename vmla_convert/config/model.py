@@ -46,8 +46,8 @@ class MediaConfig:
     """Wan's text encoder and VAE; the demo world needs neither.
 
     Attributes:
-        base: A folder or Hub id in diffusers' layout. None takes what lies beside the checkpoint,
-            else what is known of the model.
+        base: A folder or Hub id in diffusers' layout. None takes the files beside the checkpoint,
+            else the known base of the model.
         vae_tiling: Decode and encode frames in overlapping tiles, in less memory.
         cpu_offload: Keep both in host memory, and on the device only while they work.
     """
@@ -69,8 +69,8 @@ class MLAConfig:
         latent: `joint` latents serve keys and values; `split` latents have a part for each.
         key_ranks: Width of the key's part of a split latent, per layer; empty for joint latents.
         phases: For each layer and head, the angle and length of the constant that stands for each
-            RoPE pair's rotation in the content key; empty when nothing is folded. They belong to
-            the window, the sink and the grid that were measured.
+            RoPE pair's rotation in the content key; empty when nothing is folded. The phases
+            are valid for the measured window, sink and frame size only.
     """
 
     kv_lora_rank: tuple[int, ...]
@@ -107,7 +107,7 @@ class CodecConfig:
     Attributes:
         rank: Channels per layer in the file, which bound the largest size.
         size: Default size of the cache.
-        calibrated: Whether the codec was fitted to activations; else white inputs were assumed.
+        calibrated: Whether the codec was fitted to activations; False assumed white inputs.
     """
 
     rank: int
@@ -203,11 +203,7 @@ class ModelConfig:
         return self.mla is None and self.codec is None
 
     def cache_bytes_per_token(self, runtime: RuntimeConfig | None = None) -> float:
-        """Bytes cached per token and layer, averaged over layers, two for a number that is whole.
-
-        Args:
-            runtime: Size and dtype of the cache.
-        """
+        """Bytes cached per token and layer, averaged over layers; unquantised numbers count two."""
         runtime, geometry = runtime or RuntimeConfig(), self.geometry
         if self.codec is not None:
             return (runtime.size or self.codec.size).token_bytes(geometry)
@@ -217,24 +213,18 @@ class ModelConfig:
         bits = DENSE_BITS.get(runtime.cache_dtype)
         if bits is None:
             return float(geometry.dense_token_bytes)
-        # A least value and a step, both float16: for each key channel of a chunk, and for each head
-        # of a token's value.
+        # Each key channel of a chunk and each value head of a token stores a least value and a
+        # step, both float16.
         grids = 4 * geometry.dim / (self.chunk_frames * self.tokens_per_frame)
         codes = 2 * -(-geometry.dim * bits // 8)
         return codes + grids + 4 * geometry.num_heads
 
     def cache_cut(self, runtime: RuntimeConfig | None = None) -> float:
-        """Share of the dense cache that is gone: 1 − converted / dense."""
+        """Share of the dense cache that the conversion saves: 1 − converted / dense."""
         return 1.0 - self.cache_bytes_per_token(runtime) / self.geometry.dense_token_bytes
 
     def cache_bytes(self, frames: int, batch: int = 1, runtime: RuntimeConfig | None = None) -> int:
-        """Bytes of the whole cache when it holds `frames` frames, two for a number that is whole.
-
-        Args:
-            frames: The window's, or fewer.
-            batch: B.
-            runtime: Size and dtype of the cache.
-        """
+        """Bytes of the whole cache that holds `frames` frames; unquantised numbers count two."""
         tokens = batch * self.tokens_per_frame * self.geometry.num_layers
         held = frames * self.cache_bytes_per_token(runtime)
         if self.codec is not None:

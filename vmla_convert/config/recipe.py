@@ -33,7 +33,7 @@ class Recipe:
     Attributes:
         recipe: Name and description.
         source: The dense checkpoint.
-        model: Values for settings that tensors do not tell, such as `cache.window_frames`; they
+        model: Values for settings that tensors do not contain, such as `cache.window_frames`; they
             replace `SourceConfig.overrides`.
         runtime: How the converted model runs when it generates.
         media: Text encoder and VAE.
@@ -61,8 +61,8 @@ class Recipe:
     def stages(self) -> list[str]:
         """Names of the stages that will run, in order.
 
-        Beside a sweep without [convert], [recover] only says how the points are recovered; with
-        `sweep.alone` both tables only hold what the points share.
+        In a sweep without [convert], [recover] is a setting of the points, not a stage. With
+        `sweep.alone` neither [convert] nor [recover] is a stage.
         """
         shared = set[str]()
         if self.sweep is not None and (self.convert is None or self.sweep.alone):

@@ -50,7 +50,7 @@ class Sizes:
     Attributes:
         bytes_per_token: Bytes per token and layer, averaged over layers.
         cut: Share of the dense cache's bytes to save.
-        rank: Unquantised numbers per token and layer that take as many bytes.
+        rank: Number of unquantised values per token and layer that take the same bytes.
         kv_lora_rank: Width of the content latent of every layer.
         qk_rope_head_dim: Width of the shared rope key of every layer, even.
         plan: Sizes layer by layer.
@@ -109,13 +109,13 @@ class Sizes:
 
     @staticmethod
     def default_codec(channels: int, geometry: Geometry) -> Sizes:
-        """Size of a codec's cache where none is given: a 20th of the dense cache."""
+        """Default size of a codec's cache: a 20th of the dense cache."""
         size, most = Sizes(cut=0.95), Sizes(rank=channels)
         return min(most, size, key=lambda each: each.token_bytes(geometry))
 
     @staticmethod
     def default_mla(geometry: Geometry) -> Sizes:
-        """Size of MLA layers where none is given, the paper's 192 + 32 numbers for Wan 1.3B.
+        """Default size of MLA layers: the paper's 192 + 32 numbers for Wan 1.3B.
 
         A token costs an eighth of the width, a quarter of a head, and one number for the norm.
         """
@@ -124,5 +124,5 @@ class Sizes:
 
 
 def default_rope_dim(geometry: Geometry) -> int:
-    """Width of the shared rope key where none is given: a quarter of a head."""
+    """Default width of the shared rope key: a quarter of a head."""
     return 2 * (geometry.head_dim // 8)

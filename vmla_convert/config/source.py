@@ -19,7 +19,7 @@ class DataConfig:
             a folder of videos.
         frames: Latent frames per clip.
         sink_gap: Largest number of frames skipped after the sink in half of the training clips, so
-            that the model meets the jump which a window with a sink makes; 0 for none.
+            that training includes the jump from the sink to the recent frames; 0 for none.
         seed: Seed of the clips.
         prompts: Prompts of `self`, one for each clip in turn; or the one prompt of videos that have
             none beside them.
@@ -38,13 +38,13 @@ class DataConfig:
     def __post_init__(self) -> None:
         require_at_least(self, 1, "frames")
         require_at_least(self, 0, "sink_gap")
-        # One to train on, and one held out.
+        # One clip to train on, and one held-out clip.
         require_at_least(self, 2, "clips")
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """A checkpoint, and what its tensors do not say.
+    """A checkpoint, and settings that tensors do not contain.
 
     Attributes:
         checkpoint: A path, `demo`, or a Hub id `owner/name[@revision]`.

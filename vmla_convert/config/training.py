@@ -17,23 +17,23 @@ class TrainingConfig:
 
     Attributes:
         steps: Optimiser steps.
-        batch_size: Clips per step over all processes.
+        batch_size: Clips per step, over all processes.
         accumulate: Parts, one after the other, into which each process divides its clips of a step;
             more take less memory and give the same gradient.
-        opening_clips: Further clips per step of one chunk only; a model meets few first chunks in
-            long clips, they have no past to lean on, and short clips are cheap.
-        optimizer: `muon` (Jordan et al. 2024) trains the matrices by it and the rest by AdamW; it
-            needs fewer steps from scratch.
-        lr: Peak learning rate; warmed up over `warmup_steps`, then decayed to zero. None for the
-            one that a probe finds, in recovery.
+        opening_clips: Additional clips per step, one chunk long. Long clips hold few first chunks,
+            which have no past, and short clips are cheap.
+        optimizer: `muon` (Jordan et al. 2024) trains matrices, and AdamW the rest; `muon` needs
+            fewer steps from scratch.
+        lr: Peak learning rate; warmed up over `warmup_steps`, then decayed to zero. None lets
+            recovery find the rate with a probe.
         ema: Decay of the averaged weights; 0 keeps none.
         context_noise: Largest noise level put on the clean past in half of the clips.
         eval_every: Steps between held-out evaluations.
         patience: Evaluations without a new best after which training ends early; 0 for never.
         checkpoint_every: Steps between resumable checkpoints.
         mixed_precision: Name of accelerate's mixed precision; trained weights stay float32.
-        gradient_checkpointing: Keep the inputs of blocks only, and compute the rest again.
-        tracker: Name of accelerate's tracker that receives the curves too.
+        gradient_checkpointing: Keep only the inputs of blocks, and compute other activations again.
+        tracker: Name of accelerate's tracker that also receives the curves.
         seed: Seed of noise, data order and dropped context.
     """
 
@@ -93,23 +93,23 @@ class RecoverConfig:
         layerwise_steps: Steps for each layer on the dense model's own inputs; 0 leaves it out.
         layerwise_lr: Peak learning rate of the layer-wise steps; None for 5e-5 for a codec, whose
             start is nearly the best of its size, and 1e-3 for MLA layers.
-        on_policy_steps: Steps, after `training.steps` of distillation, on what the student itself
-            rolled out.
+        on_policy_steps: Steps, after `training.steps` of distillation, on rollouts of the
+            student.
         levels: Noise levels to distil at: the sampler's own few, those of pretraining, or half of
             the chunks at each.
         flow_weight: Weight of the flow-matching loss on clips, beside the distillation loss.
-        train: `new` trains what the conversion made, of a codec its encoder and decoder;
-            `attention` also queries and output of the self-attention; `all` everything.
+        train: `new` trains the converted weights (a codec's encoder and decoder); `attention` also
+            trains queries and output of the self-attention; `all` trains everything.
         nested: Sizes of a codec, as shares of the dense cache to save. Each step draws one, so that
             one file serves all of them; empty trains the codec's default size.
-        rest_lr: Learning rate of the other weights, as a multiple of that of new weights.
+        rest_lr: Learning rate of the other weights, as a multiple of the rate of new weights.
         lora_rank: Rank of adapters on queries, outputs, cross-attention and feed-forward that
             stay frozen, merged at the end; 0 for none.
-        offload: Read the source block by block in the layer-wise stage; where no other follows,
-            nothing then measures the model as a whole.
-        shard: Divide student and source over the processes, block by block, and what trains with
-            its gradients and moments; the layer-wise stage then reads as with `offload`. Narrow
-            passes keep their casts of all blocks unless there is gradient_checkpointing.
+        offload: Read the source block by block in the layer-wise stage. Without a later stage, the
+            whole model is then never measured.
+        shard: Divide student, source, gradients and moments over the processes, block by block; the
+            layer-wise stage then reads as with `offload`. Mixed precision keeps a narrow copy of
+            all blocks unless gradient_checkpointing is on.
         training: The loop of the later stages.
         dmd: The last stage, off by default.
         data: Clips.

@@ -12,10 +12,9 @@ from vmla_convert.report.wording import (
     format_excess,
     format_number,
     format_range,
-    join_words,
 )
 
-# Sizes that only rounding keeps apart, as those of one budget in whole numbers per layer.
+# Sizes within 2 % count as equal: whole numbers per layer round one budget differently.
 SAME_SIZE = 1.02
 
 
@@ -25,7 +24,7 @@ class Recommendation:
 
     Attributes:
         setting: The choice.
-        within_bound: Whether its flow loss meets the bound; None when no row tells.
+        within_bound: Whether the setting's flow loss meets the bound; None without flow loss.
         others: The smallest setting within the bound of each other product.
     """
 
@@ -35,15 +34,13 @@ class Recommendation:
 
 
 def recommend(settings: Sequence[Setting], bound: float) -> Recommendation | None:
-    """The smallest cache whose flow loss stays within the bound; of equals the most accurate.
+    """The smallest cache whose flow loss stays within the bound; the most accurate of equal sizes.
 
-    Args:
-        settings: From `read_settings`.
-        bound: Flow loss allowed above the dense model's, as a share of it.
+    `bound` is the flow loss allowed above the dense model's, as a share of it.
 
     Returns:
-        When no setting meets the bound, or none says its flow loss, the most accurate of all; None
-        when no setting has a finite error.
+        The most accurate setting where none meets the bound or has a flow loss; None where no
+        setting has a finite error.
     """
     finite = [setting for setting in settings if math.isfinite(setting.error)]
     if not finite:
@@ -63,7 +60,7 @@ def recommend(settings: Sequence[Setting], bound: float) -> Recommendation | Non
 
 
 def answer_sentence(best: Recommendation | None, bound: float) -> str:
-    """The sentence that must not be missed: the size, its cut and its error."""
+    """The sentence that recommends a size, with cut and error."""
     if best is None:
         return "No size can be recommended: no cache has a finite velocity_error."
     limit = f"{100 * bound:g} %"
@@ -71,15 +68,15 @@ def answer_sentence(best: Recommendation | None, bound: float) -> str:
         why = f"it is the smallest cache within {limit} of the dense model's flow loss"
         return f"Use {_priced(best.setting)}: {why} ({_figures(best.setting)})."
     if best.within_bound is None:
-        why = "no row tells a flow loss, and this is the most accurate cache"
+        why = "no row has a flow loss, and this is the most accurate cache"
     else:
         why = f"no cache stays within {limit} of the dense model's flow loss"
         why += ", and this is the most accurate"
-    return f"Of those measured use {_priced(best.setting)}: {why} ({_figures(best.setting)})."
+    return f"Of the measured caches use {_priced(best.setting)}: {why} ({_figures(best.setting)})."
 
 
 def answer_reasons(best: Recommendation | None, dense: Dense | None, failed: int) -> list[str]:
-    """What else there is to know of the choice: others, how sure it is, what is missing."""
+    """Sentences about the choice: other products, the spread over seeds, failed points."""
     reasons: list[str] = []
     if best is not None:
         setting = best.setting
@@ -108,7 +105,7 @@ def _smallest(settings: Sequence[Setting]) -> Setting:
 
 
 def _priced(setting: Setting) -> str:
-    """A setting and what it costs."""
+    """A setting with bytes and cut."""
     name = setting.label
     if setting.product == DENSE:
         name = f"the {DENSE} cache in {setting.key.kept}"
@@ -119,25 +116,25 @@ def _priced(setting: Setting) -> str:
 
 
 def _figures(setting: Setting) -> str:
-    """What a setting loses."""
+    """Errors of a setting."""
     when = f"after {setting.last_step} steps of recovery" if setting.last_step else "as converted"
     if setting.product == DENSE:
         when = ""
     facts = [f"velocity_error {format_number(setting.error)}"]
     if setting.loss is not None:
         facts.append(f"flow loss {format_excess(setting.loss)}")
-    return ", ".join(filter(None, [join_words(facts), when]))
+    return ", ".join(filter(None, [" and ".join(facts), when]))
 
 
 def _compared(other: Setting, best: Setting) -> str:
     times = f"{other.nbytes / best.nbytes:.2g} times as many"
-    return f"Within the bound too: {_priced(other)}, {times} ({_figures(other)})."
+    return f"Also within the bound: {_priced(other)}, {times} ({_figures(other)})."
 
 
 def _certainty(setting: Setting) -> str:
-    """Over how many seeds the figures are, and how far these lie apart."""
+    """Number of seeds behind the figures, and the spread over seeds."""
     if setting.seeds == 1:
-        return "Figures are of one seed: nothing tells how far another would be from it."
+        return "Figures are of one seed; the spread over seeds is unknown."
     spread = format_range(setting.error, setting.error_spread)
     return f"Figures are medians over {setting.seeds} seeds: velocity_error {spread}."
 

@@ -1,4 +1,4 @@
-"""The charts of a report, each empty where no row has its figures."""
+"""The charts of a report. A chart without rows is empty."""
 
 from __future__ import annotations
 
@@ -55,11 +55,9 @@ SEGMENTED = {
 
 
 def draw_charts(rows: Sequence[Row], bound: float) -> dict[str, Chart]:
-    """Every chart that the rows allow, by name; one without data is left out.
+    """Every chart that has rows, by name.
 
-    Args:
-        rows: All rows of the report.
-        bound: Flow loss allowed above the dense model's, as a share of it.
+    `bound` is the flow loss that the recommended setting may have above the dense model's.
     """
     settings, dense = read_settings(rows), read_dense(rows)
     recommended = recommend(settings, bound)
@@ -74,12 +72,9 @@ def draw_charts(rows: Sequence[Row], bound: float) -> dict[str, Chart]:
 
 
 def quality_chart(settings: Sequence[Setting], dense: Dense | None, best: Setting | None) -> Chart:
-    """velocity_error over bytes per token, a line per method; dotted as converted.
+    """velocity_error over bytes per token: a line per method, dotted before recovery.
 
-    Args:
-        settings: All of them.
-        dense: Marked at its size, where that is known.
-        best: The recommended setting, which gets a ring.
+    The dense model's size is marked where known; a ring marks the recommended setting.
     """
     lines: list[Line] = []
     for method, (colour, marker) in _looks(settings).items():
@@ -181,7 +176,7 @@ def spectra_chart(rows: Sequence[Row], settings: Sequence[Setting]) -> Chart:
 
 
 def spectra_notes(rows: Sequence[Row]) -> list[str]:
-    """Why the rank on activations matters, with this model's figures."""
+    """Compare the ranks of weights with and without activations, with this model's figures."""
     ranges: list[str] = []
     for run in SPECTRA:
         own = [row for row in rows if row.run == run]
@@ -192,8 +187,8 @@ def spectra_notes(rows: Sequence[Row]) -> list[str]:
         ranges.append(low if low == high else f"{low} to {high}")
     return [
         f"For 99 % of the energy the weights need {ranges[0]} directions; the same weights on real "
-        f"activations need {ranges[1]}. What is low-rank is what a layer computes on the data it "
-        "sees, not its matrix, so codec and latent are fitted to activations."
+        f"activations need {ranges[1]}. A layer's output on real data is low-rank, while "
+        "the matrix is not; therefore codec and latent are fitted to activations."
     ]
 
 
@@ -212,7 +207,7 @@ def _looks(settings: Iterable[Setting]) -> dict[str, tuple[str, str]]:
 
 
 def _least_errors(own: Sequence[Setting], first: bool = False) -> tuple[list[float], list[float]]:
-    """Sizes, and the least error of each that a log axis can show, at step 0 or the last step."""
+    """Sizes and the least positive error of each, at step 0 or at the last step."""
     best: dict[float, float] = {}
     for each in own:
         error = each.errors.get(0, math.inf) if first else each.error
@@ -235,7 +230,7 @@ def _by_size(place: int, count: int) -> str:
 
 
 def _spread(own: Sequence[Setting], most: int) -> list[Setting]:
-    """From the smallest to the largest, evenly, where there are many."""
+    """At most `most` settings, evenly spread from the smallest to the largest."""
     if len(own) <= most:
         return list(own)
     return [own[round(i * (len(own) - 1) / (most - 1))] for i in range(most)]
@@ -244,7 +239,7 @@ def _spread(own: Sequence[Setting], most: int) -> list[Setting]:
 def _rolled(
     measured: Sequence[Row], metric: Metric, key: Key, name: str, number: int
 ) -> list[Line]:
-    """A line of one metric by segment, dense in ink and dashed."""
+    """A line of one metric by segment; the dense model's is black and dashed."""
     own = [row for row in measured if key_of(row) == key]
     curve = group_medians(own, metric, lambda row: row.segment)
     if key.run == DENSE:
@@ -271,7 +266,7 @@ def _filled_lines(rows: Sequence[Row], settings: Sequence[Setting]) -> list[Line
         curve = {layer: statistics.median(values) for layer, values in by_layer.items()}
         (colour, marker), label = looks[method], method if after else f"{method}, as converted"
         own = curve_line(label, colour, curve, marker=marker)
-        # A line is named once, by the later of both.
+        # Only the later of the two lines shows its name.
         named = after or (method, True) not in shares
         how = {"dash": "-" if after else ":", "hollow": not after, "named": named}
         lines += [replace(line, **how) for line in own]

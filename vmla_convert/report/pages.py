@@ -37,16 +37,16 @@ PAGE = """<!doctype html>
 </body>
 </html>
 """
-# 'self' is empty for a page opened from a disk, where an image beside it is of scheme file.
+# For a page opened from disk 'self' matches nothing; images then have the scheme file.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src 'self' file: data:"
-# What could be taken for Markdown or for HTML in it.
+# Characters that Markdown, or HTML within Markdown, would interpret.
 MARKUP = re.compile(r"([\\<*|\[\]`])")
 NUMBER = re.compile(r"[+-]?\d[^,;]*|–|diverged|")
 
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; a lead must not be missed."""
+    """A paragraph. A lead is drawn large: the answer."""
 
     text: str
     lead: bool = False
@@ -54,12 +54,12 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """Lines of cells, the first of which is the header.
+    """Lines of cells; the first line is the header.
 
     Attributes:
-        lines: All of one length.
-        label: What the table is called by screen readers.
-        marked: Index of the line that stands out; None for none.
+        lines: Lines of equal length.
+        label: Name of the table for screen readers.
+        marked: Index of the emphasised line; None for none.
     """
 
     lines: Sequence[Sequence[str]]
@@ -73,8 +73,8 @@ class Picture:
 
     Attributes:
         path: Path of a PNG, relative to the report's folder.
-        alt: What it shows.
-        data: Path of what it was made from; empty for none.
+        alt: Description of the image.
+        data: Path of the data behind the image; empty for none.
     """
 
     path: str
@@ -95,14 +95,14 @@ Block = Text | Table | Picture | Code
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report, the same for both formats; no two have the same title."""
+    """A part of the report, the same for both formats. Titles are unique."""
 
     title: str
     blocks: Sequence[Block]
 
 
 def to_markdown(title: str, sections: Sequence[Section]) -> str:
-    """The report as Markdown, which refers to its images by relative paths."""
+    """The report as Markdown, with relative paths of images."""
     parts = [f"# {_plain(title)}"]
     for section in sections:
         parts.append(f"## {_plain(section.title)}")
@@ -111,13 +111,9 @@ def to_markdown(title: str, sections: Sequence[Section]) -> str:
 
 
 def to_html(title: str, sections: Sequence[Section], folder: Path) -> str:
-    """The report as one HTML page with its images inside, which needs nothing from elsewhere.
+    """The report as one self-contained HTML page with embedded images.
 
-    Args:
-        title: Title of the page.
-        sections: In order.
-        folder: Where the sections' images lie. Those above `EMBED_LIMIT_BYTES` are referred to by
-            their relative paths.
+    Images lie in `folder`; images above `EMBED_LIMIT_BYTES` are linked by relative path instead.
     """
     style = files("vmla_convert.report").joinpath("page.css").read_text("utf-8")
     return PAGE.format(
@@ -198,13 +194,13 @@ def _html_figure(picture: Picture, source: str) -> str:
 
 
 def _numeric(table: Table) -> list[bool]:
-    """For each column whether all its cells below the header are numbers, or absent."""
+    """For each column, whether all cells below the header are numbers or absent."""
     columns = zip(*table.lines[1:], strict=True)
     return [all(NUMBER.fullmatch(cell) for cell in column) for column in columns]
 
 
 def _plain(text: str) -> str:
-    """Words on one line of Markdown that mean nothing to it."""
+    """Text as one line of Markdown, with markup escaped."""
     return MARKUP.sub(r"\\\1", " ".join(text.split()))
 
 
@@ -213,7 +209,7 @@ def _anchor(section: Section) -> str:
 
 
 def _source(path: Path, image: str) -> str:
-    """What an image's `src` says: its bytes, or its path where the page would grow too large."""
+    """The `src` of an image: the bytes, or the path of a large image."""
     data = path.read_bytes()
     if len(data) > EMBED_LIMIT_BYTES:
         return quote(image)

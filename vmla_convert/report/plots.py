@@ -1,6 +1,6 @@
-"""What a plot shows, as panels of labelled lines, and how they are drawn, in one style.
+"""Panels of labelled lines, and how matplotlib draws them.
 
-Everything that is drawn is in the panels, so that a plot's CSV can hold all of it. matplotlib is
+Panels hold everything that is drawn, so that the CSV of a plot is complete. matplotlib is
 imported only when a chart is drawn.
 """
 
@@ -64,14 +64,14 @@ class Panel:
 
     Attributes:
         title: What is shown.
-        subtitle: How it is to be understood.
-        xlabel: With the unit.
-        ylabel: Likewise.
-        lines: At least one, each with at least one point.
+        subtitle: How to read the panel.
+        xlabel: Horizontal quantity with the unit.
+        ylabel: Vertical quantity with the unit.
+        lines: At least one line, each with at least one point.
         xscale: Scale of the horizontal axis, a name of matplotlib.
         yscale: Scale of the vertical axis.
-        marks: Places on the horizontal axis to compare with, by name.
-        ylimits: Limits of the axis; None chooses them.
+        marks: Named vertical reference lines, by horizontal coordinate.
+        ylimits: Limits of the vertical axis; None for automatic limits.
     """
 
     title: str
@@ -90,14 +90,14 @@ Chart = list[Panel]
 
 
 def curve_line(label: str, colour: str, curve: Mapping[int, float], **how: Any) -> list[Line]:
-    """A line through the finite values of a curve; none when there are no such values."""
+    """A line through the finite values of a curve; empty without finite values."""
     finite = sorted((float(x), y) for x, y in curve.items() if math.isfinite(y))
     xs, ys = [x for x, _ in finite], [y for _, y in finite]
     return [Line(label, colour, xs, ys, **how)] if finite else []
 
 
 def chart_csv(chart: Chart) -> str:
-    """Everything that a chart draws: panel, line, x, y."""
+    """All points of a chart as CSV: panel, line, x, y."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["panel", "line", "x", "y"])
@@ -110,7 +110,7 @@ def chart_csv(chart: Chart) -> str:
 
 
 def draw_chart(chart: Chart) -> Figure:
-    """A chart as a figure; a last panel alone takes the whole row.
+    """A chart as a figure. A panel that is alone in the last row takes the whole row.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -138,10 +138,7 @@ def draw_chart(chart: Chart) -> Figure:
 def spread_apart(positions: Sequence[float], gap: float, top: float = math.inf) -> list[float]:
     """Positions moved as little as possible so that neighbours are at least `gap` apart.
 
-    Args:
-        positions: In any order.
-        gap: Least distance.
-        top: No position is moved above it.
+    No position is moved above `top`.
     """
     order = sorted(range(len(positions)), key=lambda i: positions[i])
     clusters: list[tuple[float, int]] = []
@@ -202,7 +199,7 @@ def _scale_axes(ax: Axes, panel: Panel) -> None:
 
 
 def _label_ends(ax: Axes, lines: Sequence[Line], gap: float) -> None:
-    """Name each line at the right edge, moved apart where names would touch."""
+    """Name each line at the right edge; names that would touch are moved apart."""
     ax.set_xlim(ax.get_xlim())
     ax.set_ylim(ax.get_ylim())
     to_axes = ax.transData + ax.transAxes.inverted()

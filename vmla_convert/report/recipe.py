@@ -16,14 +16,12 @@ PROMPT = '--prompt "…" -o clip.mp4'
 
 
 def recipe_toml(setting: Setting, recipe: Mapping[str, Any]) -> str:
-    """The recipe that makes a setting, with the values that differ from the defaults.
+    """The recipe that makes a setting, with all values that differ from the defaults.
 
-    Args:
-        setting: From `read_settings`.
-        recipe: Recipe of the run, from its `recipe.json`.
+    `recipe` is the recipe of the run, from `recipe.json`.
 
     Returns:
-        TOML; empty where the recipe has no such point.
+        TOML; empty where the recipe does not have the setting's point.
 
     Raises:
         ConfigError: The recipe has an unknown key or a wrong value.
@@ -37,10 +35,7 @@ def recipe_toml(setting: Setting, recipe: Mapping[str, Any]) -> str:
 def commands(setting: Setting, recipe: Mapping[str, Any], has_recipe: bool) -> str:
     """The commands that make a setting and a clip with it.
 
-    Args:
-        setting: From `read_settings`.
-        recipe: Recipe of the run.
-        has_recipe: Whether `recipe_toml` gives the setting's recipe.
+    `has_recipe` says whether `recipe_toml` gave a recipe for the setting.
     """
     words: list[str] = []
     if setting.product == DENSE:
@@ -61,7 +56,7 @@ def commands(setting: Setting, recipe: Mapping[str, Any], has_recipe: bool) -> s
 
 
 def to_toml(table: Mapping[str, Any], where: str = "") -> str:
-    """Plain nested tables as TOML, each after the values of its parent.
+    """Nested tables as TOML. Inner tables follow the plain values of the outer table.
 
     Args:
         table: Strings, numbers, truth values, lists of these, and tables.
@@ -84,5 +79,5 @@ def _value(value: Any) -> str:
         return "{ " + ", ".join(f"{key} = {_value(each)}" for key, each in value.items()) + " }"
     if isinstance(value, float):
         return repr(value)
-    # Strings and truth values are as in JSON, but for one control character that TOML escapes too.
+    # TOML writes strings and truth values as JSON does, and also escapes DEL.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

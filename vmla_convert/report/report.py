@@ -1,7 +1,4 @@
-"""Report: from the rows of a folder to a page that says which size to use.
-
-Written from `rows.jsonl` alone, without torch; a section appears only when its rows exist.
-"""
+"""Write the report of a folder of rows, without torch. Sections without rows are left out."""
 
 from __future__ import annotations
 
@@ -18,10 +15,7 @@ from vmla_convert.report.plots import Chart, chart_csv, draw_chart
 from vmla_convert.report.recipe import RECIPE_FILE, recipe_toml
 from vmla_convert.report.sections import PLOTS, report_sections
 from vmla_convert.report.settings import read_settings
-from vmla_convert.report.tables import decisive_table
 from vmla_convert.results import read_rows
-
-__all__ = ["decisive_table", "write_report"]
 
 
 def write_report(
@@ -31,15 +25,12 @@ def write_report(
 ) -> list[Path]:
     """Write `report.md`, `report.html` and `plots/*` from the folder's `rows.jsonl`.
 
-    Every plot is a PNG with a CSV of all that it draws beside it. Where `recipe.json` says how the
-    recommended size was made, `recipe.toml` makes it again. What else lies in the folder is shown
-    when it is there: `strips/*.png`, a contact sheet `compare.png`, and `compare.mp4` as a link.
+    Every plot is a PNG with a CSV of the drawn points. With `recipe.json`, also write
+    `recipe.toml`, which makes the recommended size again. The report also shows `strips/*.png` and
+    the contact sheet `compare.png` of the folder, and links `compare.mp4`.
 
-    Args:
-        folder: Where the rows lie and the report goes.
-        title: Title of the report.
-        loss_bound: Flow loss that the recommended size may have above the dense model's, as a
-            share of it.
+    `loss_bound` is the flow loss that the recommended size may have above the dense model's, as a
+    share of the dense model's loss.
 
     Returns:
         The paths written.
@@ -51,12 +42,12 @@ def write_report(
     rows = read_rows(folder / "rows.jsonl")
     if not rows:
         raise VmlaError(f"no rows in {folder / 'rows.jsonl'}", "run a sweep or an eval first")
-    told = _read_recipe(folder / "recipe.json")
+    record = _read_recipe(folder / "recipe.json")
     best = recommend(read_settings(rows), loss_bound)
-    toml = recipe_toml(best.setting, told.get("recipe") or {}) if best is not None else ""
+    toml = recipe_toml(best.setting, record.get("recipe") or {}) if best is not None else ""
     charts = draw_charts(rows, loss_bound)
     written = _save_plots(folder / "plots", charts)
-    sections = report_sections(folder, rows, loss_bound, charts, told)
+    sections = report_sections(folder, rows, loss_bound, charts, record)
     texts = {
         "report.md": to_markdown(title, sections),
         "report.html": to_html(title, sections, folder),
@@ -72,7 +63,7 @@ def write_report(
 
 
 def _save_plots(folder: Path, charts: dict[str, Chart]) -> list[Path]:
-    """Save every plot and its data; of an earlier report, what can no longer be is removed."""
+    """Save every plot with a CSV; remove the plots of an earlier report."""
     figures = {name: draw_chart(chart) for name, chart in charts.items()}
     folder.mkdir(exist_ok=True)
     for name in PLOTS:
@@ -88,13 +79,15 @@ def _save_plots(folder: Path, charts: dict[str, Chart]) -> list[Path]:
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
-    """Settings and versions of the run, where it left them."""
+    """Settings and versions of the run; empty without `recipe.json`."""
     if not path.is_file():
         return {}
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise VmlaError(f"{path} is not JSON: {error}", "remove it, or write it anew") from error
-    if not isinstance(told, dict) or not isinstance(told.get("recipe", {}), dict):
-        raise VmlaError(f"{path} holds no table of settings", "remove it, or write it anew")
-    return told
+        raise VmlaError(
+            f"{path} is not JSON: {error}", "remove the file, or write it anew"
+        ) from error
+    if not isinstance(record, dict) or not isinstance(record.get("recipe", {}), dict):
+        raise VmlaError(f"{path} holds no table of settings", "remove the file, or write it anew")
+    return record

@@ -52,23 +52,23 @@ def report_sections(
     rows: Sequence[Row],
     bound: float,
     drawn: Collection[str],
-    told: Mapping[str, Any],
+    record: Mapping[str, Any],
 ) -> list[Section]:
-    """All sections, each only where its rows or files exist.
+    """All sections that have rows or files.
 
     Args:
-        folder: Where plots, strips and the comparison lie.
-        rows: All rows.
-        bound: Flow loss allowed above the dense model's, as a share of it.
-        drawn: Names of the charts that are saved.
-        told: `recipe.json` of the run; empty where there is none.
+        folder: Folder of plots, strips and the comparison.
+        rows: All rows of the report.
+        bound: Flow loss allowed above the dense model's, as a share of the dense model's loss.
+        drawn: Names of the saved charts.
+        record: `recipe.json` of the run; empty without one.
     """
     settings = read_settings(rows)
     best = recommend(settings, bound)
     plots = {name: [_plot(name)] if name in drawn else list[Block]() for name in PLOTS}
     speed, memory = speed_table(rows, settings), memory_table(rows, settings)
     sections = [
-        Section("Which size to use", _answer(rows, settings, best, bound, told)),
+        Section("Which size to use", _answer(rows, settings, best, bound, record)),
         Section("Quality against bytes", _quality(rows, settings, best, plots["quality"])),
         Section("Recovery", plots["recovery"]),
         Section("Memory of the cache", _noted(memory, "Memory", "One clip, all layers.")),
@@ -79,7 +79,7 @@ def report_sections(
         Section("Rollouts", [*plots["rollout"], *_pictures(folder, settings, best)]),
         Section("Spectra", [*plots["spectra"], *map(Text, spectra_notes(rows))]),
         Section("Failures", _noted(failed_table(rows), "Failures")),
-        Section("Provenance", _provenance(rows, told)),
+        Section("Provenance", _provenance(rows, record)),
     ]
     return [section for section in sections if section.blocks]
 
@@ -89,16 +89,19 @@ def _answer(
     settings: Sequence[Setting],
     best: Recommendation | None,
     bound: float,
-    told: Mapping[str, Any],
+    record: Mapping[str, Any],
 ) -> list[Block]:
     if not settings:
         return []
     blocks: list[Block] = [Text(answer_sentence(best, bound), lead=True)]
     if best is not None:
-        recipe: Mapping[str, Any] = told.get("recipe") or {}
+        recipe: Mapping[str, Any] = record.get("recipe") or {}
         toml = recipe_toml(best.setting, recipe)
         if toml:
-            blocks += [Text(f"{RECIPE_FILE}, beside this report, makes it:"), Code(toml, "toml")]
+            blocks += [
+                Text(f"{RECIPE_FILE}, beside this report, makes this cache:"),
+                Code(toml, "toml"),
+            ]
         blocks.append(Code(commands(best.setting, recipe, bool(toml))))
     failed = len(failed_table(rows)[1:])
     return blocks + [Text(reason) for reason in answer_reasons(best, read_dense(rows), failed)]
@@ -131,7 +134,7 @@ def _plot(name: str) -> Picture:
 def _pictures(
     folder: Path, settings: Sequence[Setting], best: Recommendation | None
 ) -> list[Block]:
-    """Strips of the recommended point first, then of the more accurate; then the comparison."""
+    """Strips, the recommended point's first and then by error; after them the comparison."""
     first = [best.setting] if best is not None else []
     order = [*first, *sorted(settings, key=lambda setting: setting.error)]
     labels = {setting.key.point: setting.label for setting in reversed(order)}
@@ -154,7 +157,7 @@ def _pictures(
     return blocks
 
 
-def _provenance(rows: Sequence[Row], told: Mapping[str, Any]) -> list[Block]:
-    facts: list[Block] = [Table(provenance_table(rows, told), "Provenance")]
-    recipe = to_toml(told.get("recipe") or {})
+def _provenance(rows: Sequence[Row], record: Mapping[str, Any]) -> list[Block]:
+    facts: list[Block] = [Table(provenance_table(rows, record), "Provenance")]
+    recipe = to_toml(record.get("recipe") or {})
     return [*facts, Text("The recipe of the run:"), Code(recipe, "toml")] if recipe else facts

@@ -1,4 +1,4 @@
-"""Rows gathered into settings: one cache that was measured, with its curve of recovery."""
+"""Rows gathered into settings. A setting is one measured cache with a curve of recovery."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ ERRORS = (Metric.VELOCITY_ERROR, Metric.FLOW_LOSS)
 
 
 class Key(NamedTuple):
-    """What the rows of one setting share, whatever their seed.
+    """Fields that identify a setting; rows of different seeds share them.
 
     Attributes:
         point: Key of the sweep's point; empty for the dense model.
         run: Name of the model.
-        nbytes: Bytes per token and layer that the cache was asked to have.
+        nbytes: Bytes per token and layer that were asked for.
         kept: `model` for a codec without quantising, a dtype for a quantised dense cache, else
             empty.
-        recent: Frames that are kept dense as well.
+        recent: Recent frames whose dense keys and values are kept as well.
     """
 
     point: str
@@ -40,12 +40,12 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Dense:
-    """The dense model, which every setting is measured against; None where no row says it.
+    """The dense model, the baseline of every setting. Figures without rows are None.
 
     Attributes:
-        nbytes: Bytes that a token takes in a layer.
-        flow_loss: Loss on held-out clips.
-        flow_loss_other_past: The same loss when another clip is put in the past.
+        nbytes: Bytes per token and layer.
+        flow_loss: Flow loss on held-out clips.
+        flow_loss_other_past: Flow loss with another clip in the past.
     """
 
     nbytes: float | None
@@ -55,22 +55,23 @@ class Dense:
 
 @dataclass(frozen=True)
 class Setting:
-    """One cache: a model, its size and how it is kept.
+    """One cache: a model, a size and a cache dtype.
 
     Attributes:
-        key: What its rows share.
+        key: Identity of the setting.
         product: `codec`, `mla`, or `dense` for a quantised dense cache.
-        method: Words for what it has in common with other sizes: a line of a plot.
-        name: The method with the size, unlike any other setting's.
+        method: Name that all sizes of one method share: a line of a plot.
+        name: The method with the size; unique.
         sizes: Rank and rope width of MLA layers, `16+8`; empty for other products.
-        init: How its projections were made.
-        words: What else tells methods apart; `method` has those that differ.
-        nbytes: Bytes per token and layer, infinite where no row tells them.
-        cut: Share of the dense cache that is gone.
+        init: Init of the projections.
+        words: Words that may distinguish methods; `method` contains the words that differ.
+        nbytes: Bytes per token and layer; infinite where unknown.
+        cut: Share of the dense cache that is saved.
         errors: Median velocity_error over seeds, by step of recovery.
-        losses: Median flow loss above the dense model's, as a share of it, likewise.
+        losses: Median flow loss above the dense model's, as a share of the dense model's loss, by
+            step of recovery.
         error_spread: Least and greatest velocity_error of a seed at the last step.
-        seeds: How many there are.
+        seeds: Number of seeds.
     """
 
     key: Key
@@ -89,7 +90,7 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """The name where its bytes stand beside it."""
+        """Name for a table that shows the bytes in a column."""
         return self.method if self.product == "codec" else self.name
 
     @property
@@ -111,7 +112,7 @@ class Setting:
 def key_of(row: Row) -> Key:
     """The setting that a row belongs to."""
     dense = row.run.startswith(DENSE)
-    # An MLA cache has nothing to quantise, so that its dtype tells nothing.
+    # An MLA cache is not quantised, so the dtype does not distinguish settings.
     dtype = row.cache_dtype if dense or row.product == "codec" else None
     plain = (None, "auto", UNQUANTISED) if dense else (None, "auto")
     return Key(
@@ -137,7 +138,7 @@ def read_dense(rows: Sequence[Row]) -> Dense | None:
 
 
 def read_settings(rows: Sequence[Row]) -> list[Setting]:
-    """Every cache whose error was measured, smallest first, then the most accurate."""
+    """Every cache with a measured error, sorted by bytes and then by error."""
     dense = read_dense(rows)
     groups: defaultdict[Key, list[Row]] = defaultdict(list)
     for row in rows:
@@ -161,15 +162,12 @@ def setting_names(settings: Iterable[Setting]) -> dict[Key, str]:
 def group_medians(
     rows: Iterable[Row], metric: Metric, key: Callable[[Row], K | None]
 ) -> dict[K, float]:
-    """Median value of a metric for each key, in the order of the keys' first rows.
-
-    Rows whose key is None are left out.
-    """
+    """Median value of a metric for each key; rows with key None are left out."""
     groups: defaultdict[K, list[float]] = defaultdict(list)
     for row in rows:
         name = key(row) if row.metric == metric else None
         if name is not None:
-            groups[name].append(_told(row))
+            groups[name].append(_value(row))
     return {name: statistics.median(values) for name, values in groups.items()}
 
 
@@ -178,8 +176,8 @@ def median_of(rows: Iterable[Row], metric: Metric) -> float | None:
     return group_medians(rows, metric, lambda row: row.metric).get(metric)
 
 
-def _told(row: Row) -> float:
-    """The value; a run that diverged counts as infinitely bad, so that it is not hidden."""
+def _value(row: Row) -> float:
+    """The value; NaN (a diverged run) becomes infinite, so that medians show it."""
     return math.inf if math.isnan(row.value) else row.value
 
 
@@ -188,9 +186,9 @@ def _by_step(rows: Iterable[Row], metric: Metric) -> dict[int, float]:
 
 
 def _setting(key: Key, rows: list[Row], dense: Dense | None) -> Setting:
-    """A setting from its own rows, yet without method and name."""
+    """A setting from its rows, still without method and name."""
     first = rows[0]
-    # What was asked for is exact; frames that are kept dense cost more than that.
+    # The budget asked for is exact, but does not count frames that are kept dense.
     nbytes = None if key.recent else first.bytes_per_token
     nbytes = nbytes or median_of(rows, Metric.CACHE_BYTES_PER_TOKEN)
     cut = median_of(rows, Metric.CACHE_CUT)
@@ -201,7 +199,7 @@ def _setting(key: Key, rows: list[Row], dense: Dense | None) -> Setting:
         flow = _by_step(rows, Metric.FLOW_LOSS)
         losses = {step: loss / dense.flow_loss - 1 for step, loss in flow.items()}
     last = max(errors, default=0)
-    ends = [_told(r) for r in rows if r.metric == Metric.VELOCITY_ERROR and (r.step or 0) == last]
+    ends = [_value(r) for r in rows if r.metric == Metric.VELOCITY_ERROR and (r.step or 0) == last]
     ranks = (first.kv_lora_rank, first.qk_rope_head_dim)
     return Setting(
         key=key,
@@ -221,7 +219,7 @@ def _setting(key: Key, rows: list[Row], dense: Dense | None) -> Setting:
 
 
 def _words(row: Row, key: Key) -> tuple[str, ...]:
-    """What may tell methods of one product apart, in the same places for all of them."""
+    """Words that may distinguish methods of one product, at fixed indices."""
     steps = row.recovery_steps
     white = "white inputs" if row.init == "assumed" else "calibrated"
     return (
@@ -233,7 +231,7 @@ def _words(row: Row, key: Key) -> tuple[str, ...]:
 
 
 def _named(settings: Sequence[Setting]) -> list[Setting]:
-    """Settings with methods and names, no two of them named alike."""
+    """Settings with methods and unique names."""
     named: list[Setting] = []
     for setting in settings:
         others = [each.words for each in settings if each.product == setting.product]

@@ -33,15 +33,7 @@ SECONDS = (Metric.SWEEP_SECONDS, Metric.CONVERT_SECONDS, Metric.RECOVER_SECONDS)
 
 
 def decisive_table(rows: Sequence[Row]) -> Table:
-    """What each cache costs and loses: header, the dense model, then a line per setting.
-
-    Args:
-        rows: Rows of a sweep or of one conversion.
-
-    Returns:
-        Lines of cells; the first line is the header. The dense model's line is there only when
-        rows about it are, and what recovery made only when there was one.
-    """
+    """Bytes and errors of each cache: header, the dense model, then a line per setting."""
     dense, settings = read_dense(rows), read_settings(rows)
     recovered = any(setting.last_step for setting in settings)
     quality = ["velocity_error", "flow loss above dense"]
@@ -76,12 +68,9 @@ def equal_errors(rows: Sequence[Row], settings: Sequence[Setting]) -> list[str]:
 
 
 def memory_table(rows: Sequence[Row], settings: Sequence[Setting]) -> Table:
-    """Bytes of the cache of one clip by its length, a line per size; empty without rows.
-
-    Clips at once multiply them, and are left out.
-    """
+    """Bytes of the cache of one clip by length of the clip, a line per size."""
     measured = [row for row in rows if row.metric == Metric.CACHE_BYTES and row.batch in (None, 1)]
-    # Without quantising a codec keeps fewer numbers in as many bytes.
+    # An unquantised codec takes the same bytes as the quantised codec of its size.
     measured = [row for row in measured if key_of(row).kept != UNQUANTISED]
     lengths = sorted({row.clip_seconds or 0.0 for row in measured})
     amounts = group_medians(
@@ -99,7 +88,7 @@ def memory_table(rows: Sequence[Row], settings: Sequence[Setting]) -> Table:
 
 
 def speed_table(rows: Sequence[Row], settings: Sequence[Setting]) -> Table:
-    """Seconds of a denoising step and their ratio to the dense model's; empty without rows."""
+    """Seconds of a denoising step, and the ratio to the dense model's seconds."""
     names = setting_names(settings)
     seconds = group_medians(rows, Metric.STEP_SECONDS, key_of)
     ratios = group_medians(rows, Metric.SECONDS_RATIO, key_of)
@@ -116,7 +105,7 @@ def speed_table(rows: Sequence[Row], settings: Sequence[Setting]) -> Table:
 
 
 def failed_table(rows: Sequence[Row]) -> Table:
-    """Points that failed and why; empty where none did."""
+    """Failed points with the reasons."""
     failed: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
     for row in rows:
         if row.metric == Metric.FAILED:
@@ -126,12 +115,7 @@ def failed_table(rows: Sequence[Row]) -> Table:
 
 
 def provenance_table(rows: Sequence[Row], recipe: Mapping[str, Any]) -> Table:
-    """Where the figures come from: rows, seeds, devices, versions, seconds, learning rates.
-
-    Args:
-        rows: All rows.
-        recipe: `recipe.json` of the run; empty where there is none.
-    """
+    """Origin of the figures: rows, seeds, devices, versions, seconds, learning rates."""
     facts = [
         ["fact", "value"],
         ["rows", str(len(rows))],
@@ -142,7 +126,7 @@ def provenance_table(rows: Sequence[Row], recipe: Mapping[str, Any]) -> Table:
     versions = recipe.get("versions") or {}
     facts += [[f"measured by {name}", str(value)] for name, value in versions.items()]
     for metric in SECONDS:
-        # A sweep tells its stages apart: what points share is done once for all of them.
+        # The note of a sweep's row names the stage that all points share.
         stages: defaultdict[str, float] = defaultdict(float)
         for row in rows:
             if row.metric == metric:
@@ -170,11 +154,11 @@ def _line(setting: Setting, recovered: bool) -> list[str]:
 
 
 def _error(setting: Setting, step: int) -> str:
-    """velocity_error at a step, at the last one with its spread over several seeds."""
+    """velocity_error at a step; at the last step with the spread over seeds."""
     spread = setting.error_spread if step == setting.last_step else None
     return format_range(setting.errors.get(step), spread)
 
 
 def _shared_name(who: Sequence[str]) -> str:
-    """One name for settings of one size: which of them does not matter to memory."""
+    """One name for settings that take the same memory."""
     return who[0] if len(who) == 1 else f"{who[0]} and {len(who) - 1} more of this size"

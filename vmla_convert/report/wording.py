@@ -1,9 +1,8 @@
-"""Figures as words: the same number reads the same in every table, sentence and plot."""
+"""Numbers as text, formatted alike in every table, sentence and plot."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 ABSENT = "–"
 GIGABYTE, MEGABYTE = 1e9, 1e6
@@ -21,7 +20,7 @@ def format_number(value: float | None) -> str:
 
 
 def format_range(value: float | None, spread: tuple[float, float] | None) -> str:
-    """A median, with the least and the greatest of several seeds where they differ."""
+    """A median, with the least and the greatest value over seeds where the two differ."""
     text = format_number(value)
     if spread is None or spread[0] == spread[1]:
         return text
@@ -55,10 +54,3 @@ def format_memory(nbytes: float | None) -> str:
     if nbytes >= GIGABYTE:
         return f"{nbytes / GIGABYTE:.3g} GB"
     return f"{nbytes / MEGABYTE:.3g} MB"
-
-
-def join_words(words: Sequence[str]) -> str:
-    """`a`, `a and b`, or `a, b and c`."""
-    if len(words) < 2:
-        return "".join(words)
-    return f"{', '.join(words[:-1])} and {words[-1]}"
