@@ -114,7 +114,7 @@ def recovery_chart(settings: Sequence[Setting]) -> Chart:
             "a line per size, in bytes per token and layer",
             "step of recovery",
             VELOCITY_ERROR,
-            _recovery_lines(_spread(own, MOST_LINES)),
+            _recovery_lines(own),
             yscale="log",
             ylimits=(min(finite) / 1.3, max(finite) * 1.3),
         )
@@ -217,23 +217,16 @@ def _least_errors(own: Sequence[Setting], first: bool = False) -> tuple[list[flo
 
 
 def _recovery_lines(own: Sequence[Setting]) -> list[Line]:
-    lines: list[Line] = []
-    for i, each in enumerate(own):
+    """A line per size; of many sizes at most `MOST_LINES`, from the smallest to the largest."""
+    count, lines = min(len(own), MOST_LINES), list[Line]()
+    for i in range(count):
+        share = i / max(1, count - 1)
+        each = own[round(share * (len(own) - 1))]
         curve = {step: error for step, error in each.errors.items() if error > 0}
         label = format_number(each.nbytes) + (f" ({each.sizes})" if each.sizes else "")
-        lines += curve_line(label, _by_size(i, len(own)), curve, marker="o")
+        colour = BY_SIZE[round(share * (len(BY_SIZE) - 1))]
+        lines += curve_line(label, colour, curve, marker="o")
     return lines
-
-
-def _by_size(place: int, count: int) -> str:
-    return BY_SIZE[round(place * (len(BY_SIZE) - 1) / max(1, count - 1))]
-
-
-def _spread(own: Sequence[Setting], most: int) -> list[Setting]:
-    """At most `most` settings, evenly spread from the smallest to the largest."""
-    if len(own) <= most:
-        return list(own)
-    return [own[round(i * (len(own) - 1) / (most - 1))] for i in range(most)]
 
 
 def _rolled(

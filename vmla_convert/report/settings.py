@@ -59,12 +59,9 @@ class Setting:
 
     Attributes:
         key: Identity of the setting.
-        product: `codec`, `mla`, or `dense` for a quantised dense cache.
+        row: First row, for the fields that all rows of the setting share.
         method: Name that all sizes of one method share: a line of a plot.
         name: The method with the size; unique.
-        sizes: Rank and rope width of MLA layers, `16+8`; empty for other products.
-        init: Init of the projections.
-        words: Words that may distinguish methods; `method` contains the words that differ.
         nbytes: Bytes per token and layer; infinite where unknown.
         cut: Share of the dense cache that is saved.
         errors: Median velocity_error over seeds, by step of recovery.
@@ -75,18 +72,26 @@ class Setting:
     """
 
     key: Key
-    product: str
+    row: Row
     method: str
     name: str
-    sizes: str
-    init: str
-    words: tuple[str, ...]
     nbytes: float
     cut: float | None
     errors: dict[int, float]
     losses: dict[int, float]
     error_spread: tuple[float, float] | None
     seeds: int
+
+    @property
+    def product(self) -> str:
+        """`codec`, `mla`, or `dense` for a quantised dense cache."""
+        return self.row.product or DENSE
+
+    @property
+    def sizes(self) -> str:
+        """Rank and rope width of MLA layers, `16+8`; empty for other products."""
+        ranks = (self.row.kv_lora_rank, self.row.qk_rope_head_dim)
+        return "+".join(str(rank) for rank in ranks if rank)
 
     @property
     def label(self) -> str:
@@ -129,9 +134,9 @@ def read_dense(rows: Sequence[Row]) -> Dense | None:
     own = [row for row in rows if row.run == DENSE]
     if not own:
         return None
-    told = next((row.bytes_per_token for row in own if row.bytes_per_token), None)
+    asked = next((row.bytes_per_token for row in own if row.bytes_per_token), None)
     return Dense(
-        nbytes=told or median_of(own, Metric.CACHE_BYTES_PER_TOKEN),
+        nbytes=asked or median_of(own, Metric.CACHE_BYTES_PER_TOKEN),
         flow_loss=median_of(own, Metric.FLOW_LOSS),
         flow_loss_other_past=median_of(own, Metric.FLOW_LOSS_OTHER_PAST),
     )
@@ -187,9 +192,8 @@ def _by_step(rows: Iterable[Row], metric: Metric) -> dict[int, float]:
 
 def _setting(key: Key, rows: list[Row], dense: Dense | None) -> Setting:
     """A setting from its rows, still without method and name."""
-    first = rows[0]
     # The budget asked for is exact, but does not count frames that are kept dense.
-    nbytes = None if key.recent else first.bytes_per_token
+    nbytes = None if key.recent else rows[0].bytes_per_token
     nbytes = nbytes or median_of(rows, Metric.CACHE_BYTES_PER_TOKEN)
     cut = median_of(rows, Metric.CACHE_CUT)
     if nbytes and dense is not None and dense.nbytes:
@@ -200,15 +204,11 @@ def _setting(key: Key, rows: list[Row], dense: Dense | None) -> Setting:
         losses = {step: loss / dense.flow_loss - 1 for step, loss in flow.items()}
     last = max(errors, default=0)
     ends = [_value(r) for r in rows if r.metric == Metric.VELOCITY_ERROR and (r.step or 0) == last]
-    ranks = (first.kv_lora_rank, first.qk_rope_head_dim)
     return Setting(
         key=key,
-        product=first.product or DENSE,
+        row=rows[0],
         method="",
         name="",
-        sizes="+".join(str(rank) for rank in ranks if rank),
-        init=first.init or "",
-        words=_words(first, key),
         nbytes=nbytes or math.inf,
         cut=cut,
         errors=errors,
@@ -218,24 +218,11 @@ def _setting(key: Key, rows: list[Row], dense: Dense | None) -> Setting:
     )
 
 
-def _words(row: Row, key: Key) -> tuple[str, ...]:
-    """Words that may distinguish methods of one product, at fixed indices."""
-    steps = row.recovery_steps
-    white = "white inputs" if row.init == "assumed" else "calibrated"
-    return (
-        white if row.product == "codec" else "",
-        row.latent or "",
-        f"{steps} steps" if steps else "not recovered",
-        f"{key.recent} recent frames dense" if key.recent else "",
-    )
-
-
 def _named(settings: Sequence[Setting]) -> list[Setting]:
     """Settings with methods and unique names."""
     named: list[Setting] = []
     for setting in settings:
-        others = [each.words for each in settings if each.product == setting.product]
-        method = _method(setting, others)
+        method = _method(setting, [each for each in settings if each.product == setting.product])
         size = setting.sizes or f"at {format_number(setting.nbytes)} bytes"
         name = setting.key.run if setting.product == DENSE else f"{method} {size}"
         named.append(replace(setting, method=method, name=name))
@@ -248,14 +235,27 @@ def _named(settings: Sequence[Setting]) -> list[Setting]:
     ]
 
 
-def _method(setting: Setting, others: Sequence[tuple[str, ...]]) -> str:
+def _method(setting: Setting, siblings: Sequence[Setting]) -> str:
+    """Product, init and dtype, and the words that not all settings of the product share."""
     if setting.product == DENSE:
         return "dense, quantised"
-    start = f"MLA {setting.init}" if setting.product == "mla" else setting.product
-    kept = ["unquantised"] if setting.key.kept == UNQUANTISED else []
-    differing = [
-        word
-        for place, word in enumerate(setting.words)
-        if word and any(word != each[place] for each in others)
-    ]
-    return ", ".join([start, *kept, *differing])
+    parts = [f"MLA {setting.row.init}" if setting.product == "mla" else setting.product]
+    if setting.key.kept == UNQUANTISED:
+        parts.append("unquantised")
+    others = map(_words, siblings)
+    for word, *found in zip(_words(setting), *others, strict=True):
+        if word and set(found) != {word}:
+            parts.append(word)
+    return ", ".join(parts)
+
+
+def _words(setting: Setting) -> tuple[str, ...]:
+    """Words that may distinguish methods of one product, at fixed indices."""
+    row, recent = setting.row, setting.key.recent
+    white = "white inputs" if row.init == "assumed" else "calibrated"
+    return (
+        white if setting.product == "codec" else "",
+        row.latent or "",
+        f"{row.recovery_steps} steps" if row.recovery_steps else "not recovered",
+        f"{recent} recent frames dense" if recent else "",
+    )
