@@ -150,11 +150,6 @@ def test_html_is_valid(which: str, request: pytest.FixtureRequest) -> None:
     assert labels <= set(ids)
 
 
-def test_the_check_of_html_finds_errors() -> None:
-    with pytest.raises(html5lib.html5parser.ParseError):
-        html5lib.HTMLParser(strict=True).parse("<!doctype html><title>x</title><div><p>x</div></p>")
-
-
 def test_markdown_has_the_same_blocks(tmp_path: Path) -> None:
     markdown = to_markdown("t", planted_sections(tmp_path))
     assert '![What "it" shows](plot.png)\n\n[plot.csv](plot.csv)' in markdown
