@@ -236,7 +236,7 @@ def test_a_report_fits_its_width_and_is_kept_as_pictures(
             visit.page.screenshot(path=path, full_page=True)
 
 
-def test_the_answer_of_a_report_is_in_sight_on_a_phone(browser: Browser, report_file: Path) -> None:
+def test_a_phone_shows_the_answer_of_a_report_at_once(browser: Browser, report_file: Path) -> None:
     with opened(browser, report_file) as visit:
         visit.page.set_viewport_size({"width": PHONE, "height": 844})
         box = visit.page.locator(".lead").bounding_box()
@@ -244,7 +244,7 @@ def test_the_answer_of_a_report_is_in_sight_on_a_phone(browser: Browser, report_
         assert box["y"] + box["height"] < 844
 
 
-def test_wide_tables_scroll_in_their_box_with_the_first_column_in_sight(visit: Visit) -> None:
+def test_wide_tables_scroll_in_their_box_and_keep_the_first_column(visit: Visit) -> None:
     visit.page.set_viewport_size({"width": PHONE, "height": 844})
     box = visit.page.locator(".wide").first
     assert box.evaluate("(element) => element.scrollWidth > element.clientWidth")

@@ -108,7 +108,7 @@ class Page(HTMLParser):
 
 def test_a_codec_is_a_setting_for_each_size_and_dtype() -> None:
     settings = read_settings(codec_rows())
-    found = {(each.nbytes, each.key.kept) for each in settings}
+    found = {(each.nbytes, each.key.dtype) for each in settings}
     assert found == {(size, kept) for size in SIZES for kept in ("", "model")}
     assert {each.key.point for each in settings} == {CODEC_POINT}
     assert [each.nbytes for each in settings] == sorted(each.nbytes for each in settings)
@@ -190,7 +190,7 @@ def test_recommends_the_smallest_cache_within_the_bound() -> None:
     assert found is not None
     best = found.setting
     assert best.nbytes == min(each.nbytes for each in within) == 20
-    assert (best.product, best.key.kept) == ("codec", "")
+    assert (best.product, best.key.dtype) == ("codec", "")
     others = [(each.product, each.name) for each in found.others]
     assert others == [("mla", "MLA calibrated 32+16"), ("dense", "dense int4")]
     assert best_of(rows, 1.0).nbytes == 12
@@ -313,6 +313,11 @@ def test_provenance_tells_rows_devices_versions_and_time() -> None:
 # Charts.
 
 
+def charts_of(rows: list[Row]) -> dict[str, Chart]:
+    best = recommend(read_settings(rows), BOUND)
+    return draw_charts(rows, best.setting if best is not None else None)
+
+
 def lines_of(chart: Chart) -> dict[str, Line]:
     return {line.label: line for panel in chart for line in panel.lines}
 
@@ -331,7 +336,7 @@ def lines_of(chart: Chart) -> dict[str, Line]:
     ],
 )  # fmt: skip
 def test_draws_what_the_rows_allow_and_no_empty_axes(rows: list[Row], names: list[str]) -> None:
-    charts = draw_charts(rows, BOUND)
+    charts = charts_of(rows)
     assert list(charts) == names
     for chart in charts.values():
         figure = draw_chart(chart)
@@ -344,7 +349,7 @@ def test_draws_what_the_rows_allow_and_no_empty_axes(rows: list[Row], names: lis
 
 def test_quality_has_every_method_before_and_after_recovery() -> None:
     rows = full_rows(seeds=1)
-    chart = draw_charts(rows, BOUND)["quality"]
+    chart = charts_of(rows)["quality"]
     (panel,) = chart
     assert (panel.xscale, panel.yscale) == ("log", "log")
     lines = lines_of(chart)
@@ -365,7 +370,7 @@ def test_quality_has_every_method_before_and_after_recovery() -> None:
 
 
 def test_recovery_has_a_panel_per_method_and_a_line_per_size_on_one_scale() -> None:
-    chart = draw_charts(full_rows(seeds=1), BOUND)["recovery"]
+    chart = charts_of(full_rows(seeds=1))["recovery"]
     assert [len(panel.lines) for panel in chart] == [len(SIZES)] * 2 + [len(RANKS)] * 2
     assert len({panel.ylimits for panel in chart}) == 1
     assert {(line.xs[0], line.xs[-1]) for p in chart for line in p.lines} == {(0, STEPS[-1])}
@@ -375,13 +380,13 @@ def test_recovery_has_a_panel_per_method_and_a_line_per_size_on_one_scale() -> N
         for step, error in ((0, 0.2), (10, 0.1))
         for row in measured(codec_config(), error, step, runtime=sized(float(nbytes)))
     ]
-    (panel,) = draw_charts(many, BOUND)["recovery"]
+    (panel,) = charts_of(many)["recovery"]
     labels = [line.label for line in panel.lines]
     assert (len(labels), labels[0], labels[-1]) == (6, "10", "85")
 
 
 def test_rollouts_have_dense_and_the_recommended_first() -> None:
-    chart = draw_charts(full_rows(seeds=1), BOUND)["rollout"]
+    chart = charts_of(full_rows(seeds=1))["rollout"]
     assert len(chart) == 3
     for panel in chart:
         assert [line.label for line in panel.lines][:2] == ["dense", "codec at 20 bytes"]
@@ -392,7 +397,7 @@ def test_rollouts_have_dense_and_the_recommended_first() -> None:
 
 def test_spectra_are_of_weights_of_activations_and_of_mla() -> None:
     rows = full_rows(seeds=1)
-    kept, needed, filled = draw_charts(rows, BOUND)["spectra"]
+    kept, needed, filled = charts_of(rows)["spectra"]
     (weights, data), (_, data_ranks) = kept.lines, needed.lines
     assert weights.xs == data.xs
     assert all(w <= d + 1e-12 for w, d in zip(weights.ys, data.ys, strict=True))
@@ -408,7 +413,7 @@ def test_spectra_are_of_weights_of_activations_and_of_mla() -> None:
 
 
 def test_lines_lie_within_their_axes_and_names_do_not_overlap() -> None:
-    for name, chart in draw_charts(full_rows(), BOUND).items():
+    for name, chart in charts_of(full_rows()).items():
         figure = draw_chart(chart)
         figure.draw_without_rendering()
         for panel, axes in zip(chart, figure.axes, strict=True):
@@ -424,7 +429,7 @@ def test_lines_lie_within_their_axes_and_names_do_not_overlap() -> None:
 
 
 def test_csv_holds_what_is_drawn() -> None:
-    for chart in draw_charts(full_rows(seeds=1), BOUND).values():
+    for chart in charts_of(full_rows(seeds=1)).values():
         header, *lines = csv.reader(chart_csv(chart).splitlines())
         assert header == ["panel", "line", "x", "y"]
         points = [

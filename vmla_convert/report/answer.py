@@ -108,7 +108,7 @@ def _priced(setting: Setting) -> str:
     """A setting with bytes and cut."""
     name = setting.label
     if setting.product == DENSE:
-        name = f"the {DENSE} cache in {setting.key.kept}"
+        name = f"the {DENSE} cache in {setting.key.dtype}"
     elif setting.product == "codec":
         name = f"the {name}"
     priced = f"{name} at {format_number(setting.nbytes)} bytes per token and layer"

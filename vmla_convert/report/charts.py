@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from vmla_convert.report.answer import recommend
 from vmla_convert.report.plots import (
     GREY,
     INK,
@@ -54,14 +53,9 @@ SEGMENTED = {
 }
 
 
-def draw_charts(rows: Sequence[Row], bound: float) -> dict[str, Chart]:
-    """Every chart that has rows, by name.
-
-    `bound` is the flow loss that the recommended setting may have above the dense model's.
-    """
+def draw_charts(rows: Sequence[Row], best: Setting | None) -> dict[str, Chart]:
+    """Every chart that has rows, by name. `best` is the recommended setting."""
     settings, dense = read_settings(rows), read_dense(rows)
-    recommended = recommend(settings, bound)
-    best = recommended.setting if recommended is not None else None
     charts = {
         "quality": quality_chart(settings, dense, best),
         "recovery": recovery_chart(settings),
@@ -196,7 +190,7 @@ def _looks(settings: Iterable[Setting]) -> dict[str, tuple[str, str]]:
     """Colour and marker of each method; colours tell products apart."""
     families: defaultdict[str, list[str]] = defaultdict(list)
     for setting in sorted(settings, key=lambda each: each.method):
-        family = UNQUANTISED if setting.key.kept == UNQUANTISED else setting.product
+        family = UNQUANTISED if setting.key.dtype == UNQUANTISED else setting.product
         if setting.method not in families[family]:
             families[family].append(setting.method)
     return {

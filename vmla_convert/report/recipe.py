@@ -44,12 +44,12 @@ def commands(setting: Setting, recipe: Mapping[str, Any], has_recipe: bool) -> s
         options = dotted({"source": source, "model": recipe.get("model", {})})
         changes = (f"{key}={_value(value)}" for key, value in options)
         words = [checkpoint, *(word for change in changes for word in ("--set", change))]
-        words += ["--cache-dtype", setting.key.kept]
+        words += ["--cache-dtype", setting.key.dtype]
         return f"vmla generate {shlex.join(words)} {PROMPT}"
     words.append("DIR/converted" if has_recipe else "OUT")
     if setting.product == "codec":
         words += ["--bytes-per-token", f"{setting.key.nbytes:.10g}"]
-    if setting.key.kept == UNQUANTISED:
+    if setting.key.dtype == UNQUANTISED:
         words += ["--cache-dtype", UNQUANTISED]
     generate = f"vmla generate {shlex.join(words)} {PROMPT}"
     return f"vmla run {RECIPE_FILE} -o DIR\n{generate}" if has_recipe else generate

@@ -13,7 +13,7 @@ from vmla_convert.report.charts import draw_charts
 from vmla_convert.report.pages import to_html, to_markdown
 from vmla_convert.report.plots import Chart, chart_csv, draw_chart
 from vmla_convert.report.recipe import RECIPE_FILE, recipe_toml
-from vmla_convert.report.sections import PLOTS, report_sections
+from vmla_convert.report.sections import PLOTS, answer_blocks, report_sections
 from vmla_convert.report.settings import read_settings
 from vmla_convert.results import read_rows
 
@@ -45,9 +45,10 @@ def write_report(
     record = _read_recipe(folder / "recipe.json")
     best = recommend(read_settings(rows), loss_bound)
     toml = recipe_toml(best.setting, record.get("recipe") or {}) if best is not None else ""
-    charts = draw_charts(rows, loss_bound)
+    charts = draw_charts(rows, best.setting if best is not None else None)
     written = _save_plots(folder / "plots", charts)
-    sections = report_sections(folder, rows, loss_bound, charts, record)
+    answer = answer_blocks(rows, best, loss_bound, record, toml)
+    sections = report_sections(folder, rows, best, answer, charts, record)
     texts = {
         "report.md": to_markdown(title, sections),
         "report.html": to_html(title, sections, folder),

@@ -6,20 +6,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vmla_convert.report.answer import (
-    Recommendation,
-    answer_reasons,
-    answer_sentence,
-    recommend,
-)
+from vmla_convert.report.answer import Recommendation, answer_reasons, answer_sentence
 from vmla_convert.report.charts import spectra_notes
 from vmla_convert.report.pages import Block, Code, Picture, Section, Table, Text
-from vmla_convert.report.recipe import (
-    RECIPE_FILE,
-    commands,
-    recipe_toml,
-    to_toml,
-)
+from vmla_convert.report.recipe import RECIPE_FILE, commands, to_toml
 from vmla_convert.report.settings import Setting, read_dense, read_settings
 from vmla_convert.report.tables import (
     decisive_table,
@@ -50,7 +40,8 @@ MEASURES = (
 def report_sections(
     folder: Path,
     rows: Sequence[Row],
-    bound: float,
+    best: Recommendation | None,
+    answer: Sequence[Block],
     drawn: Collection[str],
     record: Mapping[str, Any],
 ) -> list[Section]:
@@ -59,16 +50,16 @@ def report_sections(
     Args:
         folder: Folder of plots, strips and the comparison.
         rows: All rows of the report.
-        bound: Flow loss allowed above the dense model's, as a share of the dense model's loss.
+        best: The recommendation.
+        answer: Blocks of the first section, from `answer_blocks`.
         drawn: Names of the saved charts.
         record: `recipe.json` of the run; empty without one.
     """
     settings = read_settings(rows)
-    best = recommend(settings, bound)
     plots = {name: [_plot(name)] if name in drawn else list[Block]() for name in PLOTS}
     speed, memory = speed_table(rows, settings), memory_table(rows, settings)
     sections = [
-        Section("Which size to use", _answer(rows, settings, best, bound, record)),
+        Section("Which size to use", answer),
         Section("Quality against bytes", _quality(rows, settings, best, plots["quality"])),
         Section("Recovery", plots["recovery"]),
         Section("Memory of the cache", _noted(memory, "Memory", "One clip, all layers.")),
@@ -84,25 +75,22 @@ def report_sections(
     return [section for section in sections if section.blocks]
 
 
-def _answer(
+def answer_blocks(
     rows: Sequence[Row],
-    settings: Sequence[Setting],
     best: Recommendation | None,
     bound: float,
     record: Mapping[str, Any],
+    toml: str,
 ) -> list[Block]:
-    if not settings:
+    """The recommendation with the recipe `toml` and the commands that make it, and the reasons."""
+    if not read_settings(rows):
         return []
     blocks: list[Block] = [Text(answer_sentence(best, bound), lead=True)]
+    if toml:
+        text = f"{RECIPE_FILE}, beside this report, makes this cache:"
+        blocks += [Text(text), Code(toml, "toml")]
     if best is not None:
-        recipe: Mapping[str, Any] = record.get("recipe") or {}
-        toml = recipe_toml(best.setting, recipe)
-        if toml:
-            blocks += [
-                Text(f"{RECIPE_FILE}, beside this report, makes this cache:"),
-                Code(toml, "toml"),
-            ]
-        blocks.append(Code(commands(best.setting, recipe, bool(toml))))
+        blocks.append(Code(commands(best.setting, record.get("recipe") or {}, bool(toml))))
     failed = len(failed_table(rows)[1:])
     return blocks + [Text(reason) for reason in answer_reasons(best, read_dense(rows), failed)]
 

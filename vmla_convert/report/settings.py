@@ -26,15 +26,15 @@ class Key(NamedTuple):
         point: Key of the sweep's point; empty for the dense model.
         run: Name of the model.
         nbytes: Bytes per token and layer that were asked for.
-        kept: `model` for a codec without quantising, a dtype for a quantised dense cache, else
-            empty.
+        dtype: Cache dtype where it matters: `model` for an unquantised codec, the dtype of a
+            quantised dense cache; else empty.
         recent: Recent frames whose dense keys and values are kept as well.
     """
 
     point: str
     run: str
     nbytes: float | None
-    kept: str
+    dtype: str
     recent: int
 
 
@@ -148,7 +148,7 @@ def read_settings(rows: Sequence[Row]) -> list[Setting]:
     groups: defaultdict[Key, list[Row]] = defaultdict(list)
     for row in rows:
         key = key_of(row)
-        if row.metric != Metric.FAILED and (row.product or key.kept):
+        if row.metric != Metric.FAILED and (row.product or key.dtype):
             groups[key].append(row)
     settings = [
         _setting(key, own, dense)
@@ -240,7 +240,7 @@ def _method(setting: Setting, siblings: Sequence[Setting]) -> str:
     if setting.product == DENSE:
         return "dense, quantised"
     parts = [f"MLA {setting.row.init}" if setting.product == "mla" else setting.product]
-    if setting.key.kept == UNQUANTISED:
+    if setting.key.dtype == UNQUANTISED:
         parts.append("unquantised")
     others = map(_words, siblings)
     for word, *found in zip(_words(setting), *others, strict=True):

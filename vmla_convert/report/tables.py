@@ -52,7 +52,7 @@ def equal_errors(rows: Sequence[Row], settings: Sequence[Setting]) -> list[str]:
     last = max((row.step or 0 for row in measured), default=0)
     at_end = [row for row in measured if (row.step or 0) == last]
     found = group_medians(at_end, Metric.BYTES_AT_ERROR, lambda row: row.cache_dtype)
-    dense = {each.key.kept: each for each in settings if each.product == DENSE}
+    dense = {each.key.dtype: each for each in settings if each.product == DENSE}
     least = min((each.nbytes for each in settings if each.product == "codec"), default=0.0)
     sentences: list[str] = []
     for dtype, nbytes in sorted(found.items(), key=lambda item: -item[1]):
@@ -71,7 +71,7 @@ def memory_table(rows: Sequence[Row], settings: Sequence[Setting]) -> Table:
     """Bytes of the cache of one clip by length of the clip, a line per size."""
     measured = [row for row in rows if row.metric == Metric.CACHE_BYTES and row.batch in (None, 1)]
     # An unquantised codec takes the same bytes as the quantised codec of its size.
-    measured = [row for row in measured if key_of(row).kept != UNQUANTISED]
+    measured = [row for row in measured if key_of(row).dtype != UNQUANTISED]
     lengths = sorted({row.clip_seconds or 0.0 for row in measured})
     amounts = group_medians(
         measured, Metric.CACHE_BYTES, lambda r: (key_of(r), r.clip_seconds or 0.0)
