@@ -1,0 +1,1 @@
+"""Worlds with known truth, beside the moving digits that ship with the package."""

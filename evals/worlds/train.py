@@ -1,0 +1,149 @@
+"""Train the teacher of the photograph world: `python -m evals.worlds.train --out DIR`.
+
+Phases lengthen the clips: copying from the past is learned on short clips, where a step is cheap,
+and then stretched to the whole window. A run that was interrupted goes on where it stopped; a later
+machine goes on from the weights that were shipped (`--start FILE --phase N`). It runs for many
+hours on two cores: start it with `nice -n 19`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from evals.worlds.photographs import FRAME_SIZE, PATCH, TEXT_DIM, TEXT_LEN, PhotographClips
+from vmla_convert.config import (
+    CachePolicy,
+    Geometry,
+    ModelConfig,
+    SamplerConfig,
+    TrainingConfig,
+)
+from vmla_convert.console import out
+from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.media.clips import seeded
+from vmla_convert.results import Metric, Row, append_rows
+from vmla_convert.training.loop import clip_examples, train
+from vmla_convert.training.losses import flow_matching, make_example
+
+HELD_OUT_CLIPS = 8
+
+CONFIG = ModelConfig(
+    geometry=Geometry(
+        dim=256,
+        ffn_dim=768,
+        num_heads=4,
+        num_layers=8,
+        in_dim=3 * PATCH**2,
+        out_dim=3 * PATCH**2,
+        freq_dim=128,
+        text_dim=TEXT_DIM,
+        text_len=TEXT_LEN,
+    ),
+    latent_size=(FRAME_SIZE // PATCH, FRAME_SIZE // PATCH),
+    chunk_frames=3,
+    cache=CachePolicy(window_frames=48, sink_frames=1, frame_positions="relative"),
+    sampler=SamplerConfig((1000, 875, 750, 625, 500, 375, 250, 125), shift=2.0, renoise=False),
+    family="self_forcing",
+    licence="apache-2.0",
+    frames_per_second=8,
+)
+
+
+def _phase(steps: int, batch: int, lr: float) -> TrainingConfig:
+    return TrainingConfig(
+        steps=steps,
+        batch_size=batch,
+        optimizer="muon",
+        lr=lr,
+        warmup_steps=100,
+        weight_decay=0.01,
+        ema=0.995,
+        context_noise=0.15,
+        eval_every=200,
+        checkpoint_every=50,
+        mixed_precision="bf16",
+    )
+
+
+PHASES = (
+    (9, _phase(4000, 4, 3e-3)),
+    (18, _phase(3000, 2, 2e-3)),
+    (48, _phase(1500, 1, 1e-3)),
+)
+"""Frames of a clip, and the training of each phase."""
+
+
+def main() -> None:
+    """Run the phases that are not done."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for states and weights")
+    parser.add_argument("--start", type=Path, help="weights to begin with (safetensors)")
+    parser.add_argument("--phase", type=int, default=0, help="first phase to run")
+    asked = parser.parse_args()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    model = CausalWanModel(CONFIG)
+    _initialise(model)
+    if asked.start:
+        model.load_state_dict({n: t.float() for n, t in load_file(asked.start).items()})
+    for number, (frames, config) in enumerate(PHASES):
+        if number < asked.phase:
+            continue
+        done = asked.out / f"phase-{number}.safetensors"
+        if done.exists():
+            model.load_state_dict(load_file(done))
+            continue
+        _train_phase(model, number, frames, config, asked.out)
+        save_file(dict(model.state_dict()), done)
+
+
+def _train_phase(
+    model: CausalWanModel, number: int, frames: int, config: TrainingConfig, folder: Path
+) -> None:
+    clips = PhotographClips(frames, seed=number)
+    openings = PhotographClips(CONFIG.chunk_frames, seed=100 + number)
+    loss = flow_matching(CONFIG)
+    held_out = PhotographClips(frames, seed=1).batch(0, HELD_OUT_CLIPS, "held_out")
+    example = make_example(held_out, CONFIG.chunk_frames, seeded(1, 0, "eval"))
+    started = perf_counter()
+
+    @torch.no_grad()
+    def measure(trained: nn.Module, step: int) -> float:
+        value = loss(trained, example).item()
+        note = f"{frames} frames, {perf_counter() - started:.0f} s"
+        row = Row(
+            Metric.FLOW_LOSS, value, "squared velocity", f"phase {number}", step=step, note=note
+        )
+        append_rows(folder / "rows.jsonl", [row])
+        return value
+
+    with out.progress() as progress:
+        train(
+            model,
+            loss,
+            clip_examples(clips, CONFIG.chunk_frames, config, openings),
+            config,
+            measure,
+            folder / f"state-{number}.pt",
+            progress,
+            f"phase {number} ({frames} frames)",
+        )
+
+
+def _initialise(model: CausalWanModel) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(model.patch_embedding.weight.flatten(1))
+    nn.init.zeros_(model.head.head.weight)
+
+
+if __name__ == "__main__":
+    main()
