@@ -130,7 +130,7 @@ def key_of(row: Row) -> Key:
 
 
 def read_dense(rows: Sequence[Row]) -> Dense | None:
-    """The dense model's figures, or None when no row is about it."""
+    """The dense model's figures, or None without rows of the dense model."""
     own = [row for row in rows if row.run == DENSE]
     if not own:
         return None
