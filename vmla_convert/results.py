@@ -69,6 +69,7 @@ class Metric(StrEnum):
 
 
 METRICS = frozenset[str](Metric)
+"""Values of all metrics: Python 3.11 cannot test whether a string is in an enumeration."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Row:
         product: `codec` or `mla`.
         bytes_per_token: Bytes of the cache per token and layer, averaged over layers, two per
             unquantised number.
-        recovery_steps: Steps of distillation that were asked for; None where none were.
+        recovery_steps: Steps of distillation that were asked for; None without recovery.
         pair: RoPE pair of a head, in Wan's order time, height, width.
         batch: Clips at once.
         clip_seconds: Length of a clip.

@@ -178,6 +178,9 @@ def test_methods_are_told_apart_by_what_differs() -> None:
     assert len(set(names)) == len(names)
     twins = [*point_rows([0.1]), *(replace(row, point="twin") for row in point_rows([0.1]))]
     assert len({each.name for each in read_settings(twins)}) == 2
+    sized_alike = [*codec_rows(), *(replace(row, point="twin") for row in codec_rows())]
+    lines = [tuple(line[:2]) for line in decisive_table(sized_alike)]
+    assert len(set(lines)) == len(lines)
 
 
 # The answer.

@@ -1,4 +1,4 @@
-"""Settings of the cache: the window that it keeps, and how a model runs with it."""
+"""Settings of the cache: the kept window, and how a model runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DENSE_BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 
 @dataclass(frozen=True)
 class CachePolicy:
-    """Which frames the cache keeps, and the time positions that it gives them.
+    """Which frames the cache keeps, and their time positions.
 
     Attributes:
         window_frames: Frames that a query can attend to: the sink, the recent past, and the chunk

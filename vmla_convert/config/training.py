@@ -1,4 +1,4 @@
-"""Settings of the training loop and of its stages: pretraining and recovery."""
+"""Settings of the training loop, and of the stages pretraining and recovery."""
 
 from __future__ import annotations
 

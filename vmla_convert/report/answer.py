@@ -91,7 +91,7 @@ def answer_reasons(best: Recommendation | None, dense: Dense | None, failed: int
 
 
 def _loss(setting: Setting) -> float:
-    """Flow loss above dense, infinite where it is unknown or diverged."""
+    """Flow loss above dense; infinite where unknown or diverged."""
     loss = setting.loss
     return loss if loss is not None and math.isfinite(loss) else math.inf
 

@@ -36,7 +36,7 @@ from vmla_convert.results import Metric, Row
 MOST_PANELS = 6
 MOST_LINES = 6
 VELOCITY_ERROR = "velocity error (share)"
-# Okabe-Ito without its yellow, which is too pale for lines on white.
+# Okabe-Ito colours without yellow, which is too pale for lines on white.
 COLOURS = {
     "codec": ["#0072B2", "#00456b", "#3b9bd4"],
     UNQUANTISED: ["#56B4E9", "#2f86b8"],
@@ -143,7 +143,7 @@ def rollout_chart(rows: Sequence[Row], settings: Sequence[Setting], best: Settin
 
 
 def spectra_chart(rows: Sequence[Row], settings: Sequence[Setting]) -> Chart:
-    """Energy by rank, 99 %-energy rank by layer, and the share of its rank an MLA layer fills."""
+    """Energy by rank, 99 %-energy rank by layer, and the used share of the rank of MLA layers."""
     kept: list[Line] = []
     needed: list[Line] = []
     for run, (name, colour) in SPECTRA.items():
@@ -187,7 +187,7 @@ def spectra_notes(rows: Sequence[Row]) -> list[str]:
 
 
 def _looks(settings: Iterable[Setting]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each method; colours tell products apart."""
+    """Colour and marker of each method; colours distinguish products."""
     families: defaultdict[str, list[str]] = defaultdict(list)
     for setting in sorted(settings, key=lambda each: each.method):
         family = UNQUANTISED if setting.key.dtype == UNQUANTISED else setting.product
@@ -236,7 +236,7 @@ def _rolled(
 
 
 def _filled_lines(rows: Sequence[Row], settings: Sequence[Setting]) -> list[Line]:
-    """A line per MLA method, the median of its sizes, as converted and at the last step."""
+    """Lines per MLA method, the median of all sizes: as converted and at the last step."""
     looks, mla = _looks(settings), {each.key: each for each in settings if each.product == "mla"}
     ranks = group_medians(rows, Metric.KV_LORA_RANK, lambda row: (key_of(row), row.layer))
     shares: defaultdict[tuple[str, bool], defaultdict[int, list[float]]]

@@ -1,4 +1,4 @@
-"""The recipe that makes a setting, as TOML, and the commands that run it."""
+"""The recipe that makes a setting, as TOML, and the commands that use the recipe."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def recipe_toml(setting: Setting, recipe: Mapping[str, Any]) -> str:
 
 
 def commands(setting: Setting, recipe: Mapping[str, Any], has_recipe: bool) -> str:
-    """The commands that make a setting and a clip with it.
+    """The commands that make a setting, and generate a clip.
 
     `has_recipe` says whether `recipe_toml` gave a recipe for the setting.
     """

@@ -33,7 +33,7 @@ PLOTS = {
 MEASURES = (
     "velocity_error is the squared distance from the dense model's velocity, relative to its "
     "square, on held-out clips whose past comes from the cache; errors are medians over seeds. "
-    "A number that is not quantised counts two bytes."
+    "An unquantised number counts two bytes."
 )
 
 
@@ -82,7 +82,7 @@ def answer_blocks(
     record: Mapping[str, Any],
     toml: str,
 ) -> list[Block]:
-    """The recommendation with the recipe `toml` and the commands that make it, and the reasons."""
+    """The recommendation, the recipe `toml`, the commands, and the reasons."""
     if not read_settings(rows):
         return []
     blocks: list[Block] = [Text(answer_sentence(best, bound), lead=True)]

@@ -61,7 +61,7 @@ class Setting:
         key: Identity of the setting.
         row: First row, for the fields that all rows of the setting share.
         method: Name that all sizes of one method share: a line of a plot.
-        name: The method with the size; unique.
+        suffix: Start of the point's key, where settings of other points have the same name.
         nbytes: Bytes per token and layer; infinite where unknown.
         cut: Share of the dense cache that is saved.
         errors: Median velocity_error over seeds, by step of recovery.
@@ -74,7 +74,7 @@ class Setting:
     key: Key
     row: Row
     method: str
-    name: str
+    suffix: str
     nbytes: float
     cut: float | None
     errors: dict[int, float]
@@ -94,9 +94,18 @@ class Setting:
         return "+".join(str(rank) for rank in ranks if rank)
 
     @property
+    def name(self) -> str:
+        """The method with the size; unique."""
+        if self.product == DENSE:
+            return self.key.run + self.suffix
+        return (
+            f"{self.method} {self.sizes or f'at {format_number(self.nbytes)} bytes'}{self.suffix}"
+        )
+
+    @property
     def label(self) -> str:
         """Name for a table that shows the bytes in a column."""
-        return self.method if self.product == "codec" else self.name
+        return self.method + self.suffix if self.product == "codec" else self.name
 
     @property
     def last_step(self) -> int:
@@ -130,7 +139,7 @@ def key_of(row: Row) -> Key:
 
 
 def read_dense(rows: Sequence[Row]) -> Dense | None:
-    """The dense model's figures, or None when no row is about it."""
+    """The dense model's figures, or None without rows of the dense model."""
     own = [row for row in rows if row.run == DENSE]
     if not own:
         return None
@@ -208,7 +217,7 @@ def _setting(key: Key, rows: list[Row], dense: Dense | None) -> Setting:
         key=key,
         row=rows[0],
         method="",
-        name="",
+        suffix="",
         nbytes=nbytes or math.inf,
         cut=cut,
         errors=errors,
@@ -219,16 +228,14 @@ def _setting(key: Key, rows: list[Row], dense: Dense | None) -> Setting:
 
 
 def _named(settings: Sequence[Setting]) -> list[Setting]:
-    """Settings with methods and unique names."""
+    """Settings with methods, and unique names."""
     named: list[Setting] = []
     for setting in settings:
-        method = _method(setting, [each for each in settings if each.product == setting.product])
-        size = setting.sizes or f"at {format_number(setting.nbytes)} bytes"
-        name = setting.key.run if setting.product == DENSE else f"{method} {size}"
-        named.append(replace(setting, method=method, name=name))
+        siblings = [each for each in settings if each.product == setting.product]
+        named.append(replace(setting, method=_method(setting, siblings)))
     counts = Counter(setting.name for setting in named)
     return [
-        replace(each, name=f"{each.name} ({(each.key.point or each.key.run)[:6]})")
+        replace(each, suffix=f" ({(each.key.point or each.key.run)[:6]})")
         if counts[each.name] > 1
         else each
         for each in named
