@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from evals import scale
 from vmla_convert.config import Geometry
-from vmla_convert.results import read_rows
+from vmla_convert.results import Metric, read_rows
 from vmla_convert.training.pretrain import save_self_forcing
 
 WIDE = Geometry(
@@ -106,8 +106,8 @@ def test_the_program_measures_a_conversion(
     run = f"{size} {way}"
     one = {(row.run, row.metric): row.value for row in rows}
     assert all(value > 0 for value in one.values())
-    assert one[run, "convert_seconds"] > one[run, "factor_seconds"]
-    assert one[run, "peak_rss_bytes"] > 10**7
+    assert one[run, Metric.CONVERT_SECONDS] > one[run, Metric.FACTOR_SECONDS]
+    assert one[run, Metric.PEAK_RSS_BYTES] > 10**7
     assert ((f"{run}, calibrating", "stage_seconds") in one) == (way == "calibrated")
     source = folder / ("1.3b.pt" if size == "1.3b" else "14b")
     assert source.exists()

@@ -152,9 +152,9 @@ def test_rows_of_the_dense_model(dense: CausalWanModel, held_out: HeldOut) -> No
         "cache_bytes_per_token",
     }
     assert all(row.run == "dense" and row.init is None for row in rows.values())
-    assert rows["cache_bytes_per_token"].value == 192
-    assert rows["flow_loss"].value == held_out.measure(dense).flow_loss
-    assert rows["flow_loss_other_past"].value == held_out.measure_other_past(dense).flow_loss
+    assert rows[Metric.CACHE_BYTES_PER_TOKEN].value == 192
+    assert rows[Metric.FLOW_LOSS].value == held_out.measure(dense).flow_loss
+    assert rows[Metric.FLOW_LOSS_OTHER_PAST].value == held_out.measure_other_past(dense).flow_loss
 
 
 def test_rows_of_a_conversion(latent: CausalWanModel, held_out: HeldOut) -> None:
