@@ -161,7 +161,7 @@ class PowerCut(Silent):
         self.label, self.before, self.error = label, before, error
 
     @contextmanager
-    def bar(self, label: str, total: int | None = None) -> Iterator[Advance]:  # noqa: ARG002
+    def bar(self, label: str, total: int | None = None) -> Iterator[Advance]:
         done = 0
 
         def advance(count: int) -> None:
@@ -170,7 +170,8 @@ class PowerCut(Silent):
             if (label, done) == (self.label, self.before):
                 raise self.error
 
-        advance(0)
+        if total != 0:  # a bar of no items has no item to raise before
+            advance(0)
         yield advance
 
 
