@@ -42,7 +42,7 @@ from vmla_convert.results import Metric, Row, append_rows
 
 
 class Shapes(NamedTuple):
-    """What is timed: widths, latent frame, frames of a chunk, and windows in frames."""
+    """Sizes to time: widths, size of a latent frame, frames of a chunk, and windows in frames."""
 
     geometry: Geometry
     latent_size: tuple[int, int]

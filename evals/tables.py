@@ -306,7 +306,7 @@ def size(row: Row) -> float:
 
 
 def named(row: Row) -> str:
-    """What a row's cache is called in tables."""
+    """Return the name of a row's cache in tables."""
     if row.product == "mla":
         return "MLA, the paper's init" if row.init == "spectral" else f"MLA, {row.init} init"
     if row.init == "assumed":

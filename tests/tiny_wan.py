@@ -33,7 +33,7 @@ SETTINGS: dict[str, Any] = {
     "cache": {"window_frames": 6, "sink_frames": 2, "frame_positions": "relative"},
     "sampler": {"denoising_step_list": [1000, 500]},
 }
-"""What the pipeline's tensors do not say, as `SourceConfig.overrides` takes it."""
+"""Settings that the pipeline's tensors do not show, in the form of `SourceConfig.overrides`."""
 
 SET = [
     word

@@ -222,7 +222,7 @@ def _photograph(split: Split, generator: torch.Generator) -> Tensor:
 
 
 def _film(image: Tensor, path: Path2D, generator: torch.Generator) -> Tensor:
-    """What the camera sees, (F, 3, N, N), somewhere in the photograph."""
+    """Render the frames (F, 3, N, N) of a camera at a random place in the photograph."""
     height, width = image.shape[1:]
     places = _places(Path2D(*(tensor[None] for tensor in path)))[0]
     low, high = places.amin((0, 1, 2)), places.amax((0, 1, 2))

@@ -30,6 +30,7 @@ from vmla_convert.media.clips import seeded
 from vmla_convert.results import Metric, Row, append_rows
 from vmla_convert.training.loop import clip_examples, train
 from vmla_convert.training.losses import flow_matching, make_example
+from vmla_convert.training.pretrain import initialise
 
 HELD_OUT_CLIPS = 8
 
@@ -89,7 +90,7 @@ def main() -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     model = CausalWanModel(CONFIG)
-    _initialise(model)
+    initialise(model)
     if asked.start:
         model.load_state_dict({n: t.float() for n, t in load_file(asked.start).items()})
     for number, (frames, config) in enumerate(PHASES):
@@ -134,15 +135,6 @@ def _train_phase(
             progress,
             f"phase {number} ({frames} frames)",
         )
-
-
-def _initialise(model: CausalWanModel) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-    nn.init.xavier_uniform_(model.patch_embedding.weight.flatten(1))
-    nn.init.zeros_(model.head.head.weight)
 
 
 if __name__ == "__main__":

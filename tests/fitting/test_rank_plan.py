@@ -130,7 +130,7 @@ def test_the_preset_is_the_papers_split() -> None:
 
 
 def test_rope_keys_have_no_more_pairs_than_a_head() -> None:
-    """Of many heads a seventh of a large budget is more than that."""
+    """With many heads, a seventh of a large budget exceeds the number of pairs."""
     plan = uniform_plan(WAN, replace(PRESETS["videomla"], size=Sizes(cut=0.5)))
     assert set(plan.rope_pairs) == {64}
     assert sizes(plan) == [1535] * 30

@@ -1,4 +1,4 @@
-"""What errors in keys and values cost: against loops, and against what errors really do."""
+"""The predicted cost of errors in keys and values equals slow loops and the measured cost."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ def assert_predicted(toy: Toy, latent: LatentKind, sizes: range) -> None:
 @either_latent
 @pytest.mark.parametrize(("keys", "values"), [(20, 1), (1, 1e-6)])
 def test_predicted_errors_are_what_is_lost(latent: LatentKind, keys: float, values: float) -> None:
-    """What truncation drops, and the rotation of pairs without a rope key.
+    """Predicted errors: of truncation, and of leaving pairs without a rope key unrotated.
 
     Cheap values still get a number of a split latent, which dearer keys then go without.
     """

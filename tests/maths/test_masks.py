@@ -64,7 +64,7 @@ def test_a_token_sees_what_its_frame_sees(policy: CachePolicy | None) -> None:
             assert seen[query, key] == visible[query // 3, key // 3]
 
 
-# Of tokens and of groups
+# Masks of tokens and groups of queries
 
 
 def pairs_of(seen: Tensor, tokens: int) -> Tensor:

@@ -192,7 +192,7 @@ def test_every_rollout_is_a_fresh_one(student: CausalWanModel, dense: CausalWanM
     assert torch.equal(past[1], dmd.examples(1)[0].latents)
 
 
-# What trains, and how
+# Trainable weights and their training
 
 
 def test_only_what_the_conversion_made_changes(

@@ -178,7 +178,7 @@ def test_the_flow_term_is_added(dense: CausalWanModel) -> None:
     torch.testing.assert_close(flow, 0.5 * (velocity - example.velocity).square().mean())
 
 
-# What trains
+# Trainable weights
 
 
 def moved_names(student: CausalWanModel, dense: CausalWanModel, **how: Any) -> set[str]:

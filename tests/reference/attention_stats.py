@@ -65,7 +65,7 @@ def attention_of(sample: AttentionSample, clip: int, i: int) -> Tensor:
 
 
 def outputs(sample: AttentionSample) -> Tensor:
-    """What each query gathers, (B, n, H, D)."""
+    """Return the attention output of each query, (B, n, H, D)."""
     out = torch.zeros_like(sample.query)
     for clip, i in product(*map(range, sample.query.shape[:2])):
         out[clip, i] = torch.einsum("hs,shd->hd", attention_of(sample, clip, i), sample.value[clip])
@@ -88,7 +88,7 @@ def sums_by_loops(sample: AttentionSample, group: Tensor) -> AttentionStats:
             gathered = torch.zeros(head_dim, dtype=torch.float64)
             for j in group[i].nonzero().flatten().tolist():
                 p, value = probabilities[head, j], sample.value[clip, j, head]
-                # What the model's output gains from a unit of the logit's product q · k.
+                # The change of the model's output when the product q · k grows by one.
                 effect = p * (pull @ (value - output)) * sample.key_norm[clip, j] / head_dim**0.5
                 weight = effect.square()
                 back = [

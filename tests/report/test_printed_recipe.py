@@ -86,7 +86,7 @@ def recorded(point: SweepPoint, sweep: SweepConfig | None = None) -> Any:
 
 
 def setting_of(point: SweepPoint, dtype: Any = "auto") -> Setting:
-    """What a report takes from the rows of a point."""
+    """Return the setting that a report reads from the rows of a point."""
     convert = point.conversion
     config: ModelConfig = codec_config()
     if convert.product == "mla":

@@ -85,9 +85,15 @@ def generate(
     text = text or open_media(config, device=model.patch_embedding.weight.device)
     new_prompt = _prompt_schedule(prompts, switches, text)
     del text  # frees an encoder that was opened here before the first chunk
-    noise = lambda index: [seeded(seed, index, "rollout")]  # noqa: E731
     done = 0
-    for chunk in rollout(model, len(starts), new_prompt, noise, runtime, prefix):
+    for chunk in rollout(
+        model,
+        len(starts),
+        new_prompt,
+        lambda index: [seeded(seed, index, "rollout")],
+        runtime,
+        prefix,
+    ):
         yield chunk[:, : frames - done]
         done += chunk.shape[1]
 

@@ -33,7 +33,7 @@ def pretrain(config: TeacherConfig, out: Path, progress: Progress | None = None)
     refuse_existing(target)
     torch.manual_seed(config.training.seed)
     model = CausalWanModel(config.model)
-    _initialise(model)
+    initialise(model)
     chunk_frames = config.model.chunk_frames
     clips = open_clips(config.data, config.model.cache.sink_frames)
     loss = flow_matching(config.model)
@@ -73,7 +73,7 @@ def save_self_forcing(state: dict[str, Tensor], config: ModelConfig, folder: Pat
     write_pickle(folder, nbytes, weights.items(), "generator_ema", files)
 
 
-def _initialise(model: CausalWanModel) -> None:
+def initialise(model: CausalWanModel) -> None:
     """Initialise as Wan does: Xavier projections and a head that starts at zero."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
