@@ -271,7 +271,7 @@ def train_lora(teacher: CausalWanModel, clips: ClipSource, progress: Progress) -
     optimiser = torch.optim.Adam(weights, lr=LORA_RATE)
     for step in progress.track(range(LORA_STEPS), "training a LoRA"):
         noise = seeded(0, step, "lora")
-        example = make_example(clips.batch(step, 8), teacher.config.chunk_frames, noise)
+        example = make_example(clips.batch(8 * step, 8), teacher.config.chunk_frames, noise)
         optimiser.zero_grad()
         loss(model, example).backward()
         optimiser.step()

@@ -50,11 +50,14 @@ class MediaConfig:
             else the known base of the model.
         vae_tiling: Decode and encode frames in overlapping tiles, in less memory.
         cpu_offload: Keep both in host memory, and on the device only while they work.
+        clips_dir: Folder for clips that are sampled or encoded, which all commands share. None for
+            a folder in the cache of huggingface_hub.
     """
 
     base: str | None = None
     vae_tiling: bool = False
     cpu_offload: bool = False
+    clips_dir: str | None = None
 
 
 @dataclass(frozen=True)

@@ -13,33 +13,34 @@ class DataConfig:
     """Where clips come from.
 
     Attributes:
-        source: `demo` for the moving-digits world, or a safetensors file (or a folder of them) with
-            `latents` (N clips, F frames, C channels, height, width) and `context` (N, text_len,
-            text_dim). Recovery also takes `self`, samples of the dense model, and a video file or
-            a folder of videos.
-        frames: Latent frames per clip.
+        source: `auto`, `demo`, `self`, or a path. `auto` means `demo` for a model of the demo world
+            and `self` for every other. `self` are samples of the dense model. A path names a video
+            file, a folder of videos, or a safetensors file (or a folder of them) with `latents` (N
+            clips, F frames, C channels, height, width) and `context` (N, text_len, text_dim).
+        frames: Latent frames per clip; None for the model's window.
+        latent_size: Height and width of the latents of clips that are sampled or encoded; None for
+            the model's own.
         sink_gap: Largest number of frames skipped after the sink in half of the training clips, so
             that training includes the jump from the sink to the recent frames; 0 for none.
         seed: Seed of the clips.
-        prompts: Prompts of `self`, one for each clip in turn; or the one prompt of videos that have
-            none beside them.
-        clips: Number of clips that `self` samples.
-        base: Text encoder and VAE for clips that have to be made, as in `MediaConfig`.
+        prompts: Prompts of `self`, whose last quarter is held out; or the one prompt of videos that
+            have none beside them. Empty for the prompts of the package.
+        clips: Clips at most. None for as many samples of the dense model as a stage needs, and for
+            all clips that files hold.
     """
 
-    source: str = "demo"
-    frames: int = 10
+    source: str = "auto"
+    frames: int | None = None
+    latent_size: tuple[int, int] | None = None
     sink_gap: int = 0
     seed: int = 0
     prompts: tuple[str, ...] = ()
-    clips: int = 128
-    base: str | None = None
+    clips: int | None = None
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "frames")
         require_at_least(self, 0, "sink_gap")
-        # One clip to train on, and one held-out clip.
-        require_at_least(self, 2, "clips")
+        for name in (name for name in ("frames", "clips") if getattr(self, name) is not None):
+            require_at_least(self, 1, name)
 
 
 @dataclass(frozen=True)

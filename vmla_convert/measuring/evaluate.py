@@ -112,7 +112,7 @@ class HeldOut:
         clips = clips or open_clips(config.data)
         self.examples = [
             make_example(
-                clips.batch(index, min(CLIPS_DRAWN, config.clips - start), "held_out"),
+                clips.batch(start, min(CLIPS_DRAWN, config.clips - start), "held_out"),
                 self.config.chunk_frames,
                 seeded(config.data.seed, index, "evaluation"),
             )

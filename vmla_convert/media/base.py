@@ -41,13 +41,11 @@ class Media(TextEncoder, Protocol):
 
     Attributes:
         name: Identifies the encoder and the VAE, for records of the clips that they made.
-        default_prompts: Prompts to sample clips from when the user names none.
         frames_per_second: Rate of the pixel frames.
         enlarged: Side in files, in pixels, of one decoded pixel.
     """
 
     name: str
-    default_prompts: tuple[str, ...]
     frames_per_second: int
     enlarged: int
 

@@ -1,12 +1,13 @@
 """Clips to train, calibrate and measure on.
 
-A batch is a function of its seed and number alone, so a resumed run sees the same clips. B or N
-clips, F frames, C channels.
+A batch is a function of its seed and its place in the sequence of clips alone, so a resumed run
+sees the same clips. B or N clips, F frames, C channels.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,13 +20,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vmla_convert.checkpoint.hub import is_repo
-from vmla_convert.config import DataConfig
+from vmla_convert.config import DataConfig, ModelConfig
 from vmla_convert.demo.world import TRAIN_IMAGES, Clips, Split, digit_images, sample_clips
 from vmla_convert.errors import ConfigError, NoClipsError
-from vmla_convert.media.demo import DemoMedia
+from vmla_convert.media.demo import DemoMedia, require_demo_media
+from vmla_convert.storage.output import IDENTITY_NAME
 
 HELD_OUT_SHARE = 0.1
+DEMO_FRAMES = 10
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 
 SourceKind = Literal["demo", "self", "latents", "videos"]
@@ -34,7 +36,7 @@ _LAYOUT = (
     "store latents (N, F, C, height, width) and context (N, text_len, text_dim) as safetensors"
 )
 _ACCEPTED = (
-    "give demo, a safetensors file or folder of latents and context or, to recover, self or videos "
+    "give self, demo, a safetensors file or folder of latents and context, or videos "
     f"({' '.join(VIDEO_SUFFIXES)})"
 )
 
@@ -47,10 +49,10 @@ class Batch(NamedTuple):
 
 
 class ClipSource(Protocol):
-    """A source of batches."""
+    """An endless sequence of clips for each split."""
 
-    def batch(self, index: int, size: int, split: Split = "train") -> Batch:
-        """Return the batch with this number."""
+    def batch(self, start: int, size: int, split: Split = "train") -> Batch:
+        """Return `size` clips of the sequence, from number `start` on."""
         ...
 
 
@@ -58,25 +60,24 @@ class DemoClips:
     """Endless clips of the moving-digits world."""
 
     def __init__(self, config: DataConfig, sink_frames: int = 0) -> None:
-        self.config = config
+        self.config, self.frames = config, config.frames or DEMO_FRAMES
         self.sink_frames = sink_frames
         self.media = DemoMedia()
 
-    def batch(self, index: int, size: int, split: Split = "train") -> Batch:
-        """Return latents and contexts of `clips`."""
-        clips = self.clips(index, size, split)
+    def batch(self, start: int, size: int, split: Split = "train") -> Batch:
+        """Return latents and contexts of `clips`, seeded by the number of the batch."""
+        clips = self.clips(start // size, size, split)
         return Batch(self.media.encode(clips.video), self.media.encode_labels(clips.labels))
 
     def clips(self, index: int, size: int, split: Split = "train") -> Clips:
         """Return a batch with pixels and labels; training clips may skip frames after the sink."""
         generator = seeded(self.config.seed, index, split)
-        frames = self.config.frames
-        times = torch.arange(frames).repeat(size, 1)
+        times = torch.arange(self.frames).repeat(size, 1)
         if split == "train" and self.config.sink_gap:
             jumps = torch.rand(size, generator=generator) < 0.5
             gaps = torch.randint(self.config.sink_gap + 1, (size,), generator=generator)
             times[:, self.sink_frames :] += (gaps * jumps)[:, None]
-        return sample_clips(size, frames, generator, split, times)
+        return sample_clips(size, self.frames, generator, split, times)
 
     def record(self) -> dict[str, Any]:
         """Return which images of digits each split draws from, as JSON data."""
@@ -88,7 +89,8 @@ class DemoClips:
 class LatentClips:
     """Clips from safetensors files with `latents` and `context`; the last tenth is held out.
 
-    Only headers and the clips of a batch are read, so the files need not fit in memory together.
+    A folder of clips that this package made says which split its clips are for. Only headers and
+    the clips of a batch are read, so the files need not fit in memory together.
 
     Raises:
         ConfigError: A file has another content, the files hold clips of different shapes, or there
@@ -96,7 +98,7 @@ class LatentClips:
     """
 
     def __init__(self, config: DataConfig) -> None:
-        self.seed = config.seed
+        self.config = config
         self.shards = [_read_header(file) for file in latent_files(Path(config.source))]
         first, *others = self.shards
         for shard in others:
@@ -107,33 +109,37 @@ class LatentClips:
                     "keep clips of one shape in one folder",
                 )
         self.starts = [0, *accumulate(shard.clips for shard in self.shards)]
-        clips = self.starts.pop()
-        if clips < 2:
+        stored, self.made = self.starts.pop(), identity_of(Path(config.source))
+        made = self.made.get("split")
+        if made is None and stored < 2:
             raise ConfigError(
-                f"{config.source} holds {clips} clips",
+                f"{config.source} holds {stored} clips",
                 "store at least two: one to learn from, and one to measure on",
             )
-        self.frames = min(config.frames, first.shapes[0][0])
-        held_out = max(1, round(HELD_OUT_SHARE * clips))
-        self.parts: dict[Split, range] = {
-            "train": range(clips - held_out),
-            "held_out": range(clips - held_out, clips),
-        }
+        self.frames = min(config.frames or first.shapes[0][0], first.shapes[0][0])
+        self.parts = _parts(stored, config.clips or stored, made)
 
-    def batch(self, index: int, size: int, split: Split = "train") -> Batch:
-        """Return clips drawn with replacement from one part of the files."""
+    def batch(self, start: int, size: int, split: Split = "train") -> Batch:
+        """Return clips of one split, which come in a new order each time all of them were used."""
         part = self.parts[split]
-        generator = seeded(self.seed, index, split)
-        picks = torch.randint(part.start, part.stop, (size,), generator=generator)
-        latents, context = zip(*(self._read(pick) for pick in picks.tolist()), strict=True)
+        clips = [part[self._pick(number, len(part), split)] for number in range(start, start + size)]
+        latents, context = zip(*map(self._read, clips), strict=True)
         return Batch(torch.stack(latents), torch.stack(context))
 
+    def _pick(self, number: int, clips: int, split: Split) -> int:
+        turn, place = divmod(number, clips)
+        order = torch.randperm(clips, generator=seeded(self.config.seed, turn, split))
+        return int(order[place])
+
     def record(self) -> dict[str, Any]:
-        """Return the clips of each split, and the files' names and hash, as JSON data."""
-        parts = {split: [part.start, part.stop] for split, part in self.parts.items()}
-        files = [shard.file for shard in self.shards]
+        """Return the clips of each split, and how they were made or their hash, as JSON data."""
+        parts = {split: [part.start, part.stop] for split, part in self.parts.items() if part}
+        used = max(part.stop for part in self.parts.values())
+        shards = zip(self.shards, self.starts, strict=True)
+        files = [shard.file for shard, start in shards if start < used]
         names, sha256 = [file.name for file in files], hash_files(files)
-        return {"clips": self.parts["held_out"].stop, **parts, "files": names, "sha256": sha256}
+        made = {name: self.made[name] for name in ("kind", "seed", "prompts") if name in self.made}
+        return {"clips": used, **parts, **made, "files": names, "sha256": sha256}
 
     def _read(self, clip: int) -> tuple[Tensor, Tensor]:
         """Read one clip: latents (F, C, height, width) and context (text_len, text_dim)."""
@@ -245,35 +251,60 @@ def _is_hidden(file: Path) -> bool:
     return any(part.startswith(".") for part in file.parts)
 
 
-def open_clips(config: DataConfig, sink_frames: int = 0) -> DemoClips | LatentClips:
-    """Open the source that a config names.
+def settled(config: DataConfig, model: ModelConfig) -> DataConfig:
+    """Decide the source and the length of clips where a config leaves them to the model.
 
     Raises:
-        ConfigError: The source is missing, or `prepare_clips` must make latents first.
+        ConfigError: Clips of the demo world for a model of another world.
+        NoClipsError: A path holds no clips.
+    """
+    source = config.source
+    if source == "auto":
+        source = "demo" if model.media == "demo" else "self"
+    if source_kind(source) == "demo":
+        require_demo_media(model, "the source of clips 'demo'")
+    return replace(config, source=source, frames=config.frames or model.cache.window_frames)
+
+
+def open_clips(config: DataConfig, sink_frames: int = 0) -> DemoClips | LatentClips:
+    """Open clips of the demo world, or latents; `ready_clips` makes these of every other source.
+
+    Raises:
+        ConfigError: The files do not hold clips.
+        NoClipsError: The path holds no clips.
     """
     kind = source_kind(config.source)
-    if kind == "demo":
-        return DemoClips(config, sink_frames)
-    if kind != "latents":
-        what = "the dense model's own samples" if kind == "self" else f"videos ({config.source})"
-        raise ConfigError(
-            f"only recovery can make clips of {what}",
-            "here --data takes demo, or a safetensors file or folder of latents and context",
-        )
-    return LatentClips(config)
+    assert kind in ("demo", "latents"), f"{kind} clips must be made first"
+    return DemoClips(config, sink_frames) if kind == "demo" else LatentClips(config)
 
 
-def recorded(config: DataConfig) -> DataConfig:
-    """Return the config for a record: a local `base` becomes absolute, unlike any Hub id."""
-    base = config.base
-    if base is None or (is_repo(base) and not Path(base).exists()):
-        return config
-    return replace(config, base=str(Path(base).absolute()))
+def identity_of(folder: Path) -> dict[str, Any]:
+    """How the clips in a folder were made; empty for clips that were not made by this package."""
+    try:
+        return dict(json.loads((folder / IDENTITY_NAME).read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _parts(stored: int, used: int, made: Split | None) -> dict[Split, range]:
+    """Numbers of the clips of each split, where `used` of the clips in the files are used."""
+    used = min(used, stored)
+    if made == "held_out":
+        return {"held_out": range(used)}
+    held_out = held_out_clips(used)
+    if made == "train":
+        return {"train": range(used), "held_out": range(used, min(stored, used + held_out))}
+    return {"train": range(used - held_out), "held_out": range(used - held_out, used)}
+
+
+def held_out_clips(clips: int) -> int:
+    """Number of clips that are held out beside, or of, a number of training clips."""
+    return max(1, round(HELD_OUT_SHARE * clips))
 
 
 def open_openings(config: DataConfig, chunk_frames: int) -> ClipSource:
     """Open clips of one chunk, with a seed that differs from the long clips' seed."""
-    return open_clips(DataConfig(config.source, chunk_frames, seed=config.seed + 1))
+    return open_clips(replace(config, frames=chunk_frames, sink_gap=0, seed=config.seed + 1))
 
 
 def seeded(seed: int, index: int, stream: str) -> torch.Generator:

@@ -36,7 +36,7 @@ REPOSITORIES: dict[tuple[int, int], tuple[str, ...]] = {
 
 _HINT = (
     "name a folder or Hub id that holds vae/, text_encoder/ and tokenizer/: "
-    "--set media.base=Wan-AI/Wan2.1-T2V-1.3B-Diffusers (recover: recover.data.base)"
+    "--set media.base=Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 )
 
 

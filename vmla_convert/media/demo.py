@@ -17,9 +17,7 @@ from vmla_convert.media.base import VideoDecoder
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-_CONVERT_HINT = (
-    "convert takes --no-calibration, or --data FILE.safetensors with latents and context"
-)
+_HINT = "leave --data out: the model then samples clips of its own"
 
 
 class DemoMedia:
@@ -30,7 +28,6 @@ class DemoMedia:
     """
 
     name = "demo"
-    default_prompts = tuple("0123456789")
     enlarged = 8
 
     def __init__(self, frames_per_second: int = 8) -> None:
@@ -87,7 +84,7 @@ def prompted_digit(prompt: str) -> int:
     return found.pop()
 
 
-def require_demo_media(config: ModelConfig, purpose: str, hint: str = _CONVERT_HINT) -> None:
+def require_demo_media(config: ModelConfig, purpose: str, hint: str = _HINT) -> None:
     """Refuse a task, named as the subject of a sentence, that needs a model of the demo world."""
     if config.media != "demo":
         raise ConfigError(f"{purpose} needs the demo's latents, and this model's are Wan's", hint)

@@ -10,6 +10,7 @@ import torch
 from vmla_convert.config import MediaConfig, ModelConfig
 from vmla_convert.media.base import Media
 from vmla_convert.media.demo import DemoMedia, prompted_digit
+from vmla_convert.media.prompts import shipped_prompts
 from vmla_convert.media.wan import open_wan_media
 
 
@@ -39,6 +40,13 @@ def open_media(
     device = torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     return open_wan_media(config, how or MediaConfig(), checkpoint, device, dtype)
+
+
+def default_prompts(config: ModelConfig) -> tuple[str, ...]:
+    """Prompts to sample clips from when the user names none; the last quarter is held out."""
+    if config.media == "demo":
+        return tuple("0123456789")
+    return (*shipped_prompts("train"), *shipped_prompts("held_out"))
 
 
 def check_prompts(config: ModelConfig, prompts: Iterable[str]) -> None:

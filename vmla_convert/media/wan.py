@@ -52,7 +52,6 @@ class WanMedia:
     normalised by the mean and deviation in the VAE's configuration.
     """
 
-    default_prompts: tuple[str, ...] = ()
     enlarged = 1
 
     def __init__(

@@ -30,7 +30,7 @@ def rollout_examples(
     """Examples of a student's rollouts, with the prompts and the length of training clips."""
 
     def examples(step: int) -> list[Example]:
-        latents, context = clips.batch(step, config.batch_size)
+        latents, context = clips.batch(step * config.batch_size, config.batch_size)
         with precision(config):
             return [roll_out(student, context, latents.shape[1], (config.seed, step), share)]
 

@@ -79,7 +79,9 @@ def check_place(out: Path, nbytes: int, resume: bool) -> None:
         require_room(out, nbytes)
 
 
-def require_room(out: Path, nbytes: int) -> None:
+def require_room(
+    out: Path, nbytes: int, hint: str = "make room there, or choose another -o"
+) -> None:
     """Refuse a disk on which fewer than `nbytes` are free.
 
     Raises:
@@ -90,7 +92,7 @@ def require_room(out: Path, nbytes: int) -> None:
     if free < nbytes:
         raise OutputError(
             f"{out} needs {nbytes / 1e9:.2f} GB more, and {free / 1e9:.2f} GB are free",
-            "make room there, or choose another -o",
+            hint,
         )
 
 

@@ -119,10 +119,10 @@ def clip_examples(
     def examples(step: int) -> list[Example]:
         # All processes draw the whole batch, so that its noise does not depend on their number.
         noise, share = seeded(config.seed, step, "noise"), own_share()
-        batch = clips.batch(step, config.batch_size)
+        batch = clips.batch(step * config.batch_size, config.batch_size)
         made = [make_example(batch, chunk_frames, noise, config.context_noise, levels)]
         if config.opening_clips:
-            batch = openings.batch(step, config.opening_clips)
+            batch = openings.batch(step * config.opening_clips, config.opening_clips)
             made.append(make_example(batch, chunk_frames, noise, levels=levels))
         return [share.of(example) for example in made]
 
