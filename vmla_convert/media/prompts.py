@@ -23,7 +23,7 @@ Split = Literal["calibration", "held_out"]
 
 def shipped_prompts(split: Split) -> tuple[str, ...]:
     """Return the prompts of `prompts.toml` beside this file: 96 to calibrate, 32 held out."""
-    tables = tomllib.loads(files(__package__).joinpath("prompts.toml").read_text("utf-8"))
+    tables = tomllib.loads(files("vmla_convert.media").joinpath("prompts.toml").read_text("utf-8"))
     return tuple(" ".join(entry["text"].split()) for entry in tables[split])
 
 
