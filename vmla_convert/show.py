@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from vmla_convert.fitting.convert import Conversion
     from vmla_convert.fitting.inspect import Inspection
     from vmla_convert.fitting.plan import PlannedOutput
+    from vmla_convert.generating.clip_cost import PlannedWork
     from vmla_convert.loading.publish import Push
+
+SAID_SECONDS = 60
 
 
 def show_decision(rows_file: Path) -> None:
@@ -53,6 +56,24 @@ def show_recovery(rows: Sequence[Row], folder: Path) -> None:
     out.path("wrote", folder)
 
 
+def show_work(work: PlannedWork) -> None:
+    """Say how many clips are made and how long it takes, if it takes long."""
+    if work.clips_to_sample:
+        out.say(
+            f"clips to sample: {work.clips_to_sample}, about {duration(work.seconds_per_clip)} "
+            f"each, at most {work.clip_bytes / 1e9:.2f} GB in {work.clips_dir}"
+        )
+    if work.passing_seconds >= SAID_SECONDS:
+        out.say(f"passing clips through the model: about {duration(work.passing_seconds)}")
+
+
+def duration(seconds: float) -> str:
+    """A time for people, in the unit that fits."""
+    if seconds < 100:
+        return f"{seconds:.2g} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
+
+
 def show_planned_output(planned: PlannedOutput) -> None:
     """Print what a conversion would write."""
     if out.json:
@@ -64,6 +85,10 @@ def show_planned_output(planned: PlannedOutput) -> None:
             "bytes cached per token and layer": planned.cache_bytes_per_token,
             "cache cut": f"{planned.cache_cut:.1%}",
             "working files beside it (bytes)": f"{planned.working_bytes:,}",
+            "clips to sample": planned.work.clips_to_sample,
+            "bytes of these clips, at most": f"{planned.work.clip_bytes:,}",
+            "sampling takes about": duration(planned.work.sampling_seconds),
+            "calibrating takes about": duration(planned.work.passing_seconds),
         }
     )
     files = [[name, f"{nbytes:,}"] for name, nbytes in planned.files.items()]

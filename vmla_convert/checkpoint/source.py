@@ -146,14 +146,24 @@ def weight_files(path: Path) -> list[Path]:
 def fingerprint(path: Path, progress: Progress | None = None) -> str:
     """SHA-256 in hex of the weight files, one after the other in order of name.
 
+    A process hashes files that did not change once.
+
     Raises:
         CheckpointError: Nothing loadable is at `path`.
     """
-    digest = hashlib.sha256()
-    for file in (progress or Silent()).track(weight_files(path), "hashing"):
-        with file.open("rb") as stream:
-            hashlib.file_digest(stream, lambda: digest)
-    return digest.hexdigest()
+    files = weight_files(path)
+    stats = [(file, file.stat()) for file in files]
+    stamp = tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)
+    if stamp not in _FINGERPRINTS:
+        digest = hashlib.sha256()
+        for file in (progress or Silent()).track(files, "hashing"):
+            with file.open("rb") as stream:
+                hashlib.file_digest(stream, lambda: digest)
+        _FINGERPRINTS[stamp] = digest.hexdigest()
+    return _FINGERPRINTS[stamp]
+
+
+_FINGERPRINTS: dict[Any, str] = {}
 
 
 def read_weight_map(index: Path, title: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
+from vmla_convert.cli.cost import Yes, agree
 from vmla_convert.cli.options import (
     CLIPS,
     OTHER,
@@ -13,6 +14,7 @@ from vmla_convert.cli.options import (
     SIZE,
     BytesPerToken,
     Checkpoint,
+    ClipsDir,
     Cut,
     Data,
     File,
@@ -20,13 +22,20 @@ from vmla_convert.cli.options import (
     Loras,
     Model,
     OutFolder,
+    Prompts,
     option,
+    read_prompt_file,
 )
 from vmla_convert.config import ConvertConfig, Recipe, command_recipe
 from vmla_convert.console import out
 from vmla_convert.errors import ConfigError, did_you_mean
 from vmla_convert.show import show_conversion, show_planned_output
 from vmla_convert.tables import to_dict
+
+CHEAPER = (
+    "fewer clips (--set convert.calibration_clips=4), shorter or smaller ones (--set "
+    "convert.data.frames=9, --set convert.data.latent_size=[30,52]), or --no-calibration"
+)
 
 Preset = Annotated[
     str | None,
@@ -63,7 +72,7 @@ Changes = Annotated[
     option(
         "--set",
         "KEY=VALUE",
-        "Keys of source, model and convert: --set convert.calibration_clips=24",
+        "Keys of source, model, convert and media: --set convert.calibration_clips=12",
         OTHER,
     ),
 ]
@@ -76,6 +85,7 @@ def convert(
     layout: Layout = "native",
     resume: Resume = False,
     dry_run: DryRun = False,
+    yes: Yes = False,
     json: Json = False,
     file: File = None,
     model: Model = None,
@@ -84,6 +94,8 @@ def convert(
     cut: Cut = None,
     plan: Plan = None,
     data: Data = None,
+    prompts: Prompts = None,
+    clips_dir: ClipsDir = None,
     no_calibration: NoCalibration = False,
     changes: Changes = None,
 ) -> None:
@@ -104,17 +116,23 @@ def convert(
         "convert.size.cut": cut,
         "convert.size.plan": to_dict(fitting.read_plan(plan)) if plan else None,
         "convert.data.source": data,
+        "convert.data.prompts": read_prompt_file(prompts),
+        "media.clips_dir": clips_dir,
         "convert.calibrate": False if no_calibration else None,
     }
     started = {"convert": _preset(preset, fitting.PRESETS)} if preset else None
-    recipe = command_recipe(("source", "model", "convert"), options, changes, started)
+    recipe = command_recipe(("source", "model", "convert", "media"), options, changes, started)
     config = recipe.convert or ConvertConfig()
+    planned = plan_output(recipe.dense, folder, config, resume, layout, recipe.media)
     if dry_run:
-        show_planned_output(plan_output(recipe.dense, folder, config, resume, layout))
+        show_planned_output(planned)
         return
+    agree(planned.work, yes, CHEAPER)
     try:
         with out.progress() as progress:
-            done = fitting.convert(recipe.dense, folder, config, progress, resume, layout)
+            done = fitting.convert(
+                recipe.dense, folder, config, progress, resume, layout, recipe.media
+            )
     except KeyboardInterrupt:
         _say_how_to_resume(folder)
         raise

@@ -13,12 +13,15 @@ from vmla_convert.cli.options import (
     BytesPerToken,
     CacheDtype,
     Checkpoint,
+    ClipsDir,
     Cut,
     Data,
     Json,
+    Prompts,
     Teacher,
     TeacherFile,
     named_teacher,
+    read_prompt_file,
 )
 from vmla_convert.config import ReportConfig, SourceConfig, command_recipe
 from vmla_convert.console import out
@@ -39,6 +42,8 @@ def evaluate(
         ),
     ] = None,
     data: Data = None,
+    prompts: Prompts = None,
+    clips_dir: ClipsDir = None,
     bytes_per_token: BytesPerToken = None,
     cut: Cut = None,
     cache_dtype: CacheDtype = None,
@@ -48,7 +53,7 @@ def evaluate(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Keys of source (the dense checkpoint), model, runtime and evaluate: "
+            help="Keys of source (the dense checkpoint), model, runtime, evaluate and media: "
             "--set model.cache.window_frames=12",
             rich_help_panel=OTHER,
         ),
@@ -66,15 +71,19 @@ def evaluate(
         "source.file": file,
         "evaluate.clips": clips,
         "evaluate.data.source": data,
+        "evaluate.data.prompts": read_prompt_file(prompts),
+        "media.clips_dir": clips_dir,
         "runtime.size.bytes_per_token": bytes_per_token,
         "runtime.size.cut": cut,
         "runtime.cache_dtype": cache_dtype,
     }
-    recipe = command_recipe(("source", "model", "runtime", "evaluate"), options, changes)
+    tables = ("source", "model", "runtime", "evaluate", "media")
+    recipe = command_recipe(tables, options, changes)
     dense = named_teacher(recipe, teacher)
     given = SourceConfig(checkpoint, overrides=recipe.model)
     with out.progress() as progress:
-        rows = measure_against_dense(given, dense, recipe.evaluate, recipe.runtime, progress)
+        settings = recipe.evaluate, recipe.runtime
+        rows = measure_against_dense(given, dense, *settings, progress, recipe.media)
     cells = [[row.run, row.metric, row.value, row.unit] for row in rows]
     out.table("Held-out measurement", ["run", "metric", "value", "unit"], cells)
 

@@ -98,13 +98,40 @@ Data = Annotated[
     str | None,
     option(
         "--data",
+        "SOURCE",
+        "'self' (samples of the dense model), a video file or a folder of videos, or a safetensors "
+        "file or folder of latents and context. Default: self; for the demo model 'demo'.",
+        CLIPS,
+    ),
+]
+Prompts = Annotated[
+    Path | None,
+    option(
+        "--prompts",
         "FILE",
-        "Safetensors file or folder with latents and context, or 'demo'. Default: demo.",
+        "Prompts of 'self', one per line, the last quarter held out; or the one prompt of all "
+        "videos. Default: 128 prompts of the package.",
+        CLIPS,
+    ),
+]
+ClipsDir = Annotated[
+    str | None,
+    option(
+        "--clips-dir",
+        "DIR",
+        "Folder of clips that were sampled or encoded, which all commands share. See 'vmla clips'.",
         CLIPS,
     ),
 ]
 OutFolder = Annotated[Path, option("--out -o", "DIR", "Folder to write; must not exist.", OUTPUT)]
 Json = Annotated[bool, option("--json", None, "Print data as JSON.", OUTPUT)]
+
+
+def read_prompt_file(file: Path | None) -> list[str] | None:
+    """The prompts in a file, if one is named."""
+    from vmla_convert.media.prompts import read_prompts
+
+    return list(read_prompts(file)) if file else None
 
 
 def named_teacher(recipe: Recipe, teacher: str | None) -> SourceConfig | None:

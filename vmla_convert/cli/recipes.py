@@ -8,13 +8,16 @@ from typing import Annotated
 
 import typer
 
-from vmla_convert.cli.options import OTHER
+from vmla_convert.cli.cost import Yes, agree
+from vmla_convert.cli.options import OTHER, ClipsDir
 from vmla_convert.config import STAGES
 from vmla_convert.console import out
 from vmla_convert.errors import VmlaError
 from vmla_convert.recipe.read import available_recipes, copy_recipe, read_recipe, suggest_demo
 from vmla_convert.results import ROWS_NAME, count_failures
 from vmla_convert.show import show_decision
+
+CHEAPER = "fewer clips and steps with --set, or the same recipe on the demo model: --demo"
 
 recipes_app = typer.Typer(invoke_without_command=True)
 
@@ -46,13 +49,15 @@ def sweep(
     folder: Folder,
     demo: Demo = False,
     dry_run: DryRun = False,
+    yes: Yes = False,
+    clips_dir: ClipsDir = None,
     changes: Set = None,
 ) -> None:
     """Run only the sweep of a recipe, and its report.
 
     Processes share the points: torchrun --nproc_per_node N -m vmla_convert sweep RECIPE -o DIR
     """
-    _run(recipe, folder, changes, ("sweep", "report"), demo, dry_run)
+    _run(recipe, folder, _with(clips_dir, changes), ("sweep", "report"), demo, dry_run, yes)
 
 
 def run(
@@ -60,10 +65,12 @@ def run(
     folder: Folder,
     demo: Demo = False,
     dry_run: DryRun = False,
+    yes: Yes = False,
+    clips_dir: ClipsDir = None,
     changes: Set = None,
 ) -> None:
     """Run all stages of a recipe. Repeat the command to continue an interrupted run."""
-    _run(recipe, folder, changes, STAGES, demo, dry_run)
+    _run(recipe, folder, _with(clips_dir, changes), STAGES, demo, dry_run, yes)
 
 
 def demo(folder: Folder = Path("runs/quickstart")) -> None:
@@ -91,26 +98,32 @@ def copy(
     out.path("wrote", copy_recipe(name, folder))
 
 
+def _with(clips_dir: str | None, changes: list[str] | None) -> list[str]:
+    return [*([f"media.clips_dir={clips_dir}"] if clips_dir else []), *(changes or ())]
+
+
 def _run(
     name: str,
     folder: Path,
-    changes: list[str] | None,
+    changes: list[str],
     only: tuple[str, ...],
     demo: bool,
     dry_run: bool,
+    yes: bool,
 ) -> None:
-    recipe = read_recipe(name, changes or (), demo)
-    from vmla_convert.recipe.check import check_recipe, count_points
+    recipe = read_recipe(name, changes, demo)
+    from vmla_convert.recipe.plan import plan_recipe
     from vmla_convert.recipe.run import run_recipe
 
-    if dry_run:
+    leads = os.environ.get("RANK", "0") == "0"  # the first of several processes
+    if dry_run or leads:
         with suggest_demo(name, demo):
-            check_recipe(recipe, folder, only)
-        stages = [stage for stage in recipe.stages() if stage in only]
-        points = {"points": count_points(recipe)} if "sweep" in stages else {}
-        plan = {"recipe": recipe.recipe.name, "stages": stages, **points, "would write": folder}
-        if os.environ.get("RANK", "0") == "0":  # the first of several processes
-            out.data(plan)
+            planned = plan_recipe(recipe, folder, only)
+        if leads and dry_run:
+            out.data(planned)
+        elif leads:
+            agree(planned.work, yes, CHEAPER)
+    if dry_run:
         return
     with suggest_demo(name, demo), out.progress() as progress:
         leads = run_recipe(recipe, folder, progress, only)

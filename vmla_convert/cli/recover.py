@@ -7,23 +7,28 @@ from typing import Annotated
 
 import typer
 
+from vmla_convert.cli.cost import Yes, agree
 from vmla_convert.cli.options import (
-    CLIPS,
     OTHER,
     OUTPUT,
     RUNNING,
+    ClipsDir,
+    Data,
     Json,
     OutFolder,
+    Prompts,
     Teacher,
     TeacherFile,
     named_teacher,
     option,
+    read_prompt_file,
 )
 from vmla_convert.config import NESTED_CUTS, Recipe, RecoverConfig, SourceConfig, command_recipe
 from vmla_convert.console import out
 from vmla_convert.show import show_recovery
 
 TRAINING = "Training"
+CHEAPER = "fewer steps (--steps 20), or shorter clips (--set recover.data.frames=9)"
 
 
 Steps = Annotated[
@@ -44,26 +49,6 @@ Nested = Annotated[
         None,
         "Train a codec at sizes drawn step by step, so that one file serves them all.",
         TRAINING,
-    ),
-]
-Data = Annotated[
-    str | None,
-    option(
-        "--data",
-        "FILE",
-        "Safetensors file or folder with latents and context, a video file or a "
-        "folder of videos, 'self' (samples of the dense model), or 'demo'. Default: "
-        "demo.",
-        CLIPS,
-    ),
-]
-Prompts = Annotated[
-    Path | None,
-    option(
-        "--prompts",
-        "FILE",
-        "Prompts of 'self', one per line; or the one prompt of all videos.",
-        CLIPS,
     ),
 ]
 Offload = Annotated[
@@ -94,7 +79,7 @@ Changes = Annotated[
     option(
         "--set",
         "KEY=VALUE",
-        "Keys of source (the dense checkpoint), recover and evaluate: --set "
+        "Keys of source (the dense checkpoint), recover, evaluate and media: --set "
         "recover.training.ema=0.99",
         OTHER,
     ),
@@ -114,10 +99,12 @@ def recover(
     nested: Nested = False,
     data: Data = None,
     prompts: Prompts = None,
+    clips_dir: ClipsDir = None,
     offload: Offload = False,
     shard: Shard = False,
     processes: Processes = None,
     dry_run: DryRun = False,
+    yes: Yes = False,
     json: Json = False,
     changes: Changes = None,
 ) -> None:
@@ -136,18 +123,13 @@ def recover(
         "recover.offload": offload or None,
         "recover.shard": shard or None,
         "recover.data.source": data,
-        "recover.data.prompts": _read_prompts(prompts),
+        "recover.data.prompts": read_prompt_file(prompts),
+        "media.clips_dir": clips_dir,
     }
     out.json = json
-    recipe = command_recipe(("source", "recover", "evaluate"), options, changes)
+    recipe = command_recipe(("source", "recover", "evaluate", "media"), options, changes)
     dense = named_teacher(recipe, teacher)
-    _recover(converted, dense, folder, recipe, processes, dry_run)
-
-
-def _read_prompts(file: Path | None) -> list[str] | None:
-    from vmla_convert.media.prompts import read_prompts
-
-    return list(read_prompts(file)) if file else None
+    _recover(converted, dense, folder, recipe, processes, dry_run, yes)
 
 
 def _recover(
@@ -157,20 +139,25 @@ def _recover(
     recipe: Recipe,
     world: int | None,
     dry_run: bool,
+    yes: bool,
 ) -> None:
-    from vmla_convert.recovery.recover import plan_recovery, recover
+    from vmla_convert.recovery.plan import plan_recovery
+    from vmla_convert.recovery.recover import recover
     from vmla_convert.recovery.run_state import is_begun
     from vmla_convert.training.processes import processes
 
-    config = recipe.recover or RecoverConfig()
-    if dry_run:
-        planned = plan_recovery(converted, dense, folder, config, world)
-        if processes().is_main_process:
+    settings = recipe.recover or RecoverConfig(), recipe.evaluate
+    if processes().is_main_process:
+        planned = plan_recovery(converted, dense, folder, *settings, world, recipe.media)
+        if dry_run:
             out.data(planned)
+        else:
+            agree(planned.work, yes, CHEAPER)
+    if dry_run:
         return
     try:
         with out.progress() as progress:
-            rows = recover(converted, dense, folder, config, recipe.evaluate, progress, world)
+            rows = recover(converted, dense, folder, *settings, progress, world, recipe.media)
     except KeyboardInterrupt:
         if processes().is_main_process and is_begun(folder):
             out.say("finished steps are kept; to continue: the same command")

@@ -16,12 +16,7 @@ from torch import Tensor
 
 from vmla_convert.checkpoint.families import OpenCheckpoint
 from vmla_convert.config import ConvertConfig, Geometry, ModelConfig, Product
-from vmla_convert.fitting.calibration_clips import (
-    batch_sizes,
-    check_clips,
-    clip_tokens,
-    open_calibration,
-)
+from vmla_convert.fitting.calibration_clips import batch_sizes
 from vmla_convert.fitting.layer_statistics import (
     SAMPLES_PER_CLIP,
     LayerStatistics,
@@ -33,7 +28,8 @@ from vmla_convert.layers.block import Attend, Block, masked_attention
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import build_shell, compute_device, read_block
 from vmla_convert.maths.rope_keys import expected_phases
-from vmla_convert.media.clips import ClipSource, seeded
+from vmla_convert.media.clip_checks import check_clips, clip_tokens
+from vmla_convert.media.clips import ClipSource, open_clips, seeded
 from vmla_convert.progress import Progress, Silent
 from vmla_convert.storage.tensor_store import MemoryStore, TensorStore
 from vmla_convert.training.losses import Example, make_example, teacher_forcing_inputs
@@ -91,7 +87,7 @@ def calibrate_checkpoint(
     return calibrate(
         build_shell(checkpoint, device),
         lambda layer: read_block(checkpoint, layer, device),
-        open_calibration(checkpoint.config, config),
+        open_clips(config.data, checkpoint.config.cache.sink_frames),
         config.calibration_clips,
         config.seed,
         progress,
@@ -173,8 +169,10 @@ class _Walk:
         self.batches: list[_Batch] = []
         device = shell.patch_embedding.weight.device
         inputs: list[Tensor] = []
-        for index, size in enumerate(batch_sizes(shell.config, clips, count)):
-            batch = clips.batch(index, size)
+        start = 0
+        for index, size in enumerate(batch_sizes(shell.config.geometry, clips, count)):
+            batch = clips.batch(start, size)
+            start += size
             check_clips(shell.config, batch)
             noise = seeded(seed, index, "calibration")
             example = make_example(batch, shell.config.chunk_frames, noise).to(device)

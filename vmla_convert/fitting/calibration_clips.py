@@ -19,6 +19,11 @@ def calibration_needs(config: ConvertConfig) -> list[Need]:
     return [Need(config.data, "train", config.calibration_clips)] if measures(config) else []
 
 
+def calibration_passes(config: ConvertConfig) -> list[float]:
+    """Forward passes of a clip, for each need: one forward, and one more forward and backward."""
+    return [4.0 * config.calibration_clips for _ in calibration_needs(config)]
+
+
 def batch_sizes(geometry: Geometry, clips: ClipSource, count: int) -> list[int]:
     """How many clips each batch holds when `count` clips are calibrated on."""
     most = clips_at_once(geometry, clips.batch(0, 1).latents)

@@ -6,7 +6,7 @@ import json
 import re
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -15,10 +15,10 @@ from typing import Any
 from vmla_convert import __version__
 from vmla_convert.checkpoint.source import fingerprint
 from vmla_convert.checkpoint.writer import CheckpointWriter
-from vmla_convert.config import ConvertConfig, ModelConfig, RankPlan
+from vmla_convert.config import ConvertConfig, DataConfig, MediaConfig, ModelConfig, RankPlan
 from vmla_convert.errors import ConfigError
 from vmla_convert.fitting.calibrate import Statistics, calibrate_checkpoint
-from vmla_convert.fitting.calibration_clips import clips_hash, measures
+from vmla_convert.fitting.calibration_clips import calibration_needs, measures
 from vmla_convert.fitting.dense_source import (
     CheckedCheckpoint,
     NotFiniteError,
@@ -27,15 +27,16 @@ from vmla_convert.fitting.dense_source import (
     source_record,
 )
 from vmla_convert.fitting.mla import layer_inputs
-from vmla_convert.fitting.plan import check_start, plan_conversion
+from vmla_convert.fitting.plan import plan_conversion
 from vmla_convert.fitting.rank_plan import plan_ranks
 from vmla_convert.fitting.write import write_codec, write_mla
+from vmla_convert.generating.make_clips import ready_clips
 from vmla_convert.loading.load import CONVERSION_NAME, Source
 from vmla_convert.loading.metadata_files import LAYOUTS, converted_files
-from vmla_convert.media.clips import recorded
+from vmla_convert.media.clips import open_clips
 from vmla_convert.progress import Progress, Silent, Timed
 from vmla_convert.results import library_versions
-from vmla_convert.storage.output import partial_folder
+from vmla_convert.storage.output import check_place, partial_folder
 from vmla_convert.storage.tensor_store import FolderStore
 from vmla_convert.tables import from_dict, to_dict
 
@@ -69,6 +70,7 @@ def convert(
     progress: Progress | None = None,
     resume: bool = False,
     layout: str = "native",
+    media: MediaConfig | None = None,
 ) -> Conversion:
     """Convert a dense checkpoint into a folder that `load` and `generate` take.
 
@@ -82,6 +84,7 @@ def convert(
         progress: Where progress is drawn.
         resume: Continue an interrupted conversion of the same source and settings.
         layout: `native`, or for MLA checkpoints `diffusers`, with text encoder and VAE if present.
+        media: Text encoder and VAE for clips that have to be made, and the folder of these clips.
 
     Raises:
         CheckpointError: The source cannot be read, has an unknown layout, is converted already, or
@@ -93,16 +96,18 @@ def convert(
     started, progress = perf_counter(), Timed(progress or Silent())
     checkpoint = open_dense(source, progress)
     plan = plan_conversion(checkpoint, config, layout, progress=progress)
-    check_start(checkpoint.config, config, out, plan, resume)
+    check_place(out, plan.nbytes, resume)
+    clips = ready_clips(checkpoint, calibration_needs(config), media, progress)
     record = _read_source(source, checkpoint, config, progress)
+    if clips:
+        record["calibration"] = open_clips(clips[0]).record()
     basis = {
         **record,
         "version": __version__,
         "model": to_dict(checkpoint.config),
-        "clips": clips_hash(config),
     }
     store = _calibration_store(out, basis, config)
-    statistics = _calibrate(checkpoint, config, store, progress)
+    statistics = _calibrate(checkpoint, config, clips, store, progress)
     factoring = perf_counter()
     if plan.ranks:
         inputs = layer_inputs(checkpoint.read, checkpoint.config, config, statistics)
@@ -127,7 +132,7 @@ def convert(
 def _outcome(done: Conversion, config: ConvertConfig, progress: Timed) -> dict[str, Any]:
     """Part of the record that says what a conversion took, and with which settings."""
     return {
-        "convert": to_dict(replace(config, data=recorded(config.data))),
+        "convert": to_dict(config),
         "versions": library_versions(),
         "convert_seconds": done.convert_seconds,
         "factor_seconds": done.factor_seconds,
@@ -168,13 +173,15 @@ def _calibration_store(
 def _calibrate(
     checkpoint: CheckedCheckpoint,
     config: ConvertConfig,
+    clips: Sequence[DataConfig],
     store: FolderStore | None,
     progress: Progress,
 ) -> Statistics | None:
     if store is None:
         return None
     try:
-        return calibrate_checkpoint(checkpoint, config, store, progress)
+        ready = replace(config, data=clips[0])
+        return calibrate_checkpoint(checkpoint, ready, store, progress)
     except NotFiniteError:
         store.remove()  # a mended file has another hash, so these measurements will not be used
         raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,18 +13,19 @@ from vmla_convert.checkpoint.geometry import block_of
 from vmla_convert.checkpoint.layouts import CODEC, Layout
 from vmla_convert.checkpoint.source import TensorSpec
 from vmla_convert.checkpoint.writer import planned_files
-from vmla_convert.config import ConvertConfig, ModelConfig, RankPlan
+from vmla_convert.config import ConvertConfig, MediaConfig, ModelConfig, RankPlan
 from vmla_convert.errors import ConfigError
 from vmla_convert.fitting.calibrate import store_bytes
-from vmla_convert.fitting.calibration_clips import measures, open_calibration
+from vmla_convert.fitting.calibration_clips import calibration_needs, calibration_passes
 from vmla_convert.fitting.codec import codec_specs, plan_codec
 from vmla_convert.fitting.dense_source import refuse_converted
 from vmla_convert.fitting.mla import planned_config
 from vmla_convert.fitting.rank_plan import check_sizes, uniform_plan
+from vmla_convert.generating.clip_cost import PlannedWork, plan_work
+from vmla_convert.generating.make_clips import Clips, check_needs, like
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import Source, open_named
 from vmla_convert.loading.metadata_files import named_layout, parts_to_copy
-from vmla_convert.media.demo import require_demo_media
 from vmla_convert.progress import Progress
 from vmla_convert.storage.output import check_place, copied_bytes
 
@@ -101,8 +102,6 @@ def _check_mla(dense: ModelConfig, config: ConvertConfig) -> None:
             "leave it out, or convert without --preset",
         )
     check_sizes(dense, config)
-    if measures(config) and config.data.source == "demo":
-        require_demo_media(dense, "calibration on the demo world")
 
 
 def _mla_specs(
@@ -121,20 +120,6 @@ def _mla_specs(
     return {name: TensorSpec(tuple(shape), dtype(name)) for name, shape in ordered}
 
 
-def check_start(
-    dense: ModelConfig, config: ConvertConfig, out: Path, plan: ConversionPlan, resume: bool
-) -> None:
-    """Refuse, before weights are read, what would fail later.
-
-    Raises:
-        ConfigError: The calibration clips do not fit the model.
-        OutputError: The folder exists already, or the disk has no room.
-    """
-    check_place(out, plan.nbytes, resume)
-    if measures(config):
-        open_calibration(dense, config)
-
-
 @dataclass(frozen=True)
 class PlannedOutput:
     """What a conversion would write.
@@ -147,6 +132,7 @@ class PlannedOutput:
         files: Bytes of every file of weights.
         nbytes: Bytes of all files of weights together.
         working_bytes: Most bytes of calibration files beside the folder, until it is done.
+        work: Clips, time and memory that the conversion takes.
     """
 
     out: str
@@ -155,6 +141,7 @@ class PlannedOutput:
     files: dict[str, int]
     nbytes: int
     working_bytes: int
+    work: PlannedWork
 
 
 def plan_output(
@@ -163,6 +150,7 @@ def plan_output(
     config: ConvertConfig,
     resume: bool = False,
     layout: str = "native",
+    media: MediaConfig | None = None,
 ) -> PlannedOutput:
     """Check a conversion as `convert` does, and return what would be written.
 
@@ -171,7 +159,8 @@ def plan_output(
     """
     checkpoint = open_named(source)
     plan = plan_conversion(checkpoint, config, layout)
-    check_start(checkpoint.config, config, out, plan, resume)
+    check_place(out, plan.nbytes, resume)
+    works = check_needs(checkpoint, calibration_needs(config), media)
     files = planned_files(plan.specs, layout=plan.layout)
     return PlannedOutput(
         out=str(out),
@@ -179,12 +168,13 @@ def plan_output(
         cache_cut=plan.model.cache_cut(),
         files=files,
         nbytes=sum(files.values()),
-        working_bytes=_working_bytes(checkpoint.config, config),
+        working_bytes=_working_bytes(checkpoint.config, config, works),
+        work=plan_work(checkpoint, works, calibration_passes(config), media or MediaConfig()),
     )
 
 
-def _working_bytes(dense: ModelConfig, config: ConvertConfig) -> int:
-    if not measures(config):
-        return 0
-    clip = open_calibration(dense, config).batch(0, 1).latents
-    return store_bytes(dense.geometry, clip, config.calibration_clips, config.product)
+def _working_bytes(dense: ModelConfig, config: ConvertConfig, works: Sequence[Clips]) -> int:
+    return sum(
+        store_bytes(dense.geometry, like(work, dense), config.calibration_clips, config.product)
+        for work in works
+    )

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from vmla_convert.checkpoint.families import OpenCheckpoint
 from vmla_convert.checkpoint.source import fingerprint
-from vmla_convert.config import DataConfig, MediaConfig
+from vmla_convert.config import DataConfig, MediaConfig, ModelConfig
 from vmla_convert.demo.world import Split
 from vmla_convert.errors import ConfigError
 from vmla_convert.generating.clip_sets import clips_folder
@@ -27,6 +28,7 @@ from vmla_convert.media.components import parts_beside
 from vmla_convert.media.open import open_media
 from vmla_convert.progress import Progress, Silent
 from vmla_convert.storage.output import require_room
+
 
 class Need(NamedTuple):
     """Clips that a stage needs.
@@ -45,6 +47,8 @@ class Need(NamedTuple):
 
 
 Work = OwnSamples | EncodedVideos
+Clips = Work | DataConfig
+"""Clips of a need: the work that makes them, or where they are."""
 
 
 def ready_clips(
@@ -90,7 +94,7 @@ def ready_clips(
 
 def check_needs(
     dense: OpenCheckpoint, needs: Sequence[Need], media: MediaConfig | None = None
-) -> list[Work | DataConfig]:
+) -> list[Clips]:
     """Refuse clips that cannot be made or used, before any weights are read.
 
     Returns:
@@ -116,7 +120,18 @@ def check_needs(
     return works
 
 
-def _checked(dense: OpenCheckpoint, need: Need, media: MediaConfig) -> Work | DataConfig:
+def like(clips: Clips, model: ModelConfig) -> Tensor:
+    """Latents of the shape of one clip (1, F, C, height, width), which take no memory."""
+    if isinstance(clips, DataConfig):
+        shape = open_clips(clips).shape
+    else:
+        frames, size = clips.data.frames, clips.data.latent_size or model.latent_size
+        assert frames is not None
+        shape = (frames, model.geometry.in_dim, *size)
+    return torch.empty(1, *shape, device="meta")
+
+
+def _checked(dense: OpenCheckpoint, need: Need, media: MediaConfig) -> Clips:
     data, model = settled(need.data, dense.config), dense.config
     assert data.frames is not None
     if need.split == "train" and data.frames < 2 * model.chunk_frames:

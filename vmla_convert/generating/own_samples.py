@@ -58,15 +58,26 @@ class OwnSamples:
     parts: Any
     _contexts: dict[int, Tensor] = field(default_factory=dict[int, Tensor], init=False)
 
+    @property
+    def sized(self) -> ModelConfig:
+        """The model's configuration with the latent size of the clips."""
+        return replace(self.model, latent_size=self.data.latent_size or self.model.latent_size)
+
+    @property
+    def frames(self) -> int:
+        """Latent frames of a clip."""
+        assert self.data.frames is not None
+        return self.data.frames
+
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Everything that the clips depend on, but for their number."""
-        model = replace(self.model, latent_size=self.data.latent_size or self.model.latent_size)
+        model = self.sized
         return {
             "format": FORMAT,
             "kind": "self",
             "split": self.split,
-            "frames": self.data.frames,
+            "frames": self.frames,
             "seed": self.data.seed,
             "prompts": split_prompts(self.data.prompts or default_prompts(model), self.split),
             "latent_size": model.latent_size,
@@ -99,9 +110,8 @@ class OwnSamples:
 
     def nbytes(self) -> int:
         """Bytes of the clips that are missing, as float32."""
-        geometry, size = self.model.geometry, self.data.latent_size or self.model.latent_size
-        assert self.data.frames is not None
-        latents = self.data.frames * geometry.in_dim * size[0] * size[1]
+        geometry, (height, width) = self.model.geometry, self.sized.latent_size
+        latents = self.frames * geometry.in_dim * height * width
         return 4 * len(self.missing()) * (latents + geometry.text_len * geometry.text_dim)
 
     def check(self, media: Media) -> None:  # noqa: ARG002
@@ -118,8 +128,7 @@ class OwnSamples:
 
     def make(self, dense: CausalWanModel, progress: Progress) -> None:
         """Sample the missing clips, several at once."""
-        assert self.data.frames is not None
-        groups, chunks = self._groups(), -(-self.data.frames // self.model.chunk_frames)
+        groups, chunks = self._groups(), -(-self.frames // self.model.chunk_frames)
         with progress.bar("sampling clips", chunks * len(groups)) as advance:
             for group in groups:
                 context = torch.stack([self._contexts[clip] for clip in group])
@@ -127,7 +136,7 @@ class OwnSamples:
                 for chunk in self._rollout(dense, group, context, chunks):
                     parts.append(chunk.cpu())
                     advance(1)
-                latents = torch.cat(parts, dim=1)[:, : self.data.frames]
+                latents = torch.cat(parts, dim=1)[:, : self.frames]
                 # A group is sampled as a whole, so that resumed work gives the same clips.
                 for clip, one, its_context in zip(group, latents, context, strict=True):
                     if not self.store.has(_name(clip)):
@@ -141,7 +150,7 @@ class OwnSamples:
             seeded(self.data.seed, clip, f"{self.split} clip").initial_seed() for clip in group
         ]
         config = dense.config
-        dense.config = replace(config, latent_size=self.data.latent_size or config.latent_size)
+        dense.config = self.sized
         try:
             yield from rollout(
                 dense,
@@ -155,7 +164,7 @@ class OwnSamples:
     def _groups(self) -> list[list[int]]:
         """Clips that are sampled together, where one of them is missing."""
         missing = set(self.missing())
-        size = clips_at_once(self.model)
+        size = clips_at_once(self.sized)
         groups = [
             list(range(start, min(start + size, self.clips)))
             for start in range(0, self.clips, size)

@@ -1,8 +1,10 @@
-"""Operations of attention to a latent cache by each backend (Method: cost of attention)."""
+"""Operations of a block, and of attention to a latent cache (Method: cost of attention)."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from vmla_convert.config import Geometry
 
 
 class AttentionShape(NamedTuple):
@@ -42,3 +44,17 @@ def absorbed_flops(shape: AttentionShape) -> int:
     mixed = shape.shared_key * shape.key_width + shape.shared_value * shape.value_width
     width = max(shape.shared_key, shape.shared_value)
     return 2 * shape.queries * shape.heads * (mixed + 2 * shape.keys * width)
+
+
+def block_flops(geometry: Geometry, queries: int, keys: int) -> int:
+    """Operations of one dense block in a forward pass.
+
+    Args:
+        geometry: Sizes of the block.
+        queries: Tokens that pass the block.
+        keys: Tokens that each of them attends to in self-attention.
+    """
+    dim = geometry.dim
+    # Query, key, value and output of self-attention, query and output of cross-attention.
+    linear = 2 * queries * (6 * dim * dim + 2 * dim * geometry.ffn_dim)
+    return linear + 4 * queries * (keys + geometry.text_len) * dim

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import torch
 
-from vmla_convert.config import EvaluateConfig, RuntimeConfig, SourceConfig
+from vmla_convert.config import EvaluateConfig, MediaConfig, RuntimeConfig, SourceConfig
+from vmla_convert.generating.make_clips import ready_clips
 from vmla_convert.layers.runtime import check_runtime
-from vmla_convert.loading.load import compute_device, is_codec, load, locate
+from vmla_convert.loading.load import build, compute_device, is_codec, load, locate, open_named
 from vmla_convert.loading.teacher import check_pair, check_same, teacher_of
-from vmla_convert.measuring.evaluate import HeldOut, dense_rows, measuring_bar
+from vmla_convert.measuring.evaluate import HeldOut, dense_rows, held_out_needs, measuring_bar
 from vmla_convert.measuring.rows import cache_rows, error_rows
 from vmla_convert.progress import Progress, Silent
 from vmla_convert.results import Row
@@ -22,6 +23,7 @@ def measure_against_dense(
     config: EvaluateConfig | None = None,
     runtime: RuntimeConfig | None = None,
     progress: Progress | None = None,
+    media: MediaConfig | None = None,
 ) -> list[Row]:
     """Rows of a dense model and of a conversion on held-out clips.
 
@@ -34,6 +36,7 @@ def measure_against_dense(
         config: Held-out clips.
         runtime: Size, dtypes and backend.
         progress: Receives the progress bar.
+        media: Text encoder and VAE for clips that have to be made, and the folder of these clips.
 
     Raises:
         CheckpointError: A checkpoint cannot be found, or the two do not fit.
@@ -46,7 +49,10 @@ def measure_against_dense(
     if teacher is not None and is_codec(locate(checkpoint)[0]):
         checkpoint = replace(checkpoint, base_model=teacher.checkpoint)
     source = teacher_of(replace(checkpoint, overrides={}), teacher)
-    dense, model = load(source, device, dtype), load(checkpoint, device, dtype)
+    opened = open_named(source)
+    [data] = ready_clips(opened, held_out_needs(config), media, progress)
+    config = replace(config, data=data)
+    dense, model = build(opened, device, dtype), load(checkpoint, device, dtype)
     check_pair(model.config, dense.config)
     if model.config.is_dense:
         check_same(replace(checkpoint, overrides={}), source)

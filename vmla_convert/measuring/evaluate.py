@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from vmla_convert.config import EvaluateConfig, ModelConfig, RuntimeConfig
 from vmla_convert.demo.judge import background_psnr, read_digits
 from vmla_convert.errors import ConfigError
-from vmla_convert.fitting.calibration_clips import check_clips, clips_at_once
 from vmla_convert.fitting.layer_statistics import LayerStatistics
 from vmla_convert.fitting.weights import layer_weights
+from vmla_convert.generating.make_clips import Need
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.layers.mla import LatentSelfAttention
 from vmla_convert.maths.spectra import (
@@ -26,8 +26,9 @@ from vmla_convert.maths.spectra import (
     weight_spectrum,
 )
 from vmla_convert.measuring.rows import Errors, cache_rows, error_rows, row_fields
-from vmla_convert.media.clips import ClipSource, open_clips, seeded
-from vmla_convert.media.demo import prompted_digit, require_demo_media
+from vmla_convert.media.clip_checks import check_clips, clips_at_once
+from vmla_convert.media.clips import Batch, ClipSource, open_clips, seeded
+from vmla_convert.media.demo import prompted_digit
 from vmla_convert.progress import OneBar, Progress, Silent
 from vmla_convert.results import Metric, Row
 from vmla_convert.training.losses import (
@@ -44,28 +45,21 @@ SEGMENTS = 4
 RANKS_DRAWN = 20
 
 
+def held_out_needs(config: EvaluateConfig) -> list[Need]:
+    """The held-out clips of a measurement."""
+    return [Need(config.data, "held_out", config.clips)]
+
+
 def check_held_out(model: ModelConfig, config: EvaluateConfig, streamed: bool = False) -> None:
     """Check one held-out clip.
 
     Raises:
-        ConfigError: Clips are missing or too short, or their frames do not fit the model, or the
-            cache where clips are `streamed`.
+        ConfigError: Clips are too short, or their frames do not fit the model, or the cache where
+            clips are `streamed`.
     """
-    least = 2 * model.chunk_frames
-    if config.data.frames < least:
-        raise ConfigError(
-            f"held-out clips of {config.data.frames} frames have no chunk with a past",
-            f"use at least {least} frames",
-        )
-    if config.data.source == "demo":
-        require_demo_media(
-            model,
-            "measuring on the demo world",
-            "name clips of the model's own: --data FILE.safetensors with latents and context",
-        )
-    batch = open_clips(config.data).batch(0, 1, "held_out")
-    check_clips(model, batch)
-    size = tuple(batch.latents.shape[-2:])
+    latents, context = open_clips(config.data).batch(0, 1, "held_out")
+    check_clips(model, Batch(latents, context))
+    size = tuple(latents.shape[-2:])
     if streamed and size != model.latent_size:
         raise ConfigError(
             f"held-out clips of {list(size)} do not fit a cache of {list(model.latent_size)}",

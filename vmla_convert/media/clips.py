@@ -64,6 +64,11 @@ class DemoClips:
         self.sink_frames = sink_frames
         self.media = DemoMedia()
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the latents of a clip, (F, C, height, width)."""
+        return tuple(self.batch(0, 1).latents.shape[1:])
+
     def batch(self, start: int, size: int, split: Split = "train") -> Batch:
         """Return latents and contexts of `clips`, seeded by the number of the batch."""
         clips = self.clips(start // size, size, split)
@@ -119,10 +124,17 @@ class LatentClips:
         self.frames = min(config.frames or first.shapes[0][0], first.shapes[0][0])
         self.parts = _parts(stored, config.clips or stored, made)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the latents of a clip, (F, C, height, width)."""
+        return (self.frames, *self.shards[0].shapes[0][1:])
+
     def batch(self, start: int, size: int, split: Split = "train") -> Batch:
         """Return clips of one split, which come in a new order each time all of them were used."""
         part = self.parts[split]
-        clips = [part[self._pick(number, len(part), split)] for number in range(start, start + size)]
+        clips = [
+            part[self._pick(number, len(part), split)] for number in range(start, start + size)
+        ]
         latents, context = zip(*map(self._read, clips), strict=True)
         return Batch(torch.stack(latents), torch.stack(context))
 

@@ -46,7 +46,7 @@ def default_prompts(config: ModelConfig) -> tuple[str, ...]:
     """Prompts to sample clips from when the user names none; the last quarter is held out."""
     if config.media == "demo":
         return tuple("0123456789")
-    return (*shipped_prompts("train"), *shipped_prompts("held_out"))
+    return (*shipped_prompts("calibration"), *shipped_prompts("held_out"))
 
 
 def check_prompts(config: ModelConfig, prompts: Iterable[str]) -> None:

@@ -7,18 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vmla_convert.checkpoint.families import OpenCheckpoint, open_checkpoint
-from vmla_convert.config import STAGES, ConvertConfig, DataConfig, Recipe, RecoverConfig
+from vmla_convert.config import STAGES, ConvertConfig, Recipe, RecoverConfig
 from vmla_convert.errors import ConfigError
-from vmla_convert.fitting.calibration_clips import measures, open_calibration
+from vmla_convert.fitting.calibration_clips import calibration_needs
 from vmla_convert.fitting.dense_source import refuse_converted
 from vmla_convert.fitting.plan import plan_conversion
+from vmla_convert.generating.make_clips import Need, check_needs
 from vmla_convert.loading.load import locate
 from vmla_convert.media.clips import source_kind
 from vmla_convert.media.open import check_prompts, open_media
-from vmla_convert.recovery.checks import check_recovery
+from vmla_convert.recovery.checks import check_recovery, recovery_needs
 from vmla_convert.results import ROWS_NAME
 from vmla_convert.sweep.grid import sweep_points
-from vmla_convert.sweep.sweep import check_sweep
+from vmla_convert.sweep.sweep import check_sweep, sweep_needs
 
 
 def check_recipe(recipe: Recipe, out: Path, only: Sequence[str] = STAGES) -> None:
@@ -66,6 +67,11 @@ def is_made(recipe: Recipe, out: Path, stage: str) -> bool:
     return any(folder.exists() for folder in made.get(stage, ()))
 
 
+def unmade(recipe: Recipe, out: Path, stages: Sequence[str]) -> list[str]:
+    """The stages whose output an interrupted run did not leave."""
+    return [stage for stage in stages if not is_made(recipe, out, stage)]
+
+
 def _check_inputs(recipe: Recipe, out: Path, stages: list[str]) -> None:
     """Each stage finds its input: left by an earlier run, or made by a stage before it."""
     step0, final, rows = step0_folder(recipe, out), out / "converted", out / ROWS_NAME
@@ -86,9 +92,10 @@ def _check_inputs(recipe: Recipe, out: Path, stages: list[str]) -> None:
 
 
 def _check_source(recipe: Recipe, out: Path, stages: list[str]) -> None:
-    stages = [stage for stage in stages if not is_made(recipe, out, stage)]
-    for clips in _clips(recipe, stages):
-        source_kind(clips.source)  # before a source is downloaded for hours
+    stages = unmade(recipe, out, stages)
+    for need in recipe_needs(recipe, stages):
+        if need.data.source != "auto":
+            source_kind(need.data.source)  # before a source is downloaded for hours
     path, how = locate(recipe.dense)
     if "teacher" in stages and path.resolve() == (out / "checkpoint").resolve():
         return  # the teacher stage of this run will make the source
@@ -99,16 +106,17 @@ def _check_source(recipe: Recipe, out: Path, stages: list[str]) -> None:
         check_prompts(checkpoint.config, recipe.generate.prompts)
 
 
-def _clips(recipe: Recipe, stages: list[str]) -> list[DataConfig]:
-    """Sources of the clips that the stages read."""
+def recipe_needs(recipe: Recipe, stages: Sequence[str]) -> list[Need]:
+    """The clips of the stages that will run."""
     convert, recover = recipe.convert or ConvertConfig(), recipe.recover or RecoverConfig()
-    recovers = recipe.sweep is not None and recipe.sweep.recover and "sweep" in stages
-    sources = [
-        (convert.data, "sweep" in stages or ("convert" in stages and measures(convert))),
-        (recover.data, "recover" in stages or recovers),
-        (recipe.evaluate.data, "recover" in stages or "sweep" in stages),
-    ]
-    return [data for data, is_read in sources if is_read]
+    needs: list[Need] = []
+    if "convert" in stages:
+        needs += calibration_needs(convert)
+    if "recover" in stages:
+        needs += recovery_needs(recover, recipe.evaluate)
+    if "sweep" in stages and recipe.sweep:
+        needs += sweep_needs(recipe.sweep, convert, recover, recipe.evaluate)
+    return needs
 
 
 def _check_stages(recipe: Recipe, stages: list[str], checkpoint: OpenCheckpoint) -> None:
@@ -117,10 +125,9 @@ def _check_stages(recipe: Recipe, stages: list[str], checkpoint: OpenCheckpoint)
     refuse_converted(checkpoint)
     if "convert" in stages:
         plan_conversion(checkpoint, convert)
-        if measures(convert):
-            open_calibration(checkpoint.config, convert)
     if "recover" in stages:
         world = int(os.environ.get("WORLD_SIZE", "1"))
-        check_recovery(checkpoint, recover, recipe.evaluate, world)
+        check_recovery(recover, world)
     if "sweep" in stages and recipe.sweep:
-        check_sweep(checkpoint.config, recipe.sweep, convert, recover, recipe.evaluate)
+        check_sweep(checkpoint.config, recipe.sweep, convert, recover)
+    check_needs(checkpoint, recipe_needs(recipe, stages), recipe.media)

@@ -19,18 +19,19 @@ from vmla_convert.config import (
 )
 from vmla_convert.errors import ConfigError, OutputError, refuse_existing
 from vmla_convert.fitting.convert import convert
+from vmla_convert.generating.make_clips import ready_clips
 from vmla_convert.loading.load import build, compute_device, load, open_named
 from vmla_convert.measuring.compare import compare
 from vmla_convert.measuring.rows import conversion_rows, memory_rows
 from vmla_convert.media.open import open_media
 from vmla_convert.progress import Progress, Silent
-from vmla_convert.recipe.check import check_recipe, is_made, step0_folder
+from vmla_convert.recipe.check import check_recipe, is_made, recipe_needs, step0_folder, unmade
 from vmla_convert.recovery.recover import recover
 from vmla_convert.report.report import write_report
 from vmla_convert.results import RECIPE_NAME, ROWS_NAME, Row, append_rows, library_versions
 from vmla_convert.sweep.grid import SweepPoint
 from vmla_convert.sweep.point import labelled
-from vmla_convert.sweep.sweep import sweep
+from vmla_convert.sweep.sweep import SweepClips, sweep, sweep_needs
 from vmla_convert.sweep.team import Team, join_team
 from vmla_convert.tables import to_dict
 from vmla_convert.training.pretrain import pretrain
@@ -71,6 +72,9 @@ def run_recipe(
         return _run_together(recipe, out, progress, stages)
     check_recipe(recipe, out, only)
     _claim_folder(recipe, out, stages)
+    if "teacher" not in stages and (needs := recipe_needs(recipe, unmade(recipe, out, stages))):
+        # All clips at once, so that text encoder and model are loaded once.
+        ready_clips(open_named(recipe.dense), needs, recipe.media, progress)
     for stage in stages:
         _RUNNERS[stage](recipe, out, progress)
     (out / _RUNNING).unlink()
@@ -159,7 +163,7 @@ def _run_convert(recipe: Recipe, out: Path, progress: Progress) -> None:
     if is_made(recipe, out, "convert"):
         return
     folder = step0_folder(recipe, out)
-    conversion = convert(recipe.dense, folder, recipe.convert, progress, resume=True)
+    conversion = convert(recipe.dense, folder, recipe.convert, progress, True, media=recipe.media)
     append_rows(out / ROWS_NAME, _as_point(recipe, conversion_rows(conversion)))
 
 
@@ -168,7 +172,8 @@ def _run_recover(recipe: Recipe, out: Path, progress: Progress) -> None:
     target, before = out / "converted", step0_folder(recipe, out)
     if is_made(recipe, out, "recover"):
         return
-    rows = recover(before, recipe.dense, target, recipe.recover, recipe.evaluate, progress)
+    settings = recipe.recover, recipe.evaluate
+    rows = recover(before, recipe.dense, target, *settings, progress, media=recipe.media)
     if processes().is_main_process:
         # A sweep reuses this point and the dense model's rows.
         for source in (recipe.dense, SourceConfig(str(target))):
@@ -187,16 +192,15 @@ def _as_point(recipe: Recipe, rows: list[Row]) -> list[Row]:
 
 def _run_sweep(recipe: Recipe, out: Path, progress: Progress, team: Team | None = None) -> None:
     assert recipe.sweep is not None
-    sweep(
-        load(recipe.dense, compute_device()),
-        recipe.sweep,
-        recipe.convert or ConvertConfig(),
-        recipe.recover or RecoverConfig(),
-        recipe.evaluate,
-        out / ROWS_NAME,
-        progress,
-        team,
-    )
+    convert, recover = recipe.convert or ConvertConfig(), recipe.recover or RecoverConfig()
+    stages, dense = (recipe.sweep, convert, recover, recipe.evaluate), open_named(recipe.dense)
+    team, needs = team or Team(), sweep_needs(*stages)
+    if team.leads:
+        ready_clips(dense, needs, recipe.media, progress)
+    team.follow_leader("clips")
+    clips = SweepClips(*ready_clips(dense, needs, recipe.media))
+    model = build(dense, compute_device())
+    sweep(model, *stages, out / ROWS_NAME, progress, team, clips)
 
 
 def _run_generate(recipe: Recipe, out: Path, progress: Progress) -> None:

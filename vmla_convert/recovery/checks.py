@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from vmla_convert.checkpoint.families import OpenCheckpoint
 from vmla_convert.checkpoint.source import TensorSpec
 from vmla_convert.config import (
@@ -19,8 +17,7 @@ from vmla_convert.config import (
     Sizes,
 )
 from vmla_convert.errors import CheckpointError, ConfigError, VmlaError
-from vmla_convert.fitting.calibration_clips import check_clips
-from vmla_convert.generating.make_clips import check_makeable
+from vmla_convert.generating.make_clips import Need, check_needs
 from vmla_convert.loading.load import (
     Source,
     is_codec,
@@ -29,15 +26,15 @@ from vmla_convert.loading.load import (
     read_provenance,
 )
 from vmla_convert.loading.teacher import check_pair, teacher_of
-from vmla_convert.measuring.evaluate import check_held_out
-from vmla_convert.media.base import Media
-from vmla_convert.media.clips import open_clips, source_kind
-from vmla_convert.media.open import open_media
+from vmla_convert.measuring.evaluate import held_out_needs
 from vmla_convert.recovery.stages import later_steps, stage_steps
 from vmla_convert.recovery.trained import check_adapters
 from vmla_convert.storage.output import refuse_taken
 from vmla_convert.training.loop import check_tracker
 from vmla_convert.training.processes import check_shares, processes
+
+OWN_CLIPS = 128
+"""Samples of the dense model that a recovery trains on by default."""
 
 
 class Pair(NamedTuple):
@@ -68,6 +65,7 @@ def open_pair(
     config: RecoverConfig,
     evaluation: EvaluateConfig,
     world: int | None,
+    media: MediaConfig | None = None,
 ) -> Pair:
     """Open a conversion and its dense model, and check all that can be checked before any work.
 
@@ -99,7 +97,8 @@ def open_pair(
             f"{what} would change the base model, which {converted} leaves as it is",
             f"make a whole checkpoint first: vmla export {converted} -o whole",
         )
-    check_recovery(dense, config, evaluation, started)
+    check_recovery(config, started)
+    check_needs(dense, recovery_needs(config, evaluation), media)
     return pair
 
 
@@ -117,17 +116,12 @@ def _check_nested(config: ModelConfig, cuts: Sequence[float]) -> None:
             )
 
 
-def check_recovery(
-    dense: OpenCheckpoint, config: RecoverConfig, evaluation: EvaluateConfig, world: int
-) -> None:
-    """Check what a stage of `world` processes would fail on later; at most two clips are read.
+def check_recovery(config: RecoverConfig, world: int) -> None:
+    """Check the settings that a stage of `world` processes would fail on later.
 
     Raises:
-        CheckpointError: Clips must be made, and the text encoder or VAE is missing.
-        ConfigError: The batch or the models do not divide, or clips are missing, too short, or
-            cannot be made.
+        ConfigError: The batch or the models do not divide, or no stage has steps.
         MissingExtraError: Adapters are asked for, and peft is not installed.
-        VmlaError: The text encoder cannot encode a prompt of clips that must be made.
     """
     check_shares(config.training, world)
     check_tracker(config.training)
@@ -139,29 +133,22 @@ def check_recovery(
         )
     if not any(stage_steps(config).values()):
         raise ConfigError("no stage has any steps", "give some: --steps 100")
-    if config.data.frames < 2 * dense.config.chunk_frames:
-        raise ConfigError(
-            f"clips of {config.data.frames} frames have no chunk with a past",
-            f"use at least {2 * dense.config.chunk_frames} frames",
-        )
-    made = is_made(config)
-    if made:
-        check_makeable(config.data, dense.config, open_dense_media(dense, config, "cpu"))
-    else:
-        check_clips(dense.config, open_clips(config.data).batch(0, 1))
+
+
+def recovery_needs(config: RecoverConfig, evaluation: EvaluateConfig) -> list[Need]:
+    """Clips to train on, and held-out clips where the whole model is measured."""
+    needs = [Need(config.data, "train", OWN_CLIPS, spare=True)]
     measured = not config.offload or later_steps(config)
-    if measured and not (made and evaluation.data.source == config.data.source):
-        check_held_out(dense.config, evaluation)
+    return needs + held_out_needs(evaluation) if measured else needs
 
 
-def is_made(config: RecoverConfig) -> bool:
-    """Whether the dense model makes the training clips before the recovery."""
-    return source_kind(config.data.source) in ("self", "videos")
+def recovery_passes(config: RecoverConfig, evaluation: EvaluateConfig) -> list[float]:
+    """Forward passes of a clip, for each need of `recovery_needs`.
 
-
-def open_dense_media(
-    dense: OpenCheckpoint, config: RecoverConfig, device: torch.device | str
-) -> Media:
-    """Text encoder and VAE that make clips for the dense model."""
-    how = MediaConfig(config.data.base)
-    return open_media(dense.config, how, dense.source.path, torch.device(device))
+    A step passes each clip through the dense model, and through the student forward and backward.
+    """
+    training = config.training
+    trained = (4.0 + training.gradient_checkpointing) * later_steps(config) * training.batch_size
+    evaluations = 2 + training.steps // training.eval_every
+    measured = [float(evaluations * evaluation.clips)]
+    return [trained] + measured * (len(recovery_needs(config, evaluation)) - 1)

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from vmla_convert.config import RecoverConfig
 from vmla_convert.fitting.calibrate import ReadBlock
-from vmla_convert.fitting.calibration_clips import clips_at_once
 from vmla_convert.layers.attention import DenseSelfAttention
 from vmla_convert.layers.block import Attend, Block, gated, masked_attention
 from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.media.clip_checks import clips_at_once
 from vmla_convert.media.clips import Batch, ClipSource, open_clips, seeded
 from vmla_convert.progress import Progress
 from vmla_convert.recovery.nested import NestedSizes

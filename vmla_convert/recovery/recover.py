@@ -21,17 +21,17 @@ from torch import Tensor
 from vmla_convert.checkpoint.layouts import CODEC, NATIVE
 from vmla_convert.checkpoint.settings import converted_config
 from vmla_convert.checkpoint.writer import write_checkpoint
-from vmla_convert.config import EvaluateConfig, RecoverConfig
+from vmla_convert.config import EvaluateConfig, MediaConfig, RecoverConfig
 from vmla_convert.errors import VmlaError
-from vmla_convert.generating.make_clips import prepare_clips
+from vmla_convert.generating.make_clips import ready_clips
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.card import model_card
 from vmla_convert.loading.load import CONVERSION_NAME, Source, build, build_shell, read_block
 from vmla_convert.measuring.evaluate import HeldOut, dense_rows, measuring_bar
 from vmla_convert.measuring.rows import Errors, cache_rows, error_rows, row_fields
-from vmla_convert.media.clips import open_clips, recorded
+from vmla_convert.media.clips import open_clips
 from vmla_convert.progress import Progress, Silent
-from vmla_convert.recovery.checks import Pair, is_made, open_dense_media, open_pair
+from vmla_convert.recovery.checks import Pair, open_pair, recovery_needs
 from vmla_convert.recovery.run_state import claim_state, curve_file, drop_if_new, read_curve
 from vmla_convert.recovery.stages import (
     LAYERWISE,
@@ -40,9 +40,8 @@ from vmla_convert.recovery.stages import (
     fit_layers,
     later_steps,
     recover_model,
-    stage_steps,
 )
-from vmla_convert.recovery.trained import add_adapters, unfreeze
+from vmla_convert.recovery.trained import unfreeze
 from vmla_convert.results import Metric, Row, append_rows
 from vmla_convert.tables import to_dict
 from vmla_convert.training.processes import own_device, processes
@@ -57,6 +56,7 @@ def recover(
     evaluation: EvaluateConfig | None = None,
     progress: Progress | None = None,
     world: int | None = None,
+    media: MediaConfig | None = None,
 ) -> list[Row]:
     """Recover a converted folder and write the result as a new one.
 
@@ -71,6 +71,7 @@ def recover(
         evaluation: Held-out clips that the curve is measured on.
         progress: Receives the progress bars.
         world: Number of processes that must have been started; None for any.
+        media: Text encoder and VAE for clips that have to be made, and the folder of these clips.
 
     Returns:
         The recovery curve as rows.
@@ -82,42 +83,12 @@ def recover(
         VmlaError: Another number of processes was started.
     """
     config, evaluation = config or RecoverConfig(), evaluation or EvaluateConfig()
-    pair, state = open_pair(converted, teacher, out, config, evaluation, world), processes()
+    pair = open_pair(converted, teacher, out, config, evaluation, world, media)
+    state, media = processes(), media or MediaConfig()
     drawn = progress if progress and state.is_main_process else Silent()
-    rows = _Run(pair, out, config, evaluation, drawn).rows()
+    rows = _Run(pair, out, config, evaluation, media, drawn).rows()
     state.wait_for_everyone()
     return rows
-
-
-def plan_recovery(
-    converted: str | Path,
-    teacher: Source | None,
-    out: Path,
-    config: RecoverConfig,
-    world: int | None = None,
-) -> dict[str, Any]:
-    """Describe what `recover` would do with the same arguments, JSON-able; nothing is written.
-
-    Raises:
-        VmlaError: As `recover` raises before any work.
-    """
-    pair = open_pair(converted, teacher, out, config, EvaluateConfig(data=config.data), world)
-    with torch.device("meta"):
-        student = CausalWanModel(pair.source.config).requires_grad_(False)
-    unfreeze(student, config.train)
-    if config.lora_rank:
-        add_adapters(student, config.lora_rank, config.train)
-    made = f"made into {Folders.beside(out).clips}" if is_made(config) else None
-    return {
-        "teacher": str(pair.dense.source.path),
-        "steps": stage_steps(config),
-        "trains": sum(p.numel() for p in student.parameters() if p.requires_grad),
-        "of": sum(p.numel() for p in student.parameters()),
-        "processes": processes().num_processes,
-        "clips": made or open_clips(config.data).record(),
-        "would write": str(out),
-        "bytes": sum(spec.nbytes for spec in pair.written_specs().values()),
-    }
 
 
 class _Run:
@@ -125,7 +96,7 @@ class _Run:
 
     Attributes:
         asked: Settings as given.
-        config: The same settings; once clips are made, their source is the folder of latents.
+        config: The same settings; once clips are ready, their source is where they are.
     """
 
     def __init__(
@@ -134,10 +105,11 @@ class _Run:
         out: Path,
         config: RecoverConfig,
         evaluation: EvaluateConfig,
+        media: MediaConfig,
         progress: Progress,
     ) -> None:
         self.pair, self.out, self.folders = pair, out, Folders.beside(out)
-        self.asked, self.config, self.evaluation = config, config, evaluation
+        self.asked, self.config, self.evaluation, self.media = config, config, evaluation, media
         self.progress, self.processes, self.device = progress, processes(), own_device()
 
     def rows(self) -> list[Row]:
@@ -153,7 +125,7 @@ class _Run:
         with self.processes.main_process_first():
             claim_state(state, settings, write=is_main)
         try:
-            self._prepare_clips()
+            self._ready_clips()
             rows, student, recovered = self._recover()
         except (VmlaError, KeyboardInterrupt):
             if is_main:
@@ -170,20 +142,14 @@ class _Run:
             shutil.rmtree(state)
         return rows
 
-    def _prepare_clips(self) -> None:
-        """Make the training clips, if the dense model must, and use them from here on."""
-        data, dense = self.config.data, self.pair.dense
-        if not is_made(self.config):
-            return
-        model, origin = build(dense, self.device), self.pair.provenance.get("source")
-        media, folder = open_dense_media(dense, self.config, self.device), self.folders.clips
+    def _ready_clips(self) -> None:
+        """Make the clips that are missing, and use them from here on."""
+        needs = recovery_needs(self.config, self.evaluation)
         with self.processes.main_process_first():
-            made = prepare_clips(data, model, folder, origin, self.progress, media)
-        self.config = replace(self.config, data=made)
-        evaluated = self.evaluation.data
-        if evaluated.source == data.source:
-            held_out = replace(evaluated, source=made.source)
-            self.evaluation = replace(self.evaluation, data=held_out)
+            data, *held_out = ready_clips(self.pair.dense, needs, self.media, self.progress)
+        self.config = replace(self.config, data=data)
+        if held_out:
+            self.evaluation = replace(self.evaluation, data=held_out[0])
 
     def _recover(self) -> tuple[list[Row], CausalWanModel, Recovered]:
         """Run all stages, with as little of both models in memory as each stage needs."""
@@ -238,7 +204,7 @@ class _Run:
         """Write the recovered checkpoint with its record and model card."""
         config, is_codec = self.pair.source.config, self.pair.is_codec
         record = self.pair.provenance | {
-            "recover": to_dict(replace(self.asked, data=recorded(self.asked.data))),
+            "recover": to_dict(self.asked),
             "recovered": {
                 "kept_steps": recovered.best_steps,
                 "learning_rate": recovered.learning_rate,
@@ -270,7 +236,9 @@ def _recorded_errors(rows: list[Row], evaluation: EvaluateConfig) -> dict[str, A
         return {}
     dense = [row.value for row in rows if row.metric == Metric.FLOW_LOSS and row.step is None]
     errors = {"first": points[min(points)], "last": points[max(points)]}
-    held_out = {"source": evaluation.data.source, "clips": evaluation.clips}
+    clips = open_clips(evaluation.data).record()
+    source = clips.get("kind", evaluation.data.source)
+    held_out = {"source": source, "clips": evaluation.clips, "held_out": clips}
     return {"errors": {**held_out, **errors, "dense_flow_loss": dense[0]}}
 
 

@@ -10,7 +10,6 @@ from typing import Any
 from vmla_convert.errors import OutputError
 from vmla_convert.recovery.stages import Folders
 from vmla_convert.results import Row, read_rows
-from vmla_convert.storage.output import partial_folder
 from vmla_convert.tables import first_difference
 
 _SETTINGS, _CURVE = "settings.json", "curve.jsonl"
@@ -18,9 +17,7 @@ _SETTINGS, _CURVE = "settings.json", "curve.jsonl"
 
 def is_begun(out: Path) -> bool:
     """Whether an interrupted recovery left something to resume from."""
-    state, _, clips = Folders.beside(out)
-    left = (state, clips, partial_folder(clips))
-    return not out.exists() and any(path.exists() for path in left)
+    return not out.exists() and Folders.beside(out).state.exists()
 
 
 def claim_state(state: Path, settings: dict[str, Any], write: bool) -> None:

@@ -40,15 +40,14 @@ _SAMPLER_SHARES = {"both": 0.5, "sampler": 1.0, "training": 0.0}
 
 
 class Folders(NamedTuple):
-    """Folders beside an output: resumable state, files of trackers, and clips that are made."""
+    """Folders beside an output: resumable state, and files of trackers."""
 
     state: Path
     logs: Path
-    clips: Path
 
     @classmethod
     def beside(cls, out: Path) -> Folders:
-        """The folders OUT.state, OUT.logs and OUT.clips."""
+        """The folders OUT.state and OUT.logs."""
         return cls(*(out.with_name(f"{out.name}.{kind}") for kind in cls._fields))
 
 

@@ -14,7 +14,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from vmla_convert.config import EvaluateConfig, ModelConfig, RuntimeConfig, SweepConfig
+from vmla_convert.config import DataConfig, EvaluateConfig, ModelConfig, RuntimeConfig, SweepConfig
 from vmla_convert.errors import VmlaError
 from vmla_convert.generating.film import comparison_rows
 from vmla_convert.generating.generate import generate
@@ -44,14 +44,13 @@ STRIP_PROMPTS = 2
 class Bench:
     """What to measure of every point, and against which dense model.
 
-    `dense_rollout` returns the dense model's rollout (B, F, C, height, width). The folder `strips`
-    holds pictures of rollouts.
+    Points recover on clips of `training`. The folder `strips` holds pictures of rollouts.
     """
 
     teacher: CausalWanModel
     evaluate: EvaluateConfig
     config: SweepConfig
-    dense_rollout: Callable[[], Tensor]
+    training: DataConfig
     strips: Path
 
     @cached_property
@@ -61,11 +60,22 @@ class Bench:
 
 
 def measure_point(
-    student: CausalWanModel, point: SweepPoint, bench: Bench, seconds: float, progress: Progress
+    student: CausalWanModel,
+    point: SweepPoint,
+    bench: Bench,
+    seconds: float,
+    dense_rollout: Callable[[], Tensor] | None,
+    progress: Progress,
 ) -> list[Row]:
     """Recover a converted model, if the point asks for that, and return all rows of the point.
 
-    `seconds` is the duration of the conversion without the calibration, which points share.
+    Args:
+        student: The converted model.
+        point: The point.
+        bench: What to measure.
+        seconds: Duration of the conversion without the calibration, which points share.
+        dense_rollout: Returns the dense model's rollout (B, F, C, height, width), if there is one.
+        progress: Receives the progress bars.
     """
     config, seed = student.config, point.seed
     rows = [Row(Metric.CONVERT_SECONDS, seconds, "s", **row_fields(config, seed))]
@@ -78,12 +88,12 @@ def measure_point(
         rows += learned_spectrum_rows(student, last, seed)
     if bench.config.timed:
         rows += step_rows(bench.teacher, student)
-    if bench.config.rollout_frames:
+    if dense_rollout is not None:
         rollout = roll_out(student, bench.config, progress)
         rows += score(rollout, config, bench.config, seed)
         path = bench.strips / f"{point.key}-{seed}.png"
         try:
-            draw_strip(path, bench.dense_rollout(), rollout, config, bench.config)
+            draw_strip(path, dense_rollout(), rollout, config, bench.config)
         except VmlaError as error:  # the point keeps its rows without a picture
             progress.note(error.message)
     return [labelled(row, point) for row in rows]

@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
+from typing import NamedTuple
 
 from torch import Tensor
 
 from vmla_convert.config import (
     ConvertConfig,
+    DataConfig,
     EvaluateConfig,
     ModelConfig,
     Product,
@@ -26,16 +28,17 @@ from vmla_convert.config import (
     SweepConfig,
 )
 from vmla_convert.errors import ConfigError, first_line
-from vmla_convert.fitting.calibration_clips import check_clips, open_calibration
 from vmla_convert.fitting.codec import plan_codec
 from vmla_convert.fitting.rank_plan import check_sizes
+from vmla_convert.generating.make_clips import Need
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.layers.runtime import check_size
-from vmla_convert.measuring.evaluate import HeldOut, check_held_out, dense_rows, spectrum_rows
+from vmla_convert.measuring.evaluate import HeldOut, dense_rows, held_out_needs, spectrum_rows
 from vmla_convert.measuring.rows import cache_rows, device_name, error_rows, memory_rows, run_name
-from vmla_convert.media.clips import open_clips
+from vmla_convert.media.clips import settled
 from vmla_convert.media.open import check_prompts, open_media
 from vmla_convert.progress import Joint, Progress, Silent, Timed
+from vmla_convert.recovery.checks import OWN_CLIPS
 from vmla_convert.recovery.trained import check_adapters
 from vmla_convert.results import (
     Metric,
@@ -59,6 +62,14 @@ from vmla_convert.training.processes import check_shares
 SHARED_NAME = ".shared"
 
 
+class SweepClips(NamedTuple):
+    """Where the clips of a sweep are, once they are ready."""
+
+    calibration: DataConfig
+    held_out: DataConfig
+    training: DataConfig
+
+
 def sweep(
     teacher: CausalWanModel,
     config: SweepConfig,
@@ -68,6 +79,7 @@ def sweep(
     rows_file: Path,
     progress: Progress | None = None,
     team: Team | None = None,
+    clips: SweepClips | None = None,
 ) -> None:
     """Run every point of the grid and append its rows.
 
@@ -81,6 +93,7 @@ def sweep(
             tried again.
         progress: Receives the progress bars.
         team: Processes that share the points; each makes the same call.
+        clips: Where the clips are, once they are ready. By default where the settings say.
 
     Raises:
         VmlaError: As `check_sweep` raises, before any work.
@@ -88,8 +101,19 @@ def sweep(
     """
     progress, team = progress or Silent(), team or Team()
     points = sweep_points(config, convert_config, recover_config)
-    check_sweep(teacher.config, config, convert_config, recover_config, evaluate_config)
-    work = _Sweep(teacher, config, convert_config, evaluate_config, rows_file, points)
+    check_sweep(teacher.config, config, convert_config, recover_config)
+    asked = (each.data for each in (convert_config, evaluate_config, recover_config))
+    clips = clips or SweepClips(*(settled(data, teacher.config) for data in asked))
+    common = [to_dict(convert_config), to_dict(teacher.config), to_dict(evaluate_config)]
+    convert_config = replace(convert_config, data=clips.calibration)
+    bench = Bench(
+        teacher,
+        replace(evaluate_config, data=clips.held_out),
+        config,
+        clips.training,
+        rows_file.parent / "strips",
+    )
+    work = _Sweep(bench, convert_config, rows_file, points, digest(common))
     with stopping_failures(rows_file):
         if team.leads:
             work.prepare(progress)
@@ -104,14 +128,13 @@ def check_sweep(
     config: SweepConfig,
     convert_config: ConvertConfig,
     recover_config: RecoverConfig,
-    evaluate_config: EvaluateConfig,
 ) -> None:
-    """Check what a sweep would fail on later; one clip of each kind is read.
+    """Check what a sweep would fail on later.
 
     Raises:
         CheckpointError: Points are rolled out, and the text encoder is missing.
-        ConfigError: There is no point, an init or a size of the grid does not fit the model, a
-            batch does not divide, or clips are missing or do not fit.
+        ConfigError: There is no point, an init or a size of the grid does not fit the model, or a
+            batch does not divide.
         MissingExtraError: Adapters are asked for, and peft is not installed.
         VmlaError: The text encoder cannot encode a prompt.
     """
@@ -120,17 +143,26 @@ def check_sweep(
         raise ConfigError("a list of the sweep is empty", "give each of them a value")
     for point in points:
         _check_point(model, point)
-    # Calibration gives the spectra of the dense model too, so every grid needs its clips.
-    open_calibration(model, convert_config)
-    check_held_out(model, evaluate_config, streamed=bool(config.dense_dtypes))
     if config.recover:
         check_shares(recover_config.training, world=1)
         check_tracker(recover_config.training)
         check_adapters(recover_config.lora_rank)
-        check_clips(model, open_clips(recover_config.data).batch(0, 1))
     if config.rollout_frames:
         check_prompts(model, config.rollout_prompts)
         open_media(model)
+
+
+def sweep_needs(
+    config: SweepConfig,
+    convert_config: ConvertConfig,
+    recover_config: RecoverConfig,
+    evaluate_config: EvaluateConfig,
+) -> list[Need]:
+    """The clips of a sweep, in the order of `SweepClips`."""
+    # Calibration gives the spectra of the dense model too, so every grid needs its clips.
+    calibrated = Need(convert_config.data, "train", convert_config.calibration_clips)
+    trained = Need(recover_config.data, "train", OWN_CLIPS, spare=True)
+    return [calibrated, *held_out_needs(evaluate_config), trained if config.recover else calibrated]
 
 
 def _check_point(model: ModelConfig, point: SweepPoint) -> None:
@@ -145,28 +177,26 @@ def _check_point(model: ModelConfig, point: SweepPoint) -> None:
 
 
 class _Sweep:
-    """A sweep in one process."""
+    """A sweep in one process. `common` names the settings that all points share."""
 
     def __init__(
         self,
-        teacher: CausalWanModel,
-        config: SweepConfig,
+        bench: Bench,
         convert_config: ConvertConfig,
-        evaluate_config: EvaluateConfig,
         rows_file: Path,
         points: Sequence[SweepPoint],
+        common: str,
     ) -> None:
-        self.teacher, self.config, self.points = teacher, config, points
-        self.evaluate, self.rows_file, folder = evaluate_config, rows_file, rows_file.parent
-        common = [to_dict(convert_config), to_dict(teacher.config), to_dict(evaluate_config)]
-        identity = {"common": digest(common), "rollout": config.rollout_frames}
-        self.folder = folder / SHARED_NAME
+        self.bench, self.rows_file, self.points = bench, rows_file, points
+        self.teacher, self.config = bench.teacher, bench.config
+        identity = {"common": common, "rollout": self.config.rollout_frames}
+        self.folder = rows_file.parent / SHARED_NAME
         stores: dict[Product, FolderStore] = {
-            product: FolderStore(self.folder / product, identity) for product in config.products
+            product: FolderStore(self.folder / product, identity)
+            for product in self.config.products
         }
         self.rollouts = FolderStore(self.folder / "rollout", identity)
-        self.shared = Shared(teacher, convert_config, stores)
-        self.bench = Bench(teacher, evaluate_config, config, self._dense_rollout, folder / "strips")
+        self.shared = Shared(self.teacher, convert_config, stores)
 
     def prepare(self, progress: Progress) -> None:
         """Do the work that is done once: the dense model's rows, and all calibration."""
@@ -179,7 +209,7 @@ class _Sweep:
         left = [runtime for runtime in asked if run_name(dense, runtime) not in runs]
         if not left:
             return
-        streamed = HeldOut(self.teacher, self.evaluate, streamed=True, progress=progress)
+        streamed = HeldOut(self.teacher, self.bench.evaluate, streamed=True, progress=progress)
         for runtime in left:
             errors = streamed.measure(self.teacher, runtime)
             rows = error_rows(errors, dense, None, runtime=runtime)
@@ -242,7 +272,8 @@ class _Sweep:
             started = perf_counter()
             student = self.shared.student(point.conversion)
             seconds = perf_counter() - started
-            return measure_point(student, point, self.bench, seconds, progress)
+            dense = self._dense_rollout if self.config.rollout_frames else None
+            return measure_point(student, point, self.bench, seconds, dense, progress)
         except FAILURES as error:
             if is_full_disk(error):
                 raise
