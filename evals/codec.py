@@ -38,7 +38,6 @@ from vmla_convert.config import (
 )
 from vmla_convert.console import out
 from vmla_convert.fitting.calibrate import calibrate, model_blocks
-from vmla_convert.fitting.calibration_clips import open_calibration
 from vmla_convert.fitting.codec import fit_model
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import load
@@ -46,7 +45,15 @@ from vmla_convert.maths.quantise import WHOLE_BITS
 from vmla_convert.maths.rates import Rate
 from vmla_convert.measuring.evaluate import HeldOut
 from vmla_convert.measuring.rows import device_name, row_fields
-from vmla_convert.media.clips import Batch, ClipSource, DemoClips, Split, open_clips, seeded
+from vmla_convert.media.clips import (
+    Batch,
+    ClipSource,
+    DemoClips,
+    Split,
+    open_clips,
+    seeded,
+    settled,
+)
 from vmla_convert.progress import Progress
 from vmla_convert.results import Metric, Row, append_rows
 from vmla_convert.training.losses import flow_matching, make_example
@@ -106,7 +113,7 @@ def fitted(
     progress: Progress | None = None,
 ) -> CausalWanModel:
     """A model with a codec that was calibrated on clips, by default those of the config."""
-    clips = clips or open_calibration(teacher.config, config)
+    clips = clips or open_clips(settled(config.data, teacher.config))
     blocks, count = model_blocks(teacher), config.calibration_clips
     statistics = calibrate(teacher, blocks, clips, count, config.seed, progress)
     return fit_model(teacher, config, statistics)
@@ -207,9 +214,9 @@ class ChangedClips:
     def __init__(self, clips: DemoClips, change: Callable[[Tensor], Tensor]) -> None:
         self.clips, self.change = clips, change
 
-    def batch(self, index: int, size: int, split: Split = "train") -> Batch:
-        """Batch number `index`."""
-        clips, media = self.clips.clips(index, size, split), self.clips.media
+    def batch(self, start: int, size: int, split: Split = "train") -> Batch:
+        """Return `size` clips from number `start` on."""
+        clips, media = self.clips.clips(start // size, size, split), self.clips.media
         return Batch(media.encode(self.change(clips.video)), media.encode_labels(clips.labels))
 
 
@@ -225,7 +232,7 @@ def lora_rows(
     """Errors of a codec fitted before a LoRA was trained, and of one fitted with the LoRA."""
     demo = open_clips(config.data, teacher.config.cache.sink_frames)
     assert isinstance(demo, DemoClips)
-    evaluate, rows = EvaluateConfig(count, DataConfig(seed=1)), list[Row]()
+    evaluate, rows = EvaluateConfig(count, DataConfig("demo", seed=1)), list[Row]()
     for name, change in CHANGES.items():
         own = ChangedClips(demo, change)
         adapted = train_lora(teacher, own, progress)

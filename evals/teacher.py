@@ -43,7 +43,7 @@ def main(
     by a classifier that reads the digit.
     """
     model = load(checkpoint)
-    held_out = HeldOut(model, EvaluateConfig(clips, DataConfig(seed=HELD_OUT_SEED)))
+    held_out = HeldOut(model, EvaluateConfig(clips, DataConfig("demo", seed=HELD_OUT_SEED)))
     prompts = [str(digit) for digit in range(10)]
     rows = dense_rows(model, held_out) + truth_rows(frames, clips, model.config.chunk_frames)
     with out.progress() as progress:
@@ -58,7 +58,9 @@ def main(
 
 def truth_rows(frames: int, clips: int, chunk_frames: int) -> list[Row]:
     """Digit accuracy and background PSNR of true held-out clips."""
-    truth = DemoClips(DataConfig(frames=frames, seed=HELD_OUT_SEED)).clips(0, clips, "held_out")
+    truth = DemoClips(DataConfig("demo", frames=frames, seed=HELD_OUT_SEED)).clips(
+        0, clips, "held_out"
+    )
     hits = (read_digits(truth.video) == truth.labels[:, None]).float().mean().item()
     psnr = background_psnr(truth.video, chunk_frames)[:, chunk_frames:].nanmean().item()
     return [

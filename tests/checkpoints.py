@@ -64,7 +64,7 @@ MODEL = ModelConfig(
     licence="apache-2.0",
     frames_per_second=8,
 )
-CLIPS = DataConfig(frames=6)
+CLIPS = DataConfig("demo", frames=6)
 # Explicit sizes, which rows can name.
 CONVERT = ConvertConfig(
     product="mla", size=Sizes(kv_lora_rank=8, qk_rope_head_dim=4), calibration_clips=4, data=CLIPS
@@ -76,7 +76,7 @@ RECOVER = RecoverConfig(
     training=TrainingConfig(steps=4, batch_size=2, lr=1e-3, eval_every=2, checkpoint_every=2),
     data=CLIPS,
 )
-EVALUATE = EvaluateConfig(clips=4, data=DataConfig(frames=6, seed=1))
+EVALUATE = EvaluateConfig(clips=4, data=DataConfig("demo", frames=6, seed=1))
 
 
 @pytest.fixture(scope="session")

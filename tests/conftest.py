@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from functools import cache
 from typing import Literal
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -46,6 +48,15 @@ TINY_MLA = MLAConfig(
 )
 Latent = Literal["joint", "split"]
 EITHER_LATENT: tuple[Latent, ...] = ("joint", "split")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _clips_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep clips that tests make out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        place = tmp_path_factory.mktemp("clips")
+        patch.setattr("vmla_convert.generating.clip_sets.DEFAULT_FOLDER", place)
+        yield
 
 
 def tiny_mla(latent: Latent = "joint") -> MLAConfig:

@@ -91,9 +91,9 @@ class PhotographClips:
     def __init__(self, frames: int, seed: int = 0) -> None:
         self.frames, self.seed = frames, seed
 
-    def batch(self, index: int, size: int, split: Split = "train") -> Batch:
-        """Latents and prompts of the batch of a given number."""
-        clips = self.clips(index, size, split)
+    def batch(self, start: int, size: int, split: Split = "train") -> Batch:
+        """Latents and prompts of `size` clips from number `start` on."""
+        clips = self.clips(start // size, size, split)
         return Batch(encode(clips.video), clips.prompt)
 
     def clips(self, index: int, size: int, split: Split = "train") -> Clips:

@@ -25,7 +25,7 @@ from vmla_convert.fitting.calibrate import (
     deployed_phases,
     model_blocks,
 )
-from vmla_convert.fitting.calibration_clips import batch_sizes, check_clips
+from vmla_convert.fitting.calibration_clips import batch_sizes
 from vmla_convert.fitting.layer_statistics import LayerStatistics, merge_statistics
 from vmla_convert.layers.attention import DenseSelfAttention
 from vmla_convert.layers.block import Block
@@ -33,6 +33,8 @@ from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import build_shell, load, read_block
 from vmla_convert.maths.moments import Moments, measure_moments
 from vmla_convert.maths.rope3d import axis_pairs
+from vmla_convert.media import clip_checks
+from vmla_convert.media.clip_checks import check_clips
 from vmla_convert.media.clips import Batch, ClipSource, open_clips, seeded
 from vmla_convert.storage.tensor_store import FolderStore, MemoryStore
 from vmla_convert.training.losses import make_example, teacher_forcing_inputs
@@ -40,8 +42,8 @@ from vmla_convert.training.losses import make_example, teacher_forcing_inputs
 pytest_plugins = ["checkpoints"]
 
 SEED = 5
-LAYERS = MODEL.geometry.num_layers
-HALF = CLIPS.frames * MODEL.tokens_per_frame
+LAYERS, FRAMES = MODEL.geometry.num_layers, CLIPS.frames or 0
+HALF = FRAMES * MODEL.tokens_per_frame
 CHUNK = MODEL.chunk_frames * MODEL.tokens_per_frame
 
 
@@ -119,7 +121,9 @@ def codec_walked(teacher: Path) -> Walked:
 def whole_model(model: CausalWanModel, index: int, size: int) -> list[tuple[Tensor, Tensor]]:
     """Input and output gradient of every layer, by one pass through the whole model."""
     example = make_example(
-        open_clips(CLIPS).batch(index, size), MODEL.chunk_frames, seeded(SEED, index, "calibration")
+        open_clips(CLIPS).batch(index * size, size),
+        MODEL.chunk_frames,
+        seeded(SEED, index, "calibration"),
     )
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
@@ -136,7 +140,7 @@ def whole_model(model: CausalWanModel, index: int, size: int) -> list[tuple[Tens
     )
     direction = torch.randn(velocity.shape, generator=seeded(SEED + index, 0, "direction"))
     # Only chunks of the noisy half that have a past count.
-    direction[:, : CLIPS.frames + MODEL.chunk_frames] = 0
+    direction[:, : FRAMES + MODEL.chunk_frames] = 0
     return list(
         zip(inputs, torch.autograd.grad((velocity * direction).sum(), outputs), strict=True)
     )
@@ -306,9 +310,9 @@ def test_phases_are_expected_in_the_window_that_the_model_runs_with() -> None:
 def test_a_batch_holds_as_many_clips_as_tokens_allow(
     tokens: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration_clips, "CLIPS_AT_ONCE", 4)
-    monkeypatch.setattr(calibration_clips, "TOKENS_AT_ONCE", tokens)
-    assert batch_sizes(MODEL, open_clips(CLIPS), 9) == sizes
+    monkeypatch.setattr(clip_checks, "CLIPS_AT_ONCE", 4)
+    monkeypatch.setattr(clip_checks, "TOKENS_AT_ONCE", tokens)
+    assert batch_sizes(MODEL.geometry, open_clips(CLIPS), 9) == sizes
 
 
 def noise_clips(file: Path, *shape: int) -> ClipSource:

@@ -407,7 +407,7 @@ def test_a_wan_checkpoint_needs_clips_only_for_calibration(
 def test_the_users_clips_calibrate_any_checkpoint(
     wan: Path, dense: CausalWanModel, converted: Path, tmp_path: Path
 ) -> None:
-    latents, context = open_clips(DataConfig(frames=6, seed=3)).batch(0, 6)
+    latents, context = open_clips(DataConfig("demo", frames=6, seed=3)).batch(0, 6)
     save_file({"latents": latents, "context": context}, tmp_path / "clips.safetensors")
     data = DataConfig(str(tmp_path / "clips.safetensors"), frames=4)
     convert(wan, tmp_path / "out", replace(CONVERT, data=data))

@@ -35,7 +35,9 @@ pytest_plugins = ["checkpoints"]
 
 LAYERS = 3
 DEEP = replace(MODEL, geometry=replace(MODEL.geometry, num_layers=LAYERS))
-SOME = ConvertConfig("mla", calibration_clips=2, data=DataConfig(frames=4), size=Sizes(cut=0.8))
+SOME = ConvertConfig(
+    "mla", calibration_clips=2, data=DataConfig("demo", frames=4), size=Sizes(cut=0.8)
+)
 CASES = {"spectral": replace(CONVERT, init="spectral"), "default": SOME}
 WALK = ("calibrating", "weighing errors", "predicting errors", "converting")
 MOMENTS = [
@@ -324,7 +326,7 @@ def test_other_clips_under_the_same_name_are_in_the_way(
     [
         ({"seed": 1}, True),
         ({"calibration_clips": 3}, True),
-        ({"data": DataConfig(frames=6)}, True),
+        ({"data": DataConfig("demo", frames=6)}, True),
         ({"latent": "split"}, False),
         ({"size": Sizes(cut=0.9)}, False),
     ],

@@ -13,15 +13,16 @@ import pytest
 import torch
 from checkpoints import Vmla, refused
 from conftest import noise
-from safetensors.torch import load_file
-from tiny_wan import PROMPT, SET
+from safetensors.torch import load_file, save_file
+from tiny_wan import PROMPT, SET, TEXT_DIM, wan_latents
 
-from vmla_convert.config import ConvertConfig, DataConfig, Sizes, SourceConfig
+from vmla_convert.config import ConvertConfig, DataConfig, MediaConfig, Sizes, SourceConfig
 from vmla_convert.fitting.convert import convert
 from vmla_convert.generating import write_video
-from vmla_convert.generating.make_clips import prepare_clips
+from vmla_convert.generating.clip_sets import clip_sets
+from vmla_convert.generating.make_clips import Need, ready_clips
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.loading.load import load
+from vmla_convert.loading.load import open_named
 from vmla_convert.media.open import open_media
 from vmla_convert.media.video import read_frames, write_mp4, write_png
 
@@ -114,11 +115,12 @@ def test_a_model_without_known_components_asks_for_a_base(
 def test_clips_of_videos_begin_with_one_pixel_frame(
     wan_source: SourceConfig, tmp_path: Path, wan_folder: Path
 ) -> None:
-    videos, dense = tmp_path / "videos", load(wan_source)
+    videos, dense = tmp_path / "videos", open_named(wan_source)
     write_mp4(videos / "a.mp4", noise(27, 3, 32, 48).clamp(-1, 1), scale=1)
-    data = DataConfig(str(videos), frames=4, prompts=(PROMPT,), base=str(wan_folder))
-    prepare_clips(data, dense, tmp_path / "clips", "origin")
-    (file,) = (tmp_path / "clips").glob("*.safetensors")
+    data = DataConfig(str(videos), frames=4, prompts=(PROMPT,))
+    settings = MediaConfig(str(wan_folder), clips_dir=str(tmp_path / "clips"))
+    [ready] = ready_clips(dense, [Need(data, "train", 2)], settings)
+    (file,) = Path(ready.source).glob("*.safetensors")
     stored, pixels = load_file(file), torch.stack(list(read_frames(videos / "a.mp4")))
     media = open_media(dense.config, checkpoint=wan_folder)
     # 27 frames are two clips of 13 = 1 + 3 * 4, and one frame is left over.
@@ -127,26 +129,43 @@ def test_clips_of_videos_begin_with_one_pixel_frame(
     assert torch.equal(stored["context"], media.encode_prompts([PROMPT, PROMPT]))
 
 
-def test_own_samples_recover_measure_and_calibrate(
-    tmp_path: Path, vmla: Vmla, wan_folder: Path
+SHORT = [word for table in ("convert", "recover", "evaluate")
+         for word in ("--set", f"{table}.data.frames=4")]  # fmt: skip
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> dict[str, list[Any]]:
+    """Clips of each kind as options of a command; one film makes two clips."""
+    for name in "abc":
+        write_mp4(tmp_path / "films" / f"{name}.mp4", noise(26, 3, 32, 48).clamp(-1, 1), scale=1)
+        (tmp_path / "films" / f"{name}.txt").write_text(PROMPT)
+    latents, context = wan_latents(4, 6), noise(6, 8, TEXT_DIM)
+    save_file({"latents": latents, "context": context}, tmp_path / "clips.safetensors")
+    return {
+        "self": [],
+        "videos": ["--data", tmp_path / "films"],
+        "latents": ["--data", tmp_path / "clips.safetensors"],
+    }
+
+
+@pytest.mark.parametrize("kind", ["self", "videos", "latents"])
+def test_every_command_takes_clips_of_every_kind(
+    kind: str, sources: dict[str, list[Any]], tmp_path: Path, vmla: Vmla, wan_folder: Path
 ) -> None:
-    (tmp_path / "prompts.txt").write_text(f"{PROMPT}\ntwo dogs\n")
-    clips, out, again = (tmp_path / name for name in ("out.clips", "mla", "out"))
-    assert vmla("convert", wan_folder, "-o", out, *SET, "--no-calibration").code == 0
-    ran = vmla("recover", out, "--teacher", wan_folder, "-o", again, "--data", "self",
-               "--prompts", tmp_path / "prompts.txt", "--set", "recover.data.clips=4",
-               "--set", "recover.data.frames=4", "--set", "recover.layerwise_steps=0",
-               "--steps", "2", "--batch-size", "2",
-               "--lr", "0.001")  # fmt: skip
-    assert (ran.code, clips.is_dir()) == (0, True), ran.err
-    measured = vmla("eval", again, "--teacher", wan_folder, "--data", clips, "--clips", "2",
-                    "--json")  # fmt: skip
-    assert measured.code == 0 and "velocity_error" in measured.out
-    calibrated = tmp_path / "calibrated"
-    ran = vmla("convert", wan_folder, "-o", calibrated, *SET, "--data", clips,
-               "--set", "convert.calibration_clips=2",
-               "--set", "convert.data.frames=4")  # fmt: skip
+    clips = [*sources[kind], "--clips-dir", tmp_path / "made"]
+    codec, better = tmp_path / "codec", tmp_path / "better"
+    ran = vmla("convert", wan_folder, "-o", codec, *SET, *clips, *SHORT[:2], "--cut", "0.5",
+               "--set", "convert.calibration_clips=2")  # fmt: skip
     assert ran.code == 0, ran.err
+    ran = vmla("recover", codec, "-o", better, *clips, *SHORT[2:], "--steps", "2", "--batch-size",
+               "2", "--lr", "0.001", "--set", "recover.layerwise_steps=0", "--set",
+               "recover.data.clips=2", "--set", "evaluate.clips=2")  # fmt: skip
+    assert ran.code == 0, ran.err
+    ran = vmla("eval", better, *clips, *SHORT[4:], "--clips", "2", "--json")
+    assert ran.code == 0 and "velocity_error" in ran.out, ran.err
+    made = list(clip_sets(tmp_path / "made"))
+    expected = {"self": [2, 3], "videos": [2, 6], "latents": []}
+    assert sorted(each.clips for each in made) == expected[kind]
 
 
 def test_a_recipe_names_components_too(wan_folder: Path, tmp_path: Path, vmla: Vmla) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import pytest
@@ -16,7 +15,6 @@ from vmla_convert.checkpoint.hub import is_repo
 from vmla_convert.config import ConvertConfig, DataConfig, MLAConfig, RecoverConfig, SourceConfig
 from vmla_convert.loading.card import is_untouched, model_card
 from vmla_convert.loading.public_record import without_folders
-from vmla_convert.media.clips import recorded
 from vmla_convert.tables import to_dict
 
 T = TypeVar("T")
@@ -237,20 +235,3 @@ def test_hub_ids_stay_whole(revision: str) -> None:
     assert "checkpoints/self_forcing_dmd.pt" in model_card(CONFIG, record)
     for local in ({}, {"checkpoint": "../dense"}, {"checkpoint": "demo"}):
         assert without_folders({**local, "file": f"{SECRET}/model.pt"})["file"] == "model.pt"
-
-
-def test_a_folder_that_looks_like_an_id_is_recognised_while_it_exists(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / SECRET / "pipe").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    typed = {"base": f"{SECRET}/pipe"}
-    assert without_folders(typed) == {"base": "pipe"}
-    record = to_dict(recorded(DataConfig(base=typed["base"])))
-    # A push from another folder, where the relative path does not exist.
-    monkeypatch.chdir("/")
-    assert without_folders(record)["base"] == "pipe"
-    assert Path(record["base"]) == tmp_path / SECRET / "pipe", "the owner's record keeps the path"
-    assert without_folders(typed) == typed
-    for data in (DataConfig(), DataConfig(base="owner/name@v1")):
-        assert recorded(data) == data

@@ -25,7 +25,6 @@ from vmla_convert.demo.world import sample_clips
 from vmla_convert.errors import ConfigError
 from vmla_convert.fitting import calibration_clips as calibration
 from vmla_convert.fitting.calibrate import Statistics
-from vmla_convert.fitting.calibration_clips import clips_at_once
 from vmla_convert.fitting.convert import Conversion
 from vmla_convert.fitting.mla import convert_model, planned_config
 from vmla_convert.layers.dit import CausalWanModel
@@ -46,6 +45,7 @@ from vmla_convert.measuring.rows import (
     row_fields,
     run_name,
 )
+from vmla_convert.media.clip_checks import clips_at_once
 from vmla_convert.media.clips import open_clips
 from vmla_convert.results import Metric, Row
 from vmla_convert.training.losses import Example
@@ -282,4 +282,4 @@ def test_every_clip_is_given_the_past_of_another(
 
 def test_clips_without_a_past_are_refused(dense: CausalWanModel) -> None:
     with pytest.raises(ConfigError, match="no chunk with a past"):
-        HeldOut(dense, EvaluateConfig(clips=2, data=DataConfig(frames=3)))
+        HeldOut(dense, EvaluateConfig(clips=2, data=DataConfig("demo", frames=3)))

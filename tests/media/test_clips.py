@@ -78,21 +78,21 @@ def test_a_batch_is_a_function_of_index_seed_and_split(source: str) -> None:
 
 
 def test_demo_latents_and_prompts_are_those_of_the_clips() -> None:
-    clips = DemoClips(DataConfig(frames=4))
+    clips = DemoClips(DataConfig("demo", frames=4))
     truth, batch = clips.clips(2, 3), clips.batch(2, 3)
     assert torch.equal(DemoMedia().decode(batch.latents), truth.video)
     assert torch.equal(batch.context.squeeze(1).argmax(-1), truth.labels)
 
 
 def test_a_sink_gap_skips_frames_after_the_sink_in_half_of_the_training_clips() -> None:
-    gapped = DemoClips(DataConfig(frames=6, sink_gap=20), sink_frames=2)
+    gapped = DemoClips(DataConfig("demo", frames=6, sink_gap=20), sink_frames=2)
     steps = gapped.clips(0, 64).alpha.diff(dim=1).abs().amax(dim=(2, 3))
     assert torch.isfinite(steps).all()
     usual = steps[:, [0, 2, 3, 4]].mean()
     across_gap = steps[:, 1]
     assert across_gap.mean() > 1.2 * usual
     held_out = [
-        DemoClips(DataConfig(frames=6, sink_gap=gap), sink_frames=2).clips(0, 8, "held_out")
+        DemoClips(DataConfig("demo", frames=6, sink_gap=gap), sink_frames=2).clips(0, 8, "held_out")
         for gap in (0, 20)
     ]
     assert torch.equal(held_out[0].video, held_out[1].video)

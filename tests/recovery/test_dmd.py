@@ -39,7 +39,7 @@ CONFIG = RecoverConfig(
         steps=0, batch_size=4, lr=1e-3, warmup_steps=1, eval_every=1, checkpoint_every=2
     ),
     dmd=DMDConfig(steps=4, critic_steps=2, critic_lr=1e-3),
-    data=DataConfig(frames=4),
+    data=DataConfig("demo", frames=4),
 )
 # A critic that does not train.
 STILL = replace(CONFIG, dmd=DMDConfig(steps=1, critic_steps=1, critic_lr=0.0))

@@ -282,7 +282,7 @@ def test_a_dry_run_tells_and_writes_nothing(
         spec.nbytes for spec in open_checkpoint(converted).specs().values()
     )
     assert list(planned["steps"].values()) == [40, 100, 7, 0]
-    assert planned["clips"] == open_clips(DataConfig()).record()
+    assert planned["clips"] == open_clips(DataConfig("demo")).record()
     planned = json.loads(vmla(*command, "--set", "recover.train=all", "--data", "self").out)
     assert planned["trains"] == planned["of"]
     assert planned["clips"] == f"made into {out}.clips"

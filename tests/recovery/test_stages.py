@@ -338,7 +338,7 @@ def test_layers_learn_the_same_from_clips_that_pass_one_by_one(
     together = fitted(student, dense)
     assert max(passed) > 1
     passed.clear()
-    monkeypatch.setattr("vmla_convert.fitting.calibration_clips.TOKENS_AT_ONCE", 1)
+    monkeypatch.setattr("vmla_convert.media.clip_checks.TOKENS_AT_ONCE", 1)
     alone = fitted(student, dense)
     assert passed == {1}
     assert together.any()

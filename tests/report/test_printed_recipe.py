@@ -42,7 +42,7 @@ from vmla_convert.tables import to_dict
 
 pytest_plugins = ["checkpoints"]
 
-SHORT = DataConfig(frames=6)
+SHORT = DataConfig("demo", frames=6)
 POINTS = {
     "codec": SweepPoint(ConvertConfig(), RecoverConfig()),
     "codec at many sizes": SweepPoint(

@@ -21,7 +21,7 @@ pytest_plugins = ["checkpoints"]
 CONFIG = TeacherConfig(
     MODEL,
     TrainingConfig(steps=4, batch_size=2, lr=1e-2, ema=0.5, eval_every=2, checkpoint_every=2),
-    DataConfig(frames=4),
+    DataConfig("demo", frames=4),
 )
 
 

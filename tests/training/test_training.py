@@ -37,9 +37,9 @@ class Clips:
     def __init__(self, frames: int = 4, seed: int | None = None) -> None:
         self.frames, self.seed = frames, seed
 
-    def batch(self, index: int, size: int, split: Split = "train") -> Batch:
+    def batch(self, start: int, size: int, split: Split = "train") -> Batch:
         if self.seed is None:
-            seed = 1000 + 4 * index + 2 * (split == "held_out")
+            seed = 1000 + 4 * (start // size) + 2 * (split == "held_out")
             return Batch(*tiny_clip(MODEL, self.frames, size, seed=seed))
         one = tiny_clip(MODEL, self.frames, 1, seed=self.seed)
         return Batch(*(tensor.expand(size, *tensor.shape[1:]) for tensor in one))

@@ -14,7 +14,7 @@ from vmla_convert import __version__
 from vmla_convert.cli.checkpoints import export, inspect, push
 from vmla_convert.cli.convert import convert
 from vmla_convert.cli.generate import generate
-from vmla_convert.cli.measure import evaluate, report
+from vmla_convert.cli.measure import clips, evaluate, report
 from vmla_convert.cli.recipes import demo, recipes_app, run, sweep
 from vmla_convert.cli.recover import recover
 
@@ -46,10 +46,11 @@ def _version(
 
 COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
     "inspect": (inspect, "vmla inspect model.pt"),
-    "convert": (convert, "vmla convert model.pt -o kv --cut 0.95 --data clips.safetensors"),
+    "convert": (convert, "vmla convert gdhe17/Self-Forcing -o kv --cut 0.95"),
     "recover": (recover, "vmla recover kv -o kv-recovered --nested --steps 200"),
     "generate": (generate, 'vmla generate kv --prompt "a red fox" -o fox.mp4'),
     "eval": (evaluate, "vmla eval kv --bytes-per-token 16"),
+    "clips": (clips, "vmla clips"),
     "export": (export, "vmla export kv -o whole --layout self_forcing"),
     "sweep": (sweep, "vmla sweep size_ablation -o runs/sizes --demo"),
     "report": (report, "vmla report runs/sizes"),

@@ -1,4 +1,4 @@
-"""Commands that measure what a conversion costs in quality: eval, report."""
+"""Commands that measure what a conversion costs in quality, and list the clips for it."""
 
 from __future__ import annotations
 
@@ -86,6 +86,33 @@ def evaluate(
         rows = measure_against_dense(given, dense, *settings, progress, recipe.media)
     cells = [[row.run, row.metric, row.value, row.unit] for row in rows]
     out.table("Held-out measurement", ["run", "metric", "value", "unit"], cells)
+
+
+def clips(clips_dir: ClipsDir = None, json: Json = False) -> None:
+    """List the clips that were sampled from models or encoded from videos.
+
+    To remove a set of clips, delete the set's folder.
+    """
+    from vmla_convert.config import MediaConfig
+    from vmla_convert.generating.clip_sets import clip_sets, clips_folder
+
+    out.json = json
+    root = clips_folder(MediaConfig(clips_dir=clips_dir))
+    header = ["clips", "kind", "for", "model", "frames", "latent size", "bytes", "folder"]
+    rows = [
+        [
+            each.clips,
+            each.kind,
+            each.split or "both",
+            each.model or "-",
+            each.frames,
+            "x".join(map(str, each.latent_size)),
+            each.nbytes,
+            each.folder,
+        ]
+        for each in clip_sets(root)
+    ]
+    out.table(f"Clips in {root}", header, rows)
 
 
 def report(

@@ -15,7 +15,7 @@ import torch
 from vmla_convert.checkpoint.families import OpenCheckpoint
 from vmla_convert.config import MediaConfig, ModelConfig
 from vmla_convert.generating.clip_sets import clips_folder
-from vmla_convert.generating.make_clips import Clips, OwnSamples, like
+from vmla_convert.generating.make_clips import Clips, OwnSamples, like, to_make
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import compute_device
 from vmla_convert.maths.cost import block_flops
@@ -67,10 +67,10 @@ def plan_work(
         count * passing_flops(dense.config, work) / rate
         for work, count in zip(works, passes, strict=True)
     )
-    sets = {work.folder: work for work in works if isinstance(work, OwnSamples)}
-    left = [(len(work.missing()), work) for work in sets.values()]
+    samples = [work for work in to_make(works) if isinstance(work, OwnSamples)]
+    left = [(len(work.missing()), work) for work in samples]
     sampling = sum(n * sampling_flops(work.sized, work.frames) / rate for n, work in left)
-    count, nbytes = sum(n for n, _ in left), sum(work.nbytes() for _, work in left)
+    count, nbytes = sum(n for n, _ in left), sum(work.nbytes() for work in samples)
     return PlannedWork(folder, count, sampling / max(1, count), sampling, nbytes, passing)
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.constants import HF_ASSETS_CACHE
+from safetensors import safe_open
 
 from vmla_convert.config import MediaConfig
+from vmla_convert.media.clips import latent_files
 from vmla_convert.storage.output import IDENTITY_NAME
 
 DEFAULT_FOLDER = Path(HF_ASSETS_CACHE) / "vmla-convert" / "clips"
@@ -26,7 +28,7 @@ class ClipSet:
         kind: `self` or `videos`.
         split: What samples of a model are for; None for videos, which serve both.
         model: Hub id of the model that samples come from, or the start of the hash of its weights.
-        files: Number of files.
+        clips: Number of clips.
         frames: Latent frames of a clip.
         latent_size: Height and width of its latents.
         nbytes: Bytes on the disk.
@@ -36,7 +38,7 @@ class ClipSet:
     kind: str
     split: str | None
     model: str | None
-    files: int
+    clips: int
     frames: int
     latent_size: tuple[int, int]
     nbytes: int
@@ -58,19 +60,24 @@ def clip_sets(root: Path) -> Iterator[ClipSet]:
     for file in sorted(root.glob(f"*/{IDENTITY_NAME}")):
         try:
             identity = json.loads(file.read_text("utf-8"))
-            clips = sorted(file.parent.glob("*.safetensors"))
+            clips = latent_files(file.parent)
             yield ClipSet(
                 file.parent,
                 identity["kind"],
                 identity.get("split"),
                 _model_of(identity),
-                len(clips),
+                sum(map(_clips_in, clips)),
                 identity["frames"],
                 tuple(identity["latent_size"]),
                 sum(clip.stat().st_size for clip in clips),
             )
         except (ValueError, LookupError, TypeError):
             continue  # somebody else's folder
+
+
+def _clips_in(file: Path) -> int:
+    with safe_open(file, framework="pt") as tensors:
+        return tensors.get_slice("context").get_shape()[0]
 
 
 def _model_of(identity: dict[str, Any]) -> str | None:

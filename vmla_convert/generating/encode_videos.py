@@ -61,6 +61,11 @@ class EncodedVideos:
         files = video_files(Path(data.source))
         return cls(data, model, root, parts, {file: _prompt_of(file, data) for file in files})
 
+    @property
+    def clips(self) -> int | None:
+        """Number of clips at most; None for all that the files hold."""
+        return self.data.clips
+
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Everything that the clips depend on; sizes and times stand for the files' contents."""
@@ -71,7 +76,7 @@ class EncodedVideos:
             "format": FORMAT,
             "kind": "videos",
             "frames": self.data.frames,
-            "clips": self.data.clips,
+            "clips": self.clips,
             "latent_size": self._latent_size,
             "parts": [self.parts, self.model.geometry.in_dim, self.model.geometry.text_dim],
             "videos": [
@@ -117,7 +122,7 @@ class EncodedVideos:
             ConfigError: A file cannot be read, or the files make fewer than two clips.
         """
         store = FolderStore(partial_folder(self.folder), self.identity)
-        clips = islice(self._clips(media, progress), self.data.clips)
+        clips = islice(self._clips(media, progress), self.clips)
         first = list(islice(clips, 2))
         if len(first) < 2:
             raise ConfigError(

@@ -74,8 +74,7 @@ def ready_clips(
     """
     media, progress = media or MediaConfig(), progress or Silent()
     works = check_needs(dense, needs, media)
-    missing = [work for work in works if isinstance(work, Work) and not work.is_done()]
-    if missing:
+    if missing := to_make(works):
         device = compute_device()
         own = open_media(dense.config, media, dense.source.path, device)
         for work in missing:
@@ -110,14 +109,22 @@ def check_needs(
     """
     media = media or MediaConfig()
     works = [_checked(dense, need, media) for need in needs]
-    missing = [work for work in works if isinstance(work, Work) and not work.is_done()]
-    if missing:
+    if missing := to_make(works):
         own = open_media(dense.config, media, dense.source.path)
         for work in missing:
             work.check(own)
         nbytes = sum(work.nbytes() for work in missing)
         require_room(clips_folder(media), nbytes, "make room there, or choose another --clips-dir")
     return works
+
+
+def to_make(works: Sequence[Clips]) -> list[Work]:
+    """The sets of clips that are not complete; of needs that share a set, the largest."""
+    largest: dict[Path, Work] = {}
+    for work in (work for work in works if isinstance(work, Work) and not work.is_done()):
+        before = largest.get(work.folder, work)
+        largest[work.folder] = max(before, work, key=lambda each: each.clips or 0)
+    return list(largest.values())
 
 
 def like(clips: Clips, model: ModelConfig) -> Tensor:
@@ -150,9 +157,9 @@ def _checked(dense: OpenCheckpoint, need: Need, media: MediaConfig) -> Clips:
     if kind == "videos":
         return EncodedVideos.find(data, model, folder, parts)
     clips = data.clips or need.clips
-    if need.spare:
-        clips += held_out_clips(clips)
-    return OwnSamples(data, need.split, clips, model, folder, _weights(dense), parts)
+    spare = held_out_clips(clips) if need.spare else 0
+    weights = _weights(dense)
+    return OwnSamples(data, need.split, clips + spare, model, folder, weights, parts, spare)
 
 
 def _refuse_foreign(dense: OpenCheckpoint, folder: Path) -> None:

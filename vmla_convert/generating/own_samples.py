@@ -43,6 +43,7 @@ class OwnSamples:
         data: Frames, latent size, seed and prompts, all settled.
         split: What the clips are for, which decides the prompts and the noise.
         clips: Number of clips.
+        spare: How many of them are held out beside the training clips.
         model: Configuration of the dense model.
         root: Folder of all sets.
         weights: Hashes of the dense model's weights, as JSON data.
@@ -56,6 +57,7 @@ class OwnSamples:
     root: Path
     weights: Any
     parts: Any
+    spare: int = 0
     _contexts: dict[int, Tensor] = field(default_factory=dict[int, Tensor], init=False)
 
     @property
@@ -98,7 +100,7 @@ class OwnSamples:
 
     def ready(self) -> DataConfig:
         """The clips as latents."""
-        return replace(self.data, source=str(self.folder), clips=self.clips)
+        return replace(self.data, source=str(self.folder), clips=self.clips - self.spare)
 
     def is_done(self) -> bool:
         """Whether all clips are there."""

@@ -12,7 +12,7 @@ from vmla_convert.checkpoint.hub import is_repo
 # The key says what a string is. Strings under other keys are taken for paths.
 _PROMPTS, _LICENCES = "prompts", "licence"
 _REPOS = ("checkpoint", "base_model", "repo")
-_REPOS_OR_FOLDERS = ("base", "_name_or_path", "name_or_path")
+_REPOS_OR_FOLDERS = ("_name_or_path", "name_or_path")
 # The start of a text that can only be a path, unlike "MIT/X11".
 _ROOTED = re.compile(r"~|\.{0,2}[/\\]|[A-Za-z]:[/\\]|file:")
 
@@ -21,7 +21,7 @@ def without_folders(record: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a record in which every local path is cut to its last part.
 
     Hub ids stay whole under the keys `checkpoint`, `base_model` and `repo`, as does a `file` in
-    such a repository. Under `base` and `name_or_path`, a text that looks like an id stays whole
+    such a repository. Under `name_or_path`, a text that looks like an id stays whole
     unless it exists as a path here.
     """
     in_repo = is_repo(str(record.get("checkpoint") or record.get("repo")))

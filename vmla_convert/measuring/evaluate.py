@@ -6,6 +6,7 @@ Letters: B clips, F latent frames, C channels.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from vmla_convert.maths.spectra import (
 )
 from vmla_convert.measuring.rows import Errors, cache_rows, error_rows, row_fields
 from vmla_convert.media.clip_checks import check_clips, clips_at_once
-from vmla_convert.media.clips import Batch, ClipSource, open_clips, seeded
+from vmla_convert.media.clips import Batch, ClipSource, open_clips, seeded, settled
 from vmla_convert.media.demo import prompted_digit
 from vmla_convert.progress import OneBar, Progress, Silent
 from vmla_convert.results import Metric, Row
@@ -102,6 +103,7 @@ class HeldOut:
     ) -> None:
         self.config, self.streamed = teacher.config, streamed
         self.progress = progress or Silent()
+        config = replace(config, data=settled(config.data, teacher.config))
         check_held_out(self.config, config, streamed)
         clips = clips or open_clips(config.data)
         self.examples = [
