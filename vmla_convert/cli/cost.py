@@ -15,13 +15,14 @@ from vmla_convert.show import duration, show_work
 if TYPE_CHECKING:
     from vmla_convert.generating.clip_cost import PlannedWork
 
-LONG_SECONDS = 1800
+LONG_OPERATIONS = 5e14
+"""About an hour on a few CPU cores. A count does not depend on how busy the machine is."""
 
 Yes = Annotated[bool, option("--yes -y", None, "Do hours of work on a CPU unasked.", RUNNING)]
 
 
 def agree(work: PlannedWork, yes: bool, cheaper: str) -> None:
-    """Show planned work; on a CPU ask before more than half an hour of it.
+    """Show planned work; on a CPU ask before about an hour of it.
 
     Args:
         work: The work.
@@ -34,7 +35,7 @@ def agree(work: PlannedWork, yes: bool, cheaper: str) -> None:
     import torch
 
     show_work(work)
-    if yes or torch.cuda.is_available() or work.seconds < LONG_SECONDS:
+    if yes or torch.cuda.is_available() or work.operations < LONG_OPERATIONS:
         return
     time = duration(work.seconds)
     hint = f"add --yes to do it all the same; cheaper: {cheaper}"

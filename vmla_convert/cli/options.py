@@ -47,7 +47,12 @@ Model = Annotated[
 ]
 Loras = Annotated[
     list[str] | None,
-    option("--lora", "FILE", "LoRA to merge, FILE or FILE:SCALE. May be repeated.", CHECKPOINT),
+    option(
+        "--lora",
+        "FILE",
+        "LoRA to merge, FILE or FILE:SCALE; on the Hub owner/name/FILE. Repeatable.",
+        CHECKPOINT,
+    ),
 ]
 BaseModel = Annotated[
     str | None,

@@ -17,7 +17,7 @@ class DataConfig:
             and `self` for every other. `self` are samples of the dense model. A path names a video
             file, a folder of videos, or a safetensors file (or a folder of them) with `latents` (N
             clips, F frames, C channels, height, width) and `context` (N, text_len, text_dim).
-        frames: Latent frames per clip; None for the model's window.
+        frames: Latent frames per clip; None for as many whole chunks as the model's window holds.
         latent_size: Height and width of the latents of clips that are sampled or encoded; None for
             the model's own.
         sink_gap: Largest number of frames skipped after the sink in half of the training clips, so
@@ -54,7 +54,8 @@ class SourceConfig:
         model: Name of a known model (`vmla_convert.checkpoint.known.KNOWN`), which brings chunk,
             window, sampler and licence.
         overrides: Other values for these settings, as a table: `{"cache": {"window_frames": 12}}`.
-        loras: LoRA files, `FILE` or `FILE:SCALE`, merged when the checkpoint is read.
+        loras: LoRA files, `FILE` or `FILE:SCALE`, merged when the checkpoint is read. A file of the
+            Hub is `owner/name/FILE`.
         base_model: Base model of a codec, a path or a Hub id; None to look where it was when the
             codec was made, beside the codec, and on the Hub.
     """

@@ -20,6 +20,8 @@ from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import compute_device
 from vmla_convert.maths.cost import block_flops
 
+TIMED_PASSES, TIMED_SECONDS = 5, 3.0
+
 
 @dataclass(frozen=True)
 class PlannedWork:
@@ -32,6 +34,7 @@ class PlannedWork:
         sampling_seconds: Seconds of all samples.
         clip_bytes: Bytes of these samples on the disk, at most.
         passing_seconds: Seconds in which clips pass the model, to calibrate or to train it.
+        operations: Multiplications and additions of all of this.
     """
 
     clips_dir: str
@@ -40,6 +43,7 @@ class PlannedWork:
     sampling_seconds: float = 0.0
     clip_bytes: int = 0
     passing_seconds: float = 0.0
+    operations: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -64,14 +68,21 @@ def plan_work(
         return PlannedWork(folder)
     rate = flops_per_second(dense)
     passing = sum(
-        count * passing_flops(dense.config, work) / rate
-        for work, count in zip(works, passes, strict=True)
+        count * passing_flops(dense.config, work) for work, count in zip(works, passes, strict=True)
     )
     samples = [work for work in to_make(works) if isinstance(work, OwnSamples)]
     left = [(len(work.missing()), work) for work in samples]
-    sampling = sum(n * sampling_flops(work.sized, work.frames) / rate for n, work in left)
+    sampling = sum(n * sampling_flops(work.sized, work.frames) for n, work in left)
     count, nbytes = sum(n for n, _ in left), sum(work.nbytes() for work in samples)
-    return PlannedWork(folder, count, sampling / max(1, count), sampling, nbytes, passing)
+    return PlannedWork(
+        folder,
+        count,
+        sampling / max(1, count) / rate,
+        sampling / rate,
+        nbytes,
+        passing / rate,
+        sampling + passing,
+    )
 
 
 def sampling_flops(model: ModelConfig, frames: int) -> int:
@@ -109,10 +120,11 @@ def flops_per_second(dense: OpenCheckpoint) -> float:
     latents = torch.zeros(1, frames, geometry.in_dim, *config.latent_size, device=device).to(dtype)
     context = torch.zeros(1, geometry.text_len, geometry.text_dim, device=device, dtype=dtype)
     timestep = torch.zeros(1, frames, device=device)
-    seconds = 0.0
-    for _ in range(2 if device.type == "cuda" else 1):  # the first pass of a GPU compiles
+    times: list[float] = []
+    # The first passes load libraries. Large models need no second pass, because theirs take long.
+    while len(times) < TIMED_PASSES and sum(times) < TIMED_SECONDS:
         started = perf_counter()
         model(latents, timestep, context, torch.arange(frames)).sum().item()
-        seconds = perf_counter() - started
+        times.append(perf_counter() - started)
     tokens = frames * config.tokens_per_frame
-    return block_flops(geometry, tokens, tokens) / seconds
+    return block_flops(geometry, tokens, tokens) / min(times)

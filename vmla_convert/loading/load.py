@@ -23,6 +23,7 @@ from vmla_convert.checkpoint.families import (
 from vmla_convert.checkpoint.hub import fetch, fetch_headers, has_parts, is_repo
 from vmla_convert.checkpoint.known import known_by_repo, known_model
 from vmla_convert.checkpoint.layouts import DIFFUSERS, NATIVE
+from vmla_convert.checkpoint.lora import parse_lora
 from vmla_convert.checkpoint.settings import is_ours, read_config
 from vmla_convert.checkpoint.source import located
 from vmla_convert.config import RuntimeConfig, Sizes, SourceConfig
@@ -133,13 +134,22 @@ def locate(source: Source) -> tuple[Path, SourceConfig]:
         CheckpointError: The checkpoint cannot be found.
     """
     how = _settled(source)
-    name = how.checkpoint
+    how, name = replace(how, loras=tuple(map(_local_lora, how.loras))), how.checkpoint
     if name == DEMO:
         return Path(str(files("vmla_convert") / "demo" / "checkpoint")) / (how.file or ""), how
     if not is_remote(name):
         return Path(name) / (how.file or ""), how
     path = fetch(name, _file_of(how))
     return path, how if is_converted(path) else _known(how)
+
+
+def _local_lora(option: str) -> str:
+    """Download a LoRA that is named by repository and file, `owner/name/FILE`."""
+    path, scale = parse_lora(option)
+    owner, *rest = path.parts
+    if len(rest) < 2 or Path(owner).exists() or not is_repo(f"{owner}/{rest[0]}"):
+        return option
+    return f"{fetch(f'{owner}/{rest[0]}', '/'.join(rest[1:]))}:{scale!r}"
 
 
 def _settled(source: Source) -> SourceConfig:

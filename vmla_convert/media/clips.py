@@ -275,7 +275,9 @@ def settled(config: DataConfig, model: ModelConfig) -> DataConfig:
         source = "demo" if model.media == "demo" else "self"
     if source_kind(source) == "demo":
         require_demo_media(model, "the source of clips 'demo'")
-    return replace(config, source=source, frames=config.frames or model.cache.window_frames)
+    chunk = model.chunk_frames
+    whole_chunks = max(2, model.cache.window_frames // chunk) * chunk
+    return replace(config, source=source, frames=config.frames or whole_chunks)
 
 
 def open_clips(config: DataConfig, sink_frames: int = 0) -> DemoClips | LatentClips:
