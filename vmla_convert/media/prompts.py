@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import html
+import tomllib
 from collections.abc import Iterable
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from vmla_convert.config import Geometry
-from vmla_convert.errors import ConfigError
+from vmla_convert.errors import ConfigError, MissingExtraError
 from vmla_convert.media.base import Media
 from vmla_convert.progress import Progress, Silent
+
+Split = Literal["calibration", "held_out"]
+"""Parts of the shipped prompts. Fit to the first, measure on the second."""
+
+
+def shipped_prompts(split: Split) -> tuple[str, ...]:
+    """Return the prompts of `prompts.toml` beside this file: 96 to calibrate, 32 held out."""
+    tables = tomllib.loads(files("vmla_convert.media").joinpath("prompts.toml").read_text("utf-8"))
+    return tuple(" ".join(entry["text"].split()) for entry in tables[split])
 
 
 class EncodedPrompts:
@@ -56,7 +67,10 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
 def clean_prompt(prompt: str) -> str:
     """Clean a prompt as Wan does: mend broken Unicode, undo HTML entities, collapse white space."""
-    import ftfy
+    try:
+        import ftfy
+    except ImportError as error:
+        raise MissingExtraError("Wan's text encoder", "wan") from error
 
     # Twice, as in Wan: "&amp;lt;" becomes "<".
     text = html.unescape(html.unescape(ftfy.fix_text(prompt)))

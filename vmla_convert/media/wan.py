@@ -23,7 +23,7 @@ from vmla_convert.errors import CheckpointError, ConfigError, MissingExtraError,
 from vmla_convert.maths.tiles import Tile, blend, cover
 from vmla_convert.media.base import WAN_TEMPORAL_STRIDE, VideoDecoder
 from vmla_convert.media.components import Components, Part, find_components
-from vmla_convert.media.prompts import encode_with_umt5
+from vmla_convert.media.prompts import encode_with_umt5, shipped_prompts
 
 T = TypeVar("T")
 
@@ -52,7 +52,6 @@ class WanMedia:
     normalised by the mean and deviation in the VAE's configuration.
     """
 
-    default_prompts: tuple[str, ...] = ()
     enlarged = 1
 
     def __init__(
@@ -67,6 +66,7 @@ class WanMedia:
         self.config, self.components, self.how = config, components, how
         self.device, self.dtype = device, dtype
         self.name = f"wan, from {components}"
+        self.default_prompts = shipped_prompts("calibration")
         self.frames_per_second = config.frames_per_second
         settings = components.settings("vae")
         # 8 and 16 are diffusers' defaults; the config.json of Wan 2.1's VAE leaves both out.
