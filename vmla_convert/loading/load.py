@@ -142,6 +142,15 @@ def locate(source: Source) -> tuple[Path, SourceConfig]:
     return path, how if is_converted(path) else _known(how)
 
 
+def locate_model(source: Source) -> Path:
+    """Find the weights of a model, those of the base model for a codec; as `locate` and `base_of`.
+
+    Text encoder and VAE may be beside these weights.
+    """
+    path, how = locate(source)
+    return locate(base_of(path, how))[0] if is_codec(path) else path
+
+
 def _settled(source: Source) -> SourceConfig:
     return source if isinstance(source, SourceConfig) else SourceConfig(str(source))
 
