@@ -24,8 +24,7 @@ from vmla_convert.config import (
 from vmla_convert.layers.attention import AttentionMetadata, Entries
 from vmla_convert.layers.block import Block, Head, SelfAttention, masked_attention
 from vmla_convert.layers.cache import KVCache, Storage
-from vmla_convert.layers.runtime import check_runtime, check_size, new_layer_cache
-from vmla_convert.maths import rates
+from vmla_convert.layers.runtime import check_runtime, codec_rates, new_layer_cache
 from vmla_convert.maths.masks import AttentionMask
 from vmla_convert.maths.rates import Rate
 from vmla_convert.maths.rope3d import Rotary, rotary_table, token_positions
@@ -188,12 +187,8 @@ class CausalWanModel(nn.Module):
         Raises:
             ConfigError: The codec does not have the size.
         """
-        total = check_size(self.config, size, quantised)
         codecs = [block.codec for block in self.all_blocks() if block.codec is not None]
-        if not quantised:
-            energies = [codec.energies.cpu() for codec in codecs]
-            return rates.truncate(energies, total // DENSE_ITEMSIZE)
-        return rates.allocate([codec.purchases() for codec in codecs], total)
+        return codec_rates(self.config, codecs, size, quantised)
 
     def resize(self, size: Sizes, quantised: bool = True) -> None:
         """Set the size of the codec, for masked passes and as the default of caches."""

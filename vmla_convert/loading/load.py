@@ -96,14 +96,14 @@ def _refuse_base(how: SourceConfig) -> None:
 def _with_base(codec: OpenCheckpoint, how: SourceConfig, progress: Progress) -> OpenCheckpoint:
     folder = located(codec.source.path).parent
     base = open_checkpoint(*locate(base_of(codec.source.path, how)))
-    hashes = read_provenance(codec.source.path).get("base", {}).get("tensors", {})
-    if not hashes:
+    record = read_provenance(codec.source.path).get("base", {})
+    if not record.get("tensors"):
         raise CheckpointError(
             f"{folder} does not say which base model its codec was made for",
             "convert the base model again",
         )
     joined = join(base, codec)
-    check_base(base, hashes, folder, progress)
+    check_base(base, record, folder, progress)
     return joined
 
 
@@ -140,6 +140,15 @@ def locate(source: Source) -> tuple[Path, SourceConfig]:
         return Path(name) / (how.file or ""), how
     path = fetch(name, _file_of(how))
     return path, how if is_converted(path) else _known(how)
+
+
+def locate_model(source: Source) -> Path:
+    """Find the weights of a model, those of the base model for a codec; as `locate` and `base_of`.
+
+    Text encoder and VAE may be beside these weights.
+    """
+    path, how = locate(source)
+    return locate(base_of(path, how))[0] if is_codec(path) else path
 
 
 def _settled(source: Source) -> SourceConfig:

@@ -52,10 +52,9 @@ def curve_file(state: Path) -> Path:
 
 
 def read_curve(state: Path) -> list[Row]:
-    """Rows of the curve, each step once: a resumed run measures some steps again."""
+    """Rows of the curve; empty where nothing was measured."""
     file = curve_file(state)
-    rows = read_rows(file) if file.is_file() else []
-    return list({(row.metric, row.step): row for row in rows}.values())
+    return read_rows(file) if file.is_file() else []
 
 
 def _other_settings(was: dict[str, Any], settings: dict[str, Any]) -> str:
