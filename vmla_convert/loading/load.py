@@ -95,14 +95,14 @@ def _refuse_base(how: SourceConfig) -> None:
 def _with_base(codec: OpenCheckpoint, how: SourceConfig, progress: Progress) -> OpenCheckpoint:
     folder = located(codec.source.path).parent
     base = open_checkpoint(*locate(base_of(codec.source.path, how)))
-    hashes = read_provenance(codec.source.path).get("base", {}).get("tensors", {})
-    if not hashes:
+    record = read_provenance(codec.source.path).get("base", {})
+    if not record.get("tensors"):
         raise CheckpointError(
             f"{folder} does not say which base model its codec was made for",
             "convert the base model again",
         )
     joined = join(base, codec)
-    check_base(base, hashes, folder, progress)
+    check_base(base, record, folder, progress)
     return joined
 
 
