@@ -31,6 +31,7 @@ from vmla_convert.loading import publish
 from vmla_convert.loading.export import EXPORT_LAYOUTS, export
 from vmla_convert.loading.load import load, open_named
 from vmla_convert.loading.publish import push
+from vmla_convert.loading.remote_code import SHIMS
 from vmla_convert.loading.teacher import as_teacher
 from vmla_convert.media.components import find_components
 from vmla_convert.recovery.recover import recover
@@ -157,7 +158,7 @@ def test_components_outlive_a_push_in_another_layout(
     convert(SourceConfig(str(wan_folder), overrides=SETTINGS), tmp_path / "native", CHEAP)
     pushed = push(tmp_path / "native", REPO)
     transformer = {name for name in files_in(pipeline) if name.startswith("transformer/")}
-    assert set(pushed.removed) == {"model_index.json", *transformer}
+    assert set(pushed.removed) == {"model_index.json", *SHIMS, *transformer}
     opened = open_named(REPO)
     base = find_components(opened.config, checkpoint=opened.source.path).base
     assert base == f"{REPO}@{stub.repos[REPO].head}"
@@ -478,7 +479,7 @@ def test_a_pipeline_is_uploaded_with_its_components_only(
     index |= {name: ["some", "Class"] for name in ("notes", "..", str(tmp_path), "missing")}
     (folder / "model_index.json").write_text(json.dumps(index))
     pushed = push(folder, REPO)
-    assert set(pushed.uploaded) == stub.repos[REPO].files.keys() == own | older
+    assert set(pushed.uploaded) == stub.repos[REPO].files.keys() == own | older | {*SHIMS}
     here, there = load(pipeline).state_dict(), load(REPO).state_dict()
     assert all(torch.equal(tensor, there[name]) for name, tensor in here.items())
     again = push(folder, REPO)

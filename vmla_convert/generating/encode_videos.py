@@ -121,6 +121,8 @@ class EncodedVideos:
         Raises:
             ConfigError: A file cannot be read, or the files make fewer than two clips.
         """
+        if self.is_done():  # by another process meanwhile
+            return
         store = FolderStore(partial_folder(self.folder), self.identity)
         clips = islice(self._clips(media, progress), self.clips)
         first = list(islice(clips, 2))

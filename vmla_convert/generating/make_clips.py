@@ -27,6 +27,7 @@ from vmla_convert.media.clips import held_out_clips, identity_of, open_clips, se
 from vmla_convert.media.components import parts_beside
 from vmla_convert.media.open import open_media
 from vmla_convert.progress import Progress, Silent
+from vmla_convert.storage.lock import in_turn
 from vmla_convert.storage.output import require_room
 
 
@@ -81,13 +82,15 @@ def ready_clips(
             work.encode_prompts(own, progress)
         own.free_text_encoder()
         for work in (work for work in missing if isinstance(work, EncodedVideos)):
-            work.make(own, progress)
+            with in_turn(work.folder):
+                work.make(own, progress)
         del own
         if samples := [work for work in missing if isinstance(work, OwnSamples)]:
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
             model = build(dense, device, dtype)
             for work in samples:
-                work.make(model, progress)
+                with in_turn(work.folder):
+                    work.make(model, progress)
     return [work.ready() if isinstance(work, Work) else work for work in works]
 
 

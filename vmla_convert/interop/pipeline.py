@@ -18,16 +18,17 @@ from vmla_convert.config import MediaConfig, ModelConfig, RuntimeConfig
 from vmla_convert.errors import ConfigError, MissingExtraError, did_you_mean
 from vmla_convert.generating.rollout import rollout
 from vmla_convert.interop.adapters import LoraReport, find_lora, read_lora
+from vmla_convert.interop.seeds import seeds_of
 from vmla_convert.interop.steps import Callback, Interrupted, Steps, evenly_spaced
 from vmla_convert.interop.transformer import (
     VMLATransformer,
     fetched,
     named_dtype,
-    of_revision,
     refuse_options,
+    settled,
 )
 from vmla_convert.layers.dit import CausalWanModel
-from vmla_convert.loading.load import Source, is_remote
+from vmla_convert.loading.load import Source, is_remote, locate_model
 from vmla_convert.media.base import WAN_TEMPORAL_STRIDE
 from vmla_convert.media.clips import seeded
 from vmla_convert.media.components import PARTS, Part, has_all_parts
@@ -103,6 +104,7 @@ class VMLAPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         base: str | None = None,
         dtype: torch.dtype | str | None = None,
         revision: str | None = None,
+        base_model: str | Path | None = None,
         **others: Any,
     ) -> Self:
         """Load any checkpoint that `vmla_convert.load` takes as a pipeline.
@@ -111,9 +113,11 @@ class VMLAPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             pretrained_model_name_or_path: A file, a folder of any layout, `demo`, or a Hub id.
             torch_dtype: Precision of all weights. Default: float32.
             base: A folder or Hub id of text encoder, tokenizer and VAE. Default: the ones beside
-                the checkpoint, else those known for the model.
+                the checkpoint (a codec: beside its base model), else those known for the model.
             dtype: Newer name of `torch_dtype`.
             revision: Revision of a Hub id.
+            base_model: Base model of a codec, for example the folder of a `WanPipeline`. Default:
+                the one that the codec names.
             others: Loaded components by name, None to leave one out; and other options of
                 diffusers' loader, refused if they would change the result.
 
@@ -124,13 +128,13 @@ class VMLAPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         names = ("transformer", "scheduler", *PARTS)
         components = {name: others.pop(name) for name in names if name in others}
         refuse_options(cls, others)
-        source = of_revision(pretrained_model_name_or_path, revision)
+        source = settled(pretrained_model_name_or_path, revision, base_model)
         wanted = named_dtype(dtype or torch_dtype)
         transformer = components.pop("transformer", None)
         place: Path | None = None
         if transformer is None or not is_remote(source.checkpoint):
             source = fetched(source)
-            place = Path(source.checkpoint)
+            place = locate_model(source)
         elif base is None and has_all_parts(source.checkpoint):
             base = source.checkpoint  # The checkpoint's own weights need not be downloaded.
         if transformer is None:
@@ -143,6 +147,12 @@ class VMLAPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         shift = config.sampler.shift
         components.setdefault("scheduler", FlowMatchEulerDiscreteScheduler(shift=shift))
         return cls(transformer, **components)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Hide `auto_map`, which is for `AutoModel`; diffusers would warn of an unknown key."""
+        rest = {name: value for name, value in config_dict.items() if name != "auto_map"}
+        return super().extract_init_dict(rest, **kwargs)
 
     @torch.no_grad()
     def __call__(
@@ -188,7 +198,7 @@ class VMLAPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self._check_guidance(guidance_scale, max_sequence_length)
         contexts = self._contexts(prompt, prompt_embeds)
         contexts = contexts.repeat_interleave(num_videos_per_prompt, dim=0)
-        seeds, self._interrupt = _seeds(generator, len(contexts)), False
+        seeds, self._interrupt = seeds_of(generator, len(contexts)), False
         with self._configured(height, width, num_inference_steps) as model:
             shape = (len(contexts), self._latent_frames(num_frames))
             _check_noise(latents, shape, model.config)
@@ -356,31 +366,6 @@ class VMLAPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 f"max_sequence_length {length} differs from the model's text length {own}",
                 "leave it out",
             )
-
-
-def _seeds(generator: torch.Generator | list[torch.Generator] | None, clips: int) -> list[int]:
-    """Return one seed for all videos, or one for each."""
-    if generator is None:
-        return [_draw_seed(None)]
-    if isinstance(generator, torch.Generator):
-        return [_seed_of(generator)]
-    if len(generator) != clips:
-        raise ConfigError(f"{len(generator)} generators for {clips} videos", "give one for each")
-    return [_seed_of(one) for one in generator]
-
-
-def _seed_of(generator: torch.Generator) -> int:
-    """Return a fresh generator's own seed, or a used one's next number; advance it."""
-    seed = generator.initial_seed()
-    fresh = torch.Generator(generator.device).manual_seed(seed).get_state()
-    is_fresh = torch.equal(fresh, generator.get_state())
-    drawn = _draw_seed(generator)
-    return seed if is_fresh else drawn
-
-
-def _draw_seed(generator: torch.Generator | None) -> int:
-    device = generator.device if generator is not None else "cpu"
-    return int(torch.randint(2**62, (), generator=generator, device=device))
 
 
 def _check_choice(what: str, value: str, choices: Sequence[str]) -> None:

@@ -78,6 +78,7 @@ class VMLATransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         torch_dtype: torch.dtype | str | None = None,
         dtype: torch.dtype | str | None = None,
         revision: str | None = None,
+        base_model: str | Path | None = None,
         device_map: str | torch.device | dict[str, Any] | None = None,
         **others: Any,
     ) -> Self:
@@ -89,6 +90,7 @@ class VMLATransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             torch_dtype: Precision of all weights. Default: float32.
             dtype: Newer name of `torch_dtype`.
             revision: Revision of a Hub id; ignored for local checkpoints.
+            base_model: Base model of a codec; by default the one that the codec names.
             device_map: One device for the whole model.
             others: Other options of diffusers' loader, refused if they would change the result.
 
@@ -97,7 +99,7 @@ class VMLATransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             ConfigError: An option does not apply to these models.
         """
         refuse_options(cls, others)
-        source = of_revision(pretrained_model_name_or_path, revision)
+        source = settled(pretrained_model_name_or_path, revision, base_model)
         source = fetched(replace(source, file=subfolder or source.file))
         wrapped = cls.wrap(load(source, _one_device(device_map), named_dtype(dtype or torch_dtype)))
         wrapped.record = read_provenance(source)
@@ -158,9 +160,11 @@ def refuse_options(loader: type, options: Mapping[str, Any]) -> None:
         )
 
 
-def of_revision(source: Source, revision: str | None) -> SourceConfig:
-    """Return a source with a revision added, if the source is on the Hub."""
+def settled(source: Source, revision: str | None, base_model: str | Path | None) -> SourceConfig:
+    """Return a source with a base model and, if the source is on the Hub, a revision."""
     source = source if isinstance(source, SourceConfig) else SourceConfig(str(source))
+    if base_model is not None:
+        source = replace(source, base_model=str(base_model))
     if revision is None or not is_remote(source.checkpoint):
         return source
     return replace(source, checkpoint=f"{source.checkpoint}@{revision}")

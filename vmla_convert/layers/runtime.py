@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vmla_convert.config import (
     DENSE_BITS,
     DENSE_ITEMSIZE,
@@ -13,8 +15,9 @@ from vmla_convert.config import (
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.block import Block
 from vmla_convert.layers.cache import CodecStore, CompressedCache, EntryCache, LayerCache, Storage
+from vmla_convert.layers.codec import LayerCodec
 from vmla_convert.layers.quantised import QuantisedStore
-from vmla_convert.maths.rates import Rate
+from vmla_convert.maths.rates import Rate, allocate, truncate
 
 
 def check_size(config: ModelConfig, size: Sizes, quantised: bool = True) -> int:
@@ -40,6 +43,26 @@ def check_size(config: ModelConfig, size: Sizes, quantised: bool = True) -> int:
             f"use --bytes-per-token {most:g} or less, or convert with more convert.channels",
         )
     return total
+
+
+def codec_rates(
+    config: ModelConfig, codecs: Sequence[LayerCodec], size: Sizes, quantised: bool = True
+) -> list[Rate]:
+    """What each of some layers stores at a size, quantised or in the model's dtype.
+
+    Args:
+        config: A model with a codec.
+        codecs: The codecs that share the bytes of their layers, of all layers or of some.
+        size: Bytes per token and layer.
+        quantised: False keeps as many channels as the size pays for, each in the model's dtype.
+
+    Raises:
+        ConfigError: The codec does not have the size.
+    """
+    total = check_size(config, size, quantised) * len(codecs) // config.geometry.num_layers
+    if not quantised:
+        return truncate([codec.energies.cpu() for codec in codecs], total // DENSE_ITEMSIZE)
+    return allocate([codec.purchases() for codec in codecs], total)
 
 
 def check_runtime(config: ModelConfig, runtime: RuntimeConfig) -> None:

@@ -183,7 +183,10 @@ from vmla_convert import VMLAPipeline
 pipe = VMLAPipeline.from_pretrained("{place}")  # then .to("cuda") on a GPU
 frames = pipe("{prompt}", num_frames={frames}, output_type="pil").frames[0]
 frames[0].save("clip.gif", save_all=True, append_images=frames[1:], duration={round(1000 / rate)})
-```"""
+```
+
+`DiffusionPipeline.from_pretrained(…, trust_remote_code=True)` makes the same pipeline of a
+repository on the Hub."""
 
 
 def _cache(config: ModelConfig) -> str:

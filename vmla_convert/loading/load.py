@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from importlib.resources import files
@@ -32,7 +31,7 @@ from vmla_convert.layers.block import Block
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.layers.runtime import check_runtime
 from vmla_convert.progress import Progress, Silent
-from vmla_convert.tables import from_dict
+from vmla_convert.tables import from_dict, read_json
 
 DEMO = "demo"
 CONVERSION_NAME = "conversion.json"
@@ -97,14 +96,14 @@ def _refuse_base(how: SourceConfig) -> None:
 def _with_base(codec: OpenCheckpoint, how: SourceConfig, progress: Progress) -> OpenCheckpoint:
     folder = located(codec.source.path).parent
     base = open_checkpoint(*locate(base_of(codec.source.path, how)))
-    hashes = read_provenance(codec.source.path).get("base", {}).get("tensors", {})
-    if not hashes:
+    record = read_provenance(codec.source.path).get("base", {})
+    if not record.get("tensors"):
         raise CheckpointError(
             f"{folder} does not say which base model its codec was made for",
             "convert the base model again",
         )
     joined = join(base, codec)
-    check_base(base, hashes, folder, progress)
+    check_base(base, record, folder, progress)
     return joined
 
 
@@ -150,6 +149,15 @@ def _local_lora(option: str) -> str:
     if len(rest) < 2 or Path(owner).exists() or not is_repo(f"{owner}/{rest[0]}"):
         return option
     return f"{fetch(f'{owner}/{rest[0]}', '/'.join(rest[1:]))}:{scale!r}"
+
+
+def locate_model(source: Source) -> Path:
+    """Find the weights of a model, those of the base model for a codec; as `locate` and `base_of`.
+
+    Text encoder and VAE may be beside these weights.
+    """
+    path, how = locate(source)
+    return locate(base_of(path, how))[0] if is_codec(path) else path
 
 
 def _settled(source: Source) -> SourceConfig:
@@ -208,7 +216,7 @@ def read_provenance(converted: Source) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        record = json.loads(file.read_text("utf-8"))
+        record = read_json(file)
         from_dict(SourceConfig, record.get("source", {}).get("asked", {}))
     except (ValueError, AttributeError, ConfigError) as error:
         raise CheckpointError(

@@ -21,6 +21,7 @@ from vmla_convert.loading.card import CARD_NAME, STRIPS, is_untouched, model_car
 from vmla_convert.loading.load import check_whole, read_provenance
 from vmla_convert.loading.metadata_files import read_index
 from vmla_convert.loading.public_record import without_folders
+from vmla_convert.loading.remote_code import SHIMS, TABLES
 from vmla_convert.loading.upload import Difference, compare, upload
 from vmla_convert.media.components import PARTS
 from vmla_convert.progress import Progress, Silent
@@ -134,26 +135,32 @@ def _conversion(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
 def _stage(
     staged: Path, folder: Path, repo: str, config: ModelConfig, record: dict[str, Any]
 ) -> list[str]:
-    """Put the files to upload into `staged`: links to weights, and tables without local folders."""
+    """Put the files to upload into `staged`: links to weights, and tables for the public."""
     files = list(dict.fromkeys(file for file in _own_files(folder) if file.is_file()))
     names = [file.relative_to(folder).as_posix() for file in files]
+    is_pipeline = PIPELINE_NAME in names
     for file, name in zip(files, names, strict=True):
         copy = staged / name
         copy.parent.mkdir(parents=True, exist_ok=True)
-        stripped = _stripper(PurePosixPath(name))
-        table = read_config(file) if stripped else {}
-        if stripped and (public := stripped(table)) != table:
+        changes = _table_changes(name, is_pipeline)
+        table = public = read_config(file) if changes else {}
+        for change in changes:
+            public = change(public)
+        if public != table:
             copy.write_text(f"{json.dumps(public, indent=2, ensure_ascii=False)}\n", "utf-8")
         else:
             copy.symlink_to(file.resolve())
+    shims = SHIMS if is_pipeline else {}
+    for name, text in shims.items():
+        (staged / name).write_text(text, "utf-8")
     card = staged / CARD_NAME
     if not card.exists() or is_untouched(_read_page(folder / CARD_NAME)):
         strip = next((name for name in STRIPS if name in names), None)
         parts = [part for part in PARTS if any(name.startswith(f"{part}/") for name in names)]
-        text = model_card(config, record, repo, strip, parts if PIPELINE_NAME in names else None)
+        text = model_card(config, record, repo, strip, parts if is_pipeline else None)
         card.unlink(missing_ok=True)
         card.write_text(text, "utf-8")
-    return [*names, *({CARD_NAME} - {*names})]
+    return [*names, *shims, *({CARD_NAME} - {*names})]
 
 
 def _own_files(folder: Path) -> Iterator[Path]:
@@ -178,11 +185,18 @@ def _without_origin(table: dict[str, Any]) -> dict[str, Any]:
     return table | without_folders({key: table[key] for key in _ORIGINS if key in table})
 
 
-def _stripper(name: PurePosixPath) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
-    """The function that removes local folders from a JSON table; None where there are none."""
-    if name.parts[0] in PARTS:  # leave vocabularies alone: a token may look like a path
-        return _without_origin if name.name in ("config.json", "tokenizer_config.json") else None
-    return without_folders if name.name in BESIDE else None
+def _table_changes(
+    name: str, is_pipeline: bool
+) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:
+    """The changes of a JSON table before its upload: no local folders; classes for diffusers."""
+    path, changes = PurePosixPath(name), []
+    if path.parts[0] in PARTS:  # leave vocabularies alone: a token may look like a path
+        return [_without_origin] if path.name in ("config.json", "tokenizer_config.json") else []
+    if path.name in BESIDE:
+        changes.append(without_folders)
+    if is_pipeline and name in TABLES:
+        changes.append(TABLES[name])
+    return changes
 
 
 def _read_page(page: Path) -> str:

@@ -15,6 +15,7 @@ from vmla_convert.checkpoint.hub import BESIDE
 from vmla_convert.checkpoint.hub_errors import without_token
 from vmla_convert.checkpoint.layouts import PIPELINE_NAME
 from vmla_convert.errors import OutputError, first_line
+from vmla_convert.loading.remote_code import SHIMS
 
 _RECORD = BESIDE[1]
 _LOGIN = "log in with a token that may write: hf auth login"
@@ -125,13 +126,15 @@ def _stale(there: Collection[str], files: Collection[str]) -> tuple[str, ...]:
     """Files that `fetch`, or a program that reads pipelines, would take in place of `files`.
 
     These are weights that `fetch` may choose, the config and the record in their folder, and the
-    index of a pipeline. Text encoder, tokenizer, VAE and scheduler stay: the same model in another
-    layout uses the same ones, and components that do not fit a model are refused when it runs.
+    index and the Python files of a pipeline. Text encoder, tokenizer, VAE and scheduler stay: the
+    same model in another layout uses the same ones, and components that do not fit a model are
+    refused when it runs.
     """
     weights = {name for name in there if is_main(name) and name not in files}
     folders = {PurePosixPath(name).parent for name in weights}
-    tables = {PIPELINE_NAME, *(str(folder / name) for folder in folders for name in BESIDE)}
-    return tuple(name for name in there if name in weights or name in tables - {*files})
+    beside = {str(folder / name) for folder in folders for name in BESIDE}
+    others = {PIPELINE_NAME, *SHIMS, *beside} - {*files}
+    return tuple(name for name in there if name in weights or name in others)
 
 
 @contextmanager

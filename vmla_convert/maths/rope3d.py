@@ -30,6 +30,10 @@ class Rotary(NamedTuple):
         """The table of some tokens."""
         return Rotary(self.table.index_select(-3, tokens))
 
+    def inverse(self) -> Rotary:
+        """The rotations that undo these."""
+        return Rotary(self.table * self.table.new_tensor([1.0, -1.0]))
+
     def rotations(self) -> Tensor:
         """exp(i·angle) of every pair at every token, (L, pairs) complex."""
         return torch.view_as_complex(self.table)

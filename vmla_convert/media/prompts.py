@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vmla_convert.config import Geometry
-from vmla_convert.errors import ConfigError
+from vmla_convert.errors import ConfigError, MissingExtraError
 from vmla_convert.media.base import Media
 from vmla_convert.progress import Progress, Silent
 
@@ -67,7 +67,10 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
 def clean_prompt(prompt: str) -> str:
     """Clean a prompt as Wan does: mend broken Unicode, undo HTML entities, collapse white space."""
-    import ftfy
+    try:
+        import ftfy
+    except ImportError as error:
+        raise MissingExtraError("Wan's text encoder", "wan") from error
 
     # Twice, as in Wan: "&amp;lt;" becomes "<".
     text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
