@@ -35,7 +35,7 @@ from vmla_convert.loading.load import build, open_named
 from vmla_convert.measuring.evaluate import HeldOut
 from vmla_convert.media.clips import open_clips
 from vmla_convert.progress import Progress
-from vmla_convert.results import Metric, Row, append_rows
+from vmla_convert.results import Metric, Row, put_rows
 
 COUNTS = (1, 2, 4, 8, 16, 24, 48, 96)
 LENGTHS = (4, 6, 10, 20)
@@ -78,7 +78,7 @@ def main(
                 [ready] = ready_clips(dense, [need], media, progress)
                 model = _fitted(teacher, ready, clips.count, progress)
                 rows += [_row(model, held_out, clips, size, seed) for size in BYTES]
-    append_rows(rows_file, rows)
+    put_rows(rows_file, rows)
     _show(rows)
 
 

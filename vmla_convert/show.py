@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from vmla_convert.fitting.plan import PlannedOutput
     from vmla_convert.generating.clip_cost import PlannedWork
     from vmla_convert.loading.publish import Push
+    from vmla_convert.recipe.plan import PlannedRun
+    from vmla_convert.recovery.plan import PlannedRecovery
 
 SAID_SECONDS = 60
 
@@ -67,6 +69,48 @@ def show_work(work: PlannedWork) -> None:
         out.say(f"passing clips through the model: about {duration(work.passing_seconds)}")
 
 
+def work_facts(work: PlannedWork) -> dict[str, str | int]:
+    """What planned work takes, for a table of facts."""
+    return {
+        "clips to sample": work.clips_to_sample,
+        "bytes of these clips, at most": f"{work.clip_bytes:,}",
+        "sampling takes about": duration(work.sampling_seconds),
+        "passing clips through the model takes about": duration(work.passing_seconds),
+    }
+
+
+def show_planned_run(planned: PlannedRun) -> None:
+    """Print what a recipe would do."""
+    out.data(
+        {
+            "recipe": planned.recipe,
+            "stages": planned.stages,
+            **({"points": planned.points} if planned.points else {}),
+            "would write": planned.out,
+            **work_facts(planned.work),
+        }
+    )
+
+
+def show_planned_recovery(planned: PlannedRecovery) -> None:
+    """Print what a recovery would do."""
+    if out.json:
+        out.data(planned)
+        return
+    steps = ", ".join(f"{stage} {count}" for stage, count in planned.steps.items() if count)
+    out.data(
+        {
+            "dense model": planned.teacher,
+            "steps": steps,
+            "numbers that train": f"{planned.trains:,} of {planned.of:,}",
+            "processes": planned.processes,
+            "would write": planned.out,
+            "bytes": f"{planned.nbytes:,}",
+            **work_facts(planned.work),
+        }
+    )
+
+
 def duration(seconds: float) -> str:
     """A time for people, in the unit that fits."""
     if seconds < 100:
@@ -85,10 +129,7 @@ def show_planned_output(planned: PlannedOutput) -> None:
             "bytes cached per token and layer": planned.cache_bytes_per_token,
             "cache cut": f"{planned.cache_cut:.1%}",
             "working files beside it (bytes)": f"{planned.working_bytes:,}",
-            "clips to sample": planned.work.clips_to_sample,
-            "bytes of these clips, at most": f"{planned.work.clip_bytes:,}",
-            "sampling takes about": duration(planned.work.sampling_seconds),
-            "calibrating takes about": duration(planned.work.passing_seconds),
+            **work_facts(planned.work),
         }
     )
     files = [[name, f"{nbytes:,}"] for name, nbytes in planned.files.items()]

@@ -426,14 +426,14 @@ UNFIT_TOGETHER = {
         ("run", "sweep"),
     ),
     "prompts of own samples": (
-        ("recover.data.source=self", 'recover.data.prompts=["a cat"]'),
+        ("recover.data.source=self", 'recover.data.prompts=["a cat", "3"]'),
         "'a cat'",
         ("run",),
     ),
-    "own samples, that only recovery makes": (
-        ("recover.data.source=self",),
-        "only recovery can make clips",
-        ("sweep",),
+    "one prompt, none of which is held out": (
+        ("recover.data.source=self", 'recover.data.prompts=["3"]'),
+        "--prompts",
+        ("run", "sweep"),
     ),
     "shards in one process": (("recover.shard=true",), "there is one", ("run",)),
 }

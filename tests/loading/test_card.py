@@ -227,7 +227,6 @@ def test_hub_ids_stay_whole(revision: str) -> None:
                 "overrides": {"base_model": repo, "licence": "MIT/X11"},
             }
         },
-        "convert": {"data": {"source": "demo", "base": repo}},
         "recover": {"data": {"source": "self", "prompts": ["/imagine a cat/dog", "~"]}},
         "versions": {"torch": "2.9.0+cpu"},
     }

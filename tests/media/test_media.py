@@ -59,7 +59,7 @@ def test_a_model_names_its_media() -> None:
     assert "media.base" in caught.value.hint
     with pytest.raises(ConfigError, match="calibration") as caught:
         require_demo_media(config, "calibration")
-    assert "--no-calibration" in caught.value.hint
+    assert "--data" in caught.value.hint
 
 
 def test_time_is_counted_in_latent_frames() -> None:

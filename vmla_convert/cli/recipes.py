@@ -15,7 +15,7 @@ from vmla_convert.console import out
 from vmla_convert.errors import VmlaError
 from vmla_convert.recipe.read import available_recipes, copy_recipe, read_recipe, suggest_demo
 from vmla_convert.results import ROWS_NAME, count_failures
-from vmla_convert.show import show_decision
+from vmla_convert.show import show_decision, show_planned_run
 
 CHEAPER = "fewer clips and steps with --set, or the same recipe on the demo model: --demo"
 
@@ -120,7 +120,7 @@ def _run(
         with suggest_demo(name, demo):
             planned = plan_recipe(recipe, folder, only)
         if leads and dry_run:
-            out.data(planned)
+            show_planned_run(planned)
         elif leads:
             agree(planned.work, yes, CHEAPER)
     if dry_run:

@@ -25,7 +25,7 @@ from vmla_convert.cli.options import (
 )
 from vmla_convert.config import NESTED_CUTS, Recipe, RecoverConfig, SourceConfig, command_recipe
 from vmla_convert.console import out
-from vmla_convert.show import show_recovery
+from vmla_convert.show import show_planned_recovery, show_recovery
 
 TRAINING = "Training"
 CHEAPER = "fewer steps (--steps 20), or shorter clips (--set recover.data.frames=9)"
@@ -150,7 +150,7 @@ def _recover(
     if processes().is_main_process:
         planned = plan_recovery(converted, dense, folder, *settings, world, recipe.media)
         if dry_run:
-            out.data(planned)
+            show_planned_recovery(planned)
         else:
             agree(planned.work, yes, CHEAPER)
     if dry_run:

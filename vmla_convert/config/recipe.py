@@ -81,7 +81,8 @@ def parse_recipe(tables: Mapping[str, Any]) -> Recipe:
     trained: dict[str, Any] = tables.get("recover", {}).get("data", {})
     measured: dict[str, Any] = tables.get("evaluate", {}).get("data", {})
     if trained and "source" not in measured:
-        held_out = {**trained, "seed": trained.get("seed", 0) + 1}
+        shared = {key: value for key, value in trained.items() if key != "clips"}
+        held_out = {**shared, "seed": trained.get("seed", 0) + 1}
         tables = merged({"evaluate": {"data": held_out}}, tables)
     return from_dict(Recipe, dict(tables))
 

@@ -53,7 +53,10 @@ class ClipSource(Protocol):
     """An endless sequence of clips for each split."""
 
     def batch(self, start: int, size: int, split: Split = "train") -> Batch:
-        """Return `size` clips of the sequence, from number `start` on."""
+        """Return `size` clips of the sequence, from number `start` on.
+
+        `start` is a multiple of `size`, but for a last batch that is smaller.
+        """
         ...
 
 

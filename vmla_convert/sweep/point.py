@@ -164,8 +164,9 @@ def _errors(
         on_step(0, bench.held_out.measure(student))
         return 0, rows
     started, fields = perf_counter(), row_fields(config, seed)
+    recovery = replace(point.recovery, data=bench.training)
     how = recover_model(
-        student, bench.teacher, point.recovery, bench.held_out, on_step, progress=progress
+        student, bench.teacher, recovery, bench.held_out, on_step, progress=progress
     )
     rows.append(Row(Metric.RECOVER_SECONDS, perf_counter() - started, "s", **fields))
     if how.learning_rate is not None:
