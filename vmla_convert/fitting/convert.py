@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import resource
 import sys
@@ -39,7 +38,7 @@ from vmla_convert.results import library_versions
 from vmla_convert.storage.lock import sole_writer
 from vmla_convert.storage.output import partial_folder
 from vmla_convert.storage.tensor_store import FolderStore
-from vmla_convert.tables import from_dict, to_dict
+from vmla_convert.tables import from_dict, read_json, to_dict
 
 PRESETS = {"videomla": ConvertConfig(product="mla", init="spectral")}
 """VideoMLA's init and sizes (192 + 32 numbers); the key norm, which VideoMLA drops, is kept."""
@@ -230,7 +229,7 @@ def read_plan(path: Path) -> RankPlan:
         places = [layout.place(CONVERSION_NAME) for layout in LAYOUTS.values()]
         file = next((path / place for place in places if (path / place).is_file()), path)
     try:
-        return from_dict(RankPlan, json.loads(file.read_text())["plan"], "plan")
+        return from_dict(RankPlan, read_json(file)["plan"], "plan")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} holds no plan", "give the folder of a conversion, or its conversion.json"
