@@ -194,7 +194,7 @@ def stage_memory(
 
 
 def _clip(data: DataConfig, model: ModelConfig) -> ClipShape:
-    return ClipShape(data.frames, *model.latent_size)
+    return ClipShape(data.frames or model.cache.window_frames, *model.latent_size)
 
 
 def _one_clip_at_a_time(recover: RecoverConfig, processes: int) -> RecoverConfig:

@@ -193,10 +193,18 @@ def block_bytes(config: ModelConfig, frames: int, tokens: int, item: int) -> int
         encoded = 2 * past * item
     else:
         copies, encoded = sum(seen) - first + 1, 0.0
+    # MLA keys have rope channels, and queries, values and outputs are padded to their width. The
+    # layer's two trained projections keep their inputs.
+    wide = 1.0
+    if config.mla is not None:
+        wide += (
+            max(map(config.mla.qk_rope_head_dim, range(geometry.num_layers))) / geometry.head_dim
+        )
+        encoded = 2.0 * item
     # Float32 under autocast too: inputs of three layer norms and of three RMS norms.
     norms = 6 * FLOAT32
     # Query and output of both attentions; keys and values of the self-attention.
-    attended = item * (4 + 2 * copies)
+    attended = item * (2 + wide * (2 + 2 * copies))
     activations = tokens * geometry.dim * (norms + attended + encoded)
     hidden = item * tokens * geometry.ffn_dim
     # Autocast keeps a narrow copy of each frozen matrix for the backward pass.
