@@ -65,6 +65,7 @@ STREAMS = [
         for row in (
             ("1.3b", "dense", torch.float32, 64),
             ("1.3b", "codec", torch.float32, 1024),
+            ("1.3b", "int8", torch.bfloat16, 64),
             ("1.3b", "mla", torch.bfloat16, 1024),
             ("1.3b", "mla", torch.float32, 1024),
             ("14b", "dense", torch.bfloat16, 1024),
@@ -79,7 +80,8 @@ def test_streaming_takes_the_memory_of_the_formula(
     size: str, product: str, dtype: torch.dtype, tile_mib: int
 ) -> None:
     config = true_width(size, product)
-    runtime = RuntimeConfig(tile_mib=tile_mib, backend="materialised")
+    cache_dtype = "int8" if product == "int8" else "auto"
+    runtime = RuntimeConfig(tile_mib=tile_mib, backend="materialised", cache_dtype=cache_dtype)
     with torch.no_grad(), counted_bytes() as counted:
         model = fake_model(config, dtype)
         choose_rates(model)

@@ -71,8 +71,7 @@ def streaming_memory(
 
     Args:
         config: The model, dense or converted.
-        runtime: Size, place and tiles of the cache. Dense caches of few bits rebuild all past keys
-            and values of a layer, which is not counted.
+        runtime: Size, place and tiles of the cache.
         itemsize: Bytes of a number of the model's dtype.
         clips: Clips that are generated together.
         on_gpu: Whether the model runs on a GPU, whose tiles are larger by default.
@@ -125,6 +124,9 @@ def _tile_bytes(
     """
     geometry, narrow = config.geometry, itemsize < FLOAT32
     width, tokens = geometry.head_dim, window - chunk
+    if config.is_dense:
+        # A quantised dense past is rebuilt whole: codes of keys and values, and float32 copies.
+        return 5 * FLOAT32 * tokens * geometry.dim
     if config.mla is not None:
         # MLA rebuilds the chunk too. Keys have rope channels, and values are padded to their width.
         key = width + max(map(config.mla.qk_rope_head_dim, range(geometry.num_layers)))
