@@ -41,6 +41,7 @@ SAVINGS: dict[Stage, tuple[tuple[str, ...], ...]] = {
     "recover": (
         ("recover.data.frames=15",),
         ("recover.data.frames=9",),
+        ("recover.layerwise_steps=0",),
         ("recover.data.frames=15", "recover.layerwise_steps=0"),
         ("recover.data.frames=9", "recover.layerwise_steps=0"),
     ),
