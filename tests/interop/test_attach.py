@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY_GEOMETRY, noise, tiny_config, tiny_model
-from interop.dictionary_host import Pipeline
 from torch import Tensor, nn
 
 import vmla_convert as vmla
+from evals import dictionary_host
+from evals.dictionary_host import Pipeline
 from vmla_convert.checkpoint.base import PRECISION, tensor_hash
 from vmla_convert.config import CachePolicy, CodecConfig, Sizes
 from vmla_convert.errors import CheckpointError, ConfigError
@@ -246,7 +247,6 @@ def test_a_layer_that_does_not_say_where_its_chunk_stands_is_refused(name: str) 
 
 
 def test_keys_at_other_positions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from interop import dictionary_host
 
     turns = dictionary_host.turns
     monkeypatch.setattr(dictionary_host, "turns", lambda start, *how: turns(start + 1, *how))

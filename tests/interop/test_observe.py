@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY_GEOMETRY, tiny_config, tiny_model
-from interop import dictionary_host
-from interop.dictionary_host import Pipeline
 from torch import nn
 
 import vmla_convert as vmla
+from evals import dictionary_host
+from evals.dictionary_host import Pipeline
 from vmla_convert.checkpoint.writer import write_checkpoint
 from vmla_convert.config import CachePolicy
 from vmla_convert.errors import CheckpointError, ConfigError
@@ -60,7 +60,7 @@ def test_the_last_pass_over_each_chunk_counts() -> None:
     hook = value.register_forward_hook(lambda *call: kept.append(call[-1].double()))
     seen = watched(program, clips=2)
     hook.remove()
-    values = torch.cat(kept[len(dictionary_host.STEPS) - 1 :: len(dictionary_host.STEPS)])
+    values = torch.cat(kept[len(dictionary_host.STEPS) :: len(dictionary_host.STEPS) + 1])
     values = values.flatten(0, -2)
     record = seen.layers[1]
     assert record.tokens == len(values) == 2 * FRAMES * PER_FRAME

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from vmla_convert import __version__
-from vmla_convert.cli.checkpoints import export, inspect, push
+from vmla_convert.cli.checkpoints import export, inspect, push, verify
 from vmla_convert.cli.convert import convert
+from vmla_convert.cli.doctor import doctor
 from vmla_convert.cli.generate import generate
 from vmla_convert.cli.measure import clips, evaluate, report
 from vmla_convert.cli.recipes import demo, recipes_app, run, sweep
@@ -45,6 +46,7 @@ def _version(
 
 
 COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
+    "doctor": (doctor, "vmla doctor model.pt"),
     "inspect": (inspect, "vmla inspect model.pt"),
     "convert": (convert, "vmla convert gdhe17/Self-Forcing -o kv --cut 0.95"),
     "recover": (recover, "vmla recover kv -o kv-recovered --nested --steps 200"),
@@ -54,6 +56,7 @@ COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
     "export": (export, "vmla export kv -o whole --layout self_forcing"),
     "sweep": (sweep, "vmla sweep size_ablation -o runs/sizes --demo"),
     "report": (report, "vmla report runs/sizes"),
+    "verify": (verify, "vmla verify kv"),
     "push": (push, "vmla push kv owner/name --tag v1"),
     "run": (run, "vmla run self_forcing_1_3b -o runs/self_forcing --demo"),
     "demo": (demo, "vmla demo -o runs/quickstart"),

@@ -17,6 +17,7 @@ from vmla_convert.cli.options import (
     Cut,
     Data,
     Json,
+    NoVerify,
     Prompts,
     Teacher,
     TeacherFile,
@@ -47,6 +48,7 @@ def evaluate(
     bytes_per_token: BytesPerToken = None,
     cut: Cut = None,
     cache_dtype: CacheDtype = None,
+    no_verify: NoVerify = False,
     json: Json = False,
     changes: Annotated[
         list[str] | None,
@@ -80,7 +82,7 @@ def evaluate(
     tables = ("source", "model", "runtime", "evaluate", "media")
     recipe = command_recipe(tables, options, changes)
     dense = named_teacher(recipe, teacher)
-    given = SourceConfig(checkpoint, overrides=recipe.model)
+    given = SourceConfig(checkpoint, overrides=recipe.model, verify=not no_verify)
     with out.progress() as progress:
         settings = recipe.evaluate, recipe.runtime
         rows = measure_against_dense(given, dense, *settings, progress, recipe.media)

@@ -58,6 +58,7 @@ class SourceConfig:
             Hub is `owner/name/FILE`.
         base_model: Base model of a codec, a path or a Hub id; None to look where it was when the
             codec was made, beside the codec, and on the Hub.
+        verify: Compare weight files with the hashes in their record.
     """
 
     checkpoint: str = "demo"
@@ -67,3 +68,5 @@ class SourceConfig:
     overrides: dict[str, Any] = field(default_factory=dict[str, Any])
     loras: tuple[str, ...] = ()
     base_model: str | None = None
+    # How carefully a checkpoint is read does not make another checkpoint.
+    verify: bool = field(default=True, compare=False)

@@ -228,7 +228,7 @@ def observe(program: object, seed: int = 0) -> Iterator[Seen]:
             positions cannot be told.
     """
     host = find_host(program)
-    seen = Seen(program, host, seed)
+    seen = Seen(getattr(host, "program", program), host, seed)
     connect(host, seen.new_cache, seen.finish)
     try:
         yield seen

@@ -40,7 +40,7 @@ class SelfForcingHost:
     looked_for = f"layers with {', '.join(ATTRIBUTES)}, whose forward takes {CACHE}"
 
     def __init__(self, program: object) -> None:
-        self._program = program
+        self.program = program
         self.layers = [layer for layer in modules_of(program) if is_layer(layer)]
         self._pairs: WeakSet[DictionaryCache] = WeakSet()
 
@@ -65,14 +65,14 @@ class SelfForcingHost:
                 layer.register_forward_hook(uncompiled(self._end), with_kwargs=True),
             )
         ]
-        if initialise := getattr(self._program, _INITIALISE, None):
-            setattr(self._program, _INITIALISE, partial(self._initialise, new_cache, initialise))
+        if initialise := getattr(self.program, _INITIALISE, None):
+            setattr(self.program, _INITIALISE, partial(self._initialise, new_cache, initialise))
 
         def disconnect() -> None:
             for hook in hooks:
                 hook.remove()
             if initialise:
-                delattr(self._program, _INITIALISE)
+                delattr(self.program, _INITIALISE)
             for pair in list(self._pairs):
                 pair.restore()
 
@@ -116,7 +116,7 @@ class SelfForcingHost:
     def _dictionaries(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Every cache with dense tensors among the program's attributes, with its layer."""
         # The cross-attention's dictionaries have no "global_end_index".
-        found = [v for v in vars(self._program).values() if isinstance(v, list)]
+        found = [v for v in vars(self.program).values() if isinstance(v, list)]
         for caches in (v for v in found if len(v) == len(self.layers)):
             for number, entries in enumerate(caches):
                 dense = isinstance(entries, dict) and isinstance(entries.get("k"), Tensor)

@@ -1,22 +1,23 @@
 """A small program of Self-Forcing's type: layers that are handed a dictionary as their cache.
 
 The contract is that of Self-Forcing's code: keys are cached rotated by absolute positions, the
-window slides by assigning slices in place, and denoising steps overwrite the chunk's slots.
+window slides by assigning slices in place, and denoising steps overwrite the chunk's slots. Tests
+and `evals.host` run models of this package in this program, which shares no code of their caches.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from conftest import noise
 from torch import Tensor, nn
 
 from vmla_convert.layers.attention import DenseSelfAttention
 from vmla_convert.layers.dit import CausalWanModel
 
-STEPS = (900, 500, 0)  # the last pass is the one that stays
+STEPS = (0.9, 0.5)  # noise levels of the denoising steps
 Entries = dict[str, Any]
 
 
@@ -104,11 +105,11 @@ class Generator(CausalWanModel):
         self.to(dense.patch_embedding.weight).requires_grad_(False)
 
     def denoise(
-        self, x: Tensor, time: int, context: Tensor, caches: list[Entries], start: int
+        self, x: Tensor, sigma: float, context: Tensor, caches: list[Entries], start: int
     ) -> Tensor:
-        """Velocity of a chunk (B, F, C, height, width)."""
+        """Velocity of a chunk (B, F, C, height, width) of noise level sigma."""
         batch, frames, _, height, width = x.shape
-        tokens, embedded, modulation = self.embed(x, torch.full((batch, frames), float(time)))
+        tokens, embedded, modulation = self.embed(x, torch.full((batch, frames), 1000 * sigma))
         _, rows, columns = self.config.geometry.patch_size
         grid = torch.tensor([[frames, height // rows, width // columns]] * batch)
         text = self.text_embedding(context)
@@ -124,8 +125,8 @@ class Generator(CausalWanModel):
 class Pipeline:
     """Generates clips chunk by chunk."""
 
-    def __init__(self, dense: CausalWanModel) -> None:
-        self.generator = Generator(dense)
+    def __init__(self, dense: CausalWanModel, steps: Sequence[float] = STEPS) -> None:
+        self.generator, self.steps = Generator(dense), steps
         self.kv_cache1: list[Entries] | None = None
         self.config = dense.config
 
@@ -144,33 +145,35 @@ class Pipeline:
         ]
 
     @torch.no_grad()
-    def inference(self, noise_: Tensor, context: Tensor, switch_to: Tensor | None = None) -> Tensor:
+    def inference(self, noise: Tensor, context: Tensor, switch_to: Tensor | None = None) -> Tensor:
         """Clean latents (B, F, C, height, width); half-way the context may change."""
         if self.kv_cache1 is None:
-            self._initialize_kv_cache(len(noise_), noise_.dtype, noise_.device)
+            self._initialize_kv_cache(len(noise), noise.dtype, noise.device)
         assert self.kv_cache1 is not None
         for entries in self.kv_cache1:
             entries["global_end_index"] = torch.tensor([0])
             entries["local_end_index"] = torch.tensor([0])
         outputs: list[Tensor] = []
         size = self.config.chunk_frames
-        for first in range(0, noise_.shape[1], size):
-            if switch_to is not None and 2 * first >= noise_.shape[1]:
+        for first in range(0, noise.shape[1], size):
+            if switch_to is not None and 2 * first >= noise.shape[1]:
                 context = switch_to
-            x = noise_[:, first : first + size]
+            x = noise[:, first : first + size]
             start = first * self.config.tokens_per_frame
-            for now, then in zip(STEPS, (*STEPS[1:], 0), strict=True):
+            for now, then in zip(self.steps, (*self.steps[1:], 0.0), strict=True):
                 velocity = self.generator.denoise(x, now, context, self.kv_cache1, start)
-                if now:
-                    x = x - (now - then) / 1000 * velocity
+                x = x - (now - then) * velocity
+            self.generator.denoise(x, 0.0, context, self.kv_cache1, start)  # this pass stays
             outputs.append(x)
         return torch.cat(outputs, 1)
 
     def clip(
         self, frames: int, batch: int = 1, seed: int = 0, switch_to: Tensor | None = None
     ) -> Tensor:
-        """A clip from seeded noise."""
+        """A clip from seeded noise and a seeded context."""
         geometry, dtype = self.config.geometry, self.generator.patch_embedding.weight.dtype
-        start = noise(batch, frames, geometry.in_dim, *self.config.latent_size, seed=seed)
-        context = noise(batch, geometry.text_len, geometry.text_dim, seed=seed + 1)
-        return self.inference(start.to(dtype), context.to(dtype), switch_to)
+        random = torch.Generator().manual_seed(seed)
+        shape = (batch, frames, geometry.in_dim, *self.config.latent_size)
+        noise = torch.randn(shape, generator=random)
+        context = torch.randn(batch, geometry.text_len, geometry.text_dim, generator=random)
+        return self.inference(noise.to(dtype), context.to(dtype), switch_to)
