@@ -49,6 +49,7 @@ from vmla_convert.maths.flow import sampler_sigmas
 from vmla_convert.measuring.evaluate import HeldOut
 from vmla_convert.measuring.rows import row_fields
 from vmla_convert.media.demo import DemoMedia
+from vmla_convert.media.open import default_prompts
 from vmla_convert.results import Metric, Row, put_rows
 
 SIZES = (16.0, 32.0)
@@ -89,7 +90,7 @@ def error_rows() -> list[Row]:
     sampler = teacher.config.sampler
     sigmas = sampler_sigmas(sampler.denoising_step_list, sampler.shift).tolist()
     pipeline = Pipeline(teacher, sigmas[:-1])
-    prompts = DemoMedia().encode_prompts(list(DemoMedia.default_prompts))
+    prompts = DemoMedia().encode_prompts(list(default_prompts(teacher.config)))
     shape = (len(prompts), FRAMES, teacher.config.geometry.in_dim, *teacher.config.latent_size)
     with vmla.observe(pipeline) as seen:
         for seed in range(CLIPS_PER_PROMPT):

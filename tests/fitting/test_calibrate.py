@@ -18,7 +18,7 @@ from vmla_convert.checkpoint.families import open_checkpoint
 from vmla_convert.config import DataConfig, Product
 from vmla_convert.errors import ConfigError
 from vmla_convert.fitting import calibrate as pipeline
-from vmla_convert.fitting import calibration_clips, layer_statistics
+from vmla_convert.fitting import layer_statistics
 from vmla_convert.fitting.calibrate import (
     Statistics,
     calibrate,
@@ -100,7 +100,7 @@ def walk(model: CausalWanModel, product: Product) -> Walked:
         return measure(attention, x, gradient, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibration_clips, "CLIPS_AT_ONCE", 2)
+        patch.setattr(clip_checks, "CLIPS_AT_ONCE", 2)
         patch.setattr(pipeline, "measure_layer", noted)
         measured = calibrate(
             model, model_blocks(model), open_clips(CLIPS), 3, SEED, product=product
@@ -118,10 +118,12 @@ def codec_walked(teacher: Path) -> Walked:
     return walk(load(teacher), "codec")
 
 
-def whole_model(model: CausalWanModel, index: int, size: int) -> list[tuple[Tensor, Tensor]]:
+def whole_model(
+    model: CausalWanModel, index: int, start: int, size: int
+) -> list[tuple[Tensor, Tensor]]:
     """Input and output gradient of every layer, by one pass through the whole model."""
     example = make_example(
-        open_clips(CLIPS).batch(index * size, size),
+        open_clips(CLIPS).batch(start, size),
         MODEL.chunk_frames,
         seeded(SEED, index, "calibration"),
     )
@@ -178,7 +180,8 @@ def test_the_backward_pass_finds_the_gradients_of_the_whole_model(
     walked: Walked, teacher: Path
 ) -> None:
     _, seen = walked
-    batches = [whole_model(load(teacher), index, size) for index, size in ((0, 2), (1, 1))]
+    parts = ((0, 0, 2), (1, 2, 1))
+    batches = [whole_model(load(teacher), *part) for part in parts]
     expected = [batch[layer] for layer in reversed(range(LAYERS)) for batch in batches]
     assert len(seen) == len(expected) == 2 * LAYERS
     for got, (x, gradient) in zip(seen, expected, strict=True):

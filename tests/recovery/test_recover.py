@@ -25,10 +25,16 @@ from checkpoints import (
 from conftest import tiny_model
 
 from vmla_convert.checkpoint.families import open_checkpoint
-from vmla_convert.config import DataConfig, EvaluateConfig, RecoverConfig, TrainingConfig
+from vmla_convert.config import (
+    DataConfig,
+    EvaluateConfig,
+    MediaConfig,
+    RecoverConfig,
+    TrainingConfig,
+)
 from vmla_convert.errors import CheckpointError, OutputError, VmlaError
 from vmla_convert.fitting.calibrate import model_blocks
-from vmla_convert.generating import make_clips as prepare
+from vmla_convert.generating import make_clips
 from vmla_convert.layers.block import masked_attention
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import load
@@ -257,15 +263,16 @@ def test_the_dense_models_own_samples_are_made_once(
 ) -> None:
     data = DataConfig("self", frames=6, clips=6)
     config, evaluation = replace(CONFIG, data=data), EvaluateConfig(4, replace(data, seed=1))
-    out, clips = tmp_path / "out", tmp_path / "out.clips"
-    rows = recover(converted, teacher, out, config, evaluation)
+    out, media = tmp_path / "out", MediaConfig(clips_dir=str(tmp_path / "clips"))
+    rows = recover(converted, teacher, out, config, evaluation, media=media)
     record = json.loads((out / "conversion.json").read_text())
     assert record["recover"] == to_dict(config)
-    prepared = DataConfig(str(clips), frames=6)
-    assert record["recovered"]["clips"] == open_clips(prepared).record()
+    clips, held_out = record["recovered"]["clips"], record["recovered"]["errors"]["held_out"]
+    assert (clips["train"], clips["held_out"]) == ([0, 6], [6, 7])
+    assert set(clips["prompts"]).isdisjoint(held_out["prompts"])
     shutil.rmtree(out)
-    monkeypatch.delattr(prepare, "generate")
-    again = recover(converted, teacher, out, config, evaluation)
+    monkeypatch.delattr(make_clips, "build")
+    again = recover(converted, teacher, out, config, evaluation, media=media)
     assert untimed(again) == untimed(rows)
 
 
@@ -278,14 +285,15 @@ def test_a_dry_run_tells_and_writes_nothing(
     state = load(converted).state_dict()
     assert planned["trains"] == sum(state[name].numel() for name in TRAINED)
     assert planned["of"] == sum(tensor.numel() for tensor in state.values())
-    assert planned["bytes"] == sum(
+    assert planned["nbytes"] == sum(
         spec.nbytes for spec in open_checkpoint(converted).specs().values()
     )
     assert list(planned["steps"].values()) == [40, 100, 7, 0]
-    assert planned["clips"] == open_clips(DataConfig("demo")).record()
+    assert planned["work"]["clips_to_sample"] == 0
     planned = json.loads(vmla(*command, "--set", "recover.train=all", "--data", "self").out)
     assert planned["trains"] == planned["of"]
-    assert planned["clips"] == f"made into {out}.clips"
+    # 128 clips and a tenth to train on, 24 to measure on.
+    assert planned["work"]["clips_to_sample"] == 128 + 13 + 24
     assert list(tmp_path.iterdir()) == []
 
 
@@ -319,7 +327,6 @@ def test_settings_that_do_not_fit_are_refused_before_any_work(
     monkeypatch.setitem(sys.modules, "peft", None)
     # No weights are read, which takes minutes for large models.
     monkeypatch.delattr("vmla_convert.recovery.recover.build")
-    monkeypatch.delattr("vmla_convert.recovery.recover.CausalWanModel")
     command = ["recover", converted, "--teacher", teacher, "-o", tmp_path / "out", *options]
     for dry in ([], ["--dry-run"]):
         assert refused(ran := vmla(*command, *dry))
@@ -346,7 +353,7 @@ def test_a_run_that_did_nothing_is_in_no_ones_way(
     teacher: Path, converted: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    data = DataConfig("self", frames=6, clips=2, prompts=("no digit",))
+    data = DataConfig("self", frames=6, clips=2, prompts=("no digit", "3"))
     with pytest.raises(VmlaError, match="no digit"):
         recover(converted, teacher, out, replace(CONFIG, data=data), EVALUATE)
     assert list(tmp_path.iterdir()) == []
