@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from vmla_convert.cli.cost import Yes, agree
 from vmla_convert.cli.options import (
     CLIPS,
     OTHER,
@@ -26,6 +27,8 @@ from vmla_convert.cli.options import (
 )
 from vmla_convert.config import ReportConfig, SourceConfig, command_recipe
 from vmla_convert.console import out
+
+CHEAPER = "fewer or shorter clips (--clips 4, --set evaluate.data.frames=9)"
 
 
 def evaluate(
@@ -48,6 +51,7 @@ def evaluate(
     bytes_per_token: BytesPerToken = None,
     cut: Cut = None,
     cache_dtype: CacheDtype = None,
+    yes: Yes = False,
     no_verify: NoVerify = False,
     json: Json = False,
     changes: Annotated[
@@ -65,7 +69,7 @@ def evaluate(
 
     Clips are streamed through caches where a size, a dtype or a window is given.
     """
-    from vmla_convert.measuring.against_dense import measure_against_dense
+    from vmla_convert.measuring.against_dense import measure_against_dense, plan_against_dense
 
     out.json = json
     options = {
@@ -83,8 +87,9 @@ def evaluate(
     recipe = command_recipe(tables, options, changes)
     dense = named_teacher(recipe, teacher)
     given = SourceConfig(checkpoint, overrides=recipe.model, verify=not no_verify)
+    settings = recipe.evaluate, recipe.runtime
+    agree(plan_against_dense(given, dense, *settings, recipe.media), yes, CHEAPER)
     with out.progress() as progress:
-        settings = recipe.evaluate, recipe.runtime
         rows = measure_against_dense(given, dense, *settings, progress, recipe.media)
     cells = [[row.run, row.metric, row.value, row.unit] for row in rows]
     out.table("Held-out measurement", ["run", "metric", "value", "unit"], cells)

@@ -6,15 +6,19 @@ from dataclasses import replace
 
 import torch
 
+from vmla_convert.checkpoint.families import OpenCheckpoint
 from vmla_convert.config import EvaluateConfig, MediaConfig, RuntimeConfig, SourceConfig
-from vmla_convert.generating.make_clips import ready_clips
+from vmla_convert.generating.clip_cost import PlannedWork, plan_work
+from vmla_convert.generating.make_clips import check_needs, ready_clips
 from vmla_convert.layers.runtime import check_runtime
-from vmla_convert.loading.load import build, compute_device, is_codec, load, locate, open_named
+from vmla_convert.loading.load import build, compute_device, is_codec, locate, open_named
 from vmla_convert.loading.teacher import check_pair, check_same, teacher_of
 from vmla_convert.measuring.evaluate import HeldOut, dense_rows, held_out_needs, measuring_bar
 from vmla_convert.measuring.rows import cache_rows, error_rows
 from vmla_convert.progress import Progress, Silent
 from vmla_convert.results import Row
+
+DENSE_PASSES = 2
 
 
 def measure_against_dense(
@@ -43,25 +47,16 @@ def measure_against_dense(
         ConfigError: The clips do not fit, or the model cannot have the runtime.
     """
     config, runtime = config or EvaluateConfig(), runtime or RuntimeConfig()
-    device, dtype = compute_device(), getattr(torch, runtime.dtype or "float32")
-    if teacher is not None and checkpoint.checkpoint == teacher.checkpoint:
-        checkpoint = replace(checkpoint, file=teacher.file, key=teacher.key)
-    if teacher is not None and is_codec(locate(checkpoint)[0]):
-        checkpoint = replace(checkpoint, base_model=teacher.checkpoint)
-    source = teacher_of(replace(checkpoint, overrides={}), teacher)
-    opened = open_named(source)
-    [data] = ready_clips(opened, held_out_needs(config), media, progress)
+    converted, source = _open_both(checkpoint, teacher, runtime)
+    [data] = ready_clips(source, held_out_needs(config), media, progress)
     config = replace(config, data=data)
-    dense, model = build(opened, device, dtype), load(checkpoint, device, dtype)
-    check_pair(model.config, dense.config)
-    if model.config.is_dense:
-        check_same(replace(checkpoint, overrides={}), source)
-    check_runtime(model.config, runtime)
+    device, dtype = compute_device(), getattr(torch, runtime.dtype or "float32")
+    dense, model = build(source, device, dtype), build(converted, device, dtype)
     cached = replace(runtime, dtype=None) != RuntimeConfig()
     dense.config = replace(dense.config, cache=model.config.cache)
     measured = cached or not model.config.is_dense
     # The dense model, the dense model with another clip's past, then the conversion.
-    passes = 3 if measured else 2
+    passes = DENSE_PASSES + 1 if measured else DENSE_PASSES
     with measuring_bar(progress or Silent(), config, passes) as bar:
         held_out = HeldOut(dense, config, cached or bool(checkpoint.overrides), bar)
         rows = dense_rows(dense, held_out)
@@ -70,3 +65,33 @@ def measure_against_dense(
             rows += error_rows(errors, model.config, None, runtime=runtime)
             rows += cache_rows(model.config, runtime=runtime)
     return rows
+
+
+def plan_against_dense(
+    checkpoint: SourceConfig,
+    teacher: SourceConfig | None,
+    config: EvaluateConfig,
+    runtime: RuntimeConfig,
+    media: MediaConfig,
+) -> PlannedWork:
+    """Check a measurement as `measure_against_dense` does, and predict its work."""
+    _, source = _open_both(checkpoint, teacher, runtime)
+    works = check_needs(source, held_out_needs(config), media)
+    return plan_work(source, works, [float((DENSE_PASSES + 1) * config.clips)], media)
+
+
+def _open_both(
+    checkpoint: SourceConfig, teacher: SourceConfig | None, runtime: RuntimeConfig
+) -> tuple[OpenCheckpoint, OpenCheckpoint]:
+    """Open a conversion and its dense model, and check that they fit."""
+    if teacher is not None and checkpoint.checkpoint == teacher.checkpoint:
+        checkpoint = replace(checkpoint, file=teacher.file, key=teacher.key)
+    if teacher is not None and is_codec(locate(checkpoint)[0]):
+        checkpoint = replace(checkpoint, base_model=teacher.checkpoint)
+    origin = teacher_of(replace(checkpoint, overrides={}), teacher)
+    source, converted = open_named(origin), open_named(checkpoint)
+    check_pair(converted.config, source.config)
+    if converted.config.is_dense:
+        check_same(replace(checkpoint, overrides={}), origin)
+    check_runtime(converted.config, runtime)
+    return converted, source
