@@ -23,7 +23,6 @@ from vmla_convert.config import (
 )
 from vmla_convert.demo.world import sample_clips
 from vmla_convert.errors import ConfigError
-from vmla_convert.fitting import calibration_clips as calibration
 from vmla_convert.fitting.calibrate import Statistics
 from vmla_convert.fitting.convert import Conversion
 from vmla_convert.fitting.mla import convert_model, planned_config
@@ -45,6 +44,7 @@ from vmla_convert.measuring.rows import (
     row_fields,
     run_name,
 )
+from vmla_convert.media import clip_checks as calibration
 from vmla_convert.media.clip_checks import clips_at_once
 from vmla_convert.media.clips import open_clips
 from vmla_convert.results import Metric, Row
