@@ -47,7 +47,7 @@ def test_a_base_on_the_hub_is_fetched_by_id_and_revision(
 ) -> None:
     record = json.loads((on_hub / "conversion.json").read_text())["base"]
     first = next(iter(stub.repos[DENSE_REPO].commits))
-    assert record.keys() == {"name", "repo", "revision", "file", "tensors"}
+    assert record.keys() == {"name", "repo", "revision", "file", "precision", "tensors"}
     assert (record["repo"], record["revision"]) == (DENSE_REPO, first)
     empty_hub_cache(tmp_path)
     stub.asked.clear()

@@ -386,7 +386,7 @@ def test_a_wan_checkpoint_needs_clips_only_for_calibration(
     for config in (CONVERT, CODEC):
         with pytest.raises(VmlaError) as caught:
             convert(wan, tmp_path / "out", config)
-        assert "--no-calibration" in caught.value.hint
+        assert "--data" in caught.value.hint
 
     def refuse(*_: object) -> NoReturn:
         pytest.fail("calibration that was not asked for")
