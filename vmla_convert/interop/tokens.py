@@ -10,12 +10,13 @@ Shapes: B batch, S tokens, N slots, H heads, D head dim (H·D = d).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vmla_convert.layers.attention import TILE_MIB, in_float32
 from vmla_convert.layers.codec import LayerCodec
@@ -42,6 +43,11 @@ class Slots:
         """Bytes of the dense cache."""
         numbers = 2 * self.batch * self.count * self.heads * self.head_dim
         return numbers * self.dtype.itemsize
+
+    @property
+    def entry(self) -> tuple[int, int]:
+        """Shape of a token's key, and of its value."""
+        return self.heads, self.head_dim
 
     def zeros(self, dtype: torch.dtype, *shape: int) -> Tensor:
         """Empty slots (B, N, *shape)."""
@@ -81,6 +87,10 @@ class TokenRuns:
             raise ValueError(f"slots {slots.start} to {slots.stop} were not all written")
         return tuple((token, len(run)) for run, token in found)
 
+    def slots(self) -> list[range]:
+        """Slots that hold a token."""
+        return [run for run, _ in self._runs]
+
     def _within(self, slots: range) -> list[tuple[range, int]]:
         parts = ((_overlap(run, slots), run, token) for run, token in self._runs)
         return [(part, token + part.start - run.start) for part, run, token in parts if part]
@@ -93,18 +103,20 @@ class RotaryTables:
         grid: Rows and columns of tokens in a latent frame.
     """
 
-    def __init__(self, head_dim: int, device: torch.device) -> None:
+    def __init__(self, head_dim: int, device: torch.device, kept: int = 2) -> None:
+        """Keep the last few tables: of the chunk, and of the tokens before the chunk.
+
+        More tables would take memory, 17 MB each for 21 frames of Wan 1.3B.
+        """
         self.grid: tuple[int, int] = (1, 1)
-        self._head_dim, self._device = head_dim, device
+        self._head_dim, self._device, self._kept = head_dim, device, kept
         self._recent: dict[tuple[tuple[int, int], tuple[Run, ...]], Rotary] = {}
 
     def of(self, runs: tuple[Run, ...]) -> Rotary:
         """Rotations of the tokens of some runs, (S, D/2, 2)."""
         key = (self.grid, runs)
         if key not in self._recent:
-            # A pass needs two tables, of the chunk and of the tokens before the chunk; more would
-            # take memory, 17 MB for 21 frames of Wan 1.3B.
-            for old in list(self._recent)[:-1]:
+            for old in list(self._recent)[: 1 - self._kept]:
                 del self._recent[old]
             tokens = torch.cat([torch.arange(first, first + count) for first, count in runs])
             rows, columns = self.grid
@@ -140,8 +152,7 @@ class DenseStore:
     """Keys and values as the host writes them."""
 
     def __init__(self, slots: Slots) -> None:
-        shape = (slots.heads, slots.head_dim)
-        self.key, self.value = (slots.zeros(slots.dtype, *shape) for _ in range(2))
+        self.key, self.value = (slots.zeros(slots.dtype, *slots.entry) for _ in range(2))
 
     @property
     def nbytes(self) -> int:
@@ -171,8 +182,22 @@ class EncodedStore:
     copies stored bytes, so a token is encoded once, however often the host's window slides.
     """
 
-    def __init__(self, codec: LayerCodec, rate: Rate, slots: Slots) -> None:
-        self._codec, self._rate = codec, rate
+    def __init__(
+        self,
+        codec: LayerCodec,
+        rate: Rate,
+        slots: Slots,
+        sum_over_heads: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Make empty slots.
+
+        Args:
+            codec: Codec of the slots' heads, in the dtype and on the device of the slots.
+            rate: What the codec stores of a token.
+            slots: Slots of these heads.
+            sum_over_heads: Adds up the channels (B, S, r) of processes that hold other heads.
+        """
+        self._codec, self._rate, self._sum_over_heads = codec, rate, sum_over_heads
         width = rate.token_bytes(1) if rate.quantised else len(rate.widths)
         self._stored = slots.zeros(torch.uint8 if rate.quantised else slots.dtype, width)
         self._heads = slice(0, slots.heads)
@@ -191,11 +216,17 @@ class EncodedStore:
         if rotary is not None:
             key = rotate(in_float32(key), rotary.inverse())
         channels = self._codec.channels(key.flatten(2), value.flatten(2), self._rate)
+        if self._sum_over_heads is not None:
+            channels = self._sum_over_heads(channels)
         self._stored[:, slots.start : slots.stop] = self._codec.store(channels, self._rate)
 
     def move(self, target: range, source: range) -> None:
         """Copy stored channels."""
         _move(self._stored, target, source)
+
+    def grow(self, count: int) -> None:
+        """Add empty slots, up to `count`."""
+        self._stored = pad(self._stored, (0, 0, 0, count - self._stored.shape[1]))
 
     def read(self, slots: range, key: Tensor, value: Tensor, rotary: Rotary | None) -> None:
         """Decode keys and values, some tokens at a time."""
@@ -234,6 +265,11 @@ class TokenCache:
         chunk = 0 if self._chunk is None else self._chunk.key.nbytes + self._chunk.value.nbytes
         return self.store.nbytes + chunk
 
+    def start(self, grid: tuple[int, int]) -> None:
+        """Begin a pass over a chunk of latent frames with rows and columns of tokens."""
+        if self._rotary is not None:
+            self._rotary.grid = grid
+
     def write(self, slots: range, key: Tensor, value: Tensor, first: int) -> None:
         """Take the keys and values of a chunk, both (B, S, H, D).
 
@@ -261,7 +297,7 @@ class TokenCache:
         exact = [x[:, _inside(own, at)] for x in (chunk.key, chunk.value)] if chunk and own else []
         if exact and len(own) == len(slots):
             return exact[0], exact[1]
-        shape = (self.slots.batch, len(slots), self.slots.heads, self.slots.head_dim)
+        shape = (self.slots.batch, len(slots), *self.slots.entry)
         key = torch.empty(shape, dtype=self.slots.dtype, device=self.slots.device)
         value = torch.empty_like(key)
         for part in filter(None, _outside(at, slots)):
@@ -269,6 +305,14 @@ class TokenCache:
             self.store.read(part, key[:, inside], value[:, inside], self._rotary_of(part))
         for entries, new in zip((key, value), exact, strict=False):
             entries[:, _inside(own, slots)] = new
+        return key, value
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all slots, both (B, N, H, D); slots without a token are zeros."""
+        key, value = (self.slots.zeros(self.slots.dtype, *self.slots.entry) for _ in range(2))
+        for part in self._tokens.slots():
+            for entries, found in zip((key, value), self.read(part), strict=True):
+                entries[:, part.start : part.stop] = found
         return key, value
 
     def settle(self) -> None:
