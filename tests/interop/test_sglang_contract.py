@@ -192,7 +192,7 @@ def test_views_are_those_of_the_dense_class(
 
 @pytest.mark.slow
 @HEAD_SLICES
-@settings(CASE, max_examples=500)
+@settings(CASE, max_examples=200)
 @given(data=st.data())
 def test_views_of_many_traces_are_those_of_the_dense_class(
     data: st.DataObject, heads: list[range], codec: LayerCodec, dense_module: Any
@@ -230,8 +230,18 @@ FEATURES = {
         [*chunks(3, 3), Step("pin", 0, 3), *chunks(3, 3, recent=1)],
         1 + 2 + 1 + 3,
     ),
+    "pinned beside the global sink": (
+        Policy(8, sink_tokens=2, global_sink_tokens=1),
+        [*chunks(1, 3), Step("pin", 0, 3), *chunks(3, 3, 3)],
+        8,
+    ),
     "growth": (Policy(4, allow_growth=True), chunks(3, 3, 3, 3), 12),
     "head slices": (Policy(6, sink_tokens=1), chunks(3, 3, 3, heads=range(1, 3)), 6),
+    "heads that come late": (
+        Policy(6),
+        [*chunks(3, 3, heads=range(1, 3)), *chunks(3, heads=range(1))],
+        6,
+    ),
     "resets": (Policy(6, sink_tokens=1), [*chunks(3, 3, 3), Step("reset"), *chunks(3)], 3),
 }
 

@@ -20,7 +20,6 @@ from vmla_convert.interop.tokens import EncodedStore, RotaryTables, Slots, Token
 from vmla_convert.layers.codec import LayerCodec
 from vmla_convert.maths.rates import Rate
 
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 

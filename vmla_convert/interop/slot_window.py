@@ -97,7 +97,7 @@ class SlotWindow:
         """
         if recent is None:
             return self._whole_window()
-        sink = min(self._sink(), self.filled)
+        sink = self._sink()
         start = max(sink, chunk.start - recent)
         if start <= sink:
             return [range(self.filled)]
@@ -114,8 +114,7 @@ class SlotWindow:
         pinned = self._pinned if self._is_visible_apart(sink, start) else range(0)
         if not first and not pinned:
             return [range(start, self.filled)]
-        newest = max(0, self.attended - len(first) - len(pinned))
-        start = max(first.stop, self.filled - newest)
+        start = self.filled - max(0, self.attended - len(first) - len(pinned))
         return [*(part for part in (first, pinned) if part), range(start, self.filled)]
 
     def _sink(self) -> int:
