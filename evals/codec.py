@@ -48,7 +48,7 @@ from vmla_convert.measuring.evaluate import HeldOut
 from vmla_convert.measuring.rows import device_name, row_fields
 from vmla_convert.media.clips import Batch, ClipSource, DemoClips, Split, open_clips, seeded
 from vmla_convert.progress import Progress
-from vmla_convert.results import Metric, Row, append_rows
+from vmla_convert.results import Metric, Row, put_rows
 from vmla_convert.training.losses import flow_matching, make_example
 
 SIZES = (6.0, 8.0, 10.0, 12.0, 16.3, 20.0, 24.0, 31.5, 40.0, 51.2, 64.0)
@@ -86,10 +86,10 @@ def main(
         rows += assumed_rows(teacher, config, held_out)
         rows += ratio_rows(model, held_out, rows, progress)
         rows.append(nested_row(teacher, model, config, held_out, progress))
-        append_rows(rows_file, rows)  # what follows takes minutes
+        put_rows(rows_file, rows)  # what follows takes minutes
         if lora:
             adapted = lora_rows(teacher, config, clips, progress)
-            append_rows(rows_file, adapted)
+            put_rows(rows_file, adapted)
             rows += adapted
     cells = [
         [row.run, row.metric, row.bytes_per_token, row.cache_dtype, row.value, row.note]

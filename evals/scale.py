@@ -33,7 +33,7 @@ from vmla_convert.checkpoint.writer import CheckpointWriter
 from vmla_convert.config import Geometry
 from vmla_convert.console import out
 from vmla_convert.errors import ConfigError, did_you_mean
-from vmla_convert.results import Metric, Row, append_rows
+from vmla_convert.results import Metric, Row, put_rows
 
 SIZES = {
     "1.3b": Geometry(1536, ffn_dim=8960, num_heads=12, num_layers=30, in_dim=16, out_dim=16),
@@ -67,7 +67,7 @@ def main(
         place.mkdir(parents=True, exist_ok=True)
         source = write_source(place, size, geometry)
         rows = converted_rows(source, place, geometry, conversion, f"{size} {conversion}")
-    append_rows(rows_file, rows)
+    put_rows(rows_file, rows)
     cells = [[row.run, row.metric, row.value, row.unit] for row in rows]
     out.table("Scale", ["run", "metric", "value", "unit"], cells)
 

@@ -38,7 +38,7 @@ from vmla_convert.fitting.codec import fit_model
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import compute_device
 from vmla_convert.measuring.timing import step_rows
-from vmla_convert.results import Metric, Row, append_rows
+from vmla_convert.results import Metric, Row, put_rows
 
 
 class Shapes(NamedTuple):
@@ -103,7 +103,7 @@ def main(
     rows: list[Row] = []
     for window in SHAPES[shapes].windows:
         for timed in measure(SHAPES[shapes], window, layers, rounds):
-            append_rows(rows_file, timed)  # one variant takes minutes
+            put_rows(rows_file, timed)  # one variant takes minutes
             rows += timed
     cells = [[r.run, r.backend or "", r.frames, r.metric, r.value, r.unit] for r in rows]
     out.table("Speed", ["run", "backend", "frames", "metric", "value", "unit"], cells)

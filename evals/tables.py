@@ -3,8 +3,8 @@
     python -m evals.tables            write them
     python -m evals.tables --check    write nothing; exit with code 1 if a file differs
 
-A document holds each table between `<!-- rows: NAME -->` and `<!-- end of rows -->`; NAME is a
-function of this file. Rows are those in evals/results/.
+A document holds each table between `<!-- rows: NAME -->` and `<!-- end of rows -->`, made by the
+function NAME here or in evals/memory.py. Rows are those in evals/results/.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
+from evals.memory import memory_by_device
 from vmla_convert.results import Metric, Row, read_rows
 
 ROOT = Path(__file__).parents[1]
@@ -32,9 +33,8 @@ COMMANDS = {
     "codec": "python -m evals.codec --out evals/results/codec.jsonl",
     "quickstart": "vmla run recipes/quickstart.toml -o runs/quickstart",
     "scale_1.3b": "python -m evals.scale 1.3b --out evals/results/scale_1.3b.jsonl",
-    "teacher_16_seeds": (
-        "python -m evals.teacher --seeds 16 --out evals/results/teacher_16_seeds.jsonl"
-    ),
+    "teacher_16_seeds": "python -m evals.teacher --seeds 16 --out "
+    "evals/results/teacher_16_seeds.jsonl",
 }
 """The command that made each file of rows."""
 
@@ -220,6 +220,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         recovery,
         scale,
         teacher,
+        memory_by_device,
     )
 }
 
@@ -229,14 +230,9 @@ def error_table(rows: Iterable[Row]) -> str:
     by_size: dict[tuple[str, float], dict[str, float]] = {}
     for r in rows:
         by_size.setdefault((named(r), size(r)), {})[r.metric] = r.value
+    measured = ["velocity error", "flow loss above dense"]
     return table(
-        [
-            "cache",
-            "bytes per token and layer",
-            "smaller",
-            "velocity error",
-            "flow loss above dense",
-        ],
+        ["cache", "bytes per token and layer", "smaller", *measured],
         [
             [
                 name,

@@ -24,7 +24,7 @@ from vmla_convert.generating.generate import generate_pixels
 from vmla_convert.loading.load import load
 from vmla_convert.measuring.evaluate import HeldOut, dense_rows, rollout_rows
 from vmla_convert.media.clips import DemoClips
-from vmla_convert.results import Metric, Row, append_rows
+from vmla_convert.results import Metric, Row, put_rows
 
 HELD_OUT_SEED = 2
 
@@ -52,7 +52,7 @@ def main(
                 model, prompts, frames, seed, progress, f"rolling out, seed {seed}"
             )
             rows += rollout_rows(video, prompts, model.config, seed)
-    append_rows(rows_file, rows)
+    put_rows(rows_file, rows)
     show(rows)
 
 

@@ -20,7 +20,7 @@ from vmla_convert.media.clips import open_clips, seeded
 from vmla_convert.recovery.dmd import DistributionMatching
 from vmla_convert.recovery.recover import recover
 from vmla_convert.recovery.trained import unfreeze
-from vmla_convert.results import append_rows
+from vmla_convert.results import put_rows
 from vmla_convert.training.losses import make_example, velocity_distillation
 from vmla_convert.training.processes import ALONE, Share, own_share, processes
 from vmla_convert.training.sharding import shard, whole_state
@@ -81,7 +81,7 @@ def cut_recovery(converted: str, teacher: str, out: str, label: str, before: str
     cut = PowerCut(label, int(before))
     rows = recover(converted, teacher, Path(out), SHARDED, EVALUATE, cut)
     if processes().is_main_process:
-        append_rows(Path(out) / "rows.jsonl", rows)
+        put_rows(Path(out) / "rows.jsonl", rows)
 
 
 if __name__ == "__main__":

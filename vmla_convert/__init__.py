@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from vmla_convert.fitting.convert import convert
     from vmla_convert.fitting.inspect import inspect_checkpoint as inspect
     from vmla_convert.generating.generate import generate
+    from vmla_convert.interop.attach import attach, detach
+    from vmla_convert.interop.fit import fit
+    from vmla_convert.interop.observe import observe
     from vmla_convert.interop.pipeline import VMLAPipeline
     from vmla_convert.interop.transformer import VMLATransformer
     from vmla_convert.loading.export import export
@@ -36,11 +39,15 @@ __all__ = [
     "VMLAPipeline",
     "VMLATransformer",
     "__version__",
+    "attach",
     "convert",
+    "detach",
     "export",
+    "fit",
     "generate",
     "inspect",
     "load",
+    "observe",
     "open_media",
     "push",
     "recover",
@@ -52,11 +59,15 @@ _LAZY = {
     "SourceConfig": ("vmla_convert.config", "SourceConfig"),
     "VMLAPipeline": ("vmla_convert.interop.pipeline", "VMLAPipeline"),
     "VMLATransformer": ("vmla_convert.interop.transformer", "VMLATransformer"),
+    "attach": ("vmla_convert.interop.attach", "attach"),
     "convert": ("vmla_convert.fitting.convert", "convert"),
+    "detach": ("vmla_convert.interop.attach", "detach"),
     "export": ("vmla_convert.loading.export", "export"),
+    "fit": ("vmla_convert.interop.fit", "fit"),
     "generate": ("vmla_convert.generating.generate", "generate"),
     "inspect": ("vmla_convert.fitting.inspect", "inspect_checkpoint"),
     "load": ("vmla_convert.loading.load", "load"),
+    "observe": ("vmla_convert.interop.observe", "observe"),
     "open_media": ("vmla_convert.media.open", "open_media"),
     "push": ("vmla_convert.loading.publish", "push"),
     "recover": ("vmla_convert.recovery.recover", "recover"),

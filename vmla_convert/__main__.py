@@ -48,10 +48,20 @@ def main(run: Callable[[], object] | None = None) -> int:
     except Exception as error:
         if os.environ.get("VMLA_DEBUG") == "1":
             raise
+        if _lacks_memory(error):
+            reason = f"memory is lacking: {first_line(error)}"
+            out.fail(VmlaError(reason, "see 'Out of memory' in docs/troubleshooting.md"))
+            return 2
         # torch appends whole stack traces to its messages.
         out.fail(VmlaError(first_line(error), "set VMLA_DEBUG=1 for the traceback"))
         return 1
     return 0
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether memory was refused; torch raises a type of its own on a GPU only."""
+    refused = ("can't allocate memory", "calculation overflowed", "out of memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in refused)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from vmla_convert.errors import VmlaError, did_you_mean
+from vmla_convert.storage.lock import in_turn
 
 ROWS_NAME = "rows.jsonl"
 RECIPE_NAME = "recipe.json"
@@ -118,44 +119,44 @@ class Row:
     clip_seconds: float | None = None
     note: str | None = None
 
+    @property
+    def figure(self) -> Row:
+        """What was measured, and under which settings: the row without its value."""
+        return dataclasses.replace(self, value=0.0)
+
     def to_json(self) -> str:
         """One line of JSON; fields that do not apply are left out."""
         fields = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
         return json.dumps(fields)
 
 
-def append_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Append rows to a JSONL file, creating the file and the folder when needed.
+def put_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Add rows to a JSONL file in one step; a row of the same figure is replaced.
 
-    All rows go in one write, since other processes may append to the same file.
+    A killed process leaves the file as it was, and several processes may write to it.
+
+    Raises:
+        VmlaError: A line of the file is not a row.
+        OutputError: The file cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab", buffering=0) as file:
-        left = memoryview(_lines(rows))
-        while left:
-            left = left[file.write(left) :]
+    with in_turn(path):
+        written = read_rows(path) if path.exists() else []
+        write_rows(path, {row.figure: row for row in [*written, *rows]}.values())
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Replace the rows of a file, in one step."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(_lines(rows))
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(row.to_json() + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
 
 
 def count_failures(path: Path) -> int:
     """How many points of a sweep failed; 0 where there are no rows."""
     return sum(row.metric == Metric.FAILED for row in read_rows(path)) if path.is_file() else 0
-
-
-def drop_torn_line(path: Path) -> None:
-    """Remove a last line without its line end, which a killed process may leave."""
-    if path.is_file() and (data := path.read_bytes()) and not data.endswith(b"\n"):
-        os.truncate(path, data.rfind(b"\n") + 1)
-
-
-def _lines(rows: Iterable[Row]) -> bytes:
-    return "".join(row.to_json() + "\n" for row in rows).encode()
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -10,6 +10,8 @@ from vmla_convert.console import out
 from vmla_convert.results import Metric, Row, read_rows
 
 if TYPE_CHECKING:
+    from vmla_convert.doctor.machine import Machine
+    from vmla_convert.doctor.stages import Need, Room
     from vmla_convert.fitting.convert import Conversion
     from vmla_convert.fitting.inspect import Inspection
     from vmla_convert.fitting.plan import PlannedOutput
@@ -164,3 +166,54 @@ def _show_spectrum(inspection: Inspection) -> None:
         for s in inspection.spectrum
     ]
     out.table("Joint key and value weights", header, layers)
+
+
+def show_machine(machine: Machine) -> None:
+    """Print what is installed and what the machine has."""
+    versions = {name: text or "not installed" for name, text in machine.versions.items()}
+    devices = [f"{each.name}, {_gigabytes(each.nbytes)}" for each in machine.devices]
+    disks = {
+        f"disk free for {name}": _gigabytes(nbytes) if nbytes is not None else "unknown"
+        for name, nbytes in machine.free_disk_bytes.items()
+    }
+    out.data(
+        {
+            **versions,
+            **{f"to add [{extra}]": how for extra, how in machine.missing_extras.items()},
+            "GPUs": "; ".join(devices) or "none: the processor computes",
+            "host memory": f"{_gigabytes(machine.host_bytes)}, "
+            f"{_gigabytes(machine.free_host_bytes)} free",
+            **disks,
+            "Hub": machine.hub,
+        }
+    )
+
+
+def show_needs(needs: Sequence[Need], room: Room) -> None:
+    """Print a table of models and stages, and the settings that make stages fit."""
+    place = "GPU" if room.device is not None else "host"
+    has = _gigabytes(room.device if room.device is not None else room.host)
+    stages = list(dict.fromkeys(need.stage for need in needs))
+    notes = list(dict.fromkeys(need.changes for need in needs if need.changes))
+    rows: dict[str, list[str]] = {}
+    for need in needs:
+        nbytes = need.device_bytes if room.device is not None else need.host_bytes
+        fits = "yes" if need.fits else "no"
+        mark = f"with {notes.index(need.changes) + 1}" if need.changes else fits
+        rows.setdefault(need.model, [need.model]).append(f"{nbytes / 1e9:.1f} {mark}")
+    title = f"Peak GB of {place} memory by formula, and whether it fits in {has}"
+    out.table(title, ["model", *stages], list(rows.values()))
+    settings = {
+        f"with {number}": " ".join(f"--set {change}" for change in changes)
+        for number, changes in enumerate(notes, 1)
+    }
+    disk = {
+        f"disk to convert {need.model}": _gigabytes(need.disk_bytes)
+        for need in needs
+        if need.disk_bytes
+    }
+    out.data(settings | disk)
+
+
+def _gigabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB"

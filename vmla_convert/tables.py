@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import tomllib
 import types
 import typing
 from collections.abc import Iterator, Mapping
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from vmla_convert.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
+
+LARGEST_FILE = 32 * 2**20
+"""Most bytes of a file of settings. The config of MLA layers with phases takes a few MB."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -86,6 +91,51 @@ def from_dict(cls: type[T], data: Any, where: str = "") -> T:
     return cls(**values)
 
 
+def read_text(file: Path) -> str:
+    """Read a file of settings, which is small.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: The file is not UTF-8, or too large for settings.
+    """
+    if (size := file.stat().st_size) > LARGEST_FILE:
+        raise ValueError(f"it has {size:,} bytes, more than {LARGEST_FILE:,}")
+    return file.read_text("utf-8")
+
+
+def read_json(file: Path) -> Any:
+    """Read a JSON file of settings; errors as in `read_text` and `parse_json`."""
+    return parse_json(read_text(file))
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON without `NaN` and `Infinity`, which JSON does not have.
+
+    Raises:
+        ValueError: The text is not JSON, or nested too deep.
+    """
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not a JSON number")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Parse TOML.
+
+    Raises:
+        ValueError: The text is not TOML, or nested too deep.
+    """
+    try:
+        return tomllib.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
 def override(table: dict[str, Any], text: str) -> None:
     """Set a dotted key of a table of tables by `a.b=value`; values are TOML, bare words strings.
 
@@ -96,8 +146,8 @@ def override(table: dict[str, Any], text: str) -> None:
     if not found or not re.fullmatch(r"[\w.]+", key):
         raise ConfigError(f"'{text}' is not key=value", "write it as --set key=value")
     try:
-        value = tomllib.loads(f"value = {typed}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = parse_toml(f"value = {typed}")["value"]
+    except ValueError:
         value = typed
     set_key(table, key, value)
 

@@ -27,7 +27,7 @@ from vmla_convert.config import (
 from vmla_convert.console import out
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.media.clips import seeded
-from vmla_convert.results import Metric, Row, append_rows
+from vmla_convert.results import Metric, Row, put_rows
 from vmla_convert.training.loop import clip_examples, train
 from vmla_convert.training.losses import flow_matching, make_example
 from vmla_convert.training.pretrain import initialise
@@ -121,7 +121,7 @@ def _train_phase(
         row = Row(
             Metric.FLOW_LOSS, value, "squared velocity", f"phase {number}", step=step, note=note
         )
-        append_rows(folder / "rows.jsonl", [row])
+        put_rows(folder / "rows.jsonl", [row])
         return value
 
     with out.progress() as progress:

@@ -499,7 +499,7 @@ def test_numbers_that_are_not_finite_are_named(name: str, value: float, tmp_path
         ({"lora_alpha": "6"}, "'6'"),
         ({"lora_alpha": True}, "True"),
         ({"lora_alpha": 0}, "lora_alpha 0"),
-        ({"lora_alpha": math.nan}, "nan"),
+        ({"lora_alpha": math.nan}, "NaN"),
         ({"alpha_pattern": {"q": 3}}, "alpha_pattern"),
     ],
 )

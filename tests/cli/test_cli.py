@@ -21,7 +21,7 @@ from vmla_convert.config import ConvertConfig, DataConfig, Recipe, Sizes, comman
 from vmla_convert.errors import ConfigError
 from vmla_convert.loading.load import load
 from vmla_convert.recipe.read import available_recipes
-from vmla_convert.results import Metric, Row, append_rows
+from vmla_convert.results import Metric, Row, put_rows
 from vmla_convert.training.pretrain import save_self_forcing
 
 pytest_plugins = ["checkpoints"]
@@ -334,7 +334,7 @@ def test_report_is_written_from_rows(tmp_path: Path, vmla: Vmla) -> None:
             bytes_per_token=26.0, kv_lora_rank=8, qk_rope_head_dim=4)
         for metric, value in ((Metric.VELOCITY_ERROR, 0.1), (Metric.FLOW_LOSS, 0.2))
     ]  # fmt: skip
-    append_rows(tmp_path / "rows.jsonl", [*rows, Row(Metric.FLOW_LOSS, 0.15, "1", "dense")])
+    put_rows(tmp_path / "rows.jsonl", [*rows, Row(Metric.FLOW_LOSS, 0.15, "1", "dense")])
     ran = vmla("report", tmp_path, "--title", "Mine", "--loss-bound", "0.4")
     assert ran.code == 0
     assert f"wrote: {tmp_path / 'report.md'}" in ran.out.splitlines()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmla_convert.errors import VmlaError
-from vmla_convert.results import Metric, Row, append_rows, read_rows
+from vmla_convert.results import Metric, Row, put_rows, read_rows
 
 ROW = Row(Metric.VELOCITY_ERROR, 0.125, "ratio", run="calibrated")
 
@@ -31,8 +33,8 @@ rows = st.builds(
 def test_round_trip_over_several_appends(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "rows.jsonl"
     written = [ROW, Row(Metric.CACHE_CUT, 0.875, "share", "a", seed=3, layer=0, latent="joint")]
-    append_rows(path, written[:1])
-    append_rows(path, written[1:])
+    put_rows(path, written[:1])
+    put_rows(path, written[1:])
     assert read_rows(path) == written
 
 
@@ -66,7 +68,7 @@ def test_zero_is_a_value_and_stays() -> None:
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "rows.jsonl"
-    append_rows(path, [ROW])
+    put_rows(path, [ROW])
     with path.open("a") as file:
         file.write(line + "\n")
     with pytest.raises(VmlaError, match=r"line 2 of .*rows\.jsonl is not a row"):
@@ -75,7 +77,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
 
 def test_an_unknown_metric_is_named_with_its_line_and_the_nearest_name(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    append_rows(path, [ROW])
+    put_rows(path, [ROW])
     with path.open("a") as file:
         file.write('{"metric": "velocity_eror", "value": 1, "unit": "1", "run": "a"}\n')
     with pytest.raises(VmlaError, match=r"line 2 of .*rows\.jsonl .*'velocity_eror'") as caught:
@@ -96,5 +98,21 @@ def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
 
 def test_no_rows_leave_an_empty_file(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    append_rows(path, [])
+    put_rows(path, [])
     assert read_rows(path) == []
+
+
+def test_a_figure_that_is_measured_again_replaces_its_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    other = replace(ROW, step=1)
+    put_rows(path, [ROW, other])
+    put_rows(path, [replace(ROW, value=0.5)])
+    assert read_rows(path) == [replace(ROW, value=0.5), other]
+
+
+def test_processes_that_write_at_the_same_time_lose_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda step: put_rows(path, [replace(ROW, step=step)]), range(24)))
+    assert sorted(row.step or 0 for row in read_rows(path)) == list(range(24))
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]

@@ -30,7 +30,8 @@ from hub_stub import Hub
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vmla_convert.checkpoint.base import base_tensors
+from vmla_convert.checkpoint.base import base_tensors, tensor_hash
+from vmla_convert.checkpoint.families import open_checkpoint
 from vmla_convert.config import Sizes, SourceConfig
 from vmla_convert.errors import CheckpointError, ConfigError
 from vmla_convert.fitting.convert import convert
@@ -179,6 +180,25 @@ def test_a_finetune_with_the_same_keys_and_values_is_a_base(
     assert not near(velocity(load(pair.codec)), velocity(load(codec)), 1e-3)
 
 
+def test_a_copy_in_another_precision_is_a_base(pair: Pair, codec: Path) -> None:
+    pair.change_base(lambda state: state.update({n: t.float() for n, t in state.items()}))
+    assert torch.equal(velocity(load(pair.codec)), velocity(load(codec)))
+
+
+def test_hashes_of_stored_tensors_in_older_records_still_count(pair: Pair) -> None:
+    file = pair.codec / "conversion.json"
+    record, state = json.loads(file.read_text()), load(pair.codec).state_dict()
+    del record["base"]["precision"]
+    names = record["base"]["tensors"]
+    stored = open_checkpoint(pair.base)
+    record["base"]["tensors"] = {name: tensor_hash(stored.read(name), None) for name in names}
+    file.write_text(json.dumps(record))
+    assert load(pair.codec).state_dict().keys() == state.keys()
+    pair.change_base(lambda state: state.update({n: t.double() for n, t in state.items()}))
+    with pytest.raises(CheckpointError):
+        load(pair.codec)
+
+
 def test_another_model_is_no_base(
     pair: Pair, codec: Path, teacher: Path, converted: Path, tmp_path: Path
 ) -> None:
@@ -187,7 +207,7 @@ def test_another_model_is_no_base(
     for base in (tmp_path / "larger", codec):
         with pytest.raises(CheckpointError):
             load(pair.codec, base_model=base)
-    pair.change_base(lambda state: state.update({n: t.float() for n, t in state.items()}))
+    pair.change_base(lambda state: state.update({n: 1.01 * t for n, t in state.items()}))
     with pytest.raises(CheckpointError):
         load(pair.codec)
     for folder in (teacher, converted):

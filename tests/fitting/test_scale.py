@@ -116,7 +116,7 @@ def test_the_program_measures_a_conversion(
     assert scale.write_source(folder, size, SMALL) == source
     assert source.stat().st_mtime_ns == before
     # Appended, not written over.
-    scale.append_rows(rows_file, rows[:1])
+    scale.put_rows(rows_file, rows[:1])
     assert len(read_rows(rows_file)) == len(rows) + 1
 
 

@@ -24,6 +24,7 @@ from vmla_convert.loading.load import load
 from vmla_convert.measuring.compare import compare
 from vmla_convert.media.base import Media
 from vmla_convert.media.video import partial_path, read_frames, write_mp4
+from vmla_convert.results import Row
 
 pytest_plugins = ["checkpoints", "tiny_wan"]
 
@@ -108,7 +109,7 @@ def test_a_comparison_leaves_no_files_before_it_is_scored(
 
     monkeypatch.setattr("vmla_convert.measuring.compare.rollout_rows", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        compare(dense, dense, GenerateConfig(("7",), frames=4), tmp_path / "a.mp4")
+        compare(dense, dense, GenerateConfig(("7",), frames=4), tmp_path / "a.mp4", print)
     assert not list(tmp_path.iterdir())
 
 
@@ -116,7 +117,9 @@ def test_a_comparison_outside_the_demo_world_has_no_scores(
     wan_source: SourceConfig, wan_converted: Path, wan_media: Media, tmp_path: Path
 ) -> None:
     models, config = (load(wan_source), load(wan_converted)), GenerateConfig((PROMPT,), frames=3)
-    assert compare(*models, config, tmp_path / "a.mp4", media=wan_media) == []
+    kept: list[Row] = []
+    compare(*models, config, tmp_path / "a.mp4", kept.extend, media=wan_media)
+    assert kept == []
     assert {path.name for path in tmp_path.iterdir()} == {"a.mp4", "a.png"}
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vmla_convert.errors import ConfigError
 from vmla_convert.interop.tokens import (
     DenseStore,
     EncodedStore,
@@ -73,7 +74,7 @@ def test_runs_are_a_list_of_tokens_by_slot(steps: list[tuple[range, int, int]]) 
 def test_a_slot_that_was_never_written_has_no_token() -> None:
     runs = TokenRuns()
     runs.put(range(2, 4), 0)
-    with pytest.raises(ValueError):
+    with pytest.raises(ConfigError):
         runs.at(range(1, 4))
 
 

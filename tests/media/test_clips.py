@@ -234,7 +234,7 @@ def test_a_file_that_cannot_be_read_is_named(
         raise RuntimeError("unable to mmap 100641792208 bytes: Cannot allocate memory (12)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "safe_open", full)
+        patch.setattr(pipeline, "opened_safetensors", full)
         with pytest.raises(ConfigError, match=r"clips\.safetensors"):
             opened(str(latent_file))
     latent_file.write_bytes(latent_file.read_bytes()[:-1])

@@ -25,7 +25,7 @@ from vmla_convert.report.pages import (
     to_markdown,
 )
 from vmla_convert.report.report import write_report
-from vmla_convert.results import append_rows
+from vmla_convert.results import put_rows
 
 pytest.importorskip("matplotlib")
 
@@ -85,7 +85,7 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def report_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole report, which `page_file` is not."""
     folder = tmp_path_factory.mktemp("sweep")
-    append_rows(folder / "rows.jsonl", full_rows())
+    put_rows(folder / "rows.jsonl", full_rows())
     write_report(folder)
     return folder / "report.html"
 

@@ -35,7 +35,7 @@ from vmla_convert.recipe import run as running
 from vmla_convert.report.recipe import commands, recipe_toml, to_toml
 from vmla_convert.report.report import write_report
 from vmla_convert.report.settings import Setting, read_settings
-from vmla_convert.results import append_rows
+from vmla_convert.results import put_rows
 from vmla_convert.sweep.grid import SweepPoint, sweep_points
 from vmla_convert.sweep.point import labelled
 from vmla_convert.tables import to_dict
@@ -159,7 +159,7 @@ def test_commands_are_taken_by_the_command_line(
 ) -> None:
     point, size = POINTS["codec at many sizes"], Sizes(51.2)
     rows = measured(codec_config(), codec_error(51.2), 0, 4, RuntimeConfig(size))
-    append_rows(tmp_path / "rows.jsonl", [*dense_rows(), *(labelled(row, point) for row in rows)])
+    put_rows(tmp_path / "rows.jsonl", [*dense_rows(), *(labelled(row, point) for row in rows)])
     (tmp_path / "recipe.json").write_text(json.dumps({"recipe": recorded(point), "versions": {}}))
     assert tmp_path / "recipe.toml" in write_report(tmp_path)
     asked: dict[str, Any] = {}

@@ -55,7 +55,7 @@ from vmla_convert.report.tables import (
     provenance_table,
     speed_table,
 )
-from vmla_convert.results import Metric, Row, append_rows
+from vmla_convert.results import Metric, Row, put_rows
 
 Text = pytest.importorskip("matplotlib.text").Text
 
@@ -69,7 +69,7 @@ def sized(nbytes: float, dtype: str = "auto") -> RuntimeConfig:
 
 
 def report_on(folder: Path, rows: Iterable[Row]) -> dict[str, Path]:
-    append_rows(folder / "rows.jsonl", rows)
+    put_rows(folder / "rows.jsonl", rows)
     return {path.name: path for path in write_report(folder)}
 
 
@@ -513,7 +513,7 @@ def test_markdown_refers_to_every_picture_and_its_data(whole: dict[str, Path]) -
 def test_sections_follow_their_rows(tmp_path: Path) -> None:
     report_on(tmp_path, weight_spectra())
     assert headings(tmp_path) == ["Spectra", "Provenance"]
-    append_rows(tmp_path / "rows.jsonl", point_rows([0.2]))
+    put_rows(tmp_path / "rows.jsonl", point_rows([0.2]))
     write_report(tmp_path)
     assert len(headings(tmp_path)) == 4
 
@@ -532,9 +532,7 @@ def test_what_can_no_longer_be_is_removed(tmp_path: Path) -> None:
 
 def test_titles_and_names_are_escaped(tmp_path: Path) -> None:
     rows = point_rows([0.2], "<b>&|*")
-    append_rows(
-        tmp_path / "rows.jsonl", [*rows, Row(Metric.FAILED, 1, "point", "<i>", note="a|b\nc")]
-    )
+    put_rows(tmp_path / "rows.jsonl", [*rows, Row(Metric.FAILED, 1, "point", "<i>", note="a|b\nc")])
     write_report(tmp_path, title="<i>A & B")
     page = Page((tmp_path / "report.html").read_text("utf-8"))
     assert {"<i>A & B", "MLA <b>&|* 16+8", "<i>", "a|b\nc"} <= set(page.texts)
@@ -563,7 +561,7 @@ def test_refuses_settings_that_it_cannot_understand(tmp_path: Path, text: str) -
 def test_names_the_extra_when_matplotlib_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    append_rows(tmp_path / "rows.jsonl", point_rows([0.2]))
+    put_rows(tmp_path / "rows.jsonl", point_rows([0.2]))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtraError) as caught:
         write_report(tmp_path)
@@ -571,7 +569,7 @@ def test_names_the_extra_when_matplotlib_is_missing(
 
 
 def test_runs_without_torch(tmp_path: Path) -> None:
-    append_rows(tmp_path / "rows.jsonl", full_rows(seeds=1))
+    put_rows(tmp_path / "rows.jsonl", full_rows(seeds=1))
     recipe: dict[str, Any] = {"recipe": {"convert": {}, "recover": {}}}
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     program = (

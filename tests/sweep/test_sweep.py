@@ -31,7 +31,7 @@ from vmla_convert.measuring.evaluate import HeldOut
 from vmla_convert.measuring.rows import run_name
 from vmla_convert.progress import Advance, Progress, Silent
 from vmla_convert.recovery.stages import recover_model
-from vmla_convert.results import Metric, Row, append_rows, bytes_at_error, read_rows
+from vmla_convert.results import Metric, Row, bytes_at_error, put_rows, read_rows
 from vmla_convert.storage.tensor_store import FolderStore, MemoryStore, TensorStore
 from vmla_convert.sweep import point as measured_point
 from vmla_convert.sweep import shared
@@ -175,7 +175,9 @@ def test_an_interrupted_sweep_resumes(
     file = tmp_path / "rows.jsonl"
     with pytest.raises(PowerCutError):
         run(dense, file, progress=PowerCut(label, before))
-    assert untimed(run(dense, file)) == untimed(whole)
+    resumed = run(dense, file)
+    assert untimed(resumed) == untimed(whole)
+    assert Counter(row.figure for row in resumed) == Counter(row.figure for row in whole)
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
@@ -183,9 +185,7 @@ def test_finished_points_are_not_measured_again(
     whole: list[Row], dense: CausalWanModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     file = tmp_path / "rows.jsonl"
-    append_rows(file, whole)
-    # A kill may cut a line short.
-    file.write_bytes(file.read_bytes() + b'{"metric": "velocity_err')
+    put_rows(file, whole)
     monkeypatch.setattr(pipeline, "measure_point", refuse)
     monkeypatch.setattr(shared, "calibrate", refuse)
     assert run(dense, file) == whole
@@ -195,7 +195,7 @@ def test_only_what_is_new_in_a_larger_grid_is_measured(
     whole: list[Row], dense: CausalWanModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     file, measured = tmp_path / "rows.jsonl", list[object]()
-    append_rows(file, whole)
+    put_rows(file, whole)
 
     def noted(_: object, point: object, *__: object) -> list[Row]:
         measured.append(point)
@@ -308,7 +308,7 @@ def test_rows_that_cannot_be_written_end_the_sweep(
     def refused(*_: object) -> NoReturn:
         raise PermissionError(errno.EACCES, "Permission denied", "rows.jsonl")
 
-    monkeypatch.setattr(pipeline, "append_rows", refused)
+    monkeypatch.setattr(pipeline, "put_rows", refused)
     with pytest.raises(OutputError, match="Permission denied") as caught:
         run(dense, tmp_path / "rows.jsonl", UNTRAINED)
     assert caught.value.hint
@@ -437,7 +437,7 @@ def test_a_dtype_that_is_added_is_measured_without_the_points(
     sizes: list[Row], dense: CausalWanModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     file = tmp_path / "rows.jsonl"
-    append_rows(file, sizes)
+    put_rows(file, sizes)
     monkeypatch.setattr(pipeline, "measure_point", refuse)
     monkeypatch.setattr(shared, "calibrate", refuse)
     rows = run(dense, file, replace(SIZES, dense_dtypes=("int8", "int4", "int2")))

@@ -1,12 +1,13 @@
 """The base model of a codec: name it, find it again, and open it together with the codec.
 
-A codec depends on the tensors that make keys and values, and names its base by their SHA-256.
+A codec depends on the tensors that make keys and values, and names its base by the SHA-256 of these
+tensors in bfloat16. A copy of the base in another precision is then the same base.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from vmla_convert.progress import Progress
 # Prefixes of tensor names that say which of two sources holds a tensor.
 _BASE, _CODEC = "base:", "codec:"
 
+PRECISION = "bfloat16"
+"""Dtype of hashed tensors, as a record names it. Records without a name hash tensors as stored."""
+
 _KEYS_AND_VALUES = ("k.weight", "k.bias", "norm_k.weight", "v.weight", "v.bias")
 
 
@@ -36,8 +40,16 @@ def base_tensors(num_layers: int) -> list[str]:
     ]
 
 
-def tensor_hash(tensor: torch.Tensor) -> str:
-    """SHA-256 in hex of the bytes of a tensor, row by row."""
+def tensor_hash(tensor: torch.Tensor, precision: str | None = PRECISION) -> str:
+    """SHA-256 in hex of the bytes of a tensor, row by row.
+
+    Args:
+        tensor: The tensor.
+        precision: Dtype that the tensor is rounded to; None hashes the tensor as it is stored.
+    """
+    if precision is not None:
+        tensor = tensor.to(getattr(torch, precision))
+    tensor = tensor.detach().cpu()
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
@@ -91,13 +103,13 @@ def _kept_place(codec: Path, path: Path) -> Path | None:
 
 
 def check_base(
-    base: OpenCheckpoint, hashes: Mapping[str, str], codec: Path, progress: Progress
+    base: OpenCheckpoint, record: Mapping[str, Any], codec: Path, progress: Progress
 ) -> None:
     """Refuse a base model other than the one that a codec was made for.
 
     Args:
         base: The model that was found.
-        hashes: SHA-256 of each tensor that the codec depends on.
+        record: The table `base` of the codec's conversion.json.
         codec: The codec's folder, for messages.
         progress: Where to draw.
 
@@ -105,17 +117,36 @@ def check_base(
         CheckpointError: Tensors differ; the message names them.
     """
     plain = replace(base, loras=())
-    other = [
-        name
-        for name in progress.track(list(hashes), "checking base model")
-        if name not in plain.names or tensor_hash(plain.read(name)) != hashes[name]
-    ]
+    other = differing(
+        record, lambda name: plain.read(name) if name in plain.names else None, progress
+    )
     if other:
         raise CheckpointError(
             f"{base.source.path} is not the base model of {codec}: "
-            f"{len(other)} of {len(hashes)} tensors differ: {listed(other)}",
+            f"{len(other)} of {len(record['tensors'])} tensors differ: {listed(other)}",
             "give the model that the codec was made for: --base-model PATH or --teacher PATH",
         )
+
+
+def differing(
+    record: Mapping[str, Any],
+    read: Callable[[str], torch.Tensor | None],
+    progress: Progress,
+) -> list[str]:
+    """Names of the tensors that are not those of a codec's base model.
+
+    Args:
+        record: The table `base` of the codec's conversion.json.
+        read: Gives a tensor by native name, None where there is none.
+        progress: Where to draw.
+    """
+    hashes, precision = record["tensors"], record.get("precision")
+
+    def same(name: str) -> bool:
+        tensor = read(name)
+        return tensor is not None and tensor_hash(tensor, precision) == hashes[name]
+
+    return [n for n in progress.track(list(hashes), "checking base model") if not same(n)]
 
 
 def join(base: OpenCheckpoint, codec: OpenCheckpoint) -> OpenCheckpoint:

@@ -7,7 +7,6 @@ for `diff`, `diff_b`, `diff_m`; diffusers, `loaders/lora_conversion_utils.py`, f
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -16,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from vmla_convert.checkpoint.geometry import blocks
 from vmla_convert.checkpoint.keymap import DIFFUSERS_RULES, fill, listed, strip_wrappers
 from vmla_convert.checkpoint.licences import UNKNOWN, read_licence
 from vmla_convert.checkpoint.source import TensorSource, TensorSpec, open_source
 from vmla_convert.errors import CheckpointError, ConfigError
+from vmla_convert.storage.limits import opened_safetensors
+from vmla_convert.tables import parse_json, read_json
 
 # LongLive keeps the adapters of its generator and of its critic in one file.
 _STATE_KEY = "generator_lora"
@@ -382,7 +382,7 @@ def _read_table(path: Path) -> dict[str, Any]:
     file = (path if path.is_dir() else path.parent) / _ADAPTER_CONFIG
     within = _read_metadata(path).get(_DIFFUSERS_METADATA, "{}")
     try:
-        table = json.loads(file.read_text("utf-8") if file.is_file() else within)
+        table = read_json(file) if file.is_file() else parse_json(within)
     except ValueError as error:
         raise CheckpointError(
             f"the settings of {path} are not JSON: {error}", _CORRECT_SETTINGS
@@ -396,5 +396,5 @@ def _read_metadata(path: Path) -> dict[str, str]:
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if len(files) != 1 or files[0].suffix != ".safetensors":
         return {}
-    with safe_open(files[0], framework="np") as opened:
+    with opened_safetensors(files[0], "np") as opened:
         return opened.metadata() or {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from vmla_convert.config import (
     SourceConfig,
 )
 from vmla_convert.errors import CheckpointError, ConfigError, did_you_mean
-from vmla_convert.tables import from_dict, merged, to_dict
+from vmla_convert.tables import from_dict, merged, read_json, to_dict
 
 FORMAT = "vmla-convert"
 
@@ -59,7 +58,7 @@ def read_config(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        config = json.loads(file.read_text("utf-8"))
+        config = read_json(file)
     except ValueError as error:
         raise CheckpointError(f"{file} is not JSON: {error}", "correct or remove it") from error
     except OSError as error:

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from vmla_convert.checkpoint.choose_file import (
     ENDINGS,
@@ -22,10 +22,12 @@ from vmla_convert.checkpoint.choose_file import (
     PICKLE_SUFFIXES,
     choose_file,
 )
-from vmla_convert.checkpoint.specs import TensorSpec
+from vmla_convert.checkpoint.specs import TensorSpec, refuse_many
 from vmla_convert.checkpoint.torch_pickle import PickledState
 from vmla_convert.errors import CheckpointError, did_you_mean
 from vmla_convert.progress import Progress, Silent
+from vmla_convert.storage.limits import opened_safetensors
+from vmla_convert.tables import read_json
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ def read_weight_map(index: Path, title: str) -> dict[str, str]:
         CheckpointError: The file is no index, or names a file outside its folder.
     """
     try:
-        weight_map = dict(json.loads(index.read_bytes())["weight_map"])
+        weight_map = dict(read_json(index)["weight_map"])
         paths = [PurePosixPath(shard) for shard in sorted(set(weight_map.values()))]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
@@ -213,9 +215,11 @@ def _local_weight_map(index: Path) -> dict[str, Path]:
 
 def _read_header(file: Path) -> dict[str, TensorSpec]:
     try:
-        with safe_open(file, framework="np") as handle:
+        with opened_safetensors(file, "np") as handle:
             # Sorted, because the library gives names in no order.
-            entries = {name: handle.get_slice(name) for name in sorted(handle.keys())}
+            names = sorted(handle.keys())
+            refuse_many(file, len(names))
+            entries = {name: handle.get_slice(name) for name in names}
     except (SafetensorError, OSError) as error:
         reason = str(error).removeprefix("Error while deserializing header: ")
         raise CheckpointError(
@@ -233,6 +237,7 @@ def _joined(
     weight_map: Mapping[str, Path] | None,
 ) -> TensorSource:
     """The tensors of all shards as one source, after a check that the index lists exactly them."""
+    refuse_many(path, sum(map(len, shards.values())))
     held = {(name, shard) for shard, specs in shards.items() for name in specs}
     listed = held if weight_map is None else set(weight_map.items())
     if absent := sorted(name for name, _ in listed - held):

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from vmla_convert.errors import CheckpointError
+from vmla_convert.storage.limits import TENSORS
 
 # The dtypes that store every number by itself. All others are quantised or packed.
 DTYPES = {
@@ -52,6 +53,19 @@ class TensorSpec:
         if dtype not in DTYPES:
             raise quantised(file, name, dtype)
         return cls(tuple(shape), DTYPES[dtype])
+
+
+def refuse_many(file: Path, tensors: int) -> None:
+    """Refuse a checkpoint of more tensors than a model has.
+
+    Raises:
+        CheckpointError: Naming the number.
+    """
+    if tensors > TENSORS:
+        raise CheckpointError(
+            f"{file} lists {tensors:,} tensors, more than {TENSORS:,}",
+            "check that it is a Wan video model",
+        )
 
 
 def quantised(file: Path, name: str, dtype: str) -> CheckpointError:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from vmla_convert.checkpoint.specs import DTYPES, TensorSpec, quantised
+from vmla_convert.checkpoint.specs import DTYPES, TensorSpec, quantised, refuse_many
 from vmla_convert.errors import CheckpointError
+from vmla_convert.storage.limits import HEADER_BYTES
 
 # Trainers keep several state dicts in one file; the averaged generator is the one that is meant
 # to be sampled from. "generator_lora" is left out: a LoRA is no model without its base.
@@ -79,7 +80,15 @@ def _check_zip(file: Path) -> None:
             "download it again; if it is older than torch 1.6, save it again with torch.save",
         )
     with zipfile.ZipFile(file) as archive:
-        packed = [i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED]
+        records = archive.infolist()
+    packed = [each.filename for each in records if each.compress_type != zipfile.ZIP_STORED]
+    refuse_many(file, len(records))
+    pickled = sum(each.file_size for each in records if each.filename.endswith(".pkl"))
+    if pickled > HEADER_BYTES:
+        raise CheckpointError(
+            f"{file} has {pickled:,} bytes beside its tensors, more than {HEADER_BYTES:,}",
+            "save the model's state dict alone with torch.save",
+        )
     if packed:
         raise CheckpointError(
             f"{file} is compressed: {packed[0]}", "load it and torch.save it again"
@@ -152,6 +161,12 @@ def _tensors(payload: dict[Any, Any], key: str | None, file: Path) -> dict[str, 
 def _spec(file: Path, name: str, tensor: torch.Tensor) -> TensorSpec:
     if tensor.dtype not in DTYPES.values():
         raise quantised(file, name, str(tensor.dtype).removeprefix("torch."))
+    # A view can repeat a few stored numbers without end.
+    if tensor.layout is torch.strided and tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise CheckpointError(
+            f"{file} declares {tensor.nbytes:,} bytes for {name} and stores fewer",
+            "load it, and torch.save a contiguous copy of each tensor",
+        )
     # Sparse and nested tensors, tensors without data, and flags that change what the bytes mean.
     plain = tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_meta)
     if not plain or tensor.is_conj() or tensor.is_neg():

@@ -41,6 +41,7 @@ from vmla_convert.storage.output import (
     write_whole,
 )
 from vmla_convert.storage.tensor_store import FolderStore, Tensors, save_tensors
+from vmla_convert.tables import read_json
 
 PICKLE_NAME = "model.pt"
 
@@ -199,7 +200,7 @@ class CheckpointWriter:
         """Continue from the last commit, without what was written after it."""
         if self._state_file.is_file():
             try:
-                record = json.loads(self._state_file.read_text("utf-8"))
+                record = read_json(self._state_file)
                 self._done, self._state = list(record["done"]), record["state"]
                 for part in self._done:
                     with safe_open(self._store.file(part), framework="pt"):

@@ -13,6 +13,7 @@ import typer
 from vmla_convert import __version__
 from vmla_convert.cli.checkpoints import export, inspect, push
 from vmla_convert.cli.convert import convert
+from vmla_convert.cli.doctor import doctor
 from vmla_convert.cli.generate import generate
 from vmla_convert.cli.measure import evaluate, report
 from vmla_convert.cli.recipes import demo, recipes_app, run, sweep
@@ -45,6 +46,7 @@ def _version(
 
 
 COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
+    "doctor": (doctor, "vmla doctor model.pt"),
     "inspect": (inspect, "vmla inspect model.pt"),
     "convert": (convert, "vmla convert model.pt -o kv --cut 0.95 --data clips.safetensors"),
     "recover": (recover, "vmla recover kv -o kv-recovered --nested --steps 200"),

@@ -15,6 +15,14 @@ def require_nonnegative(config: Any, *names: str) -> None:
             raise ConfigError(f"{name} {value:g} must be at least 0")
 
 
+def require_at_most(config: Any, most: int, *names: str) -> None:
+    """Raise a ConfigError that names the first setting above `most`."""
+    for name in names:
+        value: int = getattr(config, name)
+        if value > most:
+            raise ConfigError(f"{name} {value} must be at most {most}")
+
+
 def require_at_least(config: Any, least: int, *names: str) -> None:
     """Raise a ConfigError that names the first setting below `least`."""
     for name in names:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vmla_convert.config.checks import require_at_least, require_at_most
 from vmla_convert.errors import ConfigError
+
+LARGEST = 2**16
+"""Largest number of channels, tokens or layers; Wan 14B's largest is 13,824."""
+
+_SIZES = ("dim", "ffn_dim", "num_heads", "in_dim", "out_dim", "freq_dim", "text_dim", "text_len")
 
 DENSE_ITEMSIZE = 2
 """Bytes that an unquantised number counts as when sizes are compared."""
@@ -27,6 +33,13 @@ class Geometry:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        require_at_least(self, 0, "num_layers")  # a model without its blocks
+        require_at_least(self, 1, *_SIZES)
+        require_at_most(self, LARGEST, "num_layers", *_SIZES)
+        if not all(1 <= side <= LARGEST for side in self.patch_size):
+            raise ConfigError(f"patch_size {list(self.patch_size)} is not of three sides")
+        if not 0 < self.eps < 1:
+            raise ConfigError(f"eps {self.eps:g} must be between 0 and 1")
         if self.num_heads < 1 or self.dim % self.num_heads or self.head_dim % 2:
             raise ConfigError(
                 f"dim {self.dim} does not split into {self.num_heads} heads of even width"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 from vmla_convert.config.cache import DENSE_BITS, CachePolicy, RuntimeConfig
-from vmla_convert.config.checks import require_at_least
-from vmla_convert.config.geometry import DENSE_ITEMSIZE, Geometry
+from vmla_convert.config.checks import require_at_least, require_at_most
+from vmla_convert.config.geometry import DENSE_ITEMSIZE, LARGEST, Geometry
 from vmla_convert.config.sizes import RankPlan, Sizes
 from vmla_convert.errors import ConfigError
 
@@ -37,7 +38,7 @@ class SamplerConfig:
             raise ConfigError(
                 f"denoising_step_list {list(steps)} is not a descending list from 1000 to 1"
             )
-        if self.shift <= 0:
+        if not 0 < self.shift < inf:
             raise ConfigError(f"shift {self.shift:g} must be above 0")
 
 
@@ -152,6 +153,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "chunk_frames", "frames_per_second")
+        require_at_most(self, LARGEST, "chunk_frames", "frames_per_second")
         if self.mla and self.codec:
             raise ConfigError("a model has an MLA layer and a codec", "make one of them")
         if self.codec and self.codec.rank > self.geometry.dense_cache_scalars:
@@ -162,7 +164,9 @@ class ModelConfig:
             )
         _, rows, columns = self.geometry.patch_size
         height, width = self.latent_size
-        if min(height, width) < 1 or height % rows or width % columns:
+        if not 1 <= min(height, width) <= max(height, width) <= LARGEST:
+            raise ConfigError(f"latent_size {height} x {width} is not between 1 and {LARGEST}")
+        if height % rows or width % columns:
             raise ConfigError(
                 f"latent_size {height} x {width} is not divided by patches of {rows} x {columns}"
             )
@@ -191,6 +195,9 @@ class ModelConfig:
             raise ConfigError(
                 f"mla must name ranks and pairs for {self.geometry.num_layers} layers"
             )
+        pairs = self.geometry.head_dim // 2
+        if self.mla and not all(0 <= pair < pairs for each in self.mla.rope_pairs for pair in each):
+            raise ConfigError(f"mla has rope_pairs that a head of {pairs} pairs does not have")
 
     @property
     def tokens_per_frame(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vmla_convert.config.geometry import DENSE_ITEMSIZE, Geometry
+from vmla_convert.config.geometry import DENSE_ITEMSIZE, LARGEST, Geometry
 from vmla_convert.errors import ConfigError
 
 
@@ -32,6 +32,8 @@ class RankPlan:
         hint = f"use the sizes of a conversion to a {latent} latent"
         if not all(self.rope_pairs):
             raise ConfigError("rope_pairs leave a layer without a rope key", hint)
+        if not all(0 < rank <= LARGEST for rank in self.kv_lora_rank):
+            raise ConfigError(f"a kv_lora_rank is not between 1 and {LARGEST}", hint)
         parts = list(zip(self.key_ranks, self.kv_lora_rank, strict=False))
         if len(self.key_ranks) != (len(self.kv_lora_rank) if latent == "split" else 0):
             raise ConfigError(f"key_ranks do not fit a {latent} latent", hint)
@@ -81,8 +83,10 @@ class Sizes:
             raise ConfigError(f"cut {self.cut:g} is not between 0 and 1", "try --cut 0.95")
         for name in ("bytes_per_token", "rank", "kv_lora_rank"):
             value: float | None = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name} {value:g} must be above 0", "try --cut 0.95")
+            if value is not None and not 0 < value <= LARGEST:
+                raise ConfigError(
+                    f"{name} {value:g} is not between 1 and {LARGEST}", "try --cut 0.95"
+                )
 
     @property
     def is_budget(self) -> bool:

@@ -38,6 +38,9 @@ from vmla_convert.progress import Progress, Silent
 from vmla_convert.storage.tensor_store import MemoryStore, TensorStore
 from vmla_convert.training.losses import Example, make_example, teacher_forcing_inputs
 
+CALIBRATING, WEIGHING = "calibrating", "weighing errors"
+"""Labels of the two passes: statistics of activations, and what reads them."""
+
 ReadBlock = Callable[[int], Block]
 """Gives a block by index. The caller drops the block before asking for the next one."""
 
@@ -75,10 +78,10 @@ def calibrate(
     layers = range(shell.config.geometry.num_layers)
     if not store.has(_statistics(0)):
         walk = _Walk(shell, clips, count, seed, store, product)
-        for layer in progress.track(layers, "calibrating"):
+        for layer in progress.track(layers, CALIBRATING):
             walk.forward(layer, get_block)
         walk.start_backward(len(layers))
-        for layer in progress.track(reversed(layers), "weighing errors", len(layers)):
+        for layer in progress.track(reversed(layers), WEIGHING, len(layers)):
             walk.backward(layer, get_block)
     return lambda layer: LayerStatistics.from_tensors(store.get(_statistics(layer)))
 

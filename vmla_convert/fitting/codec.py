@@ -12,7 +12,9 @@ from vmla_convert.checkpoint.source import TensorSpec
 from vmla_convert.config import CodecConfig, ConvertConfig, Geometry, ModelConfig, Sizes
 from vmla_convert.errors import ConfigError
 from vmla_convert.fitting.calibrate import Statistics
+from vmla_convert.fitting.layer_statistics import LayerStatistics
 from vmla_convert.fitting.weights import Read, cast_finite, layer_weights, with_tensors
+from vmla_convert.layers.codec import LayerCodec
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.layers.runtime import check_size
 from vmla_convert.maths.codec import CodecFit, assume_codec, fit_codec
@@ -59,13 +61,17 @@ def codec_settings(dense: ModelConfig, config: ConvertConfig) -> CodecConfig:
 
 def codec_specs(model: ModelConfig, config: ConvertConfig) -> dict[str, TensorSpec]:
     """Shape and dtype of every tensor of a codec, by native name."""
+    geometry, codec = model.geometry, model.codec
+    assert codec is not None
     dtype = getattr(torch, config.dtype or "bfloat16")
     with torch.device("meta"):
-        state = CausalWanModel(model).state_dict()
+        state = LayerCodec(geometry.dim, geometry.num_heads, codec.rank).state_dict()
     return {
-        name: TensorSpec(tuple(t.shape), dtype if name.endswith(_WIDE) else torch.float32)
+        f"blocks.{layer}.codec.{name}": TensorSpec(
+            tuple(t.shape), dtype if name in _WIDE else torch.float32
+        )
+        for layer in range(geometry.num_layers)
         for name, t in state.items()
-        if ".codec." in name
     }
 
 
@@ -85,11 +91,15 @@ def codec_fitter(
     def fit(layer: int) -> CodecFit:
         if statistics is None:
             return assume_codec(layer_weights(read, layer, dense.geometry.num_heads), channels)
-        measured = statistics(layer)
-        assert measured.samples is not None
-        return fit_codec(*measured.past, measured.samples, channels)
+        return fit_measured(statistics(layer), channels)
 
     return fit
+
+
+def fit_measured(measured: LayerStatistics, channels: int) -> CodecFit:
+    """Fit the codec of a layer to the layer's statistics."""
+    assert measured.samples is not None
+    return fit_codec(*measured.past, measured.samples, channels)
 
 
 def codec_tensors(fit: CodecFit, layer: int, specs: dict[str, TensorSpec]) -> dict[str, Tensor]:

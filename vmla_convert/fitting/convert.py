@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import resource
 import sys
@@ -13,6 +12,7 @@ from time import perf_counter
 from typing import Any
 
 from vmla_convert import __version__
+from vmla_convert.checkpoint.families import open_checkpoint
 from vmla_convert.checkpoint.source import fingerprint
 from vmla_convert.checkpoint.writer import CheckpointWriter
 from vmla_convert.config import ConvertConfig, ModelConfig, RankPlan
@@ -30,14 +30,15 @@ from vmla_convert.fitting.mla import layer_inputs
 from vmla_convert.fitting.plan import check_start, plan_conversion
 from vmla_convert.fitting.rank_plan import plan_ranks
 from vmla_convert.fitting.write import write_codec, write_mla
-from vmla_convert.loading.load import CONVERSION_NAME, Source
+from vmla_convert.loading.load import CONVERSION_NAME, Source, read_provenance
 from vmla_convert.loading.metadata_files import LAYOUTS, converted_files
 from vmla_convert.media.clips import recorded
 from vmla_convert.progress import Progress, Silent, Timed
 from vmla_convert.results import library_versions
+from vmla_convert.storage.lock import sole_writer
 from vmla_convert.storage.output import partial_folder
 from vmla_convert.storage.tensor_store import FolderStore
-from vmla_convert.tables import from_dict, to_dict
+from vmla_convert.tables import from_dict, read_json, to_dict
 
 PRESETS = {"videomla": ConvertConfig(product="mla", init="spectral")}
 """VideoMLA's init and sizes (192 + 32 numbers); the key norm, which VideoMLA drops, is kept."""
@@ -87,9 +88,20 @@ def convert(
         CheckpointError: The source cannot be read, has an unknown layout, is converted already, or
             holds a number that is not finite.
         ConfigError: The init or a size does not fit the model, or the layout is unknown.
-        OutputError: `out` exists already, or cannot be written.
+        OutputError: `out` exists already, cannot be written, or is written by another process.
     """
-    config = config or ConvertConfig()
+    with sole_writer(out):
+        return _convert(source, out, config or ConvertConfig(), progress, resume, layout)
+
+
+def _convert(
+    source: Source,
+    out: Path,
+    config: ConvertConfig,
+    progress: Progress | None,
+    resume: bool,
+    layout: str,
+) -> Conversion:
     started, progress = perf_counter(), Timed(progress or Silent())
     checkpoint = open_dense(source, progress)
     plan = plan_conversion(checkpoint, config, layout, progress=progress)
@@ -122,6 +134,13 @@ def convert(
     if store:
         store.remove()
     return done
+
+
+def read_conversion(out: Path) -> Conversion:
+    """A conversion as `convert` returned it, from its folder."""
+    record = read_provenance(out)
+    figures = (record[name] for name in ("convert_seconds", "factor_seconds", "peak_rss_bytes"))
+    return Conversion(out, open_checkpoint(out).config, *figures)
 
 
 def _outcome(done: Conversion, config: ConvertConfig, progress: Timed) -> dict[str, Any]:
@@ -210,7 +229,7 @@ def read_plan(path: Path) -> RankPlan:
         places = [layout.place(CONVERSION_NAME) for layout in LAYOUTS.values()]
         file = next((path / place for place in places if (path / place).is_file()), path)
     try:
-        return from_dict(RankPlan, json.loads(file.read_text())["plan"], "plan")
+        return from_dict(RankPlan, read_json(file)["plan"], "plan")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} holds no plan", "give the folder of a conversion, or its conversion.json"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmla_convert.checkpoint.base import base_tensors, tensor_hash
+from vmla_convert.checkpoint.base import PRECISION, base_tensors, tensor_hash
 from vmla_convert.checkpoint.families import OpenCheckpoint
 from vmla_convert.checkpoint.hub import cached_repo
 from vmla_convert.checkpoint.known import known_model
@@ -115,7 +115,7 @@ def base_record(source: Source, checkpoint: OpenCheckpoint, progress: Progress) 
         record |= {"file": "/".join(inside)} if inside else {}
     if checkpoint.loras:
         record["loras"] = [f"{lora.path.absolute()}:{lora.scale!r}" for lora in checkpoint.loras]
-    return record | {"tensors": hashes}
+    return record | {"precision": PRECISION, "tensors": hashes}
 
 
 def _settings(source: Source) -> SourceConfig:

@@ -65,13 +65,14 @@ def rollout(
     size, first = config.chunk_frames, new_prompt(0)
     assert first is not None, "a rollout begins with a prompt"
     clips = len(first.context)
-    cache, prompt = model.new_cache(clips, runtime), model.project_prompt(first.context.to(weight))
+    given = 0 if prefix is None else prefix.shape[1]
+    cache = model.new_cache(clips, runtime, frames=given + chunks * size)
+    prompt = model.project_prompt(first.context.to(weight))
     past: deque[Tensor] = deque(maxlen=-(-config.cache.window_frames // size))
     for chunk in [] if prefix is None else prefix_chunks(prefix.to(weight), size):
         write_clean(model, chunk, prompt, cache)
         past.append(chunk)
         yield chunk
-    given = 0 if prefix is None else prefix.shape[1]
     shape = (clips, size, config.geometry.in_dim, *config.latent_size)
     for index in range(chunks):
         start = index * size

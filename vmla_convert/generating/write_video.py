@@ -33,6 +33,7 @@ from vmla_convert.media.base import latent_frames_per_second
 from vmla_convert.media.open import check_prompts, open_media
 from vmla_convert.media.prompts import EncodedPrompts
 from vmla_convert.progress import Progress, Silent
+from vmla_convert.storage.lock import sole_writer
 
 
 class Written(NamedTuple):
@@ -75,11 +76,27 @@ def write_video(
     Raises:
         CheckpointError: A checkpoint cannot be opened.
         ConfigError: A setting does not fit.
-        OutputError: The file exists.
+        OutputError: The file exists, or another process writes it.
         VmlaError: The text encoder does not understand a prompt.
     """
+    with sole_writer(path):
+        settings = config, runtime or RuntimeConfig(), media or MediaConfig()
+        length = seconds, prompt_at, image
+        return _write_video(path, sources, *settings, *length, progress or Silent())
+
+
+def _write_video(
+    path: Path,
+    sources: Sequence[SourceConfig],
+    config: GenerateConfig,
+    runtime: RuntimeConfig,
+    media: MediaConfig,
+    seconds: float | None,
+    prompt_at: Sequence[str],
+    image: Path | None,
+    progress: Progress,
+) -> Written:
     check_video_path(path)
-    progress, runtime = progress or Silent(), runtime or RuntimeConfig()
     names = _names([source.checkpoint for source in sources])
     opened = {name: open_named(source) for name, source in zip(names, sources, strict=True)}
     job = _Job(opened, _runtimes(opened, runtime), config, runtime, progress)
@@ -93,7 +110,7 @@ def write_video(
     switches = [parse_switch(text, clips, config.keep_sink, rate) for text in prompt_at]
     prompts = [*config.prompts, *(prompt for switch in switches for prompt in switch.prompts)]
     check_prompts(first.config, prompts)
-    own = open_media(first.config, media or MediaConfig(), first.model_path, job.device, job.dtype)
+    own = open_media(first.config, media, first.model_path, job.device, job.dtype)
     prefix = read_prefix(image, own, first.config.latent_size, frames) if image else None
     # The demo world encodes prompts at once; Wan's text encoder takes a while.
     text = EncodedPrompts(own, prompts, progress if first.config.media == "wan" else None)

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from vmla_convert.interop.slot_window import SlotWindow
-from vmla_convert.interop.tokens import EncodedStore, RotaryTables, Slots, TokenCache
+from vmla_convert.interop.tokens import (
+    EncodedStore,
+    RotaryTables,
+    Slots,
+    TokenCache,
+    placed_codec,
+)
 from vmla_convert.layers.codec import LayerCodec
 from vmla_convert.maths.rates import Rate
 
@@ -72,9 +78,7 @@ class HeadCodecs:
         """Empty slots for heads from the `first` on."""
         place = (first, slots.heads, slots.dtype, slots.device)
         if place not in self._placed:
-            heads = slice(first, first + slots.heads)
-            codec = self._codec.part(heads, len(self._rate.widths))
-            self._placed[place] = _cast(codec, slots.dtype).to(slots.device)
+            self._placed[place] = placed_codec(self._codec, self._rate, slots, first)
         return EncodedStore(self._placed[place], self._rate, slots, self._sum_over_heads)
 
 
@@ -203,7 +207,7 @@ class CodecKVCache:
         if move is not None:
             part.cache.move(*move)
         part.write(chunk, key, value, current_chunk_start + self._ahead)
-        keys, values = part.read(visible)
+        keys, values = part.cache.read_parts([slots for slots in visible if slots])
         # The chunk is encoded after every pass, so that no pass leaves dense tensors behind.
         part.cache.settle()
         return AttentionView(keys, values, chunk.start, chunk.stop, window.filled, window.tokens)
@@ -257,18 +261,3 @@ class _Heads:
         dtype = self.cache.slots.dtype
         self.cache.write(chunk, key.to(dtype), value.to(dtype), first)
         self._written = max(self._written, chunk.stop)
-
-    def read(self, visible: list[range]) -> tuple[Tensor, Tensor]:
-        """Keys and values of slots, both (B, S, heads, D)."""
-        parts = [self.cache.read(slots) for slots in visible if slots]
-        if len(parts) == 1:
-            return parts[0]
-        keys, values = zip(*parts, strict=True)
-        return torch.cat(keys, 1), torch.cat(values, 1)
-
-
-def _cast(codec: LayerCodec, dtype: torch.dtype) -> LayerCodec:
-    """Linear maps in the dtype of a cache; means and tables stay float32."""
-    for parameter in codec.requires_grad_(False).parameters():
-        parameter.data = parameter.data.to(dtype)
-    return codec

@@ -10,7 +10,7 @@ Shapes: B batch, S tokens, N slots, H heads, D head dim (H·D = d).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vmla_convert.errors import ConfigError
 from vmla_convert.layers.attention import TILE_MIB, in_float32
 from vmla_convert.layers.codec import LayerCodec
 from vmla_convert.maths.rates import Rate
@@ -80,11 +81,15 @@ class TokenRuns:
         """The tokens in slots, in the order of the slots.
 
         Raises:
-            ValueError: A slot was never written.
+            ConfigError: A slot was never written.
         """
         found = self._within(slots)
         if sum(len(run) for run, _ in found) != len(slots):
-            raise ValueError(f"slots {slots.start} to {slots.stop} were not all written")
+            raise ConfigError(
+                f"the program attends to slots {slots.start} to {slots.stop} of its cache, which "
+                "it did not write since the codec was attached",
+                "attach between two clips, or observe whole clips",
+            )
         return tuple((token, len(run)) for run, token in found)
 
     def slots(self) -> list[range]:
@@ -239,6 +244,17 @@ class EncodedStore:
             key[:, inside] = decoded
 
 
+def placed_codec(codec: LayerCodec, rate: Rate, slots: Slots, first: int = 0) -> LayerCodec:
+    """The stored channels of a codec, for the slots' heads, which begin with head `first`.
+
+    The linear maps get the dtype of the slots; means and tables stay float32.
+    """
+    part = codec.part(slice(first, first + slots.heads), len(rate.widths)).requires_grad_(False)
+    for linear in (part.encode, part.decode):
+        linear.data = linear.data.to(slots.dtype)
+    return part.to(slots.device)
+
+
 class _Chunk(NamedTuple):
     slots: range
     key: Tensor
@@ -291,21 +307,34 @@ class TokenCache:
 
     def read(self, slots: range) -> tuple[Tensor, Tensor]:
         """Keys and values, both (B, S, H, D); those of the newest chunk are exactly as written."""
+        return self.read_parts((slots,))
+
+    def read_parts(self, parts: Sequence[range]) -> tuple[Tensor, Tensor]:
+        """Keys and values of several ranges of slots, one after the other, as `read`."""
         chunk = self._chunk
-        at = chunk.slots if chunk else range(slots.stop, slots.stop)
-        own = _overlap(at, slots)
-        exact = [x[:, _inside(own, at)] for x in (chunk.key, chunk.value)] if chunk and own else []
-        if exact and len(own) == len(slots):
-            return exact[0], exact[1]
-        shape = (self.slots.batch, len(slots), *self.slots.entry)
+        if chunk is not None and len(parts) == 1 and _overlap(chunk.slots, parts[0]) == parts[0]:
+            inside = _inside(parts[0], chunk.slots)
+            return chunk.key[:, inside], chunk.value[:, inside]
+        shape = (self.slots.batch, sum(map(len, parts)), *self.slots.entry)
         key = torch.empty(shape, dtype=self.slots.dtype, device=self.slots.device)
-        value = torch.empty_like(key)
+        value, done = torch.empty_like(key), 0
+        for part in parts:
+            place = slice(done, done + len(part))
+            self._fill(part, key[:, place], value[:, place])
+            done += len(part)
+        return key, value
+
+    def _fill(self, slots: range, key: Tensor, value: Tensor) -> None:
+        """Copy the newest chunk's part of some slots, and decode the others."""
+        chunk = self._chunk
+        at = chunk.slots if chunk is not None else range(slots.stop, slots.stop)
+        own = _overlap(at, slots)
+        if chunk is not None and own:
+            key[:, _inside(own, slots)] = chunk.key[:, _inside(own, at)]
+            value[:, _inside(own, slots)] = chunk.value[:, _inside(own, at)]
         for part in filter(None, _outside(at, slots)):
             inside = _inside(part, slots)
             self.store.read(part, key[:, inside], value[:, inside], self._rotary_of(part))
-        for entries, new in zip((key, value), exact, strict=False):
-            entries[:, _inside(own, slots)] = new
-        return key, value
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all slots, both (B, N, H, D); slots without a token are zeros."""

@@ -7,6 +7,7 @@ Latents are (B, F, C, height, width) in every public method.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from vmla_convert.config import (
     DENSE_BITS,
     DENSE_ITEMSIZE,
+    CachePolicy,
     ModelConfig,
     RuntimeConfig,
     Sizes,
@@ -28,6 +30,7 @@ from vmla_convert.layers.runtime import check_runtime, codec_rates, new_layer_ca
 from vmla_convert.maths.masks import AttentionMask
 from vmla_convert.maths.rates import Rate
 from vmla_convert.maths.rope3d import Rotary, rotary_table, token_positions
+from vmla_convert.storage.limits import require_memory
 
 Prompt = tuple[Entries, ...]
 """Key and value of the prompt in the cross-attention of every block, both (B, S, d)."""
@@ -150,15 +153,30 @@ class CausalWanModel(nn.Module):
 
     # The cache
 
-    def new_cache(self, batch: int, runtime: RuntimeConfig | None = None) -> KVCache:
+    def new_cache(
+        self, batch: int, runtime: RuntimeConfig | None = None, frames: int | None = None
+    ) -> KVCache:
         """An empty cache for a batch of clips, under the model's own policy.
 
+        Args:
+            batch: Number of clips.
+            runtime: Size, precision and place of the cache.
+            frames: Frames that will be written in all, where that is known. A video that is shorter
+                than the window takes no more slots than it has frames.
+
         Raises:
-            ConfigError: The model cannot run with these settings.
+            ConfigError: The model cannot run with these settings, or memory is lacking.
         """
         runtime = runtime or RuntimeConfig()
         check_runtime(self.config, runtime)
-        weight, policy = self.patch_embedding.weight, self.config.cache
+        weight, policy = self.patch_embedding.weight, _shortened(self.config, frames)
+        slots, window = policy.window_frames, self.config.cache.window_frames
+        require_memory(
+            self.cache_bytes(batch, runtime) * slots // window,
+            torch.device("cpu") if runtime.offload else weight.device,
+            f"a cache of {slots} frames for {batch} clips",
+            "use a smaller window (--set model.cache.window_frames=21) or fewer prompts",
+        )
         storage = Storage(
             batch, self.config.tokens_per_frame, weight.dtype, weight.device, runtime.offload
         )
@@ -233,6 +251,14 @@ class CausalWanModel(nn.Module):
         """Undo `checkpoint_blocks`."""
         for block in self.all_blocks():
             del block.forward
+
+
+def _shortened(config: ModelConfig, frames: int | None) -> CachePolicy:
+    """The policy of a cache that will see so many frames, which never fill a larger window."""
+    policy = config.cache
+    least = policy.sink_frames + policy.dense_recent_frames + config.chunk_frames
+    slots = policy.window_frames if frames is None else max(least, frames)
+    return replace(policy, window_frames=min(policy.window_frames, slots))
 
 
 def sinusoids(timestep: Tensor, width: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from vmla_convert.config import ModelConfig, Sizes
 from vmla_convert.errors import CheckpointError
 from vmla_convert.layers.codec import LayerCodec
 from vmla_convert.layers.runtime import codec_rates
-from vmla_convert.loading.load import Source, check_whole, is_codec, locate, read_provenance
+from vmla_convert.loading.load import Source, is_codec, locate, read_provenance
 from vmla_convert.loading.metadata_files import converted_files
 from vmla_convert.maths.rates import Rate
 
@@ -83,18 +83,35 @@ def open_codec(source: Source) -> Codec:
             f"{path} is not a cache codec",
             "give a folder of vmla convert, or of codec.save in your own pipeline",
         )
-    opened = open_checkpoint(path, how)
-    check_whole(opened)
+    opened = open_checkpoint(path, replace(how, base_model=None))
+    _check_shapes(opened)
     layers = range(opened.config.geometry.num_layers)
     return Codec(
         opened.config, tuple(_read_layer(opened, layer) for layer in layers), read_provenance(path)
     )
 
 
-def _read_layer(opened: OpenCheckpoint, layer: int) -> LayerCodec:
+def _check_shapes(opened: OpenCheckpoint) -> None:
+    found, layers = opened.specs(), range(opened.config.geometry.num_layers)
+    for layer in layers:
+        for name, tensor in _empty(opened).state_dict().items():
+            spec = found.get(f"blocks.{layer}.codec.{name}")
+            if spec is None or spec.shape != tuple(tensor.shape):
+                raise CheckpointError(
+                    f"layer {layer} of {opened.source.path} has {name} of shape "
+                    f"{spec and spec.shape}, its config asks for {tuple(tensor.shape)}",
+                    "fit or convert again",
+                )
+
+
+def _empty(opened: OpenCheckpoint) -> LayerCodec:
     geometry, settings = opened.config.geometry, opened.config.codec
     assert settings is not None
-    codec = LayerCodec(geometry.dim, geometry.num_heads, settings.rank)
+    return LayerCodec(geometry.dim, geometry.num_heads, settings.rank)
+
+
+def _read_layer(opened: OpenCheckpoint, layer: int) -> LayerCodec:
+    codec = _empty(opened)
     state = {name: opened.read(f"blocks.{layer}.codec.{name}") for name in codec.state_dict()}
     codec.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     return codec.requires_grad_(False)

@@ -13,6 +13,7 @@ from vmla_convert.errors import ConfigError, did_you_mean
 from vmla_convert.loading.load import Source, check_whole, open_named, read_provenance
 from vmla_convert.loading.metadata_files import Files, converted_files, dense_files, parts_to_copy
 from vmla_convert.progress import Progress, Silent
+from vmla_convert.storage.lock import sole_writer
 from vmla_convert.storage.output import refuse_taken
 
 SELF_FORCING = "self_forcing"
@@ -56,10 +57,16 @@ def export(
     Raises:
         CheckpointError: The source cannot be read, or is of no known family.
         ConfigError: The layout is unknown, or has no place for a key.
-        OutputError: `out` is taken, or cannot be written.
+        OutputError: `out` is taken, cannot be written, or is written by another process.
     """
+    with sole_writer(out):
+        return _export(source, out, layout, key, progress or Silent())
+
+
+def _export(
+    source: Source, out: Path, layout: str | None, key: str | None, progress: Progress
+) -> Path:
     refuse_taken(out)  # before a download
-    progress = progress or Silent()
     checkpoint = open_named(source, progress)
     chosen = layout or _LAYOUT_OF_FAMILY.get(checkpoint.config.family, "native")
     _check_options(chosen, key)

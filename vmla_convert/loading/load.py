@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from importlib.resources import files
@@ -31,7 +30,7 @@ from vmla_convert.layers.block import Block
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.layers.runtime import check_runtime
 from vmla_convert.progress import Progress, Silent
-from vmla_convert.tables import from_dict
+from vmla_convert.tables import from_dict, read_json
 
 DEMO = "demo"
 CONVERSION_NAME = "conversion.json"
@@ -96,14 +95,14 @@ def _refuse_base(how: SourceConfig) -> None:
 def _with_base(codec: OpenCheckpoint, how: SourceConfig, progress: Progress) -> OpenCheckpoint:
     folder = located(codec.source.path).parent
     base = open_checkpoint(*locate(base_of(codec.source.path, how)))
-    hashes = read_provenance(codec.source.path).get("base", {}).get("tensors", {})
-    if not hashes:
+    record = read_provenance(codec.source.path).get("base", {})
+    if not record.get("tensors"):
         raise CheckpointError(
             f"{folder} does not say which base model its codec was made for",
             "convert the base model again",
         )
     joined = join(base, codec)
-    check_base(base, hashes, folder, progress)
+    check_base(base, record, folder, progress)
     return joined
 
 
@@ -207,7 +206,7 @@ def read_provenance(converted: Source) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        record = json.loads(file.read_text("utf-8"))
+        record = read_json(file)
         from_dict(SourceConfig, record.get("source", {}).get("asked", {}))
     except (ValueError, AttributeError, ConfigError) as error:
         raise CheckpointError(

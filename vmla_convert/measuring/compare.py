@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from vmla_convert.config import GenerateConfig, RuntimeConfig
@@ -20,11 +21,12 @@ def compare(
     converted: CausalWanModel,
     config: GenerateConfig,
     path: Path,
+    keep_rows: Callable[[list[Row]], object],
     progress: Progress | None = None,
     media: Media | None = None,
     runtime: RuntimeConfig | None = None,
-) -> list[Row]:
-    """Write a film and a contact sheet of both models, and return the scores of both.
+) -> None:
+    """Score both models, and then write a film and a contact sheet of both.
 
     Only the demo world has a ground truth to score against; other models give no rows.
 
@@ -33,6 +35,8 @@ def compare(
         converted: The converted model.
         config: Prompts, length and seed.
         path: The mp4 file; the contact sheet is written beside it.
+        keep_rows: Receives the scores before a file appears: a resumed recipe takes the files as a
+            sign that the scores are written.
         progress: Where progress is drawn.
         media: Text encoder and VAE of both models; by default those of the dense model.
         runtime: How the converted model runs.
@@ -57,7 +61,6 @@ def compare(
     scored = models if dense.config.media == "demo" else {}
     for name, model in scored.items():
         rows += rollout_rows(clips[name], prompts, model.config, config.seed)
-    # Write files last: a resumed recipe takes existing files as a sign that scores are written.
+    keep_rows(rows)
     shown = {name: video[: config.shown] for name, video in clips.items()}
     write_comparison(path, shown, prompts[: config.shown], media)
-    return rows

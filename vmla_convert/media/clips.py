@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from vmla_convert.checkpoint.hub import is_repo
@@ -24,6 +24,7 @@ from vmla_convert.config import DataConfig
 from vmla_convert.demo.world import TRAIN_IMAGES, Clips, Split, digit_images, sample_clips
 from vmla_convert.errors import ConfigError, NoClipsError
 from vmla_convert.media.demo import DemoMedia
+from vmla_convert.storage.limits import opened_safetensors
 
 HELD_OUT_SHARE = 0.1
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
@@ -179,7 +180,7 @@ def _read_header(file: Path) -> _Shard:
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
     try:
-        with safe_open(file, framework="pt") as tensors:
+        with opened_safetensors(file) as tensors:
             yield tensors
     except SafetensorError as error:
         raise ConfigError(f"{file} is no safetensors file: {error}", _LAYOUT) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from vmla_convert.checkpoint.hub import cached_repo, fetch_parts, has_parts, is_
 from vmla_convert.checkpoint.source import located
 from vmla_convert.config import ModelConfig
 from vmla_convert.errors import CheckpointError, ConfigError
+from vmla_convert.tables import read_json
 
 Part = Literal["vae", "text_encoder", "tokenizer"]
 PARTS: tuple[Part, ...] = ("vae", "text_encoder", "tokenizer")
@@ -68,7 +68,7 @@ class Components:
         name = f"{part}/config.json"
         file = self._root(part, name) / name
         try:
-            table = json.loads(file.read_text("utf-8"))
+            table = read_json(file)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{file} cannot be read as JSON", _HINT) from error
         if not isinstance(table, dict):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
@@ -12,7 +11,7 @@ from typing import Any
 
 from vmla_convert.config import Recipe, parse_recipe
 from vmla_convert.errors import ConfigError, NoClipsError, did_you_mean, refuse_existing
-from vmla_convert.tables import merged, override
+from vmla_convert.tables import merged, override, parse_toml, read_text
 
 
 def available_recipes() -> dict[str, Path]:
@@ -86,6 +85,6 @@ def _read_tables(path: str | Path) -> dict[str, Any]:
             f"give a TOML file, or a name that 'vmla recipes' lists: {', '.join(known)}",
         )
     try:
-        return tomllib.loads(file.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return parse_toml(read_text(file))
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error

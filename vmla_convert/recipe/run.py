@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from vmla_convert.config import (
     SourceConfig,
 )
 from vmla_convert.errors import ConfigError, OutputError, refuse_existing
-from vmla_convert.fitting.convert import convert
+from vmla_convert.fitting.convert import convert, read_conversion
 from vmla_convert.loading.load import build, compute_device, load, open_named
 from vmla_convert.measuring.compare import compare
 from vmla_convert.measuring.rows import conversion_rows, memory_rows
@@ -27,7 +28,8 @@ from vmla_convert.progress import Progress, Silent
 from vmla_convert.recipe.check import check_recipe, is_made, step0_folder
 from vmla_convert.recovery.recover import recover
 from vmla_convert.report.report import write_report
-from vmla_convert.results import RECIPE_NAME, ROWS_NAME, Row, append_rows, library_versions
+from vmla_convert.results import RECIPE_NAME, ROWS_NAME, Row, library_versions, put_rows
+from vmla_convert.storage.lock import sole_writer
 from vmla_convert.sweep.grid import SweepPoint
 from vmla_convert.sweep.point import labelled
 from vmla_convert.sweep.sweep import sweep
@@ -62,7 +64,8 @@ def run_recipe(
 
     Raises:
         ConfigError: Several processes were started for a sweep with other stages beside it.
-        OutputError: The folder holds something else, a finished run, or one with other settings.
+        OutputError: The folder holds something else, a finished run, or one with other settings, or
+            another process writes it.
         VmlaError: A stage cannot do its work.
     """
     progress = progress or Silent()
@@ -70,10 +73,9 @@ def run_recipe(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return _run_together(recipe, out, progress, stages)
     check_recipe(recipe, out, only)
-    _claim_folder(recipe, out, stages)
-    for stage in stages:
-        _RUNNERS[stage](recipe, out, progress)
-    (out / _RUNNING).unlink()
+    with _claimed(recipe, out, stages):
+        for stage in stages:
+            _RUNNERS[stage](recipe, out, progress)
     return True
 
 
@@ -93,14 +95,12 @@ def _recover_together(recipe: Recipe, out: Path, progress: Progress, stages: lis
     leads = state.is_main_process
     if leads:
         check_recipe(recipe, out, stages)
-        _claim_folder(recipe, out, stages)
-    state.wait_for_everyone()
-    for stage in stages:
-        if leads or stage == "recover":
-            _RUNNERS[stage](recipe, out, progress)
+    with _claimed(recipe, out, stages) if leads else nullcontext():
         state.wait_for_everyone()
-    if leads:
-        (out / _RUNNING).unlink()
+        for stage in stages:
+            if leads or stage == "recover":
+                _RUNNERS[stage](recipe, out, progress)
+            state.wait_for_everyone()
     return leads
 
 
@@ -108,14 +108,21 @@ def _sweep_together(recipe: Recipe, out: Path, progress: Progress, stages: list[
     team = join_team()
     if team.leads:
         check_recipe(recipe, out, stages)
-        _claim_folder(recipe, out, stages)
-    team.follow_leader("claimed")
-    _run_sweep(recipe, out, progress if team.leads else Silent(), team)
-    if team.leads:
-        if "report" in stages:
+    with _claimed(recipe, out, stages) if team.leads else nullcontext():
+        team.follow_leader("claimed")
+        _run_sweep(recipe, out, progress if team.leads else Silent(), team)
+        if team.leads and "report" in stages:
             _run_report(recipe, out, progress)
-        (out / _RUNNING).unlink()
     return team.leads
+
+
+@contextmanager
+def _claimed(recipe: Recipe, out: Path, stages: Collection[str]) -> Iterator[None]:
+    """Keep a folder for this run; the run is finished where the context ends without an error."""
+    with sole_writer(out):
+        _claim_folder(recipe, out, stages)
+        yield
+        (out / _RUNNING).unlink()
 
 
 def _claim_folder(recipe: Recipe, out: Path, stages: Collection[str]) -> None:
@@ -156,25 +163,29 @@ def _run_teacher(recipe: Recipe, out: Path, progress: Progress) -> None:
 
 def _run_convert(recipe: Recipe, out: Path, progress: Progress) -> None:
     assert recipe.convert is not None
-    if is_made(recipe, out, "convert"):
-        return
     folder = step0_folder(recipe, out)
-    conversion = convert(recipe.dense, folder, recipe.convert, progress, resume=True)
-    append_rows(out / ROWS_NAME, _as_point(recipe, conversion_rows(conversion)))
+    if not is_made(recipe, out, "convert"):
+        convert(recipe.dense, folder, recipe.convert, progress, resume=True)
+    # Also after a kill that came between the folder and its rows.
+    if folder.exists():
+        put_rows(out / ROWS_NAME, _as_point(recipe, conversion_rows(read_conversion(folder))))
 
 
 def _run_recover(recipe: Recipe, out: Path, progress: Progress) -> None:
     assert recipe.recover is not None
     target, before = out / "converted", step0_folder(recipe, out)
-    if is_made(recipe, out, "recover"):
-        return
-    rows = recover(before, recipe.dense, target, recipe.recover, recipe.evaluate, progress)
-    if processes().is_main_process:
+
+    def keep(rows: list[Row]) -> None:
         # A sweep reuses this point and the dense model's rows.
-        for source in (recipe.dense, SourceConfig(str(target))):
-            rows += memory_rows(open_named(source).config)
-        append_rows(out / ROWS_NAME, _as_point(recipe, rows))
-        shutil.rmtree(before)
+        for source in (recipe.dense, SourceConfig(str(before))):
+            rows = rows + memory_rows(open_named(source).config)
+        put_rows(out / ROWS_NAME, _as_point(recipe, rows))
+
+    if not is_made(recipe, out, "recover"):
+        settings = recipe.recover, recipe.evaluate, progress
+        recover(before, recipe.dense, target, *settings, keep_rows=keep)
+    if processes().is_main_process:
+        shutil.rmtree(before, ignore_errors=True)
 
 
 def _as_point(recipe: Recipe, rows: list[Row]) -> list[Row]:
@@ -207,8 +218,12 @@ def _run_generate(recipe: Recipe, out: Path, progress: Progress) -> None:
     dtype = getattr(torch, recipe.runtime.dtype or "float32")
     models = build(source, device, dtype), load(out / "converted", device, dtype)
     media = open_media(source.config, recipe.media, source.model_path, device)
-    rows = compare(*models, recipe.generate, out / "compare.mp4", progress, media, recipe.runtime)
-    append_rows(out / ROWS_NAME, _as_point(recipe, rows))
+
+    def keep(rows: list[Row]) -> None:
+        put_rows(out / ROWS_NAME, _as_point(recipe, rows))
+
+    video = out / "compare.mp4"
+    compare(*models, recipe.generate, video, keep, progress, media, recipe.runtime)
 
 
 def _run_report(recipe: Recipe, out: Path, progress: Progress) -> None:  # noqa: ARG001

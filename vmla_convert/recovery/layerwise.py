@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from vmla_convert.config import RecoverConfig
+from vmla_convert.config import Geometry, RecoverConfig
 from vmla_convert.fitting.calibrate import ReadBlock
 from vmla_convert.fitting.calibration_clips import clips_at_once
 from vmla_convert.layers.attention import DenseSelfAttention
@@ -196,12 +196,18 @@ def _walk(shell: CausalWanModel, read_block: ReadBlock, config: RecoverConfig) -
         x = torch.cat([block.after_attention(*part) for part in parts])
 
 
-def _draw(shell: CausalWanModel, clips: ClipSource) -> tuple[Batch, int]:
-    """Clips and how many of them to train on; the longer the clips, the fewer."""
-    frames, _, height, width = clips.batch(0, 1).latents.shape[1:]
-    tokens = 2 * frames * shell.config.geometry.tokens_per_frame((height, width))
+def drawn_clips(geometry: Geometry, frames: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Clips of F latent frames of (height, width) to train on and to hold out; fewer long ones."""
+    tokens = 2 * frames * geometry.tokens_per_frame(size)
     share = min(1.0, TOKENS / (tokens * (CLIPS + HELD_CLIPS)))
     trained, held = (max(LEAST_CLIPS, int(share * count)) for count in (CLIPS, HELD_CLIPS))
+    return trained, held
+
+
+def _draw(shell: CausalWanModel, clips: ClipSource) -> tuple[Batch, int]:
+    """Clips, and how many of them to train on."""
+    frames, _, height, width = clips.batch(0, 1).latents.shape[1:]
+    trained, held = drawn_clips(shell.config.geometry, frames, (height, width))
     both = clips.batch(0, trained), clips.batch(0, held, "held_out")
     return Batch(*(torch.cat(parts) for parts in zip(*both, strict=True))), trained
 

@@ -9,6 +9,8 @@ makes a model worse.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,7 +45,8 @@ from vmla_convert.recovery.stages import (
     stage_steps,
 )
 from vmla_convert.recovery.trained import add_adapters, unfreeze
-from vmla_convert.results import Metric, Row, append_rows
+from vmla_convert.results import Metric, Row, put_rows
+from vmla_convert.storage.lock import sole_writer
 from vmla_convert.tables import to_dict
 from vmla_convert.training.processes import own_device, processes
 from vmla_convert.training.sharding import shard, whole_state
@@ -57,6 +60,7 @@ def recover(
     evaluation: EvaluateConfig | None = None,
     progress: Progress | None = None,
     world: int | None = None,
+    keep_rows: Callable[[list[Row]], object] | None = None,
 ) -> list[Row]:
     """Recover a converted folder and write the result as a new one.
 
@@ -71,6 +75,7 @@ def recover(
         evaluation: Held-out clips that the curve is measured on.
         progress: Receives the progress bars.
         world: Number of processes that must have been started; None for any.
+        keep_rows: Receives the rows, on the main process, before the folder appears.
 
     Returns:
         The recovery curve as rows.
@@ -84,8 +89,9 @@ def recover(
     config, evaluation = config or RecoverConfig(), evaluation or EvaluateConfig()
     pair, state = open_pair(converted, teacher, out, config, evaluation, world), processes()
     drawn = progress if progress and state.is_main_process else Silent()
-    rows = _Run(pair, out, config, evaluation, drawn).rows()
-    state.wait_for_everyone()
+    with sole_writer(out) if state.is_main_process else nullcontext():
+        rows = _Run(pair, out, config, evaluation, drawn).rows(keep_rows)
+        state.wait_for_everyone()
     return rows
 
 
@@ -140,7 +146,7 @@ class _Run:
         self.asked, self.config, self.evaluation = config, config, evaluation
         self.progress, self.processes, self.device = progress, processes(), own_device()
 
-    def rows(self) -> list[Row]:
+    def rows(self, keep_rows: Callable[[list[Row]], object] | None) -> list[Row]:
         """Recover, write, and return the curve."""
         started, state = perf_counter(), self.folders.state
         settings = {
@@ -166,6 +172,8 @@ class _Run:
         weights = whole_state(student)
         if is_main:
             rows += read_curve(state)
+            if keep_rows:
+                keep_rows(rows)
             self._write(weights, recovered, rows)
             shutil.rmtree(state)
         return rows
@@ -202,7 +210,7 @@ class _Run:
             rows = [*dense_rows(dense, held_out), *cache_rows(student.config)]
 
             def on_step(step: int, errors: Errors) -> None:
-                append_rows(curve_file(state), error_rows(errors, student.config, step))
+                put_rows(curve_file(state), error_rows(errors, student.config, step))
 
             recovered = recover_model(
                 student, dense, config, held_out, on_step, self.folders, self.progress

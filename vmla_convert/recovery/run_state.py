@@ -11,7 +11,7 @@ from vmla_convert.errors import OutputError
 from vmla_convert.recovery.stages import Folders
 from vmla_convert.results import Row, read_rows
 from vmla_convert.storage.output import partial_folder
-from vmla_convert.tables import first_difference
+from vmla_convert.tables import first_difference, read_json
 
 _SETTINGS, _CURVE = "settings.json", "curve.jsonl"
 
@@ -30,7 +30,11 @@ def claim_state(state: Path, settings: dict[str, Any], write: bool) -> None:
         OutputError: The folder belongs to a run of other settings.
     """
     file = state / _SETTINGS
-    if file.exists() and (was := json.loads(file.read_text())) != settings:
+    try:
+        was = read_json(file) if file.exists() else settings
+    except ValueError as error:
+        raise OutputError(f"{file} is damaged: {error}", f"remove {state}") from error
+    if was != settings:
         raise OutputError(
             f"{state} holds an unfinished recovery with {_other_settings(was, settings)}",
             f"remove it, or use the settings in {file}",
@@ -52,10 +56,9 @@ def curve_file(state: Path) -> Path:
 
 
 def read_curve(state: Path) -> list[Row]:
-    """Rows of the curve, each step once: a resumed run measures some steps again."""
+    """Rows of the curve; empty where nothing was measured."""
     file = curve_file(state)
-    rows = read_rows(file) if file.is_file() else []
-    return list({(row.metric, row.step): row for row in rows}.values())
+    return read_rows(file) if file.is_file() else []
 
 
 def _other_settings(was: dict[str, Any], settings: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from vmla_convert.report.recipe import RECIPE_FILE, recipe_toml
 from vmla_convert.report.sections import PLOTS, answer_blocks, report_sections
 from vmla_convert.report.settings import read_settings
 from vmla_convert.results import read_rows
+from vmla_convert.tables import read_json
 
 
 def write_report(
@@ -84,7 +84,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
     except ValueError as error:
         raise VmlaError(
             f"{path} is not JSON: {error}", "remove the file, or write it anew"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vmla_convert.errors import OutputError
 from vmla_convert.storage.output import IDENTITY_NAME, rename_synced, reported, write_whole
-from vmla_convert.tables import first_difference
+from vmla_convert.tables import first_difference, read_json
 
 Tensors = dict[str, Tensor]
 
@@ -104,7 +104,7 @@ class FolderStore:
 
     def _check_identity(self) -> None:
         try:
-            found = json.loads(self._file.read_text("utf-8"))
+            found = read_json(self._file)
         except (OSError, ValueError) as error:
             raise OutputError(
                 f"{self.folder} is in the way: it holds other files", "move or remove it"

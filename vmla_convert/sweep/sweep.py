@@ -26,6 +26,7 @@ from vmla_convert.config import (
     SweepConfig,
 )
 from vmla_convert.errors import ConfigError, first_line
+from vmla_convert.fitting.calibrate import CALIBRATING, WEIGHING, Statistics
 from vmla_convert.fitting.calibration_clips import check_clips, open_calibration
 from vmla_convert.fitting.codec import plan_codec
 from vmla_convert.fitting.rank_plan import check_sizes
@@ -40,9 +41,8 @@ from vmla_convert.recovery.trained import check_adapters
 from vmla_convert.results import (
     Metric,
     Row,
-    append_rows,
     bytes_at_error,
-    drop_torn_line,
+    put_rows,
     read_rows,
     write_rows,
 )
@@ -170,10 +170,9 @@ class _Sweep:
 
     def prepare(self, progress: Progress) -> None:
         """Do the work that is done once: the dense model's rows, and all calibration."""
-        drop_torn_line(self.rows_file)
         written = self._drop_unfinished()
         if {(point.key, point.seed) for point in self.points} - self._done(written):
-            append_rows(self.rows_file, self._shared_rows(written, progress))
+            put_rows(self.rows_file, self._shared_rows(written, progress))
         runs, dense = {row.run for row in written}, self.teacher.config
         asked = [RuntimeConfig(cache_dtype=dtype) for dtype in self.config.dense_dtypes]
         left = [runtime for runtime in asked if run_name(dense, runtime) not in runs]
@@ -184,7 +183,7 @@ class _Sweep:
             errors = streamed.measure(self.teacher, runtime)
             rows = error_rows(errors, dense, None, runtime=runtime)
             rows += cache_rows(dense, runtime=runtime) + memory_rows(dense, runtime=runtime)
-            append_rows(self.rows_file, rows)
+            put_rows(self.rows_file, rows)
 
     def run(self, progress: Progress, team: Team) -> None:
         """Measure this process's points; the leader waits for the other processes."""
@@ -195,7 +194,7 @@ class _Sweep:
             for point in team.share(self.points):
                 joint.look()
                 if (point.key, point.seed) not in done:
-                    append_rows(self.rows_file, self._measured(point, joint))
+                    put_rows(self.rows_file, self._measured(point, joint))
             joint.look()
             if team.leads:
                 team.await_all(joint.look)
@@ -213,8 +212,8 @@ class _Sweep:
     def _shared_rows(self, written: Sequence[Row], progress: Progress) -> list[Row]:
         """Calibrate for every product; return rows of the dense model that are not written yet."""
         teacher, held_out = self.teacher, self.bench.held_out
-        timed, metrics = Timed(progress), {row.metric for row in written if row.run == "dense"}
-        reads = [self.shared.statistics(product, timed) for product in self.config.products]
+        metrics = {row.metric for row in written if row.run == "dense"}
+        reads = self._calibrate(written, progress)
         rows = [] if Metric.FLOW_LOSS in metrics else dense_rows(teacher, held_out)
         if Metric.CACHE_BYTES not in metrics:
             rows += memory_rows(teacher.config)
@@ -228,10 +227,21 @@ class _Sweep:
             geometry = teacher.config.geometry
             layers = map(reads[0], range(geometry.num_layers))
             rows += spectrum_rows(teacher, layers, geometry.dim // 8)
-        return rows + [
+        return rows
+
+    def _calibrate(self, written: Sequence[Row], progress: Progress) -> list[Statistics]:
+        """Calibrate for every product, and add rows of the seconds since the last start."""
+        timed = Timed(progress)
+        reads = [self.shared.statistics(product, timed) for product in self.config.products]
+        rows = [
             Row(Metric.SWEEP_SECONDS, seconds, "s", "sweep", device=device_name(), note=stage)
-            for stage, seconds in timed.seconds.items()
+            for stage in (CALIBRATING, WEIGHING)
+            # A run that was killed here before has done all of a stage.
+            for seconds in [timed.seconds.get(stage, 0.0)]
         ]
+        known = {row.figure for row in written}
+        put_rows(self.rows_file, (row for row in rows if row.figure not in known))
+        return reads
 
     def _dense_rollout(self) -> Tensor:
         return self.rollouts.get("rollout")["latents"]

@@ -14,7 +14,7 @@ from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.metadata_files import wan_config
 from vmla_convert.media.clips import open_clips, open_openings, seeded
 from vmla_convert.progress import Progress
-from vmla_convert.results import Metric, Row, append_rows
+from vmla_convert.results import Metric, Row, put_rows
 from vmla_convert.training.loop import clip_examples, train
 from vmla_convert.training.losses import flow_matching, make_example
 
@@ -46,7 +46,7 @@ def pretrain(config: TeacherConfig, out: Path, progress: Progress | None = None)
     def measure(trained: nn.Module, step: int) -> float:
         value = loss(trained, example.to(next(trained.parameters()).device)).item()
         row = Row(Metric.FLOW_LOSS, value, "squared velocity", "pretraining", step=step)
-        append_rows(out / "rows.jsonl", [row])
+        put_rows(out / "rows.jsonl", [row])
         return value
 
     if config.training.gradient_checkpointing:

@@ -1,0 +1,162 @@
+"""`vmla doctor` tells what is installed, what the machine has, and what fits."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from checkpoints import Vmla
+
+from vmla_convert.doctor import machine
+from vmla_convert.doctor.machine import EXTRAS, Device, Machine, examine, free_bytes, hub_login
+from vmla_convert.doctor.stages import (
+    RELEASED,
+    SAVINGS,
+    STAGES,
+    Room,
+    needs,
+    room_of,
+    settled,
+)
+from vmla_convert.layers.memory import Memory
+from vmla_convert.recipe.read import read_recipe
+
+pytest_plugins = ["checkpoints"]
+
+GB = 10**9
+SMALL, LARGE = "Wan 1.3B 480p", "Wan 14B 480p"
+TOKEN = "hf_secret"
+
+
+def test_extras_are_those_of_the_package() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    named: dict[str, list[str]] = project["project"]["optional-dependencies"]
+    for extra, packages in EXTRAS.items():
+        declared = {entry.partition(">=")[0] for entry in named[extra]}
+        inner = {f"vmla-convert[{','.join(group)}]" for group in [("plots", "video")]}
+        assert declared - inner <= set(packages)
+
+
+def test_a_missing_package_comes_with_the_command_that_adds_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    installed = machine._version
+
+    def without_av(package: str) -> str | None:
+        return None if package == "av" else installed(package)
+
+    monkeypatch.setattr(machine, "_version", without_av)
+    found = examine({})
+    assert found.versions["av"] is None
+    assert found.versions["torch"] == torch.__version__
+    assert "vmla-convert[video]" in found.missing_extras["video"]
+    assert "plots" not in found.missing_extras
+
+
+def test_nobody_is_asked_about_the_hub_without_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    monkeypatch.setattr(huggingface_hub, "whoami", refuse)
+    assert "hf auth login" in hub_login()
+
+
+@pytest.mark.parametrize(("status", "word"), [(401, "refuses"), (None, "not checked")])
+def test_a_token_is_never_printed_and_no_network_is_no_error(
+    status: int | None, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    response = namedtuple("Response", "status_code")(status)
+
+    def fail() -> None:
+        error = RuntimeError(f"no answer for {TOKEN}")
+        error.response = response  # pyright: ignore[reportAttributeAccessIssue]
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: TOKEN)
+    monkeypatch.setattr(huggingface_hub, "whoami", fail)
+    told = hub_login()
+    assert word in told and TOKEN not in told
+    monkeypatch.setattr(huggingface_hub, "whoami", lambda: {"name": "ada"})
+    assert hub_login().endswith("ada")
+
+
+def test_free_space_of_a_folder_that_does_not_exist_yet_is_that_of_its_parent(
+    tmp_path: Path,
+) -> None:
+    assert free_bytes(tmp_path / "a" / "b") == pytest.approx(free_bytes(tmp_path), rel=0.01)
+
+
+def test_a_driver_that_does_not_start_leaves_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(index: int) -> None:
+        raise RuntimeError(f"no driver for {index}")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", fail)
+    assert examine({}).devices == ()
+
+
+def test_the_smallest_gpu_and_all_processes_count() -> None:
+    devices = (Device("a", 24 * GB), Device("b", 16 * GB))
+    room = room_of(Machine({}, {}, devices, 64 * GB, 60 * GB, {"outputs": 5 * GB}, ""))
+    assert room == Room(16 * GB, 60 * GB, 5 * GB, 2)
+    assert room.fits(Memory(14 * GB, 1 * GB, 59 * GB))
+    assert not room.fits(Memory(14 * GB, 2 * GB, 59 * GB))
+    assert not room.fits(Memory(16 * GB))
+    assert not room.fits(Memory(0), 6 * GB)
+    assert Room(None, 20 * GB).fits(Memory(15 * GB, 5 * GB, 30 * GB))
+
+
+def test_more_memory_never_needs_more_savings() -> None:
+    for name in (SMALL, LARGE):
+        for stage in STAGES:
+            rooms = [Room(size * GB, 2000 * GB) for size in (16, 24, 48, 80, 200)]
+            found = [settled(name, RELEASED[name], stage, room, "krea_14b") for room in rooms]
+            fits = [each.fits for each in found]
+            assert fits == sorted(fits), (name, stage)
+            tried = ((), *SAVINGS[stage])
+            used = [tried.index(each.changes) for each in found if each.fits]
+            assert used == sorted(used, reverse=True), (name, stage)
+
+
+def test_a_24_gb_gpu_generates_with_a_codec_and_a_14b_model_does_not_fit() -> None:
+    room = Room(24 * GB, 64 * GB)
+    small = {need.stage: need for need in needs(SMALL, RELEASED[SMALL], room)}
+    large = {need.stage: need for need in needs(LARGE, RELEASED[LARGE], room)}
+    assert small["generate"].fits and small["generate dense"].fits
+    assert small["generate"].device_bytes < small["generate dense"].device_bytes
+    assert not large["generate"].fits and not large["recover"].fits
+
+
+def test_each_saving_is_a_setting_that_lowers_the_peak() -> None:
+    for stage, savings in SAVINGS.items():
+        for changes in savings:
+            read_recipe("self_forcing_1_3b", changes)
+        small = settled(LARGE, RELEASED[LARGE], stage, Room(1, 1), "krea_14b")
+        assert not small.fits and not small.changes
+
+
+def test_doctor_tells_about_a_checkpoint_as_one_json_document(vmla: Vmla, tmp_path: Path) -> None:
+    ran = vmla("doctor", "demo", "-o", str(tmp_path / "later"), "--json")
+    assert (ran.code, ran.out.count("\n")) == (0, 1)
+    told: dict[str, Any] = json.loads(ran.out)
+    models = {need["model"] for need in told["needs"]}
+    assert models == {*RELEASED, "demo"}
+    assert all(need["fits"] for need in told["needs"] if need["model"] == "demo")
+    assert told["machine"]["free_disk_bytes"]["outputs"] > 0
+
+
+def test_doctor_shows_the_machine_even_if_the_checkpoint_cannot_be_read(
+    vmla: Vmla, tmp_path: Path
+) -> None:
+    ran = vmla("doctor", str(tmp_path / "none.pt"))
+    assert ran.code == 2
+    assert torch.__version__ in ran.out and SMALL in ran.out
+    assert "none.pt" in ran.err and "Traceback" not in ran.err

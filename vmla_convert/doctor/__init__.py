@@ -1,0 +1,1 @@
+"""What is installed, what the machine has, and what fits in its memory."""

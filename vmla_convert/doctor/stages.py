@@ -1,0 +1,204 @@
+"""What each stage of a shipped recipe needs, and whether a machine has it.
+
+The settings of a stage are those of a shipped recipe. Where they do not fit, a few changes that
+save memory are tried, from the mildest to the strongest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from vmla_convert.config import (
+    CachePolicy,
+    ConvertConfig,
+    DataConfig,
+    Geometry,
+    ModelConfig,
+    Recipe,
+    RecoverConfig,
+    RuntimeConfig,
+    SamplerConfig,
+)
+from vmla_convert.doctor.machine import Machine
+from vmla_convert.fitting.codec import plan_codec
+from vmla_convert.fitting.memory import calibration_disk, conversion_memory
+from vmla_convert.generating.memory import generation_memory, sampling_memory
+from vmla_convert.layers.memory import FLOAT32, ClipShape, Memory
+from vmla_convert.recipe.read import read_recipe
+from vmla_convert.recovery.memory import recovery_memory
+
+Stage = Literal["sample clips", "convert", "recover", "generate dense", "generate"]
+STAGES: tuple[Stage, ...] = ("sample clips", "convert", "recover", "generate dense", "generate")
+
+SAVINGS: dict[Stage, tuple[tuple[str, ...], ...]] = {
+    "sample clips": (),
+    "convert": (
+        ("convert.calibration_clips=8",),
+        ("convert.calibration_clips=8", "convert.data.frames=9"),
+        ("convert.calibrate=false",),
+    ),
+    "recover": (
+        ("recover.data.frames=15",),
+        ("recover.data.frames=9",),
+        ("recover.data.frames=15", "recover.layerwise_steps=0"),
+        ("recover.data.frames=9", "recover.layerwise_steps=0"),
+    ),
+    "generate dense": (("runtime.offload=true",),),
+    "generate": (("runtime.tile_mib=128",), ("runtime.tile_mib=128", "runtime.offload=true")),
+}
+"""Changes of a recipe's settings that save memory, by stage, from the mildest to the strongest."""
+
+GPU_HEADROOM = 10**9
+"""Bytes of a GPU that no formula counts: the CUDA context, and what an allocator cannot use."""
+
+WIDE_RECIPE, NARROW_RECIPE = "krea_14b", "self_forcing_1_3b"
+# Models of this width and wider are recovered in shards.
+WIDE = 3072
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory of a machine.
+
+    Attributes:
+        device: Bytes of one GPU; None where the host computes.
+        host: Bytes of host memory.
+        disk: Free bytes where outputs go; None where that is not known.
+        processes: Processes that recover together, one to a GPU.
+    """
+
+    device: int | None
+    host: int
+    disk: int | None = None
+    processes: int = 1
+
+    def fits(self, memory: Memory, disk: int = 0) -> bool:
+        """Whether a stage fits, with its working files."""
+        if self.disk is not None and disk > self.disk:
+            return False
+        if self.device is None:
+            return memory.without_gpu <= self.host
+        fits_host = self.host_bytes(memory) <= self.host
+        return memory.device + GPU_HEADROOM <= self.device and fits_host
+
+    def host_bytes(self, memory: Memory) -> int:
+        """Bytes of host memory that a stage needs."""
+        if self.device is None:
+            return memory.without_gpu
+        return memory.host + memory.staging
+
+
+def room_of(machine: Machine) -> Room:
+    """Memory and disk of a machine; its smallest GPU counts."""
+    devices, disk = machine.devices, machine.free_disk_bytes.get("outputs")
+    smallest = min((device.nbytes for device in devices), default=None)
+    return Room(smallest, machine.free_host_bytes, disk, max(1, len(devices)))
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a stage of a model needs.
+
+    Attributes:
+        model: Name of the model.
+        stage: Name of the stage.
+        device_bytes: Peak bytes on each GPU; 0 where the host computes.
+        host_bytes: Peak bytes of host memory, of all processes.
+        disk_bytes: Bytes of working files beside the output.
+        fits: Whether the machine has this memory and disk.
+        changes: Settings, as for `--set`, that differ from the recipe's. Where nothing fits, there
+            are none, and the bytes are those of the recipe's settings.
+    """
+
+    model: str
+    stage: Stage
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    fits: bool
+    changes: tuple[str, ...] = ()
+
+
+def wan(geometry: Geometry, latent_size: tuple[int, int]) -> ModelConfig:
+    """A Wan model in three-frame chunks, with a window of 21 frames."""
+    return ModelConfig(geometry, latent_size, 3, CachePolicy(21), SamplerConfig())
+
+
+RELEASED = {
+    f"Wan {name} {height}p": wan(geometry, size)
+    for name, geometry in (
+        ("1.3B", Geometry(1536, 8960, 12, 30, 16, 16)),
+        ("14B", Geometry(5120, 13824, 40, 40, 16, 16)),
+    )
+    for height, size in ((480, (60, 104)), (720, (90, 160)))
+}
+"""Models of the table that `vmla doctor` prints."""
+
+
+def recipe_of(model: ModelConfig) -> str:
+    """Name of the shipped recipe whose settings suit a model."""
+    return WIDE_RECIPE if model.geometry.dim >= WIDE else NARROW_RECIPE
+
+
+def needs(name: str, model: ModelConfig, room: Room, recipe: str | None = None) -> list[Need]:
+    """What each stage of a model needs on a machine.
+
+    Args:
+        name: Name of the model, for the table.
+        model: The model. A converted one is recovered and generates as it is.
+        room: Memory of the machine.
+        recipe: Recipe whose settings hold; None for the one that suits the model.
+    """
+    return [settled(name, model, stage, room, recipe or recipe_of(model)) for stage in STAGES]
+
+
+def settled(name: str, model: ModelConfig, stage: Stage, room: Room, recipe: str) -> Need:
+    """A stage with the fewest savings that make it fit, or as the recipe has it."""
+    demo, found = model.media == "demo", list[Need]()
+    for changes in ((), *SAVINGS[stage]):
+        settings = read_recipe(recipe, changes, demo)
+        memory, disk = stage_memory(model, settings, stage, room)
+        fits, device, host = room.fits(memory, disk), memory.device, room.host_bytes(memory)
+        device = device if room.device is not None else 0
+        found.append(Need(name, stage, device, host, disk, fits, changes if fits else ()))
+        if fits:
+            return found[-1]
+    return found[0]
+
+
+def stage_memory(
+    model: ModelConfig, recipe: Recipe, stage: Stage, room: Room
+) -> tuple[Memory, int]:
+    """Peak memory of a stage, and bytes of its working files.
+
+    A GPU computes in bfloat16 where the stage lets it, a CPU in float32.
+    """
+    on_gpu = room.device is not None
+    item = 2 if on_gpu else FLOAT32
+    dense = replace(model, mla=None, codec=None)
+    convert, recover = recipe.convert or ConvertConfig(), recipe.recover or RecoverConfig()
+    converted = plan_codec(dense, convert) if model.is_dense else model
+    if stage == "sample clips":
+        return sampling_memory(dense, item, 1, on_gpu), 0
+    if stage == "convert":
+        clip = _clip(convert.data, dense)
+        return conversion_memory(dense, convert, clip), calibration_disk(dense, convert, clip)
+    if stage == "recover":
+        clip, one = _clip(recover.data, dense), _one_clip_at_a_time(recover, room.processes)
+        memory = recovery_memory(converted, one, clip, room.processes)
+        return memory._replace(staging=room.processes * memory.staging), 0
+    runtime = RuntimeConfig(offload=recipe.runtime.offload, tile_mib=recipe.runtime.tile_mib)
+    shown = dense if stage == "generate dense" else converted
+    return generation_memory(shown, runtime, item, recipe.media, on_gpu), 0
+
+
+def _clip(data: DataConfig, model: ModelConfig) -> ClipShape:
+    return ClipShape(data.frames, *model.latent_size)
+
+
+def _one_clip_at_a_time(recover: RecoverConfig, processes: int) -> RecoverConfig:
+    """The same steps; each process passes its clips one after the other."""
+    training = recover.training
+    parts = max(1, training.batch_size // processes)
+    return replace(recover, training=replace(training, accumulate=parts))
