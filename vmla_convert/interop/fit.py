@@ -111,10 +111,10 @@ def _wan_config(seen: Seen) -> ModelConfig | None:
 
 
 def _unknown_config(seen: Seen) -> ModelConfig:
-    """Config of a model with other layers around the self-attention; unknown sizes are 0."""
+    """Config of a model with other layers around the self-attention; unknown sizes are 1."""
     dim, heads = sizes_of(seen.host.layers[0])
     geometry = Geometry(
-        dim, 0, heads, len(seen.layers), in_dim=0, out_dim=0, freq_dim=0, text_dim=0, text_len=0
+        dim, 1, heads, len(seen.layers), in_dim=1, out_dim=1, freq_dim=1, text_dim=1, text_len=1
     )
     settings = _deployment(seen)
     return ModelConfig(
