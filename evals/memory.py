@@ -5,7 +5,7 @@ from __future__ import annotations
 from vmla_convert.checkpoint.known import known_by_repo, known_model
 from vmla_convert.checkpoint.settings import DEFAULTS
 from vmla_convert.config import ModelConfig
-from vmla_convert.doctor.stages import RELEASED, STAGES, Need, Room, Stage, settled
+from vmla_convert.doctor.stages import RELEASED, STAGES, Need, Room, Stage, with_savings
 from vmla_convert.recipe.read import available_recipes, read_recipe
 from vmla_convert.tables import from_dict, merged, to_dict
 
@@ -67,7 +67,7 @@ def stage_cells(recipe: str, model: ModelConfig, stage: Stage, processes: int) -
 
     def on(nbytes: int) -> Need:
         room = Room(nbytes, UNBOUNDED, processes=processes)
-        return settled(recipe, model, stage, room, recipe)
+        return with_savings(recipe, model, stage, room, recipe)
 
     need = on(UNBOUNDED)
     fits = [fit(on(card * 10**9)) for card in CARDS]

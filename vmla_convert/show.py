@@ -75,7 +75,15 @@ def show_work(work: PlannedWork) -> None:
 
 def work_facts(work: PlannedWork) -> dict[str, str | int]:
     """What planned work takes, for a table of facts."""
+    import torch
+
+    memory = work.memory
+    peak = {"peak memory": gigabytes(memory.without_gpu)}
+    if torch.cuda.is_available():
+        host = gigabytes(memory.host + memory.staging)
+        peak = {"peak memory of the GPU": gigabytes(memory.device), "beside it": host}
     return {
+        **peak,
         "clips to sample": work.clips_to_sample,
         "bytes of these clips, at most": f"{work.clip_bytes:,}",
         "sampling takes about": duration(work.sampling_seconds),
@@ -113,6 +121,11 @@ def show_planned_recovery(planned: PlannedRecovery) -> None:
             **work_facts(planned.work),
         }
     )
+
+
+def gigabytes(nbytes: int) -> str:
+    """Bytes for people."""
+    return f"{nbytes / 1e9:.1f} GB"
 
 
 def duration(seconds: float) -> str:

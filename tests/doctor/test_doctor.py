@@ -22,7 +22,7 @@ from vmla_convert.doctor.stages import (
     Room,
     needs,
     room_of,
-    settled,
+    with_savings,
 )
 from vmla_convert.layers.memory import Memory
 from vmla_convert.recipe.read import read_recipe
@@ -118,7 +118,7 @@ def test_more_memory_never_needs_more_savings() -> None:
     for name in (SMALL, LARGE):
         for stage in STAGES:
             rooms = [Room(size * GB, 2000 * GB) for size in (16, 24, 48, 80, 200)]
-            found = [settled(name, RELEASED[name], stage, room, "krea_14b") for room in rooms]
+            found = [with_savings(name, RELEASED[name], stage, room, "krea_14b") for room in rooms]
             fits = [each.fits for each in found]
             assert fits == sorted(fits), (name, stage)
             tried = ((), *SAVINGS[stage])
@@ -139,7 +139,7 @@ def test_each_saving_is_a_setting_that_lowers_the_peak() -> None:
     for stage, savings in SAVINGS.items():
         for changes in savings:
             read_recipe("self_forcing_1_3b", changes)
-        small = settled(LARGE, RELEASED[LARGE], stage, Room(1, 1), "krea_14b")
+        small = with_savings(LARGE, RELEASED[LARGE], stage, Room(1, 1), "krea_14b")
         assert not small.fits and not small.changes
 
 

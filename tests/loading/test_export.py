@@ -264,7 +264,7 @@ def test_a_taken_folder_is_refused_before_weights_are_read(
     (taken / "mine").write_text("mine")
     file.write_text("mine")
     for out in (taken, file, file / "out"):
-        with pytest.raises(OutputError, match="taken|file"):
+        with pytest.raises(OutputError, match=r"taken|file"):
             export(converted, out, layout)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(OutputError, match="GB are free"):

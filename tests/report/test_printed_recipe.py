@@ -7,6 +7,7 @@ import shlex
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -31,6 +32,8 @@ from vmla_convert.config import (
     parse_recipe,
 )
 from vmla_convert.errors import ConfigError, VmlaError
+from vmla_convert.generating.clip_cost import PlannedWork
+from vmla_convert.layers.memory import Memory
 from vmla_convert.recipe import run as running
 from vmla_convert.report.recipe import commands, recipe_toml, to_toml
 from vmla_convert.report.report import write_report
@@ -169,6 +172,10 @@ def test_commands_are_taken_by_the_command_line(
         raise RanError(name)
 
     opened = "vmla_convert.generating.write_video.open_named"
+    monkeypatch.setattr(
+        "vmla_convert.recipe.plan.plan_recipe",
+        lambda *_: SimpleNamespace(work=PlannedWork("", Memory(0))),
+    )
     monkeypatch.setattr(running, "run_recipe", lambda recipe, *_: keep("run", recipe))
     monkeypatch.setattr(opened, lambda source: keep("load", source))
     monkeypatch.chdir(tmp_path)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from vmla_convert.cli.options import OUTPUT, File, Json, Model, option
-from vmla_convert.config import ModelConfig, command_recipe
+from vmla_convert.cli.options import OUTPUT, ClipsDir, File, Json, Model, option
+from vmla_convert.config import MediaConfig, ModelConfig, command_recipe
 from vmla_convert.console import out
 from vmla_convert.show import show_machine, show_needs
 
@@ -26,19 +26,22 @@ def doctor(
     file: File = None,
     model: Model = None,
     folder: Folder = Path(),
+    clips_dir: ClipsDir = None,
     json: Json = False,
 ) -> None:
     """Show what is installed, what the machine has, and which stages fit in its memory.
 
     Peaks of memory are calculated. Of a checkpoint on the Hub only headers are downloaded.
     """
-    from huggingface_hub.constants import HF_ASSETS_CACHE, HF_HUB_CACHE
+    from huggingface_hub.constants import HF_HUB_CACHE
 
     from vmla_convert.doctor.machine import examine
     from vmla_convert.doctor.stages import RELEASED, needs, room_of
+    from vmla_convert.generating.clip_sets import clips_folder
 
     out.json = json
-    caches = {"clips": Path(HF_ASSETS_CACHE), "downloads": Path(HF_HUB_CACHE)}
+    clips = clips_folder(MediaConfig(clips_dir=clips_dir))
+    caches = {"clips": clips, "downloads": Path(HF_HUB_CACHE)}
     machine = examine({"outputs": folder, **caches})
     models, room = dict[str, ModelConfig](), room_of(machine)
     try:

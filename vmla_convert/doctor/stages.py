@@ -24,7 +24,9 @@ from vmla_convert.doctor.machine import Machine
 from vmla_convert.fitting.codec import plan_codec
 from vmla_convert.fitting.memory import calibration_disk, conversion_memory
 from vmla_convert.generating.memory import generation_memory, sampling_memory
+from vmla_convert.generating.own_samples import clips_at_once
 from vmla_convert.layers.memory import FLOAT32, ClipShape, Memory
+from vmla_convert.media.clips import settled
 from vmla_convert.recipe.read import read_recipe
 from vmla_convert.recovery.memory import recovery_memory
 
@@ -151,10 +153,10 @@ def needs(name: str, model: ModelConfig, room: Room, recipe: str | None = None) 
         room: Memory of the machine.
         recipe: Recipe whose settings hold; None for the one that suits the model.
     """
-    return [settled(name, model, stage, room, recipe or recipe_of(model)) for stage in STAGES]
+    return [with_savings(name, model, stage, room, recipe or recipe_of(model)) for stage in STAGES]
 
 
-def settled(name: str, model: ModelConfig, stage: Stage, room: Room, recipe: str) -> Need:
+def with_savings(name: str, model: ModelConfig, stage: Stage, room: Room, recipe: str) -> Need:
     """A stage with the fewest savings that make it fit, or as the recipe has it."""
     demo, found = model.media == "demo", list[Need]()
     for changes in ((), *SAVINGS[stage]):
@@ -181,7 +183,7 @@ def stage_memory(
     convert, recover = recipe.convert or ConvertConfig(), recipe.recover or RecoverConfig()
     converted = plan_codec(dense, convert) if model.is_dense else model
     if stage == "sample clips":
-        return sampling_memory(dense, item, 1, on_gpu), 0
+        return sampling_memory(dense, item, clips_at_once(dense), on_gpu), 0
     if stage == "convert":
         clip = _clip(convert.data, dense)
         return conversion_memory(dense, convert, clip), calibration_disk(dense, convert, clip)
@@ -195,7 +197,9 @@ def stage_memory(
 
 
 def _clip(data: DataConfig, model: ModelConfig) -> ClipShape:
-    return ClipShape(data.frames or model.cache.window_frames, *model.latent_size)
+    frames = settled(data, model).frames
+    assert frames is not None
+    return ClipShape(frames, *(data.latent_size or model.latent_size))
 
 
 def _one_clip_at_a_time(recover: RecoverConfig, processes: int) -> RecoverConfig:

@@ -19,11 +19,13 @@ from vmla_convert.fitting.calibrate import store_bytes
 from vmla_convert.fitting.calibration_clips import calibration_needs, calibration_passes
 from vmla_convert.fitting.codec import codec_specs, plan_codec
 from vmla_convert.fitting.dense_source import refuse_converted
+from vmla_convert.fitting.memory import conversion_memory
 from vmla_convert.fitting.mla import planned_config
 from vmla_convert.fitting.rank_plan import check_sizes, uniform_plan
-from vmla_convert.generating.clip_cost import PlannedWork, plan_work
+from vmla_convert.generating.clip_cost import PlannedWork, clip_shape, plan_work
 from vmla_convert.generating.make_clips import Clips, check_needs, like
 from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.layers.memory import ClipShape
 from vmla_convert.loading.load import Source, open_named
 from vmla_convert.loading.metadata_files import named_layout, parts_to_copy
 from vmla_convert.progress import Progress
@@ -161,7 +163,10 @@ def plan_output(
     plan = plan_conversion(checkpoint, config, layout)
     check_place(out, plan.nbytes, resume)
     works = check_needs(checkpoint, calibration_needs(config), media)
-    files = planned_files(plan.specs, layout=plan.layout)
+    files, media = planned_files(plan.specs, layout=plan.layout), media or MediaConfig()
+    # Without clips, the shape does not matter.
+    shape = clip_shape(checkpoint.config, works[0]) if works else ClipShape(1, 1, 1)
+    memory = conversion_memory(checkpoint.config, config, shape)
     return PlannedOutput(
         out=str(out),
         cache_bytes_per_token=plan.model.cache_bytes_per_token(),
@@ -169,7 +174,7 @@ def plan_output(
         files=files,
         nbytes=sum(files.values()),
         working_bytes=_working_bytes(checkpoint.config, config, works),
-        work=plan_work(checkpoint, works, calibration_passes(config), media or MediaConfig()),
+        work=plan_work(checkpoint, works, calibration_passes(config), media, memory),
     )
 
 

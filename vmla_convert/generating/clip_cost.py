@@ -16,7 +16,10 @@ from vmla_convert.checkpoint.families import OpenCheckpoint
 from vmla_convert.config import MediaConfig, ModelConfig
 from vmla_convert.generating.clip_sets import clips_folder
 from vmla_convert.generating.make_clips import Clips, OwnSamples, like, to_make
+from vmla_convert.generating.memory import sampling_memory
+from vmla_convert.generating.own_samples import clips_at_once
 from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.layers.memory import ClipShape, Memory
 from vmla_convert.loading.load import compute_device
 from vmla_convert.maths.cost import block_flops
 
@@ -29,6 +32,7 @@ class PlannedWork:
 
     Attributes:
         clips_dir: Folder of clips that are made.
+        memory: Peak memory by formula.
         clips_to_sample: Clips that the dense model must sample first; others are there already.
         seconds_per_clip: Seconds that a sample takes, from the time of one block.
         sampling_seconds: Seconds of all samples.
@@ -38,6 +42,7 @@ class PlannedWork:
     """
 
     clips_dir: str
+    memory: Memory
     clips_to_sample: int = 0
     seconds_per_clip: float = 0.0
     sampling_seconds: float = 0.0
@@ -52,7 +57,11 @@ class PlannedWork:
 
 
 def plan_work(
-    dense: OpenCheckpoint, works: Sequence[Clips], passes: Sequence[float], media: MediaConfig
+    dense: OpenCheckpoint,
+    works: Sequence[Clips],
+    passes: Sequence[float],
+    media: MediaConfig,
+    memory: Memory,
 ) -> PlannedWork:
     """Predict the work on clips.
 
@@ -62,20 +71,26 @@ def plan_work(
         passes: For each of them, the forward passes of a clip, clean and noisy. A backward pass
             counts as two.
         media: Where clips lie.
+        memory: Peak of the work that the clips are for.
+        media: Where clips lie.
     """
-    folder = str(clips_folder(media))
+    folder, on_gpu = str(clips_folder(media)), compute_device().type == "cuda"
     if not works:
-        return PlannedWork(folder)
+        return PlannedWork(folder, memory)
     rate = flops_per_second(dense)
     passing = sum(
         count * passing_flops(dense.config, work) for work, count in zip(works, passes, strict=True)
     )
     samples = [work for work in to_make(works) if isinstance(work, OwnSamples)]
+    for work in samples:
+        together = clips_at_once(work.sized)
+        memory = memory.peak(sampling_memory(work.sized, 2 if on_gpu else 4, together, on_gpu))
     left = [(len(work.missing()), work) for work in samples]
     sampling = sum(n * sampling_flops(work.sized, work.frames) for n, work in left)
     count, nbytes = sum(n for n, _ in left), sum(work.nbytes() for work in samples)
     return PlannedWork(
         folder,
+        memory,
         count,
         sampling / max(1, count) / rate,
         sampling / rate,
@@ -96,11 +111,16 @@ def sampling_flops(model: ModelConfig, frames: int) -> int:
     return passes * model.geometry.num_layers * total
 
 
+def clip_shape(model: ModelConfig, clips: Clips) -> ClipShape:
+    """Shape of a clip, made or not."""
+    latents = like(clips, model)
+    return ClipShape(latents.shape[1], latents.shape[-2], latents.shape[-1])
+
+
 def passing_flops(model: ModelConfig, clips: Clips) -> int:
     """Operations of one masked forward pass of a clip, clean and noisy."""
-    latents = like(clips, model)
-    size = (latents.shape[-2], latents.shape[-1])
-    tokens = 2 * latents.shape[1] * model.geometry.tokens_per_frame(size)
+    frames, height, width = clip_shape(model, clips)
+    tokens = 2 * frames * model.geometry.tokens_per_frame((height, width))
     return model.geometry.num_layers * block_flops(model.geometry, tokens, tokens)
 
 

@@ -10,6 +10,7 @@ from vmla_convert.checkpoint.families import OpenCheckpoint
 from vmla_convert.config import EvaluateConfig, MediaConfig, RuntimeConfig, SourceConfig
 from vmla_convert.generating.clip_cost import PlannedWork, plan_work
 from vmla_convert.generating.make_clips import check_needs, ready_clips
+from vmla_convert.generating.memory import generation_memory
 from vmla_convert.layers.runtime import check_runtime
 from vmla_convert.loading.load import build, compute_device, is_codec, locate, open_named
 from vmla_convert.loading.teacher import check_pair, check_same, teacher_of
@@ -75,9 +76,10 @@ def plan_against_dense(
     media: MediaConfig,
 ) -> PlannedWork:
     """Check a measurement as `measure_against_dense` does, and predict its work."""
-    _, source = _open_both(checkpoint, teacher, runtime)
-    works = check_needs(source, held_out_needs(config), media)
-    return plan_work(source, works, [float((DENSE_PASSES + 1) * config.clips)], media)
+    converted, source = _open_both(checkpoint, teacher, runtime)
+    works, item = check_needs(source, held_out_needs(config), media), 4
+    memory = generation_memory(converted.config, runtime, item, media)
+    return plan_work(source, works, [float((DENSE_PASSES + 1) * config.clips)], media, memory)
 
 
 def _open_both(

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 from vmla_convert.config import EvaluateConfig, MediaConfig, RecoverConfig
-from vmla_convert.generating.clip_cost import PlannedWork, plan_work
+from vmla_convert.generating.clip_cost import PlannedWork, clip_shape, plan_work
 from vmla_convert.generating.make_clips import check_needs
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.load import Source
 from vmla_convert.recovery.checks import open_pair, recovery_needs, recovery_passes
+from vmla_convert.recovery.memory import recovery_memory
 from vmla_convert.recovery.stages import stage_steps
 from vmla_convert.recovery.trained import add_adapters, unfreeze
 from vmla_convert.training.processes import processes
@@ -73,6 +74,15 @@ def plan_recovery(
         out=str(out),
         nbytes=sum(spec.nbytes for spec in pair.written_specs().values()),
         work=plan_work(
-            pair.dense, works, recovery_passes(config, evaluation), media or MediaConfig()
+            pair.dense,
+            works,
+            recovery_passes(config, evaluation),
+            media or MediaConfig(),
+            recovery_memory(
+                pair.source.config,
+                config,
+                clip_shape(pair.dense.config, works[0]),
+                processes().num_processes,
+            ),
         ),
     )
