@@ -1,6 +1,6 @@
 """Measure how many samples of the dense model a codec needs, how long and how large.
 
-    python -m evals.clips --out evals/results/clips.jsonl
+    python -m evals.clips --out evals/results/clips.jsonl --picture docs/images/clips.png
 
 Codecs are fitted to sets of samples that differ in one respect, and measured on held-out clips of
 the demo world at the model's own length and size, streamed. The row of `world` is a codec fitted to
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,7 +35,8 @@ from vmla_convert.loading.load import build, open_named
 from vmla_convert.measuring.evaluate import HeldOut
 from vmla_convert.media.clips import open_clips
 from vmla_convert.progress import Progress
-from vmla_convert.results import Metric, Row, put_rows
+from vmla_convert.report.plots import Chart, Line, Panel, draw_chart
+from vmla_convert.results import Metric, Row, put_rows, read_rows
 
 COUNTS = (1, 2, 4, 8, 16, 24, 48, 96)
 LENGTHS = (4, 6, 10, 20)
@@ -43,6 +44,7 @@ SIDES = (6, 8, 12)
 FRAMES, SIDE, COUNT = 10, 12, 24
 """The demo model's window and latent size, and the number of clips of the other two series."""
 BYTES = (16.3, 31.5)
+COLOURS = dict(zip(BYTES, ("#D55E00", "#0072B2"), strict=True))
 HELD_OUT_CLIPS = 24
 
 
@@ -63,8 +65,19 @@ class Clips:
 def main(
     rows_file: Annotated[Path, typer.Option("--out", help="JSONL file to append rows to.")],
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
+    picture: Annotated[Path | None, typer.Option(help="PNG to draw.")] = None,
+    drawn: Annotated[bool, typer.Option("--drawn", help="Draw rows that exist.")] = False,
 ) -> None:
     """Fit codecs to samples of the demo model, and measure each on held-out clips."""
+    if not drawn:
+        put_rows(rows_file, _measured(seeds))
+    rows = read_rows(rows_file)
+    _show(rows)
+    if picture:
+        draw_chart(_chart(rows)).savefig(picture)
+
+
+def _measured(seeds: int) -> list[Row]:
     dense = open_named("demo")
     teacher = build(dense)
     evaluate = EvaluateConfig(HELD_OUT_CLIPS, DataConfig("demo", seed=1))
@@ -78,8 +91,7 @@ def main(
                 [ready] = ready_clips(dense, [need], media, progress)
                 model = _fitted(teacher, ready, clips.count, progress)
                 rows += [_row(model, held_out, clips, size, seed) for size in BYTES]
-    put_rows(rows_file, rows)
-    _show(rows)
+    return rows
 
 
 def _grid() -> Iterator[Clips]:
@@ -118,6 +130,51 @@ def _show(rows: list[Row]) -> None:
     cells = [[*key, *(median(_values(rows, key, size)) for size in BYTES)] for key in sets]
     header = ["clips", "frames", "latent size", *(f"error at {size} bytes" for size in BYTES)]
     out.table("Codec by calibration clips, median over seeds", header, cells)
+
+
+def _chart(rows: list[Row]) -> Chart:
+    """Error over the number, the length and the side of samples; the world's clips dashed."""
+    whole, own = f"{SIDE}x{SIDE}", [row for row in rows if row.run != "world"]
+    series = {
+        "Number of clips": {
+            (row.run, FRAMES, whole): float(row.run.split()[0])
+            for row in own
+            if (row.frames, row.note) == (FRAMES, whole)
+        },
+        "Latent frames of a clip": {
+            (row.run, row.frames, whole): float(row.frames or 0)
+            for row in own
+            if row.run == f"{COUNT} clips" and row.note == whole
+        },
+        "Side of a latent frame": {
+            (row.run, FRAMES, row.note): float((row.note or "").split("x")[0])
+            for row in own
+            if row.run == f"{COUNT} clips" and row.frames == FRAMES
+        },
+    }
+    return [
+        Panel(
+            name,
+            "median of seeds; dashed: clips of the world",
+            name.lower(),
+            "velocity error",
+            [line for size, colour in COLOURS.items() for line in _lines(rows, keys, size, colour)],
+            xscale="log",
+            yscale="log",
+        )
+        for name, keys in series.items()
+    ]
+
+
+def _lines(rows: list[Row], keys: dict[Any, float], size: float, colour: str) -> list[Line]:
+    points = sorted((x, median(_values(rows, key, size))) for key, x in keys.items())
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    world = median(_values(rows, ("world", FRAMES, f"{SIDE}x{SIDE}"), size))
+    name = f"{size:g} bytes"
+    return [
+        Line(name, colour, xs, ys, marker="o"),
+        Line(f"{name}, world", colour, [xs[0], xs[-1]], [world] * 2, named=False, dash="--"),
+    ]
 
 
 def _values(rows: list[Row], key: tuple[str, int | None, str | None], size: float) -> list[float]:

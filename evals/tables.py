@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import typer
@@ -31,6 +32,9 @@ PICTURES = {name: ROOT / "docs" / "images" / f"error_{name}.svg" for name in ("l
 
 COMMANDS = {
     "codec": "python -m evals.codec --out evals/results/codec.jsonl",
+    "clips": (
+        "python -m evals.clips --out evals/results/clips.jsonl --picture docs/images/clips.png"
+    ),
     "quickstart": "vmla run recipes/quickstart.toml -o runs/quickstart",
     "scale_1.3b": "python -m evals.scale 1.3b --out evals/results/scale_1.3b.jsonl",
     "teacher_16_seeds": "python -m evals.teacher --seeds 16 --out "
@@ -104,6 +108,29 @@ def uncalibrated() -> str:
 def unquantised() -> str:
     """The codec with channels in the model's dtype."""
     return error_table([r for r in rows_of("codec") if r.cache_dtype == "model"])
+
+
+def calibration_clips() -> str:
+    """Codecs fitted to other numbers, lengths and sizes of samples."""
+    rows = rows_of("clips")
+    sets = dict.fromkeys((r.run, r.frames, r.note) for r in rows)
+    sizes = sorted({size(r) for r in rows}, reverse=True)
+    return table(
+        ["clips", "frames", "latent size", *(f"velocity error at {s:g} bytes" for s in sizes)],
+        [
+            [key[0], str(key[1]), (key[2] or "").replace("x", " × "), *errors(rows, key, sizes)]
+            for key in sets
+        ],
+        "clips",
+    )
+
+
+def errors(
+    rows: list[Row], key: tuple[str, int | None, str | None], sizes: list[float]
+) -> list[str]:
+    """Median error of a set of clips at each size."""
+    found = [r for r in rows if (r.run, r.frames, r.note) == key]
+    return [number(median(r.value for r in found if size(r) == each)) for each in sizes]
 
 
 def quantised_dense() -> str:
@@ -213,6 +240,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         sizes,
         unquantised,
         uncalibrated,
+        calibration_clips,
         quantised_dense,
         equal_error,
         nested,
