@@ -228,7 +228,7 @@ def test_attaching_within_a_clip_is_refused() -> None:
     vmla.attach(pipeline, codec())
     x, context = noise(1, 2, 4, 4, 6), noise(1, 3, 5)
     with pytest.raises(ConfigError, match="slots 0 to"):
-        pipeline.generator.denoise(x, 0, context, pipeline.kv_cache1 or [], 4 * 6)
+        pipeline.generator(x, 0, context, pipeline.kv_cache1 or [], 4 * 6)
 
 
 @pytest.mark.parametrize("name", ["current_start", "grid_sizes"])

@@ -13,7 +13,7 @@ from vmla_convert.checkpoint.base import PRECISION, base_tensors, differing
 from vmla_convert.checkpoint.keymap import listed
 from vmla_convert.config import Sizes
 from vmla_convert.errors import CheckpointError, ConfigError
-from vmla_convert.interop.host import HOST_PAGE, Host, NewCache, sizes_of
+from vmla_convert.interop.host import HOST_PAGE, Host, NewCache, linear_of, sizes_of
 from vmla_convert.interop.self_forcing import SelfForcingHost
 from vmla_convert.interop.tokens import EncodedStore, RotaryTables, Slots, TokenCache
 from vmla_convert.interop.witness import Witness, WitnessedCache
@@ -169,9 +169,7 @@ def base_tensors_of(host: Host) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for name in base_tensors(len(host.layers)):
         _, layer, _, part, kind = name.split(".")
-        module = host.layers[int(layer)].get_submodule(part)
-        module = getattr(module, "base_layer", module)  # an adapter wraps the layer
-        if (tensor := getattr(module, kind, None)) is not None:
+        if (tensor := getattr(linear_of(host.layers[int(layer)], part), kind, None)) is not None:
             found[name] = tensor.detach()
     return found
 
