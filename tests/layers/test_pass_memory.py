@@ -65,6 +65,7 @@ STREAMS = [
         for row in (
             ("1.3b", "dense", torch.float32, 64),
             ("1.3b", "codec", torch.float32, 1024),
+            ("1.3b", "int8", torch.bfloat16, 64),
             ("1.3b", "mla", torch.bfloat16, 1024),
             ("1.3b", "mla", torch.float32, 1024),
             ("14b", "dense", torch.bfloat16, 1024),
@@ -79,7 +80,8 @@ def test_streaming_takes_the_memory_of_the_formula(
     size: str, product: str, dtype: torch.dtype, tile_mib: int
 ) -> None:
     config = true_width(size, product)
-    runtime = RuntimeConfig(tile_mib=tile_mib, backend="materialised")
+    cache_dtype = "int8" if product == "int8" else "auto"
+    runtime = RuntimeConfig(tile_mib=tile_mib, backend="materialised", cache_dtype=cache_dtype)
     with torch.no_grad(), counted_bytes() as counted:
         model = fake_model(config, dtype)
         choose_rates(model)
@@ -101,31 +103,34 @@ def test_an_offloaded_cache_lies_in_host_memory() -> None:
 
 
 PASSES = [
-    ("1.3b", 9, "bf16", True, "new"),
+    ("1.3b", "codec", 9, "bf16", True, "new"),
     *[
         pytest.param(*row, marks=pytest.mark.slow)
         for row in (
-            ("1.3b", 21, "bf16", True, "new"),
-            ("1.3b", 9, "no", True, "new"),
-            ("1.3b", 9, "bf16", False, "new"),
-            ("1.3b", 9, "bf16", True, "attention"),
-            ("1.3b", 9, "bf16", True, "all"),
-            ("14b", 21, "bf16", True, "new"),
+            ("1.3b", "codec", 21, "bf16", True, "new"),
+            ("1.3b", "codec", 9, "no", True, "new"),
+            ("1.3b", "codec", 9, "bf16", False, "new"),
+            ("1.3b", "codec", 9, "bf16", True, "attention"),
+            ("1.3b", "codec", 9, "bf16", True, "all"),
+            ("1.3b", "mla", 21, "bf16", True, "new"),
+            ("1.3b", "mla", 9, "no", True, "new"),
+            ("14b", "codec", 21, "bf16", True, "new"),
         )
     ],
 ]
 
 
-@pytest.mark.parametrize(("size", "frames", "mixed", "checkpointed", "scope"), PASSES)
+@pytest.mark.parametrize(("size", "product", "frames", "mixed", "checkpointed", "scope"), PASSES)
 def test_a_training_pass_takes_the_memory_of_the_formula(
     size: str,
+    product: str,
     frames: int,
     mixed: Literal["no", "bf16"],
     checkpointed: bool,
     scope: Scope,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = true_width(size, "codec")
+    config = true_width(size, product)
 
     def real_inputs(config: ModelConfig, _: Example) -> object:
         with unset_fake_temporarily():

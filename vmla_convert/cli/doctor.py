@@ -32,13 +32,14 @@ def doctor(
 
     Peaks of memory are calculated. Of a checkpoint on the Hub only headers are downloaded.
     """
-    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.constants import HF_ASSETS_CACHE, HF_HUB_CACHE
 
     from vmla_convert.doctor.machine import examine
     from vmla_convert.doctor.stages import RELEASED, needs, room_of
 
     out.json = json
-    machine = examine({"outputs": folder, "downloads": Path(HF_HUB_CACHE)})
+    caches = {"clips": Path(HF_ASSETS_CACHE), "downloads": Path(HF_HUB_CACHE)}
+    machine = examine({"outputs": folder, **caches})
     models, room = dict[str, ModelConfig](), room_of(machine)
     try:
         models = named_model(checkpoint, file, model)

@@ -41,6 +41,7 @@ SAVINGS: dict[Stage, tuple[tuple[str, ...], ...]] = {
     "recover": (
         ("recover.data.frames=15",),
         ("recover.data.frames=9",),
+        ("recover.layerwise_steps=0",),
         ("recover.data.frames=15", "recover.layerwise_steps=0"),
         ("recover.data.frames=9", "recover.layerwise_steps=0"),
     ),
@@ -194,7 +195,7 @@ def stage_memory(
 
 
 def _clip(data: DataConfig, model: ModelConfig) -> ClipShape:
-    return ClipShape(data.frames, *model.latent_size)
+    return ClipShape(data.frames or model.cache.window_frames, *model.latent_size)
 
 
 def _one_clip_at_a_time(recover: RecoverConfig, processes: int) -> RecoverConfig:

@@ -71,8 +71,7 @@ def streaming_memory(
 
     Args:
         config: The model, dense or converted.
-        runtime: Size, place and tiles of the cache. Dense caches of few bits rebuild all past keys
-            and values of a layer, which is not counted.
+        runtime: Size, place and tiles of the cache.
         itemsize: Bytes of a number of the model's dtype.
         clips: Clips that are generated together.
         on_gpu: Whether the model runs on a GPU, whose tiles are larger by default.
@@ -125,6 +124,9 @@ def _tile_bytes(
     """
     geometry, narrow = config.geometry, itemsize < FLOAT32
     width, tokens = geometry.head_dim, window - chunk
+    if config.is_dense:
+        # A quantised dense past is rebuilt whole: codes of keys and values, and float32 copies.
+        return 5 * FLOAT32 * tokens * geometry.dim
     if config.mla is not None:
         # MLA rebuilds the chunk too. Keys have rope channels, and values are padded to their width.
         key = width + max(map(config.mla.qk_rope_head_dim, range(geometry.num_layers)))
@@ -193,10 +195,18 @@ def block_bytes(config: ModelConfig, frames: int, tokens: int, item: int) -> int
         encoded = 2 * past * item
     else:
         copies, encoded = sum(seen) - first + 1, 0.0
+    # MLA keys have rope channels, and queries, values and outputs are padded to their width. The
+    # layer's two trained projections keep their inputs.
+    wide = 1.0
+    if config.mla is not None:
+        wide += (
+            max(map(config.mla.qk_rope_head_dim, range(geometry.num_layers))) / geometry.head_dim
+        )
+        encoded = 2.0 * item
     # Float32 under autocast too: inputs of three layer norms and of three RMS norms.
     norms = 6 * FLOAT32
     # Query and output of both attentions; keys and values of the self-attention.
-    attended = item * (4 + 2 * copies)
+    attended = item * (2 + wide * (2 + 2 * copies))
     activations = tokens * geometry.dim * (norms + attended + encoded)
     hidden = item * tokens * geometry.ffn_dim
     # Autocast keeps a narrow copy of each frozen matrix for the backward pass.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import torch
 
@@ -19,7 +20,7 @@ from vmla_convert.layers.memory import (
 )
 from vmla_convert.recovery.layerwise import drawn_clips
 from vmla_convert.recovery.stages import later_steps
-from vmla_convert.recovery.trained import unfreeze
+from vmla_convert.recovery.trained import Scope, unfreeze
 
 
 def recovery_memory(
@@ -87,7 +88,7 @@ def _distillation(
         training.gradient_checkpointing,
         recover.train,
     )
-    numbers, trained = parameter_count(config), _trained_count(config, recover)
+    numbers, trained = parameter_count(config), _trained_count(config, recover.train)
     copies = (4 if training.optimizer == "muon" else 5) + bool(training.ema)
     two_models = config.mla is not None or recover.shard
     dense = parameter_count(replace(config, mla=None, codec=None)) if two_models else 0
@@ -99,9 +100,10 @@ def _distillation(
     return Memory(state // processes + 2 * block + activations, staging=FLOAT32 * numbers)
 
 
-def _trained_count(config: ModelConfig, recover: RecoverConfig) -> int:
+@cache
+def _trained_count(config: ModelConfig, train: Scope) -> int:
     """Numbers that train."""
     with torch.device("meta"):
         student = CausalWanModel(config).requires_grad_(False)
-    unfreeze(student, recover.train)
+    unfreeze(student, train)
     return sum(p.numel() for p in student.parameters() if p.requires_grad)
