@@ -2,9 +2,9 @@
 
     python -m evals.host --out evals/results/host.jsonl
 
-* `velocity_error` on held-out clips of the codec that `vmla.fit` makes of a running program (`run` =
-  `host`; `host, gradients` where errors count at the output of the model), beside that of
-  `vmla convert` (`run` = `convert`), at equal size;
+* `velocity_error` on held-out clips of the codec that `vmla.fit` makes of a running program (`run`
+  = `host`, or `host, gradients` with `observe(gradients=True)`), beside that of `vmla convert`
+  (`run` = `convert`), at equal size;
 * `step_seconds` of one self-attention layer of the program at the shapes of Wan 1.3B, with a full
   cache, and `seconds_ratio` to the layer with its own dense cache. Decoding is part of the step.
   Both take turns. Seconds are those of the processor, because other programs may run;
