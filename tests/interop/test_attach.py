@@ -165,6 +165,12 @@ def test_only_some_layers() -> None:
     assert attached.nbytes == second["k"].shape[1] * 24
 
 
+def test_layers_that_do_not_exist_are_refused() -> None:
+    for layers in ([], [2], [-1, 0]):
+        with pytest.raises(ConfigError, match="0 to 1"):
+            vmla.attach(Pipeline(network()), codec(), layers=layers)
+
+
 def test_bytes_are_the_formula_and_dense_tensors_are_never_made() -> None:
     pipeline = Pipeline(network())
     made = list[str]()

@@ -83,7 +83,12 @@ def attach(
     _check_model(host, codec, check_base)
     given = bytes_per_token is not None or cut is not None
     size = Sizes(bytes_per_token, cut) if given else None
-    chosen = range(len(codec.layers)) if layers is None else layers
+    chosen = range(len(codec.layers)) if layers is None else sorted(set(layers))
+    if not chosen or min(chosen) < 0 or max(chosen) >= len(codec.layers):
+        raise ConfigError(
+            f"layers {list(chosen)} are not some of 0 to {len(codec.layers) - 1}",
+            "leave layers out to encode all of them",
+        )
     rates = dict(zip(chosen, codec.rates(size, cache_dtype == "auto", chosen), strict=True))
     attached, placed = Attachment(), dict[tuple[int, torch.dtype, torch.device], LayerCodec]()
     tables: dict[torch.device, RotaryTables] = {}
