@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmla_convert.console import out
+from vmla_convert.errors import CheckpointError
 from vmla_convert.results import Metric, Row, read_rows
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from vmla_convert.fitting.inspect import Inspection
     from vmla_convert.fitting.plan import PlannedOutput
     from vmla_convert.loading.publish import Push
+    from vmla_convert.loading.verify import Verified
 
 
 def show_decision(rows_file: Path) -> None:
@@ -96,6 +98,27 @@ def show_push(push: Push, dry_run: bool) -> None:
     if not dry_run:
         name = f"{push.repo}@{push.tag}" if push.tag else push.repo
         out.say(f'next: vmla generate {name} --prompt "…" -o clip.mp4')
+
+
+def show_verified(found: Verified) -> None:
+    """Print what was checked and what is wrong.
+
+    Raises:
+        CheckpointError: Something is wrong.
+    """
+    agree = {f"SHA-256 of {name} agrees with": whom for name, whom in found.files.items()}
+    out.data(
+        {"checkpoint": found.path, "base model": found.base, "tensors": found.tensors, **agree}
+    )
+    if not found.faults:
+        out.say("every tensor is whole and finite")
+        return
+    out.table(
+        "Faults", ["file or tensor", "what is wrong"], [[f.place, f.what] for f in found.faults]
+    )
+    raise CheckpointError(
+        f"{found.path} has {len(found.faults)} faults", "copy, download or convert it again"
+    )
 
 
 def show_inspection(inspection: Inspection) -> None:

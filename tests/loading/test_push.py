@@ -21,6 +21,7 @@ from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save_file
 from tiny_wan import SETTINGS
 
+from vmla_convert.checkpoint.integrity import seal
 from vmla_convert.checkpoint.source import fingerprint
 from vmla_convert.checkpoint.writer import CheckpointWriter
 from vmla_convert.config import ConvertConfig, Sizes, SourceConfig
@@ -124,7 +125,10 @@ def test_only_changed_files_are_uploaded(sharded: Path, tmp_path: Path, stub: Hu
     folder = shutil.copytree(sharded, tmp_path / "out")
     shard = min(folder.glob("*.safetensors"))
     save_file({k: v + 1 for k, v in load_file(shard).items()}, shard, {"format": "pt"})
-    assert list(push(folder, REPO).uploaded) == [shard.name]
+    with pytest.raises(CheckpointError, match=shard.name):
+        push(folder, REPO)
+    seal(folder)
+    assert set(push(folder, REPO).uploaded) == {shard.name, "conversion.json"}
     assert len(set(stub.received)) == 1
     assert torch.equal(output(load(REPO)), output(load(folder)))
 

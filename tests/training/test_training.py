@@ -19,7 +19,13 @@ from vmla_convert.demo.world import Split
 from vmla_convert.errors import VmlaError
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.media.clips import Batch, ClipSource, seeded
-from vmla_convert.training.loop import Examples, clip_examples, learning_rate_factor, train
+from vmla_convert.training.loop import (
+    SKIPPED_IN_A_ROW,
+    Examples,
+    clip_examples,
+    learning_rate_factor,
+    train,
+)
 from vmla_convert.training.losses import Example, flow_matching, make_example, predicted_velocity
 from vmla_convert.training.optimisers import LONGER_RUN, PROBED_RATES, find_learning_rate
 
@@ -326,10 +332,29 @@ def test_a_loss_that_is_not_finite_ends_training() -> None:
 
 
 def test_the_best_weights_outlive_a_loss_that_is_not_finite() -> None:
-    loss = breaking(1.0, 1.0, torch.nan)
-    model, step, met = scripted([3.0, 1.0, 2.0], SHORT, loss=loss)
+    loss = breaking(1.0, 1.0, *[torch.nan] * SKIPPED_IN_A_ROW)
+    model, step, met = scripted([3.0, 1.0, *[2.0] * SHORT.steps], SHORT, loss=loss)
     assert step == 1
     assert same_weights(model, met[1])
+
+
+@pytest.mark.parametrize("place", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(place: str, tmp_path: Path) -> None:
+    state, config, calls = tmp_path / "state.pt", replace(SHORT, steps=3), list[int]()
+
+    def loss(model: nn.Module, example: Example) -> Tensor:
+        calls.append(len(calls))
+        value = LOSS(model, example)
+        if calls[-1] != 1:
+            return value
+        # The root of 0 is finite, and its gradient is not.
+        return value * torch.nan if place == "loss" else value + (0 * value).sqrt()
+
+    model = tiny_model(MODEL)
+    train(model, loss, examples(config), config, held_out_error, state)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert torch.load(state, weights_only=True)["skipped"] == (1, 0)
+    assert len(calls) == config.steps
 
 
 # Batches, rates and trackers

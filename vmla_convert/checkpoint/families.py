@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from vmla_convert.checkpoint.geometry import blocks, native_shapes, read_geometry, strict
+from vmla_convert.checkpoint.integrity import refuse_not_finite
 from vmla_convert.checkpoint.keymap import (
     CONVERTED_DIFFUSERS_RULES,
     DIFFUSERS_RULES,
@@ -105,6 +106,8 @@ class OpenCheckpoint:
         unknown: Tensors that are not part of the model.
         missing: Tensors that the model lacks.
         base: Path of a codec's base model, when both are open.
+        hashes: SHA-256 of weight files, which `build` checks while it reads; empty where none are
+            recorded.
     """
 
     source: TensorSource
@@ -117,6 +120,7 @@ class OpenCheckpoint:
     unknown: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     base: Path | None = None
+    hashes: Mapping[Path, str] = field(default_factory=dict[Path, str])
 
     @property
     def model_path(self) -> Path:
@@ -133,6 +137,7 @@ class OpenCheckpoint:
 
         Raises:
             CheckpointError: There is no tensor of that name.
+            NotFiniteError: A number of the tensor is not finite.
         """
         if native not in self.names:
             raise CheckpointError(
@@ -143,6 +148,7 @@ class OpenCheckpoint:
             tensor = (tensor.float() + self._frame_rate()).to(tensor.dtype)
         for lora in self.loras:
             tensor = lora.apply(native, tensor)
+        refuse_not_finite(native, tensor, self.source.path)
         return tensor
 
     def specs(self) -> dict[str, TensorSpec]:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from vmla_convert.checkpoint.choose_file import INDEX_SUFFIX
 from vmla_convert.checkpoint.geometry import block_of
+from vmla_convert.checkpoint.integrity import seal
 from vmla_convert.checkpoint.layouts import NATIVE, Layout
 from vmla_convert.checkpoint.specs import TensorSpec
 from vmla_convert.errors import ConfigError, OutputError
@@ -238,6 +239,7 @@ class CheckpointWriter:
                 save_tensors(tensors, folder / plan.joined)
             elif len(plan.parts) > 1:
                 write_files(folder, {plan.index: plan.weight_map(self._specs)})
+            seal(folder)
             for name, source in self._copies.items():
                 # Links are followed: in the Hub's cache the files are links out of the folder.
                 copy = shutil.copyfile
@@ -319,6 +321,7 @@ def write_pickle(
         except RuntimeError as error:  # torch raises no OSError
             raise OSError(str(error)) from error
         write_files(folder, files)
+        seal(folder)
     return out / PICKLE_NAME
 
 

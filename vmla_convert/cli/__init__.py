@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from vmla_convert import __version__
-from vmla_convert.cli.checkpoints import export, inspect, push
+from vmla_convert.cli.checkpoints import export, inspect, push, verify
 from vmla_convert.cli.convert import convert
 from vmla_convert.cli.doctor import doctor
 from vmla_convert.cli.generate import generate
@@ -55,6 +55,7 @@ COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
     "export": (export, "vmla export kv -o whole --layout self_forcing"),
     "sweep": (sweep, "vmla sweep size_ablation -o runs/sizes --demo"),
     "report": (report, "vmla report runs/sizes"),
+    "verify": (verify, "vmla verify kv"),
     "push": (push, "vmla push kv owner/name --tag v1"),
     "run": (run, "vmla run self_forcing_1_3b -o runs/self_forcing --demo"),
     "demo": (demo, "vmla demo -o runs/quickstart"),

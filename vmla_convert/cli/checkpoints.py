@@ -1,4 +1,4 @@
-"""Commands about whole checkpoints: inspect, export, push."""
+"""Commands about whole checkpoints: inspect, export, verify, push."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from vmla_convert.cli.options import (
     Json,
     Loras,
     Model,
+    NoVerify,
     OutFolder,
 )
-from vmla_convert.config import command_recipe
+from vmla_convert.config import SourceConfig, command_recipe
 from vmla_convert.console import out
-from vmla_convert.show import show_inspection, show_push
+from vmla_convert.show import show_inspection, show_push, show_verified
 
 
 def inspect(
@@ -98,6 +99,7 @@ def export(
     model: Model = None,
     loras: Loras = None,
     base_model: BaseModel = None,
+    no_verify: NoVerify = False,
     json: Json = False,
     changes: Annotated[
         list[str] | None,
@@ -119,11 +121,25 @@ def export(
         "source.model": model,
         "source.loras": loras,
         "source.base_model": base_model,
+        "source.verify": False if no_verify else None,
     }
     recipe = command_recipe(("source", "model"), options, changes)
     with out.progress() as progress:
         written = run(recipe.dense, folder, layout, state, progress)
     out.path("wrote", written)
+
+
+def verify(checkpoint: Checkpoint, file: File = None, json: Json = False) -> None:
+    """Check hashes, shapes and numbers of a checkpoint, and the base model of a codec.
+
+    Every weight is read. The exit code is 2 where something is wrong.
+    """
+    from vmla_convert.loading.verify import verify as run
+
+    out.json = json
+    with out.progress() as progress:
+        found = run(SourceConfig(checkpoint, file), progress)
+    show_verified(found)
 
 
 def push(

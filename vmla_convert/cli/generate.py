@@ -17,6 +17,7 @@ from vmla_convert.cli.options import (
     Json,
     Loras,
     Model,
+    NoVerify,
     option,
 )
 from vmla_convert.config import GenerateConfig, command_recipe
@@ -90,6 +91,7 @@ def generate(
     model: Model = None,
     loras: Loras = None,
     base_model: BaseModel = None,
+    no_verify: NoVerify = False,
     changes: Changes = None,
 ) -> None:
     """Generate video from prompts; the first frame lands beside the video as a PNG.
@@ -114,6 +116,7 @@ def generate(
         "source.model": model,
         "source.loras": loras,
         "source.base_model": base_model,
+        "source.verify": False if no_verify else None,
     }
     recipe = command_recipe(TABLES, options, changes)
     sources = sources_to_compare(recipe.dense, compare) if compare else [recipe.dense]

@@ -16,6 +16,7 @@ from vmla_convert.cli.options import (
     Cut,
     Data,
     Json,
+    NoVerify,
     Teacher,
     TeacherFile,
     named_teacher,
@@ -42,6 +43,7 @@ def evaluate(
     bytes_per_token: BytesPerToken = None,
     cut: Cut = None,
     cache_dtype: CacheDtype = None,
+    no_verify: NoVerify = False,
     json: Json = False,
     changes: Annotated[
         list[str] | None,
@@ -72,7 +74,7 @@ def evaluate(
     }
     recipe = command_recipe(("source", "model", "runtime", "evaluate"), options, changes)
     dense = named_teacher(recipe, teacher)
-    given = SourceConfig(checkpoint, overrides=recipe.model)
+    given = SourceConfig(checkpoint, overrides=recipe.model, verify=not no_verify)
     with out.progress() as progress:
         rows = measure_against_dense(given, dense, recipe.evaluate, recipe.runtime, progress)
     cells = [[row.run, row.metric, row.value, row.unit] for row in rows]

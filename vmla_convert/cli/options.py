@@ -58,6 +58,12 @@ BaseModel = Annotated[
         CHECKPOINT,
     ),
 ]
+NoVerify = Annotated[
+    bool,
+    option(
+        "--no-verify", None, "Do not compare files with the hashes in their record.", CHECKPOINT
+    ),
+]
 Teacher = Annotated[
     str | None,
     option(

@@ -56,6 +56,7 @@ class SourceConfig:
         loras: LoRA files, `FILE` or `FILE:SCALE`, merged when the checkpoint is read.
         base_model: Base model of a codec, a path or a Hub id; None to look where it was when the
             codec was made, beside the codec, and on the Hub.
+        verify: Compare weight files with the hashes in their record.
     """
 
     checkpoint: str = "demo"
@@ -65,3 +66,5 @@ class SourceConfig:
     overrides: dict[str, Any] = field(default_factory=dict[str, Any])
     loras: tuple[str, ...] = ()
     base_model: str | None = None
+    # How carefully a checkpoint is read does not make another checkpoint.
+    verify: bool = field(default=True, compare=False)

@@ -12,7 +12,8 @@ from time import perf_counter
 from typing import Any
 
 from vmla_convert import __version__
-from vmla_convert.checkpoint.families import open_checkpoint
+from vmla_convert.checkpoint.families import OpenCheckpoint, open_checkpoint
+from vmla_convert.checkpoint.integrity import NotFiniteError
 from vmla_convert.checkpoint.source import fingerprint
 from vmla_convert.checkpoint.writer import CheckpointWriter
 from vmla_convert.config import ConvertConfig, ModelConfig, RankPlan
@@ -20,8 +21,6 @@ from vmla_convert.errors import ConfigError
 from vmla_convert.fitting.calibrate import Statistics, calibrate_checkpoint
 from vmla_convert.fitting.calibration_clips import clips_hash, measures
 from vmla_convert.fitting.dense_source import (
-    CheckedCheckpoint,
-    NotFiniteError,
     base_record,
     open_dense,
     source_record,
@@ -156,7 +155,7 @@ def _outcome(done: Conversion, config: ConvertConfig, progress: Timed) -> dict[s
 
 
 def _read_source(
-    source: Source, checkpoint: CheckedCheckpoint, config: ConvertConfig, progress: Progress
+    source: Source, checkpoint: OpenCheckpoint, config: ConvertConfig, progress: Progress
 ) -> dict[str, Any]:
     """Record the hash of the source, and refuse weights that are not finite.
 
@@ -185,7 +184,7 @@ def _calibration_store(
 
 
 def _calibrate(
-    checkpoint: CheckedCheckpoint,
+    checkpoint: OpenCheckpoint,
     config: ConvertConfig,
     store: FolderStore | None,
     progress: Progress,

@@ -1,13 +1,10 @@
-"""The dense checkpoint of a conversion: opened, checked as it is read, and recorded by hash."""
+"""The dense checkpoint of a conversion: opened, and recorded by hash."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from vmla_convert.checkpoint.base import PRECISION, base_tensors, tensor_hash
 from vmla_convert.checkpoint.families import OpenCheckpoint
@@ -21,38 +18,14 @@ from vmla_convert.progress import Progress
 from vmla_convert.tables import to_dict
 
 
-class NotFiniteError(CheckpointError):
-    """A tensor of the source holds a NaN or an infinite number."""
-
-
-@dataclass(frozen=True)
-class CheckedCheckpoint(OpenCheckpoint):
-    """A checkpoint that checks every tensor as the tensor is read."""
-
-    def read(self, native: str) -> Tensor:
-        """Read one tensor.
-
-        Raises:
-            NotFiniteError: A number of the tensor is not finite.
-        """
-        tensor = super().read(native)
-        # A sum needs no second tensor, but may overflow on finite numbers.
-        if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
-            raise NotFiniteError(
-                f"'{native}' of {self.source.path} holds NaN or infinite numbers",
-                "download the checkpoint again; if it is the same, its training had failed",
-            )
-        return tensor
-
-
-def open_dense(source: Source, progress: Progress) -> CheckedCheckpoint:
+def open_dense(source: Source, progress: Progress) -> OpenCheckpoint:
     """Open the dense checkpoint of a conversion and show what is known about the model.
 
     Raises:
         CheckpointError: The checkpoint cannot be read, or is converted already.
         ConfigError: A setting of the source does not fit.
     """
-    checkpoint = CheckedCheckpoint(**vars(open_named(source)))
+    checkpoint = open_named(source)
     if checkpoint.known and (note := known_model(checkpoint.known).note):
         progress.note(f"{checkpoint.known}: {note}")
     return checkpoint
@@ -85,6 +58,7 @@ def source_record(source: Source, checkpoint: OpenCheckpoint) -> dict[str, Any]:
     ]
     # Keep the name of a Hub repository, which `file` belongs to; drop the path of a local folder.
     asked = to_dict(how)
+    del asked["verify"]
     if not is_remote(how.checkpoint):
         del asked["checkpoint"]
     return {

@@ -15,11 +15,16 @@ from vmla_convert.config import Sizes
 from vmla_convert.errors import CheckpointError, ConfigError
 from vmla_convert.interop.host import HOST_PAGE, Host, NewCache, linear_of, sizes_of
 from vmla_convert.interop.self_forcing import SelfForcingHost
-from vmla_convert.interop.tokens import EncodedStore, RotaryTables, Slots, TokenCache
+from vmla_convert.interop.tokens import (
+    EncodedStore,
+    RotaryTables,
+    Slots,
+    TokenCache,
+    placed_codec,
+)
 from vmla_convert.interop.witness import Witness, WitnessedCache
 from vmla_convert.layers.codec import LayerCodec
 from vmla_convert.loading.codec import Codec, open_codec
-from vmla_convert.maths.rates import Rate
 from vmla_convert.progress import Silent
 
 HOSTS = (SelfForcingHost,)
@@ -99,7 +104,7 @@ def attach(
             return None
         place = (layer, slots.dtype, slots.device)
         if place not in placed:
-            placed[place] = _placed(codec.layers[layer], rates[layer], slots)
+            placed[place] = placed_codec(codec.layers[layer], rates[layer], slots)
         store = EncodedStore(placed[place], rates[layer], slots)
         if not host.rotated:
             cache = TokenCache(slots, store, None)
@@ -202,19 +207,3 @@ def _check_model(host: Host, codec: Codec, check_base: bool) -> None:
             f"tensors differ: {listed(other)}",
             "fit a codec to this model, or pass check_base=False for a fine-tuned model",
         )
-
-
-def _placed(codec: LayerCodec, rate: Rate, slots: Slots) -> LayerCodec:
-    """The channels of a codec that are stored, in the dtype and on the device of a cache."""
-    channels = len(rate.widths)
-    placed = LayerCodec(codec.dim, slots.heads, channels)
-    state = dict(codec.state_dict())
-    state |= {
-        "encode": state["encode"][:channels],
-        "decode": state["decode"][:, :channels],
-        "energies": state["energies"][:channels],
-    }
-    placed.load_state_dict(state)
-    for name in ("encode", "decode"):
-        getattr(placed, name).data = getattr(placed, name).to(slots.dtype)
-    return placed.requires_grad_(False).to(slots.device)

@@ -20,6 +20,11 @@ from vmla_convert.checkpoint.families import (
     recognise_source,
 )
 from vmla_convert.checkpoint.hub import fetch, fetch_headers, has_parts, is_repo
+from vmla_convert.checkpoint.integrity import (
+    CONVERSION_NAME,
+    checked_meanwhile,
+    recorded_files,
+)
 from vmla_convert.checkpoint.known import known_by_repo, known_model
 from vmla_convert.checkpoint.layouts import DIFFUSERS, NATIVE
 from vmla_convert.checkpoint.settings import is_ours, read_config
@@ -33,9 +38,6 @@ from vmla_convert.progress import Progress, Silent
 from vmla_convert.tables import from_dict, read_json
 
 DEMO = "demo"
-CONVERSION_NAME = "conversion.json"
-"""The record of how a converted folder was made, beside its weights."""
-
 Source = str | Path | SourceConfig
 """The name of a checkpoint: a path, `demo` or a Hub id, with settings in a `SourceConfig`."""
 
@@ -49,12 +51,13 @@ def open_named(source: Source, progress: Progress | None = None) -> OpenCheckpoi
         ConfigError: A setting is unknown or does not fit.
     """
     path, how = locate(source)
+    hashes = recorded_files(path, read_provenance(path)) if how.verify else {}
     if not is_codec(path):
         _refuse_base(how)
-        return open_checkpoint(path, how)
+        return replace(open_checkpoint(path, how), hashes=hashes)
     codec = open_checkpoint(path, replace(how, loras=(), base_model=None))
     check_whole(codec)
-    return _with_base(codec, how, progress or Silent())
+    return replace(_with_base(codec, how, progress or Silent()), hashes=hashes)
 
 
 def is_codec(path: Path) -> bool:
@@ -223,6 +226,7 @@ def load(
     bytes_per_token: float | None = None,
     cut: float | None = None,
     base_model: str | Path | None = None,
+    verify: bool = True,
 ) -> CausalWanModel:
     """Load a dense checkpoint of the Wan family, a codec with its base model, or an MLA folder.
 
@@ -233,13 +237,15 @@ def load(
         bytes_per_token: Size of a codec's cache, in bytes per token and layer.
         cut: Size of a codec's cache, as the share of the dense cache to remove: 0.95 leaves 5 %.
         base_model: Base model of a codec; by default the one that the codec names.
+        verify: Whether to compare files with the hashes in their record.
 
     Raises:
-        CheckpointError: The source is not a known checkpoint, or the base model of a codec is not
-            found.
+        CheckpointError: The source is not a known checkpoint, is damaged, or the base model of a
+            codec is not found.
         ConfigError: The model cannot have the size.
     """
     how = _settled(source)
+    how = replace(how, verify=how.verify and verify)
     if base_model is not None:
         how = replace(how, base_model=str(base_model))
     model = build(open_named(how), device, dtype)
@@ -255,13 +261,19 @@ def build(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> CausalWanModel:
-    """Build the model of an open checkpoint, in evaluation mode and frozen."""
+    """Build the model of an open checkpoint, in evaluation mode and frozen.
+
+    Raises:
+        CheckpointError: A tensor does not fit the config, a number is not finite, or a file is not
+            as it was written.
+    """
     model = empty_model(checkpoint)
     precise = {name for name, _ in model.named_buffers()}
-    state = {
-        name: checkpoint.read(name).to(device, torch.float32 if name in precise else dtype)
-        for name in model.state_dict()
-    }
+    with checked_meanwhile(checkpoint.hashes):
+        state = {
+            name: checkpoint.read(name).to(device, torch.float32 if name in precise else dtype)
+            for name in model.state_dict()
+        }
     model.load_state_dict(state, assign=True)
     if model.config.codec is not None:
         model.resize(model.config.codec.size)

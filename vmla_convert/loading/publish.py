@@ -12,6 +12,7 @@ from typing import Any
 
 from vmla_convert.checkpoint.families import open_checkpoint
 from vmla_convert.checkpoint.hub import BESIDE, is_repo
+from vmla_convert.checkpoint.integrity import file_hash, recorded_files, refuse_changed
 from vmla_convert.checkpoint.layouts import PIPELINE_NAME
 from vmla_convert.checkpoint.settings import read_config
 from vmla_convert.checkpoint.source import located, weight_files
@@ -129,6 +130,8 @@ def _conversion(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
         raise CheckpointError(
             f"{folder} has no conversion.json, which says how it was made", _CONVERT
         )
+    hashes = recorded_files(folder, record)
+    refuse_changed([file for file, text in hashes.items() if file_hash(file) != text])
     return checkpoint.config, record
 
 

@@ -120,9 +120,10 @@ def sources_to_compare(first: SourceConfig, other: str) -> list[SourceConfig]:
     converted = [not plain and is_conversion(name) for name in names]
     owner = converted.index(False) if False in converted else 0
     shared = {name: table for name, table in first.overrides.items() if name in DEPLOYMENT}
+    apart = SourceConfig(overrides=shared, loras=first.loras, verify=first.verify)
     return [
         replace(
-            first if place == owner else SourceConfig(overrides=shared, loras=first.loras),
+            first if place == owner else apart,
             checkpoint=name,
             base_model=first.base_model if converted[place] else None,
         )

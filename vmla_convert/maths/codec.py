@@ -101,8 +101,10 @@ def fit_codec(stats: AttentionStats, entries: Moments, samples: Tensor, rank: in
     maps = fit_channels(psd_sqrt(entries.covariance), measured_metric(stats, entries), rank)
     units = (samples.double() - entries.mean) @ maps.encode[:SAMPLED_CHANNELS].mT
     # Channels beyond the rank of the data are exactly 0.
-    units = units[:, maps.energies[:SAMPLED_CHANNELS] > 0]
+    units = units[:, (maps.energies[:SAMPLED_CHANNELS] > 0) & units.any(0)]
     units = units / units.square().mean(0).sqrt().clamp_min(1e-12)
+    if not units.numel():  # all tokens are equal: the mean says everything
+        units = gaussian_samples()
     tables = fit_tables(units)
     errors = distortions(tables, units)
     return CodecFit(maps.encode, maps.decode, entries.mean, maps.energies, tables, errors)
@@ -110,7 +112,7 @@ def fit_codec(stats: AttentionStats, entries: Moments, samples: Tensor, rank: in
 
 def assume_codec(weights: KVWeights, rank: int) -> CodecFit:
     """The codec of a layer without data: white inputs, Gaussian channels (Method: without data)."""
-    norm = white_raw_key_square(weights).rsqrt()
+    norm = white_raw_key_square(weights).clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
     root = torch.cat([weights.key * norm, weights.value])
     mean = torch.cat([weights.key_bias * norm, weights.value_bias])
     maps = fit_channels(root, assumed_metric(weights), rank)

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vmla_convert.config import TrainingConfig
@@ -52,6 +53,9 @@ from vmla_convert.training.weights import (
     placed,
     set_weights,
 )
+
+SKIPPED_IN_A_ROW = 5
+"""Steps in a row that are not finite before training ends. Fewer are skipped and counted."""
 
 OnEvaluate = Callable[[nn.Module, int], float]
 """Measures a model after some steps; returns the figure to show and to compare weights by."""
@@ -84,8 +88,8 @@ def train(
         state_file: Resumable state. A run that finds the file resumes from it.
         progress: Receives the progress bar.
         label: Name of the bar and of the tracked run.
-        keep_best: End with the weights of the lowest held-out figure, step 0 included; a loss that
-            is not finite then ends training without an error.
+        keep_best: End with the weights of the lowest held-out figure, step 0 included. Training
+            that does not stay finite then ends without an error.
         lr_scale: Factor of the learning rate, by parameter name.
         logs: Folder of the tracker's files.
         extra_state: Further state of the run, such as a critic; equal on all processes.
@@ -95,7 +99,8 @@ def train(
 
     Raises:
         ConfigError: The batch cannot be divided, or no learning rate is given.
-        VmlaError: The loss is not finite, or the tracker is not installed.
+        VmlaError: Loss or gradient were not finite in `SKIPPED_IN_A_ROW` steps in a row, or the
+            tracker is not installed.
     """
     loop = _Loop(model, loss, config, keep_best, lr_scale, (label, logs), state_file, extra_state)
     try:
@@ -147,10 +152,6 @@ def check_tracker(config: TrainingConfig) -> None:
         )
 
 
-class _NotFiniteError(VmlaError):
-    """The loss is not finite."""
-
-
 class _Loop:
     """A running training."""
 
@@ -182,6 +183,7 @@ class _Loop:
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.average, self.best = Average(config.ema), Best(keep_best)
         self.seconds: list[float] = []
+        self.skipped = self.skipped_in_a_row = 0
 
     def run(
         self, examples: Examples, on_evaluate: OnEvaluate, progress: Progress, label: str
@@ -195,15 +197,11 @@ class _Loop:
         left = range(done, 0 if self._stale else config.steps)
         for step in progress.track(left, label, config.steps - done):
             started = perf_counter()
-            try:
-                self._step(step, examples(step))
-            except _NotFiniteError as error:
-                if not self.best.keep:
-                    raise
-                progress.note(f"{error.message}; {error.hint}")
-                break
+            taken = self._step(step, examples(step))
             self.seconds.append(perf_counter() - started)
             done = step + 1
+            if not taken and self._skip(step, progress):
+                break
             last = done == config.steps
             if last or done % config.eval_every == 0:
                 self._evaluate(done, on_evaluate, progress)
@@ -227,12 +225,30 @@ class _Loop:
         """Whether `config.patience` measurements brought no new best."""
         return 0 < self.config.patience <= self.best.since
 
-    def _step(self, step: int, examples: Sequence[Example]) -> None:
-        """Update the weights once.
+    def _skip(self, step: int, progress: Progress) -> bool:
+        """Count a step that left the weights as they are; return whether training ends here.
 
         Raises:
-            _NotFiniteError: The loss is not finite; the weights stay as they are.
+            VmlaError: `SKIPPED_IN_A_ROW` steps were skipped, and no best weights are kept.
         """
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        self._log({"skipped": self.skipped}, step)
+        progress.note(f"step {step} is not finite and is skipped: {self.skipped} so far")
+        if self.skipped_in_a_row < min(SKIPPED_IN_A_ROW, self.config.steps):
+            return False
+        error = VmlaError(
+            f"training came to a loss that is not finite at step {step}, "
+            f"{self.skipped_in_a_row} times in a row",
+            "lower the learning rate, or train in float32: mixed_precision 'no'",
+        )
+        if not self.best.keep:
+            raise error
+        progress.note(f"{error.message}; {error.hint}")
+        return True
+
+    def _step(self, step: int, examples: Sequence[Example]) -> bool:
+        """Update the weights once; return False where the loss or the gradient is not finite."""
         factor = learning_rate_factor(step, self.config.steps, self.config.warmup_steps)
         set_rate(self.optimisers, self.rate * factor)
         self.model.zero_grad()
@@ -248,20 +264,22 @@ class _Loop:
                     value = self.loss(self.wrapped, part) / accumulate
                 self.scaler.scale(value).backward()
             total += value.detach().float()
-        figure = averaged(total).item()
-        if not math.isfinite(figure):
-            raise _NotFiniteError(
-                f"training came to a loss that is not finite at step {step}",
-                "lower the learning rate, or train in float32: mixed_precision 'no'",
-            )
-        self._log({"loss": figure}, step)
         for optimiser in self.optimisers:
             self.scaler.unscale_(optimiser)
-        nn.utils.clip_grad_norm_(self.trained, 1.0)
-        for optimiser in self.optimisers:
-            self.scaler.step(optimiser)
+        norm = nn.utils.clip_grad_norm_(self.trained, 1.0)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        # One transfer from the device for both. A scaler skips infinite gradients by itself.
+        figure, length = torch.stack([averaged(total), norm.to(total)]).tolist()
+        finite = math.isfinite(figure) and (self.scaler.is_enabled() or math.isfinite(length))
+        if finite:
+            self._log({"loss": figure}, step)
+            self.skipped_in_a_row = 0
+            for optimiser in self.optimisers:
+                self.scaler.step(optimiser)
         self.scaler.update()
-        self.average.update(self.model)
+        if finite:
+            self.average.update(self.model)
+        return finite
 
     def _evaluate(self, step: int, on_evaluate: OnEvaluate, progress: Progress) -> None:
         value = torch.zeros((), device=self.accelerator.device)
@@ -301,6 +319,7 @@ class _Loop:
             if step
             else {},
             "scaler": self.scaler.state_dict(),
+            "skipped": (self.skipped, self.skipped_in_a_row),
             "average": gathered(self.average.weights),
             "best": (best.step, best.value, best.since),
             "best_weights": gathered(best.weights),
@@ -324,6 +343,7 @@ class _Loop:
                 self.model, self.optimisers, state["optimisers"], options=WHOLE
             )
         self.scaler.load_state_dict(state["scaler"])
+        self.skipped, self.skipped_in_a_row = state["skipped"]
         self.average.weights = placed(state["average"], self.model)
         self.best.step, self.best.value, self.best.since = state["best"]
         self.best.weights = placed(state["best_weights"], self.model)
