@@ -13,7 +13,7 @@ from vmla_convert.checkpoint.base import PRECISION, base_tensors, differing
 from vmla_convert.checkpoint.keymap import listed
 from vmla_convert.config import Sizes
 from vmla_convert.errors import CheckpointError, ConfigError
-from vmla_convert.interop.host import HOST_PAGE, Host, NewCache, sizes_of
+from vmla_convert.interop.host import HOST_PAGE, Host, NewCache, linear_of, sizes_of
 from vmla_convert.interop.self_forcing import SelfForcingHost
 from vmla_convert.interop.tokens import (
     EncodedStore,
@@ -88,7 +88,12 @@ def attach(
     _check_model(host, codec, check_base)
     given = bytes_per_token is not None or cut is not None
     size = Sizes(bytes_per_token, cut) if given else None
-    chosen = range(len(codec.layers)) if layers is None else layers
+    chosen = range(len(codec.layers)) if layers is None else sorted(set(layers))
+    if not chosen or min(chosen) < 0 or max(chosen) >= len(codec.layers):
+        raise ConfigError(
+            f"layers {list(chosen)} are not some of 0 to {len(codec.layers) - 1}",
+            "leave layers out to encode all of them",
+        )
     rates = dict(zip(chosen, codec.rates(size, cache_dtype == "auto", chosen), strict=True))
     attached, placed = Attachment(), dict[tuple[int, torch.dtype, torch.device], LayerCodec]()
     tables: dict[torch.device, RotaryTables] = {}
@@ -174,9 +179,7 @@ def base_tensors_of(host: Host) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for name in base_tensors(len(host.layers)):
         _, layer, _, part, kind = name.split(".")
-        module = host.layers[int(layer)].get_submodule(part)
-        module = getattr(module, "base_layer", module)  # an adapter wraps the layer
-        if (tensor := getattr(module, kind, None)) is not None:
+        if (tensor := getattr(linear_of(host.layers[int(layer)], part), kind, None)) is not None:
             found[name] = tensor.detach()
     return found
 
