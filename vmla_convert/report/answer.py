@@ -16,6 +16,8 @@ from vmla_convert.report.wording import (
 
 # Sizes within 2 % count as equal: whole numbers per layer round one budget differently.
 SAME_SIZE = 1.02
+# Flow loss with another clip's past, over that with the own past, from which on the cache matters.
+PAST_MATTERS = 1.02
 
 
 @dataclass(frozen=True)
@@ -144,4 +146,6 @@ def _dense_note(dense: Dense) -> str:
     if dense.flow_loss_other_past is None:
         return f"{note}."
     other = format_number(dense.flow_loss_other_past)
-    return f"{note}, and {other} when another clip is put in its past: the cache matters."
+    uses = dense.flow_loss_other_past > PAST_MATTERS * dense.flow_loss
+    verdict = "the cache matters" if uses else "the past hardly matters, so the errors say little"
+    return f"{note}, and {other} when another clip is put in its past: {verdict}."
