@@ -83,7 +83,7 @@ def main(
     measures codecs that were fitted without and with them.
     """
     teacher = load(checkpoint)
-    config = ConvertConfig(dtype="float32", data=DataConfig(data))
+    config = ConvertConfig(dtype="float32", calibration_clips=48, data=DataConfig(data))
     evaluate = EvaluateConfig(clips, DataConfig(data, seed=1))
     with out.progress() as progress:
         model = fitted(teacher, config, progress=progress)

@@ -88,7 +88,7 @@ def main(
 def error_rows() -> list[Row]:
     """Errors of a codec that was fitted to a running program, and of that of `vmla convert`."""
     teacher = vmla.load("demo")
-    converted = fitted(teacher, ConvertConfig(data=DataConfig("demo")))
+    converted = fitted(teacher, ConvertConfig(calibration_clips=48, data=DataConfig("demo")))
     held_out = HeldOut(teacher, EvaluateConfig(48, DataConfig("demo", seed=1)), streamed=True)
     rows: list[Row] = []
     for run, model in (

@@ -33,8 +33,8 @@ from vmla_convert.show import show_conversion, show_planned_output
 from vmla_convert.tables import to_dict
 
 CHEAPER = (
-    "fewer clips (--set convert.calibration_clips=4), shorter or smaller ones (--set "
-    "convert.data.frames=9, --set convert.data.latent_size=[30,52]), or --no-calibration"
+    "fewer clips (--set convert.calibration_clips=8), shorter ones (--set convert.data.frames=9), "
+    "or --no-calibration"
 )
 
 Preset = Annotated[

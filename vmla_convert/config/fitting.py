@@ -42,7 +42,7 @@ class ConvertConfig:
     latent: Literal["joint", "split"] = "joint"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     calibrate: bool = True
-    calibration_clips: int = 48
+    calibration_clips: int = 24
     data: DataConfig = field(default_factory=DataConfig)
     seed: int = 0
 

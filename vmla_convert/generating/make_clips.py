@@ -17,7 +17,7 @@ from vmla_convert.checkpoint.families import OpenCheckpoint
 from vmla_convert.checkpoint.source import fingerprint
 from vmla_convert.config import DataConfig, MediaConfig, ModelConfig
 from vmla_convert.demo.world import Split
-from vmla_convert.errors import ConfigError
+from vmla_convert.errors import ConfigError, VmlaError
 from vmla_convert.generating.clip_sets import clips_folder
 from vmla_convert.generating.encode_videos import EncodedVideos
 from vmla_convert.generating.own_samples import OwnSamples
@@ -113,7 +113,11 @@ def check_needs(
     media = media or MediaConfig()
     works = [_checked(dense, need, media) for need in needs]
     if missing := to_make(works):
-        own = open_media(dense.config, media, dense.source.path)
+        try:
+            own = open_media(dense.config, media, dense.source.path)
+        except VmlaError as error:
+            error.hint += "; latents of your own need no text encoder: --data FILE"
+            raise
         for work in missing:
             work.check(own)
         nbytes = sum(work.nbytes() for work in missing)
