@@ -106,8 +106,8 @@ def test_memory_does_not_grow_with_the_length(
     caches: list[KVCache] = []
     new_cache = model.new_cache
 
-    def kept(batch: int, runtime: RuntimeConfig | None) -> KVCache:
-        caches.append(new_cache(batch, runtime))
+    def kept(batch: int, runtime: RuntimeConfig | None, frames: int) -> KVCache:
+        caches.append(new_cache(batch, runtime, frames))
         return caches[-1]
 
     monkeypatch.setattr(model, "new_cache", kept)
