@@ -1,6 +1,7 @@
 # make demo      the quickstart, from nothing to a converted model and its report
 # make test      lint, format, types, import contracts and the fast tests, from nothing
-# make test-all  the same with the slow tests
+# make test-all  the same with the slow tests, and with tests against other programs' files
+# make test-hosts  those files, a download of 39 MB into build/test-hosts
 # make docs      the documentation as HTML in docs/_build/html, warnings as errors, from nothing
 # make check     as `make test`, in the environment that is already there
 
@@ -14,7 +15,12 @@ BIN := .venv/bin
 TORCH := $(shell grep -o 'torch==[0-9.]*' pyproject.toml)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-all docs check format
+# Files of programs that are not installed, because their dependencies take many GB.
+HOSTS := build/test-hosts
+# The files are the same for every machine; pip downloads those of one of them.
+HOSTS_PLATFORM := --only-binary=:all: --python-version 3.11 --platform manylinux_2_34_x86_64
+
+.PHONY: demo test test-all test-hosts docs check format
 
 demo: .venv/.installed-demo
 	$(BIN)/vmla run recipes/quickstart.toml -o $(OUT)
@@ -22,8 +28,16 @@ demo: .venv/.installed-demo
 test: .venv/.installed-dev
 	$(MAKE) check
 
-test-all: .venv/.installed-dev
+test-all: .venv/.installed-dev test-hosts
 	$(MAKE) check SELECT=""
+
+test-hosts: $(HOSTS)/.downloaded
+
+$(HOSTS)/.downloaded: tests/interop/hosts.txt | $(BIN)/python
+	rm -rf $(HOSTS)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes \
+	$(HOSTS_PLATFORM) -r $< -d $(HOSTS)
+	touch $@
 
 # The pages in docs/api are made from the modules; pages of modules that are gone would not build.
 docs: .venv/.installed-dev

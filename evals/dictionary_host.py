@@ -104,7 +104,7 @@ class Generator(CausalWanModel):
             block.self_attn = layer  # pyright: ignore[reportAttributeAccessIssue]
         self.to(dense.patch_embedding.weight).requires_grad_(False)
 
-    def denoise(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Tensor, sigma: float, context: Tensor, caches: list[Entries], start: int
     ) -> Tensor:
         """Velocity of a chunk (B, F, C, height, width) of noise level sigma."""
@@ -161,9 +161,9 @@ class Pipeline:
             x = noise[:, first : first + size]
             start = first * self.config.tokens_per_frame
             for now, then in zip(self.steps, (*self.steps[1:], 0.0), strict=True):
-                velocity = self.generator.denoise(x, now, context, self.kv_cache1, start)
+                velocity = self.generator(x, now, context, self.kv_cache1, start)
                 x = x - (now - then) * velocity
-            self.generator.denoise(x, 0.0, context, self.kv_cache1, start)  # this pass stays
+            self.generator(x, 0.0, context, self.kv_cache1, start)  # this pass stays
             outputs.append(x)
         return torch.cat(outputs, 1)
 

@@ -2,8 +2,9 @@
 
     python -m evals.host --out evals/results/host.jsonl
 
-* `velocity_error` on held-out clips of the codec that `vmla.fit` makes of a running program
-  (`run` = `host`), beside that of `vmla convert` (`run` = `convert`), at equal size;
+* `velocity_error` on held-out clips of the codec that `vmla.fit` makes of a running program (`run`
+  = `host`, or `host, gradients` with `observe(gradients=True)`), beside that of `vmla convert`
+  (`run` = `convert`), at equal size;
 * `step_seconds` of one self-attention layer of the program at the shapes of Wan 1.3B, with a full
   cache, and `seconds_ratio` to the layer with its own dense cache. Decoding is part of the step.
   Both take turns. Seconds are those of the processor, because other programs may run;
@@ -86,26 +87,34 @@ def main(
 def error_rows() -> list[Row]:
     """Errors of a codec that was fitted to a running program, and of that of `vmla convert`."""
     teacher = vmla.load("demo")
-    sampler = teacher.config.sampler
-    sigmas = sampler_sigmas(sampler.denoising_step_list, sampler.shift).tolist()
-    pipeline = Pipeline(teacher, sigmas[:-1])
-    prompts = DemoMedia().encode_prompts(list(DemoMedia.default_prompts))
-    shape = (len(prompts), FRAMES, teacher.config.geometry.in_dim, *teacher.config.latent_size)
-    with vmla.observe(pipeline) as seen:
-        for seed in range(CLIPS_PER_PROMPT):
-            noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-            pipeline.inference(noise, prompts)
-    observed = beside(teacher, vmla.fit(seen))
     converted = fitted(teacher, ConvertConfig(data=DataConfig("demo")))
     held_out = HeldOut(teacher, EvaluateConfig(48, DataConfig("demo", seed=1)), streamed=True)
     rows: list[Row] = []
-    for run, model in (("host", observed), ("convert", converted)):
+    for run, model in (
+        ("host", observed(teacher, gradients=False)),
+        ("host, gradients", observed(teacher, gradients=True)),
+        ("convert", converted),
+    ):
         for size in SIZES:
             runtime = RuntimeConfig(Sizes(bytes_per_token=size))
             error = held_out.measure(model, runtime).velocity_error
             fields: dict[str, Any] = {**row_fields(model.config, runtime=runtime), "run": run}
             rows.append(Row(Metric.VELOCITY_ERROR, error, "relative", **fields))
     return rows
+
+
+def observed(teacher: CausalWanModel, gradients: bool) -> CausalWanModel:
+    """The model with a codec that was fitted to the model's clips in a running program."""
+    sampler = teacher.config.sampler
+    sigmas = sampler_sigmas(sampler.denoising_step_list, sampler.shift).tolist()
+    pipeline = Pipeline(teacher, sigmas[:-1])
+    prompts = DemoMedia().encode_prompts(list(DemoMedia.default_prompts))
+    shape = (len(prompts), FRAMES, teacher.config.geometry.in_dim, *teacher.config.latent_size)
+    with vmla.observe(pipeline, gradients=gradients) as seen:
+        for seed in range(CLIPS_PER_PROMPT):
+            noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+            pipeline.inference(noise, prompts)
+    return beside(teacher, vmla.fit(seen))
 
 
 def beside(teacher: CausalWanModel, codec: Codec) -> CausalWanModel:

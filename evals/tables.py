@@ -31,6 +31,7 @@ PICTURES = {name: ROOT / "docs" / "images" / f"error_{name}.svg" for name in ("l
 
 COMMANDS = {
     "codec": "python -m evals.codec --out evals/results/codec.jsonl",
+    "host": "python -m evals.host --out evals/results/host.jsonl",
     "quickstart": "vmla run recipes/quickstart.toml -o runs/quickstart",
     "scale_1.3b": "python -m evals.scale 1.3b --out evals/results/scale_1.3b.jsonl",
     "teacher_16_seeds": "python -m evals.teacher --seeds 16 --out "
@@ -179,6 +180,50 @@ def scale() -> str:
     )
 
 
+def host_errors() -> str:
+    """Velocity errors of codecs that were fitted in a running program."""
+    rows = [r for r in rows_of("host") if r.metric == Metric.VELOCITY_ERROR]
+    best = {size(r): r.value for r in rows if r.run == "convert"}
+    fitted_by = {
+        "host": "`vmla.fit`",
+        "host, gradients": "`vmla.fit`, observed with gradients",
+        "convert": "`vmla convert`",
+    }
+    return table(
+        ["codec of", "bytes per token", "velocity error", "times that of `vmla convert`"],
+        [
+            [fitted_by[r.run], f"{size(r):g}", number(r.value), times(r.value / best[size(r)])]
+            for r in rows
+        ],
+        "host",
+    )
+
+
+def host_costs() -> str:
+    """Time and bytes of a program's layer with a codec's cache and with its own."""
+    rows = [r for r in rows_of("host") if r.metric != Metric.VELOCITY_ERROR]
+    own, ours = ({r.metric: r.value for r in rows if r.run == run} for run in ("dense", "host"))
+    seconds, nbytes = Metric.STEP_SECONDS, Metric.CACHE_BYTES
+    return table(
+        ["measured", "the program's dense cache", "codec", "ratio"],
+        [
+            [
+                "processor seconds of a step",
+                f"{own[seconds]:.1f}",
+                f"{ours[seconds]:.1f}",
+                times(ours[Metric.SECONDS_RATIO]),
+            ],
+            [
+                "MB of the layer's cache, float32",
+                f"{own[nbytes] / 1e6:.1f}",
+                f"{ours[nbytes] / 1e6:.1f}",
+                times(ours[nbytes] / own[nbytes]),
+            ],
+        ],
+        "host",
+    )
+
+
 def teacher() -> str:
     """How well the demo model itself does."""
     whole = [r for r in rows_of("teacher_16_seeds") if r.segment is None]
@@ -219,6 +264,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
         lora,
         recovery,
         scale,
+        host_errors,
+        host_costs,
         teacher,
         memory_by_device,
     )

@@ -160,3 +160,15 @@ def test_doctor_shows_the_machine_even_if_the_checkpoint_cannot_be_read(
     assert ran.code == 2
     assert torch.__version__ in ran.out and SMALL in ran.out
     assert "none.pt" in ran.err and "Traceback" not in ran.err
+
+
+def test_a_gpu_is_what_stages_must_fit_in(vmla: Vmla, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_devices", lambda: (Device("Card", 24 * GB),))
+    ran = vmla("doctor")
+    assert ran.code == 0
+    assert "Card, 24.0 GB" in ran.out
+    large = next(line for line in ran.out.splitlines() if line.startswith(LARGE))
+    room = Room(24 * GB, 10**15)
+    for need in needs(LARGE, RELEASED[LARGE], room):
+        if not need.changes:
+            assert f"{need.device_bytes / 1e9:.1f} no" in large

@@ -165,6 +165,12 @@ def test_only_some_layers() -> None:
     assert attached.nbytes == second["k"].shape[1] * 24
 
 
+def test_layers_that_do_not_exist_are_refused() -> None:
+    for layers in ([], [2], [-1, 0]):
+        with pytest.raises(ConfigError, match="0 to 1"):
+            vmla.attach(Pipeline(network()), codec(), layers=layers)
+
+
 def test_bytes_are_the_formula_and_dense_tensors_are_never_made() -> None:
     pipeline = Pipeline(network())
     made = list[str]()
@@ -228,7 +234,7 @@ def test_attaching_within_a_clip_is_refused() -> None:
     vmla.attach(pipeline, codec())
     x, context = noise(1, 2, 4, 4, 6), noise(1, 3, 5)
     with pytest.raises(ConfigError, match="slots 0 to"):
-        pipeline.generator.denoise(x, 0, context, pipeline.kv_cache1 or [], 4 * 6)
+        pipeline.generator(x, 0, context, pipeline.kv_cache1 or [], 4 * 6)
 
 
 @pytest.mark.parametrize("name", ["current_start", "grid_sizes"])

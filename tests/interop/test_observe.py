@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,10 +45,11 @@ def fitted() -> Codec:
     return vmla.fit(watched(pipeline()), channels=CHANNELS)
 
 
+@pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_a_watched_program_makes_the_same_clips(batch: int) -> None:
+def test_a_watched_program_makes_the_same_clips(batch: int, gradients: bool) -> None:
     plain, program = pipeline(), pipeline()
-    with vmla.observe(program):
+    with vmla.observe(program, gradients=gradients):
         for seed in (0, 1):
             assert torch.equal(program.clip(FRAMES, batch, seed), plain.clip(FRAMES, batch, seed))
     assert torch.equal(program.clip(FRAMES, batch), plain.clip(FRAMES, batch))
@@ -124,6 +127,32 @@ def test_a_model_with_other_layers_keeps_its_codec(tmp_path: Path) -> None:
     codec.save(tmp_path / "kv")
     assert codec.config.family == "unknown"
     assert max(error(program, tmp_path / "kv", 40)) < 0.01
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_those_of_the_models_output(mode: Callable[[], Any]) -> None:
+    program = pipeline()
+    with vmla.observe(program, gradients=True) as seen, mode():
+        for seed in range(CLIPS):
+            program.clip(FRAMES, seed=seed)
+    stats = [layer.statistics().past[0] for layer in seen.layers]
+    assert all(int(s.queries) == CLIPS * 5 * 3 * PER_FRAME * 2 for s in stats)
+    # A model whose output does not depend on its last layer gives no weight to that layer.
+    program = pipeline()
+    nn.init.zeros_(program.generator.head.head.weight)
+    with vmla.observe(program, gradients=True) as seen:
+        program.clip(FRAMES)
+    assert not any(layer.statistics().past[0].value_square.any() for layer in seen.layers)
+
+
+def test_a_model_without_gradients_is_refused() -> None:
+    program = pipeline()
+    program.generator.forward = torch.no_grad()(program.generator.forward)
+    with pytest.raises(ConfigError, match="Generator"), vmla.observe(program, gradients=True):
+        program.clip(FRAMES)
+    program.generator.blocks = nn.ModuleList([nn.Sequential(b) for b in program.generator.blocks])
+    with pytest.raises(ConfigError, match="blocks"), vmla.observe(program, gradients=True):
+        pass
 
 
 def test_too_few_tokens_are_refused() -> None:

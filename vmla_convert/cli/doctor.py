@@ -14,7 +14,7 @@ from vmla_convert.show import show_machine, show_needs
 
 OptionalCheckpoint = Annotated[
     str | None,
-    typer.Argument(help="A checkpoint, for which the table gets rows too.", metavar="[CKPT]"),
+    typer.Argument(help="A checkpoint, for which the table gets rows too.", metavar="CKPT"),
 ]
 Folder = Annotated[
     Path, option("--out -o", "DIR", "Folder whose free space counts. Default: this one.", OUTPUT)

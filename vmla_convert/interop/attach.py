@@ -13,13 +13,18 @@ from vmla_convert.checkpoint.base import PRECISION, base_tensors, differing
 from vmla_convert.checkpoint.keymap import listed
 from vmla_convert.config import Sizes
 from vmla_convert.errors import CheckpointError, ConfigError
-from vmla_convert.interop.host import HOST_PAGE, Host, NewCache, sizes_of
+from vmla_convert.interop.host import HOST_PAGE, Host, NewCache, linear_of, sizes_of
 from vmla_convert.interop.self_forcing import SelfForcingHost
-from vmla_convert.interop.tokens import EncodedStore, RotaryTables, Slots, TokenCache
+from vmla_convert.interop.tokens import (
+    EncodedStore,
+    RotaryTables,
+    Slots,
+    TokenCache,
+    placed_codec,
+)
 from vmla_convert.interop.witness import Witness, WitnessedCache
 from vmla_convert.layers.codec import LayerCodec
 from vmla_convert.loading.codec import Codec, open_codec
-from vmla_convert.maths.rates import Rate
 from vmla_convert.progress import Silent
 
 HOSTS = (SelfForcingHost,)
@@ -83,7 +88,12 @@ def attach(
     _check_model(host, codec, check_base)
     given = bytes_per_token is not None or cut is not None
     size = Sizes(bytes_per_token, cut) if given else None
-    chosen = range(len(codec.layers)) if layers is None else layers
+    chosen = range(len(codec.layers)) if layers is None else sorted(set(layers))
+    if not chosen or min(chosen) < 0 or max(chosen) >= len(codec.layers):
+        raise ConfigError(
+            f"layers {list(chosen)} are not some of 0 to {len(codec.layers) - 1}",
+            "leave layers out to encode all of them",
+        )
     rates = dict(zip(chosen, codec.rates(size, cache_dtype == "auto", chosen), strict=True))
     attached, placed = Attachment(), dict[tuple[int, torch.dtype, torch.device], LayerCodec]()
     tables: dict[torch.device, RotaryTables] = {}
@@ -94,7 +104,7 @@ def attach(
             return None
         place = (layer, slots.dtype, slots.device)
         if place not in placed:
-            placed[place] = _placed(codec.layers[layer], rates[layer], slots)
+            placed[place] = placed_codec(codec.layers[layer], rates[layer], slots)
         store = EncodedStore(placed[place], rates[layer], slots)
         if not host.rotated:
             cache = TokenCache(slots, store, None)
@@ -169,9 +179,7 @@ def base_tensors_of(host: Host) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for name in base_tensors(len(host.layers)):
         _, layer, _, part, kind = name.split(".")
-        module = host.layers[int(layer)].get_submodule(part)
-        module = getattr(module, "base_layer", module)  # an adapter wraps the layer
-        if (tensor := getattr(module, kind, None)) is not None:
+        if (tensor := getattr(linear_of(host.layers[int(layer)], part), kind, None)) is not None:
             found[name] = tensor.detach()
     return found
 
@@ -199,19 +207,3 @@ def _check_model(host: Host, codec: Codec, check_base: bool) -> None:
             f"tensors differ: {listed(other)}",
             "fit a codec to this model, or pass check_base=False for a fine-tuned model",
         )
-
-
-def _placed(codec: LayerCodec, rate: Rate, slots: Slots) -> LayerCodec:
-    """The channels of a codec that are stored, in the dtype and on the device of a cache."""
-    channels = len(rate.widths)
-    placed = LayerCodec(codec.dim, slots.heads, channels)
-    state = dict(codec.state_dict())
-    state |= {
-        "encode": state["encode"][:channels],
-        "decode": state["decode"][:, :channels],
-        "energies": state["energies"][:channels],
-    }
-    placed.load_state_dict(state)
-    for name in ("encode", "decode"):
-        getattr(placed, name).data = getattr(placed, name).to(slots.dtype)
-    return placed.requires_grad_(False).to(slots.device)

@@ -6,8 +6,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from vmla_convert.checkpoint.base import PRECISION, tensor_hash
 from vmla_convert.checkpoint.families import recognise_source, require_whole
 from vmla_convert.checkpoint.source import TensorSource
@@ -24,7 +22,7 @@ from vmla_convert.config import (
 from vmla_convert.errors import ConfigError, VmlaError
 from vmla_convert.fitting.codec import codec_specs, codec_tensors, fit_measured, plan_codec
 from vmla_convert.interop.attach import base_tensors_of
-from vmla_convert.interop.host import modules_of, sizes_of
+from vmla_convert.interop.host import model_of, sizes_of
 from vmla_convert.interop.observe import Seen
 from vmla_convert.layers.codec import LayerCodec
 from vmla_convert.loading.codec import Codec
@@ -94,7 +92,7 @@ def _wan_config(seen: Seen) -> ModelConfig | None:
 
     A codec of such a model also works with `vmla generate` and `vmla.load`.
     """
-    model = _model_of(seen)
+    model = model_of(seen.program, seen.host)
     if model is None:
         return None
     state = model.state_dict()
@@ -142,18 +140,9 @@ def _deployment(seen: Seen) -> dict[str, Any]:
     }
 
 
-def _model_of(seen: Seen) -> nn.Module | None:
-    """The module that has the observed layers under Wan's names."""
-    for module in modules_of(seen.program):
-        found = dict(module.named_modules())
-        if found.get("blocks.0.self_attn") is seen.host.layers[0]:
-            return module
-    return None
-
-
 def _record(seen: Seen, config: ConvertConfig) -> dict[str, Any]:
     """The record of a codec that was fitted to a running program."""
-    name = type(_model_of(seen) or seen.program).__name__
+    name = type(model_of(seen.program, seen.host) or seen.program).__name__
     tensors = base_tensors_of(seen.host)
     return {
         "source": {"name": name, "family": "host", "asked": {}, "loras": []},

@@ -61,7 +61,21 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def sizes_of(layer: nn.Module) -> tuple[int, int]:
     """Width of keys, and number of heads, of a self-attention layer."""
     heads: Any = layer.num_heads
-    return len(layer.get_submodule("k").get_parameter("weight")), int(heads)
+    return len(linear_of(layer, "k").get_parameter("weight")), int(heads)
+
+
+def linear_of(layer: nn.Module, name: str) -> nn.Module:
+    """A part of a layer, without the adapter that may wrap the part."""
+    part = layer.get_submodule(name)
+    return getattr(part, "base_layer", part)
+
+
+def model_of(program: object, host: Host) -> nn.Module | None:
+    """The module of a program that has the host's layers under Wan's names."""
+    for module in modules_of(program):
+        if dict(module.named_modules()).get("blocks.0.self_attn") is host.layers[0]:
+            return module
+    return None
 
 
 def modules_of(program: object) -> Iterator[nn.Module]:

@@ -10,12 +10,13 @@ Shapes: B batch, S tokens, N slots, H heads, D head dim (H·D = d).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vmla_convert.errors import ConfigError
 from vmla_convert.layers.attention import TILE_MIB, in_float32
@@ -186,8 +187,22 @@ class EncodedStore:
     copies stored bytes, so a token is encoded once, however often the host's window slides.
     """
 
-    def __init__(self, codec: LayerCodec, rate: Rate, slots: Slots) -> None:
-        self._codec, self._rate = codec, rate
+    def __init__(
+        self,
+        codec: LayerCodec,
+        rate: Rate,
+        slots: Slots,
+        sum_over_heads: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Make empty slots.
+
+        Args:
+            codec: Codec of the slots' heads, in the dtype and on the device of the slots.
+            rate: What the codec stores of a token.
+            slots: Slots of these heads.
+            sum_over_heads: Adds up the channels (B, S, r) of processes that hold other heads.
+        """
+        self._codec, self._rate, self._sum_over_heads = codec, rate, sum_over_heads
         width = rate.token_bytes(1) if rate.quantised else len(rate.widths)
         self._stored = slots.zeros(torch.uint8 if rate.quantised else slots.dtype, width)
         self._heads = slice(0, slots.heads)
@@ -206,11 +221,17 @@ class EncodedStore:
         if rotary is not None:
             key = rotate(in_float32(key), rotary.inverse())
         channels = self._codec.channels(key.flatten(2), value.flatten(2), self._rate)
+        if self._sum_over_heads is not None:
+            channels = self._sum_over_heads(channels)
         self._stored[:, slots.start : slots.stop] = self._codec.store(channels, self._rate)
 
     def move(self, target: range, source: range) -> None:
         """Copy stored channels."""
         _move(self._stored, target, source)
+
+    def grow(self, count: int) -> None:
+        """Add empty slots, up to `count`."""
+        self._stored = pad(self._stored, (0, 0, 0, count - self._stored.shape[1]))
 
     def read(self, slots: range, key: Tensor, value: Tensor, rotary: Rotary | None) -> None:
         """Decode keys and values, some tokens at a time."""
@@ -221,6 +242,17 @@ class EncodedStore:
             if rotary is not None:
                 decoded = rotate_(decoded, Rotary(rotary.table[inside]))
             key[:, inside] = decoded
+
+
+def placed_codec(codec: LayerCodec, rate: Rate, slots: Slots, first: int = 0) -> LayerCodec:
+    """The stored channels of a codec, for the slots' heads, which begin with head `first`.
+
+    The linear maps get the dtype of the slots; means and tables stay float32.
+    """
+    part = codec.part(slice(first, first + slots.heads), len(rate.widths)).requires_grad_(False)
+    for linear in (part.encode, part.decode):
+        linear.data = linear.data.to(slots.dtype)
+    return part.to(slots.device)
 
 
 class _Chunk(NamedTuple):
@@ -275,21 +307,34 @@ class TokenCache:
 
     def read(self, slots: range) -> tuple[Tensor, Tensor]:
         """Keys and values, both (B, S, H, D); those of the newest chunk are exactly as written."""
+        return self.read_parts((slots,))
+
+    def read_parts(self, parts: Sequence[range]) -> tuple[Tensor, Tensor]:
+        """Keys and values of several ranges of slots, one after the other, as `read`."""
         chunk = self._chunk
-        at = chunk.slots if chunk else range(slots.stop, slots.stop)
-        own = _overlap(at, slots)
-        exact = [x[:, _inside(own, at)] for x in (chunk.key, chunk.value)] if chunk and own else []
-        if exact and len(own) == len(slots):
-            return exact[0], exact[1]
-        shape = (self.slots.batch, len(slots), *self.slots.entry)
+        if chunk is not None and len(parts) == 1 and _overlap(chunk.slots, parts[0]) == parts[0]:
+            inside = _inside(parts[0], chunk.slots)
+            return chunk.key[:, inside], chunk.value[:, inside]
+        shape = (self.slots.batch, sum(map(len, parts)), *self.slots.entry)
         key = torch.empty(shape, dtype=self.slots.dtype, device=self.slots.device)
-        value = torch.empty_like(key)
+        value, done = torch.empty_like(key), 0
+        for part in parts:
+            place = slice(done, done + len(part))
+            self._fill(part, key[:, place], value[:, place])
+            done += len(part)
+        return key, value
+
+    def _fill(self, slots: range, key: Tensor, value: Tensor) -> None:
+        """Copy the newest chunk's part of some slots, and decode the others."""
+        chunk = self._chunk
+        at = chunk.slots if chunk is not None else range(slots.stop, slots.stop)
+        own = _overlap(at, slots)
+        if chunk is not None and own:
+            key[:, _inside(own, slots)] = chunk.key[:, _inside(own, at)]
+            value[:, _inside(own, slots)] = chunk.value[:, _inside(own, at)]
         for part in filter(None, _outside(at, slots)):
             inside = _inside(part, slots)
             self.store.read(part, key[:, inside], value[:, inside], self._rotary_of(part))
-        for entries, new in zip((key, value), exact, strict=False):
-            entries[:, _inside(own, slots)] = new
-        return key, value
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all slots, both (B, N, H, D); slots without a token are zeros."""

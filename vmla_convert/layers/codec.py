@@ -52,6 +52,23 @@ class LayerCodec(nn.Module):
         self.register_buffer("distortions", torch.zeros(len(WIDTHS), dtype=torch.float32))
         self.rate = Rate((WHOLE_BITS,) * rank, quantised=False)
 
+    def part(self, heads: slice, channels: int) -> LayerCodec:
+        """The first channels of a codec, for a process that holds only some of the heads.
+
+        The channels of a token are the sum of the channels that the parts of all heads give.
+        """
+        rows = torch.arange(2 * self.dim, device=self.mean.device).view(2, -1, self.head_dim)
+        rows = rows[:, heads].flatten()
+        part = LayerCodec(len(rows) // 2, len(rows) // 2 // self.head_dim, channels)
+        state = self.state_dict() | {
+            "encode": self.encode[:channels, rows],
+            "decode": self.decode[rows, :channels],
+            "mean": self.mean[rows],
+            "energies": self.energies[:channels],
+        }
+        part.load_state_dict(state)
+        return part.to(self.mean.device)
+
     def purchases(self) -> Purchases:
         """The channels and bits that could be added, with their gains, for `rates.allocate`."""
         return purchases(self.energies.cpu(), self.distortions.cpu())
