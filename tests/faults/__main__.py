@@ -27,10 +27,11 @@ from vmla_convert.loading.load import load
 from vmla_convert.training.pretrain import save_self_forcing
 
 WORDS = """\
-`refused` ends in one sentence. `accepted` reads the input in spite of the damage, such as a flipped bit
-of a picture, of a comment, or of a file without a hash. `crashed` is any other exception, or damage that
-a hash should have shown. A command is killed (SIGKILL) at a random time, up to twice in a row, and
-started again; its result is compared with that of an uninterrupted one: files, tensors, rows."""
+`refused` ends in one sentence. `accepted` reads the input in spite of the damage, such as a flipped
+bit of a picture, of a comment, or of a file without a hash. `crashed` is any other exception, or
+damage that a hash should have shown. A command is killed (SIGKILL) at a random time, up to twice in
+a row, and started again. Its result is compared with that of an uninterrupted one: files, tensors,
+rows."""
 HEADS = {
     "damage": "| damaged input | inputs | refused | accepted | crashed | slowest (s) |",
     "kills": "| killed command | kills | run to the end | different result | stuck |",
@@ -50,9 +51,9 @@ def main() -> int:
         teacher, codec = place / "teacher", place / "codec"
         save_self_forcing(tiny_model(MODEL).state_dict(), MODEL, teacher)
         convert(teacher, codec, MADE)
-        killed, failed = _kills(place, teacher, codec, asked.kills, asked.minutes)
         damaged, crashed = _damage(place / "inputs", teacher, codec, asked.damaged)
         run = _pickles(place)
+        killed, failed = _kills(place, teacher, codec, asked.kills, asked.minutes)
     TABLE.write_text(_page([*damaged, "", run, "", *killed]))
     return int(failed or crashed)
 
@@ -66,6 +67,7 @@ def _damage(inputs: Path, teacher: Path, codec: Path, count: int) -> tuple[list[
         lines.append(f"| {' | '.join(map(str, cells))} |")
         for crash in outcome.crashes:
             print(f"{name}: {crash}", file=sys.stderr)
+    print(*lines, sep="\n", file=sys.stderr)
     total = sum(sum(outcome.ended.values()) for outcome in found.values())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     lines += ["", f"{total} inputs; largest resident size of the process: {peak / 1e9:.2f} GB."]
