@@ -137,6 +137,16 @@ def test_half_precision() -> None:
     assert attached.nbytes == attached.dense_bytes
 
 
+def test_inference_mode() -> None:
+    pipeline = Pipeline(network())
+    dense = pipeline.clip(14)
+    vmla.attach(pipeline, codec(), **WHOLE)
+    with torch.inference_mode():
+        assert near(pipeline.clip(14), dense)
+    vmla.detach(pipeline)
+    assert torch.equal(pipeline.clip(14), dense)
+
+
 @pytest.mark.parametrize("what", ["forward", "module"])
 def test_a_compiled_attention(what: str) -> None:
     pipeline = Pipeline(network())

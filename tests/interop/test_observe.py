@@ -100,7 +100,8 @@ def test_in_place_shifts_do_not_drift() -> None:
 def test_a_saved_codec_is_the_same(fitted: Codec, tmp_path: Path) -> None:
     fitted.save(tmp_path / "kv")
     opened = open_codec(tmp_path / "kv")
-    assert opened.config == fitted.config and opened.record == fitted.record
+    assert opened.config == fitted.config
+    assert {name: opened.record[name] for name in fitted.record} == fitted.record
     for one, other in zip(opened.layers, fitted.layers, strict=True):
         assert isinstance(one, LayerCodec)
         for name, tensor in one.state_dict().items():

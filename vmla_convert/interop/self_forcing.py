@@ -65,7 +65,10 @@ class SelfForcingHost:
                 layer.register_forward_hook(uncompiled(self._end), with_kwargs=True),
             )
         ]
-        if initialise := getattr(self.program, _INITIALISE, None):
+        initialise = getattr(self.program, _INITIALISE, None)
+        if initialise and "device" not in inspect.signature(initialise).parameters:
+            initialise = None  # dense tensors are replaced at the first pass
+        if initialise:
             setattr(self.program, _INITIALISE, partial(self._initialise, new_cache, initialise))
 
         def disconnect() -> None:
