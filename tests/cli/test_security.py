@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import Vmla
@@ -50,7 +51,7 @@ def test_a_token_appears_in_no_output_and_no_file(
 
 
 def test_a_report_shows_hostile_text_as_text(tmp_path: Path) -> None:
-    fields = {"run": HOSTILE, "init": HOSTILE, "latent": HOSTILE, "note": HOSTILE}
+    fields: dict[str, Any] = {"run": HOSTILE, "init": HOSTILE, "latent": HOSTILE, "note": HOSTILE}
     rows = [
         Row(Metric.FLOW_LOSS, 0.1, "1", "dense"),
         *(
