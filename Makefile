@@ -3,6 +3,7 @@
 # make test-all  the same with the slow tests, and with tests against other programs' files
 # make test-hosts  those files, a download of 39 MB into build/test-hosts
 # make docs      the documentation as HTML in docs/_build/html, warnings as errors, from nothing
+# make faults    the long fault suite, which writes tests/faults/RESULTS.md, in the environment that is there
 # make check     as `make test`, in the environment that is already there
 
 PYTHON ?= python3
@@ -55,6 +56,10 @@ check:
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "$(SELECT)"
+
+# The folder tests holds the models that the suite damages and kills.
+faults:
+	cd tests && PYTHONPATH=..:. OMP_NUM_THREADS=1 ../$(BIN)/python -m faults
 
 format:
 	$(BIN)/ruff check --fix .

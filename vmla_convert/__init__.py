@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vmla_convert.config import MediaConfig, RuntimeConfig, SourceConfig
     from vmla_convert.fitting.convert import convert
     from vmla_convert.fitting.inspect import inspect_checkpoint as inspect
-    from vmla_convert.generating.generate import generate
+    from vmla_convert.generating.generate import generate, resume
     from vmla_convert.interop.attach import attach, detach
     from vmla_convert.interop.fit import fit
     from vmla_convert.interop.observe import observe
@@ -51,6 +51,7 @@ __all__ = [
     "open_media",
     "push",
     "recover",
+    "resume",
 ]
 
 _LAZY = {
@@ -70,6 +71,7 @@ _LAZY = {
     "observe": ("vmla_convert.interop.observe", "observe"),
     "open_media": ("vmla_convert.media.open", "open_media"),
     "push": ("vmla_convert.loading.publish", "push"),
+    "resume": ("vmla_convert.generating.generate", "resume"),
     "recover": ("vmla_convert.recovery.recover", "recover"),
 }
 

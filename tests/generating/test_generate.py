@@ -14,7 +14,7 @@ from checkpoints import MODEL
 from conftest import noise
 from torch import Tensor, nn
 
-from vmla_convert.config import MediaConfig, SamplerConfig, SourceConfig
+from vmla_convert.config import MediaConfig, RuntimeConfig, SamplerConfig, SourceConfig
 from vmla_convert.errors import ConfigError, VmlaError
 from vmla_convert.generating import generate as module
 from vmla_convert.generating import rollout as loop
@@ -106,8 +106,8 @@ def test_memory_does_not_grow_with_the_length(
     caches: list[KVCache] = []
     new_cache = model.new_cache
 
-    def kept(*how: Any, **more: Any) -> KVCache:
-        caches.append(new_cache(*how, **more))
+    def kept(batch: int, runtime: RuntimeConfig | None, frames: int) -> KVCache:
+        caches.append(new_cache(batch, runtime, frames))
         return caches[-1]
 
     monkeypatch.setattr(model, "new_cache", kept)

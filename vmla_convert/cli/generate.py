@@ -29,7 +29,7 @@ TABLES = ("source", "model", "runtime", "media", "generate")
 
 
 Prompts = Annotated[
-    list[str], option("--prompt", "TEXT", "May be repeated for several clips.", CLIP)
+    list[str] | None, option("--prompt", "TEXT", "May be repeated for several clips.", CLIP)
 ]
 Video = Annotated[Path, option("--out -o", "FILE", "An .mp4 to write.", OUTPUT)]
 Seconds = Annotated[float | None, option("--seconds", "N", "Length of the clip.", CLIP)]
@@ -62,6 +62,20 @@ Compare = Annotated[
         OUTPUT,
     ),
 ]
+SaveStream = Annotated[
+    Path | None,
+    option("--save-stream", "FILE", "Keep the state at the end, to continue from.", OUTPUT),
+]
+ResumeStream = Annotated[
+    Path | None,
+    option(
+        "--resume-stream",
+        "FILE",
+        "Continue a saved state. --seconds or --frames give the length of the whole video; only "
+        "the new part is written.",
+        CLIP,
+    ),
+]
 Changes = Annotated[
     list[str] | None,
     option(
@@ -75,14 +89,16 @@ Changes = Annotated[
 
 def generate(
     checkpoint: Checkpoint,
-    prompts: Prompts,
     video: Video,
+    prompts: Prompts = None,
     seconds: Seconds = None,
     frames: Frames = None,
     seed: Seed = None,
     prompt_at: PromptAt = None,
     image: Image = None,
     compare: Compare = None,
+    save_stream: SaveStream = None,
+    resume_stream: ResumeStream = None,
     json: Json = False,
     bytes_per_token: BytesPerToken = None,
     cut: Cut = None,
@@ -104,6 +120,10 @@ def generate(
     out.json = json
     if seconds is not None and frames is not None:
         raise ConfigError("--seconds and --frames both give the length", "give one of them")
+    if bool(prompts) == bool(resume_stream):
+        raise ConfigError(
+            "a video begins with --prompt, or continues with --resume-stream", "give one of them"
+        )
     options = {
         "generate.prompts": prompts,
         "generate.frames": frames,
@@ -130,6 +150,8 @@ def generate(
             seconds=seconds,
             prompt_at=prompt_at or (),
             image=image,
+            save_stream=save_stream,
+            resume_stream=resume_stream,
             progress=progress,
         )
     out.data({f"cache of {name} (bytes)": size for name, size in written.cache_bytes.items()})

@@ -118,8 +118,7 @@ def latent_tensors(factors: Factors, weights: KVWeights, layer: int) -> dict[str
 
 def planned_config(dense: ModelConfig, config: ConvertConfig, ranks: RankPlan) -> ModelConfig:
     """Config of the converted model, with placeholders for the rope pairs."""
-    of_head = dense.geometry.head_dim // 2
-    pairs = tuple(tuple(i % of_head for i in range(count)) for count in ranks.rope_pairs)
+    pairs = tuple((0,) * count for count in ranks.rope_pairs)
     mla = MLAConfig(ranks.kv_lora_rank, pairs, config.init, config.latent, ranks.key_ranks)
     return replace(dense, mla=mla)
 

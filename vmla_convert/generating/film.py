@@ -6,7 +6,8 @@ and F' pixel frames.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -37,7 +38,11 @@ def check_video_path(path: Path) -> None:
 
 
 def write_film(
-    path: Path, chunks: Iterable[Tensor], media: Media, progress: Progress | None = None
+    path: Path,
+    chunks: Iterable[Tensor],
+    media: Media,
+    progress: Progress | None = None,
+    past: Callable[[], Tensor | None] | None = None,
 ) -> list[Path]:
     """Write chunks of latents as they come, in memory that does not grow with the length.
 
@@ -49,12 +54,16 @@ def write_film(
         chunks: Latents. The clips are shown one below the other.
         media: Decodes the chunks.
         progress: Announces the first frame.
+        past: Gives the latents before the first chunk, once that chunk is there. A decoder that
+            remembers frames sees them, and they are not written.
     """
     progress = progress or Silent()
     decoder, picture, shown = media.decoder(), _picture_path(path), False
     try:
         with open_mp4(path, media.frames_per_second, media.enlarged) as write:
             for chunk in chunks:
+                if past is not None and not shown and (before := past()) is not None:
+                    deque(decoder.decode(before), maxlen=0)
                 frames = torch.cat(list(decoder.decode(chunk)), dim=-2)
                 if not shown:
                     write_png(picture, frames[0], media.enlarged)

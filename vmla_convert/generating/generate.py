@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 from vmla_convert.config import ModelConfig, RuntimeConfig
 from vmla_convert.errors import ConfigError
 from vmla_convert.generating.prefix import check_prefix
-from vmla_convert.generating.rollout import NewPrompt, rollout
+from vmla_convert.generating.rollout import NewPrompt, RolloutState, rollout
+from vmla_convert.generating.stream import Stream, read_stream
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.media.base import Media, TextEncoder
 from vmla_convert.media.clips import seeded
@@ -48,7 +50,7 @@ def generate(
     switches: Sequence[Switch] = (),
     text: TextEncoder | None = None,
     prefix: Tensor | None = None,
-) -> Iterator[Tensor]:
+) -> Stream:
     """Yield chunks of clean latents (B, F, C, height, width).
 
     The cache holds the model's window, so memory does not grow with the length. Noise depends on
@@ -70,6 +72,7 @@ def generate(
         VmlaError: The text encoder does not understand a prompt.
     """
     prompts, config = [prompt] if isinstance(prompt, str) else prompt, model.config
+    runtime = runtime or RuntimeConfig()
     if prefix is not None:
         check_prefix(prefix, config, len(prompts))
         prefix = prefix.expand(len(prompts), -1, -1, -1, -1)
@@ -83,16 +86,85 @@ def generate(
     switches = sorted(switches, key=lambda switch: switch.frame)
     _check_switches(switches, len(prompts), starts)
     text = text or open_media(config, device=model.patch_embedding.weight.device)
-    new_prompt = _prompt_schedule(prompts, switches, text)
+    first, new_prompt = _prompt_schedule(prompts, switches, text)
+    if now := new_prompt(0):
+        first = now.context
     del text  # frees an encoder that was opened here before the first chunk
-    done = 0
+    size = config.chunk_frames
+    state = RolloutState.new(model, first, runtime, given + len(starts) * size)
+    chunks = _chunks(model, state, frames, new_prompt, seed, prefix)
+    return Stream(model, chunks, state, seed, runtime)
+
+
+def resume(
+    model: CausalWanModel,
+    file: Path,
+    frames: int,
+    runtime: RuntimeConfig | None = None,
+    switches: Sequence[Switch] = (),
+    text: TextEncoder | None = None,
+) -> Stream:
+    """Continue a video that `Stream.save` wrote; the result equals a video that was never stopped.
+
+    Several calls can continue from one file, each with its own prompts.
+
+    Args:
+        model: The model that the stream was saved with.
+        file: From `Stream.save`.
+        frames: Latent frames of the whole video, those before the pause included.
+        runtime: Size and precision of the cache, as when the stream was saved.
+        switches: New prompts, at frames of the whole video.
+        text: Encodes the new prompts. Default: the model's own text encoder.
+
+    Raises:
+        ConfigError: The file is damaged or of another model, or `frames` or a switch does not fit.
+        VmlaError: The text encoder does not understand a prompt.
+    """
+    config, runtime = model.config, runtime or RuntimeConfig()
+    state, seed, shown = read_stream(file, model, runtime, frames + config.chunk_frames)
+    if frames <= shown:
+        raise ConfigError(
+            f"frames {frames} must be at least {shown + 1}: {file} holds {shown}",
+            "give the length of the whole video",
+        )
+    made = state.given + state.index * config.chunk_frames
+    starts = range(made, max(frames, made + 1), config.chunk_frames)
+    switches = sorted(switches, key=lambda switch: switch.frame)
+    _check_switches(switches, len(state.context), starts)
+    new_prompt: Callable[[int], NewPrompt | None] = _keep_prompt
+    if switches:
+        text = text or open_media(config, device=model.patch_embedding.weight.device)
+        _, new_prompt = _prompt_schedule([], switches, text)
+    chunks = _chunks(model, state, frames, new_prompt, seed, shown=shown)
+    return Stream(model, chunks, state, seed, runtime, shown)
+
+
+def _keep_prompt(_: int) -> None:
+    return None
+
+
+def _chunks(
+    model: CausalWanModel,
+    state: RolloutState,
+    frames: int,
+    new_prompt: Callable[[int], NewPrompt | None],
+    seed: int,
+    prefix: Tensor | None = None,
+    shown: int = 0,
+) -> Iterator[Tensor]:
+    """Yield all chunks of a video after the frames that were shown."""
+    size, given = model.config.chunk_frames, 0 if prefix is None else prefix.shape[1]
+    made = given + state.given + state.index * size
+    if shown < min(made, frames) and state.past:  # the last chunk was cut
+        yield state.past[-1][:, shown - made :][:, : frames - shown]
+    done = made - given
     for chunk in rollout(
         model,
-        len(starts),
+        max(0, -(-(frames - made) // size)),
         new_prompt,
         lambda index: [seeded(seed, index, "rollout")],
-        runtime,
-        prefix,
+        prefix=prefix,
+        state=state,
     ):
         yield chunk[:, : frames - done]
         done += chunk.shape[1]
@@ -100,14 +172,16 @@ def generate(
 
 def _prompt_schedule(
     prompts: list[str], switches: list[Switch], text: TextEncoder
-) -> Callable[[int], NewPrompt | None]:
-    """Encode all prompts in one call and return which of them takes over at a frame.
+) -> tuple[Tensor, Callable[[int], NewPrompt | None]]:
+    """Encode all prompts in one call; return the first context, and which one takes over when.
 
     One call moves an encoder that waits in host memory to the device only once.
     """
     named = [*prompts, *(prompt for switch in switches for prompt in switch.prompts)]
-    first, *others = text.encode_prompts(named).split(len(prompts))
-    waiting = deque([(0, NewPrompt(first))])
+    encoded, waiting = text.encode_prompts(named), deque[tuple[int, NewPrompt]]()
+    parts = encoded.split([len(prompts), *(len(switch.prompts) for switch in switches)])
+    # Memory of their own: matrix products round differently where memory starts at odd places.
+    first, *others = (part.clone() for part in parts)
     for switch, context in zip(switches, others, strict=True):
         waiting.append((switch.frame, NewPrompt(context, keep_sink=switch.keep_sink)))
 
@@ -117,7 +191,7 @@ def _prompt_schedule(
             _, latest = waiting.popleft()
         return latest
 
-    return due
+    return first, due
 
 
 def _check_switches(switches: list[Switch], clips: int, starts: range) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,34 @@ class NewPrompt(NamedTuple):
     keep_sink: bool = True
 
 
+@dataclass
+class RolloutState:
+    """Everything that the next chunk of a rollout depends on, between two chunks.
+
+    Attributes:
+        cache: The cache.
+        context: Text encoder output of the current prompt (B, text_len, text_dim).
+        past: The newest clean chunks, as many as the window holds, for a new prompt.
+        given: Frames of the prefix.
+        index: Number of sampled chunks.
+    """
+
+    cache: KVCache
+    context: Tensor
+    past: deque[Tensor]
+    given: int = 0
+    index: int = 0
+
+    @classmethod
+    def new(
+        cls, model: CausalWanModel, context: Tensor, runtime: RuntimeConfig | None, frames: int
+    ) -> RolloutState:
+        """The start of a video of so many frames."""
+        cache, config = model.new_cache(len(context), runtime, frames), model.config
+        past = deque[Tensor](maxlen=-(-config.cache.window_frames // config.chunk_frames))
+        return cls(cache, context.to(model.patch_embedding.weight), past)
+
+
 @torch.no_grad()
 def rollout(
     model: CausalWanModel,
@@ -45,6 +74,7 @@ def rollout(
     noise: Tensor | None = None,
     before_step: Callable[[State], None] | None = None,
     after_step: Callable[[State], Tensor] | None = None,
+    state: RolloutState | None = None,
 ) -> Iterator[Tensor]:
     """Yield the chunks of a prefix, then clean chunks sampled from the model.
 
@@ -60,34 +90,38 @@ def rollout(
         noise: Noise to start from, in place of the first draws. Frames after its end are drawn.
         before_step: Called before each step; see `sample_chunk`.
         after_step: Called after each step; see `sample_chunk`.
+        state: Where to continue; advanced before each chunk is yielded.
     """
     config, weight = model.config, model.patch_embedding.weight
-    size, first = config.chunk_frames, new_prompt(0)
-    assert first is not None, "a rollout begins with a prompt"
-    clips = len(first.context)
-    given = 0 if prefix is None else prefix.shape[1]
-    cache = model.new_cache(clips, runtime, frames=given + chunks * size)
-    prompt = model.project_prompt(first.context.to(weight))
-    past: deque[Tensor] = deque(maxlen=-(-config.cache.window_frames // size))
+    size = config.chunk_frames
+    if state is None:
+        first = new_prompt(0)
+        assert first is not None, "a rollout begins with a prompt"
+        frames = chunks * size + (0 if prefix is None else prefix.shape[1])
+        state = RolloutState.new(model, first.context, runtime, frames)
+    cache, prompt = state.cache, model.project_prompt(state.context)
     for chunk in [] if prefix is None else prefix_chunks(prefix.to(weight), size):
         write_clean(model, chunk, prompt, cache)
-        past.append(chunk)
+        state.past.append(chunk)
+        state.given += chunk.shape[1]
         yield chunk
-    shape = (clips, size, config.geometry.in_dim, *config.latent_size)
-    for index in range(chunks):
-        start = index * size
-        if given + start and (new := new_prompt(given + start)):
-            prompt = model.project_prompt(new.context.to(weight))
+    shape = (len(state.context), size, config.geometry.in_dim, *config.latent_size)
+    for _ in range(chunks):
+        start = state.index * size
+        if state.given + start and (new := new_prompt(state.given + start)):
+            state.context = new.context.to(weight)
+            prompt = model.project_prompt(state.context)
             if new.recache:
-                recache(model, list(past), prompt, cache, new.keep_sink)
-        draw = _noise_source(shape, generators(index))
+                recache(model, list(state.past), prompt, cache, new.keep_sink)
+        draw = _noise_source(shape, generators(state.index))
         x = draw()
         if noise is not None:
             part = noise[:, start : start + size]
             x[:, : part.shape[1]] = part.to(x)
         cache.open_chunk(size)
         chunk = sample_chunk(model, x.to(weight), prompt, cache, draw, before_step, after_step)
-        past.append(chunk)
+        state.past.append(chunk)
+        state.index += 1
         yield chunk
 
 

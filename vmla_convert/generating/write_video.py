@@ -24,9 +24,11 @@ from vmla_convert.generating.generate import (
     decoded,
     generate,
     parse_switch,
+    resume,
     track_chunks,
 )
 from vmla_convert.generating.prefix import read_prefix
+from vmla_convert.generating.stream import stream_clips
 from vmla_convert.layers.runtime import check_runtime
 from vmla_convert.loading.load import build, compute_device, open_named
 from vmla_convert.media.base import latent_frames_per_second
@@ -58,6 +60,8 @@ def write_video(
     seconds: float | None = None,
     prompt_at: Sequence[str] = (),
     image: Path | None = None,
+    save_stream: Path | None = None,
+    resume_stream: Path | None = None,
     progress: Progress | None = None,
 ) -> Written:
     """Write an mp4, and beside it the first frame or a contact sheet as a PNG.
@@ -71,6 +75,9 @@ def write_video(
         seconds: Length of the video, in place of `config.frames`.
         prompt_at: `TIME:PROMPT` texts, as `parse_switch` reads them.
         image: An image or a video that the clips begin with.
+        save_stream: File that gets the state at the end.
+        resume_stream: Saved state to continue; the length is that of the whole video, and the
+            prompts, the seed and the image are those of the state.
         progress: Receives the progress bars.
 
     Raises:
@@ -81,7 +88,7 @@ def write_video(
     """
     with sole_writer(path):
         settings = config, runtime or RuntimeConfig(), media or MediaConfig()
-        length = seconds, prompt_at, image
+        length = seconds, prompt_at, image, _Streams(save_stream, resume_stream)
         return _write_video(path, sources, *settings, *length, progress or Silent())
 
 
@@ -94,31 +101,45 @@ def _write_video(
     seconds: float | None,
     prompt_at: Sequence[str],
     image: Path | None,
+    streams: _Streams,
     progress: Progress,
 ) -> Written:
     check_video_path(path)
+    if (streams.save or streams.resume) and len(sources) > 1:
+        raise ConfigError("a stream is of one model", "leave --compare or the stream out")
+    if streams.resume and image:
+        raise ConfigError("a video that continues begins with no image", "leave --image out")
     names = _names([source.checkpoint for source in sources])
     opened = {name: open_named(source) for name, source in zip(names, sources, strict=True)}
-    job = _Job(opened, _runtimes(opened, runtime), config, runtime, progress)
+    job = _Job(opened, _runtimes(opened, runtime), config, runtime, streams, progress)
     for name, source in opened.items():
         check_runtime(source.config, job.runtimes[name])
     check_comparable([source.config for source in opened.values()])
     first = next(iter(opened.values()))
     rate = latent_frames_per_second(first.config)
     frames = clip_frames(seconds, None if seconds is not None else config.frames, rate)
-    clips = len(config.prompts)
+    begun = list(config.prompts) if streams.resume is None else []
+    clips = len(begun) if streams.resume is None else stream_clips(streams.resume)
     switches = [parse_switch(text, clips, config.keep_sink, rate) for text in prompt_at]
-    prompts = [*config.prompts, *(prompt for switch in switches for prompt in switch.prompts)]
+    prompts = [*begun, *(prompt for switch in switches for prompt in switch.prompts)]
     check_prompts(first.config, prompts)
     own = open_media(first.config, media, first.model_path, job.device, job.dtype)
     prefix = read_prefix(image, own, first.config.latent_size, frames) if image else None
     # The demo world encodes prompts at once; Wan's text encoder takes a while.
     text = EncodedPrompts(own, prompts, progress if first.config.media == "wan" else None)
-    chunks = {name: job.chunks(name, frames, switches, text, prefix) for name in opened}
+    chunks = {name: job.chunks(name, frames, clips, switches, text, prefix) for name in opened}
     if len(opened) == 1:
-        return Written(write_film(path, chunks[names[0]], own, progress), job.cache_bytes)
+        film = write_film(path, chunks[names[0]], own, progress, job.past)
+        return Written(film, job.cache_bytes)
     pixels = {name: decoded(made, own) for name, made in chunks.items()}
     return Written(write_comparison(path, pixels, list(config.prompts), own), job.cache_bytes)
+
+
+class _Streams(NamedTuple):
+    """Files of saved states: the one to write, and the one to continue."""
+
+    save: Path | None
+    resume: Path | None
 
 
 class _Job:
@@ -130,8 +151,10 @@ class _Job:
         runtimes: Mapping[str, RuntimeConfig],
         config: GenerateConfig,
         runtime: RuntimeConfig,
+        streams: _Streams,
         progress: Progress,
     ) -> None:
+        self.streams, self._past = streams, None
         self.opened, self.runtimes, self.config = opened, runtimes, config
         self.progress, self.compile = progress, runtime.compile
         self.device = compute_device()
@@ -139,10 +162,15 @@ class _Job:
         self.dtype: torch.dtype = getattr(torch, runtime.dtype or usual)
         self.cache_bytes: dict[str, int] = {}
 
+    def past(self) -> Tensor | None:
+        """Frames before the first chunk of a video that continues; None for a new video."""
+        return self._past
+
     def chunks(
         self,
         name: str,
         frames: int,
+        clips: int,
         switches: Sequence[Switch],
         text: EncodedPrompts,
         prefix: Tensor | None,
@@ -151,11 +179,17 @@ class _Job:
         model, runtime = build(self.opened[name], self.device, self.dtype), self.runtimes[name]
         if self.compile:
             model.compile_blocks()
-        prompts = list(self.config.prompts)
-        self.cache_bytes[name] = model.cache_bytes(len(prompts), runtime)
-        made = generate(model, prompts, frames, self.config.seed, runtime, switches, text, prefix)
-        label = f"generating ({name})"
-        yield from track_chunks(self.progress, made, label, model.config, frames, prefix)
+        self.cache_bytes[name] = model.cache_bytes(clips, runtime)
+        if self.streams.resume:
+            made = resume(model, self.streams.resume, frames, runtime, switches, text)
+        else:
+            prompts, seed = list(self.config.prompts), self.config.seed
+            made = generate(model, prompts, frames, seed, runtime, switches, text, prefix)
+        self._past = made.past
+        label, left = f"generating ({name})", frames - made.frames
+        yield from track_chunks(self.progress, made, label, model.config, left, prefix)
+        if self.streams.save:
+            made.save(self.streams.save)
 
 
 def _runtimes(

@@ -291,8 +291,9 @@ def observe(program: object, *, gradients: bool = False, seed: int = 0) -> Itera
 
     Args:
         program: A pipeline of Self-Forcing's type, or a `Host`.
-        gradients: Run each pass that attends to the past a second time with gradients. The codec is
-            more accurate; passes take three times as long, and memory as for training.
+        gradients: Run each pass that attends to the past a second time with gradients, so that
+            errors count at the model's output. Passes take about three times as long, and memory
+            as for training. On the demo model the codec was not clearly better (`evals.host`).
         seed: Seed of the sampled queries and random directions.
 
     Raises:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -102,6 +102,14 @@ class LayerCache(Protocol):
         """What the open chunk attends to; with `keep`, later chunks attend to these entries."""
         ...
 
+    def state(self, window: FrameWindow) -> dict[str, Tensor]:
+        """The entries of all frames in the window, by name."""
+        ...
+
+    def restore(self, tensors: Mapping[str, Tensor], window: FrameWindow) -> None:
+        """Fill an empty cache with what `state` returned, in a window that is restored already."""
+        ...
+
 
 class EntryCache:
     """Entries of one layer as they are: dense keys and values, or latents, rope keys and norms."""
@@ -128,6 +136,14 @@ class EntryCache:
         held = (buffer.read(range(window.held)) for buffer in self._entries)
         return AttendedTokens(tuple(held))
 
+    def state(self, window: FrameWindow) -> dict[str, Tensor]:
+        """Entries of all frames in the window, by number."""
+        return read_all(self._entries, window.held)
+
+    def restore(self, tensors: Mapping[str, Tensor], window: FrameWindow) -> None:
+        """Fill the slots of the window."""
+        write_all(self._entries, tensors, window.held)
+
 
 class Store(Protocol):
     """Compressed keys and values, in slots of one frame each."""
@@ -143,6 +159,14 @@ class Store(Protocol):
 
     def past(self, slots: Sequence[int]) -> Past:
         """The tokens of some slots."""
+        ...
+
+    def state(self, held: int) -> dict[str, Tensor]:
+        """The content of the first slots, by name."""
+        ...
+
+    def restore(self, tensors: Mapping[str, Tensor], held: int) -> None:
+        """Fill the first slots with what `state` returned."""
         ...
 
 
@@ -168,6 +192,14 @@ class CodecStore:
     def past(self, slots: Sequence[int]) -> ChannelPast:
         """Channels that attention decodes head by head."""
         return ChannelPast(self._codec, self._codec.fetch(self._slots.read(slots), self._rate))
+
+    def state(self, held: int) -> dict[str, Tensor]:
+        """Stored channels of the first slots."""
+        return read_all([self._slots], held)
+
+    def restore(self, tensors: Mapping[str, Tensor], held: int) -> None:
+        """Fill the first slots."""
+        write_all([self._slots], tensors, held)
 
 
 class CompressedCache:
@@ -210,6 +242,19 @@ class CompressedCache:
             self._kept = window.opened
         return attended
 
+    def state(self, window: FrameWindow) -> dict[str, Tensor]:
+        """The compressed window, and recent frames that are dense."""
+        recent = read_all(self._recent, window.policy.dense_recent_frames)
+        return self._store.state(window.held) | {f"recent.{n}": t for n, t in recent.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor], window: FrameWindow) -> None:
+        """Fill the slots of the window. The open chunk was kept when the state was saved."""
+        self._store.restore(tensors, window.held)
+        start = "recent."
+        recent = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+        write_all(self._recent, recent, window.policy.dense_recent_frames)
+        self._kept = window.opened
+
     def _own_entries(self, entries: Entries, window: FrameWindow) -> Entries:
         """Keys and values (B, E, d) of the recent frames and then of the chunk."""
         if not window.recent:
@@ -248,6 +293,28 @@ class KVCache:
         """Bytes of all slots of all layers."""
         return sum(layer.nbytes for layer in self._layers)
 
+    def state(self) -> dict[str, Tensor]:
+        """The entries of all layers, by layer and name; the window has a state of its own."""
+        return {
+            f"cache.{number}.{name}": tensor
+            for number, layer in enumerate(self._layers)
+            for name, tensor in layer.state(self.window).items()
+        }
+
+    def restore(self, window: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Fill an empty cache with a window's state and what `state` returned.
+
+        Raises:
+            KeyError: An entry is missing.
+            RuntimeError: An entry has another shape.
+            ValueError: The window holds more frames than this cache.
+        """
+        self.window.restore(window)
+        for number, layer in enumerate(self._layers):
+            start = f"cache.{number}."
+            own = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+            layer.restore(own, self.window)
+
     def open_chunk(self, frames: int) -> None:
         """Claim slots for the next frames; see `FrameWindow.open_chunk`."""
         self.window.open_chunk(frames)
@@ -265,6 +332,18 @@ class KVCache:
     def update(self, layer: int, entries: Entries, keep: bool) -> AttendedTokens:
         """What the open chunk attends to in a layer, given the chunk's entries from `project`."""
         return self._layers[layer].update(entries, self.window, keep)
+
+
+def read_all(buffers: Sequence[FrameBuffer], held: int) -> dict[str, Tensor]:
+    """The first slots of some buffers (B, L, width), by number."""
+    return {str(number): buffer.read(range(held)) for number, buffer in enumerate(buffers)}
+
+
+def write_all(buffers: Sequence[FrameBuffer], tensors: Mapping[str, Tensor], held: int) -> None:
+    """Fill the first slots of some buffers with what `read_all` returned."""
+    for number, buffer in enumerate(buffers):
+        if held:
+            buffer.write(range(held), tensors[str(number)])
 
 
 def _entry_dtype(name: str, dtype: torch.dtype) -> torch.dtype:

@@ -9,14 +9,14 @@ Shapes: B batch, S tokens, H heads, D head dim (H·D = d).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vmla_convert.layers.attention import Entries, split_heads
-from vmla_convert.layers.cache import FrameBuffer, Storage
+from vmla_convert.layers.cache import FrameBuffer, Storage, read_all, write_all
 from vmla_convert.maths.quantise import code_bytes, pack, unpack
 
 LEAST_STEP = 2.0**-24  # the smallest float16 above 0 replaces a step of 0
@@ -43,6 +43,7 @@ class QuantisedStore:
             storage: Size and place.
         """
         self._num_heads, self._dtype = num_heads, storage.dtype
+        self._device = storage.device
         self._widths, size = (bits,) * width, code_bytes((bits,) * width)
         self._codes = [FrameBuffer(slots, size, storage, torch.uint8) for _ in range(2)]
         self._value_grid = [
@@ -86,6 +87,21 @@ class QuantisedStore:
         value_grid = Grid(*(b.read(slots)[..., None] for b in self._value_grid))
         value = from_codes(split_heads(value_codes, self._num_heads), value_grid).flatten(2)
         return RebuiltPast((key.to(self._dtype), value.to(self._dtype)), self._num_heads)
+
+    def state(self, held: int) -> dict[str, Tensor]:
+        """Codes of keys and values, and their grids, of the first slots."""
+        grids = [self._key_grids[slot] for slot in range(held)]
+        parts = zip(Grid._fields, zip(*grids, strict=True), strict=bool(grids))
+        keys = {f"key_{name}": torch.cat(part, 1) for name, part in parts}
+        return read_all([*self._codes, *self._value_grid], held) | keys
+
+    def restore(self, tensors: Mapping[str, Tensor], held: int) -> None:
+        """Fill the first slots."""
+        write_all([*self._codes, *self._value_grid], tensors, held)
+        device = self._device
+        for slot in range(held):
+            parts = (tensors[f"key_{name}"][:, slot : slot + 1] for name in Grid._fields)
+            self._key_grids[slot] = Grid(*(part.to(device) for part in parts))
 
 
 class RebuiltPast(NamedTuple):

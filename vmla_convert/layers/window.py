@@ -12,6 +12,9 @@ Worked example, window 6, sink 2, chunks of 2 (frame held by each slot; relative
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from vmla_convert.config import CachePolicy
 
 
@@ -66,6 +69,29 @@ class FrameWindow:
         if not keep_sink or self._next_frame < self._sink_start:
             self._sink_start = self._next_frame
         self.chunk_slots, self.recent = [], []
+
+    def state(self) -> dict[str, Any]:
+        """Which frame is in which slot, as JSON data."""
+        return {
+            "chunk_slots": self.chunk_slots,
+            "recent": self.recent,
+            "opened": self.opened,
+            "slot_frames": self._slot_frames,
+            "next_frame": self._next_frame,
+            "sink_start": self._sink_start,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state` returned.
+
+        Raises:
+            ValueError: The state holds more frames than the window.
+        """
+        if len(state["slot_frames"]) > self.policy.window_frames:
+            raise ValueError(f"{len(state['slot_frames'])} frames do not fit the window")
+        self.chunk_slots, self.recent = list(state["chunk_slots"]), list(state["recent"])
+        self.opened, self._slot_frames = state["opened"], list(state["slot_frames"])
+        self._next_frame, self._sink_start = state["next_frame"], state["sink_start"]
 
     @property
     def next_frame(self) -> int:

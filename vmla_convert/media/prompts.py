@@ -34,8 +34,8 @@ class EncodedPrompts:
         self, media: Media, prompts: Iterable[str], progress: Progress | None = None
     ) -> None:
         """Encode all prompts and free the media's text encoder."""
-        unique = list(dict.fromkeys(prompts))
-        for batch in (progress or Silent()).track([unique], "encoding prompts"):
+        unique, self._contexts = list(dict.fromkeys(prompts)), dict[str, Tensor]()
+        for batch in (progress or Silent()).track([unique] if unique else [], "encoding prompts"):
             self._contexts = dict(zip(batch, media.encode_prompts(batch), strict=True))
         media.free_text_encoder()
 

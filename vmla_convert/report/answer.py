@@ -146,6 +146,6 @@ def _dense_note(dense: Dense) -> str:
     if dense.flow_loss_other_past is None:
         return f"{note}."
     other = format_number(dense.flow_loss_other_past)
-    uses = dense.flow_loss_other_past > PAST_MATTERS * dense.flow_loss
+    uses = dense.flow_loss_other_past > PAST_MATTERS * (dense.flow_loss or 0)
     verdict = "the cache matters" if uses else "the past hardly matters, so the errors say little"
     return f"{note}, and {other} when another clip is put in its past: {verdict}."

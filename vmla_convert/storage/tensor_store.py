@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +121,11 @@ class FolderStore:
 TensorStore = MemoryStore | FolderStore
 
 
-def save_tensors(tensors: Tensors, file: Path) -> None:
+def save_tensors(tensors: Tensors, file: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file that others can read like any new file."""
     file.touch()
     mode = file.stat().st_mode
-    save_file(tensors, file, {"format": "pt"})
+    save_file(tensors, file, {"format": "pt", **(metadata or {})})
     # safetensors 0.8 makes files that only their owner can read.
     file.chmod(mode)
 
