@@ -90,9 +90,9 @@ def test_runtime_reaches_the_cache(demo_pipe: Any, monkeypatch: pytest.MonkeyPat
     model, how, given = demo_pipe.transformer.wan, RuntimeConfig(offload=True), list[object]()
     new_cache = model.new_cache
 
-    def noted(batch: int, runtime: RuntimeConfig) -> Any:
+    def noted(batch: int, runtime: RuntimeConfig, *more: Any) -> Any:
         given.append(runtime)
-        return new_cache(batch, runtime)
+        return new_cache(batch, runtime, *more)
 
     monkeypatch.setattr(model, "new_cache", noted)
     latents_of(demo_pipe, runtime=how)
