@@ -170,7 +170,7 @@ def read_rows(path: Path) -> list[Row]:
             f"no rows at {path}", "run a sweep or an eval first: vmla sweep RECIPE -o DIR"
         )
     rows: list[Row] = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             fields = json.loads(line)
             name = str(fields["metric"])
