@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -94,6 +94,13 @@ class PlainStore:
         kept = [self.frames[slot] for slot in slots]
         empty = torch.zeros(BATCH, 0, COMPRESSED_WIDTH)
         return Listed(tuple(torch.cat([empty, *(f[i] for f in kept)], 1) for i in range(2)))
+
+    def state(self, held: int) -> dict[str, Tensor]:
+        parts = ((slot, i, self.frames[slot][i]) for slot in range(held) for i in range(2))
+        return {f"{slot}-{i}": part for slot, i, part in parts}
+
+    def restore(self, tensors: Mapping[str, Tensor], held: int) -> None:
+        self.frames = {slot: (tensors[f"{slot}-0"], tensors[f"{slot}-1"]) for slot in range(held)}
 
 
 # A ring buffer is a list of frames
