@@ -26,6 +26,7 @@ import typer
 
 import vmla_convert as vmla
 from evals.codec import fitted
+from evals.counted_bytes import CountedBytes
 from evals.dictionary_host import Attention, Entries, Pipeline
 from vmla_convert.__main__ import main as run_reporting_errors
 from vmla_convert.config import (
@@ -169,6 +170,7 @@ def cost_rows(rounds: int) -> list[Row]:
             program.step(chunk)
     steps = [lambda program=program: program.step(last) for program in programs]
     seconds = [[timed(step) for step in steps] for _ in range(rounds)]
+    peak_dense, peak_codec = map(peak_of, steps)
     of_dense, of_codec = (median(times) for times in zip(*seconds, strict=True))
     ratio = median(ours / theirs for theirs, ours in seconds)
     dense: dict[str, Any] = row_fields(WAN)
@@ -181,7 +183,16 @@ def cost_rows(rounds: int) -> list[Row]:
         Row(Metric.SECONDS_RATIO, ratio, "host / dense", **window, **fields),
         Row(Metric.CACHE_BYTES, float(attached.dense_bytes), "bytes", **window, **dense),
         Row(Metric.CACHE_BYTES, float(attached.nbytes), "bytes", **window, **fields),
+        Row(Metric.PEAK_DEVICE_BYTES, float(peak_dense), "bytes of a step", **window, **dense),
+        Row(Metric.PEAK_DEVICE_BYTES, float(peak_codec), "bytes of a step", **window, **fields),
     ]
+
+
+def peak_of(step: Callable[[], None]) -> int:
+    """Most bytes of tensors that a step makes and that exist together; no weights, no cache."""
+    with CountedBytes() as counted:
+        step()
+    return counted.peak
 
 
 def timed(step: Callable[[], None]) -> float:

@@ -43,6 +43,9 @@ COMMANDS = {
 }
 """The command that made each file of rows."""
 
+LAYERS = 30
+"""Layers of Wan 1.3B."""
+
 SHORT_LIST = (31.5, 16.3, 10.0)
 """Sizes of the codec that the README shows, in bytes per token and layer."""
 
@@ -230,7 +233,7 @@ def host_costs() -> str:
     """Time and bytes of a program's layer with a codec's cache and with its own."""
     rows = [r for r in rows_of("host") if r.metric != Metric.VELOCITY_ERROR]
     own, ours = ({r.metric: r.value for r in rows if r.run == run} for run in ("dense", "host"))
-    seconds, nbytes = Metric.STEP_SECONDS, Metric.CACHE_BYTES
+    seconds, nbytes, peak = Metric.STEP_SECONDS, Metric.CACHE_BYTES, Metric.PEAK_DEVICE_BYTES
     return table(
         ["measured", "the program's dense cache", "codec", "ratio"],
         [
@@ -245,6 +248,18 @@ def host_costs() -> str:
                 f"{own[nbytes] / 1e6:.1f}",
                 f"{ours[nbytes] / 1e6:.1f}",
                 times(ours[nbytes] / own[nbytes]),
+            ],
+            [
+                "MB of tensors that a step makes, at most",
+                f"{own[peak] / 1e6:.1f}",
+                f"{ours[peak] / 1e6:.1f}",
+                times(ours[peak] / own[peak]),
+            ],
+            [
+                f"MB of {LAYERS} layers: caches, and one step",
+                f"{(LAYERS * own[nbytes] + own[peak]) / 1e6:.0f}",
+                f"{(LAYERS * ours[nbytes] + ours[peak]) / 1e6:.0f}",
+                times((LAYERS * ours[nbytes] + ours[peak]) / (LAYERS * own[nbytes] + own[peak])),
             ],
         ],
         "host",

@@ -62,6 +62,7 @@ class Metric(StrEnum):
     RECOVER_SECONDS = "recover_seconds"
     SWEEP_SECONDS = "sweep_seconds"
     PEAK_RSS_BYTES = "peak_rss_bytes"
+    PEAK_DEVICE_BYTES = "peak_device_bytes"
     WRITTEN_BYTES = "written_bytes"
 
     # A run

@@ -77,3 +77,17 @@ def test_hours_on_a_cpu_are_asked_about(
     assert refused(ran)
     assert "--yes" in ran.err and "--demo" in ran.err
     assert not (tmp_path / "out").exists() and not (tmp_path / "clips").exists()
+
+
+def test_a_sweep_measures_on_the_models_own_clips(
+    run: list[Any], vmla: Vmla, tmp_path: Path
+) -> None:
+    grid = ("sizes=[{cut=0.5}]", 'products=["codec"]', "mla_sizes=[]", "dense_dtypes=[]",
+            "unquantised=false", "timed=false", "rollout_frames=0")  # fmt: skip
+    words = [word for setting in grid for word in ("--set", f"sweep.{setting}")]
+    ran = vmla("sweep", "size_ablation", *run[2:], *words)
+    assert ran.code == 0, ran.err
+    sets = sorted((each.clips, each.split) for each in clip_sets(tmp_path / "clips"))
+    assert sets == [(2, "held_out"), (5, "train")]
+    rows = read_rows(tmp_path / "out" / "rows.jsonl")
+    assert any(row.product == "codec" and row.metric == Metric.VELOCITY_ERROR for row in rows)

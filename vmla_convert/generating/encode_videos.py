@@ -98,7 +98,7 @@ class EncodedVideos:
         """Whether all clips are there."""
         return self.folder.is_dir()
 
-    def check(self, media: Media) -> None:  # noqa: ARG002
+    def check(self) -> None:
         """Refuse unknown prompts and files that cannot be opened, without decoding."""
         check_prompts(self.model, self.prompts.values())
         for file in self.prompts:

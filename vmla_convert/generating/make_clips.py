@@ -114,12 +114,12 @@ def check_needs(
     works = [_checked(dense, need, media) for need in needs]
     if missing := to_make(works):
         try:
-            own = open_media(dense.config, media, dense.source.path)
+            open_media(dense.config, media, dense.source.path)
         except VmlaError as error:
             error.hint += "; latents of your own need no text encoder: --data FILE"
             raise
         for work in missing:
-            work.check(own)
+            work.check()
         nbytes = sum(work.nbytes() for work in missing)
         require_room(clips_folder(media), nbytes, "make room there, or choose another --clips-dir")
     return works

@@ -23,7 +23,7 @@ from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.media.base import Media
 from vmla_convert.media.clips import seeded
 from vmla_convert.media.open import check_prompts, default_prompts
-from vmla_convert.progress import Progress
+from vmla_convert.progress import Advance, Progress
 from vmla_convert.storage.tensor_store import FolderStore
 from vmla_convert.tables import to_dict
 
@@ -116,7 +116,7 @@ class OwnSamples:
         latents = self.frames * geometry.in_dim * height * width
         return 4 * len(self.missing()) * (latents + geometry.text_len * geometry.text_dim)
 
-    def check(self, media: Media) -> None:  # noqa: ARG002
+    def check(self) -> None:
         """Refuse prompts that the text encoder does not understand."""
         check_prompts(self.model, self.identity["prompts"])
 
@@ -131,19 +131,28 @@ class OwnSamples:
     def make(self, dense: CausalWanModel, progress: Progress) -> None:
         """Sample the missing clips, several at once."""
         groups, chunks = self._groups(), -(-self.frames // self.model.chunk_frames)
-        with progress.bar("sampling clips", chunks * len(groups)) as advance:
-            for group in groups:
-                context = torch.stack([self._contexts[clip] for clip in group])
-                parts: list[Tensor] = []
-                for chunk in self._rollout(dense, group, context, chunks):
-                    parts.append(chunk.cpu())
-                    advance(1)
-                latents = torch.cat(parts, dim=1)[:, : self.frames]
-                # A group is sampled as a whole, so that resumed work gives the same clips.
-                for clip, one, its_context in zip(group, latents, context, strict=True):
-                    if not self.store.has(_name(clip)):
-                        tensors = {"latents": one[None], "context": its_context[None]}
-                        self.store.put(_name(clip), tensors)
+        try:
+            with progress.bar("sampling clips", chunks * len(groups)) as advance:
+                for group in groups:
+                    self._make_group(dense, group, chunks, advance)
+        except KeyboardInterrupt:
+            progress.note(f"finished clips are kept in {self.folder}; the same command goes on")
+            raise
+
+    def _make_group(
+        self, dense: CausalWanModel, group: Sequence[int], chunks: int, advance: Advance
+    ) -> None:
+        """Sample a group as a whole, so that resumed work gives the same clips."""
+        context = torch.stack([self._contexts[clip] for clip in group])
+        parts: list[Tensor] = []
+        for chunk in self._rollout(dense, group, context, chunks):
+            parts.append(chunk.cpu())
+            advance(1)
+        latents = torch.cat(parts, dim=1)[:, : self.frames]
+        for clip, one, its_context in zip(group, latents, context, strict=True):
+            if not self.store.has(_name(clip)):
+                tensors = {"latents": one[None], "context": its_context[None]}
+                self.store.put(_name(clip), tensors)
 
     def _rollout(
         self, dense: CausalWanModel, group: Sequence[int], context: Tensor, chunks: int
