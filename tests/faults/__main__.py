@@ -110,7 +110,8 @@ def _page(lines: list[str]) -> str:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
     )
-    head = f"Made by `make faults` on {date.today()} at commit {commit.stdout.strip()}."
+    made = " ".join(["python -m faults", *sys.argv[1:]])
+    head = f"Made by `{made}` on {date.today()} at commit {commit.stdout.strip()}."
     return "\n".join(["# Results of the fault suite", "", head, "", WORDS, "", *lines, ""])
 
 
