@@ -34,6 +34,7 @@ from vmla_convert.loading.load import load, open_named
 from vmla_convert.loading.publish import push
 from vmla_convert.loading.remote_code import SHIMS
 from vmla_convert.loading.teacher import as_teacher
+from vmla_convert.media.clips import open_clips
 from vmla_convert.media.components import find_components
 from vmla_convert.recovery.recover import recover
 
@@ -291,19 +292,21 @@ def test_no_folder_of_a_conversions_options_is_uploaded(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_layerwise_clips")
-def test_a_base_folder_is_recognised_from_any_working_folder(
+def test_a_folder_of_clips_stays_private_from_any_working_folder(
     teacher: Path, tmp_path: Path, stub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "secret-project" / "pipe").mkdir(parents=True)
+    (tmp_path / "secret-project").mkdir()
+    latents, context = open_clips(CLIPS).batch(0, 6)
+    save_file({"latents": latents, "context": context}, tmp_path / "secret-project" / "clips")
     monkeypatch.chdir(tmp_path)
-    data = replace(CLIPS, base="secret-project/pipe")  # looks like a Hub id
+    data = replace(CLIPS, source="secret-project/clips")  # looks like a Hub id
     convert(teacher, Path("out"), replace(CONVERT, data=data))
     recover("out", teacher, Path("recovered"), replace(RECOVER, data=data), EVALUATE)
     monkeypatch.chdir("/")
     push(tmp_path / "recovered", REPO)
     assert not any(b"secret-project" in blob.content for blob in stub.repos[REPO].files.values())
     record = json.loads(content(stub, "conversion.json"))
-    assert record["convert"]["data"]["base"] == record["recover"]["data"]["base"] == "pipe"
+    assert record["convert"]["data"]["source"] == record["recover"]["data"]["source"] == "clips"
 
 
 def test_a_source_repository_stays_in_the_record(teacher: Path, tmp_path: Path, stub: Hub) -> None:

@@ -120,7 +120,11 @@ def test_two_processes_recover_as_one_does_with_the_whole_batch(
     records = [json.loads((f / "conversion.json").read_text()) for f in (one, two)]
     assert records[1]["recover"]["training"].pop("accumulate") == 2
     assert records[0]["recover"]["training"].pop("accumulate") == 1
-    same_but_for_rounding(*(record["recovered"].pop("errors") for record in records))
+    errors = [record["recovered"].pop("errors") for record in records]
+    assert errors[0].pop("held_out") == errors[1].pop("held_out")
+    same_but_for_rounding(*errors)
+    for record in records:
+        del record["weights"]  # hashes of tensors that differ by rounding
     assert records[0] == records[1]
 
 
