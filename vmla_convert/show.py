@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vmla_convert.fitting.inspect import Inspection
     from vmla_convert.fitting.plan import PlannedOutput
     from vmla_convert.generating.clip_cost import PlannedWork
+    from vmla_convert.layers.memory import Memory
     from vmla_convert.loading.publish import Push
     from vmla_convert.loading.verify import Verified
     from vmla_convert.recipe.plan import PlannedRun
@@ -71,19 +72,25 @@ def show_work(work: PlannedWork) -> None:
         )
     if work.passing_seconds >= SAID_SECONDS:
         out.say(f"passing clips through the model: about {duration(work.passing_seconds)}")
+    if work.clips_to_sample or work.passing_seconds >= SAID_SECONDS:
+        for name, amount in peak_facts(work.memory).items():
+            out.say(f"{name}: {amount}")
+
+
+def peak_facts(memory: Memory) -> dict[str, str]:
+    """Peak memory by formula, of the GPU and of the host where there is a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {"peak memory": gigabytes(memory.without_gpu)}
+    host = gigabytes(memory.host + memory.staging)
+    return {"peak memory of the GPU": gigabytes(memory.device), "peak memory of the host": host}
 
 
 def work_facts(work: PlannedWork) -> dict[str, str | int]:
-    """What planned work takes, for a table of facts."""
-    import torch
-
-    memory = work.memory
-    peak = {"peak memory": gigabytes(memory.without_gpu)}
-    if torch.cuda.is_available():
-        host = gigabytes(memory.host + memory.staging)
-        peak = {"peak memory of the GPU": gigabytes(memory.device), "beside it": host}
+    """Memory, clips and time that planned work takes, for a table of facts."""
     return {
-        **peak,
+        **peak_facts(work.memory),
         "clips to sample": work.clips_to_sample,
         "bytes of these clips, at most": f"{work.clip_bytes:,}",
         "sampling takes about": duration(work.sampling_seconds),

@@ -38,7 +38,7 @@ from vmla_convert.media.video import write_mp4, write_png
 from vmla_convert.recipe.read import read_recipe
 from vmla_convert.results import Metric, Row, put_rows, read_rows
 
-# What a settings file may hold in place of a number.
+# Values that a settings file may hold in place of a number.
 NUMBERS = (b"0", b"-1", b"1000000000", b"1e999", b"NaN", b"null", b'"a"', b"[]", b"{}", b"0.5")
 
 
@@ -104,7 +104,7 @@ class Kind:
     Attributes:
         file: The file that is damaged, in the folder of inputs.
         use: Reads the input, given the folder.
-        damages: What is done to the file.
+        damages: Changes that are made to the file.
         must_refuse: Every damage must be noticed, because a hash covers the file.
     """
 

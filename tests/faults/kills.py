@@ -48,7 +48,7 @@ dense_dtypes = []
 
 @dataclass
 class Killed:
-    """What became of a command.
+    """Ends of a command that was killed again and again.
 
     Attributes:
         kills: Number of kills that met the command at work.

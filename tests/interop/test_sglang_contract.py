@@ -126,7 +126,7 @@ class Clip:
         self.tokens, self.seed = 0, 0
 
     def run(self, step: Step, *caches: Any) -> list[Any]:
-        """What each cache returns: a view, the type of an error, or None."""
+        """Answer of each cache: a view, the type of an error, or None."""
         if step.kind == "reset":
             self.tokens = 0
             return [cache.reset_indices() for cache in caches]

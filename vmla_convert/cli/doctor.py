@@ -47,7 +47,7 @@ def doctor(
     try:
         models = named_model(checkpoint, file, model)
     finally:
-        # What is known about the machine is shown even if the checkpoint cannot be read.
+        # Facts about the machine are shown even if the checkpoint cannot be read.
         found = [each for pair in {**RELEASED, **models}.items() for each in needs(*pair, room)]
         if json:
             out.data({"machine": machine, "needs": found})

@@ -1,1 +1,1 @@
-"""What is installed, what the machine has, and what fits in its memory."""
+"""Installed packages, devices of the machine, and the stages that fit in its memory."""

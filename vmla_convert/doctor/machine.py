@@ -34,7 +34,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Machine:
-    """What is installed, and what the machine has.
+    """Installed packages, and the devices, memory and disks of the machine.
 
     Attributes:
         versions: Version by package; None where the package is not installed.
@@ -83,7 +83,7 @@ def free_bytes(folder: Path) -> int | None:
 
 
 def hub_login() -> str:
-    """Who is logged in to the Hub, in a few words. The Hub is asked only if a token is here."""
+    """Name of the user who is logged in to the Hub. The Hub is asked only if a token is here."""
     import huggingface_hub as hf
 
     from vmla_convert.checkpoint.hub_errors import why_away

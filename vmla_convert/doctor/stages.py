@@ -1,4 +1,4 @@
-"""What each stage of a shipped recipe needs, and whether a machine has it.
+"""Memory and disk that each stage of a shipped recipe needs, and whether a machine has them.
 
 The settings of a stage are those of a shipped recipe. Where they do not fit, a few changes that
 save memory are tried, from the mildest to the strongest.
@@ -101,7 +101,7 @@ def room_of(machine: Machine) -> Room:
 
 @dataclass(frozen=True)
 class Need:
-    """What a stage of a model needs.
+    """Memory and disk that a stage of a model needs.
 
     Attributes:
         model: Name of the model.
@@ -145,7 +145,7 @@ def recipe_of(model: ModelConfig) -> str:
 
 
 def needs(name: str, model: ModelConfig, room: Room, recipe: str | None = None) -> list[Need]:
-    """What each stage of a model needs on a machine.
+    """Memory and disk that each stage of a model needs on a machine.
 
     Args:
         name: Name of the model, for the table.

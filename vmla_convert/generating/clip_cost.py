@@ -72,7 +72,6 @@ def plan_work(
             counts as two.
         media: Where clips lie.
         memory: Peak of the work that the clips are for.
-        media: Where clips lie.
     """
     folder, on_gpu = str(clips_folder(media)), compute_device().type == "cuda"
     if not works:

@@ -26,7 +26,7 @@ class ClipSet:
     Attributes:
         folder: Folder of the set.
         kind: `self` or `videos`.
-        split: What samples of a model are for; None for videos, which serve both.
+        split: Split that samples of a model are for; None for videos, which serve both.
         model: Hub id of the model that samples come from, or the start of the hash of its weights.
         clips: Number of clips.
         frames: Latent frames of a clip.

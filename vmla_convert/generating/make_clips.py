@@ -35,8 +35,8 @@ class Need(NamedTuple):
     """Clips that a stage needs.
 
     Attributes:
-        data: Where they come from.
-        split: What they are for.
+        data: Where the clips come from.
+        split: Split that the clips are for.
         clips: Number of samples of the dense model, unless `data.clips` says it.
         spare: Whether a tenth more is held out beside training clips.
     """

@@ -41,7 +41,7 @@ class OwnSamples:
 
     Attributes:
         data: Frames, latent size, seed and prompts, all settled.
-        split: What the clips are for, which decides the prompts and the noise.
+        split: Split that the clips are for, which decides the prompts and the noise.
         clips: Number of clips.
         spare: How many of them are held out beside the training clips.
         model: Configuration of the dense model.

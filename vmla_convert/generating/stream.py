@@ -144,7 +144,7 @@ def _read(file: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
 
 
 def _identity(model: CausalWanModel, runtime: RuntimeConfig) -> dict[str, Any]:
-    """What a stream cannot change: the model, and what the runtime stores in the cache."""
+    """Settings that a stream cannot change: the model, and the content of the cache."""
     weight = model.head.head.weight
     return {
         "model": to_dict(model.config),

@@ -44,7 +44,7 @@ def fit(
     """Fit a codec to the keys and values that a program cached.
 
     Args:
-        seen: What `observe` saw.
+        seen: Measurements of `observe`.
         bytes_per_token: Default size of the cache; any smaller size can be attached too.
         cut: Default size as the share of the dense cache to remove. By default 0.95.
         channels: Channels per layer, which bound the largest size. By default a sixth of the

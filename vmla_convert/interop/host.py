@@ -1,4 +1,4 @@
-"""What a host tells and what a host is given (documentation: Write a host).
+"""Facts that a host tells, and calls that a host gets (documentation: Write a host).
 
 A host is a program that runs a causal video model and keeps the model's keys and values itself.
 `observe` and `attach` need the host's layers and a way to put a `TokenCache` in place of the

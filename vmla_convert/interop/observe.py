@@ -40,7 +40,7 @@ SAMPLES_PER_CHUNK = 64
 
 
 class LayerRecord:
-    """What was seen of one layer.
+    """Measurements of one layer.
 
     Attributes:
         layer: The self-attention.
@@ -66,7 +66,7 @@ class LayerRecord:
         return 0 if self.moments is None else int(self.moments.tokens)
 
     def statistics(self) -> LayerStatistics:
-        """What a codec is fitted to."""
+        """Statistics that a codec is fitted to."""
         assert self.stats is not None and self.moments is not None
         return LayerStatistics((self.stats, self.moments), [], torch.cat(self.samples))
 
@@ -233,7 +233,7 @@ class Deployment(NamedTuple):
 
 
 class Seen:
-    """What `observe` saw of a program.
+    """Measurements of a program by `observe`.
 
     Attributes:
         program: The program.

@@ -35,7 +35,7 @@ def _uncompiled(function: F) -> F:
 
 
 class AttentionView(NamedTuple):
-    """What a chunk attends to; attributes as in SGLang's `CausalAttentionKVView`.
+    """Keys and values that a chunk attends to; attributes as in SGLang's `CausalAttentionKVView`.
 
     Attributes:
         k: Keys of some heads, (B, S, heads, D).
@@ -67,7 +67,7 @@ class HeadCodecs:
 
         Args:
             codec: Codec of the layer, for all H heads.
-            rate: What the codec stores of a token.
+            rate: Channels and bits that the codec stores of a token.
             sum_over_heads: Adds up channels of processes that hold different heads. Without it,
                 a cache that is handed some of the heads takes the others for their mean.
         """

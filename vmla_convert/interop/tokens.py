@@ -198,7 +198,7 @@ class EncodedStore:
 
         Args:
             codec: Codec of the slots' heads, in the dtype and on the device of the slots.
-            rate: What the codec stores of a token.
+            rate: Channels and bits that the codec stores of a token.
             slots: Slots of these heads.
             sum_over_heads: Adds up the channels (B, S, r) of processes that hold other heads.
         """

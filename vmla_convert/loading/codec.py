@@ -41,7 +41,7 @@ class Codec:
         quantised: bool = True,
         layers: Sequence[int] | None = None,
     ) -> list[Rate]:
-        """What each layer stores of a token.
+        """Channels and bits that each layer stores of a token.
 
         Args:
             size: Bytes per token and layer; None for the codec's default.

@@ -35,7 +35,7 @@ class Fault:
 
     Attributes:
         place: A file, or a tensor by its name in the file.
-        what: What is wrong with it.
+        what: The fault, in a few words.
     """
 
     place: str
@@ -97,7 +97,7 @@ def verify(source: Source, progress: Progress | None = None) -> Verified:
 def _files(
     path: Path, record: dict[str, Any], progress: Progress
 ) -> tuple[dict[str, str], list[Fault]]:
-    """What each weight file agrees with, and the files that differ."""
+    """Records that each weight file agrees with, and the files that differ."""
     recorded, agrees, faults = recorded_files(path, record), dict[str, str](), list[Fault]()
     for file in progress.track(weight_files(path), "hashing files"):
         known = {"its record": recorded.get(file), "the Hub": _hub_hash(file)}

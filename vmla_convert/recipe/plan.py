@@ -1,4 +1,4 @@
-"""What a recipe will do: checked and known before anything is written."""
+"""The plan of a recipe: checked and known before anything is written."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vmla_convert.recovery.memory import recovery_memory
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """What a recipe would do.
+    """The work of a recipe.
 
     Attributes:
         recipe: Name of the recipe.

@@ -1,4 +1,4 @@
-"""What a recovery will do: checked and known before any work."""
+"""The plan of a recovery: checked and known before any work."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vmla_convert.training.processes import processes
 
 @dataclass(frozen=True)
 class PlannedRecovery:
-    """What a recovery would do.
+    """The work of a recovery.
 
     Attributes:
         teacher: The dense model.
