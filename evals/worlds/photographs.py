@@ -5,7 +5,11 @@ little and turns, and comes back to the same place after one period. The prompt 
 (direction, width, period, zoom, turn) and nothing of the photograph: what a revisited region looks
 like is known from the past only. Photographs for training and for measuring are different files.
 
-Shapes: B batch, F frames, N pixels on a side of a frame.
+A latent position holds 2×2 pixels and tells, as waves, the place that it shows. The model generates
+the places like the pixels. They let a small model learn in hours to look a place up in the past,
+and they show in every generated frame where the model thinks that its camera is.
+
+Shapes: B batch, F frames, N pixels on a side of a frame, n = N/2 latent positions on a side.
 """
 
 from __future__ import annotations
@@ -27,11 +31,16 @@ FRAME_SIZE = 32
 PATCH = 2
 """Pixels on a side that one latent position holds."""
 TEXT_LEN, TEXT_DIM = 2, 16
+WAVELENGTHS = (160.0, 32.0)
+"""Frame pixels per turn of the waves that tell a place: longer than any path, then finer."""
+PIXEL_CHANNELS = 3 * PATCH**2
+CHANNELS = PIXEL_CHANNELS + 4 * len(WAVELENGTHS)
+"""Channels of a latent: pixels, then sine and cosine of x and y for each wavelength."""
 SCALES = (1.6, 2.2, 3.0, 4.0)
 """Pixels of a photograph per pixel of a frame."""
-MAX_SPEED = 4.0
+MAX_SPEED = 8.0
 """Pixels per frame, at the fastest point of the path."""
-MAX_WIDTH = 40.0
+MAX_WIDTH = 44.0
 MAX_ZOOM, MAX_TURN = 0.15, 0.2
 """Logarithm of the zoom, and radians, to either side."""
 
@@ -94,21 +103,35 @@ class PhotographClips:
     def batch(self, start: int, size: int, split: Split = "train") -> Batch:
         """Latents and prompts of `size` clips from number `start` on."""
         clips = self.clips(start // size, size, split)
-        return Batch(encode(clips.video), clips.prompt)
+        return Batch(encode(clips.video, clips.path), clips.prompt)
 
     def clips(self, index: int, size: int, split: Split = "train") -> Clips:
         """The same with pixels and truth."""
         return sample_clips(size, self.frames, seeded(self.seed, index, split), split)
 
 
-def encode(video: Tensor) -> Tensor:
-    """Pixels (B, F, 3, N, N) to latents (B, F, 12, N/2, N/2)."""
-    return F.pixel_unshuffle(video, PATCH)
+def encode(video: Tensor, path: Path2D) -> Tensor:
+    """Pixels (B, F, 3, N, N) and their places to latents (B, F, CHANNELS, n, n)."""
+    places = _places(path).unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH)).mean((3, 5))
+    angles = torch.cat([places * (2 * math.pi / length) for length in WAVELENGTHS], dim=-1)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=-1).movedim(-1, 2)
+    return torch.cat([F.pixel_unshuffle(video, PATCH), waves], dim=2)
 
 
 def decode(latents: Tensor) -> Tensor:
-    """Latents to pixels; the inverse of `encode`."""
-    return F.pixel_shuffle(latents, PATCH)
+    """Latents (B, F, CHANNELS, n, n) to pixels (B, F, 3, N, N)."""
+    return F.pixel_shuffle(latents[:, :, :PIXEL_CHANNELS], PATCH)
+
+
+def read_places(latents: Tensor) -> Tensor:
+    """Where each latent position says that it looks, (B, F, n, n, 2), in frame pixels."""
+    sines, cosines = latents[:, :, PIXEL_CHANNELS:].movedim(2, -1).chunk(2, dim=-1)
+    turns = (torch.atan2(sines, cosines) / (2 * math.pi)).unflatten(-1, (-1, 2))
+    place = turns[..., 0, :] * WAVELENGTHS[0]
+    for number, length in enumerate(WAVELENGTHS[1:], start=1):
+        fine = turns[..., number, :] * length
+        place = fine + ((place - fine) / length).round() * length
+    return place
 
 
 def sample_clips(
@@ -154,9 +177,9 @@ def _uniform(generator: torch.Generator, low: float, high: float) -> float:
 def _path(frames: int, generator: torch.Generator) -> tuple[Path2D, Tensor]:
     """One closed path, and the prompt that tells it."""
     longest = min(96.0, 1.4 * frames)
-    period = math.exp(_uniform(generator, math.log(10.0), math.log(max(longest, 12.0))))
+    period = math.exp(_uniform(generator, math.log(12.0), math.log(max(longest, 18.0))))
     omega = 2 * math.pi / period
-    width = min(MAX_WIDTH, MAX_SPEED / omega) * _uniform(generator, 0.5, 1.0)
+    width = min(MAX_WIDTH, MAX_SPEED / omega) * _uniform(generator, 0.7, 1.0)
     bend = _uniform(generator, -0.4, 0.4)
     direction = _uniform(generator, 0, 2 * math.pi)
     zoom = _uniform(generator, -MAX_ZOOM, MAX_ZOOM)

@@ -16,7 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from evals.worlds.photographs import FRAME_SIZE, PATCH, TEXT_DIM, TEXT_LEN, PhotographClips
+from evals.worlds.photographs import (
+    CHANNELS,
+    FRAME_SIZE,
+    PATCH,
+    TEXT_DIM,
+    TEXT_LEN,
+    PhotographClips,
+)
 from vmla_convert.config import (
     CachePolicy,
     Geometry,
@@ -40,8 +47,8 @@ CONFIG = ModelConfig(
         ffn_dim=768,
         num_heads=4,
         num_layers=8,
-        in_dim=3 * PATCH**2,
-        out_dim=3 * PATCH**2,
+        in_dim=CHANNELS,
+        out_dim=CHANNELS,
         freq_dim=128,
         text_dim=TEXT_DIM,
         text_len=TEXT_LEN,
@@ -62,20 +69,20 @@ def _phase(steps: int, batch: int, lr: float) -> TrainingConfig:
         batch_size=batch,
         optimizer="muon",
         lr=lr,
-        warmup_steps=100,
+        warmup_steps=50,
         weight_decay=0.01,
         ema=0.995,
         context_noise=0.15,
-        eval_every=200,
+        eval_every=100,
         checkpoint_every=50,
         mixed_precision="bf16",
     )
 
 
 PHASES = (
-    (9, _phase(4000, 4, 3e-3)),
-    (18, _phase(3000, 2, 2e-3)),
-    (48, _phase(1500, 1, 1e-3)),
+    (12, _phase(1000, 4, 3e-3)),
+    (24, _phase(800, 2, 2e-3)),
+    (48, _phase(400, 1, 1e-3)),
 )
 """Frames of a clip, and the training of each phase."""
 
