@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+from vmla_convert.cli.fit import FitIn, fitted, given_keys
 from vmla_convert.cli.options import (
     OTHER,
     OUTPUT,
@@ -20,7 +22,7 @@ from vmla_convert.cli.options import (
     NoVerify,
     option,
 )
-from vmla_convert.config import GenerateConfig, command_recipe
+from vmla_convert.config import GenerateConfig, Recipe, command_recipe
 from vmla_convert.console import out
 from vmla_convert.errors import ConfigError
 
@@ -99,6 +101,7 @@ def generate(
     compare: Compare = None,
     save_stream: SaveStream = None,
     resume_stream: ResumeStream = None,
+    fit: FitIn = None,
     json: Json = False,
     bytes_per_token: BytesPerToken = None,
     cut: Cut = None,
@@ -115,6 +118,7 @@ def generate(
     With --compare, a contact sheet of both models lands there instead.
     """
     from vmla_convert.generating.write_video import write_video
+    from vmla_convert.loading.load import open_named
     from vmla_convert.loading.teacher import sources_to_compare
 
     out.json = json
@@ -138,7 +142,16 @@ def generate(
         "source.base_model": base_model,
         "source.verify": False if no_verify else None,
     }
-    recipe = command_recipe(TABLES, options, changes)
+
+    def read(more: Sequence[str]) -> Recipe:
+        return command_recipe(TABLES, options, [*(changes or ()), *more])
+
+    recipe = read(())
+    with out.progress() as progress:
+        config = open_named(recipe.dense, progress).config
+    given = {key for key, value in options.items() if value is not None} | given_keys(changes)
+    stage = "generate dense" if config.is_dense else "generate"
+    recipe = fitted(config, read, stage, fit, video.parent, given)
     sources = sources_to_compare(recipe.dense, compare) if compare else [recipe.dense]
     with out.progress() as progress:
         written = write_video(

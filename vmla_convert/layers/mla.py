@@ -197,5 +197,7 @@ class LatentSelfAttention(nn.Module):
         return latent[..., latent.shape[-1] - self.value_rank :]
 
     def _selected(self, rotary: Rotary) -> Rotary:
-        pairs = torch.tensor(self.rope_pairs, dtype=torch.long, device=rotary.table.device)
-        return rotary.select(pairs)
+        # Slices: an index tensor would be copied to the device in every pass.
+        table = rotary.table
+        pairs = [table[..., pair : pair + 1, :] for pair in self.rope_pairs]
+        return Rotary(torch.cat(pairs or [table[..., :0, :]], -2))
