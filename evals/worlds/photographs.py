@@ -41,6 +41,8 @@ SCALES = (1.6, 2.2, 3.0, 4.0)
 MAX_SPEED = 8.0
 """Pixels per frame, at the fastest point of the path."""
 MAX_WIDTH = 44.0
+SHORTEST_PERIOD, LONGEST_PERIOD = 12.0, 96.0
+"""Frames until a camera is back where it was."""
 MAX_ZOOM, MAX_TURN = 0.15, 0.2
 """Logarithm of the zoom, and radians, to either side."""
 
@@ -95,10 +97,17 @@ class Clips(NamedTuple):
 
 
 class PhotographClips:
-    """Training and held-out batches as `ClipSource` wants them, a function of (seed, index)."""
+    """Training and held-out batches as `ClipSource` wants them, a function of (seed, index).
 
-    def __init__(self, frames: int, seed: int = 0) -> None:
+    Args:
+        frames: Frames of a clip.
+        seed: Seed of all clips.
+        return_within: Longest period of a path, in frames; by default a little more than a clip.
+    """
+
+    def __init__(self, frames: int, seed: int = 0, return_within: float | None = None) -> None:
         self.frames, self.seed = frames, seed
+        self.return_within = return_within or min(LONGEST_PERIOD, 1.4 * frames)
 
     def batch(self, start: int, size: int, split: Split = "train") -> Batch:
         """Latents and prompts of `size` clips from number `start` on."""
@@ -107,7 +116,8 @@ class PhotographClips:
 
     def clips(self, index: int, size: int, split: Split = "train") -> Clips:
         """The same with pixels and truth."""
-        return sample_clips(size, self.frames, seeded(self.seed, index, split), split)
+        generator = seeded(self.seed, index, split)
+        return sample_clips(size, self.frames, generator, split, self.return_within)
 
 
 def encode(video: Tensor, path: Path2D) -> Tensor:
@@ -135,7 +145,11 @@ def read_places(latents: Tensor) -> Tensor:
 
 
 def sample_clips(
-    batch: int, frames: int, generator: torch.Generator, split: Split = "train"
+    batch: int,
+    frames: int,
+    generator: torch.Generator,
+    split: Split,
+    return_within: float,
 ) -> Clips:
     """Draw clips; training clips are mirrored, turned and recoloured at random.
 
@@ -144,10 +158,11 @@ def sample_clips(
         frames: F.
         generator: Decides everything.
         split: Which photographs.
+        return_within: Longest period of a path, in frames.
     """
     paths, prompts, videos = [], [], []
     for _ in range(batch):
-        path, prompt = _path(frames, generator)
+        path, prompt = _path(frames, return_within, generator)
         videos.append(_film(_photograph(split, generator), path, generator))
         paths.append(path)
         prompts.append(prompt)
@@ -155,16 +170,17 @@ def sample_clips(
     return Clips(torch.stack(videos), torch.stack(prompts), path)
 
 
-def ages(path: Path2D) -> Tensor:
+def ages(path: Path2D, chunk_frames: int = 1) -> Tensor:
     """Frames since each pixel's place was last inside the frame, (B, F, N, N); 0 for never.
 
-    A place that was visible in the frame before has age 1.
+    A place that was visible in the frame before has age 1. Frames of the pixel's own chunk do not
+    count, because they are generated together.
     """
     frames = path.centre.shape[1]
     places = _places(path)
     found = torch.zeros(places.shape[:-1], dtype=torch.long)
     for frame in range(1, frames):
-        for earlier in range(frame):
+        for earlier in range(frame // chunk_frames * chunk_frames):
             inside = _inside(places[:, frame], path, earlier)
             found[:, frame][inside] = frame - earlier
     return found
@@ -174,10 +190,10 @@ def _uniform(generator: torch.Generator, low: float, high: float) -> float:
     return low + (high - low) * torch.rand((), generator=generator).item()
 
 
-def _path(frames: int, generator: torch.Generator) -> tuple[Path2D, Tensor]:
+def _path(frames: int, return_within: float, generator: torch.Generator) -> tuple[Path2D, Tensor]:
     """One closed path, and the prompt that tells it."""
-    longest = min(96.0, 1.4 * frames)
-    period = math.exp(_uniform(generator, math.log(12.0), math.log(max(longest, 18.0))))
+    longest = max(return_within, 1.5 * SHORTEST_PERIOD)
+    period = math.exp(_uniform(generator, math.log(SHORTEST_PERIOD), math.log(longest)))
     omega = 2 * math.pi / period
     width = min(MAX_WIDTH, MAX_SPEED / omega) * _uniform(generator, 0.7, 1.0)
     bend = _uniform(generator, -0.4, 0.4)

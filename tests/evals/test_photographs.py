@@ -12,6 +12,7 @@ from evals.worlds.photographs import (
     ages,
     decode,
     encode,
+    read_places,
 )
 
 
@@ -27,10 +28,24 @@ def test_photographs_are_for_training_or_for_measuring() -> None:
     assert all(PHOTOGRAPHS["train"].values())
 
 
-def test_latents_keep_every_pixel() -> None:
-    video = PhotographClips(3).clips(0, 1, "held_out").video
-    assert video.abs().max() <= 1
-    assert torch.equal(decode(encode(video)), video)
+def test_latents_keep_every_pixel_and_tell_its_place() -> None:
+    clips = PhotographClips(20).clips(0, 4, "held_out")
+    latents = encode(clips.video, clips.path)
+    assert clips.video.abs().max() <= 1
+    assert torch.equal(decode(latents), clips.video)
+    places = read_places(latents)
+    still = Path2D(clips.path.centre[:, :1].expand(-1, 20, -1), *clips.path[1:])
+    moved = places - read_places(encode(clips.video, still))
+    centre = clips.path.centre - still.centre
+    assert torch.allclose(moved, centre[:, :, None, None].expand_as(moved), atol=1e-3)
+
+
+def test_a_camera_returns() -> None:
+    period = 12
+    centre = PhotographClips(60, return_within=18).clips(0, 8).path.centre
+    furthest = (centre - centre[:, :1]).norm(dim=-1)
+    assert (furthest[:, :period].amax(1) > 1).all()
+    assert (furthest[:, period:].amin(1) < 2).all()
 
 
 def test_the_prompt_tells_nothing_of_the_photograph() -> None:
@@ -48,3 +63,9 @@ def test_a_pixel_is_as_old_as_the_last_frame_that_showed_its_place() -> None:
     assert (found[0, 2] == 0).all()
     assert (found[0, 3] == 2).all()
     assert (found[0, 4] == 4).all()
+
+
+def test_frames_of_the_own_chunk_do_not_show_a_place_before() -> None:
+    centre, still = torch.zeros(1, 4, 2), torch.zeros(1, 4)
+    found = ages(Path2D(centre, still, still), chunk_frames=2)
+    assert [found[0, frame].unique().tolist() for frame in range(4)] == [[0], [0], [1], [2]]

@@ -27,6 +27,7 @@ from vmla_convert.cli.options import (
 )
 from vmla_convert.config import ReportConfig, SourceConfig, command_recipe
 from vmla_convert.console import out
+from vmla_convert.results import Row
 
 CHEAPER = "fewer or shorter clips (--clips 4, --set evaluate.data.frames=9)"
 
@@ -48,6 +49,17 @@ def evaluate(
     data: Data = None,
     prompts: Prompts = None,
     clips_dir: ClipsDir = None,
+    rollout: Annotated[
+        int | None,
+        typer.Option(
+            "--rollout",
+            metavar="FRAMES",
+            min=1,
+            help="Also generate videos of so many latent frames with both models from the same "
+            "noise, and compare them.",
+            rich_help_panel=CLIPS,
+        ),
+    ] = None,
     bytes_per_token: BytesPerToken = None,
     cut: Cut = None,
     cache_dtype: CacheDtype = None,
@@ -68,6 +80,8 @@ def evaluate(
     """Measure a conversion against its dense checkpoint on held-out clips.
 
     Clips are streamed through caches where a size, a dtype or a window is given.
+    --rollout 81 says for how many frames both models make the same video, and how
+    their videos differ after that: sharpness, motion, flicker, drift of colour.
     """
     from vmla_convert.measuring.against_dense import measure_against_dense, plan_against_dense
 
@@ -78,6 +92,7 @@ def evaluate(
         "evaluate.clips": clips,
         "evaluate.data.source": data,
         "evaluate.data.prompts": read_prompt_file(prompts),
+        "evaluate.rollout_frames": rollout,
         "media.clips_dir": clips_dir,
         "runtime.size.bytes_per_token": bytes_per_token,
         "runtime.size.cut": cut,
@@ -91,8 +106,26 @@ def evaluate(
     agree(plan_against_dense(given, dense, *settings, recipe.media), yes, CHEAPER)
     with out.progress() as progress:
         rows = measure_against_dense(given, dense, *settings, progress, recipe.media)
-    cells = [[row.run, row.metric, row.value, row.unit] for row in rows]
-    out.table("Held-out measurement", ["run", "metric", "value", "unit"], cells)
+    cells = [
+        [row.run, row.metric, _place(row), row.value, _interval(row), row.unit] for row in rows
+    ]
+    header = ["run", "metric", "of", "value", "95 % interval", "unit"]
+    out.table("Held-out measurement", header, cells)
+
+
+def _place(row: Row) -> str:
+    """Which part of a video or of the model a row is about; empty for the whole."""
+    parts = {
+        "chunk": row.chunk,
+        "segment": row.segment,
+        "layer": row.layer,
+        "timestep": None if row.timestep is None else f"{row.timestep:.0f}",
+    }
+    return " ".join(f"{name} {value}" for name, value in parts.items() if value is not None)
+
+
+def _interval(row: Row) -> str:
+    return "" if row.low is None else f"{row.low:.4g} to {row.high:.4g}"
 
 
 def clips(clips_dir: ClipsDir = None, json: Json = False) -> None:
