@@ -186,6 +186,16 @@ def ages(path: Path2D, chunk_frames: int = 1) -> Tensor:
     return found
 
 
+def seen_before(path: Path2D, first: int) -> Tensor:
+    """Whether the frames before `first` showed the place of each later pixel, (B, F − first, N, N)."""
+    places = _places(path)[:, first:]
+    shown = torch.zeros(places.shape[:-1], dtype=torch.bool)
+    for earlier in range(first):
+        for frame in range(places.shape[1]):
+            shown[:, frame] |= _inside(places[:, frame], path, earlier)
+    return shown
+
+
 def _uniform(generator: torch.Generator, low: float, high: float) -> float:
     return low + (high - low) * torch.rand((), generator=generator).item()
 

@@ -11,13 +11,16 @@ from vmla_convert.cli.cost import Yes, agree
 from vmla_convert.cli.options import (
     CLIPS,
     OTHER,
+    RUNNING,
     BytesPerToken,
     CacheDtype,
     Checkpoint,
     ClipsDir,
     Cut,
     Data,
+    File,
     Json,
+    Model,
     NoVerify,
     Prompts,
     Teacher,
@@ -25,7 +28,13 @@ from vmla_convert.cli.options import (
     named_teacher,
     read_prompt_file,
 )
-from vmla_convert.config import ReportConfig, SourceConfig, command_recipe
+from vmla_convert.config import (
+    ConvertConfig,
+    RecoverConfig,
+    ReportConfig,
+    SourceConfig,
+    command_recipe,
+)
 from vmla_convert.console import out
 from vmla_convert.results import Row
 
@@ -126,6 +135,79 @@ def _place(row: Row) -> str:
 
 def _interval(row: Row) -> str:
     return "" if row.low is None else f"{row.low:.4g} to {row.high:.4g}"
+
+
+def claims(
+    checkpoint: Checkpoint,
+    file: File = None,
+    model: Model = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps",
+            metavar="N",
+            min=0,
+            help="Steps of distillation for each init, after the layer-wise steps. Default: 100.",
+            rich_help_panel=RUNNING,
+        ),
+    ] = None,
+    data: Data = None,
+    prompts: Prompts = None,
+    clips_dir: ClipsDir = None,
+    yes: Yes = False,
+    json: Json = False,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Keys of source, model, convert, recover, evaluate and media: --set "
+            "recover.layerwise_steps=10",
+            rich_help_panel=OTHER,
+        ),
+    ] = None,
+) -> None:
+    """Measure the claims of the VideoMLA paper on a dense checkpoint.
+
+    The paper's layer is built with the paper's init and with random weights, and
+    both are recovered. A codec in the same bytes stands beside them, not trained.
+    """
+    from vmla_convert.sweep.claims import measure_claims, plan_claims
+
+    out.json = json
+    options = {
+        "source.checkpoint": checkpoint,
+        "source.file": file,
+        "source.model": model,
+        "recover.training.steps": steps,
+        **{f"{table}.data.source": data for table in ("convert", "recover", "evaluate")},
+        **{
+            f"{table}.data.prompts": read_prompt_file(prompts)
+            for table in ("convert", "recover", "evaluate")
+        },
+        "media.clips_dir": clips_dir,
+    }
+    tables = ("source", "model", "convert", "recover", "evaluate", "media")
+    recipe = command_recipe(tables, options, changes)
+    settings = (
+        recipe.dense,
+        recipe.convert or ConvertConfig(),
+        recipe.recover or RecoverConfig(),
+        recipe.evaluate,
+        recipe.media,
+    )
+    agree(plan_claims(*settings), yes, "fewer steps (--steps 20)")
+    with out.progress() as progress:
+        found = measure_claims(*settings, progress)
+    if json:
+        out.data(found)
+        return
+    header = ["claim", "measured here", "value", "bound", "holds", "beside it", "its value"]
+    cells = [
+        [c.claim, c.measured, c.value, c.bound, "yes" if c.holds else "no", c.ours, c.our_value]
+        for c in found
+    ]
+    out.table("Claims of arXiv 2605.30351", header, cells)
 
 
 def clips(clips_dir: ClipsDir = None, json: Json = False) -> None:
