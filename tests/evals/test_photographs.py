@@ -12,7 +12,9 @@ from evals.worlds.photographs import (
     ages,
     decode,
     encode,
+    glancing_path,
     read_places,
+    with_places,
 )
 
 
@@ -69,3 +71,22 @@ def test_frames_of_the_own_chunk_do_not_show_a_place_before() -> None:
     centre, still = torch.zeros(1, 4, 2), torch.zeros(1, 4)
     found = ages(Path2D(centre, still, still), chunk_frames=2)
     assert [found[0, frame].unique().tolist() for frame in range(4)] == [[0], [0], [1], [2]]
+
+
+def test_a_glance_shows_one_far_place_twice() -> None:
+    generator = torch.Generator().manual_seed(0)
+    path, _ = glancing_path(24, (1, 5), 12, generator)
+    assert torch.equal(path.centre[3:6], path.centre[15:18])
+    near = torch.cat([path.centre[:3], path.centre[6:15], path.centre[18:]])
+    assert (path.centre[3] - near).norm(dim=-1).min() > FRAME_SIZE
+    clips = PhotographClips(24).clips(0, 40)
+    far = clips.path.centre.norm(dim=-1).amax(1) > 55
+    assert 0 < far.sum() < 20
+
+
+def test_places_can_be_asked_for() -> None:
+    clips = PhotographClips(3).clips(0, 2)
+    latents = encode(clips.video, clips.path)
+    asked = with_places(latents, latents.roll(1, dims=0))
+    assert torch.equal(decode(asked), clips.video)
+    assert torch.equal(read_places(asked), read_places(latents.roll(1, dims=0)))
