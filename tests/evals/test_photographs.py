@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+
+from evals.worlds.clips import photograph_batch
 from evals.worlds.photographs import (
     FRAME_SIZE,
     PHOTOGRAPHS,
@@ -16,6 +20,8 @@ from evals.worlds.photographs import (
     read_places,
     with_places,
 )
+from vmla_convert.config import DataConfig
+from vmla_convert.media.clips import LatentClips
 
 
 def test_a_batch_is_a_function_of_its_number() -> None:
@@ -90,3 +96,14 @@ def test_places_can_be_asked_for() -> None:
     asked = with_places(latents, latents.roll(1, dims=0))
     assert torch.equal(decode(asked), clips.video)
     assert torch.equal(read_places(asked), read_places(latents.roll(1, dims=0)))
+
+
+def test_a_file_of_clips_holds_out_other_photographs(tmp_path: Path) -> None:
+    file = tmp_path / "clips.safetensors"
+    batch = photograph_batch(20, 6, seed=0)
+    save_file(batch._asdict(), file)
+    clips = LatentClips(DataConfig(str(file)))
+    assert len(clips.parts["train"]) == 18
+    true = PhotographClips(6).batch(0, 8, "held_out").latents[:2]
+    held_out = clips.batch(0, 2, "held_out").latents
+    assert {latents.sum().item() for latents in held_out} == {each.sum().item() for each in true}
