@@ -58,6 +58,7 @@ class Metric(StrEnum):
     CACHE_CUT = "cache_cut"
     BYTES_AT_ERROR = "bytes_at_error"
     BYTES_RATIO_AT_ERROR = "bytes_ratio_at_error"
+    BITS_SAVED = "bits_saved"
     KV_LORA_RANK = "kv_lora_rank"
     QK_ROPE_HEAD_DIM = "qk_rope_head_dim"
 
