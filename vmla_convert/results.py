@@ -50,6 +50,7 @@ class Metric(StrEnum):
     FRAME_PSNR = "frame_psnr"
     FRAME_SSIM = "frame_ssim"
     AGREEING_FRAMES = "agreeing_frames"
+    VBENCH = "vbench"
     LAYER_ERROR = "layer_error"
 
     # Size of the cache

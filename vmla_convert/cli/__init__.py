@@ -18,6 +18,7 @@ from vmla_convert.cli.generate import generate
 from vmla_convert.cli.measure import claims, clips, evaluate, report
 from vmla_convert.cli.recipes import demo, recipes_app, run, sweep
 from vmla_convert.cli.recover import recover
+from vmla_convert.cli.vbench import vbench_app
 
 app = typer.Typer(
     name="vmla",
@@ -64,4 +65,5 @@ COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
 }
 for _name, (_command, _example) in COMMANDS.items():
     app.command(_name, epilog=f"Example: [bold]{_example}[/bold]")(_command)
+app.add_typer(vbench_app, name="vbench")
 app.add_typer(recipes_app, name="recipes", help="List the recipes, or copy one.")
