@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from vmla_convert.cli.fit import FitIn, fitted, given_keys
 from vmla_convert.cli.options import (
     OTHER,
     OUTPUT,
+    RUNNING,
     BaseModel,
     BytesPerToken,
     CacheDtype,
@@ -22,9 +25,13 @@ from vmla_convert.cli.options import (
     NoVerify,
     option,
 )
-from vmla_convert.config import GenerateConfig, Recipe, command_recipe
+from vmla_convert.config import GenerateConfig, Recipe, SourceConfig, command_recipe
 from vmla_convert.console import out
 from vmla_convert.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vmla_convert.generating.launch import Group
+    from vmla_convert.generating.write_video import Written
 
 CLIP = "Clip"
 TABLES = ("source", "model", "runtime", "media", "generate")
@@ -78,6 +85,20 @@ ResumeStream = Annotated[
         CLIP,
     ),
 ]
+Processes = Annotated[
+    int | None,
+    option(
+        "--processes",
+        "N",
+        "Processes that compute one video together, each on a GPU of its own. Started by torchrun, "
+        "leave it out.",
+        RUNNING,
+        min=1,
+    ),
+]
+DryRun = Annotated[
+    bool, option("--dry-run", None, "Check the settings, show the plan, and stop.", OUTPUT)
+]
 Changes = Annotated[
     list[str] | None,
     option(
@@ -102,6 +123,8 @@ def generate(
     save_stream: SaveStream = None,
     resume_stream: ResumeStream = None,
     fit: FitIn = None,
+    processes: Processes = None,
+    dry_run: DryRun = False,
     json: Json = False,
     bytes_per_token: BytesPerToken = None,
     cut: Cut = None,
@@ -115,9 +138,10 @@ def generate(
 ) -> None:
     """Generate video from prompts; the first frame lands beside the video as a PNG.
 
-    With --compare, a contact sheet of both models lands there instead.
+    With --compare, a contact sheet of both models lands there instead. Several GPUs make one video
+    faster with --processes N.
     """
-    from vmla_convert.generating.write_video import write_video
+    from vmla_convert.generating.launch import check_gpus, run_together
     from vmla_convert.loading.load import open_named
     from vmla_convert.loading.teacher import sources_to_compare
 
@@ -147,26 +171,59 @@ def generate(
         return command_recipe(TABLES, options, [*(changes or ()), *more])
 
     recipe = read(())
-    with out.progress() as progress:
-        config = open_named(recipe.dense, progress).config
-    given = {key for key, value in options.items() if value is not None} | given_keys(changes)
-    stage = "generate dense" if config.is_dense else "generate"
-    recipe = fitted(config, read, stage, fit, video.parent, given)
+    # What one of several processes needs is in the plan of --dry-run.
+    if (processes or 1) == 1 and not dry_run and "WORLD_SIZE" not in os.environ:
+        with out.progress() as progress:
+            config = open_named(recipe.dense, progress).config
+        given = {key for key, value in options.items() if value is not None} | given_keys(changes)
+        stage = "generate dense" if config.is_dense else "generate"
+        recipe = fitted(config, read, stage, fit, video.parent, given)
+    elif fit is not None:
+        raise ConfigError("--fit is for one process", "leave out --processes and --dry-run")
     sources = sources_to_compare(recipe.dense, compare) if compare else [recipe.dense]
-    with out.progress() as progress:
-        written = write_video(
-            video,
-            sources,
-            recipe.generate or GenerateConfig(),
-            recipe.runtime,
-            recipe.media,
-            seconds=seconds,
-            prompt_at=prompt_at or (),
-            image=image,
-            save_stream=save_stream,
-            resume_stream=resume_stream,
-            progress=progress,
-        )
+    if dry_run:
+        check_gpus(processes or 1)
+        _show_plan(sources, recipe, processes or 1)
+        return
+    settings = {
+        "seconds": seconds,
+        "prompt_at": prompt_at or (),
+        "image": image,
+        "save_stream": save_stream,
+        "resume_stream": resume_stream,
+    }
+    written = run_together(processes, partial(_write, video, sources, recipe, settings))
+    if not written.paths:
+        return  # process 0 of a launcher prints
     out.data({f"cache of {name} (bytes)": size for name, size in written.cache_bytes.items()})
     for path in written.paths:
         out.path("wrote", path)
+
+
+def _write(
+    video: Path,
+    sources: list[SourceConfig],
+    recipe: Recipe,
+    settings: dict[str, Any],
+    group: Group,
+) -> Written:
+    """Write the video as one of a group of processes."""
+    from vmla_convert.generating.write_video import write_video
+    from vmla_convert.progress import Silent
+
+    common = recipe.generate or GenerateConfig(), recipe.runtime, recipe.media
+    if not group.leads:
+        return write_video(video, sources, *common, **settings, progress=Silent(), group=group)
+    with out.progress() as progress:
+        return write_video(video, sources, *common, **settings, progress=progress, group=group)
+
+
+def _show_plan(sources: list[SourceConfig], recipe: Recipe, processes: int) -> None:
+    """Show how each model's stream is divided."""
+    from vmla_convert.generating.shares import plan_shares
+    from vmla_convert.generating.write_video import compute_dtype, open_models
+
+    for name, (opened, runtime) in open_models(sources, recipe.runtime).items():
+        dtype = compute_dtype(runtime)
+        shares = plan_shares(opened.config, runtime, dtype.itemsize, processes)
+        out.data({"model": name} | shares._asdict())

@@ -66,6 +66,9 @@ class Stream(Iterator[Tensor]):
             OutputError: The file cannot be written.
         """
         state = self._state
+        entries = state.cache.state()  # each of several processes gives its heads
+        if self._model.parallel.rank:
+            return
         table = {
             **_identity(self._model, self._runtime),
             "window": state.cache.window.state(),
@@ -74,7 +77,7 @@ class Stream(Iterator[Tensor]):
             "index": state.index,
             "frames": self.frames,
         }
-        tensors = {"context": state.context, **state.cache.state()}
+        tensors = {"context": state.context, **entries}
         tensors |= {f"past.{number:04d}": chunk for number, chunk in enumerate(state.past)}
         held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         draft = file.with_name(f"{file.name}.partial")
