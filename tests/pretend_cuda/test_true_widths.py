@@ -23,12 +23,14 @@ def check_stream(results: dict[str, Any]) -> None:
 
 
 def test_streaming_takes_the_memory_of_the_formula_and_never_waits(scenarios: Scenarios) -> None:
-    check_stream(scenarios("widths", "stream_1_3b")["stream_1_3b"])
+    check_stream(scenarios("widths", "stream_codec")["stream_codec"])
 
 
 @pytest.mark.slow
-def test_streaming_14b_takes_the_memory_of_the_formula(scenarios: Scenarios) -> None:
-    check_stream(scenarios("widths", "stream_14b")["stream_14b"])
+def test_every_path_takes_the_memory_of_the_formula_and_never_waits(scenarios: Scenarios) -> None:
+    for results in scenarios("widths", "stream_1_3b", "stream_14b").values():
+        if isinstance(results, dict):
+            check_stream(results)
 
 
 CEILINGS = {
@@ -63,6 +65,7 @@ def test_training_of_more_kinds_takes_the_memory_of_the_formula(scenarios: Scena
     check_training(scenarios, *sorted(set(CEILINGS) - set(QUICK)))
 
 
+@pytest.mark.slow
 def test_tiles_of_the_vae_leave_their_features_in_host_memory(scenarios: Scenarios) -> None:
     pytest.importorskip("diffusers")
     found = scenarios("widths", "vae")["vae"]

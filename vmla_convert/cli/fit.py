@@ -21,8 +21,7 @@ FitIn = Annotated[
     option(
         "--fit",
         "SIZE",
-        "Choose settings that fit in so much memory of the GPU, such as 24GB; without a GPU, of "
-        "the host.",
+        "Choose settings for this much memory, as 24GB.",
         RUNNING,
     ),
 ]

@@ -141,6 +141,7 @@ def generate(
     With --compare, a contact sheet of both models lands there instead. Several GPUs make one video
     faster with --processes N.
     """
+    from vmla_convert.generating.film import check_video_path
     from vmla_convert.generating.launch import check_gpus, run_together
     from vmla_convert.loading.load import open_named
     from vmla_convert.loading.teacher import sources_to_compare
@@ -173,6 +174,7 @@ def generate(
     recipe = read(())
     # What one of several processes needs is in the plan of --dry-run.
     if (processes or 1) == 1 and not dry_run and "WORLD_SIZE" not in os.environ:
+        check_video_path(video)
         with out.progress() as progress:
             config = open_named(recipe.dense, progress).config
         given = {key for key, value in options.items() if value is not None} | given_keys(changes)

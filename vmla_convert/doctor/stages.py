@@ -281,12 +281,12 @@ def stage_memory(
     item = 2 if on_gpu else FLOAT32
     dense = replace(model, mla=None, codec=None)
     convert, recover = recipe.convert or ConvertConfig(), recipe.recover or RecoverConfig()
-    converted = plan_codec(dense, convert) if model.is_dense else model
     if stage == "sample clips":
         return sampling_memory(dense, item, clips_at_once(dense), on_gpu), 0
     if stage == "convert":
         clip = _clip(convert.data, dense)
         return conversion_memory(dense, convert, clip), calibration_disk(dense, convert, clip)
+    converted = plan_codec(dense, convert) if model.is_dense else model
     if stage == "recover":
         clip = _clip(recover.data, dense)
         memory = recovery_memory(converted, recover, clip, room.processes)
