@@ -81,6 +81,7 @@ def write_random(checkpoint: Path) -> None:
 def compared(checkpoint: Path, dtype: torch.dtype, cold: bool, rounds: int) -> list[Row]:
     """Seconds of loads with and without a check, and their ratios, as medians."""
     spent: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    timed(checkpoint, dtype, True, cold)  # imports, and memory that the process has from now on
     for number in range(rounds):
         # Neither kind always comes first.
         for verify in (number % 2 == 0, number % 2 == 1):

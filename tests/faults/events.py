@@ -142,7 +142,7 @@ def _exit_code() -> int:
         return stop.code if isinstance(stop.code, int) else 0
 
 
-def nothing(number: int, event: Event) -> None:
+def nothing(_: int, __: Event) -> None:
     """Let a command run."""
 
 
@@ -154,7 +154,7 @@ def kill_at(at: int, draw: random.Random) -> Act:
     """
     delay = max(draw.uniform(-0.002, 0.005), 1e-6)
 
-    def act(number: int, event: Event) -> None:
+    def act(number: int, _: Event) -> None:
         if number == at:
             signal.setitimer(signal.ITIMER_REAL, delay)
 
@@ -183,7 +183,7 @@ def _refuse_from(at: int, code: int) -> Act:
 def vanish_at(at: int, folder: Path) -> Act:
     """Move an input away at an event."""
 
-    def act(number: int, event: Event) -> None:
+    def act(number: int, _: Event) -> None:
         if number == at:
             folder.rename(folder.with_name(f"{folder.name}.gone"))
 

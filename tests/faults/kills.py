@@ -10,7 +10,7 @@ import random
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from checkpoints import untimed
 from faults.events import (
     Act,
     Ended,
+    Event,
     full_disk_from,
     kill_at,
     nothing,
@@ -107,9 +108,7 @@ def _content(file: Path) -> Any:
     return None
 
 
-def commands(
-    place: Path, teacher: Path, codec: Path, hub: Hub | None = None
-) -> dict[str, Command]:
+def commands(place: Path, teacher: Path, codec: Path, hub: Hub | None = None) -> dict[str, Command]:
     """Commands by name; `push` where there is a Hub."""
     place.mkdir(parents=True, exist_ok=True)
     recipe = place / "recipe.toml"
@@ -308,7 +307,7 @@ def _peak_bytes(reference: Reference) -> int:
     # The process that runs the command is forked, so it reports through a file.
     report = reference.out.parent.with_name(f"{reference.out.parent.name}.peak")
 
-    def act(number: int, event: Any) -> None:
+    def act(_: int, __: Event) -> None:
         nonlocal most
         usage = shutil.disk_usage(reference.out.parent).used
         if usage > most:
@@ -343,5 +342,3 @@ def _judge(reference: Reference, ended: Ended, stage: str, found: Faults) -> Non
     elif not reference.is_whole:
         found.unmended.append(f"{stage}: another result")
     reference.command.clear(reference.out)
-
-

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vmla_convert.checkpoint.hub import BESIDE
@@ -171,9 +172,10 @@ def checksum(tensor: torch.Tensor) -> str:
     Args:
         tensor: A tensor on the CPU, contiguous and in memory of its own.
     """
-    data = tensor.reshape(-1).view(torch.uint8)
-    whole = data.numel() - data.numel() % (8 * _COLUMNS)
-    sums = data[:whole].view(torch.int64).view(-1, _COLUMNS).sum(0)
-    digest = hashlib.sha256(sums.numpy().data)
-    digest.update(data[whole:].numpy().data)
+    data = tensor.reshape(-1).view(torch.uint8).numpy()
+    whole = data.size - data.size % (8 * _COLUMNS)
+    # numpy needs no team of threads, which would compete with those of other programs.
+    sums = data[:whole].view(np.int64).reshape(-1, _COLUMNS).sum(0)
+    digest = hashlib.sha256(sums.data)
+    digest.update(data[whole:].data)
     return digest.hexdigest()

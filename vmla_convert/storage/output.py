@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +127,11 @@ def publish(out: Path) -> None:
 
 def discard(out: Path) -> None:
     """Remove the partial folder of `out`."""
-    # The identity first: half a folder must not look like one to continue.
-    (partial_folder(out) / IDENTITY_NAME).unlink(missing_ok=True)
-    shutil.rmtree(partial_folder(out), ignore_errors=True)
+    # A disk that refuses has already said so, or says so at the next write.
+    with suppress(OSError):
+        # The identity first: half a folder must not look like one to continue.
+        (partial_folder(out) / IDENTITY_NAME).unlink(missing_ok=True)
+        shutil.rmtree(partial_folder(out), ignore_errors=True)
 
 
 @contextmanager
