@@ -60,7 +60,7 @@ def main(run: Callable[[], object] | None = None) -> int:
 
 
 def _of_the_machine(error: Exception) -> VmlaError | None:
-    """An error for the user where memory or a disk refused; writers of outputs say more."""
+    """An error for the user where memory, a disk or a file is lacking."""
     if _lacks_memory(error):
         reason = f"memory is lacking: {first_line(error)}"
         return VmlaError(reason, "see 'Out of memory' in docs/troubleshooting.md")
@@ -69,6 +69,8 @@ def _of_the_machine(error: Exception) -> VmlaError | None:
             f"{error.filename or 'a file'} cannot be written: {error.strerror}",
             "check the space and rights there; temporary files go where TMPDIR says",
         )
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return VmlaError(f"{error.filename} is no longer there", "put it back, then start again")
     return None
 
 

@@ -42,11 +42,11 @@ description = "A sweep to kill"
 [source]
 checkpoint = "{teacher}"
 [convert]
-calibration_clips = 4
-data = {{ frames = 6 }}
+calibration_clips = 2
+data = {{ frames = 4 }}
 [evaluate]
-clips = 4
-data = {{ frames = 6, seed = 1 }}
+clips = 2
+data = {{ frames = 4, seed = 1 }}
 [sweep]
 products = ["codec"]
 sizes = [{{ cut = 0.9 }}]
@@ -113,28 +113,24 @@ def commands(place: Path, teacher: Path, codec: Path, hub: Hub | None = None) ->
     place.mkdir(parents=True, exist_ok=True)
     recipe = place / "recipe.toml"
     recipe.write_text(RECIPE.format(teacher=teacher))
-    clips = ("--set", "convert.calibration_clips=4", "--set", "convert.data.frames=6")
+    clips = ("--set", "convert.calibration_clips=2", "--set", "convert.data.frames=4")
     steps = {
         "recover.layerwise_steps": 1,
-        "recover.data.frames": 6,
+        "recover.data.frames": 4,
         "recover.training.eval_every": 1,
         "recover.training.checkpoint_every": 1,
-        "evaluate.clips": 4,
-        "evaluate.data.frames": 6,
+        "evaluate.clips": 2,
+        "evaluate.data.frames": 4,
         "evaluate.data.seed": 1,
     }
     settings = [word for key, value in steps.items() for word in ("--set", f"{key}={value}")]
-    trained = ("--steps", "3", "--lr", "1e-3", "--batch-size", "2", *settings)
+    trained = ("--steps", "2", "--lr", "1e-3", "--batch-size", "2", *settings)
     to = ("-o", "{out}")
-    mla = ("--set", "convert.size.kv_lora_rank=8", "--set", "convert.size.qk_rope_head_dim=4")
     base, both = (teacher,), (codec, teacher)
     convert = ("convert", str(teacher), "--resume")
     sampled = ("--data", "self", "--clips-dir", "{out}-clips")
     found = {
         "convert": Command((*convert, *clips, *to), base),
-        "convert --preset videomla": Command(
-            (*convert, "--preset", "videomla", *clips, *mla, *to), base
-        ),
         "convert, sampling clips": Command((*convert, *clips, *sampled, *to), base),
         "export": Command(("export", str(codec), "--layout", "native", *to), both),
         "recover": Command(("recover", str(codec), *trained, *to), both),

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vmla_convert.errors import OutputError
+from vmla_convert.errors import OutputError, first_line
 from vmla_convert.storage.output import IDENTITY_NAME, rename_synced, reported, write_whole
 from vmla_convert.tables import first_difference, read_json
 
@@ -128,6 +129,18 @@ def save_tensors(tensors: Tensors, file: Path, metadata: Mapping[str, str] | Non
     save_file(tensors, file, {"format": "pt", **(metadata or {})})
     # safetensors 0.8 makes files that only their owner can read.
     file.chmod(mode)
+
+
+def save_pickle(value: Any, file: Path) -> None:
+    """Write a torch pickle.
+
+    Raises:
+        OSError: The disk refuses, for which torch has no error of its own.
+    """
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:
+        raise OSError(first_line(error)) from error
 
 
 def _own(tensor: Tensor) -> Tensor:
