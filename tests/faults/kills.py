@@ -83,7 +83,8 @@ class Command:
         if self.hub is not None:
             repo = self.hub.repos.get(REPO)
             return {} if repo is None else {n: blob.oid for n, blob in repo.files.items()}
-        places = [place for place in out.parent.glob(f"{out.name}*") if place.name != "tmp"]
+        # A kill between the last step and the clean-up leaves working files beside the output.
+        places = (out, out.with_name(f"{out.name}-clips"))
         files = (file for place in places for file in place.rglob("*") if file.is_file())
         return {file.relative_to(out.parent).as_posix(): _content(file) for file in files}
 
