@@ -81,6 +81,11 @@ class Page:
         head = f"Made by `{made}` on {date.today()} at commit {commit}."
         self._lines = ["# Results of the fault suite", "", head]
 
+    def problem(self, text: str) -> None:
+        """Tell what went wrong, apart from the table."""
+        self.problems.append(text)
+        print(text, file=sys.stderr, flush=True)
+
     def text(self, *lines: str) -> None:
         """Add paragraphs."""
         for line in lines:
@@ -124,7 +129,6 @@ def main() -> int:
         _code(page, place, teacher)
         _kills(page, place, tested, asked.kills)
         _faults(page, place, tested, asked.stages)
-    print(*page.problems, sep="\n", file=sys.stderr)
     return int(bool(page.problems))
 
 
@@ -136,7 +140,8 @@ def _damage(page: Page, inputs: Path, teacher: Path, codec: Path, count: int) ->
         counts = [outcome.ended[word] for word in ("refused", "accepted", "crashed")]
         measured = f"{outcome.slowest:.1f}", outcome.largest // 10**6
         page.row(name, sum(counts), *counts, *measured)
-        page.problems += [f"{name}: {crash}" for crash in outcome.crashes]
+        for crash in outcome.crashes:
+            page.problem(f"{name}: {crash}")
     total = sum(sum(outcome.ended.values()) for outcome in found.values())
     page.text(f"{total} inputs. MB: most memory that an input took while it was read.")
 
@@ -163,10 +168,10 @@ def _kills(page: Page, place: Path, tested: dict[str, Command], kills: int) -> N
     for name, command in tested.items():
         reference = Reference(command, place / "kills" / "work")
         found = run_kills(reference, kills)
-        ends = (found.kills, found.finished, found.different, len(found.stuck))
+        ends = (found.kills, found.finished, len(found.different), len(found.stuck))
         page.row(name, reference.events, *ends, f"{found.slowest:.1f}")
-        page.problems += [f"{name}: {stuck}" for stuck in found.stuck]
-        page.problems += [f"{name}: {found.different} different results"] * bool(found.different)
+        for each in found.stuck + found.different:
+            page.problem(f"{name}: {each}")
         shutil.rmtree(place / "kills")
 
 
@@ -177,7 +182,8 @@ def _faults(page: Page, place: Path, tested: dict[str, Command], stages: int) ->
             return
         ends = (found.refused, found.done, len(found.crashed), len(found.unmended))
         page.row(name, kind, sum(ends[:3]), *ends)
-        page.problems += [f"{name}, {kind}: {each}" for each in found.crashed + found.unmended]
+        for each in found.crashed + found.unmended:
+            page.problem(f"{name}, {kind}: {each}")
 
     page.text(*FAULTS)
     page.table("command", "fault", "stages", "refused", "done", "crashed", "unmended")

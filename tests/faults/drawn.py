@@ -132,7 +132,7 @@ def _put(table: Any, path: tuple[Any, ...], how: str, value: Any) -> None:
         except (LookupError, TypeError):  # an earlier change removed it
             return
     if not isinstance(table, dict):
-        if isinstance(table, list) and path[-1] < len(table):
+        if isinstance(table, list) and path[-1] in range(len(table)):
             table[path[-1]] = value
     elif how == "remove":
         table.pop(path[-1], None)

@@ -149,14 +149,14 @@ class Killed:
     Attributes:
         kills: Number of kills.
         finished: Number of times that the command was started until its end.
-        different: Number of results that differ from those of an uninterrupted command.
+        different: Descriptions of results that differ from those of an uninterrupted command.
         stuck: Messages of commands that could not continue.
         slowest: Seconds of the slowest start.
     """
 
     kills: int = 0
     finished: int = 0
-    different: int = 0
+    different: list[str] = field(default_factory=list[str])
     stuck: list[str] = field(default_factory=list[str])
     slowest: float = 0.0
 
@@ -241,7 +241,7 @@ def _kill(reference: Reference, stage: int, draw: random.Random, found: Killed) 
     if problem:
         found.stuck.append(f"killed at event {stage} of {reference.events}: {problem}")
     elif not reference.is_whole:
-        found.different += 1
+        found.different.append(f"killed at event {stage}: another result")
     reference.command.clear(reference.out)
 
 

@@ -165,9 +165,14 @@ def copied_bytes(copies: Mapping[str, Path]) -> int:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file that is there whole or not at all, and stays there after a power cut."""
-    draft = path.with_name(f"{path.name}{_NEW}")
+    draft = draft_of(path)
     draft.write_text(text, "utf-8")
     rename_synced(draft, path)
+
+
+def draft_of(path: Path) -> Path:
+    """The file that `write_whole` writes before it takes the place of `path`."""
+    return path.with_name(f"{path.name}{_NEW}")
 
 
 def rename_synced(draft: Path, path: Path) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vmla_convert.errors import OutputError, first_line
-from vmla_convert.storage.output import IDENTITY_NAME, rename_synced, reported, write_whole
+from vmla_convert.storage.output import IDENTITY_NAME, draft_of, rename_synced, reported, write_whole
 from vmla_convert.tables import first_difference, read_json
 
 Tensors = dict[str, Tensor]
@@ -66,7 +66,7 @@ class FolderStore:
     ) -> None:
         self.folder, self._hint = folder, hint
         self._identity, self._file = json.dumps(identity, sort_keys=True), folder / IDENTITY_NAME
-        if folder.exists():
+        if folder.exists() and not self._is_empty():
             self._check_identity()
 
     def put(self, name: str, tensors: Tensors) -> None:
@@ -77,9 +77,10 @@ class FolderStore:
         """
         with reported(self.folder, self._hint):
             file = self.file(name)
-            file.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             if not self._file.is_file():
                 write_whole(self._file, self._identity)
+            file.parent.mkdir(parents=True, exist_ok=True)
             draft = file.with_suffix(".partial")
             save_tensors({key: _own(t) for key, t in tensors.items()}, draft)
             rename_synced(draft, file)
@@ -103,6 +104,12 @@ class FolderStore:
     def file(self, name: str) -> Path:
         """The file of a group."""
         return self.folder / f"{name}.safetensors"
+
+    def _is_empty(self) -> bool:
+        """Whether a process ended between making the folder and naming what the folder holds."""
+        return self.folder.is_dir() and all(
+            path.name == draft_of(self._file).name for path in self.folder.iterdir()
+        )
 
     def _check_identity(self) -> None:
         try:
