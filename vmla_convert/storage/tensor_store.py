@@ -16,7 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vmla_convert.errors import OutputError, first_line
-from vmla_convert.storage.output import IDENTITY_NAME, draft_of, rename_synced, reported, write_whole
+from vmla_convert.storage.output import (
+    IDENTITY_NAME,
+    draft_of,
+    rename_synced,
+    reported,
+    write_whole,
+)
 from vmla_convert.tables import first_difference, read_json
 
 Tensors = dict[str, Tensor]
