@@ -8,10 +8,13 @@ The exit code is 1 where an input crashed a command, or an interrupted command d
 from __future__ import annotations
 
 import argparse
-import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from datetime import date
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,6 +27,7 @@ from faults.damage import poisoned, readers, run_damage, write_inputs
 from faults.kills import (
     Command,
     Faults,
+    Killed,
     Reference,
     commands,
     run_faults,
@@ -113,23 +117,56 @@ def main() -> int:
     parser.add_argument("--damaged", type=int, default=20, help="damaged and drawn, of each kind")
     parser.add_argument("--kills", type=int, default=50, help="kills of each command")
     parser.add_argument("--stages", type=int, default=8, help="stages of each fault and command")
+    parser.add_argument("--jobs", type=int, default=2, help="commands that are tested at once")
     asked = parser.parse_args()
     page = Page()
     with (
         TemporaryDirectory() as folder,
-        pytest.MonkeyPatch.context() as patch,
-        served(Path(folder) / "hf-home", patch) as hub,
+        ProcessPoolExecutor(asked.jobs, get_context("spawn")) as pool,
     ):
         place = Path(folder)
-        teacher, codec = place / "teacher", place / "codec"
-        save_self_forcing(tiny_model(MODEL).state_dict(), MODEL, teacher)
-        convert(teacher, codec, MADE)
-        tested = commands(place / "commands", teacher, codec, hub)
+        teacher, codec = _models(place)
+        names = list(commands(place / "commands", teacher, codec))
+        kills = {n: pool.submit(_killed, place / f"kills-{n}", n, asked.kills) for n in names}
+        faults = {n: pool.submit(_failed, place / f"faults-{n}", n, asked.stages) for n in names}
         _damage(page, place / "inputs", teacher, codec, asked.damaged)
         _code(page, place, teacher)
-        _kills(page, place, tested, asked.kills)
-        _faults(page, place, tested, asked.stages)
+        _kills(page, kills)
+        _faults(page, faults)
     return int(bool(page.problems))
+
+
+def _models(place: Path) -> tuple[Path, Path]:
+    """A dense model and its codec, which nobody else moves or changes."""
+    teacher, codec = place / "teacher", place / "codec"
+    save_self_forcing(tiny_model(MODEL).state_dict(), MODEL, teacher)
+    convert(teacher, codec, MADE)
+    return teacher, codec
+
+
+@contextmanager
+def _tested(place: Path, name: str) -> Iterator[Command]:
+    """A command with inputs and a Hub of its own."""
+    place.mkdir()
+    with pytest.MonkeyPatch.context() as patch, served(place / "hf-home", patch) as hub:
+        yield commands(place / "commands", *_models(place), hub=hub)[name]
+
+
+def _killed(place: Path, name: str, kills: int) -> tuple[int, Killed]:
+    with _tested(place, name) as command:
+        reference = Reference(command, place / "work")
+        return reference.events, run_kills(reference, kills)
+
+
+def _failed(place: Path, name: str, stages: int) -> dict[str, Faults | None]:
+    with _tested(place, name) as command:
+        reference = Reference(command, place / "work")
+        found: dict[str, Faults | None] = {
+            kind: run_faults(reference, kind, stages) for kind in KINDS
+        }
+        if command.hub is None:
+            found["small disk"] = run_small_disks(command, place / "small", SHARES)
+        return found
 
 
 def _damage(page: Page, inputs: Path, teacher: Path, codec: Path, count: int) -> None:
@@ -161,39 +198,30 @@ def _code(page: Page, place: Path, teacher: Path) -> None:
     page.text(f"{ways}: {refused} of {tries} refused, and no code ran.")
 
 
-def _kills(page: Page, place: Path, tested: dict[str, Command], kills: int) -> None:
+def _kills(page: Page, ran: dict[str, Future[tuple[int, Killed]]]) -> None:
     page.text(*KILLS)
     columns = ("events", "kills", "run to the end", "different result", "stuck", "slowest (s)")
     page.table("killed command", *columns)
-    for name, command in tested.items():
-        reference = Reference(command, place / "kills" / "work")
-        found = run_kills(reference, kills)
+    for name, future in ran.items():
+        events, found = future.result()
         ends = (found.kills, found.finished, len(found.different), len(found.stuck))
-        page.row(name, reference.events, *ends, f"{found.slowest:.1f}")
+        page.row(name, events, *ends, f"{found.slowest:.1f}")
         for each in found.stuck + found.different:
             page.problem(f"{name}: {each}")
-        shutil.rmtree(place / "kills")
 
 
-def _faults(page: Page, place: Path, tested: dict[str, Command], stages: int) -> None:
-    def add(name: str, kind: str, found: Faults | None) -> None:
-        if found is None:
-            page.row(name, kind, "not run: no right to mount", *[""] * 4)
-            return
-        ends = (found.refused, found.done, len(found.crashed), len(found.unmended))
-        page.row(name, kind, sum(ends[:3]), *ends)
-        for each in found.crashed + found.unmended:
-            page.problem(f"{name}, {kind}: {each}")
-
+def _faults(page: Page, ran: dict[str, Future[dict[str, Faults | None]]]) -> None:
     page.text(*FAULTS)
     page.table("command", "fault", "stages", "refused", "done", "crashed", "unmended")
-    for name, command in tested.items():
-        reference = Reference(command, place / "faults" / "work")
-        for kind in KINDS:
-            add(name, kind, run_faults(reference, kind, stages))
-        if command.hub is None:
-            add(name, "small disk", run_small_disks(command, place / "small" / "work", SHARES))
-        shutil.rmtree(place / "faults")
+    for name, future in ran.items():
+        for kind, found in future.result().items():
+            if found is None:
+                page.row(name, kind, "not run: no right to mount", *[""] * 4)
+                continue
+            ends = (found.refused, found.done, len(found.crashed), len(found.unmended))
+            page.row(name, kind, sum(ends[:3]), *ends)
+            for each in found.crashed + found.unmended:
+                page.problem(f"{name}, {kind}: {each}")
 
 
 if __name__ == "__main__":

@@ -130,16 +130,14 @@ def commands(place: Path, teacher: Path, codec: Path, hub: Hub | None = None) ->
     base, both = (teacher,), (codec, teacher)
     convert = ("convert", str(teacher), "--resume")
     sampled = ("--data", "self", "--clips-dir", "{out}-clips")
-    found = {
+    return {
         "convert": Command((*convert, *clips, *to), base),
         "convert, sampling clips": Command((*convert, *clips, *sampled, *to), base),
         "export": Command(("export", str(codec), "--layout", "native", *to), both),
         "recover": Command(("recover", str(codec), *trained, *to), both),
         "sweep": Command(("sweep", str(recipe), *to), base),
+        "push": Command(("push", str(codec), REPO), (codec,), hub),
     }
-    if hub is not None:
-        found["push"] = Command(("push", str(codec), REPO), (codec,), hub)
-    return found
 
 
 @dataclass
