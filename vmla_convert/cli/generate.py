@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from vmla_convert.cli.options import (
     OTHER,
     OUTPUT,
+    RUNNING,
     BaseModel,
     BytesPerToken,
     CacheDtype,
@@ -20,9 +22,13 @@ from vmla_convert.cli.options import (
     NoVerify,
     option,
 )
-from vmla_convert.config import GenerateConfig, command_recipe
+from vmla_convert.config import GenerateConfig, Recipe, SourceConfig, command_recipe
 from vmla_convert.console import out
 from vmla_convert.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vmla_convert.generating.launch import Group
+    from vmla_convert.generating.write_video import Written
 
 CLIP = "Clip"
 TABLES = ("source", "model", "runtime", "media", "generate")
@@ -76,6 +82,20 @@ ResumeStream = Annotated[
         CLIP,
     ),
 ]
+Processes = Annotated[
+    int | None,
+    option(
+        "--processes",
+        "N",
+        "Processes that compute one video together, each on a GPU of its own. Started by torchrun, "
+        "leave it out.",
+        RUNNING,
+        min=1,
+    ),
+]
+DryRun = Annotated[
+    bool, option("--dry-run", None, "Check the settings, show the plan, and stop.", OUTPUT)
+]
 Changes = Annotated[
     list[str] | None,
     option(
@@ -99,6 +119,8 @@ def generate(
     compare: Compare = None,
     save_stream: SaveStream = None,
     resume_stream: ResumeStream = None,
+    processes: Processes = None,
+    dry_run: DryRun = False,
     json: Json = False,
     bytes_per_token: BytesPerToken = None,
     cut: Cut = None,
@@ -112,9 +134,10 @@ def generate(
 ) -> None:
     """Generate video from prompts; the first frame lands beside the video as a PNG.
 
-    With --compare, a contact sheet of both models lands there instead.
+    With --compare, a contact sheet of both models lands there instead. Several GPUs make one video
+    faster with --processes N.
     """
-    from vmla_convert.generating.write_video import write_video
+    from vmla_convert.generating.launch import check_gpus, run_together
     from vmla_convert.loading.teacher import sources_to_compare
 
     out.json = json
@@ -140,20 +163,49 @@ def generate(
     }
     recipe = command_recipe(TABLES, options, changes)
     sources = sources_to_compare(recipe.dense, compare) if compare else [recipe.dense]
-    with out.progress() as progress:
-        written = write_video(
-            video,
-            sources,
-            recipe.generate or GenerateConfig(),
-            recipe.runtime,
-            recipe.media,
-            seconds=seconds,
-            prompt_at=prompt_at or (),
-            image=image,
-            save_stream=save_stream,
-            resume_stream=resume_stream,
-            progress=progress,
-        )
+    if dry_run:
+        check_gpus(processes or 1)
+        _show_plan(sources, recipe, processes or 1)
+        return
+    settings = {
+        "seconds": seconds,
+        "prompt_at": prompt_at or (),
+        "image": image,
+        "save_stream": save_stream,
+        "resume_stream": resume_stream,
+    }
+    written = run_together(processes, partial(_write, video, sources, recipe, settings))
+    if not written.paths:
+        return  # process 0 of a launcher prints
     out.data({f"cache of {name} (bytes)": size for name, size in written.cache_bytes.items()})
     for path in written.paths:
         out.path("wrote", path)
+
+
+def _write(
+    video: Path,
+    sources: list[SourceConfig],
+    recipe: Recipe,
+    settings: dict[str, Any],
+    group: Group,
+) -> Written:
+    """Write the video as one of a group of processes."""
+    from vmla_convert.generating.write_video import write_video
+    from vmla_convert.progress import Silent
+
+    common = recipe.generate or GenerateConfig(), recipe.runtime, recipe.media
+    if not group.leads:
+        return write_video(video, sources, *common, **settings, progress=Silent(), group=group)
+    with out.progress() as progress:
+        return write_video(video, sources, *common, **settings, progress=progress, group=group)
+
+
+def _show_plan(sources: list[SourceConfig], recipe: Recipe, processes: int) -> None:
+    """Show how each model's stream is divided."""
+    from vmla_convert.generating.shares import plan_shares
+    from vmla_convert.generating.write_video import compute_dtype, open_models
+
+    for name, (opened, runtime) in open_models(sources, recipe.runtime).items():
+        dtype = compute_dtype(runtime)
+        shares = plan_shares(opened.config, runtime, dtype.itemsize, processes)
+        out.data({"model": name} | shares._asdict())

@@ -78,6 +78,9 @@ class Stream(Iterator[Tensor]):
             OutputError: The file cannot be written.
         """
         state = self._state
+        entries = state.cache.state()  # each of several processes gives its heads
+        if self._model.parallel.rank:
+            return
         table = {
             **_identity(self._model, self._runtime),
             "window": state.cache.window.state(),
@@ -86,7 +89,7 @@ class Stream(Iterator[Tensor]):
             "index": state.index,
             "frames": self.frames,
         }
-        tensors = {"context": state.context, **state.cache.state()}
+        tensors = {"context": state.context, **entries}
         tensors |= {f"past.{number:04d}": chunk for number, chunk in enumerate(state.past)}
         tensors[_SHOWN] = torch.cat(list(self._shown), 1)[:, -DECODER_FRAMES:]
         held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

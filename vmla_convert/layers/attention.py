@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmla_convert.config import Geometry, RuntimeConfig
+from vmla_convert.layers.parallel import ALONE, OneProcess
 from vmla_convert.layers.sdpa import attend, attend_partly, merge
 from vmla_convert.maths.masks import QueryGroup
 from vmla_convert.maths.rope3d import Rotary, rotate, rotate_
@@ -64,6 +65,7 @@ class AttentionMetadata(NamedTuple):
         groups: Groups of the T queries by which of the S + E keys they attend to; None where every
             query attends to every key.
         runtime: Backend and tile size.
+        parallel: Processes that compute the stream together.
     """
 
     query_positions: Rotary
@@ -71,6 +73,7 @@ class AttentionMetadata(NamedTuple):
     past_positions: Rotary | None = None
     groups: tuple[QueryGroup, ...] | None = None
     runtime: RuntimeConfig = RuntimeConfig()
+    parallel: OneProcess = ALONE
 
 
 class WanRMSNorm(nn.RMSNorm):
@@ -105,15 +108,21 @@ class DenseSelfAttention(_Attention):
         """Key and value of tokens x (B, L, d), both (B, L, d)."""
         return self.norm_k(self.k(x)), self.v(x)
 
+    def exchange(self, entries: Entries, parallel: OneProcess) -> Entries:
+        """Entries of all tokens for own heads, from entries of own tokens."""
+        return tuple(parallel.to_heads(entry) for entry in entries)
+
     def forward(self, x: Tensor, attended: AttendedTokens, metadata: AttentionMetadata) -> Tensor:
         """Output (B, T, d) of the modulated, layer-normed tokens x (B, T, d)."""
-        heads = self.num_heads
-        q = rotate(split_heads(self.norm_q(self.q(x)), heads), metadata.query_positions)
-        key, value = (split_heads(entry, heads) for entry in attended.entries)
-        key = rotate(key, metadata.key_positions)
+        parallel, width = metadata.parallel, x.shape[-1] // self.num_heads
+        q = parallel.to_heads(self.norm_q(self.q(x))).unflatten(-1, (-1, width))
+        key, value = (entry.unflatten(-1, (-1, width)) for entry in attended.entries)
+        q, key = rotate(q, metadata.query_positions), rotate(key, metadata.key_positions)
         if attended.past is None or not attended.past.tokens:
-            return self.o(attend(q, key, value, metadata.groups).flatten(2))
-        return self.o(attend_with_past(q, key, value, attended.past, metadata).flatten(2))
+            output = attend(q, key, value, metadata.groups)
+        else:
+            output = attend_with_past(q, key, value, attended.past, metadata)
+        return self.o(parallel.to_tokens(output.flatten(2)))
 
 
 class CrossAttention(_Attention):

@@ -11,7 +11,6 @@ Shapes: B batch, L tokens, E tokens attended to without compression, d width of 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,7 +19,9 @@ from torch import Tensor
 from vmla_convert.config import CachePolicy, RuntimeConfig
 from vmla_convert.layers.attention import AttendedTokens, AttentionMetadata, Entries, Past
 from vmla_convert.layers.codec import ChannelPast, LayerCodec
+from vmla_convert.layers.parallel import ALONE, OneProcess
 from vmla_convert.layers.window import FrameWindow
+from vmla_convert.maths.masks import runs
 from vmla_convert.maths.rates import Rate
 
 
@@ -33,6 +34,8 @@ class Storage(NamedTuple):
         dtype: Dtype of entries.
         device: Device of the layers.
         offload: Keep entries in host memory, pinned where the layers are on a GPU.
+        parallel: Processes that compute the stream together. Each keeps all latents, but only its
+            own heads of keys and values.
     """
 
     batch: int
@@ -40,6 +43,7 @@ class Storage(NamedTuple):
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
     offload: bool = False
+    parallel: OneProcess = ALONE
 
 
 class FrameBuffer:
@@ -66,10 +70,7 @@ class FrameBuffer:
     def read(self, slots: Sequence[int]) -> Tensor:
         """Entries (B, L, width) of slots, a view where the slots follow each other."""
         # Slices of runs: an index tensor would cost a transfer to the device.
-        breaks = [i for i, (a, b) in enumerate(pairwise(slots), 1) if b != a + 1]
-        bounds = pairwise([0, *breaks, len(slots)])
-        runs = [slots[start:end] for start, end in bounds if end > start]
-        held = [self._slots[:, run[0] : run[-1] + 1] for run in runs] or [self._slots[:, :0]]
+        held = [self._slots[:, run] for run in runs(slots) or (slice(0, 0),)]
         parts = [part.flatten(1, 2).to(self._device, non_blocking=True) for part in held]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
@@ -114,7 +115,22 @@ class LayerCache(Protocol):
 class EntryCache:
     """Entries of one layer as they are: dense keys and values, or latents, rope keys and norms."""
 
-    def __init__(self, widths: Mapping[str, int], policy: CachePolicy, storage: Storage) -> None:
+    def __init__(
+        self,
+        widths: Mapping[str, int],
+        policy: CachePolicy,
+        storage: Storage,
+        by_head: OneProcess = ALONE,
+    ) -> None:
+        """Allocate all slots.
+
+        Args:
+            widths: Numbers kept per token, by name.
+            policy: Window.
+            storage: Size and place.
+            by_head: Processes that hold different heads of these entries, if there are several.
+        """
+        self._by_head = by_head
         self._entries = [
             FrameBuffer(policy.window_frames, width, storage, _entry_dtype(name, storage.dtype))
             for name, width in widths.items()
@@ -138,11 +154,11 @@ class EntryCache:
 
     def state(self, window: FrameWindow) -> dict[str, Tensor]:
         """Entries of all frames in the window, by number."""
-        return read_all(self._entries, window.held)
+        return read_all(self._entries, window.held, self._by_head)
 
     def restore(self, tensors: Mapping[str, Tensor], window: FrameWindow) -> None:
         """Fill the slots of the window."""
-        write_all(self._entries, tensors, window.held)
+        write_all(self._entries, tensors, window.held, self._by_head)
 
 
 class Store(Protocol):
@@ -174,7 +190,10 @@ class CodecStore:
     """Channels of a cache codec, quantised or not."""
 
     def __init__(self, codec: LayerCodec, rate: Rate, slots: int, storage: Storage) -> None:
-        self._codec, self._rate = codec, rate
+        self._codec, self._rate, self._parallel = codec, rate, storage.parallel
+        if storage.parallel.size > 1:
+            own = storage.parallel.own_heads(codec.dim // codec.head_dim)
+            self._codec = codec.part(own, len(rate.widths)).to(codec.decode.dtype)
         width = rate.token_bytes(1) if rate.quantised else len(rate.widths)
         dtype = torch.uint8 if rate.quantised else storage.dtype
         self._slots = FrameBuffer(slots, width, storage, dtype)
@@ -185,8 +204,8 @@ class CodecStore:
         return self._slots.nbytes
 
     def write(self, slots: Sequence[int], key: Tensor, value: Tensor) -> None:
-        """Encode a chunk."""
-        channels = self._codec.channels(key, value, self._rate)
+        """Encode a chunk. The channels of all heads are the sum of those of each process's."""
+        channels = self._parallel.sum(self._codec.channels(key, value, self._rate))
         self._slots.write(slots, self._codec.store(channels, self._rate))
 
     def past(self, slots: Sequence[int]) -> ChannelPast:
@@ -209,7 +228,8 @@ class CompressedCache:
     """
 
     def __init__(self, store: Store, width: int, policy: CachePolicy, storage: Storage) -> None:
-        self._store, recent = store, policy.dense_recent_frames
+        self._store, self._parallel = store, storage.parallel
+        recent = policy.dense_recent_frames
         self._recent = [
             FrameBuffer(recent, width, storage, storage.dtype) for _ in range(2 if recent else 0)
         ]
@@ -244,7 +264,7 @@ class CompressedCache:
 
     def state(self, window: FrameWindow) -> dict[str, Tensor]:
         """The compressed window, and recent frames that are dense."""
-        recent = read_all(self._recent, window.policy.dense_recent_frames)
+        recent = read_all(self._recent, window.policy.dense_recent_frames, self._parallel)
         return self._store.state(window.held) | {f"recent.{n}": t for n, t in recent.items()}
 
     def restore(self, tensors: Mapping[str, Tensor], window: FrameWindow) -> None:
@@ -252,7 +272,7 @@ class CompressedCache:
         self._store.restore(tensors, window.held)
         start = "recent."
         recent = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
-        write_all(self._recent, recent, window.policy.dense_recent_frames)
+        write_all(self._recent, recent, window.policy.dense_recent_frames, self._parallel)
         self._kept = window.opened
 
     def _own_entries(self, entries: Entries, window: FrameWindow) -> Entries:
@@ -334,16 +354,32 @@ class KVCache:
         return self._layers[layer].update(entries, self.window, keep)
 
 
-def read_all(buffers: Sequence[FrameBuffer], held: int) -> dict[str, Tensor]:
-    """The first slots of some buffers (B, L, width), by number."""
-    return {str(number): buffer.read(range(held)) for number, buffer in enumerate(buffers)}
+def read_all(
+    buffers: Sequence[FrameBuffer], held: int, by_head: OneProcess = ALONE
+) -> dict[str, Tensor]:
+    """The first slots of some buffers (B, L, width), by number.
+
+    Args:
+        buffers: Buffers.
+        held: Number of slots.
+        by_head: Processes that hold different heads, if there are several; the result has all.
+    """
+    return {
+        str(number): by_head.gather_heads(buffer.read(range(held)))
+        for number, buffer in enumerate(buffers)
+    }
 
 
-def write_all(buffers: Sequence[FrameBuffer], tensors: Mapping[str, Tensor], held: int) -> None:
+def write_all(
+    buffers: Sequence[FrameBuffer],
+    tensors: Mapping[str, Tensor],
+    held: int,
+    by_head: OneProcess = ALONE,
+) -> None:
     """Fill the first slots of some buffers with what `read_all` returned."""
     for number, buffer in enumerate(buffers):
         if held:
-            buffer.write(range(held), tensors[str(number)])
+            buffer.write(range(held), by_head.part_of_heads(tensors[str(number)]))
 
 
 def _entry_dtype(name: str, dtype: torch.dtype) -> torch.dtype:

@@ -26,6 +26,7 @@ from vmla_convert.config import (
 from vmla_convert.layers.attention import AttentionMetadata, Entries
 from vmla_convert.layers.block import Block, Head, SelfAttention, masked_attention
 from vmla_convert.layers.cache import KVCache, Storage
+from vmla_convert.layers.parallel import ALONE, OneProcess
 from vmla_convert.layers.runtime import check_runtime, codec_rates, new_layer_cache
 from vmla_convert.maths.masks import AttentionMask
 from vmla_convert.maths.rates import Rate
@@ -37,13 +38,18 @@ Prompt = tuple[Entries, ...]
 
 
 class CausalWanModel(nn.Module):
-    """A Wan DiT that runs masked over a whole clip, or streamed chunk by chunk with a cache."""
+    """A Wan DiT that runs masked over a whole clip, or streamed chunk by chunk with a cache.
+
+    Attributes:
+        config: Sizes and settings.
+        parallel: Processes that compute streams together; set before a cache is made.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         geometry = config.geometry
         dim = geometry.dim
-        self.config = config
+        self.config, self.parallel = config, cast(OneProcess, ALONE)
         self.patch_embedding = nn.Conv3d(
             geometry.in_dim, dim, geometry.patch_size, stride=geometry.patch_size
         )
@@ -102,15 +108,16 @@ class CausalWanModel(nn.Module):
                 last saves work.
         """
         x, time, modulation = self.embed(latents, timestep)
+        x, parallel = self.parallel.own_tokens(x), self.parallel
         metadata = cache.metadata = cache.metadata or self._streaming_metadata(cache, latents)
         for layer, (block, text) in enumerate(zip(self.all_blocks(), prompt, strict=True)):
 
             def attend(block: Block, x: Tensor, layer: int = layer) -> Tensor:
-                entries = block.self_attn.project(x)
+                entries = block.self_attn.exchange(block.self_attn.project(x), parallel)
                 return block.self_attn(x, cache.update(layer, entries, keep), metadata)
 
             x = block(x, modulation, text, attend)
-        return self.unpatchify(self.head(x, time), latents)
+        return self.unpatchify(parallel.gather_tokens(self.head(x, time)), latents)
 
     # Parts of a pass
 
@@ -149,6 +156,7 @@ class CausalWanModel(nn.Module):
             key_positions=table(positions.entries),
             past_positions=None if positions.past is None else table(positions.past),
             runtime=cache.runtime,
+            parallel=self.parallel,
         )
 
     # The cache
@@ -178,7 +186,12 @@ class CausalWanModel(nn.Module):
             "use a smaller window (--set model.cache.window_frames=21) or fewer prompts",
         )
         storage = Storage(
-            batch, self.config.tokens_per_frame, weight.dtype, weight.device, runtime.offload
+            batch,
+            self.config.tokens_per_frame,
+            weight.dtype,
+            weight.device,
+            runtime.offload,
+            self.parallel,
         )
         layers = [
             new_layer_cache(block, rate, policy, storage, runtime)

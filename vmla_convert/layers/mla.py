@@ -35,8 +35,10 @@ from vmla_convert.layers.attention import (
     split_heads,
 )
 from vmla_convert.layers.backends import Backend, faster_backend
+from vmla_convert.layers.parallel import OneProcess
 from vmla_convert.layers.sdpa import attend
 from vmla_convert.maths.cost import AttentionShape
+from vmla_convert.maths.masks import runs
 from vmla_convert.maths.rope3d import Rotary, rotate
 
 
@@ -56,6 +58,7 @@ class LatentSelfAttention(nn.Module):
         self.num_heads, self.head_dim = geometry.num_heads, geometry.head_dim
         self.eps = geometry.eps
         self.rope_pairs = mla.rope_pairs[layer]
+        self._rope_runs = runs(self.rope_pairs) or (slice(0, 0),)
         self.key_rank, self.value_rank = mla.latent_parts(layer)
         self.q, self.o = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.norm_q = WanRMSNorm(dim, eps=geometry.eps)
@@ -78,14 +81,20 @@ class LatentSelfAttention(nn.Module):
         square = in_float32(self.k_norm_proj(x)).square().mean(-1, keepdim=True)
         return self.kv_a_proj(x), self.k_rope_proj(x), torch.rsqrt(square + self.eps)
 
+    def exchange(self, entries: Entries, parallel: OneProcess) -> Entries:
+        """Entries of all tokens, from entries of own tokens: all heads share them."""
+        return tuple(parallel.gather_tokens(entry) for entry in entries)
+
     def forward(self, x: Tensor, attended: AttendedTokens, metadata: AttentionMetadata) -> Tensor:
         """Output (B, T, d) of the modulated, layer-normed tokens x (B, T, d).
 
         Raises:
             ValueError: The absorbed backend was chosen under a mask or gradients.
         """
-        q = split_heads(self.norm_q(self.q(x)), self.num_heads)
-        return self.o(self.attend_latents(q, attended, metadata).flatten(2))
+        parallel = metadata.parallel
+        q = parallel.to_heads(self.norm_q(self.q(x))).unflatten(-1, (-1, self.head_dim))
+        output = self.attend_latents(q, attended, metadata).flatten(2)
+        return self.o(parallel.to_tokens(output))
 
     def attend_latents(
         self, q: Tensor, attended: AttendedTokens, metadata: AttentionMetadata
@@ -115,16 +124,14 @@ class LatentSelfAttention(nn.Module):
         self, q: Tensor, attended: AttendedTokens, metadata: AttentionMetadata
     ) -> Tensor:
         """Rebuild keys and values, a tile of heads at a time, and attend."""
-        latent, query = attended.entries[0], self._query(q, metadata.query_positions)
-        shared, key_map = (
-            self._shared_key(attended.entries, metadata.key_positions),
-            self._key_map(),
-        )
+        latent, own = attended.entries[0], metadata.parallel.own_heads(self.num_heads)
+        query, key_map = self._query(q, metadata.query_positions, own), self._key_map(own)
+        shared = self._shared_key(attended.entries, metadata.key_positions)
         width, scale = query.shape[-1] + self.head_dim, self.head_dim**-0.5
         outputs: list[Tensor] = []
         for heads in head_tiles(q, latent.shape[1], width, metadata.runtime.tile_mib):
             k = torch.einsum("bsw,hnw->bshn", shared, key_map[heads])
-            v = self._values(latent, heads)
+            v = self._values(latent, slice(own.start + heads.start, own.start + heads.stop))
             outputs.append(attend(query[:, :, heads], k, v, metadata.groups, scale))
         return torch.cat(outputs, 2)
 
@@ -138,26 +145,27 @@ class LatentSelfAttention(nn.Module):
         """
         if not self._can_absorb(metadata):
             raise ValueError("the absorbed backend works without mask and gradients only")
+        own = metadata.parallel.own_heads(self.num_heads)
         key = self._shared_key(attended.entries, metadata.key_positions)[:, :, None]
         value = self._value_part(attended.entries[0])[:, :, None]
-        query = self._query(q, metadata.query_positions)
-        folded = torch.einsum("bthn,hnw->bhtw", query, self._key_map()).flatten(1, 2)
+        query = self._query(q, metadata.query_positions, own)
+        folded = torch.einsum("bthn,hnw->bhtw", query, self._key_map(own)).flatten(1, 2)
         gathered = attend(folded[:, :, None], key, value, scale=self.head_dim**-0.5)
-        latents = gathered[:, :, 0].unflatten(1, (self.num_heads, -1))
-        weight = self.kv_b_proj_v.weight.unflatten(0, (self.num_heads, -1))
+        latents = gathered[:, :, 0].unflatten(1, (q.shape[2], -1))
+        weight = self.kv_b_proj_v.weight.unflatten(0, (self.num_heads, -1))[own]
         # Attention weights sum to one, so the bias is added once.
         values = torch.einsum("bhtr,hdr->bthd", latents, weight)
-        return values + split_heads(self.kv_b_proj_v.bias, self.num_heads)
+        return values + split_heads(self.kv_b_proj_v.bias, self.num_heads)[own]
 
     def attention_shape(self, q: Tensor, attended: AttendedTokens) -> AttentionShape:
         """Sizes of the attention of q (B, T, H, D), which predict the cost of each backend."""
-        batch, queries = q.shape[:2]
+        batch, queries, heads = q.shape[:3]
         rope = self.k_rope_proj.out_features
         return AttentionShape(
             queries=batch * queries,
             keys=attended.entries[0].shape[1],
             batch=batch,
-            heads=self.num_heads,
+            heads=heads,
             key_width=self.head_dim + rope,
             value_width=self.head_dim,
             shared_key=self.key_rank + 1 + rope,
@@ -174,17 +182,18 @@ class LatentSelfAttention(nn.Module):
         content = latent[..., : self.key_rank] * norm
         return torch.cat([content, norm, rope], -1).to(latent.dtype)
 
-    def _key_map(self) -> Tensor:
-        """M: keys of all heads from the shared key, (H, D + rope, R of keys + 1 + rope)."""
+    def _key_map(self, own: slice) -> Tensor:
+        """M: keys of own heads from the shared key, (H, D + rope, R of keys + 1 + rope)."""
         bias = self.kv_b_proj_k.bias[:, None]
-        content = torch.cat([self.kv_b_proj_k.weight, bias], 1).unflatten(0, (self.num_heads, -1))
+        content = torch.cat([self.kv_b_proj_k.weight, bias], 1)
+        content = content.unflatten(0, (self.num_heads, -1))[own]
         rope = self.k_rope_proj.out_features
-        eye = torch.eye(rope, dtype=bias.dtype, device=bias.device).expand(self.num_heads, -1, -1)
+        eye = torch.eye(rope, dtype=bias.dtype, device=bias.device).expand(len(content), -1, -1)
         return torch.cat([F.pad(content, (0, rope)), F.pad(eye, (content.shape[-1], 0))], 1)
 
-    def _query(self, q: Tensor, rotary: Rotary) -> Tensor:
+    def _query(self, q: Tensor, rotary: Rotary, own: slice) -> Tensor:
         """Queries (B, T, H, D + rope) for the keys of `_key_map`, from q (B, T, H, D)."""
-        q_rope = torch.einsum("bthd,hrd->bthr", q, self.q_rope_map)
+        q_rope = torch.einsum("bthd,hrd->bthr", q, self.q_rope_map[own])
         return torch.cat([q, rotate(q_rope, self._selected(rotary))], -1)
 
     def _values(self, latent: Tensor, heads: slice) -> Tensor:
@@ -197,5 +206,5 @@ class LatentSelfAttention(nn.Module):
         return latent[..., latent.shape[-1] - self.value_rank :]
 
     def _selected(self, rotary: Rotary) -> Rotary:
-        pairs = torch.tensor(self.rope_pairs, dtype=torch.long, device=rotary.table.device)
-        return rotary.select(pairs)
+        # Slices: an index tensor would be copied to the device in every pass.
+        return Rotary(torch.cat([rotary.table[..., run, :] for run in self._rope_runs], -2))

@@ -43,7 +43,7 @@ class QuantisedStore:
             storage: Size and place.
         """
         self._num_heads, self._dtype = num_heads, storage.dtype
-        self._device = storage.device
+        self._device, self._parallel = storage.device, storage.parallel
         self._widths, size = (bits,) * width, code_bytes((bits,) * width)
         self._codes = [FrameBuffer(slots, size, storage, torch.uint8) for _ in range(2)]
         self._value_grid = [
@@ -92,15 +92,16 @@ class QuantisedStore:
         """Codes of keys and values, and their grids, of the first slots."""
         grids = [self._key_grids[slot] for slot in range(held)]
         parts = zip(Grid._fields, zip(*grids, strict=True), strict=bool(grids))
-        keys = {f"key_{name}": torch.cat(part, 1) for name, part in parts}
-        return read_all([*self._codes, *self._value_grid], held) | keys
+        gather = self._parallel.gather_heads
+        keys = {f"key_{name}": gather(torch.cat(part, 1)) for name, part in parts}
+        return read_all([*self._codes, *self._value_grid], held, self._parallel) | keys
 
     def restore(self, tensors: Mapping[str, Tensor], held: int) -> None:
         """Fill the first slots."""
-        write_all([*self._codes, *self._value_grid], tensors, held)
-        device = self._device
+        write_all([*self._codes, *self._value_grid], tensors, held, self._parallel)
+        own, device = self._parallel.part_of_heads, self._device
         for slot in range(held):
-            parts = (tensors[f"key_{name}"][:, slot : slot + 1] for name in Grid._fields)
+            parts = (own(tensors[f"key_{name}"])[:, slot : slot + 1] for name in Grid._fields)
             self._key_grids[slot] = Grid(*(part.to(device) for part in parts))
 
 

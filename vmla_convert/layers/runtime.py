@@ -16,6 +16,7 @@ from vmla_convert.errors import ConfigError
 from vmla_convert.layers.block import Block
 from vmla_convert.layers.cache import CodecStore, CompressedCache, EntryCache, LayerCache, Storage
 from vmla_convert.layers.codec import LayerCodec
+from vmla_convert.layers.mla import LatentSelfAttention
 from vmla_convert.layers.quantised import QuantisedStore
 from vmla_convert.maths.rates import Rate, allocate, truncate
 
@@ -93,13 +94,18 @@ def new_layer_cache(
     block: Block, rate: Rate | None, policy: CachePolicy, storage: Storage, runtime: RuntimeConfig
 ) -> LayerCache:
     """An empty cache for one block; `rate` is that of the block's codec, if there is one."""
-    attention, slots = block.self_attn, policy.window_frames
+    attention, slots, parallel = block.self_attn, policy.window_frames, storage.parallel
+    own = parallel.own_heads(attention.num_heads)
+    heads = own.stop - own.start
+    width = heads * (attention.o.in_features // attention.num_heads)
     bits = DENSE_BITS.get(runtime.cache_dtype)
     if block.codec is not None and rate is not None:
         store = CodecStore(block.codec, rate, slots, storage)
     elif bits is not None:
-        width = attention.entry_widths["key"]
-        store = QuantisedStore(attention.num_heads, width, bits, slots, storage)
-    else:
+        store = QuantisedStore(heads, width, bits, slots, storage)
+    elif isinstance(attention, LatentSelfAttention):
         return EntryCache(attention.entry_widths, policy, storage)
-    return CompressedCache(store, attention.o.in_features, policy, storage)
+    else:
+        widths = {name: width for name in attention.entry_widths}
+        return EntryCache(widths, policy, storage, parallel)
+    return CompressedCache(store, width, policy, storage)

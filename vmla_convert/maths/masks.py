@@ -9,6 +9,8 @@ Shapes: F frames, K frames of keys, L tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -117,6 +119,14 @@ def query_groups(visible: Tensor, tokens_per_frame: int) -> tuple[QueryGroup, ..
         QueryGroup(frames * tokens_per_frame, _runs(row, tokens_per_frame))
         for row, frames in zip(rows, counts.tolist(), strict=True)
     )
+
+
+def runs(numbers: Sequence[int]) -> tuple[slice, ...]:
+    """Slices that select numbers in their order, one for each run of consecutive numbers."""
+    breaks = [i for i, (a, b) in enumerate(pairwise(numbers), 1) if b != a + 1]
+    bounds = pairwise([0, *breaks, len(numbers)])
+    parts = (numbers[start:end] for start, end in bounds if end > start)
+    return tuple(slice(part[0], part[-1] + 1) for part in parts)
 
 
 def _runs(row: Tensor, tokens_per_frame: int) -> tuple[slice, ...]:
