@@ -10,35 +10,18 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import pytest
-from checkpoints import MODEL
-from codec_files import MADE
-from conftest import tiny_model
 from faults.damage import poisoned, readers, run_damage, write_inputs
-from faults.kills import (
-    Command,
-    Faults,
-    Killed,
-    Reference,
-    commands,
-    run_faults,
-    run_kills,
-    run_small_disks,
-)
-from hub_stub import served
+from faults.jobs import failed, killed, models
+from faults.kills import Faults, Killed, commands
 
 from vmla_convert.errors import VmlaError
-from vmla_convert.fitting.convert import convert
-from vmla_convert.training.pretrain import save_self_forcing
 
 DAMAGE = (
     "## Damaged inputs",
@@ -65,8 +48,6 @@ moved away. On a small disk (tmpfs) the room really ends, at 20, 50, 80 and 95 %
 needs. `done` needed nothing more. Then the fault is mended and the command started again:
 `unmended` counts ends other than the usual one, and other results.""",
 )
-SHARES = (0.2, 0.5, 0.8, 0.95)
-KINDS = ("full disk", "read-only disk", "vanished input")
 TABLE = Path(__file__).with_name("RESULTS.md")
 
 
@@ -125,48 +106,15 @@ def main() -> int:
         ProcessPoolExecutor(asked.jobs, get_context("spawn")) as pool,
     ):
         place = Path(folder)
-        teacher, codec = _models(place)
+        teacher, codec = models(place)
         names = list(commands(place / "commands", teacher, codec))
-        kills = {n: pool.submit(_killed, place / f"kills-{n}", n, asked.kills) for n in names}
-        faults = {n: pool.submit(_failed, place / f"faults-{n}", n, asked.stages) for n in names}
+        kills = {n: pool.submit(killed, place / f"kills-{n}", n, asked.kills) for n in names}
+        faults = {n: pool.submit(failed, place / f"faults-{n}", n, asked.stages) for n in names}
         _damage(page, place / "inputs", teacher, codec, asked.damaged)
         _code(page, place, teacher)
         _kills(page, kills)
         _faults(page, faults)
     return int(bool(page.problems))
-
-
-def _models(place: Path) -> tuple[Path, Path]:
-    """A dense model and its codec, which nobody else moves or changes."""
-    teacher, codec = place / "teacher", place / "codec"
-    save_self_forcing(tiny_model(MODEL).state_dict(), MODEL, teacher)
-    convert(teacher, codec, MADE)
-    return teacher, codec
-
-
-@contextmanager
-def _tested(place: Path, name: str) -> Iterator[Command]:
-    """A command with inputs and a Hub of its own."""
-    place.mkdir()
-    with pytest.MonkeyPatch.context() as patch, served(place / "hf-home", patch) as hub:
-        yield commands(place / "commands", *_models(place), hub=hub)[name]
-
-
-def _killed(place: Path, name: str, kills: int) -> tuple[int, Killed]:
-    with _tested(place, name) as command:
-        reference = Reference(command, place / "work")
-        return reference.events, run_kills(reference, kills)
-
-
-def _failed(place: Path, name: str, stages: int) -> dict[str, Faults | None]:
-    with _tested(place, name) as command:
-        reference = Reference(command, place / "work")
-        found: dict[str, Faults | None] = {
-            kind: run_faults(reference, kind, stages) for kind in KINDS
-        }
-        if command.hub is None:
-            found["small disk"] = run_small_disks(command, place / "small", SHARES)
-        return found
 
 
 def _damage(page: Page, inputs: Path, teacher: Path, codec: Path, count: int) -> None:
