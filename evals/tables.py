@@ -201,13 +201,11 @@ def prediction() -> str:
     """Bits that predicting channels from other layers and frames would save."""
     rows = rows_of("prediction")
     sizes = sorted({size(r) for r in rows}, reverse=True)
+    saved = {(r.note, size(r)): f"{100 * r.value:.0f} %" for r in rows}
     return table(
         ["predicted from", *(f"bits saved at {number(s)} bytes" for s in sizes)],
         [
-            [
-                str(name),
-                *(percent(r.value) for s in sizes for r in rows if (r.note, size(r)) == (name, s)),
-            ]
+            [str(name), *(saved[name, s] for s in sizes)]
             for name in dict.fromkeys(r.note for r in rows)
         ],
         "prediction",
