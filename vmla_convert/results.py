@@ -44,12 +44,16 @@ class Metric(StrEnum):
     DYNAMIC_DEGREE = "dynamic_degree"
     CHUNK_SEAM = "chunk_seam"
     COLOUR_DRIFT = "colour_drift"
+    FEATURE_CONSISTENCY = "feature_consistency"
+    PROMPT_AGREEMENT = "prompt_agreement"
     SLOPE = "slope"
 
     # Agreement with the dense model's rollout from the same noise
     FRAME_PSNR = "frame_psnr"
     FRAME_SSIM = "frame_ssim"
     AGREEING_FRAMES = "agreeing_frames"
+    FEATURE_AGREEMENT = "feature_agreement"
+    LPIPS = "lpips"
     VBENCH = "vbench"
     LAYER_ERROR = "layer_error"
 

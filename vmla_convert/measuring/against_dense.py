@@ -84,7 +84,17 @@ def measure_against_dense(
     if own and text:
         context, frames = text.encode_prompts(prompts), config.rollout_frames
         progress = progress or Silent()
-        rows += rollout_agreement(dense, model, context, frames, own, progress, runtime)
+        rows += rollout_agreement(
+            dense,
+            model,
+            context,
+            frames,
+            own,
+            progress,
+            runtime,
+            prompts=prompts,
+            features=config.features,
+        )
     return rows
 
 

@@ -10,7 +10,7 @@ Shapes: B clips, F latent frames, C channels, L tokens, d width.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from vmla_convert.generating.rollout import NewPrompt, rollout
 from vmla_convert.generating.sampler import State
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.flow import TRAIN_TIMESTEPS
+from vmla_convert.measuring.features import FrameFeatures, Lpips, open_features
 from vmla_convert.measuring.rows import row_fields
 from vmla_convert.measuring.video import (
     SSIM_SIDE,
@@ -71,6 +72,8 @@ def rollout_agreement(
     progress: Progress,
     runtime: RuntimeConfig | None = None,
     seed: int = 0,
+    prompts: Sequence[str] = (),
+    features: Sequence[str] = (),
 ) -> list[Row]:
     """Rows of two rollouts from the same noise.
 
@@ -79,7 +82,10 @@ def rollout_agreement(
     * `velocity_error` along the dense rollout by timestep, and `layer_error`, the error of each
       block's output;
     * for both models by segment `sharpness`, `dynamic_degree`, `flicker` and `colour_drift`, and
-      `chunk_seam` of the whole video.
+      `chunk_seam` of the whole video;
+    * with models in `features`, of the last frame of each chunk: `feature_agreement` with the dense
+      rollout and `lpips` by chunk, and for both models by segment `feature_consistency` with the
+      first chunk and `prompt_agreement`.
 
     Values are means over clips with their 95 % bootstrap interval.
 
@@ -92,7 +98,10 @@ def rollout_agreement(
         progress: Draws one bar of chunks.
         runtime: Size and precision of the conversion's cache.
         seed: Seed of all noise.
+        prompts: Texts of the prompts, for models that read them.
+        features: Models that compare frames, as in `EvaluateConfig`.
     """
+    models, lpips = open_features(features)
     size = dense.config.chunk_frames
     chunks, along = -(-frames // size), _AlongDense(dense, converted, runtime)
     found: dict[_Key, list[Tensor]] = defaultdict(list)
@@ -104,7 +113,9 @@ def rollout_agreement(
                 _rolled_out(converted, group, chunks, (seed, number), runtime),
                 strict=True,
             )
-            videos = _Videos(media)
+            start = sum(map(len, groups[:number]))
+            texts = prompts[start : start + len(group)]
+            videos = _Videos(media, [_Likeness(model, texts) for model in models], lpips)
             along.begin(group)
             for one, other in pairs:
                 along.write(one)
@@ -149,7 +160,9 @@ def _mean_row(key: _Key, values: Tensor, fields: dict[str, Any]) -> Row:
 class _Videos:
     """The dense and the converted video of some clips, decoded and measured chunk by chunk."""
 
-    def __init__(self, media: Media) -> None:
+    def __init__(self, media: Media, likenesses: list[_Likeness], lpips: Lpips | None) -> None:
+        self._likenesses, self._lpips = likenesses, lpips
+        self._distances = list[Tensor]()
         self._decoders = media.decoder(), media.decoder()
         self._measures = FrameMeasures(), FrameMeasures()
         self._psnr, self._ssim = list[Tensor](), list[Tensor]()
@@ -165,6 +178,10 @@ class _Videos:
         self._psnr.append(frame_psnr(shown[1], shown[0]))
         if min(shown[0].shape[-2:]) >= SSIM_SIDE:
             self._ssim.append(frame_ssim(shown[1], shown[0]))
+        for likeness in self._likenesses:
+            likeness.add(shown[0][:, -1], shown[1][:, -1])
+        if self._lpips is not None:
+            self._distances.append(self._lpips(shown[1][:, -1], shown[0][:, -1]))
 
     def figures(self) -> dict[_Key, Tensor]:
         """Every figure, (B,)."""
@@ -173,6 +190,10 @@ class _Videos:
             found[_Key(Metric.FRAME_PSNR, "dB", chunk=number)] = values.mean(1)
         for number, values in enumerate(self._ssim):
             found[_Key(Metric.FRAME_SSIM, "share", chunk=number)] = values.mean(1)
+        for number, values in enumerate(self._distances):
+            found[_Key(Metric.LPIPS, "distance", chunk=number)] = values
+        for likeness in self._likenesses:
+            found |= likeness.figures()
         agrees = (torch.cat(self._psnr, dim=1) >= AGREEING_DB).long().cumprod(1).sum(1)
         key = _Key(Metric.AGREEING_FRAMES, "pixel frames", note=f"at least {AGREEING_DB:g} dB")
         found[key] = agrees.float()
@@ -183,6 +204,38 @@ class _Videos:
             if measures.seams:
                 key = _Key(Metric.CHUNK_SEAM, "motion at seams over all motion", of_dense)
                 found[key] = measures.chunk_seam()
+        return found
+
+
+class _Likeness:
+    """Features of one frame per chunk of the dense and the converted video, by one model."""
+
+    def __init__(self, model: FrameFeatures, prompts: Sequence[str]) -> None:
+        self._model, self._text = model, model.prompts(prompts) if prompts else None
+        self._dense, self._converted = list[Tensor](), list[Tensor]()
+
+    def add(self, dense: Tensor, converted: Tensor) -> None:
+        """Take a frame (B, 3, H, W) of each video."""
+        self._dense.append(self._model.images(dense))
+        self._converted.append(self._model.images(converted))
+
+    def figures(self) -> dict[_Key, Tensor]:
+        """Cosines of features, (B,)."""
+        found: dict[_Key, Tensor] = {}
+        name, pairs = self._model.name, zip(self._dense, self._converted, strict=True)
+        for number, (one, other) in enumerate(pairs):
+            key = _Key(Metric.FEATURE_AGREEMENT, "cosine", chunk=number, note=name)
+            found[key] = (one * other).sum(-1)
+        for of_dense, frames in ((True, self._dense), (False, self._converted)):
+            video = torch.stack(frames, dim=1)
+            series = {Metric.FEATURE_CONSISTENCY: video @ video[:, 0, :, None]}
+            if self._text is not None:
+                series[Metric.PROMPT_AGREEMENT] = video @ self._text[:, :, None]
+            for metric, cosines in series.items():
+                for segment, part in enumerate(cosines.tensor_split(SEGMENTS, dim=1)):
+                    if part.numel():
+                        key = _Key(metric, "cosine", of_dense, segment=segment, note=name)
+                        found[key] = part.mean((1, 2))
         return found
 
 
