@@ -39,6 +39,7 @@ COMMANDS = {
     "host": "python -m evals.host --out evals/results/host.jsonl",
     "quickstart": "vmla run recipes/quickstart.toml -o runs/quickstart",
     "scale_1.3b": "python -m evals.scale 1.3b --out evals/results/scale_1.3b.jsonl",
+    "verify_cost": "python -m evals.verify_cost --out evals/results/verify_cost.jsonl --rounds 3",
     "teacher_16_seeds": "python -m evals.teacher --seeds 16 --out "
     "evals/results/teacher_16_seeds.jsonl",
 }
@@ -226,6 +227,13 @@ def scale() -> str:
     )
 
 
+def verification() -> str:
+    """What comparing checksums adds to a load of a true-size checkpoint."""
+    rows = [r for r in rows_of("verify_cost") if r.metric == Metric.SECONDS_RATIO]
+    cells = [[r.run, r.unit, f"{r.value:.3f}", r.note or ""] for r in rows]
+    return table(["load", "ratio", "median", "machine"], cells, "verify_cost")
+
+
 def host_errors() -> str:
     """Velocity errors of codecs that were fitted in a running program."""
     rows = [r for r in rows_of("host") if r.metric == Metric.VELOCITY_ERROR]
@@ -324,6 +332,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         recovery,
         prediction,
         scale,
+        verification,
         host_errors,
         host_costs,
         teacher,
