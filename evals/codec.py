@@ -59,7 +59,9 @@ from vmla_convert.results import Metric, Row, put_rows
 from vmla_convert.training.losses import flow_matching, make_example
 
 SIZES = (6.0, 8.0, 10.0, 12.0, 16.3, 20.0, 24.0, 31.5, 40.0, 51.2, 64.0)
-UNQUANTISED_CUTS = (0.96, 0.92, 0.85)
+"""Bytes per token and layer for the demo model, whose dense cache has `DEMO_BYTES`."""
+DEMO_BYTES = 640
+UNQUANTISED_CUTS = (0.96, 11 / 12, 0.85)
 NESTED_RANKS = (4, 8, 12, 16, 24, 32, 48, 64)
 ASSUMED_SIZES = (16.3, 31.5, 64.0)
 BISECTIONS = 9
@@ -73,28 +75,36 @@ def main(
     checkpoint: Annotated[str, typer.Option(help="Dense checkpoint, or 'demo'.")] = "demo",
     clips: Annotated[int, typer.Option(min=2, help="Number of held-out clips.")] = 48,
     data: Annotated[str, typer.Option(help="Clips: 'demo', or a safetensors file.")] = "demo",
-    lora: Annotated[bool, typer.Option(help="Train LoRAs too; needs the demo model.")] = True,
+    calibration_clips: Annotated[int, typer.Option(min=1, help="Clips to fit to.")] = 48,
+    short: Annotated[
+        bool, typer.Option("--short", help="Only sizes, dense caches and equal errors.")
+    ] = False,
 ) -> None:
     """Measure errors of the cache codec at many sizes, beside quantised dense caches.
 
     The command fits a codec to the checkpoint. On held-out clips it measures
     the codec and the dense cache in int8, int4, int3 and int2, and finds the
-    sizes of equal error. For the demo model it also trains two LoRAs, and
-    measures codecs that were fitted without and with them.
+    sizes of equal error. For the demo model, without --short, it also trains two
+    LoRAs, and measures codecs that were fitted without and with them.
     """
     teacher = load(checkpoint)
-    config = ConvertConfig(dtype="float32", calibration_clips=48, data=DataConfig(data))
+    config = ConvertConfig(
+        dtype="float32", calibration_clips=calibration_clips, data=DataConfig(data)
+    )
     evaluate = EvaluateConfig(clips, DataConfig(data, seed=1))
     with out.progress() as progress:
         model = fitted(teacher, config, progress=progress)
         held_out = HeldOut(teacher, evaluate, streamed=True)
         rows = size_rows(model, held_out, progress)
         rows += dense_rows(teacher, held_out, progress)
-        rows += assumed_rows(teacher, config, held_out)
         rows += ratio_rows(model, held_out, rows, progress)
-        rows.append(nested_row(teacher, model, config, held_out, progress))
         put_rows(rows_file, rows)  # what follows takes minutes
-        if lora:
+        if not short:
+            more = assumed_rows(teacher, config, held_out)
+            more.append(nested_row(teacher, model, config, held_out, progress))
+            put_rows(rows_file, more)
+            rows += more
+        if not short and teacher.config.media == "demo":
             adapted = lora_rows(teacher, config, clips, progress)
             put_rows(rows_file, adapted)
             rows += adapted
@@ -121,7 +131,8 @@ def fitted(
 
 def size_rows(model: CausalWanModel, held_out: HeldOut, progress: Progress) -> list[Row]:
     """Errors of the codec at each size, quantised and not."""
-    runtimes = [RuntimeConfig(Sizes(bytes_per_token=size)) for size in SIZES]
+    share = model.config.geometry.dense_token_bytes / DEMO_BYTES
+    runtimes = [RuntimeConfig(Sizes(bytes_per_token=size * share)) for size in SIZES]
     runtimes += [RuntimeConfig(Sizes(cut=cut), cache_dtype="model") for cut in UNQUANTISED_CUTS]
     tracked = progress.track(runtimes, "sizes")
     return [row for runtime in tracked for row in error_rows(model, held_out, runtime)]
@@ -170,7 +181,8 @@ def ratio_rows(
 def bytes_at(model: CausalWanModel, held_out: HeldOut, error: float) -> float:
     """Smallest bytes per token and layer at which the codec has at most this velocity error."""
     layers = model.config.geometry.num_layers
-    few, many = layers, round(max(SIZES)) * layers
+    largest = max(SIZES) * model.config.geometry.dense_token_bytes / DEMO_BYTES
+    few, many = layers, round(largest) * layers
     for _ in range(BISECTIONS):
         middle = (few + many) // 2
         size = Sizes(bytes_per_token=middle / layers)

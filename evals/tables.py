@@ -35,6 +35,7 @@ COMMANDS = {
     "clips": (
         "python -m evals.clips --out evals/results/clips.jsonl --picture docs/images/clips.png"
     ),
+    "prediction": "python -m evals.prediction --out evals/results/prediction.jsonl",
     "host": "python -m evals.host --out evals/results/host.jsonl",
     "quickstart": "vmla run recipes/quickstart.toml -o runs/quickstart",
     "scale_1.3b": "python -m evals.scale 1.3b --out evals/results/scale_1.3b.jsonl",
@@ -196,6 +197,21 @@ def recovery() -> str:
     )
 
 
+def prediction() -> str:
+    """Bits that predicting channels from other layers and frames would save."""
+    rows = rows_of("prediction")
+    sizes = sorted({size(r) for r in rows}, reverse=True)
+    saved = {(r.note, size(r)): f"{100 * r.value:.0f} %" for r in rows}
+    return table(
+        ["predicted from", *(f"bits saved at {number(s)} bytes" for s in sizes)],
+        [
+            [str(name), *(saved[name, s] for s in sizes)]
+            for name in dict.fromkeys(r.note for r in rows)
+        ],
+        "prediction",
+    )
+
+
 def scale() -> str:
     """Time, memory and disk of a conversion at true sizes."""
     found = {r.metric: r.value for r in rows_of("scale_1.3b") if "," not in r.run}
@@ -306,6 +322,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         nested,
         lora,
         recovery,
+        prediction,
         scale,
         host_errors,
         host_costs,

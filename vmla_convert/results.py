@@ -36,6 +36,26 @@ class Metric(StrEnum):
     BACKGROUND_PSNR = "background_psnr"
     DIGIT_ACCURACY = "digit_accuracy"
     DRIFT = "drift"
+    REVISIT_PSNR = "revisit_psnr"
+    MOTION_ERROR = "motion_error"
+    NEEDLE_PSNR = "needle_psnr"
+    FLICKER = "flicker"
+    SHARPNESS = "sharpness"
+    DYNAMIC_DEGREE = "dynamic_degree"
+    CHUNK_SEAM = "chunk_seam"
+    COLOUR_DRIFT = "colour_drift"
+    FEATURE_CONSISTENCY = "feature_consistency"
+    PROMPT_AGREEMENT = "prompt_agreement"
+    SLOPE = "slope"
+
+    # Agreement with the dense model's rollout from the same noise
+    FRAME_PSNR = "frame_psnr"
+    FRAME_SSIM = "frame_ssim"
+    AGREEING_FRAMES = "agreeing_frames"
+    FEATURE_AGREEMENT = "feature_agreement"
+    LPIPS = "lpips"
+    VBENCH = "vbench"
+    LAYER_ERROR = "layer_error"
 
     # Size of the cache
     CACHE_BYTES = "cache_bytes"
@@ -43,6 +63,7 @@ class Metric(StrEnum):
     CACHE_CUT = "cache_cut"
     BYTES_AT_ERROR = "bytes_at_error"
     BYTES_RATIO_AT_ERROR = "bytes_ratio_at_error"
+    BITS_SAVED = "bits_saved"
     KV_LORA_RANK = "kv_lora_rank"
     QK_ROPE_HEAD_DIM = "qk_rope_head_dim"
 
@@ -90,6 +111,13 @@ class Row:
         recovery_steps: Steps of distillation that were asked for; None without recovery.
         pair: RoPE pair of a head, in Wan's order time, height, width.
         batch: Clips at once.
+        chunk: Number of a chunk of the video.
+        window_frames: Frames that the cache holds, where a row's window is not the model's own.
+        age: Frames since a place was last seen: the least of a range that ends before the age of
+            the next row.
+        timestep: Timestep of a sampler's step.
+        low: Lower end of the 95 % bootstrap interval over clips.
+        high: Upper end of this interval.
         clip_seconds: Length of a clip.
         note: Text for which there is no field: why a point failed, the axis of a RoPE pair.
     """
@@ -118,12 +146,18 @@ class Row:
     pair: int | None = None
     batch: int | None = None
     clip_seconds: float | None = None
+    chunk: int | None = None
+    window_frames: int | None = None
+    age: int | None = None
+    timestep: float | None = None
+    low: float | None = None
+    high: float | None = None
     note: str | None = None
 
     @property
     def figure(self) -> Row:
         """What was measured, and under which settings: the row without its value."""
-        return dataclasses.replace(self, value=0.0)
+        return dataclasses.replace(self, value=0.0, low=None, high=None)
 
     def to_json(self) -> str:
         """One line of JSON; fields that do not apply are left out."""

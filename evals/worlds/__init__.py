@@ -1,1 +1,1 @@
-"""Worlds with known truth, beside the moving digits that ship with the package."""
+"""Worlds with known truth to measure models in: moving digits, and photographs."""

@@ -5,6 +5,9 @@ little and turns, and comes back to the same place after one period. The prompt 
 (direction, width, period, zoom, turn) and nothing of the photograph: what a revisited region looks
 like is known from the past only. Photographs for training and for measuring are different files.
 
+Some training clips glance: in two chunks the camera looks at a far place, the same one twice. A
+model can thus be asked for a place that its motion does not lead to.
+
 A latent position holds 2×2 pixels and tells, as waves, the place that it shows. The model generates
 the places like the pixels. They let a small model learn in hours to look a place up in the past,
 and they show in every generated frame where the model thinks that its camera is.
@@ -41,6 +44,12 @@ SCALES = (1.6, 2.2, 3.0, 4.0)
 MAX_SPEED = 8.0
 """Pixels per frame, at the fastest point of the path."""
 MAX_WIDTH = 44.0
+CHUNK_FRAMES = 3
+"""Frames that the model generates together, and frames of a glance."""
+GLANCE_SHARE, GLANCE_RADIUS, GLANCE_WIDTH = 0.2, 58.0, 20.0
+"""Share of training clips that glance, how far away, and the widest path beside it."""
+SHORTEST_PERIOD, LONGEST_PERIOD = 12.0, 96.0
+"""Frames until a camera is back where it was."""
 MAX_ZOOM, MAX_TURN = 0.15, 0.2
 """Logarithm of the zoom, and radians, to either side."""
 
@@ -95,10 +104,17 @@ class Clips(NamedTuple):
 
 
 class PhotographClips:
-    """Training and held-out batches as `ClipSource` wants them, a function of (seed, index)."""
+    """Training and held-out batches as `ClipSource` wants them, a function of (seed, index).
 
-    def __init__(self, frames: int, seed: int = 0) -> None:
+    Args:
+        frames: Frames of a clip.
+        seed: Seed of all clips.
+        return_within: Longest period of a path, in frames; by default a little more than a clip.
+    """
+
+    def __init__(self, frames: int, seed: int = 0, return_within: float | None = None) -> None:
         self.frames, self.seed = frames, seed
+        self.return_within = return_within or min(LONGEST_PERIOD, 1.4 * frames)
 
     def batch(self, start: int, size: int, split: Split = "train") -> Batch:
         """Latents and prompts of `size` clips from number `start` on."""
@@ -107,7 +123,8 @@ class PhotographClips:
 
     def clips(self, index: int, size: int, split: Split = "train") -> Clips:
         """The same with pixels and truth."""
-        return sample_clips(size, self.frames, seeded(self.seed, index, split), split)
+        generator = seeded(self.seed, index, split)
+        return sample_clips(size, self.frames, generator, split, self.return_within)
 
 
 def encode(video: Tensor, path: Path2D) -> Tensor:
@@ -135,7 +152,11 @@ def read_places(latents: Tensor) -> Tensor:
 
 
 def sample_clips(
-    batch: int, frames: int, generator: torch.Generator, split: Split = "train"
+    batch: int,
+    frames: int,
+    generator: torch.Generator,
+    split: Split,
+    return_within: float,
 ) -> Clips:
     """Draw clips; training clips are mirrored, turned and recoloured at random.
 
@@ -144,10 +165,12 @@ def sample_clips(
         frames: F.
         generator: Decides everything.
         split: Which photographs.
+        return_within: Longest period of a path, in frames.
     """
     paths, prompts, videos = [], [], []
     for _ in range(batch):
-        path, prompt = _path(frames, generator)
+        chunks = _glance_chunks(frames, generator) if split == "train" else None
+        path, prompt = _path(frames, return_within, generator, chunks)
         videos.append(_film(_photograph(split, generator), path, generator))
         paths.append(path)
         prompts.append(prompt)
@@ -155,31 +178,73 @@ def sample_clips(
     return Clips(torch.stack(videos), torch.stack(prompts), path)
 
 
-def ages(path: Path2D) -> Tensor:
+def glancing_path(
+    frames: int, chunks: tuple[int, ...], return_within: float, generator: torch.Generator
+) -> tuple[Path2D, Tensor]:
+    """A path (F, …) that looks at one far place in some chunks, and its prompt."""
+    return _path(frames, return_within, generator, chunks)
+
+
+def film(split: Split, path: Path2D, generator: torch.Generator) -> Tensor:
+    """Frames (F, 3, N, N) of a camera that takes a path (F, …) over a random photograph."""
+    return _film(_photograph(split, generator), path, generator)
+
+
+def with_places(latents: Tensor, places: Tensor) -> Tensor:
+    """Latents whose place channels are those of other latents of the same shape."""
+    return torch.cat([latents[:, :, :PIXEL_CHANNELS], places[:, :, PIXEL_CHANNELS:]], dim=2)
+
+
+def ages(path: Path2D, chunk_frames: int = 1) -> Tensor:
     """Frames since each pixel's place was last inside the frame, (B, F, N, N); 0 for never.
 
-    A place that was visible in the frame before has age 1.
+    A place that was visible in the frame before has age 1. Frames of the pixel's own chunk do not
+    count, because they are generated together.
     """
     frames = path.centre.shape[1]
     places = _places(path)
     found = torch.zeros(places.shape[:-1], dtype=torch.long)
     for frame in range(1, frames):
-        for earlier in range(frame):
+        for earlier in range(frame // chunk_frames * chunk_frames):
             inside = _inside(places[:, frame], path, earlier)
             found[:, frame][inside] = frame - earlier
     return found
+
+
+def seen_before(path: Path2D, first: int) -> Tensor:
+    """Whether frames before `first` showed the place of each later pixel, (B, F − first, N, N)."""
+    places = _places(path)[:, first:]
+    shown = torch.zeros(places.shape[:-1], dtype=torch.bool)
+    for earlier in range(first):
+        for frame in range(places.shape[1]):
+            shown[:, frame] |= _inside(places[:, frame], path, earlier)
+    return shown
 
 
 def _uniform(generator: torch.Generator, low: float, high: float) -> float:
     return low + (high - low) * torch.rand((), generator=generator).item()
 
 
-def _path(frames: int, generator: torch.Generator) -> tuple[Path2D, Tensor]:
-    """One closed path, and the prompt that tells it."""
-    longest = min(96.0, 1.4 * frames)
-    period = math.exp(_uniform(generator, math.log(12.0), math.log(max(longest, 18.0))))
+def _glance_chunks(frames: int, generator: torch.Generator) -> tuple[int, ...] | None:
+    """Two different chunks of a clip, or none."""
+    chunks = frames // CHUNK_FRAMES
+    if chunks < 3 or torch.rand((), generator=generator) >= GLANCE_SHARE:
+        return None
+    return tuple(torch.randperm(chunks, generator=generator)[:2].tolist())
+
+
+def _path(
+    frames: int,
+    return_within: float,
+    generator: torch.Generator,
+    glances: tuple[int, ...] | None = None,
+) -> tuple[Path2D, Tensor]:
+    """One closed path, and the prompt that tells it; glances at a far place in some chunks."""
+    longest = max(return_within, 1.5 * SHORTEST_PERIOD)
+    period = math.exp(_uniform(generator, math.log(SHORTEST_PERIOD), math.log(longest)))
     omega = 2 * math.pi / period
-    width = min(MAX_WIDTH, MAX_SPEED / omega) * _uniform(generator, 0.7, 1.0)
+    widest = MAX_WIDTH if glances is None else GLANCE_WIDTH
+    width = min(widest, MAX_SPEED / omega) * _uniform(generator, 0.7, 1.0)
     bend = _uniform(generator, -0.4, 0.4)
     direction = _uniform(generator, 0, 2 * math.pi)
     zoom = _uniform(generator, -MAX_ZOOM, MAX_ZOOM)
@@ -189,6 +254,11 @@ def _path(frames: int, generator: torch.Generator) -> tuple[Path2D, Tensor]:
     along, across = width * phase.sin(), width * bend * (2 * phase).sin()
     cos, sin = math.cos(direction), math.sin(direction)
     centre = torch.stack([cos * along - sin * across, sin * along + cos * across], dim=-1)
+    if glances is not None:
+        away = _uniform(generator, 0, 2 * math.pi)
+        place = GLANCE_RADIUS * torch.tensor([math.cos(away), math.sin(away)])
+        for chunk in glances:
+            centre[chunk * CHUNK_FRAMES : (chunk + 1) * CHUNK_FRAMES] = place
     path = Path2D(centre, zoom * phase.cos(), turn * phase.sin())
     prompt = torch.zeros(TEXT_LEN, TEXT_DIM)
     speed = [4 * omega, math.log(period) - 3, width / 20, bend, zoom / MAX_ZOOM, turn / MAX_TURN]

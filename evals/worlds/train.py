@@ -18,6 +18,7 @@ from torch import nn
 
 from evals.worlds.photographs import (
     CHANNELS,
+    CHUNK_FRAMES,
     FRAME_SIZE,
     PATCH,
     TEXT_DIM,
@@ -54,7 +55,7 @@ CONFIG = ModelConfig(
         text_len=TEXT_LEN,
     ),
     latent_size=(FRAME_SIZE // PATCH, FRAME_SIZE // PATCH),
-    chunk_frames=3,
+    chunk_frames=CHUNK_FRAMES,
     cache=CachePolicy(window_frames=48, sink_frames=1, frame_positions="relative"),
     sampler=SamplerConfig((1000, 875, 750, 625, 500, 375, 250, 125), shift=2.0, renoise=False),
     family="self_forcing",

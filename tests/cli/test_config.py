@@ -172,7 +172,7 @@ def test_a_misspelt_key_names_the_nearest() -> None:
 def test_a_key_like_no_other_lists_all() -> None:
     with pytest.raises(ConfigError) as caught:
         from_dict(EvaluateConfig, {"xyzzy": 3})
-    assert caught.value.hint == "known: clips, data"
+    assert caught.value.hint == "known: clips, data, features, rollout_clips, rollout_frames"
 
 
 def test_nested_keys_are_named_with_their_path() -> None:

@@ -15,9 +15,10 @@ from vmla_convert.cli.checkpoints import export, inspect, push, verify
 from vmla_convert.cli.convert import convert
 from vmla_convert.cli.doctor import doctor
 from vmla_convert.cli.generate import generate
-from vmla_convert.cli.measure import clips, evaluate, report
+from vmla_convert.cli.measure import claims, clips, evaluate, report
 from vmla_convert.cli.recipes import demo, recipes_app, run, sweep
 from vmla_convert.cli.recover import recover
+from vmla_convert.cli.vbench import vbench_app
 
 app = typer.Typer(
     name="vmla",
@@ -52,6 +53,7 @@ COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
     "recover": (recover, "vmla recover kv -o kv-recovered --nested --steps 200"),
     "generate": (generate, 'vmla generate kv --prompt "a red fox" -o fox.mp4'),
     "eval": (evaluate, "vmla eval kv --bytes-per-token 16"),
+    "claims": (claims, "vmla claims model.pt --steps 100"),
     "clips": (clips, "vmla clips"),
     "export": (export, "vmla export kv -o whole --layout self_forcing"),
     "sweep": (sweep, "vmla sweep size_ablation -o runs/sizes --demo"),
@@ -63,4 +65,5 @@ COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
 }
 for _name, (_command, _example) in COMMANDS.items():
     app.command(_name, epilog=f"Example: [bold]{_example}[/bold]")(_command)
+app.add_typer(vbench_app, name="vbench")
 app.add_typer(recipes_app, name="recipes", help="List the recipes, or copy one.")

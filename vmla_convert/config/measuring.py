@@ -19,13 +19,23 @@ class EvaluateConfig:
     Attributes:
         clips: Number of clips.
         data: Where clips come from.
+        rollout_frames: Latent frames of videos that both models generate from the same noise, to
+            be compared; 0 for none.
+        rollout_clips: Number of these videos; their prompts are held out.
+        features: Models that compare frames of these videos, where the user has them: Hub ids or
+            folders of CLIP or DINO models of transformers, or `lpips`.
     """
 
     clips: int = 24
     data: DataConfig = field(default_factory=lambda: DataConfig(seed=1))
+    rollout_frames: int = 0
+    rollout_clips: int = 4
+    features: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require_at_least(self, 2, "clips")
+        require_at_least(self, 0, "rollout_frames")
+        require_at_least(self, 1, "rollout_clips")
 
 
 @dataclass(frozen=True)

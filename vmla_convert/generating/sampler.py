@@ -36,6 +36,25 @@ def sample_chunk(
 ) -> Tensor:
     """Denoise the cache's open chunk, write the clean chunk to the cache and return it.
 
+    Arguments as in `denoise`.
+    """
+    clean = denoise(model, noise, prompt, cache, draw, before_step, after_step)
+    model.stream(clean, clean.new_zeros(clean.shape[:2]), prompt, cache)
+    return clean
+
+
+@torch.no_grad()
+def denoise(
+    model: CausalWanModel,
+    noise: Tensor,
+    prompt: Prompt,
+    cache: KVCache,
+    draw: Callable[[], Tensor],
+    before_step: Callable[[State], None] | None = None,
+    after_step: Callable[[State], Tensor] | None = None,
+) -> Tensor:
+    """Denoise the cache's open chunk and return it; the cache stays as it was.
+
     Timesteps and noisy latents have at least float32 precision. In bfloat16, some of fifty steps
     at a large shift would have zero length.
 
@@ -64,6 +83,4 @@ def sample_chunk(
             x = x + (following - sigma) * velocity
         if after_step is not None:
             x = after_step(State(x, following)).to(x)
-    clean = x.to(noise)
-    model.stream(clean, torch.zeros_like(ones), prompt, cache)
-    return clean
+    return x.to(noise)

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import cycle, islice
 
 import torch
 
 from vmla_convert.checkpoint.families import OpenCheckpoint
 from vmla_convert.config import EvaluateConfig, MediaConfig, RuntimeConfig, SourceConfig
-from vmla_convert.generating.clip_cost import PlannedWork, plan_work
+from vmla_convert.errors import ConfigError
+from vmla_convert.generating.clip_cost import (
+    PlannedWork,
+    passing_flops,
+    plan_work,
+    sampling_flops,
+)
 from vmla_convert.generating.make_clips import check_needs, ready_clips
 from vmla_convert.generating.memory import generation_memory
+from vmla_convert.generating.own_samples import split_prompts
 from vmla_convert.layers.runtime import check_runtime
 from vmla_convert.loading.load import build, compute_device, is_codec, locate, open_named
 from vmla_convert.loading.teacher import check_pair, check_same, teacher_of
 from vmla_convert.measuring.evaluate import HeldOut, dense_rows, held_out_needs, measuring_bar
+from vmla_convert.measuring.rollouts import rollout_agreement
 from vmla_convert.measuring.rows import cache_rows, error_rows
+from vmla_convert.media.open import check_prompts, default_prompts, open_media
+from vmla_convert.media.prompts import EncodedPrompts
 from vmla_convert.progress import Progress, Silent
 from vmla_convert.results import Row
 
 DENSE_PASSES = 2
+ROLLOUTS = 3
+"""The dense model's, the conversion's, and the conversion along the dense model's."""
 
 
 def measure_against_dense(
@@ -49,13 +62,16 @@ def measure_against_dense(
     """
     config, runtime = config or EvaluateConfig(), runtime or RuntimeConfig()
     converted, source = _open_both(checkpoint, teacher, runtime)
-    [data] = ready_clips(source, held_out_needs(config), media, progress)
-    config = replace(config, data=data)
-    device, dtype = compute_device(), getattr(torch, runtime.dtype or "float32")
-    dense, model = build(source, device, dtype), build(converted, device, dtype)
     cached = replace(runtime, dtype=None) != RuntimeConfig()
+    measured = cached or not converted.config.is_dense
+    prompts = _rollout_prompts(source, config, measured)
+    [data] = ready_clips(source, held_out_needs(config), media, progress)
+    config, device = replace(config, data=data), compute_device()
+    own = open_media(source.config, media, source.source.path, device) if prompts else None
+    text = EncodedPrompts(own, prompts, progress) if own else None
+    dtype = getattr(torch, runtime.dtype or "float32")
+    dense, model = build(source, device, dtype), build(converted, device, dtype)
     dense.config = replace(dense.config, cache=model.config.cache)
-    measured = cached or not model.config.is_dense
     # The dense model, the dense model with another clip's past, then the conversion.
     passes = DENSE_PASSES + 1 if measured else DENSE_PASSES
     with measuring_bar(progress or Silent(), config, passes) as bar:
@@ -65,7 +81,39 @@ def measure_against_dense(
             errors = held_out.measure(model, runtime if cached else None)
             rows += error_rows(errors, model.config, None, runtime=runtime)
             rows += cache_rows(model.config, runtime=runtime)
+    if own and text:
+        context, frames = text.encode_prompts(prompts), config.rollout_frames
+        progress = progress or Silent()
+        rows += rollout_agreement(
+            dense,
+            model,
+            context,
+            frames,
+            own,
+            progress,
+            runtime,
+            prompts=prompts,
+            features=config.features,
+        )
     return rows
+
+
+def _rollout_prompts(source: OpenCheckpoint, config: EvaluateConfig, measured: bool) -> list[str]:
+    """The held-out prompts of the videos to compare, which take turns.
+
+    Raises:
+        ConfigError: There is nothing to compare the dense model with, or too few prompts.
+    """
+    if not config.rollout_frames:
+        return []
+    if not measured:
+        raise ConfigError(
+            "a rollout is compared with the dense model's, and this is the dense model",
+            "name a conversion, or quantise the cache: --cache-dtype int4",
+        )
+    prompts = config.data.prompts or default_prompts(source.config)
+    check_prompts(source.config, prompts)
+    return list(islice(cycle(split_prompts(prompts, "held_out")), config.rollout_clips))
 
 
 def plan_against_dense(
@@ -79,7 +127,12 @@ def plan_against_dense(
     converted, source = _open_both(checkpoint, teacher, runtime)
     works, item = check_needs(source, held_out_needs(config), media), 4
     memory = generation_memory(converted.config, runtime, item, media)
-    return plan_work(source, works, [float((DENSE_PASSES + 1) * config.clips)], media, memory)
+    passes = float((DENSE_PASSES + 1) * config.clips)
+    if config.rollout_frames:
+        video = sampling_flops(source.config, config.rollout_frames)
+        videos = ROLLOUTS * config.rollout_clips * video
+        passes += videos / passing_flops(source.config, works[0])
+    return plan_work(source, works, [passes], media, memory)
 
 
 def _open_both(
