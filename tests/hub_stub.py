@@ -15,6 +15,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -388,15 +389,25 @@ ROUTES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
 
 @pytest.fixture
 def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A Hub for one test, as the only one that huggingface-hub knows; logged in, with no cache.
+    """A Hub for one test."""
+    with served(tmp_path / "hf-home", monkeypatch) as hub:
+        yield hub
+
+
+@contextmanager
+def served(home: Path, patch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub, as the only one that huggingface-hub knows; logged in, with no cache.
 
     The constants are patched because huggingface-hub reads its environment at import. Its waits
     between retries are skipped.
+
+    Args:
+        home: Folder of the cache and of the token.
+        patch: Takes the changes back.
     """
     hub = Hub()
     serving = threading.Thread(target=hub.serve_forever, args=(0.01,), daemon=True)
     serving.start()
-    home = tmp_path / "hf-home"
     for name, value in {
         "ENDPOINT": hub.url,
         "HUGGINGFACE_CO_URL_TEMPLATE": f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
@@ -405,9 +416,9 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         "HF_HUB_DISABLE_XET": True,
         "HF_HUB_OFFLINE": False,
     }.items():
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr("time.sleep", lambda _: None)
+        patch.setattr(constants, name, value)
+    patch.setenv("HF_TOKEN", TOKEN)
+    patch.setattr("time.sleep", lambda _: None)
     close_session()
     yield hub
     close_session()

@@ -1,10 +1,15 @@
-"""Measure the peak memory of some lines of Python in a process of their own."""
+"""Measure the peak memory of some lines of Python, in a process of their own or in this one."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 PROGRAM = """
@@ -40,3 +45,26 @@ def peak_above_start(setup: str, work: str, **values: Any) -> int:
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return int(run.stdout.splitlines()[-1])
+
+
+@dataclass
+class Peak:
+    """Most bytes of resident memory above those at the start; 0 until the end."""
+
+    nbytes: int = 0
+
+
+@contextmanager
+def own_peak() -> Iterator[Peak]:
+    """Measure the lines of a `with` in this process; Linux keeps the peak of a process."""
+    peak = Peak()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
+    before = _resident("VmRSS")
+    yield peak
+    peak.nbytes = max(0, _resident("VmHWM") - before)
+
+
+def _resident(name: str) -> int:
+    found = re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])

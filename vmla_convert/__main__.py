@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ from vmla_convert.console import out
 from vmla_convert.errors import VmlaError, first_line
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
+DISK_ERRORS = frozenset((errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG, errno.EIO))
 
 
 def main(run: Callable[[], object] | None = None) -> int:
@@ -48,14 +50,28 @@ def main(run: Callable[[], object] | None = None) -> int:
     except Exception as error:
         if os.environ.get("VMLA_DEBUG") == "1":
             raise
-        if _lacks_memory(error):
-            reason = f"memory is lacking: {first_line(error)}"
-            out.fail(VmlaError(reason, "see 'Out of memory' in docs/troubleshooting.md"))
+        if (known := _of_the_machine(error)) is not None:
+            out.fail(known)
             return 2
         # torch appends whole stack traces to its messages.
         out.fail(VmlaError(first_line(error), "set VMLA_DEBUG=1 for the traceback"))
         return 1
     return 0
+
+
+def _of_the_machine(error: Exception) -> VmlaError | None:
+    """An error for the user where memory, a disk or a file is lacking."""
+    if _lacks_memory(error):
+        reason = f"memory is lacking: {first_line(error)}"
+        return VmlaError(reason, "see 'Out of memory' in docs/troubleshooting.md")
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return VmlaError(
+            f"{error.filename or 'a file'} cannot be written: {error.strerror}",
+            "check the space and rights there; temporary files go where TMPDIR says",
+        )
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return VmlaError(f"{error.filename} is no longer there", "put it back, then start again")
+    return None
 
 
 def _lacks_memory(error: Exception) -> bool:

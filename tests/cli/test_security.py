@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import Vmla
+from checkpoints import Ran, Vmla
 from codec_files import edit_record
+from hub_stub import Hub, Refusal
 
 from vmla_convert.loading.card import model_card
 from vmla_convert.loading.load import load, read_provenance
 from vmla_convert.report.report import write_report
 from vmla_convert.results import Metric, Row, put_rows
 
-pytest_plugins = ["checkpoints", "codec_files"]
+pytest_plugins = ["checkpoints", "codec_files", "hub_stub"]
 
 MARK = "hf_MarkedTokenThatMustNotAppear"
 HOSTILE = "<script>alert(1)</script>"
@@ -47,6 +48,45 @@ def test_a_token_appears_in_no_output_and_no_file(
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert files
     assert not any(MARK in each.out + each.err for each in ran)
+    assert not any(MARK.encode() in file.read_bytes() for file in files)
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_a_token_stays_secret_when_the_hub_fails(
+    teacher: Path,
+    codec: Path,
+    vmla: Vmla,
+    tmp_path: Path,
+    stub: Hub,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every verb that asks the Hub, while the Hub refuses, repeats the token, or is gone."""
+    monkeypatch.setenv("HF_TOKEN", MARK)
+    made = tmp_path / "made"
+    shown = [
+        vmla("doctor"),
+        vmla("recipes"),
+        vmla("demo", "-o", teacher / "config.json" / "no folder"),
+    ]
+    failed = list[Ran]()
+    for status in (401, 403, 500, None):
+        if status is None:
+            stub.shutdown()
+            stub.server_close()
+        else:
+            words = f"token {MARK} is wrong"
+            stub.refusals = [Refusal(m, "*", status, words) for m in ("GET", "HEAD", "POST")]
+        failed += [
+            vmla("push", codec, "user/kv"),
+            vmla("inspect", "user/kv"),
+            vmla("verify", "user/kv"),
+            vmla("convert", "user/kv", "-o", made),
+            vmla("generate", "user/kv", "--prompt", "a seven", "-o", made / "a.mp4"),
+            vmla("doctor", "user/kv"),
+        ]
+    assert all(ran.code for ran in failed)
+    assert not any(MARK in ran.out + ran.err for ran in (*shown, *failed))
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert not any(MARK.encode() in file.read_bytes() for file in files)
 
 

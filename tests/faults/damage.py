@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import shutil
+import signal
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,8 +22,13 @@ from time import perf_counter
 import torch
 from checkpoints import MODEL
 from conftest import noise
+from faults.drawn import binary_files, headers, json_files, text_files, toml_files
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.strategies import SearchStrategy
+from measured_peak import own_peak
 from safetensors.torch import save_file
 
+from vmla_convert.checkpoint.integrity import bytes_hash
 from vmla_convert.checkpoint.lora import open_lora
 from vmla_convert.config import DataConfig
 from vmla_convert.errors import VmlaError
@@ -40,6 +46,9 @@ from vmla_convert.results import Metric, Row, put_rows, read_rows
 
 # Values that a settings file may hold in place of a number.
 NUMBERS = (b"0", b"-1", b"1000000000", b"1e999", b"NaN", b"null", b'"a"', b"[]", b"{}", b"0.5")
+
+MOST_SECONDS, MOST_BYTES = 60.0, 10**9
+"""Time and memory of one input, beyond which it counts as crashed."""
 
 
 def flip_bit(data: bytearray, draw: random.Random) -> None:
@@ -90,11 +99,13 @@ class Outcome:
         ended: How often inputs were refused, accepted, or crashed.
         crashes: Type and message of each crash.
         slowest: Seconds of the slowest input.
+        largest: Most bytes of memory that an input took.
     """
 
     ended: Counter[str] = field(default_factory=Counter[str])
     crashes: list[str] = field(default_factory=list[str])
     slowest: float = 0.0
+    largest: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,14 +115,16 @@ class Kind:
     Attributes:
         file: The file that is damaged, in the folder of inputs.
         use: Reads the input, given the folder.
+        drawn: Makes other contents by hypothesis, given the sound one.
         damages: Changes that are made to the file.
-        must_refuse: Every damage must be noticed, because a hash covers the file.
+        is_hashed: `use` returns the same as for the sound file, or refuses.
     """
 
     file: str
     use: Callable[[Path], object]
+    drawn: Callable[[bytes], SearchStrategy[bytes]]
     damages: tuple[Callable[[bytearray, random.Random], None], ...] = BINARY
-    must_refuse: bool = False
+    is_hashed: bool = False
 
 
 class Text:
@@ -154,24 +167,45 @@ def write_inputs(folder: Path, teacher: Path, codec: Path) -> dict[str, Kind]:
     list(stream)
     stream.save(folder / "a.stream")
     specs = open_named(dense).specs()
+    kv_file = f"kv/{_codec(kv)}"
+
+    def read_codec(verify: bool) -> Callable[[Path], object]:
+        return lambda at: _state(load(at / "kv", verify=verify))
+
+    def read_lora(at: Path) -> object:
+        return open_lora(at / "lora.safetensors", 1.0, specs)
+
+    def read_dense(at: Path) -> object:
+        return load(at / "dense")
+
+    def read_config(at: Path) -> object:
+        return load(at / "kv")
+
+    def read_record(at: Path) -> object:
+        return verify(at / "kv")
+
     return {
-        "dense checkpoint (.pt)": Kind("dense/model.pt", lambda at: load(at / "dense")),
-        "its config.json": Kind("dense/config.json", lambda at: load(at / "dense"), TEXT),
-        "codec": Kind(f"kv/{_codec(kv)}", lambda at: load(at / "kv"), must_refuse=True),
-        "codec, not verified": Kind(
-            f"kv/{_codec(kv)}", lambda at: load(at / "kv", verify=False).config
+        "dense checkpoint (.pt)": Kind("dense/model.pt", read_dense, binary_files),
+        "its config.json": Kind("dense/config.json", read_dense, json_files, TEXT),
+        "codec": Kind(kv_file, read_codec(True), headers, is_hashed=True),
+        "codec, not verified": Kind(kv_file, read_codec(False), headers),
+        "its config.json, codec": Kind("kv/config.json", read_config, json_files, TEXT),
+        "its record": Kind("kv/conversion.json", read_record, json_files, TEXT),
+        "clips": Kind("clips.safetensors", _read_clips, headers),
+        "LoRA": Kind("lora.safetensors", read_lora, headers),
+        "recipe": Kind("recipe.toml", lambda at: read_recipe(at / "recipe.toml"), toml_files, TEXT),
+        "prompts": Kind(
+            "prompts.txt", lambda at: read_prompts(at / "prompts.txt"), text_files, TEXT
         ),
-        "its config.json, codec": Kind("kv/config.json", lambda at: load(at / "kv"), TEXT),
-        "its record": Kind("kv/conversion.json", lambda at: verify(at / "kv"), TEXT),
-        "clips": Kind("clips.safetensors", _read_clips),
-        "LoRA": Kind("lora.safetensors", lambda at: open_lora(at / "lora.safetensors", 1.0, specs)),
-        "recipe": Kind("recipe.toml", lambda at: read_recipe(at / "recipe.toml"), TEXT),
-        "prompts": Kind("prompts.txt", lambda at: read_prompts(at / "prompts.txt"), TEXT),
-        "image": Kind("image.png", lambda at: _read_media(at / "image.png")),
-        "video": Kind("video.mp4", lambda at: _read_media(at / "video.mp4")),
-        "rows": Kind("rows.jsonl", lambda at: read_rows(at / "rows.jsonl"), TEXT),
-        "saved stream": Kind("a.stream", lambda at: _continue(model, at / "a.stream")),
+        "image": Kind("image.png", lambda at: _read_media(at / "image.png"), binary_files),
+        "video": Kind("video.mp4", lambda at: _read_media(at / "video.mp4"), binary_files),
+        "rows": Kind("rows.jsonl", lambda at: read_rows(at / "rows.jsonl"), text_files, TEXT),
+        "saved stream": Kind("a.stream", lambda at: _continue(model, at / "a.stream"), headers),
     }
+
+
+def _state(model: CausalWanModel) -> dict[str, str]:
+    return {name: bytes_hash(tensor) for name, tensor in model.state_dict().items()}
 
 
 def _codec(folder: Path) -> str:
@@ -193,62 +227,138 @@ def _continue(model: CausalWanModel, file: Path) -> object:
 def run_damage(
     kinds: dict[str, Kind], folder: Path, count: int, seed: int = 0
 ) -> dict[str, Outcome]:
-    """Damage every kind of input `count` times, and count what each ended in."""
+    """Damage every kind of input, and count what each ended in.
+
+    Args:
+        kinds: Inputs, from `write_inputs`.
+        folder: Folder of the inputs.
+        count: Number of damaged files of each kind, and again of files that hypothesis draws.
+        seed: Seed of the damage.
+    """
     found: dict[str, Outcome] = {}
     for name, kind in kinds.items():
         draw, outcome = random.Random(f"{seed} {name}"), Outcome()
         file = folder / kind.file
         sound = file.read_bytes()
+        expected = kind.use(folder) if kind.is_hashed else None
+
+        def use(data: bytes, kind: Kind = kind, outcome: Outcome = outcome) -> None:
+            (folder / kind.file).write_bytes(data)
+            _use(kind, folder, expected, outcome)  # noqa: B023
+
         for _ in range(count):
             data = bytearray(sound)
             draw.choice(kind.damages)(data, draw)
-            file.write_bytes(data)
-            changed = bytes(data) != sound
-            _use(kind, folder, changed, outcome)
+            use(bytes(data))
+        _drawn(kind.drawn(sound), count, use)
         file.write_bytes(sound)
         found[name] = outcome
     return found
 
 
-def _use(kind: Kind, folder: Path, changed: bool, outcome: Outcome) -> None:
+def _drawn(files: SearchStrategy[bytes], count: int, use: Callable[[bytes], None]) -> None:
+    @settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+    @given(files)
+    def each(data: bytes) -> None:
+        use(data)
+
+    each()
+
+
+def _use(kind: Kind, folder: Path, expected: object, outcome: Outcome) -> None:
     started = perf_counter()
+    with own_peak() as peak:
+        problem = _ends_badly(kind, folder, expected, outcome)
+    seconds = perf_counter() - started
+    outcome.slowest = max(outcome.slowest, seconds)
+    outcome.largest = max(outcome.largest, peak.nbytes)
+    if problem is None and peak.nbytes > MOST_BYTES:
+        problem = f"took {peak.nbytes / 1e9:.1f} GB"
+    if problem is not None:
+        outcome.ended["crashed"] += 1
+        outcome.crashes.append(problem)
+
+
+def _ends_badly(kind: Kind, folder: Path, expected: object, outcome: Outcome) -> str | None:
+    """Read an input and count a good end; return a description of a bad one."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _limited_time():
             warnings.simplefilter("ignore")
-            kind.use(folder)
-        unnoticed = kind.must_refuse and changed
-        outcome.ended["crashed" if unnoticed else "accepted"] += 1
-        if unnoticed:
-            outcome.crashes.append("damage was not noticed")
+            result = kind.use(folder)
     except VmlaError:
         outcome.ended["refused"] += 1
+        return None
     except Exception as error:
-        outcome.ended["crashed"] += 1
-        outcome.crashes.append(f"{type(error).__name__}: {error}"[:300])
-    outcome.slowest = max(outcome.slowest, perf_counter() - started)
+        return f"{type(error).__name__}: {error}"[:300]
+    if kind.is_hashed and result != expected:
+        return "damage was not noticed"
+    outcome.ended["accepted"] += 1
+    return None
+
+
+@contextmanager
+def _limited_time() -> Iterator[None]:
+    def stop(_: int, __: object) -> None:
+        raise TimeoutError(f"more than {MOST_SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class Canary:
     """Creates a file when it is unpickled by a loader that runs code."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, call: Callable[[str], object], words: str) -> None:
+        self.call, self.words = call, words
 
-    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
-        return os.system, (f"touch {self.file}",)
+    def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
+        return self.call, (self.words,)
 
 
 @contextmanager
 def poisoned(folder: Path) -> Iterator[list[Path]]:
-    """Pickles that would run code, with every ending; the code must not have run afterwards."""
+    """Files that would run code, with every ending; the code must not have run afterwards."""
     canary, files = folder / "canary", list[Path]()
-    for ending in (".pt", ".pth", ".bin", ".ckpt"):
-        for wrapped in (True, False):
-            file = folder / f"poison-{wrapped}{ending}"
-            if wrapped:
-                torch.save({"model": {"a": torch.zeros(1), "b": Canary(canary)}}, file)
-            else:
-                file.write_bytes(pickle.dumps(Canary(canary)))
-            files.append(file)
+    payloads = (
+        Canary(os.system, f"touch {canary}"),
+        Canary(exec, f"open({str(canary)!r}, 'w')"),
+    )
+    for ending in (".pt", ".pth", ".bin", ".ckpt", ".safetensors"):
+        for number, payload in enumerate(payloads):
+            state = {"model": {"a": torch.zeros(1), "b": payload}}
+            stem = folder / f"poison-{number}"
+            for form in ("zip", "old", "plain"):
+                file = stem.with_name(f"{stem.name}-{form}{ending}")
+                if form == "plain":
+                    file.write_bytes(pickle.dumps(payload))
+                else:
+                    torch.save(state, file, _use_new_zipfile_serialization=form == "zip")
+                files.append(file)
     yield files
-    assert not canary.exists(), "code of a checkpoint has run"
+    assert not canary.exists(), "code of a file has run"
+
+
+def readers(teacher: Path) -> dict[str, Callable[[Path], object]]:
+    """Everything that reads files which may hold pickled code."""
+    model, specs = load(teacher), open_named(teacher).specs()
+    return {
+        "checkpoint": load,
+        "verified checkpoint": verify,
+        "LoRA": lambda file: open_lora(file, 1.0, specs),
+        "clips": lambda file: open_clips(DataConfig(str(file), frames=6)).batch(0, 1),
+        "stream": lambda file: _continue(model, file),
+        "base model": lambda file: load(teacher, base_model=file),
+        "image": lambda file: _read_media(file),
+    }

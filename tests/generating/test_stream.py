@@ -13,14 +13,25 @@ import torch
 from checkpoints import Vmla, refused
 from conftest import noise, tiny_config, tiny_mla, tiny_model
 from safetensors.torch import load_file, save_file
+from tiny_wan import PROMPT
 from torch import Tensor
 
-from vmla_convert.config import CachePolicy, CodecConfig, ModelConfig, RuntimeConfig, Sizes
+from vmla_convert.config import (
+    CachePolicy,
+    CodecConfig,
+    ModelConfig,
+    RuntimeConfig,
+    Sizes,
+    SourceConfig,
+)
 from vmla_convert.errors import ConfigError
 from vmla_convert.generating.generate import Switch, generate, resume
+from vmla_convert.generating.stream import DECODER_FRAMES
 from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.loading.load import load
+from vmla_convert.media.wan import WanMedia
 
-pytest_plugins = ["checkpoints"]
+pytest_plugins = ["checkpoints", "tiny_wan"]
 
 WINDOW = CachePolicy(window_frames=8, sink_frames=2, frame_positions="relative")
 CODEC = CodecConfig(40, Sizes(rank=20))
@@ -169,3 +180,21 @@ def test_the_command_pauses_and_continues(vmla: Vmla, tmp_path: Path) -> None:
     assert refused(vmla(*again, tmp_path / "c.mp4", "--frames", "4"))
     assert refused(vmla(*again, tmp_path / "c.mp4", "--frames", "8", "--prompt", "7"))
     assert refused(vmla("generate", "demo", "-o", tmp_path / "c.mp4"))
+
+
+def test_pixels_continue_bit_for_bit(
+    wan_source: SourceConfig, wan_media: WanMedia, tmp_path: Path
+) -> None:
+    """Wan's VAE remembers features of frames long past; the pause is in the middle of a chunk."""
+    model, file, total = load(wan_source), tmp_path / "a.stream", 54
+    paused = generate(model, PROMPT, 45, text=wan_media)
+    list(paused)
+    paused.save(file)
+    decoder = wan_media.decoder()
+    whole = [decoder.decode(chunk) for chunk in generate(model, PROMPT, total, text=wan_media)]
+    resumed, decoder = resume(model, file, total), wan_media.decoder()
+    assert resumed.past is not None and resumed.past.shape[1] == DECODER_FRAMES
+    decoder.decode(resumed.past)
+    rest = torch.cat([decoder.decode(chunk) for chunk in resumed], 1)
+    assert rest.shape[1] == 4 * (total - 45)
+    assert torch.equal(rest, torch.cat(whole, 1)[:, -rest.shape[1] :])

@@ -105,3 +105,16 @@ def test_a_group_is_there_whole_or_not_at_all(
     assert same(store.get("one"), ONE) and not store.has("two")
     store.put("two", OTHER)
     assert same(store.get("two"), OTHER)
+
+
+@pytest.mark.parametrize("left", [[], ["identity.json.new"]])
+def test_a_folder_that_a_kill_left_without_a_name_is_taken_over(
+    left: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "s"
+    folder.mkdir()
+    for name in left:
+        (folder / name).write_text("half")
+    store = FolderStore(folder, IDENTITY)
+    store.put("parts/one", ONE)
+    assert same(FolderStore(folder, IDENTITY).get("parts/one"), ONE)

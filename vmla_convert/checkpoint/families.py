@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from vmla_convert.checkpoint.geometry import blocks, native_shapes, read_geometry, strict
-from vmla_convert.checkpoint.integrity import refuse_not_finite
+from vmla_convert.checkpoint.integrity import checked, refuse_not_finite
 from vmla_convert.checkpoint.keymap import (
     CONVERTED_DIFFUSERS_RULES,
     DIFFUSERS_RULES,
@@ -106,8 +106,6 @@ class OpenCheckpoint:
         unknown: Tensors that are not part of the model.
         missing: Tensors that the model lacks.
         base: Path of a codec's base model, when both are open.
-        hashes: SHA-256 of weight files, which `build` checks while it reads; empty where none are
-            recorded.
     """
 
     source: TensorSource
@@ -120,7 +118,6 @@ class OpenCheckpoint:
     unknown: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     base: Path | None = None
-    hashes: Mapping[Path, str] = field(default_factory=dict[Path, str])
 
     @property
     def model_path(self) -> Path:
@@ -208,7 +205,8 @@ def require_whole(opened: OpenCheckpoint) -> None:
 def recognise(path: Path, how: SourceConfig | None = None) -> OpenCheckpoint:
     """Open a checkpoint like `open_checkpoint`, but only list unknown and missing tensors."""
     how = how or SourceConfig()
-    return recognise_source(open_source(path, how.key), _config_beside(path), how)
+    source = open_source(path, how.key)
+    return recognise_source(checked(source) if how.verify else source, _config_beside(path), how)
 
 
 def recognise_source(

@@ -41,7 +41,7 @@ from vmla_convert.storage.output import (
     write_files,
     write_whole,
 )
-from vmla_convert.storage.tensor_store import FolderStore, Tensors, save_tensors
+from vmla_convert.storage.tensor_store import FolderStore, Tensors, save_pickle, save_tensors
 from vmla_convert.tables import read_json
 
 PICKLE_NAME = "model.pt"
@@ -315,11 +315,7 @@ def write_pickle(
         OutputError: `out` is taken or cannot be written.
     """
     with new_folder(out, nbytes) as folder:
-        state = dict(tensors)
-        try:
-            torch.save({key: state}, folder / PICKLE_NAME)
-        except RuntimeError as error:  # torch raises no OSError
-            raise OSError(str(error)) from error
+        save_pickle({key: dict(tensors)}, folder / PICKLE_NAME)
         write_files(folder, files)
         seal(folder)
     return out / PICKLE_NAME

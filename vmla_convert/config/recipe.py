@@ -78,13 +78,14 @@ def parse_recipe(tables: Mapping[str, Any]) -> Recipe:
     Raises:
         ConfigError: An unknown key, or a value that a key cannot have.
     """
+    recipe = from_dict(Recipe, dict(tables))  # refuses values of other types
     trained: dict[str, Any] = tables.get("recover", {}).get("data", {})
     measured: dict[str, Any] = tables.get("evaluate", {}).get("data", {})
-    if trained and "source" not in measured:
-        shared = {key: value for key, value in trained.items() if key != "clips"}
-        held_out = {**shared, "seed": trained.get("seed", 0) + 1}
-        tables = merged({"evaluate": {"data": held_out}}, tables)
-    return from_dict(Recipe, dict(tables))
+    if not trained or "source" in measured:
+        return recipe
+    shared = {key: value for key, value in trained.items() if key != "clips"}
+    held_out = {**shared, "seed": trained.get("seed", 0) + 1}
+    return from_dict(Recipe, merged({"evaluate": {"data": held_out}}, tables))
 
 
 def command_recipe(

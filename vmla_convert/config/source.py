@@ -58,7 +58,7 @@ class SourceConfig:
             Hub is `owner/name/FILE`.
         base_model: Base model of a codec, a path or a Hub id; None to look where it was when the
             codec was made, beside the codec, and on the Hub.
-        verify: Compare weight files with the hashes in their record.
+        verify: Compare tensors with the checksums in their record.
     """
 
     checkpoint: str = "demo"

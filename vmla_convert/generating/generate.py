@@ -121,7 +121,7 @@ def resume(
         VmlaError: The text encoder does not understand a prompt.
     """
     config, runtime = model.config, runtime or RuntimeConfig()
-    state, seed, shown = read_stream(file, model, runtime, frames + config.chunk_frames)
+    state, seed, shown, past = read_stream(file, model, runtime, frames + config.chunk_frames)
     if frames <= shown:
         raise ConfigError(
             f"frames {frames} must be at least {shown + 1}: {file} holds {shown}",
@@ -136,7 +136,7 @@ def resume(
         text = text or open_media(config, device=model.patch_embedding.weight.device)
         _, new_prompt = _prompt_schedule([], switches, text)
     chunks = _chunks(model, state, frames, new_prompt, seed, shown=shown)
-    return Stream(model, chunks, state, seed, runtime, shown)
+    return Stream(model, chunks, state, seed, runtime, shown, past)
 
 
 def _keep_prompt(_: int) -> None:

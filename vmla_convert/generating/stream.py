@@ -2,12 +2,13 @@
 
 The state of a stream is its cache, the newest clean chunks, the prompt and the place in the noise.
 A codec's cache is small enough to keep many of them. A continued stream equals one that was never
-stopped, bit for bit.
+stopped, bit for bit, in latents and in pixels.
 """
 
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,13 @@ from vmla_convert.storage.output import rename_synced, reported
 from vmla_convert.storage.tensor_store import save_tensors
 from vmla_convert.tables import first_difference, parse_json, to_dict
 
-_TABLE = "stream"
+_TABLE, _SHOWN = "stream", "shown"
+
+DECODER_FRAMES = 40
+"""Latent frames before a frame that its pixels depend on. The causal convolutions of Wan's decoders
+(2.1 and 2.2) reach 37.5 latent frames back, so a decoder that has seen these frames continues as
+one that has seen all. 40 frames of 480p take 8 MB in bfloat16.
+"""
 
 
 class Stream(Iterator[Tensor]):
@@ -34,7 +41,8 @@ class Stream(Iterator[Tensor]):
 
     Attributes:
         frames: Latent frames yielded so far, over all parts of the video.
-        past: The newest frames (B, F, C, height, width) of the earlier part; None for a new video.
+        past: The newest frames (B, F, C, height, width) of the earlier part, as many as a decoder
+            has to see before it continues; None for a new video.
     """
 
     def __init__(
@@ -45,18 +53,22 @@ class Stream(Iterator[Tensor]):
         seed: int,
         runtime: RuntimeConfig,
         frames: int = 0,
+        past: Tensor | None = None,
     ) -> None:
         self._model, self._chunks, self._state = model, chunks, state
-        self._seed, self._runtime, self.frames = seed, runtime, frames
-        made = state.given + state.index * model.config.chunk_frames
-        kept = torch.cat(list(state.past), 1) if frames else None
-        # The last chunk may reach beyond the frames that were yielded.
-        self.past = None if kept is None else kept[:, : kept.shape[1] - (made - frames)]
+        self._seed, self._runtime = seed, runtime
+        self.frames, self.past = frames, past
+        self._shown = deque[Tensor]() if past is None else deque([past])
 
     def __next__(self) -> Tensor:
         """The next chunk; the last one is cut to the length of the video."""
         chunk = next(self._chunks)
         self.frames += chunk.shape[1]
+        self._shown.append(chunk)
+        while (
+            sum(part.shape[1] for part in self._shown) >= DECODER_FRAMES + self._shown[0].shape[1]
+        ):
+            self._shown.popleft()
         return chunk
 
     def save(self, file: Path) -> None:
@@ -79,6 +91,7 @@ class Stream(Iterator[Tensor]):
         }
         tensors = {"context": state.context, **entries}
         tensors |= {f"past.{number:04d}": chunk for number, chunk in enumerate(state.past)}
+        tensors[_SHOWN] = torch.cat(list(self._shown), 1)[:, -DECODER_FRAMES:]
         held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         draft = file.with_name(f"{file.name}.partial")
         with reported(file):
@@ -91,11 +104,11 @@ class Stream(Iterator[Tensor]):
 
 def read_stream(
     file: Path, model: CausalWanModel, runtime: RuntimeConfig, frames: int
-) -> tuple[RolloutState, int, int]:
+) -> tuple[RolloutState, int, int, Tensor]:
     """Read the state of a stream for a video of so many frames.
 
     Returns:
-        The state, the seed, and the number of frames that were yielded.
+        The state, the seed, the number of frames that were yielded, and the newest of them.
 
     Raises:
         ConfigError: The file is damaged, or belongs to another model or runtime.
@@ -118,7 +131,10 @@ def read_stream(
         past = sorted(name for name in tensors if name.startswith("past."))
         state.past.extend(tensors[name].to(weight) for name in past)
         state.given, state.index = int(table["given"]), int(table["index"])
-        return state, int(table["seed"]), int(table["frames"])
+        shown, size = tensors[_SHOWN].to(weight), model.config.latent_size
+        if shown.shape[0] != len(state.context) or shown.shape[2:] != (weight.shape[1], *size):
+            raise ValueError(f"frames of shape {tuple(shown.shape)}")
+        return state, int(table["seed"]), int(table["frames"]), shown
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"{file} is not a whole stream: {type(error).__name__} {error}", "save it again"

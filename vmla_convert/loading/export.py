@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-
-from torch import Tensor
 
 from vmla_convert.checkpoint.families import OpenCheckpoint
 from vmla_convert.checkpoint.geometry import block_of
-from vmla_convert.checkpoint.integrity import checked_meanwhile
 from vmla_convert.checkpoint.layouts import DIFFUSERS, NATIVE, WAN, Layout
 from vmla_convert.checkpoint.torch_pickle import STATE_KEYS
 from vmla_convert.checkpoint.writer import CheckpointWriter, write_pickle
@@ -85,9 +81,8 @@ def _export(
     if chosen == SELF_FORCING:
         return _write_wrapped(checkpoint, out, key or STATE_KEYS[0], files, progress)
     with CheckpointWriter(out, checkpoint.specs(), layout=form, copies=components) as writer:
-        with checked_meanwhile(checkpoint.hashes):
-            for name in progress.track(sorted(checkpoint.names, key=block_of), "writing"):
-                writer.add(name, checkpoint.read(name))
+        for name in progress.track(sorted(checkpoint.names, key=block_of), "writing"):
+            writer.add(name, checkpoint.read(name))
         writer.write_files(files)
     return out
 
@@ -114,10 +109,6 @@ def _write_wrapped(
     checkpoint: OpenCheckpoint, out: Path, key: str, files: Files, progress: Progress
 ) -> Path:
     nbytes = sum(spec.nbytes for spec in checkpoint.specs().values())
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        with checked_meanwhile(checkpoint.hashes):
-            for name in progress.track(checkpoint.names, "reading"):
-                yield f"{_PREFIX}{name}", checkpoint.read(name)
-
-    return write_pickle(out, nbytes, tensors(), key, files)
+    names = progress.track(checkpoint.names, "reading")
+    tensors = ((f"{_PREFIX}{name}", checkpoint.read(name)) for name in names)
+    return write_pickle(out, nbytes, tensors, key, files)

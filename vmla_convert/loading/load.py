@@ -20,11 +20,7 @@ from vmla_convert.checkpoint.families import (
     recognise_source,
 )
 from vmla_convert.checkpoint.hub import fetch, fetch_headers, has_parts, is_repo
-from vmla_convert.checkpoint.integrity import (
-    CONVERSION_NAME,
-    checked_meanwhile,
-    recorded_files,
-)
+from vmla_convert.checkpoint.integrity import CONVERSION_NAME, read_record
 from vmla_convert.checkpoint.known import known_by_repo, known_model
 from vmla_convert.checkpoint.layouts import DIFFUSERS, NATIVE
 from vmla_convert.checkpoint.lora import parse_lora
@@ -36,7 +32,7 @@ from vmla_convert.layers.block import Block
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.layers.runtime import check_runtime
 from vmla_convert.progress import Progress, Silent
-from vmla_convert.tables import from_dict, read_json
+from vmla_convert.tables import from_dict
 
 DEMO = "demo"
 Source = str | Path | SourceConfig
@@ -52,13 +48,12 @@ def open_named(source: Source, progress: Progress | None = None) -> OpenCheckpoi
         ConfigError: A setting is unknown or does not fit.
     """
     path, how = locate(source)
-    hashes = recorded_files(path, read_provenance(path)) if how.verify else {}
     if not is_codec(path):
         _refuse_base(how)
-        return replace(open_checkpoint(path, how), hashes=hashes)
+        return open_checkpoint(path, how)
     codec = open_checkpoint(path, replace(how, loras=(), base_model=None))
     check_whole(codec)
-    return replace(_with_base(codec, how, progress or Silent()), hashes=hashes)
+    return _with_base(codec, how, progress or Silent())
 
 
 def is_codec(path: Path) -> bool:
@@ -86,7 +81,7 @@ def base_of(codec: Path, how: SourceConfig) -> SourceConfig:
         if file and Path(base).exists() and not (Path(base) / file).exists():
             file = None
     loras = how.loras or find_loras(folder, recorded)
-    return replace(asked, checkpoint=base, file=file, loras=loras)
+    return replace(asked, checkpoint=base, file=file, loras=loras, verify=how.verify)
 
 
 def _refuse_base(how: SourceConfig) -> None:
@@ -214,18 +209,7 @@ def read_provenance(converted: Source) -> dict[str, Any]:
     Raises:
         CheckpointError: The record is damaged.
     """
-    path, _ = locate(converted)
-    file = located(path).parent / CONVERSION_NAME
-    if not file.is_file():
-        return {}
-    try:
-        record = read_json(file)
-        from_dict(SourceConfig, record.get("source", {}).get("asked", {}))
-    except (ValueError, AttributeError, ConfigError) as error:
-        raise CheckpointError(
-            f"{file} is not a record of a conversion", "convert again, or remove it"
-        ) from error
-    return record
+    return read_record(locate(converted)[0])
 
 
 def load(
@@ -247,7 +231,7 @@ def load(
         bytes_per_token: Size of a codec's cache, in bytes per token and layer.
         cut: Size of a codec's cache, as the share of the dense cache to remove: 0.95 leaves 5 %.
         base_model: Base model of a codec; by default the one that the codec names.
-        verify: Whether to compare files with the hashes in their record.
+        verify: Whether to compare tensors with the checksums in their record.
 
     Raises:
         CheckpointError: The source is not a known checkpoint, is damaged, or the base model of a
@@ -274,16 +258,15 @@ def build(
     """Build the model of an open checkpoint, in evaluation mode and frozen.
 
     Raises:
-        CheckpointError: A tensor does not fit the config, a number is not finite, or a file is not
-            as it was written.
+        CheckpointError: A tensor does not fit the config, is not finite, or is not as it was
+            written.
     """
     model = empty_model(checkpoint)
     precise = {name for name, _ in model.named_buffers()}
-    with checked_meanwhile(checkpoint.hashes):
-        state = {
-            name: checkpoint.read(name).to(device, torch.float32 if name in precise else dtype)
-            for name in model.state_dict()
-        }
+    state = {
+        name: checkpoint.read(name).to(device, torch.float32 if name in precise else dtype)
+        for name in model.state_dict()
+    }
     model.load_state_dict(state, assign=True)
     if model.config.codec is not None:
         model.resize(model.config.codec.size)

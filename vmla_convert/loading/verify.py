@@ -75,7 +75,7 @@ def verify(source: Source, progress: Progress | None = None) -> Verified:
     """
     progress = progress or Silent()
     path, how = locate(source)
-    checkpoint = open_checkpoint(path, replace(how, loras=(), base_model=None))
+    checkpoint = open_checkpoint(path, replace(how, loras=(), base_model=None, verify=False))
     check_whole(checkpoint)
     record = read_provenance(path)
     hashes: dict[str, str] = record.get("weights", {}).get("tensors", {})
@@ -83,7 +83,7 @@ def verify(source: Source, progress: Progress | None = None) -> Verified:
     faults += _tensors(checkpoint, hashes, progress)
     tensors, base = len(checkpoint.names), None
     if is_codec(path):
-        opened = open_checkpoint(*locate(replace(base_of(path, how), loras=())))
+        opened = open_checkpoint(*locate(replace(base_of(path, how), loras=(), verify=False)))
         base = opened.source.path
         try:
             check_base(opened, record.get("base", {}), path, progress)

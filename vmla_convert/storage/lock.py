@@ -69,8 +69,9 @@ def _locked(file: Path, out: Path, wait: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        # Removed while the lock is held: see _take.
-        file.unlink(missing_ok=True)
+        # Removed while the lock is held: see _take. A disk that refuses leaves an unlocked file.
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
         held.close()
         for folder in made:
             with suppress(OSError):  # the output is in there now

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +127,11 @@ def publish(out: Path) -> None:
 
 def discard(out: Path) -> None:
     """Remove the partial folder of `out`."""
-    # The identity first: half a folder must not look like one to continue.
-    (partial_folder(out) / IDENTITY_NAME).unlink(missing_ok=True)
-    shutil.rmtree(partial_folder(out), ignore_errors=True)
+    # A disk that refuses has already said so, or says so at the next write.
+    with suppress(OSError):
+        # The identity first: half a folder must not look like one to continue.
+        (partial_folder(out) / IDENTITY_NAME).unlink(missing_ok=True)
+        shutil.rmtree(partial_folder(out), ignore_errors=True)
 
 
 @contextmanager
@@ -163,9 +165,14 @@ def copied_bytes(copies: Mapping[str, Path]) -> int:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file that is there whole or not at all, and stays there after a power cut."""
-    draft = path.with_name(f"{path.name}{_NEW}")
+    draft = draft_of(path)
     draft.write_text(text, "utf-8")
     rename_synced(draft, path)
+
+
+def draft_of(path: Path) -> Path:
+    """The file that `write_whole` writes before it takes the place of `path`."""
+    return path.with_name(f"{path.name}{_NEW}")
 
 
 def rename_synced(draft: Path, path: Path) -> None:

@@ -11,11 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vmla_convert.errors import OutputError
-from vmla_convert.storage.output import IDENTITY_NAME, rename_synced, reported, write_whole
+from vmla_convert.errors import OutputError, first_line
+from vmla_convert.storage.output import (
+    IDENTITY_NAME,
+    draft_of,
+    rename_synced,
+    reported,
+    write_whole,
+)
 from vmla_convert.tables import first_difference, read_json
 
 Tensors = dict[str, Tensor]
@@ -65,7 +72,7 @@ class FolderStore:
     ) -> None:
         self.folder, self._hint = folder, hint
         self._identity, self._file = json.dumps(identity, sort_keys=True), folder / IDENTITY_NAME
-        if folder.exists():
+        if folder.exists() and not self._is_empty():
             self._check_identity()
 
     def put(self, name: str, tensors: Tensors) -> None:
@@ -76,9 +83,10 @@ class FolderStore:
         """
         with reported(self.folder, self._hint):
             file = self.file(name)
-            file.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             if not self._file.is_file():
                 write_whole(self._file, self._identity)
+            file.parent.mkdir(parents=True, exist_ok=True)
             draft = file.with_suffix(".partial")
             save_tensors({key: _own(t) for key, t in tensors.items()}, draft)
             rename_synced(draft, file)
@@ -102,6 +110,12 @@ class FolderStore:
     def file(self, name: str) -> Path:
         """The file of a group."""
         return self.folder / f"{name}.safetensors"
+
+    def _is_empty(self) -> bool:
+        """Whether a process ended between making the folder and naming what the folder holds."""
+        return self.folder.is_dir() and all(
+            path.name == draft_of(self._file).name for path in self.folder.iterdir()
+        )
 
     def _check_identity(self) -> None:
         try:
@@ -128,6 +142,18 @@ def save_tensors(tensors: Tensors, file: Path, metadata: Mapping[str, str] | Non
     save_file(tensors, file, {"format": "pt", **(metadata or {})})
     # safetensors 0.8 makes files that only their owner can read.
     file.chmod(mode)
+
+
+def save_pickle(value: Any, file: Path) -> None:
+    """Write a torch pickle.
+
+    Raises:
+        OSError: The disk refuses, for which torch has no error of its own.
+    """
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:
+        raise OSError(first_line(error)) from error
 
 
 def _own(tensor: Tensor) -> Tensor:

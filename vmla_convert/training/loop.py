@@ -35,6 +35,8 @@ from vmla_convert.config import TrainingConfig
 from vmla_convert.errors import ConfigError, VmlaError
 from vmla_convert.media.clips import ClipSource, seeded
 from vmla_convert.progress import Progress, Silent
+from vmla_convert.storage.output import reported
+from vmla_convert.storage.tensor_store import save_pickle
 from vmla_convert.training.losses import Example, Examples, Levels, Loss, make_example
 from vmla_convert.training.optimisers import Scale, make_optimisers, set_rate, unscaled
 from vmla_convert.training.processes import (
@@ -326,10 +328,13 @@ class _Loop:
             "extra": [part.state_dict() for part in self.extra_state],
         }
         if self.accelerator.is_main_process:
-            self.state_file.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.state_file.with_suffix(".partial")
-            torch.save(state, partial)
-            os.replace(partial, self.state_file)
+            with reported(
+                self.state_file, "make room there, then start again: what is done is kept"
+            ):
+                self.state_file.parent.mkdir(parents=True, exist_ok=True)
+                partial = self.state_file.with_suffix(".partial")
+                save_pickle(state, partial)
+                os.replace(partial, self.state_file)
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> int | None:
