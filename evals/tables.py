@@ -38,12 +38,16 @@ COMMANDS = {
     "prediction": "python -m evals.prediction --out evals/results/prediction.jsonl",
     "host": "python -m evals.host --out evals/results/host.jsonl",
     "quickstart": "vmla run recipes/quickstart.toml -o runs/quickstart",
+    "rollout_digits": "python -m evals.rollout runs/kv --world digits --clips 8 --out "
+    "evals/results/rollout_digits.jsonl",
     "scale_1.3b": "python -m evals.scale 1.3b --out evals/results/scale_1.3b.jsonl",
+    "verify_cost": "python -m evals.verify_cost --out evals/results/verify_cost.jsonl --rounds 3",
     "teacher_16_seeds": "python -m evals.teacher --seeds 16 --out "
     "evals/results/teacher_16_seeds.jsonl",
 }
 """The command that made each file of rows."""
 
+LAST_SEGMENT = 3
 LAYERS = 30
 """Layers of Wan 1.3B."""
 
@@ -212,6 +216,38 @@ def prediction() -> str:
     )
 
 
+def minute() -> str:
+    """The last quarter of a minute, dense and codec, against the dense model's interval."""
+    rows = [r for r in rows_of("rollout_digits") if r.segment == LAST_SEGMENT]
+    dense = {r.metric: r for r in rows if r.run == "dense"}
+    sizes = sorted({size(r) for r in rows if r.run == "codec"}, reverse=True)
+    codec = {(r.metric, size(r)): r for r in rows if r.run == "codec"}
+
+    def cell(metric: Metric, nbytes: float) -> str:
+        own, row = dense[metric], codec[metric, nbytes]
+        assert own.low is not None and own.high is not None
+        inside = own.low <= row.value <= own.high
+        return number(row.value) if inside else f"**{number(row.value)}**"
+
+    return table(
+        ["last quarter of a minute", "dense", "its 95 % interval", *map(_bytes, sizes)],
+        [
+            [
+                f"`{metric}`",
+                number(row.value),
+                f"{number(row.low or 0)} to {number(row.high or 0)}",
+                *(cell(metric, nbytes) for nbytes in sizes),
+            ]
+            for metric, row in dense.items()
+        ],
+        "rollout_digits",
+    )
+
+
+def _bytes(nbytes: float) -> str:
+    return f"codec, {number(nbytes)} bytes"
+
+
 def scale() -> str:
     """Time, memory and disk of a conversion at true sizes."""
     found = {r.metric: r.value for r in rows_of("scale_1.3b") if "," not in r.run}
@@ -224,6 +260,13 @@ def scale() -> str:
         ],
         "scale_1.3b",
     )
+
+
+def verification() -> str:
+    """What comparing checksums adds to a load of a true-size checkpoint."""
+    rows = [r for r in rows_of("verify_cost") if r.metric == Metric.SECONDS_RATIO]
+    cells = [[r.run, r.unit, f"{r.value:.3f}", r.note or ""] for r in rows]
+    return table(["load", "ratio", "median", "machine"], cells, "verify_cost")
 
 
 def host_errors() -> str:
@@ -323,7 +366,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
         lora,
         recovery,
         prediction,
+        minute,
         scale,
+        verification,
         host_errors,
         host_costs,
         teacher,

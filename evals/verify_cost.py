@@ -143,6 +143,8 @@ def timed(checkpoint: Path, dtype: torch.dtype, verify: bool, cold: bool) -> Spe
     with patch.object(integrity, "checksum", checksum):
         load(checkpoint, dtype=dtype, verify=verify)
     spent.wall, spent.processor = perf_counter() - started, process_time() - worked
+    # A checkpoint without checksums would make both kinds of load the same.
+    assert (spent.check > 0) == verify, f"{checkpoint} has no checksums: remove it"
     return spent
 
 

@@ -57,7 +57,10 @@ def show_recovery(rows: Sequence[Row], folder: Path) -> None:
     out.table("Recovery", ["step", "velocity_error"], curve)
     recovered = read_provenance(folder)["recovered"]
     kept: dict[str, int] = recovered["kept_steps"]
-    out.data({"kept steps": kept, "learning rate": recovered["learning_rate"]})
+    shown = {"kept steps": kept, "learning rate": recovered["learning_rate"]}
+    if skipped := {stage: n for stage, n in recovered["skipped_steps"].items() if n}:
+        shown["skipped steps"] = skipped
+    out.data(shown)
     if not any(kept.values()):
         out.say("no stage measured better than its start: the weights are those of the conversion")
     out.path("wrote", folder)

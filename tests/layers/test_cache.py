@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from vmla_convert.config import CachePolicy, CodecConfig, RuntimeConfig, Sizes
 from vmla_convert.layers.attention import Entries
 from vmla_convert.layers.cache import CompressedCache, EntryCache, KVCache, Storage
+from vmla_convert.maths.rope3d import Rotary, rotate_
 
 BATCH, TOKENS = 2, 3
 CPU = torch.device("cpu")
@@ -76,6 +77,11 @@ class Listed(NamedTuple):
 
     def heads(self, heads: slice) -> Entries:
         return tuple(part.unflatten(-1, (2, -1))[:, :, heads] for part in self.entries)
+
+    def write(self, heads: slice, rotary: Rotary, key: Tensor, value: Tensor) -> None:
+        for whole, place in zip(self.heads(heads), (key, value), strict=True):
+            place.copy_(whole)
+        rotate_(key, rotary)
 
 
 class PlainStore:

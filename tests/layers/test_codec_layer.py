@@ -267,13 +267,13 @@ def test_tiles_of_heads_attend_as_all_heads_do(
     past = codec.past(key[:, :3_000], value[:, :3_000])
     attended = AttendedTokens((key[:, 3_000:], value[:, 3_000:]), past)
     own, older, tiles = rotary.at(tokens[3_000:]), rotary.at(tokens[:3_000]), list[int]()
-    decode = LayerCodec.decode_heads
+    write = LayerCodec.write_heads
 
-    def noted(codec: LayerCodec, channels: Tensor, heads: slice) -> Any:
+    def noted(codec: LayerCodec, channels: Tensor, heads: slice, *places: Any) -> None:
         tiles.append(heads.stop - heads.start)
-        return decode(codec, channels, heads)
+        write(codec, channels, heads, *places)
 
-    monkeypatch.setattr(LayerCodec, "decode_heads", noted)
+    monkeypatch.setattr(LayerCodec, "write_heads", noted)
     outputs: list[Tensor] = []
     for tile_mib in (1, 2, 64, None):
         metadata = AttentionMetadata(own, own, older, runtime=RuntimeConfig(tile_mib=tile_mib))
@@ -283,7 +283,7 @@ def test_tiles_of_heads_attend_as_all_heads_do(
     for output in outputs:
         torch.testing.assert_close(output, outputs[0], rtol=0, atol=1e-10)
     # The same as one softmax over keys and values that are decoded beforehand.
-    whole = tuple(part.flatten(2) for part in decode(codec, past.channels, slice(0, HEADS)))
+    whole = tuple(part.flatten(2) for part in past.heads(slice(0, HEADS)))
     joined = tuple(torch.cat(parts, 1) for parts in zip(whole, attended.entries, strict=True))
     expected = dense(x[:, 3_000:], AttendedTokens(joined), AttentionMetadata(own, rotary))
     torch.testing.assert_close(outputs[0], expected, rtol=0, atol=1e-10)

@@ -146,6 +146,7 @@ def test_the_recovered_folder_is_a_converted_one_that_says_how(
     assert was.pop("weights") != now.pop("weights")
     assert now == was | {"recover": to_dict(CONFIG)}
     assert record["kept_steps"].keys() == {"layer by layer", "distilling"}
+    assert record["skipped_steps"] == {"distilling": 0}
     assert record["learning_rate"] == CONFIG.training.lr
     assert record["clips"] == open_clips(CLIPS).record()
     measured = {(row.metric, row.step): row.value for row in rows}

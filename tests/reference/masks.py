@@ -46,8 +46,10 @@ class PairwiseAttend:
         v: Tensor,
         _groups: tuple[QueryGroup, ...] | None = None,
         scale: float | None = None,
+        kernel: str = "auto",
     ) -> Tensor:
         """Gather from (B, S, H, D) for queries (B, L, H, D)."""
+        assert kernel == "auto"
         pairs = self.visible if k.shape[1] == len(self.visible) else self.split
         logits = torch.einsum("bthd,bshd->bhts", q, k) * (scale or q.shape[-1] ** -0.5)
         weights = logits.masked_fill(~pairs, -torch.inf).softmax(-1)

@@ -282,8 +282,8 @@ def scripted(
         return figures[step]
 
     progress = None if cut is None else PowerCut("training", cut)
-    step = train(model, loss, examples(config), config, measure, state, progress, keep_best=True)
-    return model, step, met
+    how = train(model, loss, examples(config), config, measure, state, progress, keep_best=True)
+    return model, how.step, met
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.5])
@@ -351,7 +351,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(place: str, tmp_path: 
         return value * torch.nan if place == "loss" else value + (0 * value).sqrt()
 
     model = tiny_model(MODEL)
-    train(model, loss, examples(config), config, held_out_error, state)
+    how = train(model, loss, examples(config), config, held_out_error, state)
+    assert how.skipped == 1
     assert all(p.isfinite().all() for p in model.parameters())
     assert torch.load(state, weights_only=True)["skipped"] == (1, 0)
     assert len(calls) == config.steps

@@ -85,6 +85,16 @@ ResumeStream = Annotated[
         CLIP,
     ),
 ]
+AttentionBackend = Annotated[
+    str | None,
+    option(
+        "--attention-backend",
+        "NAME",
+        "Attention kernel: auto (the best that is installed), sdpa, cudnn, flash, flash3, flash4, "
+        "or sage (8 bits). Default: auto.",
+        RUNNING,
+    ),
+]
 Processes = Annotated[
     int | None,
     option(
@@ -124,6 +134,7 @@ def generate(
     resume_stream: ResumeStream = None,
     fit: FitIn = None,
     processes: Processes = None,
+    attention_backend: AttentionBackend = None,
     dry_run: DryRun = False,
     json: Json = False,
     bytes_per_token: BytesPerToken = None,
@@ -160,6 +171,7 @@ def generate(
         "runtime.size.bytes_per_token": bytes_per_token,
         "runtime.size.cut": cut,
         "runtime.cache_dtype": cache_dtype,
+        "runtime.attention_backend": attention_backend,
         "source.checkpoint": checkpoint,
         "source.file": file,
         "source.model": model,

@@ -55,6 +55,9 @@ class RuntimeConfig:
         backend: How MLA layers attend. `materialised` rebuilds keys and values of all heads;
             `absorbed` moves the queries into the latent space; `auto` counts operations, and times
             both once where the counts are near.
+        attention_backend: Kernel of dense and rebuilt keys and values. `auto` takes the best that
+            is installed, but never `sage`, which rounds to 8 bits. `sdpa` is torch's own choice.
+            Kernels that do not take a GPU or a dtype give way to it.
         tile_mib: Largest MiB of rebuilt keys and values at a time. None for 64 on a CPU and 1024
             on a GPU.
         offload: Keep the cache in (pinned) host memory; each layer fetches what it attends to.
@@ -65,6 +68,9 @@ class RuntimeConfig:
     size: Sizes | None = None
     cache_dtype: Literal["auto", "model", "int8", "int4", "int3", "int2"] = "auto"
     backend: Literal["auto", "materialised", "absorbed"] = "auto"
+    attention_backend: Literal["auto", "sdpa", "cudnn", "flash", "flash3", "flash4", "sage"] = (
+        "auto"
+    )
     tile_mib: int | None = None
     offload: bool = False
     dtype: Literal["float32", "bfloat16"] | None = None

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmla_convert.config import Geometry, RuntimeConfig
+from vmla_convert.kernels.rotary import rotate_, rotated
 from vmla_convert.layers.parallel import ALONE, OneProcess
-from vmla_convert.layers.sdpa import attend, attend_partly, merge
+from vmla_convert.layers.sdpa import attend
 from vmla_convert.maths.masks import QueryGroup
-from vmla_convert.maths.rope3d import Rotary, rotate, rotate_
+from vmla_convert.maths.rope3d import Rotary
 
 # MiB of keys and values that are rebuilt at a time: few enough for the L3 cache of a CPU, enough
 # to keep a GPU busy.
@@ -40,6 +41,10 @@ class Past(Protocol):
 
     def heads(self, heads: slice) -> Entries:
         """Unrotated keys and values of some heads, both (B, S, heads, D)."""
+        ...
+
+    def write(self, heads: slice, rotary: Rotary, key: Tensor, value: Tensor) -> None:
+        """Write rotated keys and values of some heads into tensors of that shape."""
         ...
 
 
@@ -117,11 +122,16 @@ class DenseSelfAttention(_Attention):
         parallel, width = metadata.parallel, x.shape[-1] // self.num_heads
         q = parallel.to_heads(self.norm_q(self.q(x))).unflatten(-1, (-1, width))
         key, value = (entry.unflatten(-1, (-1, width)) for entry in attended.entries)
-        q, key = rotate(q, metadata.query_positions), rotate(key, metadata.key_positions)
-        if attended.past is None or not attended.past.tokens:
-            output = attend(q, key, value, metadata.groups)
+        q, past = rotated(q, metadata.query_positions), attended.past
+        kernel = metadata.runtime.attention_backend
+        if past is None or not past.tokens:
+            key = rotated(key, metadata.key_positions)
+            output = attend(q, key, value, metadata.groups, kernel=kernel)
+        elif metadata.groups is None and not torch.is_grad_enabled():
+            key, value = joined(key, value, past, metadata)
+            output = attend(q, key, value, kernel=kernel)
         else:
-            output = attend_with_past(q, key, value, attended.past, metadata)
+            output = attend_in_tiles(q, key, value, past, metadata)
         return self.o(parallel.to_tokens(output.flatten(2)))
 
 
@@ -150,35 +160,53 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.unflatten(-1, (num_heads, -1))
 
 
-def attend_with_past(
+def joined(
+    key: Tensor, value: Tensor, past: Past, metadata: AttentionMetadata
+) -> tuple[Tensor, Tensor]:
+    """Rotated keys and values of past and own tokens, both (B, S + E, H, D), without gradients.
+
+    The past is decoded into its place, some heads at a time, so that one fused kernel can attend to
+    all tokens and nothing is copied.
+
+    Args:
+        key: Own unrotated keys (B, E, H, D).
+        value: Own values (B, E, H, D).
+        past: Compressed past of S tokens.
+        metadata: Positions; `runtime.tile_mib` bounds what is decoded at a time.
+    """
+    assert metadata.past_positions is not None
+    batch, _, num_heads, width = key.shape
+    shape = (batch, past.tokens + key.shape[1], num_heads, width)
+    keys, values = (value.new_empty(shape) for _ in range(2))
+    own = slice(past.tokens, None)
+    keys[:, own], values[:, own] = key, value
+    rotate_(keys[:, own], metadata.key_positions)
+    for heads in head_tiles(key, past.tokens, 2 * width, metadata.runtime.tile_mib):
+        parts = (whole[:, : past.tokens, heads] for whole in (keys, values))
+        past.write(heads, metadata.past_positions, *parts)
+    return keys, values
+
+
+def attend_in_tiles(
     q: Tensor, key: Tensor, value: Tensor, past: Past, metadata: AttentionMetadata
 ) -> Tensor:
-    """Attend to a compressed past, rebuilt in tiles of heads, and to own tokens: (B, T, H, D).
-
-    At inference the own tokens are attended to once, and the output of each tile is merged with
-    theirs. Under gradients or a mask each tile is one softmax over past and own tokens.
+    """Attend to a compressed past and to own tokens, (B, T, H, D), with gradients or a mask.
 
     Args:
         q: Rotated queries (B, T, H, D).
-        key: Rotated own keys (B, E, H, D).
+        key: Own unrotated keys (B, E, H, D).
         value: Own values (B, E, H, D).
-        past: Compressed past of S tokens.
+        past: Compressed past of S tokens, rebuilt in tiles of heads.
         metadata: Positions and mask; `runtime.tile_mib` bounds a tile.
     """
     assert metadata.past_positions is not None
-    scale, separate = q.shape[-1] ** -0.5, metadata.groups is None and not torch.is_grad_enabled()
-    own = attend_partly(q, key, value, scale) if separate else None
-    outputs: list[Tensor] = []
+    key, outputs = rotated(key, metadata.key_positions), list[Tensor]()
     for heads in head_tiles(q, past.tokens, 2 * q.shape[-1], metadata.runtime.tile_mib):
         past_key, past_value = past.heads(heads)
-        past_key, part = rotate_(past_key, metadata.past_positions), q[:, :, heads]
-        if own is not None:
-            tile = attend_partly(part, past_key, past_value, scale)
-            outputs.append(merge(tile, own.of_heads(heads)))
-        else:
-            k = torch.cat([past_key, key[:, :, heads]], 1)
-            v = torch.cat([past_value, value[:, :, heads]], 1)
-            outputs.append(attend(part, k, v, metadata.groups))
+        past_key = rotate_(past_key, metadata.past_positions)
+        k = torch.cat([past_key, key[:, :, heads]], 1)
+        v = torch.cat([past_value, value[:, :, heads]], 1)
+        outputs.append(attend(q[:, :, heads], k, v, metadata.groups))
     return torch.cat(outputs, 2)
 
 

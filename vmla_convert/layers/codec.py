@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vmla_convert.kernels import rotary as kernels
 from vmla_convert.layers.attention import Entries, in_float32
 from vmla_convert.maths.quantise import (
     TABLE_SIZE,
@@ -25,6 +26,7 @@ from vmla_convert.maths.quantise import (
     unpack,
 )
 from vmla_convert.maths.rates import Purchases, Rate, purchases
+from vmla_convert.maths.rope3d import Rotary
 
 
 class LayerCodec(nn.Module):
@@ -116,6 +118,18 @@ class LayerCodec(nn.Module):
 
         return part(slice(start, stop)), part(slice(self.dim + start, self.dim + stop))
 
+    def write_heads(
+        self, channels: Tensor, heads: slice, rotary: Rotary, key: Tensor, value: Tensor
+    ) -> None:
+        """Write rotated keys and values of some heads, both (B, S, heads, D), without gradients."""
+        keys = slice(heads.start * self.head_dim, heads.stop * self.head_dim)
+        values = slice(self.dim + keys.start, self.dim + keys.stop)
+        # The dtype of the cache under autocast, which does not reach operations with an `out`.
+        weight = self.decode[:, : channels.shape[-1]].to(key.dtype)
+        mean, channels = self.mean.to(key.dtype), channels.to(key.dtype)
+        kernels.decode_rotated(channels, weight[keys], mean[keys], rotary, key)
+        kernels.decode(channels, weight[values], mean[values], value)
+
 
 class ChannelPast(NamedTuple):
     """Past tokens as channels (B, S, r), which attention decodes some heads at a time."""
@@ -131,3 +145,7 @@ class ChannelPast(NamedTuple):
     def heads(self, heads: slice) -> Entries:
         """Unrotated keys and values of some heads, both (B, S, heads, D)."""
         return self.codec.decode_heads(self.channels, heads)
+
+    def write(self, heads: slice, rotary: Rotary, key: Tensor, value: Tensor) -> None:
+        """Write rotated keys and values of some heads into tensors of that shape."""
+        self.codec.write_heads(self.channels, heads, rotary, key, value)

@@ -102,9 +102,11 @@ def streaming_activations(
         # Input, norm, query, key and value of the chunk; then all keys rotate.
         attending = 5 * stream + rotating * window * geometry.dim
     else:
-        # Also the rotated key, the chunk's own attention, a tile's output and the merged output.
+        # Input, norm, query, rotated query, key and value; MLA also a tile's and the whole output.
         tile = _tile_bytes(config, runtime, itemsize, window, chunk, on_gpu)
-        attending = 9 * stream + tile
+        attending = 6 * stream + tile
+        # Keys and values of past and chunk, which MLA has in tiles only.
+        attending += 3 * stream if config.mla else 2 * itemsize * window * geometry.dim
     # Four tensors of the residual stream, and two hidden ones.
     feed_forward = 4 * stream + 2 * itemsize * chunk * geometry.ffn_dim
     return max(attending, feed_forward) + tables
@@ -134,7 +136,7 @@ def _tile_bytes(
         source = max(config.mla.kv_lora_rank)
     else:
         # 16-bit keys rotate as a float32 copy, a product and a narrow result; others in place.
-        per_head = width * (2 * itemsize + (2 * FLOAT32 + itemsize if narrow else 0))
+        per_head = width * (2 * FLOAT32 + itemsize if narrow else 0)
         tiled, source = 2 * width, config.codec.rank if config.codec else 0
     most = (runtime.tile_mib or TILE_MIB["cuda" if on_gpu else "cpu"]) * 2**20
     heads = most // max(1, tokens * tiled * (itemsize + FLOAT32 if narrow else itemsize))

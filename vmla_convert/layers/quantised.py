@@ -15,9 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vmla_convert.kernels.rotary import rotate_
 from vmla_convert.layers.attention import Entries, split_heads
 from vmla_convert.layers.cache import FrameBuffer, Storage, read_all, write_all
 from vmla_convert.maths.quantise import code_bytes, pack, unpack
+from vmla_convert.maths.rope3d import Rotary
 
 LEAST_STEP = 2.0**-24  # the smallest float16 above 0 replaces a step of 0
 
@@ -119,6 +121,12 @@ class RebuiltPast(NamedTuple):
     def heads(self, heads: slice) -> Entries:
         """Unrotated keys and values of some heads, both (B, S, heads, D)."""
         return tuple(split_heads(part, self.num_heads)[:, :, heads] for part in self.entries)
+
+    def write(self, heads: slice, rotary: Rotary, key: Tensor, value: Tensor) -> None:
+        """Write rotated keys and values of some heads into tensors of that shape."""
+        for whole, place in zip(self.heads(heads), (key, value), strict=True):
+            place.copy_(whole)
+        rotate_(key, rotary)
 
 
 def fit_grid(x: Tensor, dim: int, bits: int) -> Grid:

@@ -13,6 +13,7 @@ from vmla_convert.config import (
     Sizes,
 )
 from vmla_convert.errors import ConfigError
+from vmla_convert.kernels.attention import PACKAGES, is_installed
 from vmla_convert.layers.block import Block
 from vmla_convert.layers.cache import CodecStore, CompressedCache, EntryCache, LayerCache, Storage
 from vmla_convert.layers.codec import LayerCodec
@@ -71,12 +72,19 @@ def check_runtime(config: ModelConfig, runtime: RuntimeConfig) -> None:
 
     Raises:
         ConfigError: The runtime wants an absorbed backend without MLA layers, a size without a
-            codec, or a quantised dense cache for a converted model.
+            codec, an attention kernel that is not installed, or a quantised dense cache for a
+            converted model.
     """
     if runtime.backend == "absorbed" and config.mla is None:
         raise ConfigError(
             "backend 'absorbed' needs MLA layers, and this model has none",
             "leave runtime.backend out, or convert with --preset videomla",
+        )
+    if not is_installed(runtime.attention_backend):
+        module = PACKAGES[runtime.attention_backend].module
+        raise ConfigError(
+            f"attention backend {runtime.attention_backend} needs the package {module}",
+            "install the package, or leave --attention-backend out",
         )
     if runtime.size is not None and config.codec is None:
         raise ConfigError(

@@ -174,7 +174,7 @@ class _Run:
         if config.layerwise_steps and (config.offload or config.shard):
             student = self._fitted()
             if config.offload and not later_steps(config):
-                recovered = Recovered({LAYERWISE: config.layerwise_steps}, None)
+                recovered = Recovered({LAYERWISE: config.layerwise_steps}, {}, None)
                 return cache_rows(student.config), student, recovered
             # The state folder holds the fitted layers; the errors before the fit are still needed.
             del student
@@ -288,6 +288,7 @@ class _Run:
             "recover": to_dict(self.asked),
             "recovered": {
                 "kept_steps": recovered.best_steps,
+                "skipped_steps": recovered.skipped_steps,
                 "learning_rate": recovered.learning_rate,
                 "clips": open_clips(self.config.data).record(),
                 **_recorded_errors(rows, self.evaluation),

@@ -51,9 +51,16 @@ class Folders(NamedTuple):
 
 
 class Recovered(NamedTuple):
-    """Step of each stage's best weights, 0 for a stage that did not help, and the learning rate."""
+    """How a recovery went.
+
+    Attributes:
+        best_steps: Step of each stage's best weights, 0 for a stage that did not help.
+        skipped_steps: Steps of each stage that were not finite and were skipped.
+        learning_rate: Peak learning rate of the later stages; None without them.
+    """
 
     best_steps: dict[str, int]
+    skipped_steps: dict[str, int]
     learning_rate: float | None
 
 
@@ -118,6 +125,7 @@ class _Recovery:
         self.new = new_names(student)
         self.steps_done = 0
         self.best_steps: dict[str, int] = {}
+        self.skipped_steps: dict[str, int] = {}
 
     def run(self) -> Recovered:
         """Run all stages."""
@@ -147,7 +155,7 @@ class _Recovery:
         if training.gradient_checkpointing:
             self.student.keep_activations()
         self.student.requires_grad_(False)
-        return Recovered(self.best_steps, rate)
+        return Recovered(self.best_steps, self.skipped_steps, rate)
 
     def _layerwise(self) -> None:
         """Measure the start and fit the layers; undo the fit if the whole model got worse."""
@@ -192,7 +200,7 @@ class _Recovery:
                 return errors.velocity_error
             return self.sizes.mean_error(lambda: self.held_out.measure(model).velocity_error)
 
-        best_step = train(
+        trained = train(
             self.student,
             loss,
             self.sizes.examples(examples),
@@ -207,9 +215,10 @@ class _Recovery:
             extra_state=extra_state,
         )
         self.sizes.restore()
-        self.steps_done, self.best_steps[stage] = offset + steps, best_step
+        self.steps_done, self.best_steps[stage] = offset + steps, trained.step
+        self.skipped_steps[stage] = trained.skipped
         # A resumed run has not measured a best step from before the interruption.
-        best = measured.get(best_step) or self.held_out.measure(self.student)
+        best = measured.get(trained.step) or self.held_out.measure(self.student)
         self._report(offset + steps, best)
 
     def _learning_rate(self) -> float:

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -63,6 +63,13 @@ OnEvaluate = Callable[[nn.Module, int], float]
 """Measures a model after some steps; returns the figure to show and to compare weights by."""
 
 
+class Trained(NamedTuple):
+    """The step of a model's weights, and the number of steps that were not finite."""
+
+    step: int
+    skipped: int
+
+
 def train(
     model: nn.Module,
     loss: Loss,
@@ -76,7 +83,7 @@ def train(
     lr_scale: Scale = unscaled,
     logs: Path | None = None,
     extra_state: Sequence[Stateful] = (),
-) -> int:
+) -> Trained:
     """Train the parameters of a model that require gradients, in place.
 
     Args:
@@ -96,7 +103,7 @@ def train(
         extra_state: Further state of the run, such as a critic; equal on all processes.
 
     Returns:
-        The step of the weights that the model has now.
+        The step of the weights that the model has now, and how many steps were skipped.
 
     Raises:
         ConfigError: The batch cannot be divided, or no learning rate is given.
@@ -188,7 +195,7 @@ class _Loop:
 
     def run(
         self, examples: Examples, on_evaluate: OnEvaluate, progress: Progress, label: str
-    ) -> int:
+    ) -> Trained:
         """Do all steps that are left; return the step of the final weights."""
         config, done = self.config, self._resume()
         if done is None:
@@ -212,7 +219,7 @@ class _Loop:
                 break
         set_weights(self.model, self.average.weights)
         set_weights(self.model, self.best.weights)
-        return self.best.step if self.best.keep else done
+        return Trained(self.best.step if self.best.keep else done, self.skipped)
 
     def release(self) -> None:
         """Close trackers and free gradients."""

@@ -1,0 +1,1 @@
+"""Triton kernels of the streamed attention, each with an eager twin of plain torch operations."""
