@@ -1,21 +1,39 @@
-"""The table of memory by device: what stages of the released models' recipes need, by formula."""
+"""Tables of memory by device, by formula: what stages of recipes need, and what streams fit."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import replace
+
 from vmla_convert.checkpoint.known import known_by_repo, known_model
 from vmla_convert.checkpoint.settings import DEFAULTS
-from vmla_convert.config import ModelConfig
-from vmla_convert.doctor.stages import RELEASED, STAGES, Need, Room, Stage, with_savings
+from vmla_convert.config import ConvertConfig, ModelConfig, RuntimeConfig, Sizes
+from vmla_convert.doctor.stages import (
+    GPU_HEADROOM,
+    RELEASED,
+    STAGES,
+    Need,
+    Room,
+    Stage,
+    with_savings,
+)
+from vmla_convert.fitting.codec import plan_codec
+from vmla_convert.layers.memory import streaming_memory
 from vmla_convert.recipe.read import available_recipes, read_recipe
 from vmla_convert.tables import from_dict, merged, to_dict
 
-CARDS = (24, 48, 80)
+CARDS = (24, 48, 80, 141)
 """Memory of one GPU, in GB."""
 
 # Host memory and disk are shown, and not a reason to save.
 UNBOUNDED = 10**15
 # GPUs of the recipe that shards.
 SHARDS = 8
+CUTS = (0.95, 0.975, 0.985)
+"""Sizes of the codec in the table of streams, as shares of the dense cache to save."""
+
+LATENTS_A_SECOND = 4
 
 
 def memory_by_device() -> str:
@@ -31,6 +49,53 @@ def memory_by_device() -> str:
             lines.append([names, *stage_cells(recipes[0], model, stage, processes)])
             names = ""
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def streams_per_card() -> str:
+    """Streams of a full window that fit beside each other, and seconds of video in one cache."""
+    header = ["model", "cache", "bytes a token and layer", "cache of a window"]
+    lines = [[*header, *(f"on {card} GB" for card in CARDS)]]
+    lines.append(["---", "---", *["---:"] * (len(CARDS) + 2)])
+    for name in ("Wan 1.3B 480p", "Wan 14B 480p"):
+        dense, shown = RELEASED[name], name
+        codec = plan_codec(dense, ConvertConfig())
+        for model, cut in ((dense, None), *((codec, cut) for cut in CUTS)):
+            runtime = RuntimeConfig(size=None if cut is None else Sizes(cut=cut))
+            token = Sizes(cut=cut or 0.0).token_bytes(dense.geometry)
+            held = model.cache_bytes(model.cache.window_frames, 1, runtime)
+            cells = [
+                shown,
+                "dense" if cut is None else f"codec, {100 * cut:g} % less",
+                f"{token:.0f}",
+                f"{held / 1e9:.2f} GB",
+            ]
+            lines.append([*cells, *(fitting(model, runtime, card * 10**9) for card in CARDS)])
+            shown = ""
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def fitting(model: ModelConfig, runtime: RuntimeConfig, card: int) -> str:
+    """A cell: how many streams fit on a card, and how many seconds of video in one cache."""
+    room = card - GPU_HEADROOM
+
+    def fits(streams: int, frames: int) -> bool:
+        longer = replace(model, cache=replace(model.cache, window_frames=frames))
+        return streaming_memory(longer, runtime, 2, streams).device <= room
+
+    window, chunk = model.cache.window_frames, model.chunk_frames
+    streams = most(lambda count: fits(count, window))
+    seconds = chunk * most(lambda chunks: fits(1, chunk * chunks)) / LATENTS_A_SECOND
+    return f"{streams}, {seconds:.0f} s" if streams else "none"
+
+
+def most(fits: Callable[[int], bool]) -> int:
+    """Largest number that fits, where all smaller ones do; 0 where 1 does not."""
+    if not fits(1):
+        return 0
+    above = 2
+    while fits(above):
+        above *= 2
+    return bisect_left(range(above // 2, above), True, key=lambda n: not fits(n)) + above // 2 - 1
 
 
 def shared_models() -> dict[tuple[str, ...], ModelConfig]:

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from evals.memory import memory_by_device
+from evals.memory import memory_by_device, streams_per_card
 from vmla_convert.results import Metric, Row, read_rows
 
 ROOT = Path(__file__).parents[1]
@@ -373,6 +373,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         host_costs,
         teacher,
         memory_by_device,
+        streams_per_card,
     )
 }
 

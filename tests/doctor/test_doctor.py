@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections import namedtuple
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
-from checkpoints import Vmla
+from checkpoints import Vmla, refused
 
-from vmla_convert.doctor import machine
+from evals.memory import shared_models
+from vmla_convert.config import ModelConfig, Recipe
+from vmla_convert.doctor import machine, stages
 from vmla_convert.doctor.machine import EXTRAS, Device, Machine, examine, free_bytes, hub_login
 from vmla_convert.doctor.stages import (
     RELEASED,
     SAVINGS,
     STAGES,
     Room,
+    Stage,
+    first_fit,
     needs,
     room_of,
+    stage_memory,
     with_savings,
 )
 from vmla_convert.layers.memory import Memory
@@ -121,9 +128,13 @@ def test_more_memory_never_needs_more_savings() -> None:
             found = [with_savings(name, RELEASED[name], stage, room, "krea_14b") for room in rooms]
             fits = [each.fits for each in found]
             assert fits == sorted(fits), (name, stage)
-            tried = ((), *SAVINGS[stage])
-            used = [tried.index(each.changes) for each in found if each.fits]
-            assert used == sorted(used, reverse=True), (name, stage)
+            strongest = [_strength(stage, each.changes) for each in found if each.fits]
+            assert strongest == sorted(strongest, reverse=True), (name, stage)
+
+
+def _strength(stage: Stage, changes: Sequence[str]) -> int:
+    """How strong the strongest of some savings is."""
+    return max((1 + SAVINGS[stage].index(change) for change in changes), default=0)
 
 
 def test_a_24_gb_gpu_generates_with_a_codec_and_a_14b_model_does_not_fit() -> None:
@@ -135,12 +146,81 @@ def test_a_24_gb_gpu_generates_with_a_codec_and_a_14b_model_does_not_fit() -> No
     assert not large["generate"].fits and not large["recover"].fits
 
 
-def test_each_saving_is_a_setting_that_lowers_the_peak() -> None:
+def test_each_saving_is_a_setting_of_recipes() -> None:
     for stage, savings in SAVINGS.items():
-        for changes in savings:
-            read_recipe("self_forcing_1_3b", changes)
+        read_recipe("self_forcing_1_3b", savings)
         small = with_savings(LARGE, RELEASED[LARGE], stage, Room(1, 1), "krea_14b")
         assert not small.fits and not small.changes
+
+
+def test_no_saving_is_used_that_a_stage_fits_without() -> None:
+    model, room = RELEASED["Wan 1.3B 720p"], Room(24 * GB, 64 * GB)
+
+    def read(changes: Sequence[str]) -> Recipe:
+        return read_recipe("self_forcing_1_3b", changes)
+
+    found = first_fit(model, read, "recover", room)
+    assert found.fits and found.changes
+    for change in found.changes:
+        fewer = [each for each in found.changes if each != change]
+        memory, disk = stage_memory(model, read(fewer), "recover", room)
+        assert not room.fits(memory, disk), change
+    # A key that the user set stays.
+    fixed = {change.partition("=")[0] for change in found.changes}
+    assert not fixed & {c.partition("=")[0] for c in first_fit(
+        model, read, "recover", room, fixed
+    ).changes}  # fmt: skip
+
+
+HEAD = re.compile(
+    r"# Fits (one|eight) (\d+) GB GPUs? by formula, with (\d+) GB of host memory and (\d+) GB"
+)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model"),
+    [(name, model) for names, model in shared_models().items() for name in names],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_recipe_fits_where_its_head_says(recipe: str, model: ModelConfig) -> None:
+    text = (Path(__file__).parents[2] / "recipes" / f"{recipe}.toml").read_text()
+    found = HEAD.search(text)
+    assert found is not None
+    processes = {"one": 1, "eight": 8}[found[1]]
+    device, host, disk = (int(number) * GB for number in found.groups()[1:])
+    room = Room(device, host, disk, processes)
+    for stage in STAGES:
+        need = with_savings(recipe, model, stage, room, recipe)
+        assert need.fits and not need.changes, stage
+    # Of the next smaller memory one stage is too large.
+    less = Room(device * 2 // 3, host, disk, processes)
+    if recipe != "longlive_1_3b" and processes == 1:
+        assert any(with_savings(recipe, model, s, less, recipe).changes for s in STAGES)
+
+
+def test_fit_chooses_settings_for_a_size_of_memory(vmla: Vmla, tmp_path: Path) -> None:
+    film = ("--prompt", "7", "--frames", 2)
+    ran = vmla("generate", "demo", *film, "-o", tmp_path / "a.mp4", "--fit", "24GB")
+    assert ran.code == 0 and "fits in 24.0 GB" in ran.err
+    ran = vmla("generate", "demo", *film, "-o", tmp_path / "b.mp4", "--fit", "1MB")
+    assert refused(ran) and not (tmp_path / "b.mp4").exists()
+    ran = vmla("generate", "demo", *film, "-o", tmp_path / "b.mp4", "--fit", "much")
+    assert refused(ran) and "much" in ran.err
+    # Less than the demo model takes to be calibrated.
+    ran = vmla("convert", "demo", "-o", tmp_path / "kv", "--fit", "10MB")
+    assert ran.code == 0, ran.err
+    assert "convert.calibrate=false" in ran.err
+    ran = vmla("recover", tmp_path / "kv", "-o", tmp_path / "more", "--fit", "1MB")
+    assert refused(ran) and not (tmp_path / "more").exists()
+
+
+def test_a_command_says_which_settings_would_fit(
+    vmla: Vmla, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "own_room", lambda *_: Room(None, 10**7))
+    ran = vmla("convert", "demo", "-o", tmp_path / "kv", "--set", "convert.calibration_clips=1")
+    assert ran.code == 0, ran.err
+    assert "this fits: --set convert.calibrate=false" in " ".join(ran.err.split())
 
 
 def test_doctor_tells_about_a_checkpoint_as_one_json_document(vmla: Vmla, tmp_path: Path) -> None:
@@ -163,7 +243,7 @@ def test_doctor_shows_the_machine_even_if_the_checkpoint_cannot_be_read(
 
 
 def test_a_gpu_is_what_stages_must_fit_in(vmla: Vmla, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_devices", lambda: (Device("Card", 24 * GB),))
+    monkeypatch.setattr(machine, "found_devices", lambda: (Device("Card", 24 * GB),))
     ran = vmla("doctor")
     assert ran.code == 0
     assert "Card, 24.0 GB" in ran.out

@@ -291,6 +291,51 @@ def test_a_store_is_reused_and_a_folder_gives_what_memory_gives(
     assert not equal(results[0], other)
 
 
+@pytest.mark.parametrize("product", ["codec", "mla"])
+def test_clips_in_groups_give_the_same_sums_and_fewer_files(
+    product: Product, dense: CausalWanModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five clips in batches of two: one group of three batches, or a group for each."""
+    monkeypatch.setattr(clip_checks, "CLIPS_AT_ONCE", 2)
+    results: list[list[LayerStatistics]] = []
+    most: list[int] = []
+    for limit in (10**9, 1):
+        monkeypatch.setattr(pipeline, "GROUP_BYTES", limit)
+        store = Watched()
+        blocks = model_blocks(dense)
+        results.append(
+            every(calibrate(dense, blocks, open_clips(CLIPS), 5, SEED, None, store, product))
+        )
+        latents = open_clips(CLIPS).batch(0, 1).latents
+        formula = pipeline.store_bytes(MODEL.geometry, latents, 5, product)
+        assert 0.5 * formula < store.most <= formula
+        most.append(store.most)
+    assert equal(*results)
+    # Statistics are most of a model this narrow.
+    assert most[1] < 0.8 * most[0]
+
+
+class Watched(MemoryStore):
+    """A store that knows the most bytes it held."""
+
+    most = 0
+
+    def put(self, name: str, tensors: dict[str, Tensor]) -> None:
+        super().put(name, tensors)
+        held = sum(t.nbytes for group in self._groups.values() for t in group.values())
+        self.most = max(self.most, held)
+
+
+def test_mixed_precision_measures_nearly_the_same(dense: CausalWanModel) -> None:
+    exact, narrow = (
+        every(calibrate(dense, model_blocks(dense), open_clips(CLIPS), 2, mixed_precision=mixed))
+        for mixed in ("no", "bf16")
+    )
+    # The inputs of the first layer have passed no block.
+    square, near = (each[-1].past[1].inputs_square for each in (exact, narrow))
+    assert 0 < (square - near).norm() < 0.02 * square.norm()
+
+
 def test_phases_are_expected_in_the_window_that_the_model_runs_with() -> None:
     longer = replace(MODEL, cache=replace(MODEL.cache, window_frames=12))
     few, many = deployed_phases(MODEL), deployed_phases(longer)

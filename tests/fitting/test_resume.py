@@ -198,8 +198,10 @@ def test_killed_around_a_file_of_the_calibration_it_redoes_one_block_at_most(
 
 def test_calibration_keeps_only_the_files_of_blocks_to_come(deep: Path, tmp_path: Path) -> None:
     stopped(deep, tmp_path / "out", SOME, "weighing errors", 2)
-    groups = {path.stem for path in (tmp_path / "out.calibration").glob("*.safetensors")}
-    assert groups == {"input-0", "input-1", "gradient-1", "statistics-1", "statistics-2"}
+    store = tmp_path / "out.calibration"
+    files = (path.relative_to(store) for path in store.rglob("*.safetensors"))
+    groups = {str(file.with_suffix("")) for file in files}
+    assert groups == {"input-0/0000", "gradient-1/0000", "statistics-1-0", "statistics-2-0"}
 
 
 def test_before_anything_is_written_it_goes_on_unasked(

@@ -10,9 +10,8 @@ import torch
 from peak_bytes import counted_bytes
 
 from vmla_convert.config import CachePolicy, Geometry, ModelConfig, SamplerConfig
-from vmla_convert.maths.tiles import Tile, cover
 from vmla_convert.media.memory import decoding_memory, text_encoder_memory, vae_kept_bytes
-from vmla_convert.media.wan import TILE_OVERLAP, TILE_PIXELS, _decode_frame
+from vmla_convert.media.wan import _decode_frame
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -41,29 +40,21 @@ def test_the_text_encoder_is_umt5_xxl() -> None:
     assert weights < memory.device < 1.05 * weights
 
 
-@pytest.mark.parametrize("tiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_decoding_takes_the_memory_of_the_formula(tiled: bool, dtype: torch.dtype) -> None:
+def test_decoding_takes_the_memory_of_the_formula(dtype: torch.dtype) -> None:
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     size = (60, 104)
     with torch.device("meta"):
         vae = AutoencoderKLWan()
-    whole = [Tile((0, size[0]), (0, size[1]))]
-    tiles = cover(size, TILE_PIXELS // 8, TILE_OVERLAP // 8) if tiled else whole
     with torch.no_grad(), counted_bytes() as counted:
         fake = {name: torch.zeros(t.shape, dtype=dtype) for name, t in vae.state_dict().items()}
         vae.load_state_dict(fake, assign=True)
         del fake
-        features: list[dict[int, Any]] = [defaultdict(lambda: None) for _ in tiles]
-        latents, parts = torch.zeros(1, 16, 1, *size, dtype=dtype), list[torch.Tensor]()
+        features: dict[int, Any] = defaultdict(lambda: None)
+        latents = torch.zeros(1, 16, 1, *size, dtype=dtype)
         for _ in range(3):
-            parts = [
-                _decode_frame(vae, tile.cut(latents), kept)
-                for tile, kept in zip(tiles, features, strict=True)
-            ]
-        del parts, latents
-    assert decoding_memory(size, dtype.itemsize, tiled).device == pytest.approx(
-        counted.peak, rel=0.1
-    )
-    assert vae_kept_bytes(size, dtype.itemsize, tiled) == pytest.approx(counted.live, rel=0.1)
+            _decode_frame(vae, latents, features)
+        del latents
+    assert decoding_memory(size, dtype.itemsize).device == pytest.approx(counted.peak, rel=0.1)
+    assert vae_kept_bytes(size, dtype.itemsize) == pytest.approx(counted.live, rel=0.1)

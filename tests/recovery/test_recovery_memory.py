@@ -59,10 +59,12 @@ def test_shards_divide_the_weights_and_not_the_activations() -> None:
         for processes in (1, 8)
     )
     student, dense = parameter_count(config), parameter_count(replace(config, codec=None))
-    # Gradient, two moments, best and first values and an average of each number of the codec.
-    numbers = student + dense + 6 * (student - dense)
-    assert one.device - eight.device == pytest.approx(4 * numbers * 7 / 8, rel=0.01)
-    assert eight.staging == 4 * parameter_count(config)
+    # Frozen numbers take two bytes. A number of the codec has a gradient, two moments, best and
+    # first values and an average.
+    nbytes = 2 * 2 * dense + 4 * 7 * (student - dense)
+    assert one.device - eight.device == pytest.approx(nbytes * 7 / 8, rel=0.02)
+    # No process reads more than one tensor at a time.
+    assert eight.staging < 3e8
 
 
 def test_an_mla_student_needs_its_dense_model_too_and_reads_it_block_by_block_offloaded() -> None:
@@ -73,13 +75,35 @@ def test_an_mla_student_needs_its_dense_model_too_and_reads_it_block_by_block_of
     whole = recovery_memory(config, layerwise, CLIP)
     offloaded = recovery_memory(config, replace(layerwise, offload=True), CLIP)
     dense = parameter_count(replace(codec, codec=None))
-    assert dense * 3 < whole.device - offloaded.device < dense * 4
+    # Two models in 16 bits, but for two blocks in 32.
+    assert 3.5 * dense < whole.device - offloaded.device < 4 * dense
     distilled = recovery_memory(config, RECOVER, CLIP).device
-    assert distilled > recovery_memory(codec, RECOVER, CLIP).device + 2 * dense
+    assert distilled > recovery_memory(codec, RECOVER, CLIP).device + dense
 
 
-def test_released_sizes_peak_where_an_independent_trace_did() -> None:
-    # Traces of fake tensors on a pretend GPU, which the formulas were not fitted to: distilling 14B
-    # in eight shards took 95 GB a rank.
-    sharded = recovery_memory(with_codec("14b"), replace(RECOVER, shard=True), CLIP, 8)
-    assert sharded.device == pytest.approx(95 * GB, rel=0.05)
+def test_inputs_of_blocks_move_to_the_host() -> None:
+    config = with_codec("1.3b")
+    here, there = (
+        recovery_memory(config, replace(RECOVER, training=replace(TRAINING, **more)), CLIP)
+        for more in ({}, {"offload_activations": True})
+    )
+    # 28 of 30 inputs: one is computed with, and one is on its way.
+    assert here.device - there.device == pytest.approx(there.host * 28 / 30, rel=0.02)
+    assert here.host == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "frames", "processes", "device", "host"),
+    [("1.3b", 21, 1, 22, 40), ("14b", 6, 8, 76, 120)],
+)
+def test_released_models_recover_on_their_cards(
+    size: str, frames: int, processes: int, device: int, host: int
+) -> None:
+    training = replace(
+        TRAINING, accumulate=8 // processes, offload_activations=processes == 1, ema=0.99
+    )
+    recover = RecoverConfig(40, shard=processes > 1, training=training)
+    config = replace(with_codec(size), cache=CachePolicy(frames))
+    memory = recovery_memory(config, recover, ClipShape(frames, 60, 104), processes)
+    assert memory.device < device * GB
+    assert processes * (memory.host + memory.staging) < host * GB

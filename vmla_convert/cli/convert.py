@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from vmla_convert.cli.cost import Yes, agree
+from vmla_convert.cli.fit import FitIn, fitted, given_keys
 from vmla_convert.cli.options import (
     CLIPS,
     OTHER,
@@ -85,6 +87,7 @@ def convert(
     layout: Layout = "native",
     resume: Resume = False,
     dry_run: DryRun = False,
+    fit: FitIn = None,
     yes: Yes = False,
     json: Json = False,
     file: File = None,
@@ -121,7 +124,18 @@ def convert(
         "convert.calibrate": False if no_calibration else None,
     }
     started = {"convert": _preset(preset, fitting.PRESETS)} if preset else None
-    recipe = command_recipe(("source", "model", "convert", "media"), options, changes, started)
+
+    def read(more: Sequence[str]) -> Recipe:
+        tables = ("source", "model", "convert", "media")
+        return command_recipe(tables, options, [*(changes or ()), *more], started)
+
+    recipe = read(())
+    if fit is not None or not dry_run:
+        from vmla_convert.loading.load import open_named
+
+        given = {key for key, value in options.items() if value is not None} | given_keys(changes)
+        dense = open_named(recipe.dense).config
+        recipe = fitted(dense, read, "convert", fit, folder, given)
     config = recipe.convert or ConvertConfig()
     planned = plan_output(recipe.dense, folder, config, resume, layout, recipe.media)
     if dry_run:

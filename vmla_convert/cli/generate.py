@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from vmla_convert.cli.fit import FitIn, fitted, given_keys
 from vmla_convert.cli.options import (
     OTHER,
     OUTPUT,
@@ -129,6 +132,7 @@ def generate(
     compare: Compare = None,
     save_stream: SaveStream = None,
     resume_stream: ResumeStream = None,
+    fit: FitIn = None,
     processes: Processes = None,
     attention_backend: AttentionBackend = None,
     dry_run: DryRun = False,
@@ -148,7 +152,9 @@ def generate(
     With --compare, a contact sheet of both models lands there instead. Several GPUs make one video
     faster with --processes N.
     """
+    from vmla_convert.generating.film import check_video_path
     from vmla_convert.generating.launch import check_gpus, run_together
+    from vmla_convert.loading.load import open_named
     from vmla_convert.loading.teacher import sources_to_compare
 
     out.json = json
@@ -173,7 +179,21 @@ def generate(
         "source.base_model": base_model,
         "source.verify": False if no_verify else None,
     }
-    recipe = command_recipe(TABLES, options, changes)
+
+    def read(more: Sequence[str]) -> Recipe:
+        return command_recipe(TABLES, options, [*(changes or ()), *more])
+
+    recipe = read(())
+    # What one of several processes needs is in the plan of --dry-run.
+    if (processes or 1) == 1 and not dry_run and "WORLD_SIZE" not in os.environ:
+        check_video_path(video)
+        with out.progress() as progress:
+            config = open_named(recipe.dense, progress).config
+        given = {key for key, value in options.items() if value is not None} | given_keys(changes)
+        stage = "generate dense" if config.is_dense else "generate"
+        recipe = fitted(config, read, stage, fit, video.parent, given)
+    elif fit is not None:
+        raise ConfigError("--fit is for one process", "leave out --processes and --dry-run")
     sources = sources_to_compare(recipe.dense, compare) if compare else [recipe.dense]
     if dry_run:
         check_gpus(processes or 1)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from vmla_convert.cli.cost import Yes, agree
+from vmla_convert.cli.fit import FitIn, fitted, given_keys
 from vmla_convert.cli.options import (
     OTHER,
     OUTPUT,
@@ -104,6 +107,7 @@ def recover(
     shard: Shard = False,
     processes: Processes = None,
     dry_run: DryRun = False,
+    fit: FitIn = None,
     yes: Yes = False,
     json: Json = False,
     changes: Changes = None,
@@ -127,8 +131,20 @@ def recover(
         "media.clips_dir": clips_dir,
     }
     out.json = json
-    recipe = command_recipe(("source", "recover", "evaluate", "media"), options, changes)
+
+    def read(more: Sequence[str]) -> Recipe:
+        tables = ("source", "recover", "evaluate", "media")
+        asked = command_recipe(tables, options, [*(changes or ()), *more])
+        return replace(asked, recover=asked.recover or RecoverConfig())
+
+    recipe = read(())
     dense = named_teacher(recipe, teacher)
+    if fit is not None or not dry_run:
+        from vmla_convert.loading.load import open_named
+
+        given = {key for key, value in options.items() if value is not None} | given_keys(changes)
+        config = open_named(converted).config
+        recipe = fitted(config, read, "recover", fit, folder, given)
     _recover(converted, dense, folder, recipe, processes, dry_run, yes)
 
 

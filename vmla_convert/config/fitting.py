@@ -31,6 +31,8 @@ class ConvertConfig:
             leaves kept weights as they are and writes new ones as float32.
         calibrate: Measure activations; False assumes white inputs.
         calibration_clips: Clips that activations are measured on.
+        mixed_precision: Dtype of matrix products in the passes of calibration; `no` for float32.
+            Moments are float64 sums in either case.
         data: Where calibration clips come from.
         seed: Seed of random projections and of calibration noise.
     """
@@ -43,6 +45,7 @@ class ConvertConfig:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     calibrate: bool = True
     calibration_clips: int = 24
+    mixed_precision: Literal["no", "bf16"] = "no"
     data: DataConfig = field(default_factory=DataConfig)
     seed: int = 0
 

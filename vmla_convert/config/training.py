@@ -31,8 +31,10 @@ class TrainingConfig:
         eval_every: Steps between held-out evaluations.
         patience: Evaluations without a new best after which training ends early; 0 for never.
         checkpoint_every: Steps between resumable checkpoints.
-        mixed_precision: Name of accelerate's mixed precision; trained weights stay float32.
+        mixed_precision: Dtype of matrix products, also of held-out measurements; trained weights
+            stay float32.
         gradient_checkpointing: Keep only the inputs of blocks, and compute other activations again.
+        offload_activations: Keep these inputs in host memory; needs gradient_checkpointing.
         tracker: Name of accelerate's tracker that also receives the curves.
         seed: Seed of noise, data order and dropped context.
     """
@@ -52,6 +54,7 @@ class TrainingConfig:
     checkpoint_every: int = 25
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
+    offload_activations: bool = False
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     seed: int = 0
 
@@ -61,6 +64,11 @@ class TrainingConfig:
         require_nonnegative(self, "weight_decay", "context_noise")
         if self.lr is not None and self.lr <= 0:
             raise ConfigError(f"lr {self.lr:g} must be above 0", "leave it out to have it found")
+        if self.offload_activations and not self.gradient_checkpointing:
+            raise ConfigError(
+                "offload_activations moves what gradient_checkpointing keeps, which is off",
+                "set gradient_checkpointing = true too",
+            )
         if not 0 <= self.ema < 1:
             raise ConfigError(f"ema {self.ema:g} is not between 0 and 1", "0.99 averages 100 steps")
 

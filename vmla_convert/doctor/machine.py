@@ -65,7 +65,7 @@ def examine(folders: dict[str, Path]) -> Machine:
     return Machine(
         _versions(),
         _missing_extras(),
-        _devices(),
+        found_devices(),
         memory.total,
         memory.available,
         {name: free_bytes(folder) for name, folder in folders.items()},
@@ -119,7 +119,8 @@ def _missing_extras() -> dict[str, str]:
     }
 
 
-def _devices() -> tuple[Device, ...]:
+def found_devices() -> tuple[Device, ...]:
+    """GPUs that torch can use."""
     import torch
 
     try:

@@ -6,8 +6,13 @@ save memory are tried, from the mildest to the strongest.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
+
+import psutil
 
 from vmla_convert.config import (
     CachePolicy,
@@ -20,7 +25,7 @@ from vmla_convert.config import (
     RuntimeConfig,
     SamplerConfig,
 )
-from vmla_convert.doctor.machine import Machine
+from vmla_convert.doctor.machine import Machine, found_devices, free_bytes
 from vmla_convert.fitting.codec import plan_codec
 from vmla_convert.fitting.memory import calibration_disk, conversion_memory
 from vmla_convert.generating.memory import generation_memory, sampling_memory
@@ -33,24 +38,26 @@ from vmla_convert.recovery.memory import recovery_memory
 Stage = Literal["sample clips", "convert", "recover", "generate dense", "generate"]
 STAGES: tuple[Stage, ...] = ("sample clips", "convert", "recover", "generate dense", "generate")
 
-SAVINGS: dict[Stage, tuple[tuple[str, ...], ...]] = {
+SAVINGS: dict[Stage, tuple[str, ...]] = {
     "sample clips": (),
     "convert": (
-        ("convert.calibration_clips=8",),
-        ("convert.calibration_clips=8", "convert.data.frames=9"),
-        ("convert.calibrate=false",),
+        "convert.mixed_precision=bf16",
+        "convert.data.frames=9",
+        "convert.calibrate=false",
     ),
     "recover": (
-        ("recover.data.frames=15",),
-        ("recover.data.frames=9",),
-        ("recover.layerwise_steps=0",),
-        ("recover.data.frames=15", "recover.layerwise_steps=0"),
-        ("recover.data.frames=9", "recover.layerwise_steps=0"),
+        "recover.training.gradient_checkpointing=true",
+        "recover.training.mixed_precision=bf16",
+        "recover.offload=true",
+        "recover.training.offload_activations=true",
+        "recover.data.frames=15",
+        "recover.data.frames=9",
+        "recover.layerwise_steps=0",
     ),
-    "generate dense": (("runtime.offload=true",),),
-    "generate": (("runtime.tile_mib=128",), ("runtime.tile_mib=128", "runtime.offload=true")),
+    "generate dense": ("media.vae_tiling=true", "runtime.offload=true"),
+    "generate": ("runtime.tile_mib=128", "media.vae_tiling=true", "runtime.offload=true"),
 }
-"""Changes of a recipe's settings that save memory, by stage, from the mildest to the strongest."""
+"""Changes of settings that save memory, by stage, from the mildest to the strongest."""
 
 GPU_HEADROOM = 10**9
 """Bytes of a GPU that no formula counts: the CUDA context, and what an allocator cannot use."""
@@ -90,6 +97,22 @@ class Room:
         if self.device is None:
             return memory.without_gpu
         return memory.host + memory.staging
+
+
+def own_room(folder: Path, asked: int | None = None) -> Room:
+    """Memory and disk of this machine for an output folder.
+
+    Args:
+        folder: The output.
+        asked: Bytes of memory that settings are chosen for, of the GPU where there is one; None
+            takes the memory that is here.
+    """
+    devices, host = found_devices(), psutil.virtual_memory().available
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if not devices:
+        return Room(None, asked or host, free_bytes(folder), processes)
+    smallest = min(device.nbytes for device in devices)
+    return Room(asked or smallest, host, free_bytes(folder), processes)
 
 
 def room_of(machine: Machine) -> Room:
@@ -158,16 +181,93 @@ def needs(name: str, model: ModelConfig, room: Room, recipe: str | None = None) 
 
 def with_savings(name: str, model: ModelConfig, stage: Stage, room: Room, recipe: str) -> Need:
     """A stage with the fewest savings that make it fit, or as the recipe has it."""
-    demo, found = model.media == "demo", list[Need]()
-    for changes in ((), *SAVINGS[stage]):
+    demo = model.media == "demo"
+
+    def read(changes: Sequence[str]) -> Recipe:
         settings = read_recipe(recipe, changes, demo)
-        memory, disk = stage_memory(model, settings, stage, room)
-        fits, device, host = room.fits(memory, disk), memory.device, room.host_bytes(memory)
-        device = device if room.device is not None else 0
-        found.append(Need(name, stage, device, host, disk, fits, changes if fits else ()))
-        if fits:
-            return found[-1]
-    return found[0]
+        return replace(settings, recover=_one_clip_at_a_time(settings.recover, room.processes))
+
+    found = first_fit(model, read, stage, room)
+    memory = found.memory
+    device = memory.device if room.device is not None else 0
+    changes = found.changes if found.fits else ()
+    return Need(name, stage, device, room.host_bytes(memory), found.disk, found.fits, changes)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Settings of a stage for some memory.
+
+    Attributes:
+        memory: Peak with these settings.
+        disk: Bytes of working files.
+        fits: Whether the memory is enough.
+        changes: Settings that differ from those that were asked for.
+    """
+
+    memory: Memory
+    disk: int
+    fits: bool
+    changes: tuple[str, ...] = ()
+
+
+def first_fit(
+    model: ModelConfig,
+    read: Callable[[Sequence[str]], Recipe],
+    stage: Stage,
+    room: Room,
+    fixed: Collection[str] = (),
+) -> Fit:
+    """Find the mildest changes of settings that make a stage fit.
+
+    Args:
+        model: The model, dense or converted.
+        read: Gives the settings with some changes.
+        stage: The stage.
+        room: Memory of the machine.
+        fixed: Keys that may not change.
+
+    Returns:
+        The settings that fit; or those asked for, where none do.
+    """
+
+    def measured(changes: tuple[str, ...]) -> Fit:
+        memory, disk = stage_memory(model, read(changes), stage, room)
+        return Fit(memory, disk, room.fits(memory, disk), changes)
+
+    asked, changes = measured(()), tuple[str, ...]()
+    if asked.fits:
+        return asked
+    for change in _savings(read(()), stage, room.processes):
+        if _key(change) in fixed:
+            continue
+        changes = (*(each for each in changes if _key(each) != _key(change)), change)
+        if measured(changes).fits:
+            return measured(_needed(changes, lambda fewer: measured(fewer).fits))
+    return asked
+
+
+def _savings(recipe: Recipe, stage: Stage, processes: int) -> list[str]:
+    """Changes to try, from the mildest to the strongest."""
+    parts: list[str] = []
+    if stage == "recover" and recipe.recover is not None:
+        # One clip at a time, which gives the same gradient.
+        clips = max(1, recipe.recover.training.batch_size // processes)
+        parts.append(f"recover.training.accumulate={clips}")
+    return parts + list(SAVINGS[stage])
+
+
+def _needed(changes: tuple[str, ...], fits: Callable[[tuple[str, ...]], bool]) -> tuple[str, ...]:
+    """Leave out the changes that a stage fits without, the strongest first."""
+    for change in reversed(changes):
+        fewer = tuple(each for each in changes if each != change)
+        if fits(fewer):
+            changes = fewer
+    return changes
+
+
+def _key(change: str) -> str:
+    return change.partition("=")[0]
 
 
 def stage_memory(
@@ -181,17 +281,20 @@ def stage_memory(
     item = 2 if on_gpu else FLOAT32
     dense = replace(model, mla=None, codec=None)
     convert, recover = recipe.convert or ConvertConfig(), recipe.recover or RecoverConfig()
-    converted = plan_codec(dense, convert) if model.is_dense else model
     if stage == "sample clips":
         return sampling_memory(dense, item, clips_at_once(dense), on_gpu), 0
     if stage == "convert":
         clip = _clip(convert.data, dense)
         return conversion_memory(dense, convert, clip), calibration_disk(dense, convert, clip)
+    converted = plan_codec(dense, convert) if model.is_dense else model
     if stage == "recover":
-        clip, one = _clip(recover.data, dense), _one_clip_at_a_time(recover, room.processes)
-        memory = recovery_memory(converted, one, clip, room.processes)
-        return memory._replace(staging=room.processes * memory.staging), 0
-    runtime = RuntimeConfig(offload=recipe.runtime.offload, tile_mib=recipe.runtime.tile_mib)
+        clip = _clip(recover.data, dense)
+        memory = recovery_memory(converted, recover, clip, room.processes)
+        host, staging = (room.processes * nbytes for nbytes in (memory.host, memory.staging))
+        return memory._replace(host=host, staging=staging), 0
+    runtime = recipe.runtime
+    if stage == "generate dense" or model.is_dense:
+        runtime = RuntimeConfig(offload=runtime.offload, tile_mib=runtime.tile_mib)
     shown = dense if stage == "generate dense" else converted
     return generation_memory(shown, runtime, item, recipe.media, on_gpu), 0
 
@@ -202,8 +305,8 @@ def _clip(data: DataConfig, model: ModelConfig) -> ClipShape:
     return ClipShape(frames, *(data.latent_size or model.latent_size))
 
 
-def _one_clip_at_a_time(recover: RecoverConfig, processes: int) -> RecoverConfig:
+def _one_clip_at_a_time(recover: RecoverConfig | None, processes: int) -> RecoverConfig:
     """The same steps; each process passes its clips one after the other."""
-    training = recover.training
-    parts = max(1, training.batch_size // processes)
-    return replace(recover, training=replace(training, accumulate=parts))
+    recover = recover or RecoverConfig()
+    parts = max(1, recover.training.batch_size // processes)
+    return replace(recover, training=replace(recover.training, accumulate=parts))

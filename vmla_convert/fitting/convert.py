@@ -186,7 +186,13 @@ def _calibration_store(
     """Store beside the output, which other conversions of the same source may share."""
     if not measures(config):
         return None
-    settings = [config.product, to_dict(config.data), config.calibration_clips, config.seed]
+    settings = [
+        config.product,
+        to_dict(config.data),
+        config.calibration_clips,
+        config.seed,
+        config.mixed_precision,
+    ]
     return FolderStore(_store_folder(out), [dict(basis), settings])
 
 

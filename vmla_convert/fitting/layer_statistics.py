@@ -47,22 +47,24 @@ class LayerStatistics(NamedTuple):
     samples: Tensor | None = None
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Real tensors by name, which a safetensors file can hold."""
+        """Real tensors by name in host memory, which a safetensors file can hold."""
         tensors: dict[str, Tensor] = {}
         for group, (sums, moments) in enumerate([self.past, *self.own]):
             for name, tensor in (*sums._asdict().items(), *moments._asdict().items()):
                 real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
                 # Groups may share their moments, but a file must not share memory.
-                tensors[f"{group}.{name}"] = real.clone()
+                tensors[f"{group}.{name}"] = real.cpu().clone()
         return tensors if self.samples is None else tensors | {_SAMPLES: self.samples}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> LayerStatistics:
-        """Rebuild the statistics from `to_tensors`."""
+    def from_tensors(
+        cls, tensors: dict[str, Tensor], device: torch.device | None = None
+    ) -> LayerStatistics:
+        """Rebuild the statistics from `to_tensors`, with the sums on a device."""
 
         def group(index: int) -> tuple[AttentionStats, Moments]:
             names = (*AttentionStats._fields, *Moments._fields)
-            parts = {name: tensors[f"{index}.{name}"] for name in names}
+            parts = {name: tensors[f"{index}.{name}"].to(device=device) for name in names}
             parts["phases"] = torch.view_as_complex(parts["phases"])
             return (
                 AttentionStats(*(parts[name] for name in AttentionStats._fields)),

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from vmla_convert.config import ConvertConfig, ModelConfig
-from vmla_convert.fitting.calibrate import store_bytes
+from vmla_convert.fitting.calibrate import clips_of_a_group, statistics_bytes, store_bytes
 from vmla_convert.fitting.calibration_clips import measures
 from vmla_convert.layers.memory import (
     FLOAT32,
@@ -40,27 +40,26 @@ def conversion_memory(config: ModelConfig, convert: ConvertConfig, clip: ClipSha
 
 
 def calibration_memory(config: ModelConfig, convert: ConvertConfig, clip: ClipShape) -> Memory:
-    """Peak of the backward pass of calibration.
+    """Peak of the backward pass of calibration, which holds one batch of clips.
 
-    Counted are one block and the tensors outside the blocks; prompts and latents of all clips; of
-    all clips the inputs of a block and the gradients above and below the block; what autograd keeps
-    of one batch; and in host memory the float64 moments of a layer, old, new and merged.
+    Counted are one block and the tensors outside the blocks; prompts and latents of the clips of a
+    group; of a batch the input of the block and the gradients above and below it, and what autograd
+    keeps; and the float64 sums of a layer.
     """
     geometry, latents = config.geometry, _latents(config, clip)
-    tokens, together = clip_tokens(geometry, latents), clips_at_once(geometry, latents)
-    count = convert.calibration_clips
-    together = min(together, count)
+    tokens, count = clip_tokens(geometry, latents), convert.calibration_clips
+    batch = min(clips_at_once(geometry, latents), count)
+    group = min(clips_of_a_group(geometry, latents), count)
     one = replace(config, geometry=replace(geometry, num_layers=1))
-    batch = together * tokens
-    kept = block_bytes(one, clip.frames, batch, FLOAT32)
+    item = FLOAT32 if convert.mixed_precision == "no" else 2
+    stream = FLOAT32 * batch * tokens * geometry.dim
+    kept = block_bytes(one, clip.frames, batch * tokens, item)
     # The backward pass of the feed-forward has two more hidden tensors and one gradient.
-    kept += FLOAT32 * batch * (2 * geometry.ffn_dim + geometry.dim)
-    stream = FLOAT32 * count * tokens * geometry.dim
-    given = count * (geometry.text_len * (geometry.text_dim + geometry.dim) + 3 * latents.numel())
-    device = FLOAT32 * (parameter_count(one) + given) + 3 * stream + kept
-    width = 2 * geometry.dim if convert.product == "codec" else geometry.dim
-    host = FLOAT64 * 4 * width**2
-    return Memory(device, host, staging=2 * stream)
+    kept += item * batch * tokens * (2 * geometry.ffn_dim + geometry.dim)
+    given = group * (geometry.text_len * (geometry.text_dim + geometry.dim) + 3 * latents.numel())
+    sums = statistics_bytes(geometry, convert.product)
+    device = FLOAT32 * (parameter_count(one) + given) + 3 * stream + kept + sums
+    return Memory(device, sums, staging=2 * stream)
 
 
 def calibration_disk(config: ModelConfig, convert: ConvertConfig, clip: ClipShape) -> int:

@@ -43,8 +43,10 @@ def generation_memory(
     if config.media == "demo":
         return stream
     tiled = (media or MediaConfig()).vae_tiling
-    decoding = decoding_memory(config.latent_size, itemsize, tiled).device
+    decoding = decoding_memory(config.latent_size, itemsize, tiled)
     kept = vae_kept_bytes(config.latent_size, itemsize, tiled)
-    beside = max(kept, decoding - streaming_activations(config, runtime, itemsize, 1, on_gpu))
-    both = stream._replace(device=stream.device + beside)
+    beside = max(
+        kept, decoding.device - streaming_activations(config, runtime, itemsize, 1, on_gpu)
+    )
+    both = stream._replace(device=stream.device + beside, host=stream.host + decoding.host)
     return text_encoder_memory(config).peak(both)

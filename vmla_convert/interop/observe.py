@@ -74,7 +74,7 @@ class LayerRecord:
         """Add kept tokens, unrotated keys and values (B, L, H, D)."""
         entries = torch.cat([key.flatten(2), value.flatten(2)], -1).float().flatten(0, 1)
         self.chunk_tokens = max(self.chunk_tokens, key.shape[1])
-        new = measure_moments(entries)
+        new = measure_moments(entries).cpu()
         self.moments = merge_moments([self.moments, new]) if self.moments else new
         some = torch.randperm(len(entries), generator=self._random)[:SAMPLES_PER_CHUNK]
         self.samples.append(entries[some.to(entries.device)].cpu())
@@ -126,7 +126,8 @@ class LayerRecord:
         else:
             pull = gradient[:, picks].float()
         pull = split_heads(pull @ output, sample.query.shape[2])
-        (new,) = measure_stats(sample._replace(gradient=pull), [sample.mask & past])
+        (found,) = measure_stats(sample._replace(gradient=pull), [sample.mask & past])
+        new = found.cpu()
         self.stats = merge_stats([self.stats, new]) if self.stats else new
 
 

@@ -6,10 +6,10 @@ Latents are (B, F, C, height, width) in every public method.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -255,15 +255,27 @@ class CausalWanModel(nn.Module):
             for name in ("attention_input", "after_attention"):
                 setattr(block, name, torch.compile(getattr(block, name)))
 
-    def checkpoint_blocks(self) -> None:
-        """Keep only the inputs of blocks for the backward pass, and compute the rest again."""
+    def checkpoint_blocks(self, offload: bool = False) -> None:
+        """Keep only the inputs of blocks for the backward pass, and compute the rest again.
+
+        With `offload` the inputs wait in host memory: for 30 blocks of Wan 1.3B and a 480p clip of
+        21 frames they take 12 GB.
+        """
         for block in self.all_blocks():
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = partial(_checkpointed, block.forward, offload)
 
     def keep_activations(self) -> None:
         """Undo `checkpoint_blocks`."""
         for block in self.all_blocks():
             del block.forward
+
+
+def _checkpointed(run: Callable[..., Any], offload: bool, *inputs: Any, **more: Any) -> Any:
+    """Run a block of which only the inputs are kept, in host memory with `offload`."""
+    if not offload:
+        return checkpoint(run, *inputs, **more, use_reentrant=False)
+    with torch.autograd.graph.save_on_cpu(pin_memory=inputs[0].is_cuda):
+        return checkpoint(run, *inputs, **more, use_reentrant=False)
 
 
 def _shortened(config: ModelConfig, frames: int | None) -> CachePolicy:

@@ -152,6 +152,8 @@ def training_pass_bytes(
     narrow: bool,
     checkpointed: bool,
     train: str = "new",
+    offloaded: bool = False,
+    casts: bool = True,
 ) -> int:
     """Peak bytes of activations of a teacher-forced pass and its backward pass.
 
@@ -164,20 +166,27 @@ def training_pass_bytes(
         narrow: Whether matrices multiply in 16 bits (mixed precision).
         checkpointed: Whether blocks keep only their inputs.
         train: `RecoverConfig.train`.
+        offloaded: Whether the inputs of blocks wait in host memory.
+        casts: Whether frozen weights are float32, so that autocast keeps narrow copies of them.
     """
     geometry = config.geometry
     tokens = 2 * clips * clip.frames * geometry.tokens_per_frame((clip.height, clip.width))
     item, stream = 2 if narrow else FLOAT32, FLOAT32 * tokens * geometry.dim
-    block = block_bytes(config, clip.frames, tokens, item)
+    block = block_bytes(config, clip.frames, tokens, item, casts)
     block += _inputs_of_trained(config, tokens, item, train)
     # The backward pass of the feed-forward has two more hidden tensors and one gradient.
     backward = item * tokens * (2 * geometry.ffn_dim + geometry.dim)
     layers = geometry.num_layers
-    kept = layers * stream + block - stream if checkpointed else layers * block
+    kept = layers * block
+    if checkpointed:
+        # Of offloaded inputs one is on the way to the host while the next block runs.
+        kept = (2 if offloaded else layers) * stream + block - stream
     return kept + backward
 
 
-def block_bytes(config: ModelConfig, frames: int, tokens: int, item: int) -> int:
+def block_bytes(
+    config: ModelConfig, frames: int, tokens: int, item: int, casts: bool = True
+) -> int:
     """Bytes that autograd keeps of one block of frozen weights, over clips of 2F frames.
 
     Args:
@@ -185,6 +194,7 @@ def block_bytes(config: ModelConfig, frames: int, tokens: int, item: int) -> int
         frames: F.
         tokens: Tokens of all clips, clean and noisy.
         item: Bytes of a number in matrix products: 4, or 2 under autocast.
+        casts: Whether autocast converts the weights, which are float32 then.
     """
     geometry, size = config.geometry, config.chunk_frames
     window = config.cache.window_frames
@@ -193,10 +203,10 @@ def block_bytes(config: ModelConfig, frames: int, tokens: int, item: int) -> int
     first, past = seen[0], max(0, frames - size) / (2 * frames)
     if config.codec is not None:
         # Past and own keys of a group are copied together; the first chunk is a view of all keys.
-        copies = 2 * (sum(seen) - first) + 1 + past
+        joined = 2 * (sum(seen) - first) + 1 + past
         encoded = 2 * past * item
     else:
-        copies, encoded = sum(seen) - first + 1, 0.0
+        joined, encoded = sum(seen) - first + 1, 0.0
     # MLA keys have rope channels, and queries, values and outputs are padded to their width. The
     # layer's two trained projections keep their inputs.
     wide = 1.0
@@ -208,12 +218,13 @@ def block_bytes(config: ModelConfig, frames: int, tokens: int, item: int) -> int
     # Float32 under autocast too: inputs of three layer norms and of three RMS norms.
     norms = 6 * FLOAT32
     # Query and output of both attentions; keys and values of the self-attention.
-    attended = item * (2 + wide * (2 + 2 * copies))
+    attended = item * (2 + wide * (2 + 2 * joined))
     activations = tokens * geometry.dim * (norms + attended + encoded)
     hidden = item * tokens * geometry.ffn_dim
     # Autocast keeps a narrow copy of each frozen matrix for the backward pass.
-    casts = 2 * (8 * geometry.dim**2 + 2 * geometry.dim * geometry.ffn_dim) if item == 2 else 0
-    return round(activations) + hidden + casts
+    matrices = 8 * geometry.dim**2 + 2 * geometry.dim * geometry.ffn_dim
+    copies = 2 * matrices if item == 2 and casts else 0
+    return round(activations) + hidden + copies
 
 
 def _inputs_of_trained(config: ModelConfig, tokens: int, item: int, train: str) -> int:

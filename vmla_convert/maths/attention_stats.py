@@ -21,6 +21,7 @@ Shapes: B clips, n queries, S keys, H heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -78,9 +79,16 @@ class AttentionStats(NamedTuple):
     phases: Tensor
     value_square: Tensor
 
+    def cpu(self) -> AttentionStats:
+        """The same sums in host memory."""
+        return AttentionStats(*(part.cpu() for part in self))
+
 
 def measure_stats(sample: AttentionSample, groups: list[Tensor]) -> list[AttentionStats]:
-    """Statistics of groups of keys, each a mask (n, S); the softmax is over all groups."""
+    """Statistics of groups of keys, each a mask (n, S); the softmax is over all groups.
+
+    The sums lie on the device of the sample.
+    """
     scale = sample.query.shape[-1] ** -0.5
     rotated_query = as_pairs(sample.query) * sample.query_rotation[:, None]
     rotated_key = as_pairs(sample.key) * sample.key_rotation[:, None]
@@ -96,7 +104,7 @@ def measure_stats(sample: AttentionSample, groups: list[Tensor]) -> list[Attenti
 
 def merge_stats(parts: Iterable[AttentionStats]) -> AttentionStats:
     """Statistics of the queries of all parts together."""
-    return AttentionStats(*(torch.stack(sums).sum(0) for sums in zip(*parts, strict=True)))
+    return reduce(lambda one, other: AttentionStats(*map(torch.add, one, other)), parts)
 
 
 def _group_stats(
@@ -113,11 +121,11 @@ def _group_stats(
     costs = costs.flatten(0, 1).flatten(1).double()
     return AttentionStats(
         queries=torch.tensor(batch * count, dtype=torch.float64),
-        query_square=square.double().cpu(),
+        query_square=square.double(),
         rotated_query_square=_rotated_square(rotated_query, sample.key_rotation, weight),
-        query_pairs=(weight.sum(-1, keepdim=True) * energy).sum((0, 2)).double().cpu(),
-        phases=(phase * energy).sum((0, 2)).to(torch.complex128).cpu(),
-        value_square=(costs.mT @ costs).cpu(),
+        query_pairs=(weight.sum(-1, keepdim=True) * energy).sum((0, 2)).double(),
+        phases=(phase * energy).sum((0, 2)).to(torch.complex128),
+        value_square=costs.mT @ costs,
     )
 
 
@@ -141,7 +149,7 @@ def _rotated_square(rotated_query: Tensor, key_rotation: Tensor, weight: Tensor)
     u, size = rotated_query.movedim(2, 1), (pairs, pairs)
     hermitian = torch.einsum("bhnfg,bhnf,bhng->hfg", differences.unflatten(-1, size), u, u.conj())
     symmetric = torch.einsum("bhnfg,bhnf,bhng->hfg", sums.unflatten(-1, size), u, u)
-    return real_square(hermitian, symmetric).double().cpu()
+    return real_square(hermitian, symmetric).double()
 
 
 def real_square(hermitian: Tensor, symmetric: Tensor) -> Tensor:

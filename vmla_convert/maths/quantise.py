@@ -99,8 +99,8 @@ def unpack(packed: Tensor, widths: Sequence[int]) -> Tensor:
     byte, bit = _places(widths, packed.device)
     single = pad(packed, (0, 2)).int()
     words = single[..., byte] | single[..., byte + 1] << 8
-    masks = torch.tensor([(1 << width) - 1 for width in widths], device=packed.device)
-    return (words >> bit & masks).int()
+    masks = [torch.full((n,), (1 << w) - 1, device=packed.device) for w, n in _runs(widths)]
+    return (words >> bit & torch.cat(masks)).int()
 
 
 def _lloyd_max(ordered: Tensor, levels: int) -> Tensor:
@@ -132,9 +132,14 @@ def _companded(ordered: Tensor, levels: int) -> Tensor:
 
 def _by_width(x: Tensor, widths: Sequence[int]) -> list[tuple[Tensor, int]]:
     """Parts of x (..., R) in which all channels have one width, with the width."""
-    runs = [(width, len(list(run))) for width, run in groupby(widths)]
+    runs = _runs(widths)
     parts = x.split([count for _, count in runs], -1)
     return [(part, width) for part, (width, _) in zip(parts, runs, strict=True)]
+
+
+def _runs(widths: Sequence[int]) -> list[tuple[int, int]]:
+    """Runs of one width, with the number of channels of each."""
+    return [(width, len(list(run))) for width, run in groupby(widths)]
 
 
 def _codes(channels: Tensor, tables: Tensor, width: int) -> Tensor:
@@ -157,6 +162,10 @@ def _values(codes: Tensor, tables: Tensor, width: int) -> Tensor:
 
 def _places(widths: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """First byte of each channel, and the bit of that byte at which the channel starts."""
-    width = torch.tensor(widths)
-    start = (width.cumsum(0) - width).to(device)
+    # Made on the device: a table of the host would be copied there for each layer of each pass.
+    starts, end = list[Tensor](), 0
+    for width, count in _runs(widths):
+        starts.append(end + width * torch.arange(count, device=device))
+        end += width * count
+    start = torch.cat(starts)
     return start // 8, (start % 8).int()

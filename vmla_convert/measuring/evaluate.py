@@ -38,6 +38,7 @@ from vmla_convert.training.losses import (
     predicted_velocity,
     streamed_velocity,
 )
+from vmla_convert.training.processes import ALONE, Share, averaged, narrowed, own_device
 
 # Noise is drawn for this many clips at once, so that results do not depend on the batch size.
 CLIPS_DRAWN = 8
@@ -88,6 +89,9 @@ class HeldOut:
             of window and sink. Otherwise each clip is one masked pass.
         progress: Where each pass over the clips is drawn.
         clips: Source of the clips, in place of the source in `config`.
+        mixed_precision: Dtype of matrix products, as in `TrainingConfig`.
+        share: The clips of each draw that this process measures, where every process gets some;
+            the figures are those of all clips. All processes must make the same calls.
 
     Raises:
         ConfigError: The clips do not fit, see `check_held_out`.
@@ -100,8 +104,11 @@ class HeldOut:
         streamed: bool = False,
         progress: Progress | None = None,
         clips: ClipSource | None = None,
+        mixed_precision: str = "no",
+        share: Share = ALONE,
     ) -> None:
         self.config, self.streamed = teacher.config, streamed
+        self.mixed_precision = mixed_precision
         self.progress = progress or Silent()
         config = replace(config, data=settled(config.data, teacher.config))
         check_held_out(self.config, config, streamed)
@@ -114,6 +121,8 @@ class HeldOut:
             )
             for index, start in enumerate(_starts(config))
         ]
+        divides = all(len(example.latents) % share.world == 0 for example in self.examples)
+        self.share = share if divides else ALONE
         self.targets = self._velocities(teacher, self.examples)
 
     def measure(self, model: nn.Module, runtime: RuntimeConfig | None = None) -> Errors:
@@ -139,18 +148,19 @@ class HeldOut:
         first = self.config.chunk_frames
         got = torch.cat([v[:, first:] for v in velocities])
         target = torch.cat([v[:, first:] for v in self.targets])
-        truth = torch.cat([e.velocity[:, first:] for e in self.examples])
-        return Errors(
-            ((got - target).square().sum() / target.square().sum()).item(),
-            (got - truth).square().mean().item(),
-        )
+        truth = torch.cat([self.share.of(e).velocity[:, first:] for e in self.examples])
+        relative = torch.stack([(got - target).square().sum(), target.square().sum()])
+        loss = (got - truth).square().mean()
+        if self.share.world > 1:
+            relative, loss = (averaged(figure.to(own_device())) for figure in (relative, loss))
+        return Errors((relative[0] / relative[1]).item(), loss.item())
 
     def _velocities(
         self, model: nn.Module, examples: Sequence[Example], runtime: RuntimeConfig | None = None
     ) -> list[Tensor]:
         """Velocities of a model on all clips."""
         tracked = self.progress.track(examples, MEASURING)
-        return [self._velocity(model, example, runtime) for example in tracked]
+        return [self._velocity(model, self.share.of(example), runtime) for example in tracked]
 
     @torch.no_grad()
     def _velocity(
@@ -164,10 +174,11 @@ class HeldOut:
     def _part(self, model: nn.Module, part: Example, runtime: RuntimeConfig | None) -> Tensor:
         """Velocity of clips that pass the model together."""
         part = part.to(next(model.parameters()).device)
-        if self.streamed:
-            assert isinstance(model, CausalWanModel)
-            return streamed_velocity(model, part, runtime).cpu()
-        return predicted_velocity(model, self.config, part).cpu()
+        with narrowed(self.mixed_precision, part.latents.device):
+            if self.streamed:
+                assert isinstance(model, CausalWanModel)
+                return streamed_velocity(model, part, runtime).cpu()
+            return predicted_velocity(model, self.config, part).cpu()
 
 
 def _with_past(example: Example, past: Tensor) -> Example:

@@ -34,17 +34,19 @@ def text_encoder_memory(config: ModelConfig, itemsize: int = 2) -> Memory:
 
 
 def vae_kept_bytes(latent_size: tuple[int, int], itemsize: int, tiled: bool = False) -> int:
-    """Bytes of weights and features that a decoder keeps on the device between chunks."""
-    return itemsize * (_VAE_WEIGHTS + _VAE_KEPT * sum(_tile_pixels(latent_size, tiled)))
+    """Bytes of weights and features that a decoder keeps on the device between chunks.
+
+    Features of several tiles wait in host memory.
+    """
+    pixels = _tile_pixels(latent_size, tiled)
+    return itemsize * (_VAE_WEIGHTS + (_VAE_KEPT * pixels[0] if len(pixels) == 1 else 0))
 
 
 def decoding_memory(latent_size: tuple[int, int], itemsize: int, tiled: bool = False) -> Memory:
-    """Peak of decoding one video frame by frame with Wan 2.1's VAE.
-
-    Tiles save working memory; the features of all tiles stay on the device.
-    """
-    working = itemsize * _VAE_PASSING * max(_tile_pixels(latent_size, tiled))
-    return Memory(vae_kept_bytes(latent_size, itemsize, tiled) + working)
+    """Peak of decoding one video frame by frame with Wan 2.1's VAE, one tile after the other."""
+    pixels = _tile_pixels(latent_size, tiled)
+    device = itemsize * (_VAE_WEIGHTS + (_VAE_KEPT + _VAE_PASSING) * max(pixels))
+    return Memory(device, itemsize * _VAE_KEPT * sum(pixels) if len(pixels) > 1 else 0)
 
 
 def _tile_pixels(latent_size: tuple[int, int], tiled: bool) -> list[int]:

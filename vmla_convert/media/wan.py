@@ -213,18 +213,34 @@ class _Decoder:
             scaled = denormalise(latents.transpose(1, 2).to(media.device), vae.config)
             for frame in scaled.to(media.dtype).split(1, dim=2):
                 parts = [
-                    _decode_frame(vae, tile.cut(frame), features)
+                    self._decode_tile(vae, tile.cut(frame), features)
                     for tile, features in zip(self._tiles, self._features, strict=True)
                 ]
                 whole = parts[0] if len(parts) == 1 else blend(parts, enlarged, pixel_size)
                 frames.append(whole.float().cpu().clamp(-1, 1))
         return torch.cat(frames, dim=2).transpose(1, 2)
 
+    def _decode_tile(self, vae: Any, latents: Tensor, features: dict[int, Any]) -> Tensor:
+        """Decode a tile of a frame; features of several tiles wait in host memory."""
+        if len(self._tiles) == 1:
+            return _decode_frame(vae, latents, features)
+        _move(features, self._media.device)
+        pixels = _decode_frame(vae, latents, features)
+        _move(features, torch.device("cpu"))
+        return pixels
+
     def _cover(self, size: tuple[int, int]) -> list[Tile]:
         if not self._media.how.vae_tiling:
             return [Tile((0, size[0]), (0, size[1]))]
         stride = self._media.stride
         return cover(size, TILE_PIXELS // stride, TILE_OVERLAP // stride)
+
+
+def _move(features: dict[int, Any], device: torch.device) -> None:
+    """Move the features of a tile; entries without numbers stay."""
+    for number, feature in features.items():
+        if isinstance(feature, Tensor):
+            features[number] = feature.to(device)
 
 
 def _decode_frame(vae: Any, latents: Tensor, features: dict[int, Any]) -> Tensor:

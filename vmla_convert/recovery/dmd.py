@@ -74,7 +74,7 @@ class DistributionMatching:
         self.student, self.teacher = student, teacher.to(own_device())
         self.critic = deepcopy(self.teacher).requires_grad_(True)
         if self.training.gradient_checkpointing:
-            self.critic.checkpoint_blocks()
+            self.critic.checkpoint_blocks(self.training.offload_activations)
         # No momentum, as in Self-Forcing: the critic's target moves with every step.
         self.optimiser = torch.optim.AdamW(
             self.critic.parameters(), self.dmd.critic_lr, betas=(0.0, 0.999), weight_decay=0.0

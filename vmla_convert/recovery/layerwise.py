@@ -10,6 +10,7 @@ Shapes: N clips, F frames, L tokens of a clip, D width.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,19 +19,19 @@ from accelerate.utils import broadcast
 from torch import Tensor
 
 from vmla_convert.config import Geometry, RecoverConfig
-from vmla_convert.fitting.calibrate import ReadBlock
-from vmla_convert.layers.attention import DenseSelfAttention
+from vmla_convert.fitting.calibrate import ReadBlock, model_blocks
+from vmla_convert.layers.attention import DenseSelfAttention, in_float32
 from vmla_convert.layers.block import Attend, Block, gated, masked_attention
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.media.clip_checks import clips_at_once
 from vmla_convert.media.clips import Batch, ClipSource, open_clips, seeded
 from vmla_convert.progress import Progress
 from vmla_convert.recovery.nested import NestedSizes
-from vmla_convert.recovery.trained import new_parameters
+from vmla_convert.recovery.trained import new_parameters, new_tensors
 from vmla_convert.storage.tensor_store import FolderStore, MemoryStore, TensorStore
 from vmla_convert.training.loop import learning_rate_factor
 from vmla_convert.training.losses import make_example, teacher_forcing_inputs
-from vmla_convert.training.processes import Share, own_share
+from vmla_convert.training.processes import DTYPES, Share, narrowed, own_share
 from vmla_convert.training.weights import place
 
 LAYERWISE = "layer by layer"
@@ -55,6 +56,7 @@ class Lesson(NamedTuple):
         attend: Self-attention of a block over a clip.
         trained: Number of clips to train on; the rest is held out.
         at_once: Clips that pass a layer together.
+        mixed_precision: Dtype of matrix products, as in `TrainingConfig`.
     """
 
     inputs: Tensor
@@ -63,13 +65,15 @@ class Lesson(NamedTuple):
     attend: Attend
     trained: int
     at_once: int
+    mixed_precision: str = "no"
 
     def errors(self, block: Block, picks: Tensor) -> Iterator[Tensor]:
         """Relative squared error of a block's gated self-attention on some clips, in summands."""
         parts = picks.split(self.at_once)
         whole = sum(gated(self.outputs[p], self.gate[p]).square().sum() for p in parts)
         for part in parts:
-            given = self.attend(block, self.inputs[part])
+            with narrowed(self.mixed_precision, self.inputs.device):
+                given = self.attend(block, self.inputs[part])
             yield gated(given - self.outputs[part], self.gate[part]).square().sum() / whole
 
 
@@ -80,16 +84,23 @@ def fit_layers(
     config: RecoverConfig,
     folder: Path | None,
     progress: Progress,
+    read_layer: ReadBlock | None = None,
 ) -> None:
     """Fit all layers of a converted model, in place; processes share the layers.
 
-    `read_block` returns the dense blocks. `shell` is the dense model; its own blocks are not used.
-    `folder` keeps finished layers for a resumed run; None keeps them in memory.
+    Args:
+        student: The converted model. With `read_layer` only its new weights need be there.
+        shell: The dense model; its own blocks are not used.
+        read_block: Gives the dense blocks.
+        config: Steps, learning rate and data.
+        folder: Keeps finished layers for a resumed run; None keeps them in memory.
+        progress: Where progress is drawn.
+        read_layer: Gives the converted blocks; None for those of `student`.
     """
     share, store = own_share(), MemoryStore()
     if folder is not None:
         store = FolderStore(folder / f"layers-{share.rank}", {"world": share.world})
-    fit_share(student, shell, read_block, config, store, share, progress)
+    fit_share(student, shell, read_block, config, store, share, progress, read_layer)
     apply_layers(student.all_blocks(), store, share)
 
 
@@ -101,19 +112,23 @@ def fit_share(
     store: TensorStore,
     share: Share,
     progress: Progress,
+    read_layer: ReadBlock | None = None,
 ) -> None:
     """Fit one process's layers, and put their new parameters into a store.
 
     Layers that the store holds are not fitted again.
     """
-    layers, sizes = student.all_blocks(), NestedSizes(student, config.nested, config.training.seed)
-    todo = {i for i in range(share.rank, len(layers), share.world) if not store.has(_name(i))}
+    read_layer = read_layer or model_blocks(student)
+    sizes, count = NestedSizes(student, config.nested, config.training.seed), len(student.blocks)
+    todo = {i for i in range(share.rank, count, share.world) if not store.has(_name(i))}
     lessons = _walk(shell, read_block, config) if todo else iter(())
-    for index, lesson in enumerate(progress.track(lessons, LAYERWISE, len(layers))):
+    for index, lesson in enumerate(progress.track(lessons, LAYERWISE, count)):
         if index in todo:
-            before, after = fit_layer(layers[index], lesson, config, sizes)
+            layer = read_layer(index)
+            before, after = fit_layer(layer, lesson, config, sizes)
             progress.note(f"error of layer {index} {before:.4g} to {after:.4g}")
-            store.put(_name(index), _new_tensors(layers[index]))
+            store.put(_name(index), new_tensors(layer))
+            del layer
 
 
 def apply_layers(layers: list[Block], store: TensorStore, share: Share) -> None:
@@ -122,7 +137,7 @@ def apply_layers(layers: list[Block], store: TensorStore, share: Share) -> None:
         for index, layer in enumerate(layers):
             owner = index % share.world
             stored = store.get(_name(index)) if owner == share.rank else {}
-            for name, parameter in _new_tensors(layer).items():
+            for name, parameter in new_tensors(layer).items():
                 tensor = torch.empty(parameter.shape, device=parameter.device)
                 if stored:
                     tensor.copy_(stored[name])
@@ -173,7 +188,7 @@ def _held_error(layer: Block, lesson: Lesson) -> float:
 
 @torch.no_grad()
 def _walk(shell: CausalWanModel, read_block: ReadBlock, config: RecoverConfig) -> Iterator[Lesson]:
-    """The lesson of each layer, in order."""
+    """The lesson of each layer, in order; the next one replaces the tensors of the last."""
     clips = open_clips(config.data, shell.config.cache.sink_frames)
     seed, chunk_frames = config.training.seed, shell.config.chunk_frames
     device = shell.patch_embedding.weight.device
@@ -182,18 +197,28 @@ def _walk(shell: CausalWanModel, read_block: ReadBlock, config: RecoverConfig) -
     example = make_example(drawn, chunk_frames, seeded(seed, 0, "layerwise")).to(device)
     positions, mask = teacher_forcing_inputs(shell.config, example)
     attend = masked_attention(shell.rotary(positions, example.latents), mask)
-    x, _, modulation = shell.embed(example.latents, example.timestep)
-    text = shell.text_embedding(example.context)
+    narrow = partial(narrowed, config.training.mixed_precision, device)
+    with narrow():
+        x, _, modulation = shell.embed(example.latents, example.timestep)
+        text = shell.text_embedding(example.context)
+    # Whole clips of a large model take gigabytes, so every tensor of all clips is made once.
+    x, mixed = in_float32(x), config.training.mixed_precision
+    inputs, outputs = torch.empty_like(x), torch.empty_like(x, dtype=DTYPES.get(mixed))
+    parts = [slice(start, start + at_once) for start in range(0, len(x), at_once)]
     for layer in range(shell.config.geometry.num_layers):
         block = read_block(layer)
         assert isinstance(block.self_attn, DenseSelfAttention)
-        inputs = block.attention_input(x, modulation)
-        outputs = [attend(block, part) for part in inputs.split(at_once)]
+        for part in parts:
+            with narrow():
+                inputs[part] = block.attention_input(x[part], modulation[part])
+                outputs[part] = attend(block, inputs[part])
         gate = block.attention_gate(modulation)
-        lesson = Lesson(inputs, torch.cat(outputs), gate, attend, trained, at_once)
-        yield lesson
-        parts = zip(*(t.split(at_once) for t in (x, lesson.outputs, modulation, text)), strict=True)
-        x = torch.cat([block.after_attention(*part) for part in parts])
+        yield Lesson(inputs, outputs, gate, attend, trained, at_once, mixed)
+        for part in parts:
+            with narrow():
+                x[part] = block.after_attention(
+                    x[part], outputs[part], modulation[part], text[part]
+                )
 
 
 def drawn_clips(geometry: Geometry, frames: int, size: tuple[int, int]) -> tuple[int, int]:
@@ -214,9 +239,3 @@ def _draw(shell: CausalWanModel, clips: ClipSource) -> tuple[Batch, int]:
 
 def _name(layer: int) -> str:
     return f"layer-{layer:03d}"
-
-
-def _new_tensors(layer: Block) -> dict[str, Tensor]:
-    """The parameters of a layer that the conversion made, by name."""
-    new = {id(parameter) for parameter in new_parameters(layer)}
-    return {n: p.detach() for n, p in layer.named_parameters() if id(p) in new}

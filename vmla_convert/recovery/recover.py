@@ -20,15 +20,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vmla_convert.checkpoint.families import OpenCheckpoint
+from vmla_convert.checkpoint.integrity import checked_meanwhile
 from vmla_convert.checkpoint.layouts import CODEC, NATIVE
 from vmla_convert.checkpoint.settings import converted_config
 from vmla_convert.checkpoint.writer import write_checkpoint
 from vmla_convert.config import EvaluateConfig, MediaConfig, RecoverConfig
 from vmla_convert.errors import VmlaError
 from vmla_convert.generating.make_clips import ready_clips
+from vmla_convert.layers.block import Block
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.loading.card import model_card
-from vmla_convert.loading.load import CONVERSION_NAME, Source, build, build_shell, read_block
+from vmla_convert.loading.load import (
+    CONVERSION_NAME,
+    Source,
+    build,
+    build_shell,
+    empty_model,
+    read_block,
+)
 from vmla_convert.measuring.evaluate import HeldOut, dense_rows, measuring_bar
 from vmla_convert.measuring.rows import Errors, cache_rows, error_rows, row_fields
 from vmla_convert.media.clips import open_clips
@@ -43,12 +53,12 @@ from vmla_convert.recovery.stages import (
     later_steps,
     recover_model,
 )
-from vmla_convert.recovery.trained import unfreeze
+from vmla_convert.recovery.trained import Scope, narrow_frozen, new_tensors, unfreeze
 from vmla_convert.results import Metric, Row, put_rows
 from vmla_convert.storage.lock import sole_writer
 from vmla_convert.tables import to_dict
-from vmla_convert.training.processes import own_device, processes
-from vmla_convert.training.sharding import shard, whole_state
+from vmla_convert.training.processes import DTYPES, own_device, own_share, processes
+from vmla_convert.training.sharding import fill, shard, whole_state
 
 
 def recover(
@@ -172,7 +182,13 @@ class _Run:
         # The bar is full at step 0, after two passes of the dense model and one of the student.
         with measuring_bar(self.progress, self.evaluation, passes=3) as measuring:
             student, dense = self._models()
-            held_out = HeldOut(dense, self.evaluation, progress=measuring)
+            held_out = HeldOut(
+                dense,
+                self.evaluation,
+                progress=measuring,
+                mixed_precision=config.training.mixed_precision,
+                share=own_share(),
+            )
             rows = [*dense_rows(dense, held_out), *cache_rows(student.config)]
 
             def on_step(step: int, errors: Errors) -> None:
@@ -184,29 +200,89 @@ class _Run:
         return rows, student, recovered
 
     def _fitted(self) -> CausalWanModel:
-        """The student after the layer-wise stage, with one dense block in memory at a time."""
-        student = build(self.pair.source, self.device)
-        shell = build_shell(self.pair.dense, self.device)
-        blocks = partial(read_block, self.pair.dense, device=self.device)
-        fit_layers(student, shell, blocks, self.config, self.folders.state, self.progress)
+        """The new weights after the layer-wise stage, one block of each model in memory at a time.
+
+        The other weights of the student stay on the meta device.
+        """
+        pair, device = self.pair, self.device
+        student = empty_model(pair.source)
+        new = {
+            f"blocks.{i}.{name}"
+            for i, block in enumerate(student.all_blocks())
+            for name in new_tensors(block)
+        }
+        with checked_meanwhile(pair.source.hashes):
+            made = {
+                name: pair.source.read(name).to(device, torch.float32)
+                for name in new | {name for name, _ in student.named_buffers()}
+            }
+        student.load_state_dict(made, strict=False, assign=True)
+        student.requires_grad_(False)
+        if pair.source.config.codec is not None:
+            student.resize(pair.source.config.codec.size)
+
+        def layer(index: int) -> Block:
+            block = read_block(pair.source, index, device)
+            # The sizes of nested recovery are those of the student's codecs.
+            block.codec = student.all_blocks()[index].codec
+            return block
+
+        shell, blocks = build_shell(pair.dense, device), partial(read_block, pair.dense)
+        fit_layers(
+            student,
+            shell,
+            partial(blocks, device=device),
+            self.config,
+            self.folders.state,
+            self.progress,
+            layer,
+        )
         return student
 
     def _models(self) -> tuple[CausalWanModel, CausalWanModel]:
-        """Student and dense model; a sharded model is divided before the next one is read."""
-        pair = self.pair
-        if self.config.shard:
-            student = build(pair.source)
-            unfreeze(student, self.config.train)
-            return shard(student), shard(build(pair.dense))
+        """Student and dense model, with frozen matrices in the dtype of mixed precision."""
+        pair, config = self.pair, self.config
+        if config.shard:
+            return self._sharded(pair.source, config.train), self._sharded(pair.dense, None)
         student = build(pair.source, self.device)
+        # Adapters are merged into the frozen weights; the critic of dmd begins as the dense model.
+        if not (config.lora_rank or config.dmd.steps):
+            unfreeze(student, config.train)
+            self._narrow(student)
+            student.requires_grad_(False)
+        dense = self._dense(student)
+        if not config.dmd.steps:
+            self._narrow(dense)
+        return student, dense
+
+    def _sharded(self, checkpoint: OpenCheckpoint, train: Scope | None) -> CausalWanModel:
+        """A model that is divided before its weights are read, with weights of a scope unfrozen."""
+        model = empty_model(checkpoint).eval().requires_grad_(False)
+        if train is not None:
+            unfreeze(model, train)
+        self._narrow(model)
+        shard(model)
+        with checked_meanwhile(checkpoint.hashes):
+            fill(model, checkpoint.read)
+        if model.config.codec is not None:
+            model.resize(model.config.codec.size)
+        return model
+
+    def _narrow(self, model: CausalWanModel) -> None:
+        if (dtype := DTYPES.get(self.config.training.mixed_precision)) is not None:
+            narrow_frozen(model, dtype)
+
+    def _dense(self, student: CausalWanModel) -> CausalWanModel:
+        """The dense model of a student."""
+        pair = self.pair
         if not pair.is_codec:
-            return student, build(pair.dense, self.device)
+            return build(pair.dense, self.device)
         # A codec leaves its base model's weights as they are, so the two models share them.
         with torch.device("meta"):
             dense = CausalWanModel(pair.dense.config)
         shared = {name: t for name, t in student.state_dict().items() if ".codec." not in name}
         dense.load_state_dict(shared, assign=True)
-        return student, dense.eval().requires_grad_(False)
+        return dense.eval().requires_grad_(False)
 
     def _write(self, weights: dict[str, Tensor], recovered: Recovered, rows: list[Row]) -> None:
         """Write the recovered checkpoint with its record and model card."""
@@ -222,17 +298,21 @@ class _Run:
             },
         }
         specs = self.pair.written_specs()
-        tensors = {
-            # A codec file keeps its dtypes, and so its size.
-            name: weights[name].to(spec.dtype) if is_codec else _narrowed(weights[name], spec.dtype)
-            for name, spec in specs.items()
-        }
+        tensors = {name: self._written(name, weights, spec.dtype) for name, spec in specs.items()}
         files = {
             "config.json": converted_config(config),
             CONVERSION_NAME: record,
             "README.md": model_card(config, record),
         }
         write_checkpoint(self.out, tensors, files, layout=CODEC if is_codec else NATIVE)
+
+    def _written(self, name: str, weights: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """A weight as it is written; what mixed precision narrowed is read again."""
+        tensor = weights[name]
+        if self.pair.is_codec:
+            return tensor.to(dtype)  # a codec file keeps its dtypes, and so its size
+        is_exact = not tensor.is_meta and tensor.dtype == torch.float32
+        return _narrowed(tensor if is_exact else self.pair.source.read(name).float(), dtype)
 
 
 def _recorded_errors(rows: list[Row], evaluation: EvaluateConfig) -> dict[str, Any]:

@@ -29,7 +29,6 @@ from vmla_convert.training.loop import Stateful, clip_examples, train
 from vmla_convert.training.losses import Examples, Levels, Loss, velocity_distillation
 from vmla_convert.training.optimisers import find_learning_rate
 from vmla_convert.training.processes import agreed, own_device, own_share, processes
-from vmla_convert.training.sharding import is_sharded
 from vmla_convert.training.weights import set_weights
 
 OnStep = Callable[[int, Errors], None]
@@ -138,7 +137,7 @@ class _Recovery:
             adapted = add_adapters(self.student, config.lora_rank, config.train, training.seed)
             self.new = new_names(self.student)
         if training.gradient_checkpointing:
-            self.student.checkpoint_blocks()
+            self.student.checkpoint_blocks(training.offload_activations)
         rate = None
         if later_steps(config):
             rate = training.lr or self._learning_rate()
@@ -218,10 +217,9 @@ class _Recovery:
         self.sizes.restore()
         self.steps_done, self.best_steps[stage] = offset + steps, trained.step
         self.skipped_steps[stage] = trained.skipped
-        if self.is_main or is_sharded(self.student):
-            # A resumed run has not measured a best step from before the interruption.
-            best = measured.get(trained.step) or self.held_out.measure(self.student)
-            self._report(offset + steps, best)
+        # A resumed run has not measured a best step from before the interruption.
+        best = measured.get(trained.step) or self.held_out.measure(self.student)
+        self._report(offset + steps, best)
 
     def _learning_rate(self) -> float:
         """Search for the learning rate of the distillation, once per state folder."""

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vmla_convert.errors import MissingExtraError
 from vmla_convert.layers.block import Block
@@ -43,6 +43,12 @@ def new_names(student: CausalWanModel) -> frozenset[str]:
     )
 
 
+def new_tensors(block: Block) -> dict[str, Tensor]:
+    """Parameters of a block that a conversion made, by name."""
+    new = {id(parameter) for parameter in new_parameters(block)}
+    return {name: p for name, p in block.named_parameters() if id(p) in new}
+
+
 def unfreeze(student: CausalWanModel, scope: Scope) -> None:
     """Let parameters of a frozen model require gradients.
 
@@ -59,6 +65,17 @@ def unfreeze(student: CausalWanModel, scope: Scope) -> None:
             for name, parameter in block.self_attn.named_parameters():
                 if name.startswith(_ATTENTION):
                     parameter.requires_grad_(True)
+
+
+def narrow_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the frozen linear maps of a model in a dtype of mixed precision.
+
+    Autocast would convert these weights before each product, so no result changes. Norms,
+    modulation and everything that trains stay as they are.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not any(p.requires_grad for p in module.parameters()):
+            module.to(dtype)
 
 
 def check_adapters(rank: int) -> None:

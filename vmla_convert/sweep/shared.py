@@ -39,6 +39,7 @@ class Shared:
             progress,
             self.stores[product],
             product,
+            self.common.mixed_precision,
         )
 
     def student(self, conversion: ConvertConfig) -> CausalWanModel:

@@ -92,8 +92,7 @@ def train(
         loss: Loss of a model on an example.
         examples: Examples of each step; their losses are added.
         config: Steps, learning rate and other settings.
-        on_evaluate: Called at step 0, every `eval_every` steps and at the end: by the main process
-            alone, or by all if the model is sharded.
+        on_evaluate: Called at step 0, every `eval_every` steps and at the end, by all processes.
         state_file: Resumable state. A run that finds the file resumes from it.
         progress: Receives the progress bar.
         label: Name of the bar and of the tracked run.
@@ -293,8 +292,7 @@ class _Loop:
     def _evaluate(self, step: int, on_evaluate: OnEvaluate, progress: Progress) -> None:
         value = torch.zeros((), device=self.accelerator.device)
         with self.average.applied(self.model):
-            if is_sharded(self.model) or self.accelerator.is_main_process:
-                value += on_evaluate(self.model, step)
+            value += on_evaluate(self.model, step)
             # One process's figure decides for all whether they stop.
             figure = agreed(value)
             self.best.update(figure, step, self.model)

@@ -17,6 +17,7 @@ from vmla_convert.progress import Progress
 from vmla_convert.results import Metric, Row, put_rows
 from vmla_convert.training.loop import clip_examples, train
 from vmla_convert.training.losses import flow_matching, make_example
+from vmla_convert.training.processes import processes
 
 HELD_OUT_CLIPS = 24
 
@@ -46,11 +47,12 @@ def pretrain(config: TeacherConfig, out: Path, progress: Progress | None = None)
     def measure(trained: nn.Module, step: int) -> float:
         value = loss(trained, example.to(next(trained.parameters()).device)).item()
         row = Row(Metric.FLOW_LOSS, value, "squared velocity", "pretraining", step=step)
-        put_rows(out / "rows.jsonl", [row])
+        if processes().is_main_process:
+            put_rows(out / "rows.jsonl", [row])
         return value
 
     if config.training.gradient_checkpointing:
-        model.checkpoint_blocks()
+        model.checkpoint_blocks(config.training.offload_activations)
     openings = open_openings(config.data, chunk_frames)
     train(
         model,

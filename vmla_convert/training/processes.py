@@ -19,7 +19,8 @@ from vmla_convert.training.losses import Example
 # The others wait while the main process samples clips; torch waits ten minutes by default.
 TIMEOUT = timedelta(days=1)
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Dtypes of mixed precision."""
 
 
 class Share(NamedTuple):
@@ -88,8 +89,13 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
 
 def precision(config: TrainingConfig) -> torch.autocast:
     """Autocast to the dtype of a config. Use a new context for each pass: it caches its casts."""
-    dtype = _DTYPES.get(config.mixed_precision)
-    return torch.autocast(own_device().type, dtype, enabled=dtype is not None)
+    return narrowed(config.mixed_precision, own_device())
+
+
+def narrowed(mixed_precision: str, device: torch.device) -> torch.autocast:
+    """Autocast to a mixed precision, `no`, `bf16` or `fp16`; use a new context for each pass."""
+    dtype = DTYPES.get(mixed_precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def check_shares(config: TrainingConfig, world: int) -> None:

@@ -1,0 +1,1 @@
+"""A pretend GPU for tests."""
