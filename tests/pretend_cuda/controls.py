@@ -53,12 +53,12 @@ def two_dtypes(_: object) -> None:
 def keys_of_another_dtype(_: object) -> None:
     """Keys in float32 beside queries in bfloat16."""
     with pytest.MonkeyPatch.context() as patch:
-        rotate = attention.rotate
+        rotated = attention.rotated
 
         def wide(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-            return rotate(x, rotary).float()
+            return rotated(x, rotary).float()
 
-        patch.setattr(attention, "rotate", wide)
+        patch.setattr(attention, "rotated", wide)
         stream(CONFIG, torch.bfloat16)
 
 

@@ -187,8 +187,9 @@ def generate(
     # What one of several processes needs is in the plan of --dry-run.
     if (processes or 1) == 1 and not dry_run and "WORLD_SIZE" not in os.environ:
         check_video_path(video)
+        first = sources_to_compare(recipe.dense, compare)[0] if compare else recipe.dense
         with out.progress() as progress:
-            config = open_named(recipe.dense, progress).config
+            config = open_named(first, progress).config
         given = {key for key, value in options.items() if value is not None} | given_keys(changes)
         stage = "generate dense" if config.is_dense else "generate"
         recipe = fitted(config, read, stage, fit, video.parent, given)

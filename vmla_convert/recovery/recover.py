@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from vmla_convert.checkpoint.families import OpenCheckpoint
-from vmla_convert.checkpoint.integrity import checked_meanwhile
 from vmla_convert.checkpoint.layouts import CODEC, NATIVE
 from vmla_convert.checkpoint.settings import converted_config
 from vmla_convert.checkpoint.writer import write_checkpoint
@@ -211,11 +210,10 @@ class _Run:
             for i, block in enumerate(student.all_blocks())
             for name in new_tensors(block)
         }
-        with checked_meanwhile(pair.source.hashes):
-            made = {
-                name: pair.source.read(name).to(device, torch.float32)
-                for name in new | {name for name, _ in student.named_buffers()}
-            }
+        made = {
+            name: pair.source.read(name).to(device, torch.float32)
+            for name in new | {name for name, _ in student.named_buffers()}
+        }
         student.load_state_dict(made, strict=False, assign=True)
         student.requires_grad_(False)
         if pair.source.config.codec is not None:
@@ -262,8 +260,7 @@ class _Run:
             unfreeze(model, train)
         self._narrow(model)
         shard(model)
-        with checked_meanwhile(checkpoint.hashes):
-            fill(model, checkpoint.read)
+        fill(model, checkpoint.read)
         if model.config.codec is not None:
             model.resize(model.config.codec.size)
         return model
