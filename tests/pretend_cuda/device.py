@@ -215,6 +215,8 @@ class Device(TorchDispatchMode):
             args = (args[0], [_counted_mask(index) for index in args[1]])
         if name in _FLASH or name == _EFFICIENT:
             return self._attend(name, args, kwargs)
+        if func.namespace == "vmla":
+            return _twin(name, self.computes, *args)
         return func(*args, **kwargs)
 
     def _attend(self, name: str, args: Any, kwargs: Any) -> Any:
@@ -237,6 +239,8 @@ class Device(TorchDispatchMode):
             made = result if isinstance(result, tuple | list) else [result]
             if any(_is_double(each) for each in made):
                 self.doubles[f"{name} {site()}"] += 1
+        if result is None:
+            return None
         if changed:
             return changed[0] if isinstance(result, Tensor) else tuple(changed)
         if isinstance(result, Tensor):
@@ -311,6 +315,24 @@ def _is_double(value: Any) -> bool:
     if not isinstance(value, Tensor):
         return False
     return value.dtype in (torch.float64, torch.complex128) and value.numel() > 1
+
+
+def _twin(name: str, computes: bool, x: Tensor, *rest: Tensor) -> Tensor | None:
+    """What a kernel of the package computes, by plain operations on tensors of the CPU."""
+    from vmla_convert.maths.rope3d import Rotary, rotate
+
+    if not computes:
+        return torch.empty_like(x) if name == "rotated" else None
+    if name == "rotated":
+        return rotate(x, Rotary(rest[0]))
+    if name == "rotate_":
+        x.copy_(rotate(x, Rotary(rest[0])))
+        return None
+    assert name == "decode_rotated", name
+    weight, mean, table, out = rest
+    keys = torch.nn.functional.linear(x, weight, mean).unflatten(-1, out.shape[-2:])
+    out.copy_(rotate(keys, Rotary(table)))
+    return None
 
 
 def _same_dtype(name: str, tensors: list[Tensor]) -> None:

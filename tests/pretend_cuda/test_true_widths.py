@@ -16,6 +16,7 @@ GB = 1e9
 def check_stream(results: dict[str, Any]) -> None:
     for path, found in results.items():
         assert found["peak"] == pytest.approx(found["formula"], rel=0.1), path
+        assert found["peak with kernels"] <= found["peak"], path
         assert not found["waits of a layer"], path
         assert not found["doubles of a layer"], path
         # A fused kernel for every product of attention.

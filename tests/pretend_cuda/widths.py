@@ -6,6 +6,7 @@ The scenarios print figures; `test_true_widths.py` holds them to bounds and to t
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import device
@@ -26,6 +27,7 @@ from vmla_convert.config import (
     TrainingConfig,
 )
 from vmla_convert.demo.world import Split
+from vmla_convert.kernels import rotary
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.layers.memory import ClipShape, streaming_memory
 from vmla_convert.maths.rates import Rate
@@ -223,10 +225,19 @@ def recovery_14b(_: object) -> Any:
 
 
 def streaming(size: str, product: str, dtype: Any = "auto") -> Any:
-    """Peak bytes of generating with a full window, the formula's, and what each layer adds.
+    """Peak bytes of generating with a full window, with kernels of the package and without.
 
-    What the last pass of a chunk waits for, and its float64 results, may not grow with layers.
+    The formula counts plain torch, which needs more. What the last pass of a chunk waits for, and
+    its float64 results, may not grow with layers.
     """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rotary, "HAS_TRITON", False)
+        plain = _streaming(size, product, dtype)
+    patched = _streaming(size, product, dtype) if find_spec("triton") else plain
+    return patched | {"peak with kernels": patched["peak"], "peak": plain["peak"]}
+
+
+def _streaming(size: str, product: str, dtype: Any) -> Any:
     # Of the two backends of MLA layers the formula counts the larger one.
     runtime = RuntimeConfig(
         backend="materialised" if product == "mla" else "auto", cache_dtype=dtype
