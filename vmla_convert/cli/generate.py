@@ -73,7 +73,7 @@ Compare = Annotated[
 ]
 SaveStream = Annotated[
     Path | None,
-    option("--save-stream", "FILE", "Keep the state at the end, to continue from.", OUTPUT),
+    option("--save-stream", "FILE", "Keep the state at the end.", OUTPUT),
 ]
 ResumeStream = Annotated[
     Path | None,
@@ -90,8 +90,8 @@ AttentionBackend = Annotated[
     option(
         "--attention-backend",
         "NAME",
-        "Attention kernel: auto (the best that is installed), sdpa, cudnn, flash, flash3, flash4, "
-        "or sage (8 bits). Default: auto.",
+        "Attention kernel: sdpa, cudnn, flash, flash3, flash4 or sage (8 bits). Default: auto, "
+        "the best.",
         RUNNING,
     ),
 ]
@@ -100,15 +100,12 @@ Processes = Annotated[
     option(
         "--processes",
         "N",
-        "Processes that compute one video together, each on a GPU of its own. Started by torchrun, "
-        "leave it out.",
+        "Processes that compute one video together, one to a GPU. Not under torchrun.",
         RUNNING,
         min=1,
     ),
 ]
-DryRun = Annotated[
-    bool, option("--dry-run", None, "Check the settings, show the plan, and stop.", OUTPUT)
-]
+DryRun = Annotated[bool, option("--dry-run", None, "Check, show the plan, and stop.", OUTPUT)]
 Changes = Annotated[
     list[str] | None,
     option(
@@ -149,8 +146,7 @@ def generate(
 ) -> None:
     """Generate video from prompts; the first frame lands beside the video as a PNG.
 
-    With --compare, a contact sheet of both models lands there instead. Several GPUs make one video
-    faster with --processes N.
+    With --compare, a contact sheet of both models lands there instead.
     """
     from vmla_convert.generating.film import check_video_path
     from vmla_convert.generating.launch import check_gpus, run_together
