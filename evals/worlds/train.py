@@ -1,14 +1,18 @@
 """Train the teacher of the photograph world: `python -m evals.worlds.train --out DIR`.
 
 Phases lengthen the clips: copying from the past is learned on short clips, where a step is cheap,
-and then stretched to the whole window. A run that was interrupted goes on where it stopped; a later
-machine goes on from the weights that were shipped (`--start FILE --phase N`). It runs for many
-hours on two cores: start it with `nice -n 19`.
+and then stretched to the whole window. A run that was interrupted goes on where it stopped; another
+machine goes on from the weights that are shipped:
+
+    python -m evals.worlds.train --out DIR --start evals/worlds/teacher --phase 1
+
+It runs for many hours on two cores. Every phase ends with a checkpoint in DIR/teacher.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 from time import perf_counter
 
@@ -34,11 +38,12 @@ from vmla_convert.config import (
 )
 from vmla_convert.console import out
 from vmla_convert.layers.dit import CausalWanModel
+from vmla_convert.loading.load import load
 from vmla_convert.media.clips import seeded
 from vmla_convert.results import Metric, Row, put_rows
 from vmla_convert.training.loop import clip_examples, train
 from vmla_convert.training.losses import flow_matching, make_example
-from vmla_convert.training.pretrain import initialise
+from vmla_convert.training.pretrain import initialise, save_self_forcing
 
 HELD_OUT_CLIPS = 8
 
@@ -81,9 +86,9 @@ def _phase(steps: int, batch: int, lr: float) -> TrainingConfig:
 
 
 PHASES = (
-    (12, _phase(1000, 4, 3e-3)),
-    (24, _phase(800, 2, 2e-3)),
-    (48, _phase(400, 1, 1e-3)),
+    (12, _phase(1000, 4, 2e-3)),
+    (24, _phase(3000, 2, 2e-3)),
+    (48, _phase(1500, 1, 1e-3)),
 )
 """Frames of a clip, and the training of each phase."""
 
@@ -92,7 +97,7 @@ def main() -> None:
     """Run the phases that are not done."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for states and weights")
-    parser.add_argument("--start", type=Path, help="weights to begin with (safetensors)")
+    parser.add_argument("--start", help="checkpoint to begin with")
     parser.add_argument("--phase", type=int, default=0, help="first phase to run")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -100,7 +105,7 @@ def main() -> None:
     model = CausalWanModel(CONFIG)
     initialise(model)
     if asked.start:
-        model.load_state_dict({n: t.float() for n, t in load_file(asked.start).items()})
+        model.load_state_dict(load(asked.start).state_dict())
     for number, (frames, config) in enumerate(PHASES):
         if number < asked.phase:
             continue
@@ -110,6 +115,8 @@ def main() -> None:
             continue
         _train_phase(model, number, frames, config, asked.out)
         save_file(dict(model.state_dict()), done)
+        shutil.rmtree(asked.out / "teacher", ignore_errors=True)
+        save_self_forcing(model.state_dict(), CONFIG, asked.out / "teacher")
 
 
 def _train_phase(
