@@ -215,6 +215,9 @@ class Device(TorchDispatchMode):
             args = (args[0], [_counted_mask(index) for index in args[1]])
         if name in _FLASH or name == _EFFICIENT:
             return self._attend(name, args, kwargs)
+        if name == "_conj":
+            # Below here no operator looks at the mark of a conjugate, so there is none.
+            return torch.conj_physical(args[0])
         if func.namespace == "vmla":
             return _twin(name, self.computes, *args)
         return func(*args, **kwargs)
