@@ -171,13 +171,13 @@ def test_commands_are_taken_by_the_command_line(
         asked[name] = values
         raise RanError(name)
 
-    opened = "vmla_convert.generating.write_video.open_named"
+    opened = "vmla_convert.loading.load.open_named"  # generate plans before it makes a video
     monkeypatch.setattr(
         "vmla_convert.recipe.plan.plan_recipe",
         lambda *_: SimpleNamespace(work=PlannedWork("", Memory(0))),
     )
     monkeypatch.setattr(running, "run_recipe", lambda recipe, *_: keep("run", recipe))
-    monkeypatch.setattr(opened, lambda source: keep("load", source))
+    monkeypatch.setattr(opened, lambda source, *_: keep("load", source))
     monkeypatch.chdir(tmp_path)
     text = (tmp_path / "report.md").read_text("utf-8")
     for line in text.split("```sh\n")[1].split("```")[0].splitlines():
