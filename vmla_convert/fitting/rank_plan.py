@@ -118,8 +118,12 @@ def _size(model: ModelConfig, config: ConvertConfig) -> Sizes:
 
 
 def rank_step(model: ModelConfig) -> int:
-    """Step between ranks: 16 for Wan 1.3B, less for narrower models."""
-    return max(1, model.geometry.dim // 96)
+    """Step between sizes: 16 for Wan 1.3B, 48 for 14B, less for narrower models.
+
+    Steps of wide models are multiples of 16, in which GPUs multiply matrices.
+    """
+    step = max(1, model.geometry.dim // 96)
+    return step if step < 16 else step // 16 * 16
 
 
 def _check_rope(model: ModelConfig, size: Sizes) -> None:
