@@ -52,7 +52,7 @@ MATRIX = ("mma.sync", "wgmma", "tcgen05.mma")
 
 
 class Compiled(NamedTuple):
-    """What a program takes on a GPU.
+    """The resources that a program takes on a GPU.
 
     Attributes:
         program: Name.

@@ -263,7 +263,7 @@ def scale() -> str:
 
 
 def verification() -> str:
-    """What comparing checksums adds to a load of a true-size checkpoint."""
+    """The time that comparing checksums adds to a load of a true-size checkpoint."""
     rows = [r for r in rows_of("verify_cost") if r.metric == Metric.SECONDS_RATIO]
     cells = [[r.run, r.unit, f"{r.value:.3f}", r.note or ""] for r in rows]
     return table(["load", "ratio", "median", "machine"], cells, "verify_cost")

@@ -47,7 +47,7 @@ CASES = {
 
 
 class Streamed(NamedTuple):
-    """What a stream gave.
+    """The results of a stream.
 
     Attributes:
         velocity: Velocities of all frames.

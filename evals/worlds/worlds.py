@@ -63,7 +63,7 @@ class World(Protocol):
     """A world to measure in.
 
     Attributes:
-        checkpoint: Its dense model.
+        checkpoint: The dense model of the world.
         given_frames: True frames that a rollout begins with.
     """
 

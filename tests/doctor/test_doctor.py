@@ -192,7 +192,7 @@ def test_a_recipe_fits_where_its_head_says(recipe: str, model: ModelConfig) -> N
     for stage in STAGES:
         need = with_savings(recipe, model, stage, room, recipe)
         assert need.fits and not need.changes, stage
-    # Of the next smaller memory one stage is too large.
+    # One stage is too large for the next smaller memory.
     less = Room(device * 2 // 3, host, disk, processes)
     if recipe != "longlive_1_3b" and processes == 1:
         assert any(with_savings(recipe, model, s, less, recipe).changes for s in STAGES)

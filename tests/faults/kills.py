@@ -85,7 +85,7 @@ class Command:
             return {} if repo is None else {n: blob.oid for n, blob in repo.files.items()}
         # A kill between the last step and the clean-up leaves working files beside the output.
         places = (out, out.with_name(f"{out.name}-clips"))
-        # Nobody holds a lock whose process was killed: the file that named the holder may stay.
+        # A killed process holds no lock, and the file that named the holder may stay.
         files = (
             file
             for place in places

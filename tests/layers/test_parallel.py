@@ -52,7 +52,7 @@ def test_sent_bytes_equal_the_formula(size: int) -> None:
 
 
 def layer_exchanges(name: str) -> list[Exchange]:
-    """What each layer of a case exchanges of a token."""
+    """The bytes of a token that each layer of a case exchanges."""
     model, runtime = CASES[name]
     if model.codec is not None:
         rates = tiny_model(model)._rates(runtime)

@@ -180,7 +180,7 @@ class Device(TorchDispatchMode):
             return tensor.held.item()
         return 0.5 if tensor.dtype.is_floating_point else 1
 
-    # What a GPU refuses
+    # Refusals of a GPU
 
     def _check(self, name: str, args: Any, tensors: list[Tensor]) -> None:
         # An index may be of the host, and a number as well; both cost a transfer.
@@ -321,7 +321,7 @@ def _is_double(value: Any) -> bool:
 
 
 def _twin(name: str, computes: bool, x: Tensor, *rest: Tensor) -> Tensor | None:
-    """What a kernel of the package computes, by plain operations on tensors of the CPU."""
+    """Compute the result of a kernel of the package by plain operations on tensors of the CPU."""
     from vmla_convert.maths.rope3d import Rotary, rotate
 
     if not computes:
@@ -370,7 +370,7 @@ def _counted_mask(index: Tensor | None) -> Tensor | None:
     return torch.empty(max(1, index.numel() // 2), dtype=torch.long, device="meta")
 
 
-# What stands for the driver
+# Stand-ins for the driver
 
 
 def _attention(

@@ -238,7 +238,7 @@ def streaming(size: str, product: str, dtype: Any = "auto") -> Any:
 
 
 def _streaming(size: str, product: str, dtype: Any) -> Any:
-    # Of the two backends of MLA layers the formula counts the larger one.
+    # The formula counts the larger one of the two backends of MLA layers.
     runtime = RuntimeConfig(
         backend="materialised" if product == "mla" else "auto", cache_dtype=dtype
     )

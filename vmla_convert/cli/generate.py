@@ -180,7 +180,7 @@ def generate(
         return command_recipe(TABLES, options, [*(changes or ()), *more])
 
     recipe = read(())
-    # What one of several processes needs is in the plan of --dry-run.
+    # The plan of --dry-run says how much memory one of several processes needs.
     if (processes or 1) == 1 and not dry_run and "WORLD_SIZE" not in os.environ:
         check_video_path(video)
         first = sources_to_compare(recipe.dense, compare)[0] if compare else recipe.dense

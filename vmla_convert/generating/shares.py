@@ -1,4 +1,4 @@
-"""What each of several processes computes, keeps and sends for one stream, by formula."""
+"""The share of one stream that each of several processes computes, keeps and sends."""
 
 from __future__ import annotations
 

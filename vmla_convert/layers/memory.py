@@ -179,7 +179,7 @@ def training_pass_bytes(
     layers = geometry.num_layers
     kept = layers * block
     if checkpointed:
-        # Of offloaded inputs one is on the way to the host while the next block runs.
+        # One offloaded input is on the way to the host while the next block runs.
         kept = (2 if offloaded else layers) * stream + block - stream
     return kept + backward
 
