@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from checkpoints import MODEL
@@ -242,9 +243,11 @@ def run_damage(
         sound = file.read_bytes()
         expected = kind.use(folder) if kind.is_hashed else None
 
-        def use(data: bytes, kind: Kind = kind, outcome: Outcome = outcome) -> None:
+        def use(
+            data: bytes, kind: Kind = kind, outcome: Outcome = outcome, expected: Any = expected
+        ) -> None:
             (folder / kind.file).write_bytes(data)
-            _use(kind, folder, expected, outcome)  # noqa: B023
+            _use(kind, folder, expected, outcome)
 
         for _ in range(count):
             data = bytearray(sound)

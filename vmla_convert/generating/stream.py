@@ -155,7 +155,8 @@ def _read(file: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
     try:
         with opened_safetensors(file) as stored:
             table = parse_json((stored.metadata() or {})[_TABLE])
-            return dict(table), {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            names = stored.keys()
+            return dict(table), {name: stored.get_tensor(name) for name in names}
     except (SafetensorError, OSError, LookupError, ValueError, TypeError) as error:
         raise ConfigError(
             f"{file} is not a saved stream: {error}", "save one: --save-stream FILE"
