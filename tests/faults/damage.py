@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 from checkpoints import MODEL
@@ -244,7 +243,7 @@ def run_damage(
         expected = kind.use(folder) if kind.is_hashed else None
 
         def use(
-            data: bytes, kind: Kind = kind, outcome: Outcome = outcome, expected: Any = expected
+            data: bytes, kind: Kind = kind, outcome: Outcome = outcome, expected: object = expected
         ) -> None:
             (folder / kind.file).write_bytes(data)
             _use(kind, folder, expected, outcome)
