@@ -17,13 +17,7 @@ if TYPE_CHECKING:
     from vmla_convert.doctor.stages import Fit, Room, Stage
 
 FitIn = Annotated[
-    str | None,
-    option(
-        "--fit",
-        "SIZE",
-        "Choose settings for this much memory, as 24GB.",
-        RUNNING,
-    ),
+    str | None, option("--fit", "SIZE", "Choose settings for this much memory, as 24GB.", RUNNING)
 ]
 
 _UNITS = {"mb": 10**6, "gb": 10**9, "mib": 2**20, "gib": 2**30}
@@ -69,7 +63,7 @@ def fitted(
     else:
         chosen = f", with {changes}" if changes else ""
         out.say(f"fits in {has}: {_peak(found, room)}{chosen}")
-    return read(found.changes) if size is not None else read(())
+    return read(found.changes if size is not None else ())
 
 
 def parse_size(text: str) -> int:
@@ -78,12 +72,10 @@ def parse_size(text: str) -> int:
     Raises:
         ConfigError: The text is not a size.
     """
-    found = re.fullmatch(r"([\d.]+) *([a-z]+)", text.strip().lower())
-    try:
-        assert found is not None
-        return int(float(found[1]) * _UNITS[found[2]])
-    except (AssertionError, ValueError, KeyError):
-        raise ConfigError(f"'{text}' is not a size of memory", "write --fit 24GB") from None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([a-z]+)", text.strip().lower())
+    if found is None or found[2] not in _UNITS:
+        raise ConfigError(f"'{text}' is not a size of memory", "write --fit 24GB")
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def given_keys(changes: Collection[str] | None) -> set[str]:

@@ -251,9 +251,7 @@ def _savings(recipe: Recipe, stage: Stage, processes: int) -> list[str]:
     """Changes to try, from the mildest to the strongest."""
     parts: list[str] = []
     if stage == "recover" and recipe.recover is not None:
-        # One clip at a time, which gives the same gradient.
-        clips = max(1, recipe.recover.training.batch_size // processes)
-        parts.append(f"recover.training.accumulate={clips}")
+        parts.append(f"recover.training.accumulate={_clips_each(recipe.recover, processes)}")
     return parts + list(SAVINGS[stage])
 
 
@@ -308,5 +306,10 @@ def _clip(data: DataConfig, model: ModelConfig) -> ClipShape:
 def _one_clip_at_a_time(recover: RecoverConfig | None, processes: int) -> RecoverConfig:
     """The same steps; each process passes its clips one after the other."""
     recover = recover or RecoverConfig()
-    parts = max(1, recover.training.batch_size // processes)
+    parts = _clips_each(recover, processes)
     return replace(recover, training=replace(recover.training, accumulate=parts))
+
+
+def _clips_each(recover: RecoverConfig, processes: int) -> int:
+    """Clips of a process in a step; passed one at a time they give the same gradient."""
+    return max(1, recover.training.batch_size // processes)
