@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 
 from vmla_convert.__main__ import main as run_reporting_errors
 from vmla_convert.console import out
-from vmla_convert.kernels import programs
+from vmla_convert.kernels import programs, unpacking
 from vmla_convert.kernels.rotary import (
     DECODE_BLOCK,
     DECODE_OPTIONS,
@@ -37,15 +37,22 @@ TARGETS = (80, 89, 90, 100, 120)
 HEAD_DIM, WARP = 128, 32
 STRIDES = ("x_b", "x_s", "x_h", "channels_b", "channels_s", "weight_s", "out_b", "out_s", "out_h")
 TENSORS = {"x": "*bf16", "out": "*bf16", "channels": "*bf16", "weight": "*bf16", "mean": "*bf16"}
-TYPES = {**dict.fromkeys((*STRIDES, "S", "R"), "i32"), **TENSORS, "table": "*fp32"}
+CODES = {"stored": "*u8", "starts": "*i32", "widths": "*i32", "tables": "*fp32"}
+TYPES = {
+    **dict.fromkeys((*STRIDES, "stored_s", "S", "R"), "i32"),
+    **TENSORS,
+    **CODES,
+    "table": "*fp32",
+}
 PROGRAMS: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "rotate": ({"D": HEAD_DIM, "BLOCK": ROTATE_BLOCK}, ROTATE_OPTIONS),
     "decode_rotated": (
         {"D": HEAD_DIM, "BLOCK": DECODE_BLOCK, "STEP": DECODE_STEP},
         DECODE_OPTIONS,
     ),
+    "unpacked": ({"BLOCK": unpacking.BLOCK, "STEP": unpacking.STEP}, unpacking.OPTIONS),
 }
-ANY_NUMBER = ("S", *PROGRAMS["decode_rotated"][0])
+ANY_NUMBER = ("S", "stored_s", *PROGRAMS["decode_rotated"][0])
 """Arguments that are no multiple of 16; addresses, strides and channels are."""
 # Matrix instructions of a warp, of a group of warps (Hopper), and of tensor memory (Blackwell).
 MATRIX = ("mma.sync", "wgmma", "tcgen05.mma")

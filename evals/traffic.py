@@ -35,7 +35,7 @@ from vmla_convert.config import (
     Sizes,
 )
 from vmla_convert.console import out
-from vmla_convert.kernels import rotary
+from vmla_convert.kernels import available
 from vmla_convert.layers.attention import TILE_MIB, AttentionMetadata
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.maths.quantise import WHOLE_BITS
@@ -161,7 +161,7 @@ def narrow_model(config: ModelConfig) -> CausalWanModel:
 @contextmanager
 def kernels_are(used: bool) -> Iterator[None]:
     """Let the model use its kernels, or their eager twins, whatever the device."""
-    with patch.object(rotary, "_takes", lambda _: used):
+    with patch.object(available, "runs_kernels", lambda _: used):
         yield
 
 

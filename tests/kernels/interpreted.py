@@ -11,10 +11,20 @@ import sys
 import torch
 from torch import Tensor
 
-from vmla_convert.kernels import rotary
+from vmla_convert.kernels import rotary, unpacking
+from vmla_convert.maths.quantise import (
+    code_bytes,
+    dequantise,
+    gaussian_tables,
+    pack,
+    places,
+    quantise,
+    unpack,
+)
 from vmla_convert.maths.rope3d import Rotary, rotary_table, rotate, token_positions
 
 HEADS, D, CHANNELS = 3, 32, 40  # no multiple of a step
+WIDTHS = (*(16,) * 3, *(w for w in range(8, -1, -1) for _ in range(9)))
 
 
 def errors(dtype: torch.dtype) -> dict[str, float]:
@@ -39,7 +49,17 @@ def errors(dtype: torch.dtype) -> dict[str, float]:
         "rotate_": far(x, turned(before.double(), table)),
     }
     untouched = out[:, tokens:].abs().max() + out[:, :, HEADS:].abs().max()
-    return found | {"outside": untouched.item()}
+    return found | {"unpacked": unpacking_error(dtype), "outside": untouched.item()}
+
+
+def unpacking_error(dtype: torch.dtype) -> float:
+    """Largest difference of the unpacking kernel from its twin, which is none."""
+    tables = gaussian_tables()
+    codes = quantise(torch.randn(2, unpacking.BLOCK + 3, len(WIDTHS)), tables, WIDTHS)
+    stored = pack(codes, WIDTHS)
+    assert stored.shape[-1] == code_bytes(WIDTHS)
+    made = unpacking._unpacked(stored, *places(WIDTHS, stored.device), tables, dtype)
+    return far(made, dequantise(unpack(stored, WIDTHS), tables, WIDTHS, dtype).double())
 
 
 def turned(x: Tensor, table: Rotary) -> Tensor:

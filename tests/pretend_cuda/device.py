@@ -320,10 +320,17 @@ def _is_double(value: Any) -> bool:
     return value.dtype in (torch.float64, torch.complex128) and value.numel() > 1
 
 
-def _twin(name: str, computes: bool, x: Tensor, *rest: Tensor) -> Tensor | None:
+def _twin(name: str, computes: bool, x: Tensor, *rest: Any) -> Tensor | None:
     """Compute the result of a kernel of the package by plain operations on tensors of the CPU."""
+    from vmla_convert.maths.quantise import dequantise, unpack
     from vmla_convert.maths.rope3d import Rotary, rotate
 
+    if name == "unpacked":
+        _, widths, tables, dtype = rest
+        if not computes:
+            return x.new_empty((*x.shape[:-1], len(widths)), dtype=dtype)
+        bits = widths.tolist()
+        return dequantise(unpack(x, bits), tables, bits, dtype)
     if not computes:
         return torch.empty_like(x) if name == "rotated" else None
     if name == "rotated":

@@ -27,7 +27,7 @@ from vmla_convert.config import (
     TrainingConfig,
 )
 from vmla_convert.demo.world import Split
-from vmla_convert.kernels import rotary
+from vmla_convert.kernels import available
 from vmla_convert.layers.dit import CausalWanModel
 from vmla_convert.layers.memory import ClipShape, streaming_memory
 from vmla_convert.maths.rates import Rate
@@ -231,7 +231,7 @@ def streaming(size: str, product: str, dtype: Any = "auto") -> Any:
     its float64 results, may not grow with layers.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rotary, "HAS_TRITON", False)
+        patch.setattr(available, "HAS_TRITON", False)
         plain = _streaming(size, product, dtype)
     patched = _streaming(size, product, dtype) if find_spec("triton") else plain
     return patched | {"peak with kernels": patched["peak"], "peak": plain["peak"]}

@@ -82,3 +82,42 @@ def decode_rotated(
     result = turned(total, table, rows, mask, D, BLOCK).to(out.dtype.element_ty)
     place = out + batch * out_b + wide * out_s + head.to(tl.int64) * out_h + d[None, :]
     tl.store(place, result, mask=mask[:, None])
+
+
+@triton.jit
+def unpacked(
+    stored,
+    starts,
+    widths,
+    tables,
+    out,
+    S,
+    R,
+    stored_s,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """out[s, r] = the channel whose code has widths[r] bits from bit starts[r] of stored[s] on.
+
+    Widths are 1 to 8 bits, whose values are in `tables` one after the other, 16 for a float16, or 0
+    for a channel that is not stored. Grid: blocks of S, blocks of R.
+    """
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channels = tl.program_id(1) * STEP + tl.arange(0, STEP)
+    exists = channels < R
+    start = tl.load(starts + channels, mask=exists, other=0)
+    width = tl.load(widths + channels, mask=exists, other=0)
+    mask = (rows < S)[:, None] & (width > 0)[None, :]
+    byte = rows[:, None].to(tl.int64) * stored_s + (start // 8)[None, :]
+    bit = (start % 8)[None, :]
+    low = tl.load(stored + byte, mask=mask, other=0).to(tl.int32)
+    # The second byte may be after the last one, where the code does not reach into it.
+    reaches = mask & (bit + width[None, :] > 8)
+    high = tl.load(stored + byte + 1, mask=reaches, other=0).to(tl.int32)
+    code = ((low | (high << 8)) >> bit) & ((1 << width) - 1)[None, :]
+    in_table = mask & (width <= 8)[None, :]
+    value = tl.load(tables + ((1 << width) - 2)[None, :] + code, mask=in_table, other=0.0)
+    whole = code.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    result = tl.where((width == 16)[None, :], whole, value).to(out.dtype.element_ty)
+    place = out + rows[:, None].to(tl.int64) * R + channels[None, :]
+    tl.store(place, result, mask=(rows < S)[:, None] & exists[None, :])

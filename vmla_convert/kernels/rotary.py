@@ -8,24 +8,21 @@ Shapes: B batch, S tokens, H heads, D head dim, R channels.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vmla_convert.kernels import available
 from vmla_convert.kernels.alignment import aligned
 from vmla_convert.maths import rope3d
 from vmla_convert.maths.rope3d import Rotary
 
-HAS_TRITON = find_spec("triton") is not None
-
 ROTATE_BLOCK, DECODE_BLOCK, DECODE_STEP = 16, 128, 32
 """Tokens of a program of each kernel, and channels of a step of the decoding one."""
 # Half as many warps for decoding spill registers on every GPU (`python -m evals.kernels`).
-FUSED = {"enable_fp_fusion": True}
-ROTATE_OPTIONS = {"num_warps": 4, **FUSED}
-DECODE_OPTIONS = {"num_warps": 8, "num_stages": 3, **FUSED}
+ROTATE_OPTIONS = {"num_warps": 4, **available.FUSED}
+DECODE_OPTIONS = {"num_warps": 8, "num_stages": 3, **available.FUSED}
 
 
 def rotated(x: Tensor, rotary: Rotary) -> Tensor:
@@ -74,8 +71,8 @@ def decode(channels: Tensor, weight: Tensor, mean: Tensor, out: Tensor) -> None:
 def _takes(x: Tensor) -> bool:
     """Whether the kernels take such keys."""
     width = x.shape[-1]
-    fits = x.stride(-1) == 1 and width >= 16 and width & (width - 1) == 0 and x.numel() > 0
-    return fits and x.is_cuda and HAS_TRITON and x.dtype.itemsize <= 4 and not x.requires_grad
+    fits = x.stride(-1) == 1 and width >= 16 and width & (width - 1) == 0
+    return fits and available.runs_kernels(x) and x.dtype.itemsize <= 4 and not x.requires_grad
 
 
 @torch.library.custom_op("vmla::rotated", mutates_args=())

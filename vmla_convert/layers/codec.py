@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmla_convert.kernels import rotary as kernels
+from vmla_convert.kernels.unpacking import unpacked
 from vmla_convert.layers.attention import Entries, in_float32
 from vmla_convert.maths.quantise import (
     TABLE_SIZE,
@@ -23,7 +24,6 @@ from vmla_convert.maths.quantise import (
     dequantise,
     pack,
     quantise,
-    unpack,
 )
 from vmla_convert.maths.rates import Purchases, Rate, purchases
 from vmla_convert.maths.rope3d import Rotary
@@ -93,8 +93,7 @@ class LayerCodec(nn.Module):
         """Channels (B, S, r) from what `store` returned."""
         if not rate.quantised:
             return stored
-        codes = unpack(stored, rate.widths)
-        return dequantise(codes, self.tables, rate.widths, self.decode.dtype)
+        return unpacked(stored, self.tables, rate.widths, self.decode.dtype)
 
     def past(self, key: Tensor, value: Tensor) -> ChannelPast:
         """The tokens as a past stored at `rate`; gradients pass straight through the rounding."""

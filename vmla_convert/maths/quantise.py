@@ -84,7 +84,8 @@ def pack(codes: Tensor, widths: Sequence[int]) -> Tensor:
 
     Channels of 16 bits must come first, so that each of them starts at a whole byte.
     """
-    byte, bit = _places(widths, codes.device)
+    start, _ = places(widths, codes.device)
+    byte, bit = start // 8, start % 8
     words = codes << bit
     count = code_bytes(widths)
     # A channel touches at most two bytes and channels share no bit, so sums are unions. A channel
@@ -96,11 +97,19 @@ def pack(codes: Tensor, widths: Sequence[int]) -> Tensor:
 
 def unpack(packed: Tensor, widths: Sequence[int]) -> Tensor:
     """Codes (..., R) int32 from bytes (..., code_bytes)."""
-    byte, bit = _places(widths, packed.device)
+    start, width = places(widths, packed.device)
+    byte = start // 8
     single = pad(packed, (0, 2)).int()
     words = single[..., byte] | single[..., byte + 1] << 8
-    masks = [torch.full((n,), (1 << w) - 1, device=packed.device) for w, n in _runs(widths)]
-    return (words >> bit & torch.cat(masks)).int()
+    return words >> start % 8 & (1 << width) - 1
+
+
+def places(widths: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The bit at which each packed channel starts, and its width, both (R,) int32."""
+    # Made on the device: a table of the host would be copied there for each layer of each pass.
+    sizes = [torch.full((n,), w, dtype=torch.int32, device=device) for w, n in _runs(widths)]
+    width = torch.cat(sizes)
+    return width.cumsum(0, dtype=torch.int32) - width, width
 
 
 def _lloyd_max(ordered: Tensor, levels: int) -> Tensor:
@@ -158,14 +167,3 @@ def _values(codes: Tensor, tables: Tensor, width: int) -> Tensor:
     if width == WHOLE_BITS:
         return codes.to(torch.int16).view(torch.float16)
     return table(tables, width)[codes]
-
-
-def _places(widths: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """First byte of each channel, and the bit of that byte at which the channel starts."""
-    # Made on the device: a table of the host would be copied there for each layer of each pass.
-    starts, end = list[Tensor](), 0
-    for width, count in _runs(widths):
-        starts.append(end + width * torch.arange(count, device=device))
-        end += width * count
-    start = torch.cat(starts)
-    return start // 8, (start % 8).int()
