@@ -7,6 +7,7 @@ import re
 import tomllib
 from collections import namedtuple
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ import torch
 from checkpoints import Vmla, refused
 
 from evals.memory import shared_models
-from vmla_convert.config import ModelConfig, Recipe
+from vmla_convert.config import CachePolicy, ConvertConfig, ModelConfig, Recipe
 from vmla_convert.doctor import machine, stages
 from vmla_convert.doctor.machine import EXTRAS, Device, Machine, examine, free_bytes, hub_login
 from vmla_convert.doctor.stages import (
     RELEASED,
     SAVINGS,
+    SMALLER_CACHES,
     STAGES,
     Room,
     Stage,
@@ -31,6 +33,7 @@ from vmla_convert.doctor.stages import (
     stage_memory,
     with_savings,
 )
+from vmla_convert.fitting.codec import plan_codec
 from vmla_convert.layers.memory import Memory
 from vmla_convert.recipe.read import read_recipe
 
@@ -170,6 +173,20 @@ def test_no_saving_is_used_that_a_stage_fits_without() -> None:
     assert not fixed & {c.partition("=")[0] for c in first_fit(
         model, read, "recover", room, fixed
     ).changes}  # fmt: skip
+
+
+def test_a_smaller_cache_is_the_last_choice() -> None:
+    dense = replace(RELEASED[LARGE], cache=CachePolicy(window_frames=120))
+    model = plan_codec(dense, ConvertConfig())
+
+    def read(changes: Sequence[str]) -> Recipe:
+        return read_recipe("krea_14b", changes)
+
+    sparing = [*SAVINGS["generate"], SMALLER_CACHES[1]]
+    room = Room(None, stage_memory(model, read(sparing), "generate", Room(None, 0))[0].without_gpu)
+    found = first_fit(model, read, "generate", room)
+    assert found.fits and SMALLER_CACHES[1] in found.changes
+    assert not first_fit(model, read, "generate", room, ["runtime.size.bytes_per_token"]).fits
 
 
 HEAD = re.compile(

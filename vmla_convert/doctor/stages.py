@@ -59,6 +59,10 @@ SAVINGS: dict[Stage, tuple[str, ...]] = {
 }
 """Changes of settings that save memory, by stage, from the mildest to the strongest."""
 
+SIZE = "runtime.size."
+SMALLER_CACHES = tuple(f"{SIZE}cut={cut}" for cut in (0.95, 0.975, 0.985))
+"""Further changes for a codec, the last to be tried: they add to its error."""
+
 GPU_HEADROOM = 10**9
 """Bytes of a GPU that no formula counts: the CUDA context, and what an allocator cannot use."""
 
@@ -238,8 +242,8 @@ def first_fit(
     asked, changes = measured(()), tuple[str, ...]()
     if asked.fits:
         return asked
-    for change in _savings(read(()), stage, room.processes):
-        if _key(change) in fixed:
+    for change in _savings(model, read(()), stage, room.processes):
+        if _is_fixed(_key(change), fixed):
             continue
         changes = (*(each for each in changes if _key(each) != _key(change)), change)
         if measured(changes).fits:
@@ -247,12 +251,20 @@ def first_fit(
     return asked
 
 
-def _savings(recipe: Recipe, stage: Stage, processes: int) -> list[str]:
+def _savings(model: ModelConfig, recipe: Recipe, stage: Stage, processes: int) -> tuple[str, ...]:
     """Changes to try, from the mildest to the strongest."""
-    parts: list[str] = []
     if stage == "recover" and recipe.recover is not None:
-        parts.append(f"recover.training.accumulate={_clips_each(recipe.recover, processes)}")
-    return parts + list(SAVINGS[stage])
+        parts = _clips_each(recipe.recover, processes)
+        return (f"recover.training.accumulate={parts}", *SAVINGS[stage])
+    smaller = stage == "generate" and model.codec is not None
+    return (*SAVINGS[stage], *(SMALLER_CACHES if smaller else ()))
+
+
+def _is_fixed(key: str, fixed: Collection[str]) -> bool:
+    """Whether the user set a key, or the same thing by another key."""
+    if key.startswith(SIZE):
+        return any(each.startswith(SIZE) for each in fixed)
+    return key in fixed
 
 
 def _needed(changes: tuple[str, ...], fits: Callable[[tuple[str, ...]], bool]) -> tuple[str, ...]:
