@@ -13,7 +13,7 @@ cache rotated keys, such as Self-Forcing's own, save that work.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -76,6 +76,8 @@ SHAPES = {
 }
 
 Latent = Literal["joint", "split"]
+Kind = Literal["quantised", "codec", "mla"]
+KINDS: tuple[Kind, ...] = ("quantised", "codec", "mla")
 BACKENDS: tuple[Literal["materialised", "absorbed", "auto"], ...] = (
     "materialised",
     "absorbed",
@@ -96,20 +98,24 @@ def main(
     shapes: Annotated[str, typer.Option(help="wan-1.3b or demo.")] = "wan-1.3b",
     layers: Annotated[int, typer.Option(min=1, help="Layers of the timed models.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Repeats of each variant.")] = 3,
+    only: Annotated[Kind | None, typer.Option(help="Time variants of one kind.")] = None,
 ) -> None:
     """Time a denoising step of each variant beside the dense model, at equal window."""
     if shapes not in SHAPES:
         raise ConfigError(f"no shapes '{shapes}'", did_you_mean(shapes, SHAPES))
     rows: list[Row] = []
+    kinds = KINDS if only is None else (only,)
     for window in SHAPES[shapes].windows:
-        for timed in measure(SHAPES[shapes], window, layers, rounds):
+        for timed in measure(SHAPES[shapes], window, layers, rounds, kinds):
             put_rows(rows_file, timed)  # one variant takes minutes
             rows += timed
     cells = [[r.run, r.backend or "", r.frames, r.metric, r.value, r.unit] for r in rows]
     out.table("Speed", ["run", "backend", "frames", "metric", "value", "unit"], cells)
 
 
-def measure(shapes: Shapes, window: int, layers: int, rounds: int) -> Iterator[list[Row]]:
+def measure(
+    shapes: Shapes, window: int, layers: int, rounds: int, kinds: Sequence[Kind] = KINDS
+) -> Iterator[list[Row]]:
     """Rows of each variant at one window, the dense model's with the first."""
     torch.manual_seed(0)
     config = ModelConfig(
@@ -121,7 +127,7 @@ def measure(shapes: Shapes, window: int, layers: int, rounds: int) -> Iterator[l
     )
     device = compute_device()
     dense = CausalWanModel(config).to(device)
-    for index, (model, runtime) in enumerate(variants(dense)):
+    for index, (model, runtime) in enumerate(variants(dense, kinds)):
         rows = step_rows(dense, model.to(device), runtime, rounds)
         backend = runtime.backend if model.config.mla else None
         yield [
@@ -131,17 +137,23 @@ def measure(shapes: Shapes, window: int, layers: int, rounds: int) -> Iterator[l
         ]
 
 
-def variants(dense: CausalWanModel) -> Iterator[tuple[CausalWanModel, RuntimeConfig]]:
+def variants(
+    dense: CausalWanModel, kinds: Sequence[Kind]
+) -> Iterator[tuple[CausalWanModel, RuntimeConfig]]:
     """Models and runtimes to time: quantised dense caches, codecs, MLA layers."""
-    for dtype in DENSE_DTYPES:
-        yield dense, RuntimeConfig(cache_dtype=dtype)
-    codec = fit_model(dense, ConvertConfig(calibrate=False))
-    for cut in CODEC_CUTS:
-        yield codec, RuntimeConfig(Sizes(cut=cut))
-    for latent, share in MLA_SIZES:
-        mla = CausalWanModel(replace(dense.config, mla=mla_config(dense.config, latent, share)))
-        for backend in BACKENDS:
-            yield mla, RuntimeConfig(backend=backend)
+    if "quantised" in kinds:
+        for dtype in DENSE_DTYPES:
+            yield dense, RuntimeConfig(cache_dtype=dtype)
+    if "codec" in kinds:
+        codec = fit_model(dense, ConvertConfig(calibrate=False))
+        for cut in CODEC_CUTS:
+            yield codec, RuntimeConfig(Sizes(cut=cut))
+    if "mla" in kinds:
+        for latent, share in MLA_SIZES:
+            config = replace(dense.config, mla=mla_config(dense.config, latent, share))
+            mla = CausalWanModel(config)
+            for backend in BACKENDS:
+                yield mla, RuntimeConfig(backend=backend)
 
 
 def mla_config(model: ModelConfig, latent: Latent, share: float) -> MLAConfig:
