@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable
 from dataclasses import replace
 
 from vmla_convert.checkpoint.known import known_by_repo, known_model
 from vmla_convert.checkpoint.settings import DEFAULTS
 from vmla_convert.config import ConvertConfig, ModelConfig, RuntimeConfig, Sizes
 from vmla_convert.doctor.stages import (
-    GPU_HEADROOM,
     RELEASED,
     STAGES,
     Need,
@@ -19,12 +16,10 @@ from vmla_convert.doctor.stages import (
     with_savings,
 )
 from vmla_convert.fitting.codec import plan_codec
-from vmla_convert.layers.memory import streaming_memory
+from vmla_convert.layers.memory import GPU_HEADROOM, most, streaming_memory, streams_on
+from vmla_convert.measuring.rows import CARDS_GB
 from vmla_convert.recipe.read import available_recipes, read_recipe
 from vmla_convert.tables import from_dict, merged, to_dict
-
-CARDS = (24, 48, 80, 141)
-"""Memory of one GPU, in GB."""
 
 # Host memory and disk are shown, and not a reason to save.
 UNBOUNDED = 10**15
@@ -38,8 +33,8 @@ LATENTS_A_SECOND = 4
 
 def memory_by_device() -> str:
     """Peak memory of each stage, and what changes on smaller GPUs."""
-    header = ["recipes", "stage", "GPU", "host", "disk", *(f"on {card} GB" for card in CARDS)]
-    lines = [header, ["---", "---", "---:", "---:", "---:", *["---"] * len(CARDS)]]
+    header = ["recipes", "stage", "GPU", "host", "disk", *(f"on {card} GB" for card in CARDS_GB)]
+    lines = [header, ["---", "---", "---:", "---:", "---:", *["---"] * len(CARDS_GB)]]
     for recipes, model in shared_models().items():
         processes = SHARDS if shards(recipes[0]) else 1
         names = ", ".join(f"`{name}`" for name in recipes)
@@ -54,8 +49,8 @@ def memory_by_device() -> str:
 def streams_per_card() -> str:
     """Streams of a full window that fit beside each other, and seconds of video in one cache."""
     header = ["model", "cache", "bytes a token and layer", "cache of a window"]
-    lines = [[*header, *(f"on {card} GB" for card in CARDS)]]
-    lines.append(["---", "---", *["---:"] * (len(CARDS) + 2)])
+    lines = [[*header, *(f"on {card} GB" for card in CARDS_GB)]]
+    lines.append(["---", "---", *["---:"] * (len(CARDS_GB) + 2)])
     for name in ("Wan 1.3B 480p", "Wan 14B 480p"):
         dense, shown = RELEASED[name], name
         codec = plan_codec(dense, ConvertConfig())
@@ -69,33 +64,21 @@ def streams_per_card() -> str:
                 f"{token:.0f}",
                 f"{held / 1e9:.2f} GB",
             ]
-            lines.append([*cells, *(fitting(model, runtime, card * 10**9) for card in CARDS)])
+            lines.append([*cells, *(fitting(model, runtime, card * 10**9) for card in CARDS_GB)])
             shown = ""
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def fitting(model: ModelConfig, runtime: RuntimeConfig, card: int) -> str:
     """A cell: how many streams fit on a card, and how many seconds of video in one cache."""
-    room = card - GPU_HEADROOM
+    room, chunk = card - GPU_HEADROOM, model.chunk_frames
 
-    def fits(streams: int, frames: int) -> bool:
-        longer = replace(model, cache=replace(model.cache, window_frames=frames))
-        return streaming_memory(longer, runtime, 2, streams).device <= room
+    def fits(chunks: int) -> bool:
+        longer = replace(model, cache=replace(model.cache, window_frames=chunk * chunks))
+        return streaming_memory(longer, runtime, 2).device <= room
 
-    window, chunk = model.cache.window_frames, model.chunk_frames
-    streams = most(lambda count: fits(count, window))
-    seconds = chunk * most(lambda chunks: fits(1, chunk * chunks)) / LATENTS_A_SECOND
+    streams, seconds = streams_on(model, runtime, card), chunk * most(fits) / LATENTS_A_SECOND
     return f"{streams}, {seconds:.0f} s" if streams else "none"
-
-
-def most(fits: Callable[[int], bool]) -> int:
-    """Largest number that fits, where all smaller ones do; 0 where 1 does not."""
-    if not fits(1):
-        return 0
-    above = 2
-    while fits(above):
-        above *= 2
-    return bisect_left(range(above // 2, above), True, key=lambda n: not fits(n)) + above // 2 - 1
 
 
 def shared_models() -> dict[tuple[str, ...], ModelConfig]:
@@ -135,7 +118,7 @@ def stage_cells(recipe: str, model: ModelConfig, stage: Stage, processes: int) -
         return with_savings(recipe, model, stage, room, recipe)
 
     need = on(UNBOUNDED)
-    fits = [fit(on(card * 10**9)) for card in CARDS]
+    fits = [fit(on(card * 10**9)) for card in CARDS_GB]
     needed = (need.device_bytes, need.host_bytes, need.disk_bytes)
     return [stage, *(f"{nbytes / 1e9:.1f}" if nbytes else "–" for nbytes in needed), *fits]
 

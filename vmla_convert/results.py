@@ -61,6 +61,7 @@ class Metric(StrEnum):
     CACHE_BYTES = "cache_bytes"
     CACHE_BYTES_PER_TOKEN = "cache_bytes_per_token"
     CACHE_CUT = "cache_cut"
+    STREAMS = "streams"
     BYTES_AT_ERROR = "bytes_at_error"
     BYTES_RATIO_AT_ERROR = "bytes_ratio_at_error"
     BITS_SAVED = "bits_saved"
@@ -119,6 +120,7 @@ class Row:
         low: Lower end of the 95 % bootstrap interval over clips.
         high: Upper end of this interval.
         clip_seconds: Length of a clip.
+        card_gb: Memory of a GPU, in GB.
         note: Text for which there is no field: why a point failed, the axis of a RoPE pair.
     """
 
@@ -146,6 +148,7 @@ class Row:
     pair: int | None = None
     batch: int | None = None
     clip_seconds: float | None = None
+    card_gb: int | None = None
     chunk: int | None = None
     window_frames: int | None = None
     age: int | None = None

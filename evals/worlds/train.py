@@ -88,7 +88,7 @@ def _phase(steps: int, batch: int, lr: float) -> TrainingConfig:
 PHASES = (
     (12, _phase(1000, 4, 2e-3)),
     (24, _phase(3000, 2, 2e-3)),
-    (48, _phase(2200, 1, 2e-3)),
+    (48, _phase(1400, 1, 2e-3)),
 )
 """Frames of a clip, and the training of each phase."""
 

@@ -54,6 +54,7 @@ from vmla_convert.report.tables import (
     memory_table,
     provenance_table,
     speed_table,
+    streams_table,
 )
 from vmla_convert.results import Metric, Row, put_rows
 
@@ -284,6 +285,21 @@ def test_memory_of_one_clip_by_its_length() -> None:
     assert len(lines) == len(set(amounts.values())) == 1 + len(DENSE_ERRORS) + len(SIZES) + 3
     assert f"{amounts['codec', 20] / 1e6:.3g} MB" in [line[-1] for line in lines]
     assert memory_table(point_rows([0.1]), []) == []
+
+
+def test_streams_by_the_memory_of_a_gpu() -> None:
+    rows = full_rows(seeds=1)
+    header, dense, *smaller = streams_table(rows, read_settings(rows))
+    assert header == ["cache", "on 24 GB", "on 48 GB", "on 80 GB", "on 141 GB"]
+    assert dense[0] == "dense" and len(smaller) > len(SIZES)
+    for line in (dense, *smaller):
+        counts = [int(cell) for cell in line[1:]]
+        assert counts == sorted(counts) and counts[0] > 0
+    counted = {
+        r.value for r in rows if r.metric == "streams" and (r.run, r.card_gb) == ("dense", 24)
+    }
+    assert counted == {float(dense[1])}
+    assert streams_table(point_rows([0.1]), []) == []
 
 
 def test_speed_is_beside_the_dense_models() -> None:

@@ -132,6 +132,9 @@ def test_the_dense_model_and_its_spectra_have_rows_once(whole: list[Row]) -> Non
     assert {(row.batch, row.clip_seconds) for row in whole if row.metric == "cache_bytes"} == {
         (batch, seconds) for batch in (1, 4, 16) for seconds in (None, 5, 30, 60)
     }
+    streams = {(r.run, r.card_gb): r.value for r in whole if r.metric == "streams"}
+    smaller = [run for run, card in streams if run.startswith("mla") and card == 24]
+    assert smaller and all(0 < streams["dense", 24] < streams[run, 24] for run in smaller)
 
 
 def test_the_seed_of_a_point_counts(dense: CausalWanModel, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from vmla_convert.fitting.codec import plan_codec
 from vmla_convert.fitting.memory import calibration_disk, conversion_memory
 from vmla_convert.generating.memory import generation_memory, sampling_memory
 from vmla_convert.generating.own_samples import clips_at_once
-from vmla_convert.layers.memory import FLOAT32, ClipShape, Memory
+from vmla_convert.layers.memory import FLOAT32, GPU_HEADROOM, ClipShape, Memory
 from vmla_convert.media.clips import settled
 from vmla_convert.recipe.read import read_recipe
 from vmla_convert.recovery.memory import recovery_memory
@@ -62,9 +62,6 @@ SAVINGS: dict[Stage, tuple[str, ...]] = {
 SIZE = "runtime.size."
 SMALLER_CACHES = tuple(f"{SIZE}cut={cut}" for cut in (0.95, 0.975, 0.985))
 """Further changes for a codec, the last to be tried: they add to its error."""
-
-GPU_HEADROOM = 10**9
-"""Bytes of a GPU that no formula counts: the CUDA context, and what an allocator cannot use."""
 
 WIDE_RECIPE, NARROW_RECIPE = "krea_14b", "self_forcing_1_3b"
 # Models of this width and wider are recovered in shards.

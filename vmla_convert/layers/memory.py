@@ -9,6 +9,8 @@ Numbers of tokens count all clips of a batch. Letters: T query tokens, S window 
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -20,6 +22,9 @@ from vmla_convert.layers.dit import CausalWanModel
 
 FLOAT32 = 4
 """Bytes of a float32 number."""
+
+GPU_HEADROOM = 10**9
+"""Bytes of a GPU that no formula counts: the CUDA context, and what an allocator cannot use."""
 
 
 class Memory(NamedTuple):
@@ -58,6 +63,22 @@ def parameter_count(config: ModelConfig) -> int:
     """Numbers in the weights of a model, codec included."""
     with torch.device("meta"):
         return sum(tensor.numel() for tensor in CausalWanModel(config).state_dict().values())
+
+
+def streams_on(config: ModelConfig, runtime: RuntimeConfig, nbytes: int) -> int:
+    """Clips with a full window that a GPU of some bytes generates together, in 16-bit numbers."""
+    room = nbytes - GPU_HEADROOM
+    return most(lambda clips: streaming_memory(config, runtime, 2, clips).device <= room)
+
+
+def most(fits: Callable[[int], bool]) -> int:
+    """Largest number that fits, where all smaller ones do; 0 where 1 does not."""
+    if not fits(1):
+        return 0
+    above = 2
+    while fits(above):
+        above *= 2
+    return bisect_left(range(above // 2, above), True, key=lambda n: not fits(n)) + above // 2 - 1
 
 
 def streaming_memory(

@@ -9,12 +9,15 @@ import torch
 
 from vmla_convert.config import DENSE_BITS, DENSE_ITEMSIZE, MLAConfig, ModelConfig, RuntimeConfig
 from vmla_convert.fitting.convert import Conversion
+from vmla_convert.layers.memory import streams_on
 from vmla_convert.maths.rope3d import axis_pairs
 from vmla_convert.media.base import latent_frames_per_second
 from vmla_convert.results import Metric, Row
 
 MEMORY_SECONDS = (5.0, 30.0, 60.0)
 MEMORY_BATCHES = (1, 4, 16)
+CARDS_GB = (24, 48, 80, 141)
+"""Memory of one GPU: RTX 4090, L40S, H100 and H200."""
 AXES = ("time", "height", "width")
 
 
@@ -120,10 +123,11 @@ def cache_rows(
 def memory_rows(
     config: ModelConfig, seed: int = 0, runtime: RuntimeConfig | None = None
 ) -> list[Row]:
-    """Rows of the cache's bytes for whole clips and for the model's window.
+    """Rows of the cache's bytes for whole clips and for the model's window, and of its streams.
 
     A number that is not quantised counts two bytes. Streaming needs no more than the window,
-    however long the clip is.
+    however long the clip is. Streams are the clips with a full window that one GPU generates
+    together, by formula.
     """
     fields, window = row_fields(config, seed, runtime), config.cache.window_frames
     rows: list[Row] = []
@@ -135,6 +139,9 @@ def memory_rows(
             nbytes = float(config.cache_bytes(frames, batch, runtime))
             of_clip = {"batch": batch, "frames": frames, "clip_seconds": seconds}
             rows.append(Row(Metric.CACHE_BYTES, nbytes, "bytes", **of_clip, **fields))
+    for card in CARDS_GB:
+        streams = streams_on(config, runtime or RuntimeConfig(), card * 10**9)
+        rows.append(Row(Metric.STREAMS, streams, "streams on one GPU", card_gb=card, **fields))
     return rows
 
 

@@ -18,6 +18,7 @@ from vmla_convert.report.tables import (
     memory_table,
     provenance_table,
     speed_table,
+    streams_table,
 )
 from vmla_convert.results import Row
 
@@ -62,7 +63,17 @@ def report_sections(
         Section("Which size to use", answer),
         Section("Quality against bytes", _quality(rows, settings, best, plots["quality"])),
         Section("Recovery", plots["recovery"]),
-        Section("Memory of the cache", _noted(memory, "Memory", "One clip, all layers.")),
+        Section(
+            "Memory of the cache",
+            [
+                *_noted(memory, "Memory", "One clip, all layers."),
+                *_noted(
+                    streams_table(rows, settings),
+                    "Streams per GPU",
+                    "Clips with a full window that one GPU generates together, by formula.",
+                ),
+            ],
+        ),
         Section(
             "Speed",
             _noted(speed, "Speed", "Medians of one denoising step, timed in turns with dense."),

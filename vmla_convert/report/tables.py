@@ -87,6 +87,23 @@ def memory_table(rows: Sequence[Row], settings: Sequence[Setting]) -> Table:
     return [["cache", *heads], *lines] if lines else []
 
 
+def streams_table(rows: Sequence[Row], settings: Sequence[Setting]) -> Table:
+    """Clips with a full window that fit on one GPU, a line per size."""
+    # An unquantised codec takes the same bytes as the quantised codec of its size.
+    measured = [r for r in rows if r.metric == Metric.STREAMS and key_of(r).dtype != UNQUANTISED]
+    counts = group_medians(measured, Metric.STREAMS, lambda r: (key_of(r), r.card_gb or 0))
+    cards = sorted({card for _, card in counts})
+    names = setting_names(settings)
+    keys = sorted(
+        {key for key, _ in counts}, key=lambda key: (key.run != DENSE, -(key.nbytes or 0))
+    )
+    lines = [
+        [names.get(key, key.run), *(format_number(counts.get((key, card))) for card in cards)]
+        for key in keys
+    ]
+    return [["cache", *(f"on {card} GB" for card in cards)], *lines] if lines else []
+
+
 def speed_table(rows: Sequence[Row], settings: Sequence[Setting]) -> Table:
     """Seconds of a denoising step, and the ratio to the dense model's seconds."""
     names = setting_names(settings)
