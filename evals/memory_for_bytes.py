@@ -194,7 +194,7 @@ def chart(rows: list[Row]) -> Chart:
     by_bytes: list[Line] = []
     for number, (name, run) in enumerate(kinds.items()):
         points = sorted(
-            (_cache_kilobytes(r), r.value)
+            (cache_kilobytes(r), r.value)
             for r in rows
             if r.note == ALL_OLD and r.run == run and (run == "dense" or r.window_frames == 48)
         )
@@ -244,7 +244,8 @@ def _frames_of_dense(row: Row) -> float:
     return round(row.bytes_per_token * row.window_frames / DENSE_TOKEN_BYTES, 2)
 
 
-def _cache_kilobytes(row: Row) -> float:
+def cache_kilobytes(row: Row) -> float:
+    """Bytes of a layer's whole window of one clip, in kB."""
     assert row.bytes_per_token is not None and row.window_frames is not None
     return row.bytes_per_token * row.window_frames * CONFIG.tokens_per_frame / 1e3
 

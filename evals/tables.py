@@ -4,50 +4,43 @@
     python -m evals.tables --check    write nothing; exit with code 1 if a file differs
 
 A document holds each table between `<!-- rows: NAME -->` and `<!-- end of rows -->`, made by the
-function NAME here or in evals/memory.py. Rows are those in evals/results/.
+function NAME here, in evals/memory.py or in
+evals/worlds/tables.py. Rows are those in evals/results/.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from evals.markdown import number, percent, table, times
 from evals.memory import memory_by_device, streams_per_card
-from vmla_convert.results import Metric, Row, read_rows
+from evals.picture import PICTURES, draw, drawn_points
+from evals.rows import (
+    above_dense,
+    codec_rows,
+    dense_bytes,
+    dense_rows,
+    named,
+    rows_of,
+    size,
+)
+from evals.worlds import tables as worlds
+from vmla_convert.results import Metric, Row
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "evals" / "results"
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "vmla_convert" / "demo" / "checkpoint" / "README.md",
+    ROOT / "evals" / "worlds" / "teacher" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-PICTURES = {name: ROOT / "docs" / "images" / f"error_{name}.svg" for name in ("light", "dark")}
 
-COMMANDS = {
-    "codec": "python -m evals.codec --out evals/results/codec.jsonl",
-    "clips": (
-        "python -m evals.clips --out evals/results/clips.jsonl --picture docs/images/clips.png"
-    ),
-    "prediction": "python -m evals.prediction --out evals/results/prediction.jsonl",
-    "host": "python -m evals.host --out evals/results/host.jsonl",
-    "quickstart": "vmla run recipes/quickstart.toml -o runs/quickstart",
-    "rollout_digits": "python -m evals.rollout runs/kv --world digits --clips 8 --out "
-    "evals/results/rollout_digits.jsonl",
-    "scale_1.3b": "python -m evals.scale 1.3b --out evals/results/scale_1.3b.jsonl",
-    "verify_cost": "python -m evals.verify_cost --out evals/results/verify_cost.jsonl --rounds 3",
-    "teacher_16_seeds": "python -m evals.teacher --seeds 16 --out "
-    "evals/results/teacher_16_seeds.jsonl",
-}
-"""The command that made each file of rows."""
-
-LAST_SEGMENT = 3
 LAYERS = 30
 """Layers of Wan 1.3B."""
 
@@ -217,35 +210,8 @@ def prediction() -> str:
 
 
 def minute() -> str:
-    """The last quarter of a minute, dense and codec, against the dense model's interval."""
-    rows = [r for r in rows_of("rollout_digits") if r.segment == LAST_SEGMENT]
-    dense = {r.metric: r for r in rows if r.run == "dense"}
-    sizes = sorted({size(r) for r in rows if r.run == "codec"}, reverse=True)
-    codec = {(r.metric, size(r)): r for r in rows if r.run == "codec"}
-
-    def cell(metric: Metric, nbytes: float) -> str:
-        own, row = dense[metric], codec[metric, nbytes]
-        assert own.low is not None and own.high is not None
-        inside = own.low <= row.value <= own.high
-        return number(row.value) if inside else f"**{number(row.value)}**"
-
-    return table(
-        ["last quarter of a minute", "dense", "its 95 % interval", *map(_bytes, sizes)],
-        [
-            [
-                f"`{metric}`",
-                number(row.value),
-                f"{number(row.low or 0)} to {number(row.high or 0)}",
-                *(cell(metric, nbytes) for nbytes in sizes),
-            ]
-            for metric, row in dense.items()
-        ],
-        "rollout_digits",
-    )
-
-
-def _bytes(nbytes: float) -> str:
-    return f"codec, {number(nbytes)} bytes"
+    """The last quarter of a minute of the demo world."""
+    return worlds.minute_table("rollout_digits")
 
 
 def scale() -> str:
@@ -375,7 +341,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         memory_by_device,
         streams_per_card,
     )
-}
+} | worlds.BLOCKS
 
 
 def error_table(rows: Iterable[Row]) -> str:
@@ -398,151 +364,6 @@ def error_table(rows: Iterable[Row]) -> str:
         ],
         "codec",
     )
-
-
-def table(header: list[str], lines: list[list[str]], source: str) -> str:
-    """A Markdown table, and the command that made its rows."""
-    marks = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(
-        [
-            *(f"| {' | '.join(line)} |" for line in (header, marks, *lines)),
-            "",
-            f"Rows: `evals/results/{source}.jsonl`, made by `{COMMANDS[source]}`.",
-        ]
-    )
-
-
-# Rows
-
-
-def rows_of(name: str) -> list[Row]:
-    """Rows of one file."""
-    return read_rows(RESULTS / f"{name}.jsonl")
-
-
-def codec_rows() -> list[Row]:
-    """Errors of the quantised codec on the clips that it was fitted for, by size."""
-    rows = [r for r in rows_of("codec") if r.cache_dtype == "auto" and r.note is None]
-    return [r for r in rows if r.init == "calibrated"]
-
-
-def dense_rows() -> list[Row]:
-    """Errors of the dense cache quantised in place."""
-    return [r for r in rows_of("codec") if r.run.startswith("dense")]
-
-
-def above_dense(rows: Iterable[Row]) -> list[tuple[Row, float]]:
-    """Rows of flow loss, and how far each lies above the dense model's."""
-    return [(r, r.value) for r in rows if r.metric == Metric.FLOW_LOSS_ABOVE_DENSE]
-
-
-def mla_above_dense() -> list[tuple[Row, float]]:
-    """MLA layers before recovery, and how far their flow loss lies above the dense model's."""
-    rows = [r for r in rows_of("quickstart") if r.metric == Metric.FLOW_LOSS]
-    (dense,) = (r.value for r in rows if r.run == "dense")
-    return [(r, r.value / dense - 1) for r in rows if r.product == "mla" and r.step == 0]
-
-
-def dense_bytes() -> float:
-    """Bytes per token and layer of the demo model's dense cache."""
-    return next(size(r) for r in rows_of("quickstart") if r.run == "dense")
-
-
-def size(row: Row) -> float:
-    """Bytes per token and layer."""
-    assert row.bytes_per_token is not None
-    return row.bytes_per_token
-
-
-def named(row: Row) -> str:
-    """Return the name of a row's cache in tables."""
-    if row.product == "mla":
-        return "MLA, the paper's init" if row.init == "spectral" else f"MLA, {row.init} init"
-    if row.init == "assumed":
-        return "codec, without calibration"
-    if row.product == "codec":
-        return "**codec**" if row.cache_dtype == "auto" else "codec, unquantised"
-    return f"dense, quantised to {row.cache_dtype}"
-
-
-def number(value: float) -> str:
-    """Three significant digits."""
-    return f"{value:.3g}"
-
-
-def times(ratio: float) -> str:
-    """A ratio, as in 20.3×."""
-    return f"{ratio:.3g}×"
-
-
-def percent(share: float) -> str:
-    """A share of the dense model's loss, with its sign."""
-    value = 100 * share
-    return (f"{value:+.0f}" if abs(value) >= 100 else f"{value:+#.2g}".rstrip(".")) + " %"
-
-
-# The picture
-
-
-def curves() -> dict[str, list[tuple[float, float]]]:
-    """Bytes per token and layer, and flow loss above dense in percent, of each curve."""
-    found = {
-        "cache codec": above_dense(codec_rows()),
-        "dense cache, quantised": above_dense(dense_rows()),
-        **{named(r): [(r, value)] for r, value in mla_above_dense()},
-    }
-    return {
-        name: sorted((round(size(r), 1), round(100 * value, 4)) for r, value in pairs)
-        for name, pairs in found.items()
-    }
-
-
-def drawn_points() -> str:
-    """The points as the picture's description holds them."""
-    return json.dumps(curves()).replace('"', "'")
-
-
-def draw() -> None:
-    """Draw flow loss over bytes, once for light pages and once for dark ones."""
-    import matplotlib.pyplot as plt
-
-    for name, path in PICTURES.items():
-        ink, colours = INKS[name]
-        style: dict[Any, Any] = {
-            "svg.fonttype": "none",
-            "svg.hashsalt": "vmla",
-            "font.size": 11,
-            **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), ink),
-            "axes.edgecolor": ink,
-        }
-        with plt.rc_context(style):
-            figure, axes = plt.subplots(figsize=(7.2, 3.8), layout="constrained")
-            for (label, points), colour in zip(curves().items(), colours, strict=True):
-                axes.plot(*zip(*points, strict=True), "o-", color=colour)
-                axes.annotate(label, points[0], (9, 3), textcoords="offset points", color=colour)
-            axes.axvline(dense_bytes(), color=ink, linestyle=":")
-            axes.annotate("dense, bfloat16 ", (dense_bytes(), 1.3), color=ink, ha="right")
-            axes.set(xscale="log", yscale="log", xlabel="bytes per token and layer")
-            axes.set_ylabel("flow loss above dense")
-            axes.xaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_major_formatter("{x:g} %")
-            axes.set_xticks([6, 12, 25, 50, 100, 200, 400, 640], minor=False)
-            axes.minorticks_off()
-            axes.grid(color=ink, alpha=0.15)
-            axes.spines[["top", "right"]].set_visible(False)
-            path.parent.mkdir(exist_ok=True)
-            description = drawn_points()
-            figure.savefig(
-                path, transparent=True, metadata={"Date": None, "Description": description}
-            )
-            plt.close(figure)
-
-
-INKS = {
-    "light": ("#24292f", ("#0072b2", "#d55e00", "#7a7a7a", "#009e73")),
-    "dark": ("#d8dee4", ("#56b4e9", "#e69f00", "#a0a0a0", "#2fd0a0")),
-}
-"""Colour of text and axes, and of each curve."""
 
 
 if __name__ == "__main__":

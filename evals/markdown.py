@@ -1,0 +1,59 @@
+"""Markdown tables of rows, and numbers as text."""
+
+from __future__ import annotations
+
+COMMANDS = {
+    "codec": "python -m evals.codec --out evals/results/codec.jsonl",
+    "clips": (
+        "python -m evals.clips --out evals/results/clips.jsonl --picture docs/images/clips.png"
+    ),
+    "prediction": "python -m evals.prediction --out evals/results/prediction.jsonl",
+    "host": "python -m evals.host --out evals/results/host.jsonl",
+    "quickstart": "vmla run recipes/quickstart.toml -o runs/quickstart",
+    "photographs_codec": "python -m evals.codec --checkpoint evals/worlds/teacher --data "
+    "runs/photographs.safetensors --short --clips 8 --calibration-clips 24 --out "
+    "evals/results/photographs_codec.jsonl",
+    "photographs": "vmla sweep evals/worlds/photographs.toml -o runs/photographs",
+    "memory_for_bytes": "python -m evals.memory_for_bytes --out "
+    "evals/results/memory_for_bytes.jsonl --picture docs/images/memory_for_bytes.png",
+    "needle": "python -m evals.needle runs/photographs-kv --out evals/results/needle.jsonl",
+    "refinements": "python -m evals.refinements --out evals/results/refinements.jsonl",
+    "teacher_photographs": "python -m evals.worlds.train --out DIR",
+    "rollout_photographs": "python -m evals.rollout runs/photographs-kv --world photographs "
+    "--clips 8 --out evals/results/rollout_photographs.jsonl",
+    "rollout_digits": "python -m evals.rollout runs/kv --world digits --clips 8 --out "
+    "evals/results/rollout_digits.jsonl",
+    "scale_1.3b": "python -m evals.scale 1.3b --out evals/results/scale_1.3b.jsonl",
+    "verify_cost": "python -m evals.verify_cost --out evals/results/verify_cost.jsonl --rounds 3",
+    "teacher_16_seeds": "python -m evals.teacher --seeds 16 --out "
+    "evals/results/teacher_16_seeds.jsonl",
+}
+"""The command that made each file of rows."""
+
+
+def table(header: list[str], lines: list[list[str]], source: str) -> str:
+    """A Markdown table, and the command that made its rows."""
+    marks = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(
+        [
+            *(f"| {' | '.join(line)} |" for line in (header, marks, *lines)),
+            "",
+            f"Rows: `evals/results/{source}.jsonl`, made by `{COMMANDS[source]}`.",
+        ]
+    )
+
+
+def number(value: float) -> str:
+    """Three significant digits."""
+    return f"{value:.3g}"
+
+
+def times(ratio: float) -> str:
+    """A ratio, as in 20.3×."""
+    return f"{ratio:.3g}×"
+
+
+def percent(share: float) -> str:
+    """A share of the dense model's loss, with its sign."""
+    value = 100 * share
+    return (f"{value:+.0f}" if abs(value) >= 100 else f"{value:+#.2g}".rstrip(".")) + " %"

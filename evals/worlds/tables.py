@@ -1,0 +1,260 @@
+"""Tables of the photograph world, and of both worlds side by side, from rows in evals/results/."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+from evals.codec import DEMO_BYTES
+from evals.markdown import number, percent, table, times
+from evals.memory_for_bytes import ALL_OLD, DENSE_TOKEN_BYTES, OLD, cache_kilobytes
+from evals.rows import named, rows_of, size
+from vmla_convert.results import Metric, Row
+
+FILES = {"digits": "codec", "photographs": "photographs_codec"}
+"""Rows of the codec in each world."""
+DENSE_BYTES = {"digits": DEMO_BYTES, "photographs": DENSE_TOKEN_BYTES}
+LAST_SEGMENT = 3
+
+
+def two_worlds() -> str:
+    """Flow loss above dense at equal shares of the dense bytes, in both worlds."""
+    digits, photographs = (_above_dense(world) for world in FILES)
+    lines: list[list[str]] = []
+    for key, (ratio, loss) in sorted(photographs.items(), key=lambda item: item[1]):
+        if key in digits:
+            smaller = dict.fromkeys(map(times, (digits[key][0], ratio)))
+            lines.append([key[0], " and ".join(smaller), percent(digits[key][1]), percent(loss)])
+    header = ["cache", "smaller", *(f"flow loss above dense, {world}" for world in FILES)]
+    return table(header, lines, "photographs_codec")
+
+
+def two_worlds_equal() -> str:
+    """Bytes of a quantised dense cache over bytes of the codec at the same error."""
+    ratios = {
+        world: {
+            row.run: row.value for row in rows_of(file) if row.metric == Metric.BYTES_RATIO_AT_ERROR
+        }
+        for world, file in FILES.items()
+    }
+    return table(
+        ["dense cache in", *(f"its bytes over the codec's, {world}" for world in FILES)],
+        [
+            [dtype, *(times(ratios[world][dtype]) for world in FILES)]
+            for dtype in ratios["photographs"]
+        ],
+        "photographs_codec",
+    )
+
+
+def photographs_recovery() -> str:
+    """Codec and MLA layers of the photograph world before and after recovery."""
+    rows = rows_of("photographs")
+    (dense,) = (r.value for r in rows if r.run == "dense" and r.metric == Metric.FLOW_LOSS)
+    errors: dict[tuple[str, float], dict[int, tuple[float, float]]] = {}
+    losses = {
+        (_name(r), size(r), r.step): r.value
+        for r in rows
+        if r.metric == Metric.FLOW_LOSS and r.product
+    }
+    for r in rows:
+        if r.metric == Metric.VELOCITY_ERROR and r.product and r.step is not None:
+            loss = losses[_name(r), size(r), r.step] / dense - 1
+            errors.setdefault((_name(r), size(r)), {})[r.step] = (r.value, loss)
+    lines: list[list[str]] = []
+    for (name, nbytes), steps in sorted(errors.items(), key=lambda item: item[0][1]):
+        first, last = steps[min(steps)], steps[max(steps)]
+        recovered = [number(last[0]), percent(last[1])] if max(steps) else ["–", "–"]
+        lines.append([name, number(nbytes), number(first[0]), percent(first[1]), *recovered])
+    measured = ["velocity error", "flow loss above dense"]
+    return table(
+        ["cache", "bytes per token and layer", *measured, "recovered: error", "flow loss"],
+        lines,
+        "photographs",
+    )
+
+
+def memory_for_bytes() -> str:
+    """What caches of some bytes remember of places that were seen long ago."""
+    rows = [r for r in rows_of("memory_for_bytes") if r.note == ALL_OLD]
+    lines = [
+        [
+            _name(r),
+            str(r.window_frames),
+            number(size(r)),
+            number(cache_kilobytes(r)),
+            f"{r.value:.2f}",
+        ]
+        for r in sorted(rows, key=cache_kilobytes)
+    ]
+    return table(
+        [
+            "cache",
+            "window in frames",
+            "bytes per token and layer",
+            "kB per layer",
+            f"PSNR of places last seen {OLD} or more frames ago, in dB",
+        ],
+        lines,
+        "memory_for_bytes",
+    )
+
+
+def teacher_by_age() -> str:
+    """How well the model of the photograph world draws places, by the time since they were seen."""
+    rows = [r for r in rows_of("memory_for_bytes") if r.run == "dense" and r.note != ALL_OLD]
+    windows = sorted({r.window_frames or 0 for r in rows})
+    ages = sorted({r.age or 0 for r in rows})
+    found = {(r.age, r.window_frames): f"{r.value:.1f}" for r in rows}
+    ends = [
+        *(f"{a} to {b - 1}" for a, b in pairwise(ages[1:])),
+        f"{ages[-1]} on",
+    ]
+    return table(
+        ["frames since a place was seen", *(f"window {w}" for w in windows)],
+        [
+            [name, *(found.get((age, window), "–") for window in windows)]
+            for name, age in zip(["never seen", *ends], ages, strict=True)
+        ],
+        "memory_for_bytes",
+    )
+
+
+def teacher_training() -> str:
+    """Held-out flow loss of the photograph world's model while it was trained."""
+    rows = rows_of("teacher_photographs")
+    return table(
+        ["phase", "step", "flow loss on held-out clips"],
+        [[(r.note or "").partition(",")[0], str(r.step), number(r.value)] for r in rows],
+        "teacher_photographs",
+    )
+
+
+def teacher_scores() -> str:
+    """Flow loss of the photograph world's model with its own past and with another."""
+    rows = {r.metric: r.value for r in rows_of("photographs") if r.run == "dense"}
+    return table(
+        ["measured on held-out clips of 48 frames", "value"],
+        [
+            ["flow loss", number(rows[Metric.FLOW_LOSS])],
+            ["flow loss with another clip's past", number(rows[Metric.FLOW_LOSS_OTHER_PAST])],
+        ],
+        "photographs",
+    )
+
+
+def needles() -> str:
+    """What models find again of a place that was seen once."""
+    rows = rows_of("needle")
+    sizes = sorted({size(r) for r in rows}, reverse=True)
+    found = {(r.note, size(r)): r for r in rows}
+
+    def cell(row: Row) -> str:
+        return f"{row.value:.1f} ({row.low:.1f} to {row.high:.1f})"
+
+    return table(
+        ["needle", *("dense" if s == sizes[0] else f"codec, {number(s)} bytes" for s in sizes)],
+        [
+            [str(name), *(cell(found[name, s]) for s in sizes)]
+            for name in dict.fromkeys(r.note for r in rows)
+        ],
+        "needle",
+    )
+
+
+def minute_photographs() -> str:
+    """The last quarter of a minute in the photograph world."""
+    return minute_table("rollout_photographs")
+
+
+def minute_table(file: str) -> str:
+    """The last quarter of a minute, dense and codec, against the dense model's interval."""
+    rows = [r for r in rows_of(file) if r.segment == LAST_SEGMENT]
+    dense = {r.metric: r for r in rows if r.run == "dense"}
+    sizes = sorted({size(r) for r in rows if r.run == "codec"}, reverse=True)
+    codec = {(r.metric, size(r)): r for r in rows if r.run == "codec"}
+
+    def cell(metric: Metric, nbytes: float) -> str:
+        own, row = dense[metric], codec[metric, nbytes]
+        assert own.low is not None and own.high is not None
+        inside = own.low <= row.value <= own.high
+        return number(row.value) if inside else f"**{number(row.value)}**"
+
+    columns = [f"codec, {number(nbytes)} bytes" for nbytes in sizes]
+    return table(
+        ["last quarter of a minute", "dense", "its 95 % interval", *columns],
+        [
+            [
+                f"`{metric}`",
+                number(row.value),
+                f"{number(row.low or 0)} to {number(row.high or 0)}",
+                *(cell(metric, nbytes) for nbytes in sizes),
+            ]
+            for metric, row in dense.items()
+        ],
+        file,
+    )
+
+
+def refinements() -> str:
+    """Other ways of fitting a codec: their errors over that of the codec as it is fitted."""
+    return refinements_table("refinements")
+
+
+def refinements_photographs() -> str:
+    """The same in the photograph world."""
+    return refinements_table("refinements_photographs")
+
+
+def refinements_table(file: str) -> str:
+    """Errors of each way over the codec's, and bits that an allocation by position saves."""
+    rows = rows_of(file)
+    sizes = sorted({size(r) for r in rows}, reverse=True)
+    found = {(r.note, size(r)): r for r in rows}
+    plain = {s: r.value for (note, s), r in found.items() if note == "as fitted"}
+
+    def cell(row: Row) -> str:
+        if row.metric == Metric.BITS_SAVED:
+            return f"{100 * row.value:.1f} % fewer bits"
+        return f"{row.value / plain[size(row)]:.3f}× the error"
+
+    return table(
+        ["way", *(f"{number(s)} bytes" for s in sizes)],
+        [
+            [str(name), *(cell(found[name, s]) for s in sizes)]
+            for name in dict.fromkeys(r.note for r in rows)
+        ],
+        file,
+    )
+
+
+def _above_dense(world: str) -> dict[tuple[str, str], tuple[float, float]]:
+    """How many times smaller a cache is, and its flow loss above dense, by name and size."""
+    found: dict[tuple[str, str], tuple[float, float]] = {}
+    for r in rows_of(FILES[world]):
+        if r.metric == Metric.FLOW_LOSS_ABOVE_DENSE and r.init != "assumed" and r.note is None:
+            ratio = DENSE_BYTES[world] / size(r)
+            found[named(r), times(ratio) if r.product else ""] = (ratio, r.value)
+    return found
+
+
+def _name(row: Row) -> str:
+    return "dense" if row.run == "dense" else named(row)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    block.__name__: block
+    for block in (
+        two_worlds,
+        two_worlds_equal,
+        photographs_recovery,
+        memory_for_bytes,
+        teacher_by_age,
+        teacher_training,
+        teacher_scores,
+        needles,
+        minute_photographs,
+        refinements,
+        refinements_photographs,
+    )
+}
