@@ -14,6 +14,8 @@ COMMANDS = {
     "runs/photographs.safetensors --short --clips 8 --calibration-clips 24 --out "
     "evals/results/photographs_codec.jsonl",
     "photographs": "vmla sweep evals/worlds/photographs.toml -o runs/photographs",
+    "photographs_recovery": "vmla recover runs/photographs-kv -o runs/photographs-recovered --data "
+    "runs/photographs.safetensors --steps 200 --lr 2e-4 --batch-size 2",
     "memory_for_bytes": "python -m evals.memory_for_bytes --out "
     "evals/results/memory_for_bytes.jsonl --picture docs/images/memory_for_bytes.png",
     "needle": "python -m evals.needle runs/photographs-kv --out evals/results/needle.jsonl",

@@ -71,12 +71,13 @@ def main(
     teacher: Annotated[str | None, typer.Option(help="Dense model of MLA layers.")] = None,
     clips: Annotated[int, typer.Option(min=2, help="Number of scenes.")] = 16,
     frames: Annotated[int, typer.Option(min=CHUNK_FRAMES, help="Frames of a minute.")] = MINUTE,
+    cuts: Annotated[list[float] | None, typer.Option("--cut", help="Sizes of a codec.")] = None,
 ) -> None:
     """Measure what a dense model and its conversion find again."""
     model, dense = load(checkpoint), SourceConfig(teacher) if teacher else None
     runs = [(load(teacher_of(SourceConfig(checkpoint), dense)), None)]
-    sizes = [RuntimeConfig(Sizes(cut=cut)) for cut in CUTS] if model.config.codec else [None]
-    runs += [(model, runtime) for runtime in sizes]
+    sizes = [RuntimeConfig(Sizes(cut=cut)) for cut in cuts or CUTS]
+    runs += [(model, runtime) for runtime in (sizes if model.config.codec else [None])]
     with out.progress() as progress:
         rows = [
             needle_row(each, needle, clips, runtime, progress)

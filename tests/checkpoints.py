@@ -177,7 +177,7 @@ class PowerCut(Silent):
 
 @dataclass(frozen=True)
 class Ran:
-    """What a command left on the terminal."""
+    """The text that a command left on the terminal."""
 
     code: int
     out: str

@@ -197,7 +197,7 @@ def _print(stream: Any, lead: str, text: str, style: str = "") -> None:
 
 
 def _plain(obj: Any) -> Any:
-    """What JSON can say: dataclasses and paths resolved, and null for what is not a number."""
+    """A value as JSON has it: dataclasses and paths resolved, and null for what is not a number."""
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
         return {f.name: _plain(getattr(obj, f.name)) for f in dataclasses.fields(obj)}
     if isinstance(obj, Mapping):

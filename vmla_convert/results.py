@@ -159,7 +159,7 @@ class Row:
 
     @property
     def figure(self) -> Row:
-        """What was measured, and under which settings: the row without its value."""
+        """The row without its value: the figure that was measured, and its settings."""
         return dataclasses.replace(self, value=0.0, low=None, high=None)
 
     def to_json(self) -> str:

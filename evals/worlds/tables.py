@@ -15,6 +15,8 @@ FILES = {"digits": "codec", "photographs": "photographs_codec"}
 """Rows of the codec in each world."""
 DENSE_BYTES = {"digits": DEMO_BYTES, "photographs": DENSE_TOKEN_BYTES}
 LAST_SEGMENT = 3
+CODEC, SAME_SIZE = "**codec**", 0.02
+"""Name of the codec in tables, and how far sizes may differ that count as equal."""
 
 
 def two_worlds() -> str:
@@ -47,35 +49,47 @@ def two_worlds_equal() -> str:
     )
 
 
-def photographs_recovery() -> str:
-    """Codec and MLA layers of the photograph world before and after recovery."""
-    rows = rows_of("photographs")
-    (dense,) = (r.value for r in rows if r.run == "dense" and r.metric == Metric.FLOW_LOSS)
-    errors: dict[tuple[str, float], dict[int, tuple[float, float]]] = {}
-    losses = {
-        (_name(r), size(r), r.step): r.value
-        for r in rows
-        if r.metric == Metric.FLOW_LOSS and r.product
-    }
-    for r in rows:
-        if r.metric == Metric.VELOCITY_ERROR and r.product and r.step is not None:
-            loss = losses[_name(r), size(r), r.step] / dense - 1
-            errors.setdefault((_name(r), size(r)), {})[r.step] = (r.value, loss)
+def photographs_layers() -> str:
+    """Codec and MLA layers of the photograph world, as they are converted."""
+    rows = [r for r in rows_of("photographs") if not r.step]
+    losses = {_key(r): r.value for r in rows if r.metric == Metric.FLOW_LOSS}
+    errors = {_key(r): r.value for r in rows if r.metric == Metric.VELOCITY_ERROR}
+    codec = {nbytes: error for (name, nbytes), error in errors.items() if name == CODEC}
     lines: list[list[str]] = []
-    for (name, nbytes), steps in sorted(errors.items(), key=lambda item: item[0][1]):
-        first, last = steps[min(steps)], steps[max(steps)]
-        recovered = [number(last[0]), percent(last[1])] if max(steps) else ["–", "–"]
-        lines.append([name, number(nbytes), number(first[0]), percent(first[1]), *recovered])
-    measured = ["velocity error", "flow loss above dense"]
+    for (name, nbytes), error in sorted(errors.items(), key=lambda item: item[1]):
+        above = losses[name, nbytes] / losses["dense", DENSE_TOKEN_BYTES] - 1
+        equal = [e for own, e in codec.items() if abs(own / nbytes - 1) < SAME_SIZE]
+        ratio = times(error / equal[0]) if equal and name != CODEC else ""
+        lines.append([name, number(nbytes), number(error), percent(above), ratio])
+    header = ["cache", "bytes per token and layer", "velocity error", "flow loss above dense"]
+    return table([*header, "error over the codec's in equal bytes"], lines, "photographs")
+
+
+def photographs_recovery() -> str:
+    """A codec of the photograph world while it recovers."""
+    rows = rows_of("photographs_recovery")
+    dense = next(
+        r.value for r in rows_of("photographs") if r.metric == Metric.FLOW_LOSS and r.run == "dense"
+    )
+    found = {(r.metric, r.step): r for r in rows if r.product == "codec" and r.step is not None}
+    steps = sorted({step for _, step in found if step is not None})
     return table(
-        ["cache", "bytes per token and layer", *measured, "recovered: error", "flow loss"],
-        lines,
-        "photographs",
+        ["step", "bytes per token and layer", "velocity error", "flow loss above dense"],
+        [
+            [
+                str(step),
+                number(size(found[Metric.VELOCITY_ERROR, step])),
+                number(found[Metric.VELOCITY_ERROR, step].value),
+                percent(found[Metric.FLOW_LOSS, step].value / dense - 1),
+            ]
+            for step in steps
+        ],
+        "photographs_recovery",
     )
 
 
 def memory_for_bytes() -> str:
-    """What caches of some bytes remember of places that were seen long ago."""
+    """Quality of places that were seen long ago, for caches of some bytes."""
     rows = [r for r in rows_of("memory_for_bytes") if r.note == ALL_OLD]
     lines = [
         [
@@ -144,7 +158,7 @@ def teacher_scores() -> str:
 
 
 def needles() -> str:
-    """What models find again of a place that was seen once."""
+    """Quality of a place that was seen once and is asked for."""
     rows = rows_of("needle")
     sizes = sorted({size(r) for r in rows}, reverse=True)
     found = {(r.note, size(r)): r for r in rows}
@@ -242,11 +256,16 @@ def _name(row: Row) -> str:
     return "dense" if row.run == "dense" else named(row)
 
 
+def _key(row: Row) -> tuple[str, float]:
+    return _name(row), size(row)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     block.__name__: block
     for block in (
         two_worlds,
         two_worlds_equal,
+        photographs_layers,
         photographs_recovery,
         memory_for_bytes,
         teacher_by_age,

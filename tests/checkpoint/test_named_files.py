@@ -1,4 +1,4 @@
-"""What `--file`, `--key` and `--model` name, in the commands that run a model."""
+"""Files and models named by `--file`, `--key` and `--model`, in commands that run a model."""
 
 from __future__ import annotations
 

@@ -204,7 +204,7 @@ def timeless(text: str) -> str:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What the console's clock will say, in turn."""
+    """The times that the console's clock will tell, in turn."""
     readings: list[float] = []
     monkeypatch.setattr("vmla_convert.console.monotonic", lambda: readings.pop(0))
     return readings
@@ -296,7 +296,7 @@ def test_progress_on_a_terminal() -> None:
 
 
 def read_terminal(descriptor: int) -> Iterator[str]:
-    """What arrives until the other side closes, which Linux reports as an error."""
+    """The bytes that arrive until the other side closes, which Linux reports as an error."""
     while True:
         try:
             data = os.read(descriptor, 4096)

@@ -41,7 +41,7 @@ KINDS_BY_NAME: dict[str, Kind] = {
     **{latent: {"mla": tiny_mla(latent)} for latent in EITHER_LATENT},
     "codec": {"codec": CodecConfig(40, Sizes(rank=40))},
 }
-"""What a config has of a kind of model."""
+"""Settings of a kind of model in a config."""
 
 # Rounding may move a code: between passes that differ by it, only codecs without codes compare.
 IN_BITS: dict[str, Kind] = {"codec in bits": {"codec": CodecConfig(40, Sizes(12.5))}}

@@ -54,7 +54,7 @@ def least_error(curves: list[Tensor], total: int, step: int) -> float:
 
 
 def greedy_by_loops(curves: list[Tensor], total: int, step: int) -> list[int]:
-    """What `budget` promises, every jump of every layer tried each time."""
+    """The promise of `budget`, with every jump of every layer tried each time."""
     options = [possible_sizes(errors, step) for errors in curves]
     sizes = [option[0] for option in options]
     while True:

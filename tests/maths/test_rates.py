@@ -31,7 +31,7 @@ def energies(seed: int, channels: int, decades: float = 2.0) -> Tensor:
 
 
 def cost(layers: list[Tensor], rates: list[Rate]) -> float:
-    """What channels of some energies cost in all layers together."""
+    """Cost of channels of some energies in all layers together."""
     told = dict(zip(WIDTHS, GAUSSIAN.tolist(), strict=True))
     total = 0.0
     for layer, rate in zip(layers, rates, strict=True):

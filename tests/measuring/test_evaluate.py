@@ -1,4 +1,4 @@
-"""What is measured: nothing lost is zero, the past counts, and rows carry the design's fields."""
+"""Measures: nothing lost is zero, the past counts, and rows carry the design's fields."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def shared_keys(factors: Factors, inputs: Tensor) -> Tensor:
 
 
 def rope_key(factors: Factors, inputs: Tensor, turn: Tensor) -> Tensor:
-    """What the rope branch is to the query of each head after a rotation (n, D/2), (n, H, D)."""
+    """The rope branch as the query of each head sees it after a rotation (n, D/2), (n, H, D)."""
     shared = as_channels(shared_keys(factors, inputs) * turn[:, factors.rope.pairs])
     return torch.einsum("nr,hrd->nhd", shared, factors.rope.query_map)
 

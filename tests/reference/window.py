@@ -1,4 +1,4 @@
-"""What a window with a sink holds, as a plain list."""
+"""The frames in a window with a sink, as a plain list."""
 
 from __future__ import annotations
 

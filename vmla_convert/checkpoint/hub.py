@@ -68,7 +68,7 @@ def fetch(repo: str, file: str | None = None) -> Path:
 
 @dataclass(frozen=True)
 class Headers:
-    """What a checkpoint's safetensors headers say, without the weights.
+    """The facts in a checkpoint's safetensors headers, without the weights.
 
     Attributes:
         source: The tensors' names, shapes and dtypes; the tensors cannot be read.

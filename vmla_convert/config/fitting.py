@@ -10,7 +10,7 @@ from vmla_convert.config.sizes import Sizes
 from vmla_convert.config.source import DataConfig
 
 Product = Literal["codec", "mla"]
-"""What a conversion makes: a codec beside the dense model, or a model with MLA layers."""
+"""The two products of a conversion: a codec beside the dense model, or a model with MLA layers."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ _SAMPLES = "samples"
 
 
 class LayerStatistics(NamedTuple):
-    """What calibration measures of one layer, by group of keys.
+    """The sums that calibration makes of one layer, by group of keys.
 
     For an MLA layer the moments are those of the layer's inputs. For a codec they are those of
     [k; v], normed keys and values. A codec stores keys after the norm, so its attention statistics

@@ -1,4 +1,4 @@
-"""What a conversion will write: checked and known before any weight is read."""
+"""The plan of a conversion: its output is checked and known before any weight is read."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _mla_specs(
 
 @dataclass(frozen=True)
 class PlannedOutput:
-    """What a conversion would write.
+    """The output that a conversion would write.
 
     Attributes:
         out: The folder.

@@ -42,7 +42,7 @@ from vmla_convert.storage.lock import sole_writer
 
 
 class Written(NamedTuple):
-    """What `write_video` made.
+    """The files that `write_video` made.
 
     Attributes:
         paths: Files.

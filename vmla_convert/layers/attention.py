@@ -28,7 +28,7 @@ from vmla_convert.maths.rope3d import Rotary
 TILE_MIB = {"cpu": 64, "cuda": 1024}
 
 Entries = tuple[Tensor, ...]
-"""What a cache keeps of some tokens: key and value, or latent, rope key and norm; (B, S, width)."""
+"""Tensors (B, S, width) that a cache keeps: key and value, or latent, rope key and norm."""
 
 
 class Past(Protocol):

@@ -100,7 +100,7 @@ class LayerCache(Protocol):
         ...
 
     def update(self, entries: Entries, window: FrameWindow, keep: bool) -> AttendedTokens:
-        """What the open chunk attends to; with `keep`, later chunks attend to these entries."""
+        """Entries that the open chunk attends to; with `keep`, later chunks attend to its own."""
         ...
 
     def state(self, window: FrameWindow) -> dict[str, Tensor]:
@@ -350,7 +350,7 @@ class KVCache:
         return self._layers[0].frame_positions(self.window)
 
     def update(self, layer: int, entries: Entries, keep: bool) -> AttendedTokens:
-        """What the open chunk attends to in a layer, given the chunk's entries from `project`."""
+        """Entries that the open chunk attends to in a layer, from its own entries of `project`."""
         return self._layers[layer].update(entries, self.window, keep)
 
 

@@ -213,7 +213,7 @@ class CausalWanModel(nn.Module):
         return batch * config.tokens_per_frame * held
 
     def rates(self, size: Sizes, quantised: bool = True) -> list[Rate]:
-        """What each layer's codec stores at a size, quantised or in the model's dtype.
+        """The rate of each layer's codec at a size, quantised or in the model's dtype.
 
         Raises:
             ConfigError: The codec does not have the size.
@@ -228,7 +228,7 @@ class CausalWanModel(nn.Module):
             block.codec.rate = rate
 
     def _rates(self, runtime: RuntimeConfig) -> Sequence[Rate | None]:
-        """What each layer's codec stores, None where there is no codec."""
+        """The rate of each layer's codec; None where there is no codec."""
         codec = self.config.codec
         if codec is None:
             return [None] * self.config.geometry.num_layers

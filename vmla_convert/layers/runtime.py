@@ -1,4 +1,4 @@
-"""What a runtime may ask of a model, and the layer caches that follow from it."""
+"""Checks of a runtime against a model, and the layer caches that follow from it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def check_size(config: ModelConfig, size: Sizes, quantised: bool = True) -> int:
 def codec_rates(
     config: ModelConfig, codecs: Sequence[LayerCodec], size: Sizes, quantised: bool = True
 ) -> list[Rate]:
-    """What each of some layers stores at a size, quantised or in the model's dtype.
+    """The rate of each of some layers at a size, quantised or in the model's dtype.
 
     Args:
         config: A model with a codec.

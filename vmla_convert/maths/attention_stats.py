@@ -1,4 +1,4 @@
-"""What an error in a cached key or value costs at the model's output, to first order.
+"""The cost of an error in a cached key or value at the model's output, to first order.
 
 Query i attends to key j with probability p_ij; the layer's output is y_i. When key and value change
 by dk_j and dv_j, head h adds to the layer's output

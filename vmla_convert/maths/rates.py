@@ -23,7 +23,7 @@ _STEPS = torch.tensor(WIDTHS).diff()
 
 
 class Rate(NamedTuple):
-    """What one layer stores of a token.
+    """The numbers that one layer stores of a token.
 
     Attributes:
         widths: Bits of each stored channel, never rising, from the first channel on.

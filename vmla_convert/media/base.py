@@ -1,4 +1,4 @@
-"""What a model needs around it: a text encoder and a VAE, as protocols.
+"""The parts around a model: a text encoder and a VAE, as protocols.
 
 B clips, F latent frames, F' pixel frames, C latent channels; h, w and H, W are the sizes of latent
 and pixel frames.

@@ -42,7 +42,7 @@ STRIP_PROMPTS = 2
 
 @dataclass(frozen=True)
 class Bench:
-    """What to measure of every point, and against which dense model.
+    """The measurements of every point, and the dense model to compare with.
 
     Points recover on clips of `training`. The folder `strips` holds pictures of rollouts.
     """
