@@ -14,15 +14,20 @@ COMMANDS = {
     "runs/photographs.safetensors --short --clips 8 --calibration-clips 24 --out "
     "evals/results/photographs_codec.jsonl",
     "photographs": "vmla sweep evals/worlds/photographs.toml -o runs/photographs",
-    "photographs_recovery": "vmla recover runs/photographs-kv -o runs/photographs-recovered --data "
-    "runs/photographs.safetensors --steps 200 --lr 2e-4 --batch-size 2",
-    "memory_for_bytes": "python -m evals.memory_for_bytes --out "
+    "memory_for_bytes": "python -m evals.memory_for_bytes --clips 16 --out "
     "evals/results/memory_for_bytes.jsonl --picture docs/images/memory_for_bytes.png",
-    "needle": "python -m evals.needle runs/photographs-kv --out evals/results/needle.jsonl",
+    "needle": "python -m evals.needle runs/photographs-kv --clips 4 --frames 120 "
+    "--cut 0.9166666666666667 --out evals/results/needle.jsonl",
+    "refinements_photographs": "python -m evals.refinements --checkpoint evals/worlds/teacher "
+    "--data runs/photographs.safetensors --clips 8 --cut 0.9583333333333334 --out "
+    "evals/results/refinements_photographs.jsonl",
     "refinements": "python -m evals.refinements --out evals/results/refinements.jsonl",
     "teacher_photographs": "python -m evals.worlds.train --out DIR",
     "rollout_photographs": "python -m evals.rollout runs/photographs-kv --world photographs "
-    "--clips 8 --out evals/results/rollout_photographs.jsonl",
+    "--clips 6 --cut 0.9166666666666667 --cut 0.9583333333333334 --out "
+    "evals/results/rollout_photographs.jsonl",
+    "mla_recovery": "vmla recover runs/mla --teacher demo -o runs/mla-recovered --steps 460 "
+    "--lr 2e-3 --set recover.train=all --set recover.rest_lr=0.3 --set recover.flow_weight=1.0",
     "rollout_digits": "python -m evals.rollout runs/kv --world digits --clips 8 --out "
     "evals/results/rollout_digits.jsonl",
     "scale_1.3b": "python -m evals.scale 1.3b --out evals/results/scale_1.3b.jsonl",
@@ -46,8 +51,8 @@ def table(header: list[str], lines: list[list[str]], source: str) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits."""
-    return f"{value:.3g}"
+    """Three significant digits; whole numbers from 1,000 on."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def times(ratio: float) -> str:

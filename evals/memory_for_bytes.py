@@ -69,7 +69,7 @@ def codec_memory(window: int, frames: float) -> Memory:
 
 
 MEMORIES = (
-    *(Memory(window) for window in (4, 7, 13, 25, 48)),
+    *(Memory(window) for window in (4, 6, 7, 13, 25, 48)),
     *(Memory(48, RuntimeConfig(cache_dtype=dtype)) for dtype in ("int4", "int2")),
     *(codec_memory(48, frames) for frames in (1, 2, 4, 7)),
     codec_memory(25, 2),
@@ -194,7 +194,7 @@ def chart(rows: list[Row]) -> Chart:
     by_bytes: list[Line] = []
     for number, (name, run) in enumerate(kinds.items()):
         points = sorted(
-            (cache_kilobytes(r), r.value)
+            (cache_kilobytes(r) / 1e3, r.value)
             for r in rows
             if r.note == ALL_OLD and r.run == run and (run == "dense" or r.window_frames == 48)
         )
@@ -211,7 +211,7 @@ def chart(rows: list[Row]) -> Chart:
         Panel(
             f"Places last seen {OLD} or more frames ago",
             "the same bytes hold more frames of a codec",
-            "kB of cache per layer",
+            "MB of cache per layer",
             "dB",
             by_bytes,
             xscale="log",

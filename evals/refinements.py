@@ -61,6 +61,7 @@ def main(
     checkpoint: Annotated[str, typer.Option(help="Dense checkpoint, or 'demo'.")] = "demo",
     data: Annotated[str, typer.Option(help="Clips: 'demo', or a safetensors file.")] = "demo",
     clips: Annotated[int, typer.Option(min=2, help="Number of held-out clips.")] = 24,
+    cuts: Annotated[list[float] | None, typer.Option("--cut", help="Sizes of the codec.")] = None,
 ) -> None:
     """Measure what other ways of fitting a codec would gain."""
     teacher = load(checkpoint)
@@ -71,7 +72,7 @@ def main(
         held_out = HeldOut(teacher, EvaluateConfig(clips, DataConfig(data, seed=1)), streamed=True)
         model = fitted(teacher, config, progress=progress)
         rows: list[Row] = []
-        for cut in progress.track(CUTS, "sizes"):
+        for cut in progress.track(cuts or CUTS, "sizes"):
             size = Sizes(cut=cut)
             ways = {
                 AS_FITTED: model,

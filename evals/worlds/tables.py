@@ -65,29 +65,6 @@ def photographs_layers() -> str:
     return table([*header, "error over the codec's in equal bytes"], lines, "photographs")
 
 
-def photographs_recovery() -> str:
-    """A codec of the photograph world while it recovers."""
-    rows = rows_of("photographs_recovery")
-    dense = next(
-        r.value for r in rows_of("photographs") if r.metric == Metric.FLOW_LOSS and r.run == "dense"
-    )
-    found = {(r.metric, r.step): r for r in rows if r.product == "codec" and r.step is not None}
-    steps = sorted({step for _, step in found if step is not None})
-    return table(
-        ["step", "bytes per token and layer", "velocity error", "flow loss above dense"],
-        [
-            [
-                str(step),
-                number(size(found[Metric.VELOCITY_ERROR, step])),
-                number(found[Metric.VELOCITY_ERROR, step].value),
-                percent(found[Metric.FLOW_LOSS, step].value / dense - 1),
-            ]
-            for step in steps
-        ],
-        "photographs_recovery",
-    )
-
-
 def memory_for_bytes() -> str:
     """Quality of places that were seen long ago, for caches of some bytes."""
     rows = [r for r in rows_of("memory_for_bytes") if r.note == ALL_OLD]
@@ -138,8 +115,8 @@ def teacher_training() -> str:
     """Held-out flow loss of the photograph world's model while it was trained."""
     rows = rows_of("teacher_photographs")
     return table(
-        ["phase", "step", "flow loss on held-out clips"],
-        [[(r.note or "").partition(",")[0], str(r.step), number(r.value)] for r in rows],
+        ["frames of a clip", "step", "flow loss on held-out clips"],
+        [[str(r.frames), str(r.step), number(r.value)] for r in rows],
         "teacher_photographs",
     )
 
@@ -266,7 +243,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
         two_worlds,
         two_worlds_equal,
         photographs_layers,
-        photographs_recovery,
         memory_for_bytes,
         teacher_by_age,
         teacher_training,

@@ -6,7 +6,7 @@ machine goes on from the weights that are shipped:
 
     python -m evals.worlds.train --out DIR --start evals/worlds/teacher --phase 1
 
-It runs for many hours on two cores. Every phase ends with a checkpoint in DIR/teacher.
+It runs for hours on two cores. Every phase ends with a checkpoint in DIR/teacher.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ def _phase(steps: int, batch: int, lr: float) -> TrainingConfig:
 
 
 PHASES = (
-    (12, _phase(1000, 4, 2e-3)),
-    (24, _phase(3000, 2, 2e-3)),
-    (48, _phase(1400, 1, 2e-3)),
+    (12, _phase(400, 4, 2e-3)),
+    (24, _phase(800, 2, 2e-3)),
+    (48, _phase(1000, 1, 2e-3)),
 )
 """Frames of a clip, and the training of each phase."""
 
@@ -134,10 +134,9 @@ def _train_phase(
     @torch.no_grad()
     def measure(trained: nn.Module, step: int) -> float:
         value = loss(trained, example).item()
-        note = f"{frames} frames, {perf_counter() - started:.0f} s"
-        row = Row(
-            Metric.FLOW_LOSS, value, "squared velocity", f"phase {number}", step=step, note=note
-        )
+        note, run = f"{perf_counter() - started:.0f} s", f"phase {number}"
+        unit = "squared velocity"
+        row = Row(Metric.FLOW_LOSS, value, unit, run, step=step, frames=frames, note=note)
         put_rows(folder / "rows.jsonl", [row])
         return value
 
