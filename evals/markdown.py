@@ -18,9 +18,6 @@ COMMANDS = {
     "evals/results/memory_for_bytes.jsonl --picture docs/images/memory_for_bytes.png",
     "needle": "python -m evals.needle runs/photographs-kv --clips 4 --frames 120 "
     "--cut 0.9166666666666667 --out evals/results/needle.jsonl",
-    "refinements_photographs": "python -m evals.refinements --checkpoint evals/worlds/teacher "
-    "--data runs/photographs.safetensors --clips 8 --cut 0.9583333333333334 --out "
-    "evals/results/refinements_photographs.jsonl",
     "refinements": "python -m evals.refinements --out evals/results/refinements.jsonl",
     "teacher_photographs": "python -m evals.worlds.train --out DIR",
     "rollout_photographs": "python -m evals.rollout runs/photographs-kv --world photographs "

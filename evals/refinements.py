@@ -148,7 +148,7 @@ def position_row(
     own = [energy.sort(descending=True).values for each in energies for energy in each]
     whole = chunk * sum(sum(rate.widths) for rate in rates)
     nbytes = bytes_for(common, own, tables * chunk, whole)
-    saved = 1 - 8 * nbytes / whole
+    saved = max(0.0, 1 - 8 * nbytes / whole)  # the common allocation is one of its own
     fields = row_fields(model.config, runtime=RuntimeConfig(size))
     return Row(Metric.BITS_SAVED, saved, "share of stored bits", **fields, note=BY_POSITION)
 

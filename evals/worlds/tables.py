@@ -188,18 +188,8 @@ def minute_table(file: str) -> str:
 
 
 def refinements() -> str:
-    """Other ways of fitting a codec: their errors over that of the codec as it is fitted."""
-    return refinements_table("refinements")
-
-
-def refinements_photographs() -> str:
-    """The same in the photograph world."""
-    return refinements_table("refinements_photographs")
-
-
-def refinements_table(file: str) -> str:
-    """Errors of each way over the codec's, and bits that an allocation by position saves."""
-    rows = rows_of(file)
+    """Other ways of fitting a codec: errors over the codec's, and bits that positions save."""
+    rows = rows_of("refinements")
     sizes = sorted({size(r) for r in rows}, reverse=True)
     found = {(r.note, size(r)): r for r in rows}
     plain = {s: r.value for (note, s), r in found.items() if note == "as fitted"}
@@ -215,7 +205,7 @@ def refinements_table(file: str) -> str:
             [str(name), *(cell(found[name, s]) for s in sizes)]
             for name in dict.fromkeys(r.note for r in rows)
         ],
-        file,
+        "refinements",
     )
 
 
@@ -250,6 +240,5 @@ BLOCKS: dict[str, Callable[[], str]] = {
         needles,
         minute_photographs,
         refinements,
-        refinements_photographs,
     )
 }
