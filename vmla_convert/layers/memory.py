@@ -149,7 +149,7 @@ def _tile_bytes(
     width, tokens = geometry.head_dim, window - chunk
     if config.is_dense:
         # A quantised dense past is rebuilt whole: codes of keys and values, and float32 copies.
-        return 5 * FLOAT32 * tokens * geometry.dim
+        return 4 * FLOAT32 * tokens * geometry.dim
     if config.mla is not None:
         # MLA rebuilds the chunk too. Keys have rope channels, and values are padded to their width.
         key = width + max(map(config.mla.qk_rope_head_dim, range(geometry.num_layers)))
