@@ -14,6 +14,9 @@ from vmla_convert.results import Metric, Row
 FILES = {"digits": "codec", "photographs": "photographs_codec"}
 """Rows of the codec in each world."""
 DENSE_BYTES = {"digits": DEMO_BYTES, "photographs": DENSE_TOKEN_BYTES}
+SWEEPS = {"digits": "quickstart", "photographs": "photographs"}
+"""Rows of a sweep in each world."""
+SPECTRA = {"weights": "weights", "weights_x_activations": "activations"}
 LAST_SEGMENT = 3
 CODEC, SAME_SIZE = "**codec**", 0.02
 """Name of the codec in tables, and how far sizes may differ that count as equal."""
@@ -63,6 +66,26 @@ def photographs_layers() -> str:
         lines.append([name, number(nbytes), number(error), percent(above), ratio])
     header = ["cache", "bytes per token and layer", "velocity error", "flow loss above dense"]
     return table([*header, "error over the codec's in equal bytes"], lines, "photographs")
+
+
+def spectra() -> str:
+    """Directions that hold 99 % of the energy of keys and values, by layer, in both worlds."""
+    found = {
+        (world, row.run, row.layer): f"{row.value:.0f}"
+        for world, file in SWEEPS.items()
+        for row in rows_of(file)
+        if row.metric == Metric.EFFECTIVE_RANK_99 and row.product is None
+    }
+    columns = [(world, run) for world in SWEEPS for run in SPECTRA]
+    layers = sorted({layer for _, _, layer in found if layer is not None})
+    return table(
+        ["layer", *(f"{SPECTRA[run]}, {world}" for world, run in columns)],
+        [
+            [str(layer), *(found.get((*column, layer), "–") for column in columns)]
+            for layer in layers
+        ],
+        "photographs",
+    )
 
 
 def memory_for_bytes() -> str:
@@ -233,6 +256,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         two_worlds,
         two_worlds_equal,
         photographs_layers,
+        spectra,
         memory_for_bytes,
         teacher_by_age,
         teacher_training,
