@@ -21,8 +21,7 @@ COMMANDS = {
     "refinements": "python -m evals.refinements --out evals/results/refinements.jsonl",
     "teacher_photographs": "python -m evals.worlds.train --out DIR",
     "rollout_photographs": "python -m evals.rollout runs/photographs-kv --world photographs "
-    "--clips 6 --cut 0.9166666666666667 --cut 0.9583333333333334 --out "
-    "evals/results/rollout_photographs.jsonl",
+    "--clips 6 --cut 0.9166666666666667 --out evals/results/rollout_photographs.jsonl",
     "mla_recovery": "vmla recover runs/mla --teacher demo -o runs/mla-recovered --steps 460 "
     "--lr 2e-3 --set recover.train=all --set recover.rest_lr=0.3 --set recover.flow_weight=1.0",
     "rollout_digits": "python -m evals.rollout runs/kv --world digits --clips 8 --out "
