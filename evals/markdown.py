@@ -53,7 +53,7 @@ def number(value: float) -> str:
 
 def times(ratio: float) -> str:
     """A ratio, as in 20.3×."""
-    return f"{ratio:.3g}×"
+    return f"{number(ratio)}×"
 
 
 def percent(share: float) -> str:
