@@ -20,10 +20,16 @@ COMMANDS = {
     "--cut 0.9166666666666667 --out evals/results/needle.jsonl",
     "refinements": "python -m evals.refinements --out evals/results/refinements.jsonl",
     "teacher_photographs": "python -m evals.worlds.train --out DIR",
-    "rollout_photographs": "python -m evals.rollout runs/photographs-kv --world photographs "
-    "--clips 6 --cut 0.9166666666666667 --out evals/results/rollout_photographs.jsonl",
+    "rollout_photographs": "python -m evals.rollout runs/photographs-kv "
+    "runs/photographs-mla-recovered --world photographs --clips 6 --cut 0.9166666666666667 "
+    "--out evals/results/rollout_photographs.jsonl",
     "mla_recovery": "vmla recover runs/mla --teacher demo -o runs/mla-recovered --steps 460 "
     "--lr 2e-3 --set recover.train=all --set recover.rest_lr=0.3 --set recover.flow_weight=1.0",
+    "photographs_recovery": "vmla recover runs/photographs-mla --teacher evals/worlds/teacher -o "
+    "runs/photographs-mla-recovered --data runs/photographs.safetensors --steps 100 "
+    "--batch-size 1 --lr 2e-3 --set recover.train=all --set recover.rest_lr=0.3 "
+    "--set recover.flow_weight=1.0 --set recover.training.mixed_precision=bf16 "
+    "--set recover.training.eval_every=50 --set evaluate.clips=8",
     "rollout_digits": "python -m evals.rollout runs/kv --world digits --clips 8 --out "
     "evals/results/rollout_digits.jsonl",
     "scale_1.3b": "python -m evals.scale 1.3b --out evals/results/scale_1.3b.jsonl",

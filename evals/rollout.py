@@ -2,11 +2,11 @@
 
     python -m evals.rollout CKPT --world digits --out evals/results/rollout.jsonl
 
-The dense model and a conversion continue the first frames of the same held-out scenes from the same
-noise: a codec at several sizes, MLA layers at their own. The figures are those of the world (see
-`evals.worlds.worlds`) and those that need no truth (`vmla_convert.measuring.video`), by segment,
-with 95 % bootstrap intervals over clips. `slope` is the change of a figure per minute, from a
-straight line through its frames. With `--switch`, digits change their prompt halfway.
+The dense model and its conversions continue the first frames of the same held-out scenes from the
+same noise: a codec at several sizes, MLA layers at their own. The figures are those of the world
+(see `evals.worlds.worlds`) and those that need no truth (`vmla_convert.measuring.video`), by
+segment, with 95 % bootstrap intervals over clips. `slope` is the change of a figure per minute,
+from a straight line through its frames. With `--switch`, digits change their prompt halfway.
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ MINUTE = 240
 """Latent frames that are generated."""
 SEGMENTS = 4
 CUTS = (11 / 12, 23 / 24, 47 / 48)
-SHEET_COLUMNS, SHEET_CLIPS = 12, 3
+SHEET_COLUMNS, SHEET_CLIPS = 12, 2
 
 
 def main(
-    checkpoint: Annotated[str, typer.Argument(help="Conversion to measure beside its model.")],
+    checkpoints: Annotated[
+        list[str], typer.Argument(help="Conversions of one model, to measure beside it.")
+    ],
     rows_file: Annotated[Path, typer.Option("--out", help="JSONL file to append rows to.")],
     world: Annotated[str, typer.Option(help="digits or photographs.")] = "digits",
     teacher: Annotated[str | None, typer.Option(help="Dense model of MLA layers.")] = None,
@@ -52,18 +54,19 @@ def main(
     switch: Annotated[bool, typer.Option("--switch", help="Change digits halfway.")] = False,
     sheet: Annotated[Path | None, typer.Option(help="Contact sheet to draw (PNG).")] = None,
 ) -> None:
-    """Measure a minute of a dense model and of its conversion against the truth."""
-    scenery, model = open_world(world), load(checkpoint)
+    """Measure a minute of a dense model and of its conversions against the truth."""
+    scenery = open_world(world)
     if switch and not isinstance(scenery, Digits):
         raise typer.BadParameter("--switch changes a digit: use --world digits")
-    dense = load(teacher_of(SourceConfig(checkpoint), SourceConfig(teacher) if teacher else None))
+    named = SourceConfig(teacher) if teacher else None
+    dense = load(teacher_of(SourceConfig(checkpoints[0]), named))
     runs: list[tuple[str, CausalWanModel, RuntimeConfig | None]] = [("dense", dense, None)]
-    if model.config.codec is not None:
-        runs += [
-            (f"codec, cut {cut:.3g}", model, RuntimeConfig(Sizes(cut=cut))) for cut in cuts or CUTS
-        ]
-    else:
-        runs.append(("MLA", model, None))
+    for model in map(load, checkpoints):
+        if model.config.codec is not None:
+            sizes = {f"codec, cut {cut:.3g}": Sizes(cut=cut) for cut in cuts or CUTS}
+            runs += [(name, model, RuntimeConfig(size)) for name, size in sizes.items()]
+        else:
+            runs.append(("MLA", model, None))
     scene = scenery.scenes(clips, scenery.given_frames + frames)
     shown: dict[str, Tensor] = {}
     with out.progress() as progress:

@@ -196,22 +196,7 @@ def recovery() -> str:
 
 def mla_recovery() -> str:
     """MLA layers of the demo model before and after a longer recovery."""
-    rows = rows_of("mla_recovery")
-    (dense,) = (r.value for r in rows if r.run == "dense")
-    found = {(r.metric, r.step): r.value for r in rows if r.product}
-    steps = sorted({step for _, step in found if step is not None})
-    return table(
-        ["steps of recovery", "velocity error", "flow loss above dense"],
-        [
-            [
-                str(step),
-                number(found[Metric.VELOCITY_ERROR, step]),
-                percent(found[Metric.FLOW_LOSS, step] / dense - 1),
-            ]
-            for step in steps
-        ],
-        "mla_recovery",
-    )
+    return worlds.recovery_table("mla_recovery")
 
 
 def prediction() -> str:

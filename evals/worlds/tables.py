@@ -138,8 +138,8 @@ def teacher_training() -> str:
     """Held-out flow loss of the photograph world's model while it was trained."""
     rows = rows_of("teacher_photographs")
     return table(
-        ["frames of a clip", "step", "flow loss on held-out clips"],
-        [[str(r.frames), str(r.step), number(r.value)] for r in rows],
+        ["phase", "frames of a clip", "step", "flow loss on held-out clips"],
+        [[r.run.split()[-1], str(r.frames), str(r.step), number(r.value)] for r in rows],
         "teacher_photographs",
     )
 
@@ -176,25 +176,49 @@ def needles() -> str:
     )
 
 
+def photographs_recovery() -> str:
+    """MLA layers of the photograph world before and after recovery."""
+    return recovery_table("photographs_recovery")
+
+
+def recovery_table(file: str) -> str:
+    """Errors of MLA layers before and after recovery."""
+    rows = rows_of(file)
+    (dense,) = (r.value for r in rows if r.run == "dense")
+    found = {(r.metric, r.step): r.value for r in rows if r.product}
+    steps = sorted({step for _, step in found if step is not None})
+    return table(
+        ["steps of recovery", "velocity error", "flow loss above dense"],
+        [
+            [
+                str(step),
+                number(found[Metric.VELOCITY_ERROR, step]),
+                percent(found[Metric.FLOW_LOSS, step] / dense - 1),
+            ]
+            for step in steps
+        ],
+        file,
+    )
+
+
 def minute_photographs() -> str:
     """The last quarter of a minute in the photograph world."""
     return minute_table("rollout_photographs")
 
 
 def minute_table(file: str) -> str:
-    """The last quarter of a minute, dense and codec, against the dense model's interval."""
+    """The last quarter of a minute, conversions against the dense model's interval."""
     rows = [r for r in rows_of(file) if r.segment == LAST_SEGMENT]
     dense = {r.metric: r for r in rows if r.run == "dense"}
-    sizes = sorted({size(r) for r in rows if r.run == "codec"}, reverse=True)
-    codec = {(r.metric, size(r)): r for r in rows if r.run == "codec"}
+    found = {(_column(r), r.metric): r for r in rows if r.run != "dense"}
 
-    def cell(metric: Metric, nbytes: float) -> str:
-        own, row = dense[metric], codec[metric, nbytes]
+    def cell(column: str, metric: Metric) -> str:
+        own, row = dense[metric], found[column, metric]
         assert own.low is not None and own.high is not None
         inside = own.low <= row.value <= own.high
         return number(row.value) if inside else f"**{number(row.value)}**"
 
-    columns = [f"codec, {number(nbytes)} bytes" for nbytes in sizes]
+    columns = list(dict.fromkeys(column for column, _ in found))
     return table(
         ["last quarter of a minute", "dense", "its 95 % interval", *columns],
         [
@@ -202,7 +226,7 @@ def minute_table(file: str) -> str:
                 f"`{metric}`",
                 number(row.value),
                 f"{number(row.low or 0)} to {number(row.high or 0)}",
-                *(cell(metric, nbytes) for nbytes in sizes),
+                *(cell(column, metric) for column in columns),
             ]
             for metric, row in dense.items()
         ],
@@ -246,6 +270,11 @@ def _name(row: Row) -> str:
     return "dense" if row.run == "dense" else named(row)
 
 
+def _column(row: Row) -> str:
+    """Name and size of a conversion at the head of a column."""
+    return f"{'MLA' if row.product == 'mla' else row.product}, {number(size(row))} bytes"
+
+
 def _key(row: Row) -> tuple[str, float]:
     return _name(row), size(row)
 
@@ -256,6 +285,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         two_worlds,
         two_worlds_equal,
         photographs_layers,
+        photographs_recovery,
         spectra,
         memory_for_bytes,
         teacher_by_age,

@@ -4,7 +4,7 @@ Phases lengthen the clips: copying from the past is learned on short clips, wher
 and then stretched to the whole window. A run that was interrupted goes on where it stopped; another
 machine goes on from the weights that are shipped:
 
-    python -m evals.worlds.train --out DIR --start evals/worlds/teacher --phase 1
+    python -m evals.worlds.train --out DIR --start evals/worlds/teacher --phase 3
 
 It runs for hours on two cores. Every phase ends with a checkpoint in DIR/teacher.
 """
@@ -89,6 +89,7 @@ PHASES = (
     (12, _phase(400, 4, 2e-3)),
     (24, _phase(800, 2, 2e-3)),
     (48, _phase(1000, 1, 2e-3)),
+    (48, _phase(800, 1, 2e-3)),
 )
 """Frames of a clip, and the training of each phase."""
 
