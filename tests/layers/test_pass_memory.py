@@ -160,5 +160,5 @@ def test_the_count_of_parameters_is_that_of_the_released_model() -> None:
 
 
 def test_the_peak_of_two_phases_is_the_larger_of_each_part() -> None:
-    assert Memory(3, 1, 2).peak(Memory(2, 4, 0)) == Memory(3, 4, 2)
+    assert Memory(3, 1, 2).peak(Memory(2, 4, 0)) == Memory(3, 4, 2, together=6)
     assert Memory(3, 4, 2).without_gpu == 7

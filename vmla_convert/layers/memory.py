@@ -34,20 +34,27 @@ class Memory(NamedTuple):
         device: Bytes on the GPU; of a CPU, bytes of what would lie on a GPU.
         host: Bytes in host memory beside a GPU.
         staging: Bytes in host memory on the way to or from a GPU; a CPU needs none.
+        together: Bytes of `device` and `host` at one moment; None where both peak together.
     """
 
     device: int
     host: int = 0
     staging: int = 0
+    together: int | None = None
 
     @property
     def without_gpu(self) -> int:
         """Bytes of host memory where the host computes."""
-        return self.device + self.host
+        return self.device + self.host if self.together is None else self.together
 
     def peak(self, other: Memory) -> Memory:
         """Peak of two phases that follow each other."""
-        return Memory(*map(max, self, other))
+        return Memory(
+            max(self.device, other.device),
+            max(self.host, other.host),
+            max(self.staging, other.staging),
+            max(self.without_gpu, other.without_gpu),
+        )
 
 
 class ClipShape(NamedTuple):
