@@ -53,11 +53,18 @@ def show_recovery(rows: Sequence[Row], folder: Path) -> None:
     """Print the curve of a recovery, and which step of each stage was kept."""
     from vmla_convert.loading.load import read_provenance
 
-    curve = [[row.step, row.value] for row in rows if row.metric == Metric.VELOCITY_ERROR]
-    out.table("Recovery", ["step", "velocity_error"], curve)
+    errors = {(row.metric, row.step): row.value for row in rows}
+    curve = [
+        [step, errors[Metric.FLOW_LOSS, step], error]
+        for (metric, step), error in errors.items()
+        if metric == Metric.VELOCITY_ERROR
+    ]
+    out.table("Recovery", ["step", "flow_loss", "velocity_error"], curve)
     recovered = read_provenance(folder)["recovered"]
     kept: dict[str, int] = recovered["kept_steps"]
     shown = {"kept steps": kept, "learning rate": recovered["learning_rate"]}
+    if curve:
+        shown["flow loss of the dense model"] = errors[Metric.FLOW_LOSS, None]
     if skipped := {stage: n for stage, n in recovered["skipped_steps"].items() if n}:
         shown["skipped steps"] = skipped
     out.data(shown)

@@ -146,6 +146,8 @@ def test_convert_recover_and_eval_work_one_after_the_other(
     assert [line["step"] for line in curve] == [0, 1, 2]
     assert kept["kept steps"].keys() == {"layer by layer", "distilling"}
     assert all(line["velocity_error"] > 0 for line in curve)
+    losses = {kept["flow loss of the dense model"], *(line["flow_loss"] for line in curve)}
+    assert min(losses) > 0 and len(losses) > 2
     assert wrote == {"wrote": str(recovered)}
     ran = vmla("eval", recovered, "--teacher", teacher, "--clips", "9", "--json")
     assert ran.code == 0
