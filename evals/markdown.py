@@ -16,13 +16,20 @@ COMMANDS = {
     "photographs": "vmla sweep evals/worlds/photographs.toml -o runs/photographs",
     "memory_for_bytes": "python -m evals.memory_for_bytes --clips 16 --out "
     "evals/results/memory_for_bytes.jsonl --picture docs/images/memory_for_bytes.png",
-    "needle": "python -m evals.needle runs/photographs-kv --clips 4 --frames 120 "
+    "needle": "python -m evals.needle runs/photographs-kv --clips 4 "
     "--cut 0.9166666666666667 --out evals/results/needle.jsonl",
     "refinements": "python -m evals.refinements --out evals/results/refinements.jsonl",
+    "photographs_refinements": "python -m evals.refinements --checkpoint evals/worlds/teacher "
+    "--data runs/photographs.safetensors --clips 8 --out "
+    "evals/results/photographs_refinements.jsonl",
+    "photographs_prediction": "python -m evals.prediction --world photographs --out "
+    "evals/results/photographs_prediction.jsonl",
     "teacher_photographs": "python -m evals.worlds.train --out DIR",
+    "rollout_switch": "python -m evals.rollout runs/kv --world digits --switch --clips 8 "
+    "--out evals/results/rollout_switch.jsonl",
     "rollout_photographs": "python -m evals.rollout runs/photographs-kv "
-    "runs/photographs-mla-recovered --world photographs --clips 6 --cut 0.9166666666666667 "
-    "--out evals/results/rollout_photographs.jsonl",
+    "runs/photographs-mla-recovered --world photographs --clips 6 "
+    "--out evals/results/rollout_photographs.jsonl --sheet docs/images/rollout_photographs.png",
     "mla_recovery": "vmla recover runs/mla --teacher demo -o runs/mla-recovered --steps 460 "
     "--lr 2e-3 --set recover.train=all --set recover.rest_lr=0.3 --set recover.flow_weight=1.0",
     "photographs_recovery": "vmla recover runs/photographs-mla --teacher evals/worlds/teacher -o "
@@ -31,7 +38,7 @@ COMMANDS = {
     "--set recover.flow_weight=1.0 --set recover.training.mixed_precision=bf16 "
     "--set recover.training.eval_every=50 --set evaluate.clips=8",
     "rollout_digits": "python -m evals.rollout runs/kv --world digits --clips 8 --out "
-    "evals/results/rollout_digits.jsonl",
+    "evals/results/rollout_digits.jsonl --sheet docs/images/rollout_digits.png",
     "scale_1.3b": "python -m evals.scale 1.3b --out evals/results/scale_1.3b.jsonl",
     "verify_cost": "python -m evals.verify_cost --out evals/results/verify_cost.jsonl --rounds 3",
     "teacher_16_seeds": "python -m evals.teacher --seeds 16 --out "

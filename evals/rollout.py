@@ -63,7 +63,9 @@ def main(
     runs: list[tuple[str, CausalWanModel, RuntimeConfig | None]] = [("dense", dense, None)]
     for model in map(load, checkpoints):
         if model.config.codec is not None:
-            sizes = {f"codec, cut {cut:.3g}": Sizes(cut=cut) for cut in cuts or CUTS}
+            sizes = {
+                f"codec, 1/{1 / (1 - cut):.0f} of dense": Sizes(cut=cut) for cut in cuts or CUTS
+            }
             runs += [(name, model, RuntimeConfig(size)) for name, size in sizes.items()]
         else:
             runs.append(("MLA", model, None))
@@ -114,7 +116,12 @@ def continued(
 
 def switched(scene: Scene) -> Tensor:
     """Prompts that ask for the next digit."""
-    return DemoMedia().encode_labels((scene.truth[0] + 1) % 10)
+    return DemoMedia().encode_labels(next_digit(scene.truth[0]))
+
+
+def next_digit(digits: Tensor) -> Tensor:
+    """The digits (B,) that prompts ask for after a switch."""
+    return (digits + 1) % 10
 
 
 def scored(
@@ -128,14 +135,15 @@ def scored(
     """Rows of a rollout."""
     given, frames = world.given_frames, made.shape[1] - world.given_frames
     fields = row_fields(model.config, runtime=runtime) | {"frames": frames}
+    rows: list[Row] = []
     if switch:
         # Only the digit has a truth after the switch.
-        half = given + frames // 2
-        labels = (scene.truth[0] + 1) % 10
-        after = scene._replace(truth=(labels, *scene.truth[1:]))
-        hits = world.score(after, made)[Metric.DIGIT_ACCURACY][:, half - given :]
-        return _segments(Metric.DIGIT_ACCURACY, hits, "share of frames", fields, "after a switch")
-    rows: list[Row] = []
+        digit, *others = scene.truth
+        for name, labels in ("new digit", next_digit(digit)), ("old digit", digit):
+            asked = scene._replace(truth=(labels, *others))
+            hits = world.score(asked, made)[Metric.DIGIT_ACCURACY][:, frames // 2 :]
+            rows += _segments(Metric.DIGIT_ACCURACY, hits, "share of frames", fields, name)
+        return rows
     for metric, values in world.score(scene, made).items():
         rows += _segments(metric, values, UNITS[metric], fields)
         rows.append(_slope(metric, values, fields))
@@ -176,12 +184,9 @@ def _mean(metric: Metric, values: Tensor, unit: str, fields: dict[str, Any], **m
 
 
 def draw_sheet(path: Path, videos: dict[str, Tensor], given: int) -> None:
-    """Draw frames of each scene: the last given one, then evenly spaced ones."""
-    frames = next(iter(videos.values())).shape[1]
-    picks = torch.linspace(given - 1, frames - 1, SHEET_COLUMNS).round().long()
-    rows: list[tuple[str, Tensor]] = []
-    for scene in range(len(next(iter(videos.values())))):
-        rows += [(name, video[scene, picks]) for name, video in videos.items()]
+    """Draw frames of each scene, numbered from the last given one, evenly spaced to the end."""
+    scenes = range(len(next(iter(videos.values()))))
+    rows = [(name, video[scene, given - 1 :]) for scene in scenes for name, video in videos.items()]
     contact_sheet(path, rows, SHEET_COLUMNS, group=len(videos))
 
 

@@ -201,22 +201,22 @@ def mla_recovery() -> str:
 
 def prediction() -> str:
     """Bits that predicting channels from other layers and frames would save."""
-    rows = rows_of("prediction")
-    sizes = sorted({size(r) for r in rows}, reverse=True)
-    saved = {(r.note, size(r)): f"{100 * r.value:.0f} %" for r in rows}
-    return table(
-        ["predicted from", *(f"bits saved at {number(s)} bytes" for s in sizes)],
-        [
-            [str(name), *(saved[name, s] for s in sizes)]
-            for name in dict.fromkeys(r.note for r in rows)
-        ],
-        "prediction",
-    )
+    return worlds.prediction_table("prediction")
+
+
+def refinements() -> str:
+    """Other ways of fitting a codec to the demo model."""
+    return worlds.refinements_table("refinements")
 
 
 def minute() -> str:
     """The last quarter of a minute of the demo world."""
     return worlds.minute_table("rollout_digits")
+
+
+def prompt_switch() -> str:
+    """The digit of the demo world after its prompt was changed."""
+    return worlds.switch_table("rollout_switch")
 
 
 def scale() -> str:
@@ -338,7 +338,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
         recovery,
         mla_recovery,
         prediction,
+        refinements,
         minute,
+        prompt_switch,
         scale,
         verification,
         host_errors,

@@ -8,6 +8,7 @@ from itertools import pairwise
 from evals.codec import DEMO_BYTES
 from evals.markdown import number, percent, table, times
 from evals.memory_for_bytes import ALL_OLD, DENSE_TOKEN_BYTES, OLD, cache_kilobytes
+from evals.rollout import SEGMENTS
 from evals.rows import named, rows_of, size
 from vmla_convert.results import Metric, Row
 
@@ -17,7 +18,6 @@ DENSE_BYTES = {"digits": DEMO_BYTES, "photographs": DENSE_TOKEN_BYTES}
 SWEEPS = {"digits": "quickstart", "photographs": "photographs"}
 """Rows of a sweep in each world."""
 SPECTRA = {"weights": "weights", "weights_x_activations": "activations"}
-LAST_SEGMENT = 3
 CODEC, SAME_SIZE = "**codec**", 0.02
 """Name of the codec in tables, and how far sizes may differ that count as equal."""
 
@@ -167,7 +167,7 @@ def needles() -> str:
         return f"{row.value:.1f} ({row.low:.1f} to {row.high:.1f})"
 
     return table(
-        ["needle", *("dense" if s == sizes[0] else f"codec, {number(s)} bytes" for s in sizes)],
+        ["place", *("dense" if s == sizes[0] else f"codec, {number(s)} bytes" for s in sizes)],
         [
             [str(name), *(cell(found[name, s]) for s in sizes)]
             for name in dict.fromkeys(r.note for r in rows)
@@ -208,35 +208,56 @@ def minute_photographs() -> str:
 
 def minute_table(file: str) -> str:
     """The last quarter of a minute, conversions against the dense model's interval."""
-    rows = [r for r in rows_of(file) if r.segment == LAST_SEGMENT]
-    dense = {r.metric: r for r in rows if r.run == "dense"}
-    found = {(_column(r), r.metric): r for r in rows if r.run != "dense"}
+    rows = [r for r in rows_of(file) if r.segment == SEGMENTS - 1]
+    return _against_dense(file, rows, "last quarter of a minute", lambda r: f"`{r.metric}`")
 
-    def cell(column: str, metric: Metric) -> str:
-        own, row = dense[metric], found[column, metric]
+
+def switch_table(file: str) -> str:
+    """The digit after a change of prompt, conversions against the dense model's interval."""
+
+    def label(row: Row) -> str:
+        assert row.frames is not None and row.segment is not None
+        count = row.frames // 2 // SEGMENTS
+        return f"{row.note}, frames {row.segment * count + 1} to {(row.segment + 1) * count}"
+
+    return _against_dense(file, rows_of(file), "after the switch", label)
+
+
+def _against_dense(file: str, rows: list[Row], heading: str, label: Callable[[Row], str]) -> str:
+    """Figures of conversions beside the dense model's; one outside of its interval is bold."""
+    dense = {label(r): r for r in rows if r.run == "dense"}
+    found = {(_column(r), label(r)): r for r in rows if r.run != "dense"}
+
+    def cell(column: str, name: str) -> str:
+        own, row = dense[name], found[column, name]
         assert own.low is not None and own.high is not None
         inside = own.low <= row.value <= own.high
         return number(row.value) if inside else f"**{number(row.value)}**"
 
     columns = list(dict.fromkeys(column for column, _ in found))
     return table(
-        ["last quarter of a minute", "dense", "its 95 % interval", *columns],
+        [heading, "dense", "its 95 % interval", *columns],
         [
             [
-                f"`{metric}`",
+                name,
                 number(row.value),
                 f"{number(row.low or 0)} to {number(row.high or 0)}",
-                *(cell(column, metric) for column in columns),
+                *(cell(column, name) for column in columns),
             ]
-            for metric, row in dense.items()
+            for name, row in dense.items()
         ],
         file,
     )
 
 
-def refinements() -> str:
+def photographs_refinements() -> str:
+    """Other ways of fitting a codec, in the photograph world."""
+    return refinements_table("photographs_refinements")
+
+
+def refinements_table(file: str) -> str:
     """Other ways of fitting a codec: errors over the codec's, and bits that positions save."""
-    rows = rows_of("refinements")
+    rows = rows_of(file)
     sizes = sorted({size(r) for r in rows}, reverse=True)
     found = {(r.note, size(r)): r for r in rows}
     plain = {s: r.value for (note, s), r in found.items() if note == "as fitted"}
@@ -252,7 +273,27 @@ def refinements() -> str:
             [str(name), *(cell(found[name, s]) for s in sizes)]
             for name in dict.fromkeys(r.note for r in rows)
         ],
-        "refinements",
+        file,
+    )
+
+
+def photographs_prediction() -> str:
+    """Bits that predicting channels would save, in the photograph world."""
+    return prediction_table("photographs_prediction")
+
+
+def prediction_table(file: str) -> str:
+    """Bits that predicting channels from other layers and frames would save."""
+    rows = rows_of(file)
+    sizes = sorted({size(r) for r in rows}, reverse=True)
+    saved = {(r.note, size(r)): f"{100 * r.value:.0f} %" for r in rows}
+    return table(
+        ["predicted from", *(f"bits saved at {number(s)} bytes" for s in sizes)],
+        [
+            [str(name), *(saved[name, s] for s in sizes)]
+            for name in dict.fromkeys(r.note for r in rows)
+        ],
+        file,
     )
 
 
@@ -293,6 +334,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         teacher_scores,
         needles,
         minute_photographs,
-        refinements,
+        photographs_refinements,
+        photographs_prediction,
     )
 }

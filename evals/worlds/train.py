@@ -1,10 +1,11 @@
 """Train the teacher of the photograph world: `python -m evals.worlds.train --out DIR`.
 
 Phases lengthen the clips: copying from the past is learned on short clips, where a step is cheap,
-and then stretched to the whole window. A run that was interrupted goes on where it stopped; another
-machine goes on from the weights that are shipped:
+and then stretched to the whole window. A run that was interrupted goes on where it stopped. To
+train the shipped weights further, add a phase to `PHASES`, for each phase draws clips of its own,
+and run it alone:
 
-    python -m evals.worlds.train --out DIR --start evals/worlds/teacher --phase 3
+    python -m evals.worlds.train --out DIR --start evals/worlds/teacher --phase 5
 
 It runs for hours on two cores. Every phase ends with a checkpoint in DIR/teacher.
 """
@@ -90,6 +91,7 @@ PHASES = (
     (24, _phase(800, 2, 2e-3)),
     (48, _phase(1000, 1, 2e-3)),
     (48, _phase(800, 1, 2e-3)),
+    (48, _phase(1700, 1, 2e-3)),
 )
 """Frames of a clip, and the training of each phase."""
 

@@ -126,6 +126,16 @@ def test_rows_name_segments_intervals_and_slopes(digits: Case) -> None:
     assert _value(rows, Metric.COLOUR_DRIFT, SEGMENTS - 1) > _value(rows, Metric.COLOUR_DRIFT, 0)
 
 
+def test_a_switch_is_scored_by_both_digits(digits: Case) -> None:
+    """A model that goes on with the old digit is read to show it, and not the new one."""
+    rows = scored(load("demo"), digits.world, digits.scene, digits.scene.latents, None, switch=True)
+    assert {row.metric for row in rows} == {Metric.DIGIT_ACCURACY}
+    values = {(row.note, row.segment): row.value for row in rows}
+    assert len(values) == 2 * SEGMENTS
+    for segment in range(SEGMENTS):
+        assert values["old digit", segment] > 0.9 and values["new digit", segment] < 0.1
+
+
 def _value(rows: list[Row], metric: Metric, segment: int) -> float:
     return next(r.value for r in rows if r.metric == metric and r.segment == segment)
 
