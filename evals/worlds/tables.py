@@ -159,21 +159,14 @@ def teacher_scores() -> str:
 
 def needles() -> str:
     """Quality of a place that was seen once and is asked for."""
-    rows = rows_of("needle")
-    sizes = sorted({size(r) for r in rows}, reverse=True)
-    found = {(r.note, size(r)): r for r in rows}
+
+    def column(nbytes: float) -> str:
+        return "dense" if nbytes == DENSE_TOKEN_BYTES else f"codec, {number(nbytes)} bytes"
 
     def cell(row: Row) -> str:
         return f"{row.value:.1f} ({row.low:.1f} to {row.high:.1f})"
 
-    return table(
-        ["place", *("dense" if s == sizes[0] else f"codec, {number(s)} bytes" for s in sizes)],
-        [
-            [str(name), *(cell(found[name, s]) for s in sizes)]
-            for name in dict.fromkeys(r.note for r in rows)
-        ],
-        "needle",
-    )
+    return _by_size("needle", "place", column, cell)
 
 
 def photographs_recovery() -> str:
@@ -257,24 +250,14 @@ def photographs_refinements() -> str:
 
 def refinements_table(file: str) -> str:
     """Other ways of fitting a codec: errors over the codec's, and bits that positions save."""
-    rows = rows_of(file)
-    sizes = sorted({size(r) for r in rows}, reverse=True)
-    found = {(r.note, size(r)): r for r in rows}
-    plain = {s: r.value for (note, s), r in found.items() if note == "as fitted"}
+    plain = {size(r): r.value for r in rows_of(file) if r.note == "as fitted"}
 
     def cell(row: Row) -> str:
         if row.metric == Metric.BITS_SAVED:
             return f"{100 * row.value:.1f} % fewer bits"
         return f"{row.value / plain[size(row)]:.3f}× the error"
 
-    return table(
-        ["way", *(f"{number(s)} bytes" for s in sizes)],
-        [
-            [str(name), *(cell(found[name, s]) for s in sizes)]
-            for name in dict.fromkeys(r.note for r in rows)
-        ],
-        file,
-    )
+    return _by_size(file, "way", lambda nbytes: f"{number(nbytes)} bytes", cell)
 
 
 def photographs_prediction() -> str:
@@ -284,14 +267,26 @@ def photographs_prediction() -> str:
 
 def prediction_table(file: str) -> str:
     """Bits that predicting channels from other layers and frames would save."""
+    return _by_size(
+        file,
+        "predicted from",
+        lambda nbytes: f"bits saved at {number(nbytes)} bytes",
+        lambda row: f"{100 * row.value:.0f} %",
+    )
+
+
+def _by_size(
+    file: str, heading: str, column: Callable[[float], str], cell: Callable[[Row], str]
+) -> str:
+    """A line for each note of a file's rows, with a column for each size, the largest first."""
     rows = rows_of(file)
     sizes = sorted({size(r) for r in rows}, reverse=True)
-    saved = {(r.note, size(r)): f"{100 * r.value:.0f} %" for r in rows}
+    found = {(str(r.note), size(r)): cell(r) for r in rows}
     return table(
-        ["predicted from", *(f"bits saved at {number(s)} bytes" for s in sizes)],
+        [heading, *map(column, sizes)],
         [
-            [str(name), *(saved[name, s] for s in sizes)]
-            for name in dict.fromkeys(r.note for r in rows)
+            [name, *(found[name, nbytes] for nbytes in sizes)]
+            for name in dict.fromkeys(name for name, _ in found)
         ],
         file,
     )

@@ -2,8 +2,8 @@
 
 Phases lengthen the clips: copying from the past is learned on short clips, where a step is cheap,
 and then stretched to the whole window. A run that was interrupted goes on where it stopped. To
-train the shipped weights further, add a phase to `PHASES`, for each phase draws clips of its own,
-and run it alone:
+train the shipped weights further, add a phase to `PHASES` (each phase draws clips of its own) and
+run that phase alone:
 
     python -m evals.worlds.train --out DIR --start evals/worlds/teacher --phase 5
 
